@@ -1,0 +1,5052 @@
+#!/usr/bin/env python3
+"""MonoRelay: one file between Anthropic and OpenAI clients and the providers that its owner configured.
+
+    python monorelay.py                          serve ./relay.json (or the one beside this file)
+    python monorelay.py check                    say what would be served, or what is wrong
+    python monorelay.py hash-password            a scrypt hash for relay.json
+    python monorelay.py token USER --expires 30d a JWT for a user of relay.json
+
+Rooms, top to bottom; each knows only those above it, and down to the echo provider none does I/O:
+
+    limits · errors · config · auth · routing · key pool · wire rules · model splice · server-sent events ·
+    access log · echo provider · channels · upstream · relay · catalogue · handler · event loop · server ·
+    command line
+
+What happens to a request:
+
+    RelayServer.process_request   a connection is accepted and waits in the EventLoop for a whole head
+    Handler.handle_one_request    gets a thread; the head is parsed strictly, the endpoint is found
+    Handler.authenticate          access key or JWT becomes a Caller
+    Handler.read_body             the body is read for its model, or will stream through
+    resolve → KeyPool.order       the model becomes targets, the targets candidates (target, key)
+    Relay.obtain                  candidate after candidate: connect → send → read the head → judge
+    Transfer.advance              the answer goes out as it arrives; what is slow continues in the EventLoop
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import errno
+import hashlib
+import hmac
+import http.client
+import http.server
+import json
+import math
+import os
+import queue
+import random
+import re
+import selectors
+import signal
+import socket
+import ssl
+import struct
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    Union,
+)
+from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
+
+if TYPE_CHECKING:
+    import argparse
+
+__version__ = "1.0.0"
+
+T = TypeVar("T")
+Pairs = list[tuple[str, str]]  # header fields in their order, repetitions kept
+JsonDict = dict[str, Any]
+
+
+# ==== Limits =====================================================================================
+#
+# Each is a size in bytes, a count or a time in seconds, and says whom it follows.
+
+# nginx's large_client_header_buffers allows 8 KiB a line; long ids and queries get twice that.
+REQUEST_LINE_BYTES = 16 * 1024
+# Tomcat and gunicorn stop at 8 KiB, h11 at 16; a cookie-laden browser and long beta lists need more.
+REQUEST_HEAD_BYTES = 64 * 1024
+# Apache's LimitRequestFields is 100; http.client's own limit, 100, has bitten users of other relays.
+REQUEST_HEAD_FIELDS = 200
+# Providers are trusted more than clients: http.client allows 100 lines of 64 KiB, curl 300 KiB.
+ANSWER_HEAD_BYTES = 256 * 1024
+# A 103 or a 102 now and then is normal; an endless row of them is not.
+INTERIM_ANSWERS = 20
+# The size line of a chunk with its extensions; h11 stops at a line of 20 hex digits and 4 KiB.
+CHUNK_LINE_BYTES = 4096
+# A line of a stream that is longer goes out in pieces: memory stays bounded whatever arrives.
+STREAM_LINE_BYTES = 64 * 1024
+# One recv: a TLS record is 16 KiB, four of them make system calls rare.
+RECEIVE_BYTES = 64 * 1024
+# What is kept of a client that sends its next request while the current one is being answered.
+PIPELINED_BYTES = 64 * 1024
+# An unread body up to this size is read and dropped to keep the connection; nginx closes lingering.
+DISCARDED_BODY_BYTES = 64 * 1024
+
+HEAD_SECONDS = 20.0  # Apache's RequestReadTimeout header=20
+BODY_PAUSE_SECONDS = 60.0  # nginx's client_body_timeout
+IDLE_SECONDS = 75.0  # nginx's keepalive_timeout
+STALLED_CLIENT_SECONDS = 60.0  # nginx's send_timeout
+LINGER_SECONDS = 5.0  # nginx's lingering_timeout
+# A kept upstream connection; shorter than the 60 s after which common balancers drop theirs.
+UPSTREAM_IDLE_SECONDS = 50.0
+# How many connections to a provider wait for their next use; nginx needs as many for the same load.
+UPSTREAM_IDLE_CONNECTIONS = 512
+# How long a system call may block before the wait moves to poll(), which sees a client leave, too:
+# quick answers cost no poll, and a departure is noticed within this time.
+SLICE_SECONDS = 0.02
+# How long a thread stays with a connection for its next request before the event loop takes it.
+KEEP_THREAD_SECONDS = 0.25
+# Connections over max_connections are taken to be told so, in the dialect of their path; these few only.
+SURPLUS_CONNECTIONS = 256
+SURPLUS_SECONDS = 2.0
+RETRY_AFTER_LIMIT_SECONDS = 3600.0
+LEEWAY_SECONDS = 60.0  # clocks of token issuers differ
+ACCESS_TOKEN_SECONDS = 3600
+REFRESH_TOKEN_SECONDS = 30 * 86400
+JWT_SECRET_BYTES = 32  # RFC 7518 §3.2: a key at least as long as the hash
+OPEN_ACCESS_KEY_CHARACTERS = 16  # the least for a relay that listens beyond this machine
+CATALOGUE_WAIT_SECONDS = 2.0  # Claude Code gives up after 3
+CATALOGUE_FRESH_SECONDS = 300.0
+LOGINS_PER_USER = 10  # a minute
+LOGINS_PER_ADDRESS = 30  # a minute
+LOG_PAUSE_SECONDS = 0.05  # lines are written together, so that a busy relay wakes its log thread rarely
+LOG_BACKLOG_LINES = 10_000  # more than that waiting for a blocked stderr is dropped, and counted
+
+DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
+
+# What a relay serves when there is no relay.json at all: the same as the shipped file.
+BUILT_IN_CONFIG = """{
+  "server": {
+    "host": "127.0.0.1",
+    "port": 8787,
+    "access_key": "${MONORELAY_ACCESS_KEY:-}",
+    "jwt_secret": "${MONORELAY_JWT_SECRET:-}"
+  },
+  "providers": {
+    "anthropic": {
+      "format": "anthropic",
+      "base_url": "https://api.anthropic.com",
+      "keys": ["${ANTHROPIC_API_KEY:-}"]
+    },
+    "openai": {
+      "format": "openai",
+      "base_url": "https://api.openai.com/v1",
+      "keys": ["${OPENAI_API_KEY:-}"]
+    },
+    "echo": { "format": "echo" }
+  },
+  "routes": {
+    "claude-*": ["anthropic", "echo"],
+    "gpt-*": ["openai", "echo"],
+    "echo*": "echo"
+  }
+}
+"""
+
+
+# ==== Errors =====================================================================================
+#
+# RelayError                what the client is told; carries status, type (`kind`) and short code
+#  ├─ BadRequest            400  └─ MalformedRequest: the connection is closed, too
+#  ├─ Unauthenticated       401  └─ TokenError, one subclass a reason
+#  ├─ Forbidden             403
+#  ├─ NotFound              404
+#  ├─ MethodNotAllowed      405
+#  ├─ TooLarge              413
+#  ├─ RateLimited           429
+#  ├─ Unavailable           503
+#  ├─ UpstreamFailed        502
+#  └─ UpstreamSilent        504
+# UpstreamFailure           what one attempt met; the relay may try elsewhere
+#  ├─ Unreachable           nothing was sent
+#  ├─ BrokenExchange        sent, and then no (whole) head of an answer
+#  └─ NoAnswer              sent, and silent for the provider's timeout
+# FramingError              bytes that are not HTTP/1.1; whose fault it is, the caller knows
+# EarlyAnswer               no fault: a provider that answers while it is still being sent the request
+# ClientGone                nobody is left to be told anything
+# ConfigError               everything that is wrong with relay.json
+
+
+class RelayError(Exception):
+    """A fault of which the client is told: HTTP status, error type of both APIs, and a short code."""
+
+    status = 500
+    kind = "api_error"
+    code = "internal_error"
+    close = False  # whether the connection can't be used for another request
+
+    def __init__(self, message: str, code: str = "", headers: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or self.code
+        self.headers = list(headers)
+
+
+class BadRequest(RelayError):
+    """The body or a field of it can't be used."""
+
+    status, kind, code = 400, "invalid_request_error", "bad_request"
+
+
+class MalformedRequest(BadRequest):
+    """The head or the framing breaks RFC 9112: what follows on the connection can't be trusted."""
+
+    code = "malformed_request"
+    close = True
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Unauthenticated(RelayError):
+    """No token, or none that is valid."""
+
+    status, kind, code = 401, "authentication_error", "unauthenticated"
+
+
+class Forbidden(RelayError):
+    """The caller is known and may not do this."""
+
+    status, kind, code = 403, "permission_error", "forbidden"
+
+
+class NotFound(RelayError):
+    """No such path, model or entry."""
+
+    status, kind, code = 404, "not_found_error", "not_found"
+
+
+class MethodNotAllowed(RelayError):
+    """The path is known, the method isn't one of its own."""
+
+    status, kind, code = 405, "invalid_request_error", "method_not_allowed"
+
+    def __init__(self, method: str, path: str, allowed: Sequence[str]) -> None:
+        super().__init__(f"{method} is not allowed for {path}; use {' or '.join(allowed)}")
+        self.headers = [("allow", ", ".join(allowed))]
+
+
+class TooLarge(RelayError):
+    """The body is over a limit of relay.json."""
+
+    status, kind, code = 413, "request_too_large", "request_too_large"
+
+
+class RateLimited(RelayError):
+    """The caller, or an address that logs in, is over its limit."""
+
+    status, kind, code = 429, "rate_limit_error", "rate_limited"
+
+    def __init__(self, message: str, wait_seconds: float) -> None:
+        super().__init__(message, headers=[("retry-after", str(math.ceil(wait_seconds)))])
+
+
+class Unavailable(RelayError):
+    """The relay itself can't serve this now."""
+
+    status, kind, code = 503, "api_error", "unavailable"
+
+    def __init__(self, message: str, code: str = "", wait_seconds: int = 1) -> None:
+        super().__init__(message, code, headers=[("retry-after", str(wait_seconds))])
+
+
+class UpstreamFailed(RelayError):
+    """No provider could be reached, the answer was broken, or the relay's key was refused."""
+
+    status, kind, code = 502, "api_error", "upstream_failed"
+
+
+class UpstreamSilent(RelayError):
+    """The provider sent nothing for its timeout."""
+
+    status, kind, code = 504, "timeout_error", "upstream_timeout"
+
+
+class UpstreamFailure(Exception):
+    """One attempt came to nothing."""
+
+
+class Unreachable(UpstreamFailure):
+    """No connection: refused, unknown host, TLS, connect timeout. Nothing was sent."""
+
+
+class BrokenExchange(UpstreamFailure):
+    """The connection broke, or what came is no answer, after the request or a part of it was sent."""
+
+    def __init__(self, message: str, whole_request: bool = False, answer_begun: bool = False) -> None:
+        super().__init__(message)
+        self.whole_request = whole_request
+        self.answer_begun = answer_begun
+
+
+class NoAnswer(UpstreamFailure):
+    """The request was sent, and nothing came for the provider's timeout."""
+
+
+class FramingError(Exception):
+    """Bytes that break the framing of HTTP/1.1."""
+
+
+class EarlyAnswer(Exception):
+    """The provider speaks before it has the whole request."""
+
+
+class ClientGone(Exception):
+    """The client closed its side, or took nothing for too long."""
+
+
+class ConfigError(Exception):
+    """Everything that is wrong with a configuration; `problems` holds one line each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+# ==== Config =====================================================================================
+#
+# relay.json becomes a Config in three steps: parse_json refuses what JSON leaves vague, expand fills
+# in the environment, and the tables of settings below check every value at its place. Problems are
+# collected, so that one run of `check` shows all of them.
+
+
+class Secret:
+    """A value that never shows itself: it prints as ***, and reveal() is the one way to read it."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return "***"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and hmac.compare_digest(self._value.encode(), other._value.encode())
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+
+class ProviderKey(NamedTuple):
+    """A key of a provider; `label` stands for it in logs and errors."""
+
+    secret: Secret
+    label: str
+    weight: float
+
+
+class Provider(NamedTuple):
+    """A provider as relay.json describes it, its base_url taken apart."""
+
+    name: str
+    format: str  # anthropic, openai or echo
+    scheme: str
+    host: str
+    port: int
+    prefix: str  # stands before the part of the path that follows /v1
+    keys: tuple[ProviderKey, ...] | None  # None: takes no key at all, like a local model server
+    enabled: bool
+    timeout: float
+    connect_timeout: float
+    cooldown: float
+    key_strategy: str
+    headers: tuple[tuple[str, str | None], ...]
+    auth_header: str
+    models: tuple[str, ...]
+
+    @property
+    def usable(self) -> bool:
+        """Whether requests can be sent: it is enabled, and has a key unless it takes none."""
+        return self.enabled and self.keys != ()
+
+    @property
+    def origin(self) -> str:
+        """scheme://host[:port], as a URL of this provider begins."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}" + ("" if self.port == DEFAULT_PORTS[self.scheme] else f":{self.port}")
+
+    def serves(self, model: str) -> bool:
+        """Whether its `models` patterns, if it has any, admit the model."""
+        return not self.models or matches_any(model, self.models)
+
+
+class User(NamedTuple):
+    """A user of relay.json."""
+
+    name: str
+    password: str  # a hash as hash_password makes it, or empty: can't log in
+    models: tuple[str, ...]
+    requests_per_minute: int  # 0: no limit
+
+
+class ServerSettings(NamedTuple):
+    """The `server` section."""
+
+    host: str
+    port: int
+    access_keys: tuple[Secret, ...]
+    jwt_secret: Secret | None
+    workers: int
+    max_body_mb: float
+    max_upload_mb: float
+    max_connections: int
+    drain_seconds: float
+    cors_origins: tuple[str, ...]
+    log: str
+
+
+class Config(NamedTuple):
+    """A whole relay.json, checked."""
+
+    server: ServerSettings
+    users: Mapping[str, User]
+    providers: Mapping[str, Provider]
+    aliases: Mapping[str, tuple[str, ...]]
+    routes: Mapping[str, tuple[str, ...]]
+
+
+DEFAULT_PORTS = {"http": 80, "https": 443, "echo": 0}
+STRATEGIES = ("sticky", "round-robin", "random", "weighted", "fill-first")
+VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\}")
+TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.6.2
+FIELD_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")  # RFC 9110 §5.5, obs-text included
+# Framing is between two neighbours; no configuration may change it.
+FRAMING_HEADERS = frozenset(
+    {"connection", "content-length", "transfer-encoding", "upgrade", "te", "trailer", "keep-alive"}
+)
+
+
+class JsonObject(dict[str, Any]):
+    """A JSON object that remembers which of its keys were given more than once."""
+
+    def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.repeated = [key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1]
+
+
+class FromEnvironment(str):
+    """Text in which a variable was filled in: it may stand where a number is expected."""
+
+
+class Problems:
+    """What is wrong with a configuration, each with its place."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.lines: list[str] = []
+
+    def add(self, place: str, message: str) -> None:
+        self.lines.append(f"{self.name}: {place}: {message}" if place else f"{self.name}: {message}")
+
+    def raise_if_any(self) -> None:
+        if self.lines:
+            raise ConfigError(self.lines)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text, stricter than `json.loads`: NaN and infinities are refused too, and
+    objects come as JsonObject. Raises ValueError with the place."""
+    try:
+        return json.loads(text, object_pairs_hook=JsonObject, parse_constant=refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno} column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """Refuses NaN, Infinity and -Infinity, which are not JSON (RFC 8259 §6)."""
+    raise ValueError(f"{name} is not JSON")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """ ", did you mean X?" when something known is close to `name`, else nothing."""
+    # difflib is slow to import and needed only for a mistake.
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
+    """Whether the name matches one of the shell patterns, case-sensitively."""
+    import fnmatch
+
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def expand(value: Any, place: str, environ: Mapping[str, str], problems: Problems) -> Any:
+    """The value with ${NAME} and ${NAME:-default} filled in, comments left out, repeated keys reported."""
+    if isinstance(value, JsonObject):
+        for key in value.repeated:
+            problems.add(join(place, key), "given more than once")
+        return {
+            key: expand(item, join(place, key), environ, problems)
+            for key, item in value.items()
+            if not key.startswith("//")
+        }
+    if isinstance(value, list):
+        return [expand(item, f"{place}[{index}]", environ, problems) for index, item in enumerate(value)]
+    if isinstance(value, str) and "${" in value:
+        return expand_text(value, place, environ, problems)
+    return value
+
+
+def expand_text(text: str, place: str, environ: Mapping[str, str], problems: Problems) -> str:
+    """One string with its variables filled in."""
+
+    def fill(match: re.Match[str]) -> str:
+        name, has_default, default = match.groups()
+        found = environ.get(name, "")
+        if not found and not has_default and name not in environ:
+            problems.add(place, f"the environment variable {name} is not set; set it, or write ${{{name}:-}}")
+        return found or default or ""
+
+    if "${" in VARIABLE.sub("", text):
+        problems.add(place, "a ${ that is no variable; write ${NAME} or ${NAME:-default}")
+    return FromEnvironment(VARIABLE.sub(fill, text))
+
+
+def join(place: str, key: str) -> str:
+    """The place of a key in the section at `place`."""
+    return f"{place}.{key}" if place else key
+
+
+# A check takes a value as it stands in relay.json and returns what the program works with, or raises
+# ValueError saying what it must be.
+Check = Callable[[Any], Any]
+
+
+def text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"must be a string, not {kind_of(value)}")
+    return str(value)
+
+
+def some_text(value: Any) -> str:
+    if not text(value):
+        raise ValueError("must not be empty")
+    return str(value)
+
+
+def boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"must be true or false, not {kind_of(value)}")
+    return value
+
+
+def number(value: Any) -> float:
+    if isinstance(value, FromEnvironment) and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"must be a number, not {kind_of(value)}")
+    return value
+
+
+def positive(value: Any) -> float:
+    # The upper bound keeps every deadline within what a clock and a socket option can hold.
+    if not 0 < number(value) <= 10_000_000:
+        raise ValueError("must be more than 0 and at most 10000000")
+    return float(value)
+
+
+def whole(low: int, high: int) -> Check:
+    """A check for whole numbers from `low` to `high`."""
+
+    def check(value: Any) -> int:
+        found = number(value)
+        if found != int(found) or not low <= found <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(found)
+
+    return check
+
+
+def one_of(*choices: str) -> Check:
+    """A check for one of a few words."""
+
+    def check(value: Any) -> str:
+        if text(value) not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}{suggestion(value, choices)}")
+        return str(value)
+
+    return check
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise ValueError("must be a list of strings that aren't empty")
+    return tuple(str(item) for item in value)
+
+
+def text_or_texts(value: Any) -> tuple[str, ...]:
+    found = texts([value] if isinstance(value, str) else value)
+    if not found:
+        raise ValueError("must name at least one")
+    return found
+
+
+def access_keys(value: Any) -> tuple[Secret, ...]:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise ValueError("must be a string or a list of strings")
+    return tuple(Secret(str(item)) for item in items if item)
+
+
+def jwt_secret(value: Any) -> Secret | None:
+    found = text(value)
+    if found and len(found.encode("utf-8", "surrogatepass")) < JWT_SECRET_BYTES:
+        raise ValueError(f"must have at least {JWT_SECRET_BYTES} bytes (RFC 7518 §3.2), or be empty")
+    return Secret(found) if found else None
+
+
+def password(value: Any) -> str:
+    found = text(value)
+    if found and not SCRYPT_HASH.fullmatch(found):
+        raise ValueError("must be a hash as `monorelay.py hash-password` prints it")
+    return found
+
+
+def base_url(value: Any) -> str:
+    found = text(value)
+    try:
+        parts = urlsplit(found)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid or not re.fullmatch(r"[\x21-\x7e]+", found):
+        raise ValueError("must be a URL such as https://api.example.com")
+    if parts.query or parts.fragment or "@" in parts.netloc:
+        raise ValueError("must have no user, query or fragment; keys belong in `keys`")
+    return found
+
+
+def upstream_headers_setting(value: Any) -> tuple[tuple[str, str | None], ...]:
+    if not isinstance(value, dict):
+        raise ValueError(f"must be an object of headers, not {kind_of(value)}")
+    for name, content in value.items():
+        if not TOKEN.fullmatch(name) or name.lower() in FRAMING_HEADERS:
+            raise ValueError(f"{name!r} is not a header that can be set")
+        if content is not None and not (
+            isinstance(content, str) and FIELD_VALUE.fullmatch(content) and content.isascii()
+        ):
+            raise ValueError(f"{name}: must be a string without control characters, or null to remove the header")
+    return tuple((name, None if content is None else str(content)) for name, content in value.items())
+
+
+def provider_key(value: Any, number_in_list: int) -> ProviderKey | None:
+    """The key that an entry of `keys` stands for; None when it is empty. Raises ValueError."""
+    entry = {"key": value} if isinstance(value, str) else value
+    if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
+        raise ValueError('must be a string, or an object with "key"')
+    unknown = [name for name in entry if name not in ("key", "label", "weight")]
+    if unknown:
+        raise ValueError(f"{unknown[0]}: unknown key{suggestion(unknown[0], ('key', 'label', 'weight'))}")
+    secret = entry["key"].strip()
+    if not re.fullmatch(r"[\x21-\x7e]*", secret):
+        raise ValueError("must be printable ASCII without spaces")
+    label = some_text(entry.get("label", f"key{number_in_list}"))
+    return ProviderKey(Secret(str(secret)), label, positive(entry.get("weight", 1))) if secret else None
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in JSON's words."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a string" if isinstance(value, str) else "a number")
+
+
+# name: (check, default). Sizes are in MB, times in seconds.
+SERVER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
+    "host": (some_text, "127.0.0.1"),
+    "port": (whole(0, 65535), 8787),
+    "access_key": (access_keys, ()),
+    "jwt_secret": (jwt_secret, None),
+    "workers": (whole(1, 64), 1),
+    "max_body_mb": (positive, 32.0),  # Anthropic's limit for messages
+    "max_upload_mb": (positive, 512.0),  # Anthropic's limit for files is 500
+    "max_connections": (whole(1, 1_000_000), 4096),
+    "drain_seconds": (positive, 30.0),
+    "cors_origins": (texts, ()),
+    "log": (one_of("text", "json", "off"), "text"),
+}
+USER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
+    "password": (password, ""),
+    "models": (texts, ()),
+    "requests_per_minute": (whole(1, 1_000_000), 0),
+}
+PROVIDER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
+    "format": (one_of("anthropic", "openai", "echo"), ""),
+    "base_url": (base_url, ""),
+    "keys": (lambda value: value, None),  # read_keys looks into each
+    "enabled": (boolean, True),
+    "timeout": (positive, 900.0),  # longer than the SDKs' own 600: the client decides first
+    "connect_timeout": (positive, 10.0),
+    "cooldown": (positive, 30.0),
+    "key_strategy": (one_of(*STRATEGIES), "sticky"),
+    "headers": (upstream_headers_setting, ()),
+    "auth_header": (one_of("x-api-key", "authorization"), ""),
+    "models": (texts, ()),
+}
+SECTIONS = ("server", "users", "providers", "aliases", "routes")
+
+
+def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.json") -> Config:
+    """The configuration that a relay.json text describes. Raises ConfigError with all problems at once."""
+    problems = Problems(name)
+    try:
+        document = parse_json(source)
+    except ValueError as error:
+        raise ConfigError([f"{name}: {error}"]) from None
+    if not isinstance(document, dict):
+        raise ConfigError([f"{name}: must be a JSON object, not {kind_of(document)}"])
+    document = expand(document, "", environ, problems)
+    for key in document:
+        if key not in SECTIONS:
+            problems.add(key, f"unknown key{suggestion(key, SECTIONS)}")
+    sections = {key: read_object(document.get(key, {}), key, problems) for key in SECTIONS}
+    server = read_settings(SERVER_SETTINGS, sections["server"], "server", problems)
+    server["access_keys"] = server.pop("access_key")
+    config = Config(
+        ServerSettings(**server),
+        {
+            user: User(user, **read_settings(USER_SETTINGS, given, f"users.{user}", problems))
+            for user, given in sections["users"].items()
+        },
+        {provider: read_provider(provider, given, problems) for provider, given in sections["providers"].items()},
+        read_lists(sections["aliases"], "aliases", problems),
+        read_lists(sections["routes"], "routes", problems),
+    )
+    check_routes(config, problems)
+    # Aliases are followed through routes and providers, which must be sound for that.
+    problems.raise_if_any()
+    check_aliases(config, problems)
+    problems.raise_if_any()
+    return config
+
+
+def read_object(value: Any, place: str, problems: Problems) -> JsonDict:
+    """The value, if it is an object; else a problem and an empty one."""
+    if isinstance(value, dict):
+        return value
+    problems.add(place, f"must be an object, not {kind_of(value)}")
+    return {}
+
+
+def read_settings(table: Mapping[str, tuple[Check, Any]], given: Any, place: str, problems: Problems) -> JsonDict:
+    """The settings of a table as given or by default."""
+    section = read_object(given, place, problems)
+    for key in section:
+        if key not in table:
+            problems.add(join(place, key), f"unknown key{suggestion(key, table)}")
+    found = {}
+    for key, (check, default) in table.items():
+        found[key] = default
+        if key in section:
+            try:
+                found[key] = check(section[key])
+            except ValueError as error:
+                problems.add(join(place, key), str(error))
+    return found
+
+
+def read_lists(section: JsonDict, place: str, problems: Problems) -> dict[str, tuple[str, ...]]:
+    """A section whose values are a name or a list of names."""
+    return {
+        key: value[key]
+        for key in section
+        for value in [read_settings({key: (text_or_texts, ())}, {key: section[key]}, place, problems)]
+    }
+
+
+def read_provider(name: str, given: Any, problems: Problems) -> Provider:
+    """One provider, its base_url taken apart and its keys read."""
+    place = f"providers.{name}"
+    before = len(problems.lines)
+    settings = read_settings(PROVIDER_SETTINGS, given, place, problems)
+    settings["keys"] = read_keys(settings["keys"], join(place, "keys"), problems)
+    kind, url = settings["format"], settings.pop("base_url")
+    if len(problems.lines) == before:
+        if not kind:
+            problems.add(join(place, "format"), "is missing; it is anthropic, openai or echo")
+        elif not url and kind != "echo":
+            problems.add(join(place, "base_url"), "is missing")
+    settings["auth_header"] = settings["auth_header"] or ("x-api-key" if kind == "anthropic" else "authorization")
+    parts = urlsplit(url or "echo://echo")
+    prefix = parts.path.rstrip("/")
+    # Anthropic's SDK adds /v1 itself, OpenAI's expects it in base_url: what follows /v1 is common.
+    if kind == "anthropic" and not prefix.endswith("/v1"):
+        prefix += "/v1"
+    return Provider(
+        name=name,
+        scheme=parts.scheme,
+        host=parts.hostname or "",
+        port=parts.port or DEFAULT_PORTS[parts.scheme],
+        prefix="/v1" if kind == "echo" else prefix,
+        **settings,
+    )
+
+
+def read_keys(value: Any, place: str, problems: Problems) -> tuple[ProviderKey, ...] | None:
+    """The keys of a provider that aren't empty; None when it has no `keys` at all."""
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        problems.add(place, f"must be a list, not {kind_of(value)}")
+        return ()
+    keys = []
+    for index, entry in enumerate(value):
+        try:
+            keys.append(provider_key(entry, index + 1))
+        except ValueError as error:
+            problems.add(f"{place}[{index}]", str(error))
+    found = tuple(key for key in keys if key)
+    for label, count in collections.Counter(key.label for key in found).items():
+        if count > 1:
+            problems.add(place, f"two keys are labelled {label}")
+    return found
+
+
+def check_routes(config: Config, problems: Problems) -> None:
+    """Every provider that a route names must exist."""
+    for pattern, names in config.routes.items():
+        for name in names:
+            if name not in config.providers:
+                problems.add(
+                    join("routes", pattern),
+                    f"there is no provider {name}{suggestion(name, config.providers)}",
+                )
+
+
+def check_aliases(config: Config, problems: Problems) -> None:
+    """Every alias must end at a provider."""
+    for alias in config.aliases:
+        for name in config.aliases[alias]:
+            try:
+                dangling = not follow(config, name, (alias,))
+            except ValueError as error:
+                problems.add(join("aliases", alias), str(error))
+                break
+            if dangling:
+                known = [*config.aliases, *config.routes]
+                problems.add(
+                    join("aliases", alias),
+                    f"{name} is neither an alias, nor matches a route, nor names a provider{suggestion(name, known)}",
+                )
+
+
+def start_obstacle(config: Config) -> str:
+    """Why the relay must not start with this configuration, or nothing: what listens beyond this
+    machine needs a credential that can't be guessed."""
+    if is_loopback(config.server.host):
+        return ""
+    keys = config.server.access_keys
+    strong = bool(keys) and all(len(key.reveal()) >= OPEN_ACCESS_KEY_CHARACTERS for key in keys)
+    if strong or (config.server.jwt_secret and not keys):
+        return ""
+    return (
+        f"server.host: {config.server.host} is open to others: set server.access_key "
+        f"({OPEN_ACCESS_KEY_CHARACTERS} characters or more) or server.jwt_secret, or use 127.0.0.1"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the host can be reached from this machine only."""
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+# ==== Auth =======================================================================================
+#
+# A caller shows a token in `Authorization: Bearer` or `x-api-key`, or different ones in both; one that
+# is valid suffices. JSON Web Tokens follow RFC 7519 with the algorithm fixed to HS256: it is compared
+# with the token's word and never taken from it. Passwords are kept as scrypt hashes (RFC 7914).
+
+
+class Caller(NamedTuple):
+    """Who makes a request."""
+
+    name: str
+    admin: bool  # shows an access key of the owner
+    user: User | None  # the entry of relay.json, when there is one
+
+
+class TokenError(Unauthenticated):
+    """A JWT that isn't accepted."""
+
+
+class MalformedToken(TokenError):
+    """Not three canonical base64url parts of JSON objects."""
+
+
+class WrongAlgorithm(TokenError):
+    """Signed with something else than HS256, or with demands that nobody here understands."""
+
+
+class BadSignature(TokenError):
+    """Not signed with this relay's jwt_secret."""
+
+
+class ExpiredToken(TokenError):
+    """Its `exp` has passed, or it has none."""
+
+
+class ImmatureToken(TokenError):
+    """Its `nbf` or `iat` is in the future."""
+
+
+class BadClaim(TokenError):
+    """A claim is of the wrong type, or not for this use."""
+
+
+SCRYPT_HASH = re.compile(
+    r"scrypt\$([0-9]{1,7})\$([0-9]{1,2})\$([0-9]{1,2})\$([A-Za-z0-9_-]{16,})\$([A-Za-z0-9_-]{22,})"
+)
+# The cost that RFC 7914 §2 calls interactive: 16 MiB and some 50 ms for each try.
+SCRYPT_COST, SCRYPT_BLOCK, SCRYPT_PARALLEL = 2**14, 8, 1
+# Nobody's password; checking it takes as long as checking a real one.
+DUMMY_HASH = f"scrypt${SCRYPT_COST}${SCRYPT_BLOCK}${SCRYPT_PARALLEL}${'A' * 22}${'A' * 43}"
+
+
+def base64url(data: bytes) -> str:
+    """RFC 7515 §2: base64 for URLs without padding."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def from_base64url(part: str) -> bytes:
+    """The bytes of an unpadded base64url text; raises ValueError unless it is the only spelling of them."""
+    data = base64.b64decode(part.encode("ascii") + b"=" * (-len(part) % 4), altchars=b"-_", validate=True)
+    if base64url(data) != part:
+        raise ValueError("not canonical")
+    return data
+
+
+def signature(signed: str, secret: str) -> bytes:
+    """HS256 of RFC 7518 §3.2 over the first two parts of a token."""
+    return hmac.new(secret.encode("utf-8"), signed.encode("ascii"), hashlib.sha256).digest()
+
+
+def sign_token(claims: Mapping[str, Any], secret: str) -> str:
+    """The JWT with these claims."""
+    parts = ({"alg": "HS256", "typ": "JWT"}, claims)
+    signed = ".".join(base64url(json.dumps(part, separators=(",", ":")).encode()) for part in parts)
+    return f"{signed}.{base64url(signature(signed, secret))}"
+
+
+def verify_token(token: str, secret: str, now: float) -> JsonDict:
+    """The claims of a JWT signed with the secret and valid at `now` (seconds since 1970). Raises a
+    TokenError that says why it isn't."""
+    signed, _, given = token.rpartition(".")
+    try:
+        header, claims = (parse_json(from_base64url(part).decode("utf-8")) for part in signed.split("."))
+        signature_given = from_base64url(given)
+    except ValueError:
+        raise MalformedToken("the token is no access key, and not a well-formed JWT either") from None
+    if not isinstance(header, JsonObject) or not isinstance(claims, JsonObject) or header.repeated or claims.repeated:
+        raise MalformedToken("the token's header and claims must be JSON objects without repeated names")
+    if header.get("alg") != "HS256" or "crit" in header:
+        raise WrongAlgorithm("the token must be signed with HS256 and have no critical extensions")
+    if not hmac.compare_digest(signature(signed, secret), signature_given):
+        raise BadSignature("the token's signature is wrong")
+    check_expiry(claims, now)
+    check_start(claims, now)
+    return claims
+
+
+def check_expiry(claims: JsonDict, now: float) -> None:
+    """`exp` must be there, and ahead."""
+    if now >= numeric_date(claims, "exp", 0):
+        raise ExpiredToken("the token has expired, or has no `exp`")
+
+
+def check_start(claims: JsonDict, now: float) -> None:
+    """`nbf` and `iat`, where given, must have come, give or take the leeway."""
+    for name in ("nbf", "iat"):
+        if numeric_date(claims, name, now) > now + LEEWAY_SECONDS:
+            raise ImmatureToken(f"the token's `{name}` is in the future")
+
+
+def numeric_date(claims: JsonDict, name: str, default: float) -> float:
+    """A claim that is a NumericDate (RFC 7519 §2)."""
+    value = claims.get(name, default)
+    # The bounds refuse NaN, infinities and integers that no float can hold.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e15 < value < 1e15:
+        raise BadClaim(f"the token's `{name}` must be a number")
+    return value
+
+
+def subject(claims: JsonDict, kind: str, users: Mapping[str, User]) -> str:
+    """Whom a token of this type ("access" or "refresh") stands for; a token without type is for access."""
+    name = claims.get("sub")
+    if claims.get("type", "access") != kind:
+        raise BadClaim(f"this needs a token of the type {kind}")
+    if not isinstance(name, str) or not name or (users and name not in users):
+        raise BadClaim("the token's `sub` is not a user of this relay")
+    return name
+
+
+def identify(tokens: Sequence[str], config: Config, now: float) -> Caller:
+    """The caller that shows these tokens, one of which must be valid. Raises Unauthenticated."""
+    problem = Unauthenticated("a token is needed: send `Authorization: Bearer TOKEN` or `x-api-key: TOKEN`")
+    for token in tokens:
+        if is_access_key(token, config.server.access_keys):
+            return Caller("admin", True, None)
+        if config.server.jwt_secret is None:
+            problem = Unauthenticated("the token is not an access key of this relay")
+            continue
+        try:
+            claims = verify_token(token, config.server.jwt_secret.reveal(), now)
+            name = subject(claims, "access", config.users)
+            return Caller(name, False, config.users.get(name))
+        except TokenError as error:
+            problem = error
+    raise problem
+
+
+def is_access_key(token: str, keys: Sequence[Secret]) -> bool:
+    """Whether the token is one of the keys; every key is compared, in constant time."""
+    given = token.encode("utf-8", "surrogateescape")
+    return any([hmac.compare_digest(given, key.reveal().encode("utf-8", "surrogatepass")) for key in keys])
+
+
+def issue_tokens(name: str, secret: str, now: float) -> JsonDict:
+    """What a login answers: a token pair in the shape of OAuth 2.0 (RFC 6749 §5.1), and the user."""
+
+    def token(kind: str, seconds: int) -> str:
+        claims = {
+            "sub": name,
+            "type": kind,
+            "iat": int(now),
+            "exp": int(now) + seconds,
+            "jti": os.urandom(9).hex(),
+        }
+        return sign_token(claims, secret)
+
+    return {
+        "access_token": token("access", ACCESS_TOKEN_SECONDS),
+        "refresh_token": token("refresh", REFRESH_TOKEN_SECONDS),
+        "token_type": "bearer",
+        "expires_in": ACCESS_TOKEN_SECONDS,
+        "user": {"username": name},
+    }
+
+
+def scrypt(password: str, salt: bytes, cost: int, block: int, parallel: int) -> bytes:
+    """The 32-byte scrypt hash. Raises ValueError for parameters that need over 64 MiB."""
+    if not hasattr(hashlib, "scrypt"):
+        raise ValueError("this Python was built without scrypt (OpenSSL 1.1 or later)")
+    return hashlib.scrypt(
+        password.encode("utf-8", "surrogatepass"),
+        salt=salt,
+        n=cost,
+        r=block,
+        p=parallel,
+        maxmem=64 * 1024 * 1024,
+        dklen=32,
+    )
+
+
+def hash_password(password: str) -> str:
+    """scrypt$N$r$p$SALT$HASH, salt and hash in base64url, for `users.NAME.password`."""
+    salt = os.urandom(16)
+    digest = scrypt(password, salt, SCRYPT_COST, SCRYPT_BLOCK, SCRYPT_PARALLEL)
+    return f"scrypt${SCRYPT_COST}${SCRYPT_BLOCK}${SCRYPT_PARALLEL}${base64url(salt)}${base64url(digest)}"
+
+
+def check_password(password: str, hashed: str) -> bool:
+    """Whether the hash is this password's; False for a hash that isn't one."""
+    match = SCRYPT_HASH.fullmatch(hashed)
+    if not match:
+        return False
+    try:
+        salt, digest = from_base64url(match[4]), from_base64url(match[5])
+        found = scrypt(password, salt, int(match[1]), int(match[2]), int(match[3]))
+    except ValueError:
+        return False
+    return hmac.compare_digest(found, digest)
+
+
+class Throttle:
+    """At most so many events within any `period_seconds`, for each name. Thread-safe."""
+
+    def __init__(self, period_seconds: float = 60.0) -> None:
+        self._period = period_seconds
+        self._lock = threading.Lock()  # guards _times
+        self._times: dict[str, collections.deque[float]] = {}
+
+    def wait_seconds(self, name: str, limit: int, now: float) -> float:
+        """0.0 if the event may happen, which counts it; else the seconds until the next one may."""
+        with self._lock:
+            times = self._times.setdefault(name, collections.deque())
+            while times and times[0] <= now - self._period:
+                times.popleft()
+            if len(times) >= limit:
+                return times[0] + self._period - now
+            times.append(now)
+            if len(self._times) > 10_000:
+                self._forget(now)
+            return 0.0
+
+    def _forget(self, now: float) -> None:
+        """Drops the names of which nothing happened lately: invented ones must not fill the memory."""
+        self._times = {name: times for name, times in self._times.items() if times and times[-1] > now - self._period}
+
+
+# ==== Routing ====================================================================================
+
+
+class Target(NamedTuple):
+    """A provider, and the name of the model as it is sent there."""
+
+    provider: Provider
+    model: str
+
+
+def resolve(config: Config, name: str) -> list[Target]:
+    """The targets of a model name, in order of preference: `name@provider`, an alias, or the first
+    route that matches. Raises NotFound with the names that are close."""
+    targets = follow(config, name, ())
+    if not targets:
+        import difflib
+
+        known = [*config.aliases, *(pattern for pattern in config.routes if "*" not in pattern), *ECHO_MODELS]
+        close = difflib.get_close_matches(name, known, 3) or sorted([*config.aliases, *config.routes])[:8]
+        raise NotFound(f"no route for the model {name!r}; this relay knows {', '.join(close)}", "no_route")
+    return list(dict.fromkeys(targets))
+
+
+def follow(config: Config, name: str, passed: tuple[str, ...]) -> list[Target]:
+    """The targets of a name reached through the aliases `passed`. Raises ValueError for a cycle."""
+    base, _, provider = name.rpartition("@")
+    if base and provider in config.providers:
+        return [Target(config.providers[provider], base)]
+    if name in passed:
+        raise ValueError(f"the aliases {' -> '.join([*passed, name])} go round in a circle")
+    if name in config.aliases:
+        return [target for next_name in config.aliases[name] for target in follow(config, next_name, (*passed, name))]
+    for pattern, providers in config.routes.items():
+        if matches_any(name, [pattern]):
+            return without_stand_in([Target(config.providers[provider], name) for provider in providers])
+    return []
+
+
+def without_stand_in(targets: list[Target]) -> list[Target]:
+    """The targets of a route without echo, when another one is usable: echo shows a newcomer without any
+    key that all works, and must never answer for a provider that has failed."""
+    real = [target for target in targets if target.provider.format != "echo"]
+    return real if any(target.provider.usable for target in real) else targets
+
+
+def asked_name(config: Config, name: str) -> str:
+    """The name that a user's `models` are checked against: without the @provider that it picks."""
+    base, _, provider = name.rpartition("@")
+    return base if base and provider in config.providers else name
+
+
+def targets_for(config: Config, name: str, dialect: str) -> list[Target]:
+    """The usable targets of a model that speak the dialect, in order of preference.
+
+    Raises NotFound when no route leads to one, and Unavailable when none of them has a key."""
+    targets = resolve(config, name)
+    speaking = [target for target in targets if target.provider.format in (dialect, "echo")]
+    if not speaking:
+        other = "/v1/chat/completions" if dialect == "anthropic" else "/v1/messages"
+        raise NotFound(
+            f"the model {name!r} is served by {targets[0].provider.name}, which speaks the other format: use {other}",
+            "other_format",
+        )
+    serving = [target for target in speaking if target.provider.serves(target.model)]
+    if not serving:
+        raise NotFound(f"the `models` of {speaking[0].provider.name} don't admit {speaking[0].model!r}", "no_route")
+    usable = [target for target in serving if target.provider.usable]
+    if not usable:
+        raise not_usable(serving[0].provider)
+    return usable
+
+
+def first_provider(config: Config, dialect: str) -> Provider:
+    """The first usable provider of a format, else echo. Raises Unavailable, or NotFound if there is none."""
+    speaking = [provider for provider in config.providers.values() if provider.format == dialect]
+    echoes = [provider for provider in config.providers.values() if provider.format == "echo"]
+    for provider in (*speaking, *echoes):
+        if provider.usable:
+            return provider
+    if speaking:
+        raise not_usable(speaking[0])
+    raise NotFound(f"no provider of the format {dialect} is configured", "no_provider")
+
+
+def not_usable(provider: Provider) -> Unavailable:
+    """The error for a provider that requests can't be sent to."""
+    problem = (
+        "has no key; set one in relay.json or its environment" if provider.enabled else "is disabled in relay.json"
+    )
+    return Unavailable(f"the provider {provider.name} {problem}", "provider_has_no_key", wait_seconds=60)
+
+
+# ==== Key pool ===================================================================================
+#
+# What is known of keys that failed. Cooling is a preference and never a ban: candidates that aren't
+# cooling come first, then the one that is back soonest, so that a relay with one key answers exactly as
+# its provider would.
+#
+#   429            the key, until retry-after or for `cooldown`
+#   401, 402       the key, for ten times `cooldown`
+#   403, 5xx, 529  the key with this model, for a second, doubling up to `cooldown`
+#   no connection  the provider, for a second, doubling up to `cooldown`
+#   anything else  says nothing about a key; the first success clears all of it
+
+
+class Candidate(NamedTuple):
+    """A target with the key to use; `key` is None for a provider that takes none."""
+
+    target: Target
+    key: ProviderKey | None
+
+    @property
+    def label(self) -> str:
+        return self.key.label if self.key else ""
+
+
+class Cooling:
+    """Until when something is avoided, and how often in a row it failed."""
+
+    __slots__ = ("failures", "until")
+
+    def __init__(self) -> None:
+        self.until = 0.0
+        self.failures = 0
+
+    def back_off(self, cooldown: float, now: float) -> None:
+        """Doubles the pause; failures of requests that were under way together count once."""
+        if self.until <= now:
+            self.failures += 1
+            self.until = now + min(cooldown, 2.0 ** min(self.failures - 1, 20))
+
+
+QUARANTINE_FACTOR = 10
+QUARANTINED = frozenset({401, 402})
+BACKED_OFF = frozenset({403, 500, 502, 503, 504, 529})
+# Cooling entries name models, which clients may invent.
+COOLING_ENTRIES = 10_000
+
+
+class KeyPool:
+    """Puts candidates in order and remembers how they fared. Thread-safe; outlives a reload."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self._chance = chance
+        self._lock = threading.Lock()  # guards _cooling and _turns
+        self._cooling: dict[tuple[object, ...], Cooling] = {}
+        self._turns: collections.Counter[str] = collections.Counter()
+
+    def order(self, targets: Iterable[Target], session: str, now: float) -> list[Candidate]:
+        """All candidates of the targets, the one to try first at the head."""
+        candidates = [
+            Candidate(target, key) for target in targets for key in self._keys_in_turn(target.provider, session)
+        ]
+        with self._lock:
+            if not self._cooling:
+                return candidates
+            back = {candidate: self._back_at(candidate) for candidate in candidates}
+        return sorted(candidates, key=lambda candidate: max(back[candidate], now))
+
+    def _keys_in_turn(self, provider: Provider, session: str) -> Sequence[ProviderKey | None]:
+        """The keys of a provider in the order of its strategy."""
+        keys = provider.keys
+        if keys is None:
+            return (None,)
+        if len(keys) < 2 or provider.key_strategy == "fill-first":
+            return keys
+        if provider.key_strategy == "round-robin":
+            with self._lock:
+                turn = self._turns[provider.name] % len(keys)
+                self._turns[provider.name] += 1
+            return (*keys[turn:], *keys[:turn])
+        # The other strategies draw lots that are weighted in one step (Efraimidis and Spirakis): the key
+        # with the largest lot**(1/weight) wins. `sticky` lets a hash of session and key draw, which is
+        # rendezvous hashing: a key that comes or goes moves no session between the others.
+        return sorted(keys, key=lambda key: -(self._lot(provider, key, session) ** (1 / key.weight)))
+
+    def _lot(self, provider: Provider, key: ProviderKey, session: str) -> float:
+        """A number between 0 and 1; `random` is the strategy that leaves weights alone."""
+        if provider.key_strategy == "sticky":
+            digest = hashlib.sha256(f"{session}\0{key.label}".encode("utf-8", "surrogatepass")).digest()
+            return int.from_bytes(digest[:7], "big") / 2**56
+        lot = self._chance.random()
+        return lot if provider.key_strategy == "weighted" else lot**key.weight
+
+    def _back_at(self, candidate: Candidate) -> float:
+        """When the candidate is wanted again."""
+        return max(
+            (self._cooling[name].until for name in cooling_names(candidate) if name in self._cooling),
+            default=0.0,
+        )
+
+    def succeeded(self, candidate: Candidate) -> None:
+        """Forgets what was held against the candidate."""
+        if self._cooling:
+            with self._lock:
+                for name in cooling_names(candidate):
+                    self._cooling.pop(name, None)
+
+    def failed(self, candidate: Candidate, status: int, retry_after: float | None, now: float) -> None:
+        """Notes an answer with a status of failure."""
+        cooldown = candidate.target.provider.cooldown
+        _, key, key_and_model = cooling_names(candidate)
+        with self._lock:
+            if status == 429:
+                self._entry(key, now).until = now + (cooldown if retry_after is None else retry_after)
+            elif status in QUARANTINED:
+                self._entry(key, now).until = now + QUARANTINE_FACTOR * cooldown
+            elif status in BACKED_OFF:
+                self._entry(key_and_model, now).back_off(cooldown, now)
+
+    def unreachable(self, provider: Provider, now: float) -> None:
+        """Notes a connection that failed."""
+        with self._lock:
+            self._entry((provider.name,), now).back_off(provider.cooldown, now)
+
+    def _entry(self, name: tuple[object, ...], now: float) -> Cooling:
+        if len(self._cooling) > COOLING_ENTRIES:
+            self._cooling = {other: entry for other, entry in self._cooling.items() if entry.until > now}
+        return self._cooling.setdefault(name, Cooling())
+
+
+def cooling_names(candidate: Candidate) -> tuple[tuple[object, ...], ...]:
+    """Under what the failures of a candidate are kept: its provider, its key, its key with its model."""
+    provider = candidate.target.provider.name
+    secret = candidate.key.secret if candidate.key else None
+    return (provider,), (provider, secret), (provider, secret, candidate.target.model)
+
+
+# ==== Wire rules =================================================================================
+#
+# HTTP/1.1 messages as bytes, by RFC 9112 read strictly: what one neighbour may read differently from
+# the other is refused. Lines end in CRLF and in nothing else; no name, length or chunk size is guessed.
+# Heads are text in Latin-1, which maps every byte to one character and back; bodies stay bytes.
+
+# One header field a line: no space before the colon, no folded line, no control byte but the tab. The
+# expression can't backtrack: each part ends where the next can begin. (^ follows LF only, and bare LF
+# is no part of a value, so as many matches as there are LFs prove that every line is one.)
+FIELD_LINE = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r\n", re.MULTILINE)
+REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
+AUTHORITY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
+
+HOP_BY_HOP = FRAMING_HEADERS | {"proxy-connection", "proxy-authorization", "proxy-authenticate"}
+# What the relay sets itself, or keeps to itself.
+REQUEST_HEADERS_KEPT_BACK = HOP_BY_HOP | {
+    "host",
+    "authorization",
+    "x-api-key",
+    "cookie",
+    "expect",
+    "accept-encoding",
+}
+# Under another spelling these would slip past a rule here and be understood by a server behind
+# (a CGI-style server reads _ as -).
+GUARDED_HEADERS = HOP_BY_HOP | {"host", "authorization", "x-api-key", "cookie", "expect"}
+# A cookie of the provider is of no use to a client of the relay; its x-monorelay-* would be mistaken for ours.
+ANSWER_HEADERS_KEPT_BACK = HOP_BY_HOP | {
+    "set-cookie", "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts", "x-monorelay-error",
+}  # fmt: skip
+# What scripts in a browser may read of an answer, besides anthropic-ratelimit-*.
+EXPOSED_HEADERS = (
+    "request-id", "x-request-id", "retry-after",
+    "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts", "x-monorelay-error",
+)  # fmt: skip
+
+
+class Headers:
+    """Header fields as they stood in a head, with a look-up that ignores case."""
+
+    __slots__ = ("_index", "pairs")
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = pairs
+        self._index: dict[str, list[str]] = {}
+        for name, value in pairs:
+            self._index.setdefault(name.lower(), []).append(value)
+
+    def get(self, name: str, default: str = "") -> str:
+        """The first value of a field, by its lower-case name."""
+        values = self._index.get(name)
+        return values[0] if values else default
+
+    def all(self, name: str) -> list[str]:
+        """Every value of a field, by its lower-case name."""
+        return self._index.get(name, [])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._index
+
+    def names(self) -> Iterable[str]:
+        """The lower-case names, each once."""
+        return self._index.keys()
+
+    def elements(self, name: str) -> list[str]:
+        """The comma-separated elements of all fields of the name, in lower case."""
+        return [element.strip().lower() for value in self.all(name) for element in value.split(",") if element.strip()]
+
+
+class RequestHead(NamedTuple):
+    """The head of a request. `path` and `query` are as sent, percent-encoded; `query` has no `?`."""
+
+    method: str
+    path: str
+    query: str
+    version: int  # the minor version: 1 of HTTP/1.1
+    fields: Headers
+    body_length: int | None  # None: chunked
+
+    @property
+    def headers(self) -> Pairs:
+        return self.fields.pairs
+
+    @property
+    def keep_alive(self) -> bool:
+        """Whether the client wants to use the connection again (RFC 9112 §9.3)."""
+        options = self.fields.elements("connection")
+        return "close" not in options and (self.version >= 1 or "keep-alive" in options)
+
+
+class ResponseHead(NamedTuple):
+    """The head of an upstream's answer."""
+
+    status: int
+    reason: str
+    version: int
+    fields: Headers
+
+    @property
+    def headers(self) -> Pairs:
+        return self.fields.pairs
+
+
+def head_length(data: bytes) -> int:
+    """How many bytes at the start of `data` are a whole request head; 0 while it isn't whole.
+
+    Raises MalformedRequest as soon as it can't become one: too long, or with a line end that isn't CRLF."""
+    end = data.find(b"\r\n\r\n")
+    size = end + 4 if end >= 0 else len(data)
+    if size > REQUEST_LINE_BYTES:
+        line_end = data.find(b"\r\n", 0, REQUEST_LINE_BYTES + 2)
+        if line_end < 0 or line_end > REQUEST_LINE_BYTES:
+            raise MalformedRequest(f"the request line is longer than {REQUEST_LINE_BYTES} bytes", 414)
+    if size > REQUEST_HEAD_BYTES:
+        raise MalformedRequest(f"the request head is longer than {REQUEST_HEAD_BYTES} bytes", 431)
+    if end < 0 and data.count(b"\n") != data.count(b"\r\n"):
+        raise MalformedRequest("a line of the request head ends in LF alone")
+    return size if end >= 0 else 0
+
+
+def parse_request_head(data: bytes) -> RequestHead:
+    """The request head that `data` is, up to and with its empty line. Raises MalformedRequest."""
+    line, _, block = data.decode("latin-1").partition("\r\n")
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise MalformedRequest("the request line must read METHOD TARGET HTTP/1.1, each separated by one space")
+    method, target, major, minor = match.groups()
+    if major != "1":
+        raise MalformedRequest(f"HTTP/{major}.{minor} is not spoken here; use HTTP/1.1")
+    fields = Headers(parse_fields(block[:-2]))
+    version = int(minor)
+    check_host(fields, version)
+    check_spellings(fields)
+    path, query = split_target(method, target)
+    return RequestHead(method, path, query, version, fields, request_body_length(fields, version))
+
+
+def parse_fields(block: str) -> Pairs:
+    """The fields of a block of lines that each end in CRLF. Raises MalformedRequest."""
+    lines = block.count("\n")
+    if lines > REQUEST_HEAD_FIELDS:
+        raise MalformedRequest(f"the request has more than {REQUEST_HEAD_FIELDS} header fields", 431)
+    pairs = FIELD_LINE.findall(block)
+    if len(pairs) != lines or block.count("\r") != lines:
+        raise MalformedRequest("a header line must read NAME: VALUE, without control bytes and ended by CRLF")
+    return [(name, value.rstrip(" \t")) for name, value in pairs]
+
+
+def split_target(method: str, target: str) -> tuple[str, str]:
+    """Path and query of a request target. The host of an absolute one is dropped: it chooses nothing."""
+    if target.startswith(("http://", "https://")):
+        target = re.sub(r"^https?://[^/?]*/?", "/", target)
+    if method == "CONNECT" or target == "*":
+        return target, ""
+    if not target.startswith("/") or "#" in target:
+        raise MalformedRequest("the request target must be a path that begins with / and has no fragment")
+    path, _, query = target.partition("?")
+    return path, query
+
+
+def check_host(fields: Headers, version: int) -> None:
+    """RFC 9112 §3.2: exactly one Host in HTTP/1.1, at most one in 1.0, and well-formed."""
+    hosts = fields.all("host")
+    if len(hosts) > 1 or (version >= 1 and not hosts):
+        raise MalformedRequest("a request needs exactly one Host header")
+    if hosts and hosts[0] and not AUTHORITY.fullmatch(hosts[0]):
+        raise MalformedRequest("the Host header is malformed")
+
+
+def check_spellings(fields: Headers) -> None:
+    """Refuses `content_length` and its like: names that another server may read as a guarded one."""
+    for name in fields.names():
+        if ("_" in name or "." in name) and name.replace("_", "-").replace(".", "-") in GUARDED_HEADERS:
+            raise MalformedRequest(f"the header {name} could be mistaken for another; spell it with -")
+
+
+def request_body_length(fields: Headers, version: int) -> int | None:
+    """The length of a request's body, None when it is chunked (RFC 9112 §6). Raises MalformedRequest."""
+    codings, lengths = fields.all("transfer-encoding"), fields.all("content-length")
+    if codings:
+        if lengths:
+            raise MalformedRequest("Content-Length and Transfer-Encoding exclude each other")
+        if len(codings) > 1 or codings[0].lower() != "chunked" or version == 0:
+            raise MalformedRequest("the only Transfer-Encoding is `chunked`, once, in HTTP/1.1")
+        return None
+    if len(lengths) > 1 or (lengths and not CONTENT_LENGTH.fullmatch(lengths[0])):
+        raise MalformedRequest("Content-Length must be given once, as a number")
+    return int(lengths[0]) if lengths else 0
+
+
+def parse_response_head(data: bytes) -> ResponseHead:
+    """The head of an answer, up to and with its empty line. Raises FramingError."""
+    line, _, block = data.decode("latin-1").partition("\r\n")
+    match = STATUS_LINE.fullmatch(line)
+    if not match:
+        raise FramingError("the status line is malformed")
+    block = block[:-2]
+    pairs = FIELD_LINE.findall(block)
+    if len(pairs) != block.count("\n") or len(pairs) != block.count("\r"):
+        raise FramingError("a header line is malformed")
+    fields = Headers([(name, value.rstrip(" \t")) for name, value in pairs])
+    return ResponseHead(int(match[2]), match[3] or "", int(match[1]), fields)
+
+
+class LengthDecoder:
+    """Reads a body of a known length. `finished` tells that it is whole, `rest` holds what follows it."""
+
+    __slots__ = ("finished", "remaining", "rest")
+
+    def __init__(self, length: int) -> None:
+        self.remaining = length
+        self.finished = length == 0
+        self.rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """The part of `data` that belongs to the body."""
+        if len(data) > self.remaining:
+            data, self.rest = data[: self.remaining], data[self.remaining :]
+        self.remaining -= len(data)
+        self.finished = self.remaining == 0
+        return data
+
+
+class CloseDecoder:
+    """Reads a body that ends with the connection; whether it is whole, nobody can know."""
+
+    __slots__ = ("finished", "rest")
+
+    def __init__(self) -> None:
+        self.finished = False
+        self.rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """All of it."""
+        return data
+
+
+class ChunkedDecoder:
+    """Reads a chunked body (RFC 9112 §7.1). Extensions and trailer fields are checked and dropped."""
+
+    __slots__ = ("_buffer", "_chunk", "_limit", "finished", "rest")
+
+    def __init__(self, trailer_bytes: int = REQUEST_HEAD_BYTES) -> None:
+        self._buffer = b""  # framing that isn't whole yet
+        self._chunk = 0  # bytes still to come of the current chunk, with the CRLF behind it
+        self._limit = trailer_bytes
+        self.finished = False
+        self.rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """The content in the next bytes of the body. Raises FramingError."""
+        parts = []
+        position = 0
+        if self._buffer:
+            data, self._buffer = self._buffer + data, b""
+        size = len(data)
+        while position < size:
+            if self._chunk:
+                end = position + self._chunk
+                if size >= end:
+                    if data[end - 2 : end] != b"\r\n":
+                        raise FramingError("a chunk is not ended by CRLF")
+                    parts.append(data[position : end - 2])
+                    position, self._chunk = end, 0
+                    continue
+                # The CRLF behind the chunk, or half of it, isn't content.
+                content = data[position : end - 2]
+                parts.append(content)
+                self._chunk -= len(content)
+                self._buffer = data[position + len(content) :]
+                break
+            match = CHUNK_SIZE.match(data, position)
+            if not match:
+                self._buffer = self._partial_size_line(data[position:])
+                break
+            length = int(match[1], 16)
+            if length == 0:
+                self._end(data, match.start(), match.end())
+                break
+            position, self._chunk = match.end(), length + 2
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _partial_size_line(self, line: bytes) -> bytes:
+        """The line, if more bytes can make it a size line; keeps what has come of the last chunk's."""
+        if (
+            b"\n" in line
+            or len(line) > CHUNK_LINE_BYTES
+            or not re.match(rb"[0-9A-Fa-f]{1,15}([ \t]*;|[ \t]*\r?$)", line)
+        ):
+            raise FramingError("a chunk size is malformed")
+        return line
+
+    def _end(self, data: bytes, start: int, position: int) -> None:
+        """Looks for the end of the trailer section that begins at `position`."""
+        if data.startswith(b"\r\n", position):
+            self.finished, self.rest = True, data[position + 2 :]
+            return
+        end = data.find(b"\r\n\r\n", position)
+        trailers = data[position : end + 2 if end >= 0 else len(data)]
+        whole = trailers[: trailers.rfind(b"\n") + 1].decode("latin-1")
+        lines = whole.count("\n")
+        if len(trailers) > self._limit or len(FIELD_LINE.findall(whole)) != lines or whole.count("\r") != lines:
+            raise FramingError("the trailer section is malformed")
+        if end >= 0:
+            self.finished, self.rest = True, data[end + 4 :]
+        else:
+            self._buffer = data[start:]
+
+
+Decoder = Union[LengthDecoder, CloseDecoder, ChunkedDecoder]
+
+
+def answer_decoder(head: ResponseHead, method: str) -> Decoder:
+    """What reads the body of an answer (RFC 9112 §6.3). Raises FramingError for contradictory framing."""
+    if method == "HEAD" or head.status in (204, 304):
+        return LengthDecoder(0)
+    codings, lengths = head.fields.elements("transfer-encoding"), set(head.fields.all("content-length"))
+    if codings:
+        if codings != ["chunked"] or lengths or head.version == 0:
+            raise FramingError("the framing is contradictory")
+        return ChunkedDecoder(ANSWER_HEAD_BYTES)
+    if not lengths:
+        return CloseDecoder()
+    length = lengths.pop()
+    if lengths or not CONTENT_LENGTH.fullmatch(length):
+        raise FramingError("the Content-Length is malformed")
+    return LengthDecoder(int(length))
+
+
+def chunk(data: bytes) -> bytes:
+    """The data as one chunk, nothing for no data (an empty chunk would end the body)."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def is_safe_path(path: str) -> bool:
+    """Whether no server behind can take the path for another one, decoded once or twice."""
+    once = unquote_to_bytes(path)
+    for form in (path.encode("latin-1"), once, unquote_to_bytes(once)):
+        if b"//" in form or b"\\" in form or re.search(rb"[\x00-\x20\x7f]", form):
+            return False
+        if {b".", b".."} & set(form.split(b"/")):
+            return False
+    return True
+
+
+def end_to_end(fields: Headers, kept_back: Iterable[str]) -> Pairs:
+    """The fields to pass on: neither kept back, nor declared hop-by-hop by Connection."""
+    hidden = set(kept_back)
+    if "connection" in fields:
+        hidden.update(fields.elements("connection"))
+    return [pair for pair in fields.pairs if pair[0].lower() not in hidden]
+
+
+def upstream_fields(
+    head: RequestHead,
+    provider: Provider,
+    key: ProviderKey | None,
+    body_length: int | None,
+    recoded: bool,
+) -> Pairs:
+    """The header fields for the provider: the client's, with the relay's credential in place of its own.
+
+    `body_length` is None for a body whose length isn't known; a `recoded` body has lost its content-encoding."""
+    kept_back = REQUEST_HEADERS_KEPT_BACK | {"content-encoding"} if recoded else REQUEST_HEADERS_KEPT_BACK
+    fields = [("Host", provider.origin.partition("://")[2])]
+    fields += end_to_end(head.fields, kept_back)
+    fields.append(("Accept-Encoding", "identity"))
+    if provider.format == "anthropic" and "anthropic-version" not in head.fields:
+        fields.append(("anthropic-version", DEFAULT_ANTHROPIC_VERSION))
+    if key:
+        secret = key.secret.reveal()
+        fields.append(
+            ("x-api-key", secret) if provider.auth_header == "x-api-key" else ("Authorization", f"Bearer {secret}")
+        )
+    for name, value in provider.headers:
+        fields = [pair for pair in fields if pair[0].lower() != name.lower()]
+        if value is not None:
+            fields.append((name, value))
+    if body_length is None:
+        fields.append(("Transfer-Encoding", "chunked"))
+    elif body_length or head.method in ("POST", "PUT", "PATCH"):
+        fields.append(("Content-Length", str(body_length)))
+    return fields
+
+
+def head_bytes(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
+    """A head on the wire."""
+    lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+    return f"{first_line}\r\n{lines}\r\n".encode("latin-1")
+
+
+def header_text(value: str) -> str:
+    """Text from outside made fit for a header value: what isn't printable ASCII is percent-encoded."""
+    return (
+        value
+        if value.isascii() and value.isprintable()
+        else quote(value, safe=" !#$&'()*+,/:;=?@[]%", errors="replace")
+    )
+
+
+def retry_after_seconds(value: str, now: float) -> float | None:
+    """What `retry-after` asks for: seconds, fractions too, or an HTTP date (RFC 9110 §10.2.3), compared
+    with `now` (seconds since 1970). None when it is absent, malformed, or not within an hour."""
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+        seconds = float(value)
+    else:
+        import email.utils
+
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
+        except (TypeError, ValueError, IndexError, OverflowError):
+            return None
+    return seconds if 0 <= seconds <= RETRY_AFTER_LIMIT_SECONDS else None
+
+
+# Answers after which another key or target is tried. 400, 404, 413 and 422 are about the request, and
+# would be the same anywhere; 402 is about the key, but asks its owner to act.
+RETRIED_STATUSES = frozenset({401, 403, 429, 500, 502, 503, 504, 529})
+
+
+def cors_fields(origins: Sequence[str], request: Headers, answer: Iterable[tuple[str, str]] = ()) -> Pairs:
+    """What lets a browser's script read an answer (https://fetch.spec.whatwg.org/#http-cors-protocol);
+    nothing unless the origin is one of the allowed ones."""
+    origin = request.get("origin")
+    if not origin or not ("*" in origins or origin in origins):
+        return []
+    exposed = [
+        *EXPOSED_HEADERS,
+        *(name for name, _ in answer if name.lower().startswith("anthropic-ratelimit-")),
+    ]
+    return [
+        ("access-control-allow-origin", "*" if "*" in origins else origin),
+        ("access-control-expose-headers", ", ".join(exposed)),
+        ("vary", "Origin"),
+    ]
+
+
+def preflight_fields(request: Headers) -> Pairs:
+    """What answers a preflight: all methods and the headers asked for, for a day."""
+    return [
+        ("access-control-allow-methods", "GET, HEAD, POST, PUT, PATCH, DELETE"),
+        ("access-control-allow-headers", request.get("access-control-request-headers") or "*"),
+        ("access-control-max-age", "86400"),
+    ]
+
+
+# What stands at which path: the methods, and the handler's method that answers.
+ENDPOINTS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "/": (("HEAD",), "alive"),
+    "/api/hello": (("HEAD",), "alive"),
+    "/health": (("GET", "HEAD"), "health"),
+    "/api/auth/login": (("POST",), "login"),
+    "/api/auth/refresh": (("POST",), "refresh"),
+    "/api/auth/me": (("GET", "HEAD"), "me"),
+    "/api/event_logging/batch": (("POST",), "telemetry"),
+    "/v1/messages": (("POST",), "by_model"),
+    "/v1/messages/beta": (("POST",), "by_model"),
+    "/v1/messages/count_tokens": (("POST",), "by_model"),
+    "/v1/anthropic/models": (("GET", "HEAD"), "first_provider"),
+    "/v1/models": (("GET", "HEAD"), "catalogue"),
+    "/v1/chat/completions": (("POST", "GET"), "by_model"),
+    "/v1/completions": (("POST",), "by_model"),
+    "/v1/responses": (("POST",), "by_model"),
+    "/v1/embeddings": (("POST",), "by_model"),
+}
+OPEN_ENDPOINTS = frozenset({"alive", "health", "login", "refresh"})
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+
+
+class Endpoint(NamedTuple):
+    """What a request is for."""
+
+    name: str
+    dialect: str  # anthropic or openai: the shape of errors, and the format of the providers
+    path: str  # behind /v1, as it goes upstream
+    query: str
+
+
+def dialect_of(path: str, fields: Headers) -> str:
+    """The API that a request speaks."""
+    if path.startswith(("/v1/messages", "/v1/anthropic/")):
+        return "anthropic"
+    by_name = ENDPOINTS.get(path, ((), ""))[1]
+    return "anthropic" if "anthropic-version" in fields and by_name != "by_model" else "openai"
+
+
+def find_endpoint(head: RequestHead) -> Endpoint:
+    """The endpoint of a request. Raises NotFound and MethodNotAllowed."""
+    # An escaped letter must not lead past the rules for a path: decoded, it is found as well.
+    path = unquote(head.path)
+    if not is_safe_path(head.path):
+        raise NotFound("the path has empty, . or .. segments, a backslash, spaces or control characters")
+    if path.startswith("/v1/v1/") or path == "/v1/v1":
+        raise NotFound("the path begins with /v1/v1: leave /v1 out of the client's base_url", "doubled_v1")
+    dialect = dialect_of(path, head.fields)
+    methods, name = ENDPOINTS.get(path, ((), ""))
+    if not name:
+        methods, name = METHODS, "first_provider" if dialect == "anthropic" else "any_openai"
+        if path.startswith("/v1/models/") and head.method in ("GET", "HEAD"):
+            name = "catalogue"
+        elif (
+            not path.startswith("/v1/")
+            or path == "/v1/"
+            or (path.startswith("/v1/anthropic/") and not path.startswith("/v1/anthropic/models/"))
+        ):
+            raise NotFound(f"there is nothing at {header_text(path)[:200]}")
+        elif path.startswith("/v1/anthropic/"):
+            methods = ("GET", "HEAD")
+    if head.method not in methods:
+        raise MethodNotAllowed(head.method[:20], header_text(path)[:200], methods)
+    if name == "by_model" and head.method != "POST":
+        name = "any_openai"
+    return Endpoint(name, dialect, *upstream_place(head))
+
+
+def upstream_place(head: RequestHead) -> tuple[str, str]:
+    """Path, without /v1, and query upstream: the relay's own paths become the provider's."""
+    path, query = head.path[len("/v1") :], head.query
+    if unquote(path) == "/messages/beta":
+        return "/messages", query if "beta=true" in query.split("&") else "&".join(filter(None, (query, "beta=true")))
+    return path[len("/anthropic") :] if path.startswith("/anthropic/") else path, query
+
+
+# ==== Model splice ===============================================================================
+#
+# A JSON body is passed on byte for byte; only the value of the top-level "model" may change. So the
+# text is walked, not parsed: the members of the outer object are told apart, whatever they contain is
+# stepped over by matching quotes and brackets. That is enough to know that the body is one object and
+# where its model stands, and much less work than building values that nobody needs. What is wrong
+# inside a value, the provider will say.
+
+MEMBER = re.compile(rb'[ \t\n\r]*"([^"\\]*(?:\\.[^"\\]*)*)"[ \t\n\r]*:[ \t\n\r]*', re.DOTALL)
+SCALAR = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false|null")
+SEPARATOR = re.compile(rb"[ \t\n\r]*([,}])")
+OPENING = re.compile(rb"[ \t\n\r]*\{")
+EMPTY_OBJECT = re.compile(rb"[ \t\n\r]*\{[ \t\n\r]*\}")
+BLANK = re.compile(rb"[ \t\n\r]*")
+# Inside a nested value: all up to the next bracket, with the short strings on the way. Long strings
+# (images, documents) are left to bytes.find, which is many times faster than an expression. The bounds
+# keep what the expression engine remembers small.
+NESTED = re.compile(rb'(?:[^"{}\[\]]+|"[^"\\]{0,64}(?:\\.[^"\\]{0,64}){0,4}"){0,200}', re.DOTALL)
+QUOTE = ord('"')
+CLOSES = {ord("}"): ord("{"), ord("]"): ord("[")}
+
+
+class ModelSpan(NamedTuple):
+    """The top-level model of a body, and where its value stands, quotes included."""
+
+    name: str
+    start: int
+    end: int
+
+
+def find_model(body: bytes) -> ModelSpan:
+    """The top-level `model` of a JSON object. Raises BadRequest unless there is exactly one, a string."""
+    found = [span for key, *span in members(body) if key == "model"]
+    if not found:
+        raise BadRequest("model: Field required")
+    if len(found) > 1:
+        raise BadRequest("model: given more than once")
+    start, end = found[0]
+    try:
+        name = json.loads(body[start:end])
+    except ValueError:
+        name = None
+    if not isinstance(name, str):
+        raise BadRequest("model: Input should be a valid string")
+    return ModelSpan(name, start, end)
+
+
+def splice_model(body: bytes, span: ModelSpan, name: str) -> bytes:
+    """The body with another name for its model, and every other byte as it was."""
+    return b"%b%b%b" % (body[: span.start], json.dumps(name).encode("ascii"), body[span.end :])
+
+
+def members(body: bytes) -> Iterator[tuple[str, int, int]]:
+    """Key, start and end of the value of each member of the JSON object that the body is.
+
+    Raises BadRequest when it is none."""
+    match = OPENING.match(body)
+    if not match:
+        raise BadRequest("the body must be a JSON object")
+    position = match.end()
+    separator = b"}" if EMPTY_OBJECT.match(body) else b","
+    if separator == b"}":
+        position = body.index(b"}", position) + 1
+    while separator == b",":
+        match = MEMBER.match(body, position)
+        if not match:
+            raise not_json(position)
+        start = match.end()
+        end = value_end(body, start)
+        yield member_key(match[1]), start, end
+        match = SEPARATOR.match(body, end)
+        if not match:
+            raise not_json(end)
+        position, separator = match.end(), match[1]
+    if not BLANK.fullmatch(body, position):
+        raise not_json(position)
+
+
+def member_key(raw: bytes) -> str:
+    """A key, its escapes undone: "\\u006dodel" is "model" to every JSON parser."""
+    try:
+        return str(json.loads(b'"%b"' % raw)) if b"\\" in raw else raw.decode("utf-8")
+    except ValueError:
+        raise BadRequest("the body is not valid JSON: a key is malformed") from None
+
+
+def value_end(body: bytes, position: int) -> int:
+    """Where the JSON value ends that begins at `position`. Raises BadRequest."""
+    first = body[position : position + 1]
+    if first == b'"':
+        return string_end(body, position)
+    if first in (b"{", b"["):
+        return nested_end(body, position)
+    match = SCALAR.match(body, position)
+    if not match:
+        raise not_json(position)
+    return match.end()
+
+
+def nested_end(body: bytes, position: int) -> int:
+    """Where the object or array ends that begins at `position`. Raises BadRequest."""
+    opened = bytearray()
+    while True:
+        byte = body[position] if position < len(body) else -1
+        if byte == QUOTE:
+            position = string_end(body, position)
+        elif byte in CLOSES.values():
+            opened.append(byte)
+            position += 1
+        elif byte in CLOSES and opened.pop() == CLOSES[byte]:
+            position += 1
+            if not opened:
+                return position
+        elif byte < 0 or byte in CLOSES:
+            raise not_json(position)
+        # The end of the next stretch is a bracket, a long string, or just where its bound was reached.
+        stretch = NESTED.match(body, position)
+        position = stretch.end() if stretch else position
+
+
+def string_end(body: bytes, start: int) -> int:
+    """Where the string ends that begins at `start`: behind the first quote that isn't escaped."""
+    end = start
+    while True:
+        end = body.find(b'"', end + 1)
+        if end < 0:
+            raise not_json(start)
+        before = end
+        while body[before - 1] == ord("\\"):
+            before -= 1
+        if (end - before) % 2 == 0:
+            return end + 1
+
+
+def not_json(position: int) -> BadRequest:
+    """The error for a body that stops being JSON at a byte."""
+    return BadRequest(f"the body is not valid JSON: unexpected byte at position {position}")
+
+
+def decompressed(body: bytes, coding: str, limit: int) -> bytes:
+    """The content of a gzip or deflate body. Raises TooLarge beyond `limit` bytes, and BadRequest."""
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise BadRequest(f"the content-encoding {header_text(coding)} can't be read here; send gzip or none")
+    # 32 lets zlib tell gzip and zlib headers apart (zlib manual, inflateInit2).
+    inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)
+    try:
+        content = inflater.decompress(body, limit + 1)
+    except zlib.error:
+        content = b""
+    if len(content) > limit:
+        raise TooLarge(f"the decompressed body is over the limit of {limit} bytes (server.max_body_mb)")
+    if not inflater.eof or inflater.unused_data:
+        raise BadRequest(f"the body is not what its content-encoding {coding} says")
+    return content
+
+
+# ==== Server-sent events =========================================================================
+#
+# https://html.spec.whatwg.org/multipage/server-sent-events.html: lines end in LF, CRLF or CR, and in
+# nothing else, so they are cut as bytes (str would also break at U+2028, which JSON may hold). Lines are
+# forwarded whole, so that an error can be told at the end of a stream that broke within a line.
+
+STREAM_ENDS = re.compile(
+    rb"(?:^|[\r\n])(?:event: ?(?:message_stop|error|response\.(?:completed|incomplete|failed))|data: ?\[DONE\])"
+)
+FIRST_EVENT_IS_ERROR = re.compile(rb'event: ?error[\r\n]|data: ?\{ ?"error" ?:')
+USAGE = re.compile(rb'"(input|prompt|output|completion)_tokens" ?: ?([0-9]{1,12})')
+
+
+class LineSplitter:
+    """Cuts a stream of bytes where its lines end."""
+
+    __slots__ = ("_held", "mid_line")
+
+    def __init__(self) -> None:
+        self._held = b""
+        self.mid_line = False  # whether what was given out last didn't end a line
+
+    def feed(self, data: bytes) -> bytes:
+        """All whole lines up to now; of a line over the limit, also what has come of it."""
+        if self._held:
+            data, self._held = self._held + data, b""
+        cut = data.rfind(b"\n") + 1
+        # A CR behind the last LF ends a line too; should an LF follow, it goes out when it comes.
+        cut = max(cut, data.rfind(b"\r", cut) + 1)
+        if cut == len(data):
+            self.mid_line = False
+            return data
+        if len(data) - cut > STREAM_LINE_BYTES:
+            self.mid_line = True
+            return data
+        self._held = data[cut:]
+        self.mid_line = self.mid_line and not cut
+        return data[:cut]
+
+    def flush(self) -> bytes:
+        """What is left of a stream that ended properly without ending its last line."""
+        held, self._held = self._held, b""
+        return held
+
+
+class Usage:
+    """Tokens as an answer tells them, read from a copy: the last figure named is the valid one."""
+
+    __slots__ = ("_tail", "input_tokens", "output_tokens")
+
+    def __init__(self) -> None:
+        self.input_tokens: int | None = None
+        self.output_tokens: int | None = None
+        self._tail = b""
+
+    def read(self, data: bytes) -> None:
+        """Looks through the next bytes of an answer."""
+        # A figure may be cut in two where bodies aren't cut at lines; 200 bytes hold a whole usage head.
+        joined = self._tail + data if self._tail else data
+        if b'_tokens"' in joined:
+            start = joined.find(b'"usage"')
+            for kind, figure in USAGE.findall(joined, max(start, 0)):
+                if kind in (b"input", b"prompt"):
+                    self.input_tokens = int(figure)
+                else:
+                    self.output_tokens = int(figure)
+        self._tail = b"" if joined.endswith(b"\n") else joined[-200:]
+
+
+def error_body(dialect: str, kind: str, message: str, code: str, request_id: str) -> bytes:
+    """An error as the JSON of the dialect."""
+    document: JsonDict
+    if dialect == "anthropic":
+        document = {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
+    else:
+        document = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return json.dumps(document).encode("ascii")
+
+
+def error_event(dialect: str, kind: str, message: str, code: str, request_id: str) -> bytes:
+    """An error as the last event of a stream."""
+    return b"event: error\ndata: %b\n\n" % error_body(dialect, kind, message, code, request_id)
+
+
+# ==== Access log =================================================================================
+
+
+class AccessRecord:
+    """What the log tells of one request."""
+
+    __slots__ = (
+        "attempts", "bytes_sent", "caller", "error", "first_byte", "key", "method", "model", "path", "provider",
+        "request_id", "sent_model", "started", "status", "usage", "when",
+    )  # fmt: skip
+
+    def __init__(self, when: float, started: float) -> None:
+        self.when = when  # seconds since 1970
+        self.started = started  # on the monotonic clock, like first_byte
+        self.first_byte: float | None = None
+        self.request_id = f"req_{os.urandom(12).hex()}"
+        self.caller = self.method = self.path = self.model = self.sent_model = ""
+        self.provider = self.key = self.error = ""
+        self.status = self.bytes_sent = self.attempts = 0
+        self.usage = Usage()
+
+    def fields(self, now: float) -> JsonDict:
+        """The line's names and values; what isn't known is left out. Times are in seconds."""
+        milliseconds = int(self.when * 1000)
+        clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(milliseconds // 1000))
+        pairs = (
+            ("time", f"{clock}.{milliseconds % 1000:03}Z"),
+            ("id", self.request_id),
+            ("caller", self.caller or None),
+            ("method", self.method or None),
+            ("path", self.path or None),
+            ("model", self.model or None),
+            ("sent", self.sent_model or None),
+            ("provider", self.provider or None),
+            ("key", self.key or None),
+            ("status", self.status),
+            ("bytes", self.bytes_sent),
+            ("ttfb", None if self.first_byte is None else round(self.first_byte - self.started, 4)),
+            ("duration", round(now - self.started, 4)),
+            ("attempts", self.attempts or None),
+            ("input", self.usage.input_tokens),
+            ("output", self.usage.output_tokens),
+            ("error", self.error or None),
+        )
+        return {name: value for name, value in pairs if value is not None}
+
+
+def log_line(fields: Mapping[str, Any], style: str) -> str:
+    """The fields as one line: key=value, or JSON."""
+    if style == "json":
+        return json.dumps(fields)
+    return " ".join([f"{name}={log_value(str(value))}" for name, value in fields.items()])
+
+
+def log_value(value: str) -> str:
+    """A value that can't break its line or its field: quoted and escaped where it isn't plain."""
+    plain = value.isascii() and value.isprintable() and not any(character in value for character in ' "=\\')
+    return value if plain else json.dumps(value).replace("\x7f", "\\u007f")
+
+
+# ==== Echo provider ==============================================================================
+#
+# A provider that is built in: it answers both formats without any network, so that a newcomer sees the
+# relay work before there is a key, and clients can be tried against errors and cut streams. What it says
+# follows from the request alone; here it is only composed. The upstream room lets it speak HTTP, so that
+# an answer of echo takes the very path that a provider's takes.
+#
+#   echo            the last user text comes back, word by word when streaming
+#   echo-slow       at 20 words a second
+#   echo-cut        breaks off in the middle
+#   echo-tool       calls the first tool offered, then echoes the tool's result
+#   echo-error-N    answers with the HTTP status N, 400 to 599
+
+ECHO_MODELS = ("echo", "echo-slow", "echo-cut", "echo-tool", "echo-error-529")
+ECHO_WORD_SECONDS = 0.05
+ECHO_CREATED = "2025-01-01T00:00:00Z"
+ECHO_CREATED_UNIX = 1735689600
+ERROR_KINDS = {
+    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
+    404: "not_found_error", 408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error",
+    504: "timeout_error", 529: "overloaded_error",
+}  # fmt: skip
+OPENAI_STOPS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
+
+
+class EchoFault(Exception):
+    """What echo finds wrong with a request, or was asked to answer."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class EchoAnswer(NamedTuple):
+    """An answer in parts: each is sent when its seconds have passed. A cut one ends too early."""
+
+    status: int
+    content_type: str
+    parts: Sequence[tuple[float, bytes]]
+    cut: bool = False
+
+
+class Reply(NamedTuple):
+    """What echo says, in neither format yet."""
+
+    id: str
+    model: str
+    thinking: str
+    words: list[str]
+    tool: str  # the name of a tool to call, or empty
+    tool_input: JsonDict
+    stop_reason: str
+    stop_sequence: str | None
+    input_tokens: int
+
+    @property
+    def text(self) -> str:
+        return "".join(self.words)
+
+    @property
+    def output_tokens(self) -> int:
+        return (
+            len(self.words) + len(split_words(self.thinking)) + count_words(self.tool_input) + (1 if self.tool else 0)
+        )
+
+
+def echo_answer(method: str, path: str, body: bytes, now: float) -> EchoAnswer:
+    """The answer to a request in either format; `path` tells which."""
+    dialect = "anthropic" if path.startswith("/v1/messages") or path.startswith("/v1/anthropic") else "openai"
+    try:
+        if method == "GET":
+            return echo_models(path)
+        compose = ECHO_ENDPOINTS.get(path) if method == "POST" else None
+        if not compose:
+            raise EchoFault(404, f"the echo provider has no {method} {path}")
+        try:
+            request = json.loads(body)
+        except (ValueError, RecursionError):
+            raise EchoFault(400, "the request body is not valid JSON") from None
+        if not isinstance(request, dict):
+            raise EchoFault(400, "the request body must be a JSON object")
+        require(request, "model", is_text, "Input should be a valid string")
+        asked_error(request["model"])
+        return compose(request, f"{hashlib.sha256(body).hexdigest()[:24]}", int(now))
+    except EchoFault as fault:
+        kind = ERROR_KINDS.get(fault.status, "api_error" if fault.status >= 500 else "invalid_request_error")
+        document = error_body(dialect, kind, str(fault), kind, "req_echo")
+        return EchoAnswer(fault.status, "application/json", [(0.0, document)])
+
+
+def asked_error(model: str) -> None:
+    """Raises the error that a model's name asks for."""
+    match = re.fullmatch(r"echo-error-([0-9]+)", model)
+    if match:
+        status = int(match[1][:4])
+        if not 400 <= status <= 599:
+            raise EchoFault(400, "model: echo-error-N takes a status from 400 to 599")
+        raise EchoFault(status, "Overloaded" if status == 529 else f"the error {status} that {model} was asked for")
+
+
+def echo_models(path: str) -> EchoAnswer:
+    """The list of models, or one of them; an object that suits both formats."""
+    entries = [
+        {"type": "model", "id": name, "display_name": name, "created_at": ECHO_CREATED,
+         "object": "model", "created": ECHO_CREATED_UNIX, "owned_by": "monorelay"}
+        for name in ECHO_MODELS
+    ]  # fmt: skip
+    if path == "/v1/models":
+        listing = {
+            "object": "list",
+            "data": entries,
+            "has_more": False,
+            "first_id": ECHO_MODELS[0],
+            "last_id": ECHO_MODELS[-1],
+        }
+        return echo_json(listing)
+    for entry in entries:
+        if path == f"/v1/models/{entry['id']}":
+            return echo_json(entry)
+    raise EchoFault(404, f"the echo provider has no GET {path}")
+
+
+def echo_json(document: Any) -> EchoAnswer:
+    """A whole answer."""
+    return EchoAnswer(200, "application/json", [(0.0, json.dumps(document).encode("ascii"))])
+
+
+# -- what both formats check and say
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def require(section: JsonDict, name: str, holds: Callable[[Any], bool], otherwise: str, place: str = "") -> None:
+    """Raises the API's error unless the section has the field and the condition holds for it."""
+    if name not in section:
+        raise EchoFault(400, f"{place}{name}: Field required")
+    if not holds(section[name]):
+        raise EchoFault(400, f"{place}{name}: {otherwise}")
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text, each with the white space before it; together they are the text."""
+    words = re.findall(r"\s*\S+", text)
+    rest = text[sum(map(len, words)) :]
+    return [*words[:-1], words[-1] + rest] if words else [text] if text else []
+
+
+def count_words(value: Any) -> int:
+    """How many words all strings in a JSON value have: echo's idea of a token."""
+    if isinstance(value, str):
+        return len(value.split())
+    if isinstance(value, dict):
+        return sum(map(count_words, value.values()))
+    return sum(map(count_words, value)) if isinstance(value, list) else 0
+
+
+def said(content: Any) -> str:
+    """The text of a message's content; a content without any is told by the types of its blocks."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else ""
+    blocks = [block for block in content if isinstance(block, dict)]
+    texts = [str(block["text"]) for block in blocks if "text" in block]
+    texts += [said(block.get("content")) for block in blocks if block.get("type") == "tool_result"]
+    return "\n".join(texts) if texts else " ".join(f"[{block.get('type')}]" for block in blocks)
+
+
+def shorten(words: list[str], max_tokens: int | None, stops: Sequence[str]) -> tuple[list[str], str, str | None]:
+    """The words up to the first stop sequence or the limit, why they end, and at which sequence."""
+    text = "".join(words)
+    found = [(text.find(stop), stop) for stop in stops if stop and stop in text]
+    reason, sequence = "end_turn", None
+    if found:
+        end, sequence = min(found)
+        words, reason = split_words(text[:end]), "stop_sequence"
+    if max_tokens is not None and len(words) > max_tokens:
+        words, reason, sequence = words[:max_tokens], "max_tokens", None
+    return words, reason, sequence
+
+
+def sample(schema: Any) -> Any:
+    """A small value that fits a JSON schema."""
+    if not isinstance(schema, dict):
+        return "echo"
+    for name in ("const", "default"):
+        if name in schema:
+            return schema[name]
+    if isinstance(schema.get("enum"), list) and schema["enum"]:
+        return schema["enum"][0]
+    if schema.get("type") == "object" or "properties" in schema:
+        properties = schema.get("properties") or {}
+        return {name: sample(properties.get(name)) for name in schema.get("required") or [] if isinstance(name, str)}
+    return {"integer": 1, "number": 1.0, "boolean": True, "array": [], "null": None}.get(
+        str(schema.get("type")), "echo"
+    )
+
+
+def paced(request: JsonDict, events: Sequence[bytes]) -> EchoAnswer:
+    """The events as a stream, at the pace and up to the end that the model's name asks for."""
+    pause = ECHO_WORD_SECONDS if request["model"].startswith("echo-slow") else 0.0
+    cut = request["model"].startswith("echo-cut")
+    if cut:
+        events = events[: max(2, len(events) // 2)]
+    return EchoAnswer(200, "text/event-stream; charset=utf-8", [(pause, event) for event in events], cut)
+
+
+def at_once(request: JsonDict, document: JsonDict) -> EchoAnswer:
+    """The document as a whole answer; half of it if the model's name asks for that."""
+    body = json.dumps(document).encode("ascii")
+    return EchoAnswer(200, "application/json", [(0.0, body)], request["model"].startswith("echo-cut"))
+
+
+# -- the Anthropic format: https://docs.anthropic.com/en/api/messages and …/messages-streaming
+
+
+def echo_messages(request: JsonDict, identity: str, now: int) -> EchoAnswer:
+    """POST /v1/messages."""
+    require(request, "max_tokens", is_whole, "Input should be a valid integer")
+    check_messages(request)
+    check_sampling(request)
+    check_tools(request)
+    reply = anthropic_reply(request, identity)
+    return (
+        paced(request, anthropic_events(reply)) if request.get("stream") else at_once(request, anthropic_message(reply))
+    )
+
+
+def echo_count_tokens(request: JsonDict, identity: str, now: int) -> EchoAnswer:
+    """POST /v1/messages/count_tokens."""
+    check_messages(request)
+    return echo_json({"input_tokens": anthropic_input_tokens(request)})
+
+
+def check_messages(request: JsonDict) -> None:
+    """The turns: at least one, the first the user's, alternating, each with content."""
+    require(request, "messages", lambda value: isinstance(value, list), "Input should be a valid list")
+    if not request["messages"]:
+        raise EchoFault(400, "messages: at least one message is required")
+    before = "assistant"
+    for index, message in enumerate(request["messages"]):
+        place = f"messages.{index}."
+        if not isinstance(message, dict):
+            raise EchoFault(400, f"messages.{index}: Input should be an object")
+        require(
+            message,
+            "role",
+            lambda value: value in ("user", "assistant"),
+            "Input should be 'user' or 'assistant'",
+            place,
+        )
+        require(
+            message,
+            "content",
+            lambda value: isinstance(value, (str, list)),
+            "Input should be a valid string or list",
+            place,
+        )
+        check_blocks(message["content"], place)
+        if message["role"] == before:
+            raise EchoFault(
+                400,
+                'messages: first message must use the "user" role'
+                if index == 0
+                else f'messages: roles must alternate between "user" and "assistant", but found multiple "{before}" roles in a row',
+            )
+        before = message["role"]
+    if "system" in request and not isinstance(request["system"], (str, list)):
+        raise EchoFault(400, "system: Input should be a valid string or list")
+
+
+def check_blocks(content: Any, place: str) -> None:
+    """Content blocks: objects with a type, texts that aren't empty."""
+    if not content:
+        raise EchoFault(400, f"{place}content: must not be empty")
+    for index, block in enumerate(content if isinstance(content, list) else ()):
+        inner = f"{place}content.{index}."
+        if not isinstance(block, dict):
+            raise EchoFault(400, f"{inner[:-1]}: Input should be an object")
+        require(block, "type", is_text, "Input should be a valid string", inner)
+        if block["type"] == "text":
+            require(
+                block,
+                "text",
+                lambda value: is_text(value) and value != "",
+                "text content blocks must be non-empty",
+                inner,
+            )
+
+
+def check_sampling(request: JsonDict) -> None:
+    """The fields that are optional, where they are given."""
+    checks: Sequence[tuple[str, Callable[[Any], bool], str]] = (
+        ("max_tokens", lambda value: value >= 1, "Input should be greater than or equal to 1"),
+        ("temperature", lambda value: is_number(value) and 0 <= value <= 1, "range: 0..1"),
+        ("top_p", lambda value: is_number(value) and 0 <= value <= 1, "range: 0..1"),
+        ("top_k", lambda value: is_whole(value) and value >= 0, "Input should be greater than or equal to 0"),
+        ("stop_sequences", is_texts, "Input should be a valid list of strings"),
+        ("stream", lambda value: isinstance(value, bool), "Input should be a valid boolean"),
+        ("thinking", lambda value: isinstance(value, dict), "Input should be an object"),
+    )
+    for name, holds, otherwise in checks:
+        if request.get(name) is not None:
+            require(request, name, holds, otherwise)
+    thinking = request.get("thinking") or {}
+    if thinking.get("type") == "enabled":
+        require(thinking, "budget_tokens", is_whole, "Input should be a valid integer", "thinking.enabled.")
+        if thinking["budget_tokens"] < 1024:
+            raise EchoFault(400, "thinking.enabled.budget_tokens: Input should be greater than or equal to 1024")
+        if thinking["budget_tokens"] >= request["max_tokens"]:
+            raise EchoFault(400, "`max_tokens` must be greater than `thinking.budget_tokens`")
+
+
+def check_tools(request: JsonDict) -> None:
+    """Tools: each with a name, and a schema unless the provider itself would run it."""
+    tools, choice = request.get("tools") or [], request.get("tool_choice") or {}
+    if not isinstance(tools, list) or not isinstance(choice, dict):
+        raise EchoFault(400, "tools: Input should be a valid list, and tool_choice an object")
+    for index, tool in enumerate(tools):
+        place = f"tools.{index}."
+        if not isinstance(tool, dict):
+            raise EchoFault(400, f"tools.{index}: Input should be an object")
+        require(tool, "name", is_text, "Input should be a valid string", place)
+        if tool.get("type", "custom") == "custom":
+            require(
+                tool,
+                "input_schema",
+                lambda value: isinstance(value, dict),
+                "Input should be an object",
+                place,
+            )
+    if choice and choice.get("type") not in ("auto", "any", "tool", "none"):
+        raise EchoFault(400, "tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'")
+    if choice.get("type") in ("any", "tool") and not tools:
+        raise EchoFault(400, "tool_choice: may only be specified while providing tools")
+    if choice.get("type") == "tool" and choice.get("name") not in [tool["name"] for tool in tools]:
+        raise EchoFault(400, f"tool_choice.name: Tool '{choice.get('name')}' not found in provided tools")
+
+
+def anthropic_reply(request: JsonDict, identity: str) -> Reply:
+    """What echo says to a message request that was checked."""
+    users = [message for message in request["messages"] if message["role"] == "user"]
+    content = users[-1]["content"]
+    blocks = content if isinstance(content, list) else []
+    results = any(block["type"] == "tool_result" for block in blocks)
+    tool = {} if results else called_tool(request)
+    words, reason, sequence = shorten(
+        [] if tool else split_words(said(content)), request["max_tokens"], request.get("stop_sequences") or ()
+    )
+    thinks = (request.get("thinking") or {}).get("type") in ("enabled", "adaptive")
+    return Reply(
+        id=f"msg_{identity}",
+        model=request["model"],
+        thinking="The user's last text is to be repeated." if thinks else "",
+        words=words,
+        tool=tool.get("name", ""),
+        tool_input=sample(tool["input_schema"]) if "input_schema" in tool else {},
+        stop_reason="tool_use" if tool else reason,
+        stop_sequence=sequence,
+        input_tokens=anthropic_input_tokens(request),
+    )
+
+
+def called_tool(request: JsonDict) -> JsonDict:
+    """The tool to call: the one that is forced, the first for echo-tool or where any must be, or none."""
+    tools, choice = request.get("tools") or [], request.get("tool_choice") or {}
+    kind = choice.get("type", "auto")
+    if kind == "tool":
+        return next(dict(tool) for tool in tools if tool["name"] == choice["name"])
+    wanted = kind == "any" or (kind == "auto" and request["model"].startswith("echo-tool"))
+    return dict(tools[0]) if tools and wanted else {}
+
+
+def anthropic_input_tokens(request: JsonDict) -> int:
+    """The words of system prompt, messages and tools; at least one, as the API counts."""
+    return max(1, sum(count_words(request.get(name)) for name in ("system", "messages", "tools")))
+
+
+def anthropic_usage(reply: Reply, output_tokens: int) -> JsonDict:
+    return {
+        "input_tokens": reply.input_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": 0,
+        "output_tokens": output_tokens,
+    }
+
+
+def anthropic_blocks(reply: Reply) -> list[JsonDict]:
+    """The content blocks of a reply."""
+    blocks: list[JsonDict] = []
+    if reply.thinking:
+        blocks.append({"type": "thinking", "thinking": reply.thinking, "signature": base64url(reply.id.encode())})
+    if reply.tool:
+        blocks.append(
+            {"type": "tool_use", "id": f"toolu_{reply.id[4:]}", "name": reply.tool, "input": reply.tool_input}
+        )
+    else:
+        blocks.append({"type": "text", "text": reply.text})
+    return blocks
+
+
+def anthropic_message(reply: Reply) -> JsonDict:
+    """A reply as a whole message."""
+    return {
+        "id": reply.id,
+        "type": "message",
+        "role": "assistant",
+        "model": reply.model,
+        "content": anthropic_blocks(reply),
+        "stop_reason": reply.stop_reason,
+        "stop_sequence": reply.stop_sequence,
+        "usage": anthropic_usage(reply, reply.output_tokens),
+    }
+
+
+def anthropic_events(reply: Reply) -> list[bytes]:
+    """A reply as the documented sequence of events."""
+    opened = {**anthropic_message(reply), "content": [], "stop_reason": None, "stop_sequence": None}
+    events = [anthropic_event("message_start", message={**opened, "usage": anthropic_usage(reply, 1)})]
+    for index, block in enumerate(anthropic_blocks(reply)):
+        kind = block["type"]
+        empty: JsonDict = {"text": "", "thinking": "", "signature": "", "input": {}}
+        opening = {name: empty.get(name, value) for name, value in block.items()}
+        events.append(anthropic_event("content_block_start", index=index, content_block=opening))
+        deltas: list[JsonDict]
+        if kind == "text":
+            deltas = [{"type": "text_delta", "text": word} for word in reply.words]
+        elif kind == "thinking":
+            deltas = [{"type": "thinking_delta", "thinking": word} for word in split_words(reply.thinking)]
+            deltas.append({"type": "signature_delta", "signature": block["signature"]})
+        else:
+            deltas = [{"type": "input_json_delta", "partial_json": json.dumps(reply.tool_input)}]
+        events += [anthropic_event("content_block_delta", index=index, delta=delta) for delta in deltas]
+        events.append(anthropic_event("content_block_stop", index=index))
+    stop = {"stop_reason": reply.stop_reason, "stop_sequence": reply.stop_sequence}
+    events.append(anthropic_event("message_delta", delta=stop, usage=anthropic_usage(reply, reply.output_tokens)))
+    events.append(anthropic_event("message_stop"))
+    return events
+
+
+def anthropic_event(name: str, **fields: Any) -> bytes:
+    """One event of a message stream."""
+    return f"event: {name}\ndata: {json.dumps({'type': name, **fields})}\n\n".encode("ascii")
+
+
+# -- the OpenAI format: https://platform.openai.com/docs/api-reference
+
+
+def echo_chat(request: JsonDict, identity: str, now: int) -> EchoAnswer:
+    """POST /v1/chat/completions."""
+    require(
+        request,
+        "messages",
+        lambda value: isinstance(value, list) and bool(value),
+        "Input should be a list that isn't empty",
+    )
+    for index, message in enumerate(request["messages"]):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise EchoFault(400, f"messages.{index}: Input should be an object with a role")
+    messages = request["messages"]
+    asked = [message for message in messages if message["role"] == "user"] or messages
+    answered = messages[-1] if messages[-1]["role"] == "tool" else asked[-1]
+    reply = openai_reply(request, f"chatcmpl-{identity}", said(answered.get("content")), openai_tool(request))
+    usage = openai_usage(reply)
+    call = {"id": f"call_{identity}", "type": "function"}
+    function = {"name": reply.tool, "arguments": json.dumps(reply.tool_input)}
+    finish = OPENAI_STOPS[reply.stop_reason]
+
+    def choices(name: str, content: JsonDict, reason: str | None) -> list[JsonDict]:
+        return [{"index": 0, name: content, "logprobs": None, "finish_reason": reason}]
+
+    if not request.get("stream"):
+        spoken: JsonDict = {
+            "role": "assistant",
+            "content": None if reply.tool else reply.text,
+            "refusal": None,
+        }
+        if reply.tool:
+            spoken["tool_calls"] = [{**call, "function": function}]
+        return at_once(request, openai_object(reply, "chat.completion", now, choices("message", spoken, finish), usage))
+    deltas: list[JsonDict] = [{"role": "assistant", "content": None if reply.tool else ""}]
+    deltas += [{"content": word} for word in reply.words]
+    if reply.tool:
+        deltas.append({"tool_calls": [{"index": 0, **call, "function": function}]})
+    chunks = [choices("delta", delta, None) for delta in deltas] + [choices("delta", {}, finish)]
+    return openai_stream(request, reply, "chat.completion.chunk", now, chunks)
+
+
+def echo_completion(request: JsonDict, identity: str, now: int) -> EchoAnswer:
+    """POST /v1/completions."""
+    require(
+        request,
+        "prompt",
+        lambda value: isinstance(value, (str, list)) and bool(value),
+        "Input should be a string or list",
+    )
+    prompt = request["prompt"]
+    text = prompt if isinstance(prompt, str) else str(prompt[0])
+    reply = openai_reply(request, f"cmpl-{identity}", text, {})
+
+    def choices(text: str, reason: str | None) -> list[JsonDict]:
+        return [{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}]
+
+    finish = OPENAI_STOPS[reply.stop_reason]
+    if not request.get("stream"):
+        return at_once(
+            request,
+            openai_object(reply, "text_completion", now, choices(reply.text, finish), openai_usage(reply)),
+        )
+    chunks = [choices(word, None) for word in reply.words] + [choices("", finish)]
+    return openai_stream(request, reply, "text_completion", now, chunks)
+
+
+def echo_embeddings(request: JsonDict, identity: str, now: int) -> EchoAnswer:
+    """POST /v1/embeddings: vectors of length one that depend on the input alone."""
+    require(
+        request,
+        "input",
+        lambda value: isinstance(value, (str, list)) and bool(value),
+        "Input should be a string or list",
+    )
+    given = request["input"]
+    inputs = given if isinstance(given, list) and not is_whole(given[0]) else [given]
+    wanted = request.get("dimensions")
+    size = wanted if isinstance(wanted, int) and 1 <= wanted <= 4096 else 64
+    data = []
+    for index, item in enumerate(inputs):
+        # A text's own generator: the same numbers for the same text, on every machine.
+        numbers = random.Random(json.dumps(item))
+        vector = [numbers.uniform(-1, 1) for _ in range(size)]
+        length = math.sqrt(sum(number * number for number in vector))
+        vector = [number / length for number in vector]
+        packed = base64.b64encode(struct.pack(f"<{size}f", *vector)).decode("ascii")
+        embedding = packed if request.get("encoding_format") == "base64" else vector
+        data.append({"object": "embedding", "index": index, "embedding": embedding})
+    tokens = max(1, count_words(inputs))
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return echo_json({"object": "list", "data": data, "model": request["model"], "usage": usage})
+
+
+def openai_tool(request: JsonDict) -> JsonDict:
+    """The function to call, in the shape of called_tool, unless a tool's result is to be echoed."""
+    tools = [
+        tool["function"]
+        for tool in request.get("tools") or []
+        if isinstance(tool, dict) and isinstance(tool.get("function"), dict)
+    ]
+    choice = request.get("tool_choice")
+    if isinstance(choice, dict):
+        choice = {"type": "tool", "name": (choice.get("function") or {}).get("name")}
+    else:
+        choice = {"type": "any" if choice == "required" else choice or "auto"}
+    tools = [{"name": tool.get("name", ""), "input_schema": tool.get("parameters")} for tool in tools]
+    if choice.get("type") == "tool" and choice["name"] not in [tool["name"] for tool in tools]:
+        raise EchoFault(400, "tool_choice: names a function that is not among the tools")
+    if request["messages"][-1]["role"] == "tool":
+        return {}
+    return called_tool({"model": request["model"], "tools": tools, "tool_choice": choice})
+
+
+def openai_reply(request: JsonDict, identity: str, text: str, tool: JsonDict) -> Reply:
+    """What echo says to a request in OpenAI's format."""
+    limit = request.get("max_completion_tokens") or request.get("max_tokens")
+    stop = request.get("stop") or []
+    if limit is not None and not (is_whole(limit) and limit >= 1):
+        raise EchoFault(400, "max_tokens: Input should be greater than or equal to 1")
+    stops = [stop] if isinstance(stop, str) else stop
+    if not is_texts(stops):
+        raise EchoFault(400, "stop: Input should be a string or a list of strings")
+    words, reason, sequence = shorten([] if tool else split_words(text), limit, stops)
+    return Reply(
+        id=identity,
+        model=request["model"],
+        thinking="",
+        words=words,
+        tool=tool.get("name", ""),
+        tool_input=sample(tool.get("input_schema") or {"type": "object"}) if tool else {},
+        stop_reason="tool_use" if tool else reason,
+        stop_sequence=sequence,
+        input_tokens=max(1, count_words([request.get("messages"), request.get("prompt"), request.get("tools")])),
+    )
+
+
+def openai_usage(reply: Reply) -> JsonDict:
+    total = reply.input_tokens + reply.output_tokens
+    return {
+        "prompt_tokens": reply.input_tokens,
+        "completion_tokens": reply.output_tokens,
+        "total_tokens": total,
+    }
+
+
+def openai_object(reply: Reply, kind: str, now: int, choices: list[JsonDict], usage: JsonDict | None) -> JsonDict:
+    """A completion, or a chunk of one."""
+    return {
+        "id": reply.id,
+        "object": kind,
+        "created": now,
+        "model": reply.model,
+        "choices": choices,
+        "usage": usage,
+    }
+
+
+def openai_stream(request: JsonDict, reply: Reply, kind: str, now: int, chunks: list[list[JsonDict]]) -> EchoAnswer:
+    """The chunks as a stream, with the usage at its end if that was asked for."""
+    documents = [openai_object(reply, kind, now, choices, None) for choices in chunks]
+    if (request.get("stream_options") or {}).get("include_usage"):
+        documents.append(openai_object(reply, kind, now, [], openai_usage(reply)))
+    return paced(
+        request,
+        [f"data: {json.dumps(document)}\n\n".encode("ascii") for document in documents] + [b"data: [DONE]\n\n"],
+    )
+
+
+ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoAnswer]] = {
+    "/v1/messages": echo_messages,
+    "/v1/messages/count_tokens": echo_count_tokens,
+    "/v1/chat/completions": echo_chat,
+    "/v1/completions": echo_completion,
+    "/v1/embeddings": echo_embeddings,
+}
+
+
+# ==== Channels ===================================================================================
+#
+# A channel is one connection, to a client or to a provider, and what has arrived on it unused. Its calls
+# come in two kinds. Those that wait belong to a thread: they block in the system call for one slice of
+# time and only then move to poll(), where the client's departure is seen as well. (Python's own timeouts
+# would cost a poll and a change of threads for each call.) Those that end in `_now` never wait; the event
+# loop lives of them.
+
+BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+# Missing on Windows, where the sockets are made non-blocking instead.
+DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+ThreadSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+
+class Channel:
+    """One connection and what has been received on it and not been used yet."""
+
+    __slots__ = ("_flags", "extra_fields", "idle_since", "received", "sock", "target_prefix", "uses")
+
+    def __init__(self, sock: socket.socket, slice_seconds: float = SLICE_SECONDS) -> None:
+        self.sock = sock
+        self.received = b""
+        self.uses = 0  # requests carried so far
+        self.idle_since = 0.0
+        self.target_prefix = ""  # what an HTTP proxy wants before the path
+        self.extra_fields: Pairs = []  # and the credential it wants
+        self._flags = 0 if isinstance(sock, ssl.SSLSocket) else DONTWAIT
+        if self._flags:
+            sock.settimeout(None)
+            patience = struct.pack("ll", int(slice_seconds), int(slice_seconds % 1 * 1_000_000))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+        else:
+            sock.setblocking(False)
+
+    def receive(self, deadline: float, client: Channel | None = None, upstream: Channel | None = None) -> bytes:
+        """The next bytes, b"" at the end. Raises TimeoutError at the deadline (on the monotonic clock),
+        ClientGone when the client leaves meanwhile, EarlyAnswer when the provider speaks meanwhile, and
+        OSError when the connection breaks."""
+        while True:
+            try:
+                return self.sock.recv(RECEIVE_BYTES)
+            except ssl.SSLWantWriteError:
+                wait_until_ready(self, selectors.EVENT_WRITE, deadline, client, upstream)
+            except BLOCKED:
+                wait_until_ready(self, selectors.EVENT_READ, deadline, client, upstream)
+
+    def send(self, data: bytes, pause_seconds: float) -> None:
+        """Sends all of it. Raises TimeoutError when nothing was taken for the pause, and OSError."""
+        self._send(data, pause_seconds, selectors.EVENT_WRITE, None)
+
+    def send_upstream(self, data: bytes, pause_seconds: float, client: Channel | None) -> None:
+        """Sends all of it unless the provider answers first, which raises EarlyAnswer. Raises ClientGone too."""
+        self._send(data, pause_seconds, selectors.EVENT_READ | selectors.EVENT_WRITE, client)
+
+    def _send(self, data: bytes, pause_seconds: float, events: int, client: Channel | None) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self.sock.send(view) :]
+            except BLOCKED:
+                ready = wait_until_ready(self, events, time.monotonic() + pause_seconds, client)
+                if not ready & selectors.EVENT_WRITE:
+                    raise EarlyAnswer from None
+
+    def receive_now(self) -> bytes | None:
+        """The bytes that have arrived, b"" at the end, None if there are none yet. Raises OSError."""
+        try:
+            return self.sock.recv(RECEIVE_BYTES, self._flags)
+        except BLOCKED:
+            return None
+
+    def send_now(self, data: bytes) -> int:
+        """How many of the bytes could be sent at once. Raises OSError."""
+        try:
+            return self.sock.send(data, self._flags)
+        except BLOCKED:
+            return 0
+
+    def has_left(self) -> bool:
+        """Whether the other side has closed. What it sends instead is kept for later."""
+        try:
+            data = self.receive_now()
+        except OSError:
+            return True
+        if data:
+            self.received += data
+        return data == b""
+
+    def is_quiet(self) -> bool:
+        """Whether nothing has come, no end either: a kept connection that can be used again."""
+        try:
+            return not self.received and self.receive_now() is None
+        except OSError:
+            return False
+
+    def has_more(self) -> bool:
+        """Whether decrypted bytes wait that no selector will announce."""
+        return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
+
+    def close(self) -> None:
+        """Closes the connection."""
+        try:
+            self.sock.close()
+        except OSError:
+            pass  # closed is closed
+
+
+def wait_until_ready(
+    channel: Channel,
+    events: int,
+    deadline: float,
+    client: Channel | None = None,
+    upstream: Channel | None = None,
+) -> int:
+    """The events that came of those waited for. Raises TimeoutError at the deadline, ClientGone when the
+    client has left, and EarlyAnswer when the provider has something to say."""
+    with ThreadSelector() as selector:
+        selector.register(channel.sock, events)
+        for other in (client, upstream):
+            if other:
+                selector.register(other.sock, selectors.EVENT_READ)
+        while True:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError
+            ready = {key.fileobj: mask for key, mask in selector.select(remaining)}
+            if upstream and upstream.sock in ready:
+                raise EarlyAnswer
+            if client and client.sock in ready:
+                if client.has_left():
+                    raise ClientGone
+                # A client that pipelines too much is no longer watched; sending to it will tell.
+                if len(client.received) > PIPELINED_BYTES:
+                    selector.unregister(client.sock)
+                    client = None
+            if channel.sock in ready:
+                return int(ready[channel.sock])
+
+
+class RequestBody:
+    """The body of a request, to be read in pieces as they arrive."""
+
+    def __init__(self, channel: Channel, head: RequestHead, limit: int) -> None:
+        self.length = head.body_length
+        self._decoder: Decoder = ChunkedDecoder() if head.body_length is None else LengthDecoder(head.body_length)
+        self._channel = channel
+        self._limit = limit
+        self._taken = 0
+        self._invite = head.version >= 1 and head.fields.get("expect").lower() == "100-continue"
+        if (self.length or 0) > limit:
+            raise self._too_large()
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has been read to its end."""
+        return self._decoder.finished
+
+    @property
+    def discardable(self) -> bool:
+        """Whether it is little enough, and surely coming, to be read and dropped."""
+        return not self._invite and self.length is not None and self.length <= DISCARDED_BODY_BYTES
+
+    def read(self, upstream: Channel | None = None) -> bytes:
+        """The next piece, b"" at the end. Raises ClientGone, TooLarge, MalformedRequest, and EarlyAnswer
+        when the provider speaks before there is one."""
+        while not self._decoder.finished:
+            data, self._channel.received = self._channel.received, b""
+            if not data:
+                data = self._receive(upstream)
+            try:
+                piece = self._decoder.feed(data)
+            except FramingError as error:
+                raise MalformedRequest(f"the chunked body is malformed: {error}") from None
+            if self._decoder.finished:
+                self._channel.received = self._decoder.rest
+            self._taken += len(piece)
+            if self._taken > self._limit:
+                raise self._too_large()
+            if piece:
+                return piece
+        return b""
+
+    def read_all(self) -> bytes:
+        """The whole rest."""
+        pieces = list(iter(self.read, b""))
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _receive(self, upstream: Channel | None) -> bytes:
+        if self._invite:
+            self._invite = False
+            self._channel.send(b"HTTP/1.1 100 Continue\r\n\r\n", STALLED_CLIENT_SECONDS)
+        try:
+            data = self._channel.receive(time.monotonic() + BODY_PAUSE_SECONDS, None, upstream)
+        except TimeoutError:
+            raise MalformedRequest(f"the body paused for more than {BODY_PAUSE_SECONDS:.0f} seconds", 408) from None
+        except OSError:
+            data = b""
+        if not data:
+            raise ClientGone
+        return data
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"the body is over this relay's limit of {self._limit} bytes")
+
+
+# ==== Upstream ===================================================================================
+
+
+class UpstreamPool:
+    """Connects to providers, and keeps connections that can be used again. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _idle and _tls
+        self._idle: dict[tuple[str, str, int], list[Channel]] = {}
+        self._tls: ssl.SSLContext | None = None
+
+    def take(self, provider: Provider) -> Channel | None:
+        """A kept connection, the one used last: it is the least likely to be stale."""
+        while True:
+            with self._lock:
+                idle = self._idle.get((provider.scheme, provider.host, provider.port))
+                channel = idle.pop() if idle else None
+            if channel is None or channel.is_quiet():
+                return channel
+            channel.close()
+
+    def keep(self, provider: Provider, channel: Channel, now: float) -> None:
+        """Takes a connection back after a whole answer."""
+        channel.idle_since = now
+        with self._lock:
+            idle = self._idle.setdefault((provider.scheme, provider.host, provider.port), [])
+            if len(idle) < UPSTREAM_IDLE_CONNECTIONS:
+                idle.append(channel)
+                return
+        channel.close()
+
+    def drop_idle(self, before: float) -> None:
+        """Closes the connections that have been idle since before that time."""
+        with self._lock:
+            stale = [channel for idle in self._idle.values() for channel in idle if channel.idle_since < before]
+            for place, idle in self._idle.items():
+                self._idle[place] = [channel for channel in idle if channel.idle_since >= before]
+        for channel in stale:
+            channel.close()
+
+    def connect(self, provider: Provider) -> Channel:
+        """A new connection. Raises Unreachable, and Unavailable when descriptors have run out."""
+        if provider.format == "echo":
+            return echo_channel()
+        try:
+            return self._dial(provider)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise Unavailable("this relay has no file descriptor left for a connection", "no_descriptors") from None
+            raise Unreachable(connect_problem(error, provider)) from None
+
+    def _dial(self, provider: Provider) -> Channel:
+        host, port, timeout = provider.host, provider.port, provider.connect_timeout
+        proxy = proxy_for(provider)
+        tunnel = bool(proxy) and provider.scheme == "https"
+        connection: http.client.HTTPConnection
+        if proxy:
+            host, port = proxy.hostname or "", proxy.port or DEFAULT_PORTS["http"]
+        if provider.scheme == "https":
+            connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=self._tls_context())
+        else:
+            connection = http.client.HTTPConnection(host, port, timeout=timeout)
+        if tunnel:
+            connection.set_tunnel(provider.host, provider.port, dict(proxy_credential(proxy)))
+        try:
+            connection.connect()
+        except BaseException:
+            connection.close()
+            raise
+        channel = Channel(connection.sock)
+        if proxy and not tunnel:
+            channel.target_prefix = provider.origin
+            channel.extra_fields = proxy_credential(proxy)
+        return channel
+
+    def _tls_context(self) -> ssl.SSLContext:
+        with self._lock:
+            if self._tls is None:
+                self._tls = ssl.create_default_context()
+                self._tls.set_alpn_protocols(["http/1.1"])
+            return self._tls
+
+
+def connect_problem(error: Exception, provider: Provider) -> str:
+    """Why a connection failed, in words for a client: which provider, and nothing of its address."""
+    if isinstance(error, (TimeoutError, socket.timeout)):  # socket.timeout is another class before Python 3.10
+        reason = "connect timeout"
+    elif isinstance(error, ssl.SSLCertVerificationError):
+        reason = f"its certificate is not valid: {error.verify_message}"
+    elif isinstance(error, socket.gaierror):
+        reason = "its host name is unknown"
+    elif isinstance(error, OSError):
+        reason = (error.strerror or str(error) or type(error).__name__).lower()
+    else:
+        reason = type(error).__name__
+    return f"can't connect to the provider {provider.name}: {reason}"
+
+
+def proxy_for(provider: Provider) -> Any:
+    """The proxy to use, as urlsplit takes it apart, or None: HTTPS_PROXY, HTTP_PROXY and NO_PROXY tell."""
+    if is_loopback(provider.host) or not any(name.lower().endswith("_proxy") for name in os.environ):
+        return None
+    # Heavy, and seldom needed.
+    import urllib.request
+
+    address = urllib.request.getproxies_environment().get(provider.scheme, "")
+    host = f"{provider.host}:{provider.port}"
+    if not address or urllib.request.proxy_bypass_environment(host):  # type: ignore[attr-defined, unused-ignore]
+        return None
+    return urlsplit(address if "://" in address else f"http://{address}")
+
+
+def proxy_credential(proxy: Any) -> Pairs:
+    """The header that user and password of a proxy's URL become."""
+    if proxy.username is None:
+        return []
+    credential = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()
+    return [("Proxy-Authorization", "Basic " + base64.b64encode(credential).decode("ascii"))]
+
+
+def echo_channel() -> Channel:
+    """A connection to the echo provider: its other end is served by a thread of its own."""
+    near, far = socket.socketpair()
+    threading.Thread(target=serve_echo, args=(far,), name="echo", daemon=True).start()
+    return Channel(near)
+
+
+def serve_echo(sock: socket.socket) -> None:
+    """Reads one request as HTTP, and answers it at the pace that its model's name asks for."""
+    channel = Channel(sock)
+    deadline = time.monotonic() + 600
+    try:
+        while not head_length(channel.received):
+            data = channel.receive(deadline)
+            if not data:
+                return
+            channel.received += data
+        size = head_length(channel.received)
+        head = parse_request_head(channel.received[:size])
+        channel.received = channel.received[size:]
+        body = RequestBody(channel, head, sys.maxsize).read_all()
+        answer = echo_answer(head.method, head.path, body, time.time())
+        send_echo(channel, head, answer)
+    except (OSError, ClientGone, RelayError):
+        pass  # the relay has closed its end: the client left, or is being answered already
+    finally:
+        channel.close()
+
+
+def send_echo(channel: Channel, head: RequestHead, answer: EchoAnswer) -> None:
+    """Sends the answer; one that is cut lacks half of its content, and its end."""
+    streamed = answer.content_type.startswith("text/event-stream")
+    size = sum(len(part) for _, part in answer.parts)
+    framing = ("transfer-encoding", "chunked") if streamed else ("content-length", str(size))
+    fields = [("content-type", answer.content_type), framing, ("connection", "close")]
+    if streamed:
+        fields += [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
+    fields.append(("request-id", f"req_{os.urandom(12).hex()}"))
+    channel.send(head_bytes(f"HTTP/1.1 {answer.status} {reason_of(answer.status)}", fields), STALLED_CLIENT_SECONDS)
+    for pause, part in answer.parts:
+        time.sleep(pause)
+        part = part[: len(part) // 2] if answer.cut and not streamed else part
+        channel.send(chunk(part) if streamed else part, STALLED_CLIENT_SECONDS)
+    if streamed and not answer.cut:
+        channel.send(LAST_CHUNK, STALLED_CLIENT_SECONDS)
+
+
+def reason_of(status: int) -> str:
+    """The usual phrase for a status."""
+    return http.client.responses.get(status, "Overloaded" if status == 529 else "Unknown")
+
+
+class Answer:
+    """An answer whose head has been read; its body may still be coming."""
+
+    __slots__ = ("candidate", "channel", "content", "decoder", "head", "is_stream", "whole_request")
+
+    def __init__(self, candidate: Candidate, channel: Channel, head: ResponseHead, decoder: Decoder) -> None:
+        self.candidate = candidate
+        self.channel = channel
+        self.head = head
+        self.decoder = decoder
+        self.content = b""  # of the body, decoded and not passed on yet
+        self.whole_request = True  # False when it came before the request had been sent
+        kind = head.fields.get("content-type").partition(";")[0].strip().lower()
+        # What came encoded has no lines to be told apart.
+        self.is_stream = kind == "text/event-stream" and head.fields.get("content-encoding", "identity") == "identity"
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the connection can carry another request."""
+        return (
+            self.decoder.finished
+            and not self.decoder.rest
+            and self.whole_request
+            and self.head.version >= 1
+            and "close" not in self.head.fields.elements("connection")
+        )
+
+    def absorb(self, data: bytes) -> None:
+        """Decodes the next bytes from upstream into `content`. Raises FramingError."""
+        decoded = self.decoder.feed(data)
+        self.content = self.content + decoded if self.content else decoded
+
+    def release(self, pool: UpstreamPool, now: float) -> None:
+        """Gives the connection back for reuse where that is possible, else closes it."""
+        if self.reusable:
+            pool.keep(self.candidate.target.provider, self.channel, now)
+        else:
+            self.channel.close()
+
+
+def read_answer(channel: Channel, candidate: Candidate, method: str, client: Channel | None) -> Answer:
+    """Waits for the head of the final answer. Raises BrokenExchange, NoAnswer and ClientGone."""
+    interim = 0
+    while True:
+        end = channel.received.find(b"\r\n\r\n") + 4
+        if end < 4:
+            if len(channel.received) > ANSWER_HEAD_BYTES:
+                raise FramingError(f"its head is longer than {ANSWER_HEAD_BYTES} bytes")
+            receive_from_upstream(channel, candidate, client)
+            continue
+        head = parse_response_head(channel.received[:end])
+        channel.received = channel.received[end:]
+        if head.status >= 200:
+            answer = Answer(candidate, channel, head, answer_decoder(head, method))
+            received, channel.received = channel.received, b""
+            if received:
+                answer.absorb(received)
+            return answer
+        interim += 1
+        if interim > INTERIM_ANSWERS or head.status == 101:
+            raise FramingError("it sends too many interim answers, or switches protocols unasked")
+
+
+def receive_from_upstream(channel: Channel, candidate: Candidate, client: Channel | None) -> None:
+    """Waits for more bytes into `received`. Raises BrokenExchange, NoAnswer and ClientGone."""
+    provider = candidate.target.provider
+    try:
+        data = channel.receive(time.monotonic() + provider.timeout, client)
+    except TimeoutError as error:
+        if error.errno is None:
+            raise NoAnswer(f"the provider {provider.name} sent nothing for {provider.timeout:g} seconds") from None
+        data = b""  # the system's own ETIMEDOUT: the connection is dead
+    except OSError:
+        data = b""
+    if not data:
+        raise BrokenExchange(f"the provider {provider.name} closed the connection without an answer")
+    channel.received += data
+
+
+# ==== Relay ======================================================================================
+#
+# The attempt loop. A request may be tried again elsewhere as long as nothing of an answer has gone to
+# the client, and as long as no provider can be at work on it: after an answer that refuses it, or a
+# connection that failed. One whose connection broke after all of it was sent may have been begun, and is
+# tried elsewhere once; one that met silence is not.
+
+
+class ReadBody(NamedTuple):
+    """A request body that was read for its model."""
+
+    sent: bytes  # as the client sent it
+    content: bytes  # the same without its content-encoding
+    span: ModelSpan | None
+
+    def with_model(self, model: str) -> tuple[bytes, bool]:
+        """The body that asks for this model, and whether it lost its content-encoding."""
+        if self.span is None or self.span.name == model:
+            return self.sent, False
+        return splice_model(self.content, self.span, model), self.sent is not self.content
+
+
+class Job(NamedTuple):
+    """A request to be relayed."""
+
+    head: RequestHead
+    endpoint: Endpoint
+    body: ReadBody | RequestBody
+    candidates: Sequence[Candidate]
+    client: Channel | None  # watched, so that nothing is worked on for one who has left
+    record: AccessRecord
+
+    @property
+    def only_once(self) -> bool:
+        """Whether it must not be sent twice: what streams through is gone then, and what is created
+        without naming a model (a batch, a file) would exist twice."""
+        if isinstance(self.body, RequestBody):
+            return self.head.method == "POST" or self.body.length != 0
+        return self.head.method == "POST" and self.body.span is None
+
+
+class Relay:
+    """Gets answers from upstream. Thread-safe; outlives a reload."""
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self.connections = UpstreamPool()
+        self.keys = KeyPool(random.Random())
+        self._warn = warn
+
+    def obtain(self, job: Job) -> Answer:
+        """The answer to deliver: the first that isn't a failure, else the last one there was. Raises
+        UpstreamFailed, UpstreamSilent, Unavailable, ClientGone, and what reading the body raises."""
+        last: Answer | None = None
+        failure: UpstreamFailure = Unreachable("there is no provider to try")
+        only_once_more = False
+        try:
+            for candidate in job.candidates:
+                self._note(job.record, candidate)
+                try:
+                    answer = self._attempt(job, candidate)
+                except (Unreachable, BrokenExchange) as error:
+                    failure = error
+                    self.keys.unreachable(candidate.target.provider, time.monotonic())
+                    if isinstance(error, BrokenExchange):
+                        if only_once_more or job.only_once:
+                            break
+                        only_once_more = error.whole_request
+                    continue
+                if last:
+                    last.release(self.connections, time.monotonic())
+                last = answer
+                if not self._is_failure(answer) or only_once_more:
+                    break
+        except BaseException:
+            if last:
+                last.release(self.connections, time.monotonic())
+            raise
+        if not last:
+            code = "upstream_unreachable" if isinstance(failure, Unreachable) else "upstream_broken"
+            raise UpstreamFailed(str(failure), code)
+        self._note(job.record, last.candidate, 0)
+        return self._presentable(last)
+
+    def _note(self, record: AccessRecord, candidate: Candidate, attempts: int = 1) -> None:
+        """Writes down which candidate the request is with."""
+        record.attempts += attempts
+        record.provider = candidate.target.provider.name
+        record.sent_model, record.key = candidate.target.model, candidate.label
+
+    def _attempt(self, job: Job, candidate: Candidate) -> Answer:
+        """One try with a candidate. A kept connection that turns out to be closed is replaced."""
+        provider = candidate.target.provider
+        kept = None if job.only_once else self.connections.take(provider)
+        if kept:
+            try:
+                return self._exchange(job, candidate, kept)
+            except BrokenExchange as error:
+                if error.answer_begun:
+                    raise
+        return self._exchange(job, candidate, self.connections.connect(provider))
+
+    def _exchange(self, job: Job, candidate: Candidate, channel: Channel) -> Answer:
+        """Sends the request on a connection and reads the head of the answer, of a stream its first line too."""
+        provider = candidate.target.provider
+        begun = False
+        whole = False
+        try:
+            whole = self._send(job, candidate, channel)
+            answer = read_answer(channel, candidate, job.head.method, job.client)
+            begun = True
+            answer.whole_request = whole
+            while answer.is_stream and not LINE_END.search(answer.content) and not answer.decoder.finished:
+                receive_from_upstream(channel, candidate, job.client)
+                received, channel.received = channel.received, b""
+                answer.absorb(received)
+                if len(answer.content) > STREAM_LINE_BYTES:
+                    break
+            return answer
+        except FramingError as error:
+            channel.close()
+            message = f"the provider {provider.name} sent a malformed answer: {error}"
+            raise BrokenExchange(message, whole, True) from None
+        except BrokenExchange as error:
+            channel.close()
+            raise BrokenExchange(str(error), whole, begun or bool(channel.received)) from None
+        except NoAnswer as error:
+            channel.close()
+            self.keys.failed(candidate, 504, None, time.monotonic())
+            raise UpstreamSilent(str(error)) from None
+        except BaseException:
+            channel.close()
+            raise
+
+    def _send(self, job: Job, candidate: Candidate, channel: Channel) -> bool:
+        """Sends the request; False when the provider answered, or broke off, before it had all of it.
+        Raises NoAnswer, ClientGone, and what reading the body raises."""
+        provider, body = candidate.target.provider, job.body
+        data, recoded = b"", False
+        if isinstance(body, ReadBody):
+            data, recoded = body.with_model(candidate.target.model)
+        length = body.length if isinstance(body, RequestBody) else len(data)
+        fields = upstream_fields(job.head, provider, candidate.key, length, recoded) + channel.extra_fields
+        target = f"{channel.target_prefix}{provider.prefix}{job.endpoint.path}"
+        target += f"?{job.endpoint.query}" if job.endpoint.query else ""
+        head = head_bytes(f"{job.head.method} {target} HTTP/1.1", fields)
+        channel.uses += 1
+        try:
+            # Two sends are cheaper than a copy of a large body; for a small one, one send is.
+            if len(data) < RECEIVE_BYTES:
+                channel.send_upstream(head + data, provider.timeout, job.client)
+            else:
+                channel.send_upstream(head, provider.timeout, job.client)
+                channel.send_upstream(data, provider.timeout, job.client)
+            if isinstance(body, RequestBody):
+                for piece in iter(lambda: body.read(channel), b""):
+                    channel.send_upstream(chunk(piece) if length is None else piece, provider.timeout, job.client)
+                if length is None:
+                    channel.send_upstream(LAST_CHUNK, provider.timeout, job.client)
+        except TimeoutError as error:
+            if error.errno is None:
+                raise NoAnswer(f"the provider {provider.name} took nothing for {provider.timeout:g} seconds") from None
+            return False
+        except (OSError, EarlyAnswer):
+            # It may have answered before it closed; reading will tell.
+            return False
+        return True
+
+    def _is_failure(self, answer: Answer) -> bool:
+        """Whether another candidate should be tried; tells the key pool how this one fared."""
+        candidate, now = answer.candidate, time.monotonic()
+        provider, status = candidate.target.provider, answer.head.status
+        if answer.is_stream and FIRST_EVENT_IS_ERROR.match(answer.content):
+            status = 529  # overloaded, told in a stream that was opened too early
+        if provider.format != "echo":
+            if status < 400:
+                self.keys.succeeded(candidate)
+            else:
+                wait = retry_after_seconds(answer.head.fields.get("retry-after"), time.time())
+                self.keys.failed(candidate, status, wait, now)
+            if status in QUARANTINED:
+                self._warn(
+                    f"the provider {provider.name} refuses the key {candidate.label} with {status}: it comes last for a while"
+                )
+        return status in RETRIED_STATUSES
+
+    def _presentable(self, answer: Answer) -> Answer:
+        """The answer, unless it is about the relay's own key. Raises UpstreamFailed for that."""
+        provider = answer.candidate.target.provider
+        if answer.head.status != 401 or provider.format == "echo":
+            return answer
+        answer.release(self.connections, time.monotonic())
+        key = f"key {answer.candidate.label}" if answer.candidate.key else "lack of a key"
+        raise UpstreamFailed(f"the provider {provider.name} refused this relay's {key} (401)", "upstream_refused_key")
+
+
+class ResultsUrlRewriter:
+    """Rewrites a batch's results_url from the provider to the relay in a JSON body, as it streams: the SDKs
+    follow it with the relay's token, which must not leave. The body is otherwise left as it is."""
+
+    # Longer than any beginning of a match that could be cut in two.
+    _HELD_BYTES = 512
+
+    def __init__(self, provider: Provider, relay_url: str, coding: str) -> None:
+        origin = re.escape(provider.origin.encode("ascii")).replace(b"/", rb"\\?/")
+        default = b"(?::%d)?" % DEFAULT_PORTS[provider.scheme] if provider.origin.count(":") == 1 else b""
+        path = re.escape(provider.prefix.encode("ascii")).replace(b"/", rb"\\?/")
+        self._pattern = re.compile(rb'("results_url"\s*:\s*")' + origin + default + path + rb"(?=\\?/)", re.IGNORECASE)
+        self._replacement = rb"\g<1>" + f"{relay_url}/v1".encode("ascii").replace(b"\\", b"")
+        self._held = b""
+        self._inflater = zlib.decompressobj(32 + zlib.MAX_WBITS) if coding in ("gzip", "x-gzip", "deflate") else None
+
+    def feed(self, data: bytes) -> bytes:
+        """What can be passed on of the body up to here."""
+        data = self._held + self._plain(data)
+        data = self._pattern.sub(self._replacement, data)
+        cut = data.rfind(b'"results_url"', max(0, len(data) - self._HELD_BYTES))
+        cut = cut if cut >= 0 else max(0, len(data) - len(b'"results_url"'))
+        self._held = data[cut:]
+        return data[:cut]
+
+    def flush(self) -> bytes:
+        """The rest, at the end of the body."""
+        held, self._held = self._held, b""
+        return self._pattern.sub(self._replacement, held)
+
+    def _plain(self, data: bytes) -> bytes:
+        if not self._inflater:
+            return data
+        try:
+            return self._inflater.decompress(data)
+        except zlib.error as error:
+            raise FramingError(f"the body is not compressed as it says: {error}") from None
+
+
+LINE_END = re.compile(rb"[\r\n]")
+
+
+class Transfer:
+    """An answer on its way to the client, as fast as both sides allow.
+
+    advance() moves what can be moved now and says what to wait for; it never waits. The thread that got the
+    answer calls it first, and for most answers that is all; the event loop goes on where it takes longer.
+    At most one receive's worth of bytes is held, and nothing is read while the client takes nothing."""
+
+    def __init__(
+        self, answer: Answer, client: Channel, record: AccessRecord, request: RequestHead, endpoint: Endpoint
+    ) -> None:
+        self.answer = answer
+        self.client = client
+        self.record = record
+        self.complete = False  # whether the client got all of it, and can tell
+        self.keep_alive = request.keep_alive
+        self.timeout = answer.candidate.target.provider.timeout
+        self._dialect = endpoint.dialect
+        self._filter: LineSplitter | ResultsUrlRewriter | None = LineSplitter() if answer.is_stream else None
+        self._chunked = False
+        self._sees_end = False  # whether a stream has said that it is over
+        self._pending = b""
+        self._ended = False
+
+    def begin(self, request: RequestHead, fields: Pairs, rewriter: ResultsUrlRewriter | None, closing: bool) -> None:
+        """Prepares the head, with fields in place of those that the relay keeps back, and what has come of the body."""
+        head = self.answer.head
+        fields = [*end_to_end(head.fields, ANSWER_HEADERS_KEPT_BACK), *fields]
+        if rewriter:
+            self._filter = rewriter
+            fields = [pair for pair in fields if pair[0].lower() != "content-encoding"]
+        bodyless = request.method == "HEAD" or head.status in (204, 304)
+        length = head.fields.get("content-length")
+        if length and not rewriter:
+            fields.append(("content-length", length))
+        elif not bodyless and request.version >= 1:
+            self._chunked = True
+            fields.append(("transfer-encoding", "chunked"))
+        elif not bodyless:
+            closing = True  # HTTP/1.0 knows the end of such a body by the end of the connection
+        self.keep_alive = request.keep_alive and not closing
+        if not self.keep_alive:
+            fields.append(("connection", "close"))
+        elif request.version == 0:
+            fields.append(("connection", "keep-alive"))
+        self._pending = head_bytes(f"HTTP/1.1 {head.status} {head.reason}", fields)
+        self.record.status = head.status
+        self.record.first_byte = time.monotonic()
+        content, self.answer.content = self.answer.content, b""
+        self._take(content)
+
+    @property
+    def waits_for_client(self) -> bool:
+        """Whether the client must take something before anything else can happen."""
+        return bool(self._pending)
+
+    def advance(self) -> bool:
+        """Moves on by one receive and one send. Whether the transfer is over. Raises ClientGone."""
+        if not self._pending and not self._ended:
+            self._receive()
+        if self._pending:
+            try:
+                sent = self.client.send_now(self._pending)
+            except OSError:
+                raise ClientGone from None
+            self._pending = self._pending[sent:] if sent < len(self._pending) else b""
+        return self._ended and not self._pending
+
+    def _receive(self) -> None:
+        """Takes what has arrived from upstream, its end included."""
+        channel = self.answer.channel
+        try:
+            data = channel.receive_now()
+            while data and channel.has_more() and len(data) < RECEIVE_BYTES:
+                data += channel.receive_now() or b""
+        except OSError:
+            data = b""
+        if data is None:
+            return
+        if not data:
+            self._upstream_closed()
+            return
+        try:
+            content = self.answer.decoder.feed(data)
+        except FramingError:
+            self.fail("the provider broke the framing of its answer", "upstream_broken")
+            return
+        self._take(content)
+
+    def _take(self, content: bytes) -> None:
+        """Passes on content, whole lines of it in a stream, and ends with the answer."""
+        try:
+            self._forward(self._filter.feed(content) if self._filter else content)
+            if self.answer.decoder.finished:
+                self._finish()
+        except FramingError:
+            self.fail("the provider broke the encoding of its answer", "upstream_broken")
+
+    def _forward(self, content: bytes) -> None:
+        if not content:
+            return
+        self.record.bytes_sent += len(content)
+        self.record.usage.read(content)
+        if self.answer.is_stream and isinstance(self.answer.decoder, CloseDecoder) and STREAM_ENDS.search(content):
+            self._sees_end = True
+        self._pending += chunk(content) if self._chunked else content
+
+    def _finish(self) -> None:
+        """The answer is whole."""
+        if self._filter:
+            self._forward(self._filter.flush())
+        if self._chunked:
+            self._pending += LAST_CHUNK
+        self._ended = self.complete = True
+
+    def _upstream_closed(self) -> None:
+        """The connection has ended: rightly, where nothing else marks the end, and for a stream only if it has said so."""
+        if isinstance(self.answer.decoder, CloseDecoder) and (self._sees_end or not self.answer.is_stream):
+            self.answer.decoder.finished = True
+            self._finish()
+            self.answer.decoder.rest = b"closed"
+        else:
+            self.fail("the provider broke off its answer", "upstream_broken")
+
+    def fail(self, message: str, code: str) -> None:
+        """Ends an answer that can't be completed: a stream with a last event that says so, and in any case
+        without its proper end, so that nobody takes it for whole."""
+        record = self.record
+        record.error = code
+        self.keep_alive = False
+        self._ended = True
+        if isinstance(self._filter, LineSplitter) and (
+            self._chunked or not self.answer.head.fields.get("content-length")
+        ):
+            kind = "timeout_error" if code == "upstream_timeout" else "api_error"
+            event = b"\n\n" if self._filter.mid_line else b"\n"
+            event += error_event(self._dialect, kind, message, code, record.request_id)
+            self._pending += chunk(event) if self._chunked else event
+
+
+# ==== Catalogue ==================================================================================
+
+
+class Catalogue:
+    """The models that this relay offers: aliases, echo's, and what each usable provider lists."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._lock = threading.Lock()  # guards _lists
+        self._lists: dict[Provider, tuple[float, list[JsonDict]]] = {}  # fetched when, and what
+
+    def entries(self, config: Config) -> list[JsonDict]:
+        """One entry a name, as the provider describes it; aliases and echo's come first."""
+        usable = [provider for provider in config.providers.values() if provider.usable]
+        entries: list[JsonDict] = [{"id": name} for name in config.aliases]
+        if any(provider.format == "echo" for provider in usable):
+            entries += [{"id": name, "created_at": ECHO_CREATED, "created": ECHO_CREATED_UNIX} for name in ECHO_MODELS]
+        for listed in self._listed([provider for provider in usable if provider.format != "echo"]):
+            entries += listed
+        return list({entry["id"]: entry for entry in reversed(entries)}.values())[::-1]
+
+    def _listed(self, providers: Sequence[Provider]) -> list[list[JsonDict]]:
+        """What each provider lists: remembered, or asked for now, all at once and not for long."""
+        now = time.monotonic()
+        with self._lock:
+            stale = [
+                provider
+                for provider in providers
+                if self._lists.get(provider, (-math.inf, []))[0] < now - CATALOGUE_FRESH_SECONDS
+            ]
+        threads = [threading.Thread(target=self._fetch, args=(provider,), daemon=True) for provider in stale]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(0.0, now + CATALOGUE_WAIT_SECONDS - time.monotonic()))
+        with self._lock:
+            return [self._lists[provider][1] for provider in providers if provider in self._lists]
+
+    def _fetch(self, provider: Provider) -> None:
+        """Asks a provider and remembers what it says; one that fails is left out and asked again next time."""
+        hasty = provider._replace(timeout=CATALOGUE_WAIT_SECONDS, connect_timeout=CATALOGUE_WAIT_SECONDS)
+        query = "limit=1000" if provider.format == "anthropic" else ""
+        head = RequestHead("GET", "/v1/models", query, 1, Headers([]), 0)
+        candidate = Candidate(Target(hasty, ""), provider.keys[0] if provider.keys else None)
+        record = AccessRecord(time.time(), time.monotonic())
+        job = Job(
+            head,
+            Endpoint("catalogue", "", "/models", query),
+            ReadBody(b"", b"", None),
+            [candidate],
+            None,
+            record,
+        )
+        try:
+            answer = self._relay.obtain(job)
+            try:
+                document = json.loads(read_rest(answer, 8 * 1024 * 1024))
+            finally:
+                answer.release(self._relay.connections, time.monotonic())
+            entries = [entry for entry in document["data"] if provider.serves(entry["id"])]
+        except (RelayError, UpstreamFailure, FramingError, ValueError, KeyError, TypeError, RecursionError):
+            return
+        with self._lock:
+            self._lists = {other: listed for other, listed in self._lists.items() if other.name != provider.name}
+            self._lists[provider] = (time.monotonic(), entries)
+
+
+def read_rest(answer: Answer, limit: int) -> bytes:
+    """The whole body of an answer. Raises BrokenExchange, NoAnswer and FramingError, also beyond the limit."""
+    while not answer.decoder.finished:
+        if len(answer.content) > limit:
+            raise FramingError("the answer is too long")
+        receive_from_upstream(answer.channel, answer.candidate, None)
+        received, answer.channel.received = answer.channel.received, b""
+        answer.absorb(received)
+    return answer.content
+
+
+def model_entry(entry: JsonDict, dialect: str) -> JsonDict:
+    """An entry of the catalogue in the shape of a dialect; what the provider said of it stays."""
+    name = entry["id"]
+    if dialect == "anthropic":
+        usual: JsonDict = {"type": "model", "id": name, "display_name": name, "created_at": ECHO_CREATED}
+    else:
+        usual = {"id": name, "object": "model", "created": ECHO_CREATED_UNIX, "owned_by": "monorelay"}
+    native = ("type" in entry) if dialect == "anthropic" else ("object" in entry)
+    return {**usual, **entry} if native else {key: entry.get(key, value) for key, value in usual.items()}
+
+
+def model_page(entries: Sequence[JsonDict], query: str, dialect: str) -> JsonDict:
+    """The page of the list that a query asks for with limit, after_id and before_id. Raises BadRequest."""
+    asked = dict(parse_qsl(query))
+    names = [entry["id"] for entry in entries]
+    limit = asked.get("limit", "20" if dialect == "anthropic" else "100000")
+    if not re.fullmatch(r"[0-9]{1,6}", limit) or int(limit) < 1:
+        raise BadRequest("limit: Input should be a whole number from 1")
+    for key in ("after_id", "before_id"):
+        if key in asked and asked[key] not in names:
+            raise BadRequest(f"{key}: there is no model {asked[key]!r}")
+    start = names.index(asked["after_id"]) + 1 if "after_id" in asked else 0
+    end = names.index(asked["before_id"]) if "before_id" in asked else len(names)
+    backwards = "before_id" in asked and "after_id" not in asked
+    page = entries[max(start, end - int(limit)) : end] if backwards else entries[start : min(end, start + int(limit))]
+    shown = {
+        "data": [model_entry(entry, dialect) for entry in page],
+        "has_more": len(page) < end - start,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+    }
+    return shown if dialect == "anthropic" else {"object": "list", **shown}
+
+
+# ==== Log writer =================================================================================
+
+
+class LogWriter:
+    """Writes lines to stderr from a thread of its own: a log that is slow, or gone, holds up nobody."""
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        self._stream = stream
+        self._lines: collections.deque[AccessRecord | str] = collections.deque()
+        self._times: dict[int, float] = {}
+        self._wanted = threading.Event()
+        self._lock = threading.Lock()  # guards the order of writes
+        self.style = "text"
+        self.dropped = 0
+
+    def start(self) -> None:
+        """Starts the thread."""
+        threading.Thread(target=self._run, name="log", daemon=True).start()
+
+    def record(self, record: AccessRecord) -> None:
+        """Takes the line of a request that has just ended."""
+        if self.style != "off":
+            self._put(log_line(record.fields(time.monotonic()), self.style))
+
+    def say(self, message: str, level: str = "info") -> None:
+        """Takes a line of the relay's own."""
+        clock = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        style = "json" if self.style == "json" else "text"
+        self._put(log_line({"time": clock, "level": level, "message": message}, style))
+
+    def warn(self, message: str) -> None:
+        """Takes a warning."""
+        self.say(message, "warning")
+
+    def flush(self) -> None:
+        """Writes what is waiting."""
+        with self._lock:
+            lines = []
+            while self._lines:
+                lines.append(self._lines.popleft())
+            if self._stream and lines:
+                try:
+                    self._stream.write("\n".join(map(str, lines)) + "\n")
+                    self._stream.flush()
+                except (OSError, ValueError):
+                    pass  # a closed or full log must not stop the serving
+
+    def _put(self, line: str) -> None:
+        if len(self._lines) < LOG_BACKLOG_LINES:
+            self._lines.append(line)
+        else:
+            self.dropped += 1
+        if not self._wanted.is_set():
+            self._wanted.set()
+
+    def _run(self) -> None:
+        while True:
+            self._wanted.wait()
+            time.sleep(LOG_PAUSE_SECONDS)
+            self._wanted.clear()
+            self.flush()
+
+
+# ==== Event loop =================================================================================
+#
+# One thread watches all connections that nobody works for at the moment: clients that are between two
+# requests, or send a head slowly; answers that take their time; connections that are being closed. None
+# of them costs a thread. Each is a task; it is told when a socket of its own is ready, or when its
+# deadline has passed. A task is touched by this thread only.
+
+
+class Connection:
+    """A client's connection. At any time it belongs to one thread: a handler's, or the event loop's."""
+
+    def __init__(self, channel: Channel, address: str, register: set[Connection], surplus: bool) -> None:
+        self.channel = channel
+        self.address = address
+        self.surplus = surplus  # beyond max_connections: it gets one answer, which says so
+        self.busy = False  # with a request that isn't answered yet
+        self._register = register
+        register.add(self)
+
+    def close(self) -> None:
+        """Closes it, and forgets it."""
+        self.channel.close()
+        self._register.discard(self)
+
+
+class EventLoop:
+    """The thread that waits for everybody."""
+
+    def __init__(self, log: LogWriter, upstream: UpstreamPool, serve: Callable[[Connection], None]) -> None:
+        self.log = log
+        self.upstream = upstream
+        self.serve = serve  # gives a thread to a connection whose head is there
+        self.selector = selectors.DefaultSelector()
+        self.now = time.monotonic()
+        self.draining = False
+        self.tasks: set[Task] = set()
+        self._posted: collections.deque[Callable[[], None]] = collections.deque()
+        self._bell, self._ringer = socket.socketpair()
+        self._bell.setblocking(False)
+        self._rung = False
+        self._sweep_at = 0.0
+        self.selector.register(self._bell, selectors.EVENT_READ, None)
+
+    # -- for all threads
+
+    def post(self, action: Callable[[], None]) -> None:
+        """Has the loop call the action soon."""
+        self._posted.append(action)
+        if not self._rung:
+            self._rung = True
+            self._ringer.send(b"\0")
+
+    def await_head(self, connection: Connection) -> None:
+        """Takes a connection until the head of its next request has come."""
+        self.post(lambda: self.start(HeadWait(self, connection)))
+
+    def carry(self, connection: Connection, transfer: Transfer, body_read: bool) -> None:
+        """Takes an answer that is on its way, and the connection with it."""
+        self.post(lambda: self.start(Carriage(self, connection, transfer, body_read)))
+
+    def linger(self, connection: Connection) -> None:
+        """Closes a connection in a way that lets the client read what was sent last."""
+        self.post(lambda: self.start(Farewell(self, connection)))
+
+    # -- for the loop's own thread
+
+    def start(self, task: Task) -> None:
+        """Begins to look after a task."""
+        self.tasks.add(task)
+        task.begin()
+        self._sweep_at = min(self._sweep_at, task.deadline)
+
+    def run(self) -> None:
+        """Serves for ever."""
+        while True:
+            ready = self.selector.select(max(0.0, self._sweep_at - time.monotonic()))
+            self.now = time.monotonic()
+            for key, mask in ready:
+                if key.data is None:
+                    self._bell.recv(4096)
+                    self._rung = False
+                elif key.data in self.tasks:
+                    self._guarded(key.data, key.data.ready, key.fileobj, mask)
+            while self._posted:
+                self._posted.popleft()()
+            if self.now >= self._sweep_at:
+                self._sweep()
+
+    def _sweep(self) -> None:
+        """Ends what is overdue, and decides when to look again."""
+        for task in [task for task in self.tasks if task.deadline <= self.now]:
+            self._guarded(task, task.expire)
+        self.upstream.drop_idle(self.now - UPSTREAM_IDLE_SECONDS)
+        soonest = min((task.deadline for task in self.tasks), default=math.inf)
+        self._sweep_at = min(self.now + 5.0, max(self.now + 0.05, soonest))
+
+    def _guarded(self, task: Task, action: Callable[..., None], *arguments: Any) -> None:
+        """Calls the action; a defect in it costs this task only."""
+        try:
+            action(*arguments)
+        except Exception as error:
+            self.log.warn(f"internal error: {describe(error)}")
+            task.abandon()
+
+
+def describe(error: BaseException) -> str:
+    """An unexpected error for the log: its type and place, no text of it, which might hold a secret."""
+    place = error.__traceback__
+    while place and place.tb_next:
+        place = place.tb_next
+    return f"{type(error).__name__} in line {place.tb_lineno if place else 0}"
+
+
+class HeadWait:
+    """A connection between two requests, or in the middle of a head."""
+
+    def __init__(self, loop: EventLoop, connection: Connection) -> None:
+        self.loop = loop
+        self.connection = connection
+        self.deadline = 0.0
+        self._begun = False  # the first byte of the head has come
+
+    def begin(self) -> None:
+        self.connection.busy = False
+        self.deadline = self.loop.now + (SURPLUS_SECONDS if self.connection.surplus else IDLE_SECONDS)
+        if self.loop.draining:
+            self.abandon()
+            return
+        self.loop.selector.register(self.connection.channel.sock, selectors.EVENT_READ, self)
+        self._look()
+
+    def ready(self, sock: Any, mask: int) -> None:
+        channel = self.connection.channel
+        if channel.has_left():
+            self.abandon()
+        else:
+            self._look()
+
+    def _look(self) -> None:
+        """Whether there is a head, or something that can't become one: then a handler is called."""
+        channel = self.connection.channel
+        try:
+            whole = head_length(channel.received) > 0
+        except MalformedRequest:
+            whole = True  # the handler will say what is wrong
+        if whole:
+            self._leave()
+            self.loop.serve(self.connection)
+        elif channel.received and not self._begun:
+            self._begun = True
+            self.deadline = self.loop.now + HEAD_SECONDS
+
+    def expire(self) -> None:
+        if self._begun:
+            body = error_body(
+                "openai",
+                "timeout_error",
+                f"the head took more than {HEAD_SECONDS:.0f} seconds",
+                "head_timeout",
+                "",
+            )
+            head = head_bytes("HTTP/1.1 408 Request Timeout", [*own_fields(body, []), ("connection", "close")])
+            try:
+                self.connection.channel.send_now(head + body)
+            except OSError:
+                pass  # it is closed anyway
+        self.abandon()
+
+    def abandon(self) -> None:
+        self._leave()
+        self.connection.close()
+
+    def _leave(self) -> None:
+        forget(self.loop, self, self.connection.channel.sock)
+
+
+class Carriage:
+    """An answer that is carried from upstream to the client as it comes."""
+
+    def __init__(self, loop: EventLoop, connection: Connection, transfer: Transfer, body_read: bool) -> None:
+        self.loop = loop
+        self.connection = connection
+        self.transfer = transfer
+        self.deadline = 0.0
+        self._body_read = body_read
+        self._client = connection.channel
+        self._upstream = transfer.answer.channel
+        self._blocked = False  # whether the client, not upstream, is waited for
+
+    def begin(self) -> None:
+        selector = self.loop.selector
+        selector.register(self._client.sock, selectors.EVENT_READ, self)
+        selector.register(self._upstream.sock, selectors.EVENT_READ, self)
+        self._go_on()
+
+    def ready(self, sock: Any, mask: int) -> None:
+        if sock is self._client.sock and mask & selectors.EVENT_READ:
+            if self._client.has_left():
+                self.abandon()
+                return
+            if len(self._client.received) > PIPELINED_BYTES:
+                # No longer watched; sending to it will tell whether it is there.
+                self.loop.selector.unregister(sock)
+                if self._blocked:
+                    self.loop.selector.register(sock, selectors.EVENT_WRITE, self)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        transfer = self.transfer
+        try:
+            over = transfer.advance()
+            while not over and self._upstream.has_more() and not transfer.waits_for_client:
+                over = transfer.advance()
+        except ClientGone:
+            self.abandon()
+            return
+        if over:
+            self._finish()
+            return
+        blocked = transfer.waits_for_client
+        self.deadline = self.loop.now + (STALLED_CLIENT_SECONDS if blocked else transfer.timeout)
+        if blocked is not self._blocked:
+            self._blocked = blocked
+            self._watch(blocked)
+
+    def _watch(self, blocked: bool) -> None:
+        """Waits for the side that holds things up; for the client's departure always."""
+        selector, client = self.loop.selector, self._client.sock
+        watched = client in selector.get_map()
+        events = (selectors.EVENT_READ if len(self._client.received) <= PIPELINED_BYTES else 0) | (
+            selectors.EVENT_WRITE if blocked else 0
+        )
+        if events and watched:
+            selector.modify(client, events, self)
+        elif events:
+            selector.register(client, events, self)
+        elif watched:
+            selector.unregister(client)
+        if blocked:
+            selector.unregister(self._upstream.sock)
+        else:
+            selector.register(self._upstream.sock, selectors.EVENT_READ, self)
+
+    def expire(self) -> None:
+        if self._blocked:
+            self.abandon()
+        else:
+            self.cut(f"the provider sent nothing for {self.transfer.timeout:g} seconds", "upstream_timeout")
+
+    def cut(self, message: str, code: str) -> None:
+        """Ends the answer before its time."""
+        self.transfer.fail(message, code)
+        self._go_on()
+
+    def abandon(self) -> None:
+        self._leave()
+        self.transfer.record.error = "client_gone"
+        self._upstream.close()
+        self.connection.close()
+        self.loop.log.record(self.transfer.record)
+
+    def _finish(self) -> None:
+        self._leave()
+        conclude(self.loop, self.transfer)
+        if self.transfer.keep_alive and self._body_read:
+            self.loop.start(HeadWait(self.loop, self.connection))
+        else:
+            self.connection.busy = False
+            self.loop.start(Farewell(self.loop, self.connection))
+
+    def _leave(self) -> None:
+        forget(self.loop, self, self._client.sock, self._upstream.sock)
+
+
+class Farewell:
+    """A connection that is being closed: our side at once, the rest when the client has read and closed,
+    too. Closed outright, the answer could be lost with what the client is still sending (RFC 9112 §9.6)."""
+
+    def __init__(self, loop: EventLoop, connection: Connection) -> None:
+        self.loop = loop
+        self.connection = connection
+        self.deadline = loop.now + LINGER_SECONDS
+
+    def begin(self) -> None:
+        sock = self.connection.channel.sock
+        self.connection.busy = False
+        try:
+            sock.shutdown(socket.SHUT_WR)
+            self.loop.selector.register(sock, selectors.EVENT_READ, self)
+        except (OSError, ValueError):
+            self.abandon()
+
+    def ready(self, sock: Any, mask: int) -> None:
+        if self.connection.channel.has_left():
+            self.abandon()
+        self.connection.channel.received = b""
+
+    def expire(self) -> None:
+        self.abandon()
+
+    def abandon(self) -> None:
+        forget(self.loop, self, self.connection.channel.sock)
+        self.connection.close()
+
+
+Task = Union[HeadWait, Carriage, Farewell]
+
+
+def forget(loop: EventLoop, task: Task, *socks: socket.socket) -> None:
+    """Ends the loop's care for a task and its sockets."""
+    loop.tasks.discard(task)
+    for sock in socks:
+        try:
+            loop.selector.unregister(sock)
+        except (KeyError, ValueError):
+            pass  # it wasn't watched at the moment
+
+
+def conclude(loop: EventLoop, transfer: Transfer) -> None:
+    """What is left to do when an answer is through: the log, and the upstream connection."""
+    transfer.answer.release(loop.upstream, time.monotonic())
+    loop.log.record(transfer.record)
+
+
+# ==== Handler ====================================================================================
+
+
+class Service:
+    """What all requests share. `config` is replaced as a whole by a reload."""
+
+    def __init__(self, config: Config, log: LogWriter, serve: Callable[[Connection], None]) -> None:
+        self.config = config
+        self.log = log
+        self.relay = Relay(log.warn)
+        self.loop = EventLoop(log, self.relay.connections, serve)
+        self.catalogue = Catalogue(self.relay)
+        self.requests = Throttle()
+        self.logins = Throttle()
+        self.hashing = threading.BoundedSemaphore(4)  # each scrypt takes 16 MiB
+
+
+def own_fields(body: bytes, fields: Pairs) -> Pairs:
+    """The header fields of an answer that the relay itself makes."""
+    clock = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+    kind = [("content-type", "application/json")] if body else []
+    return [("date", clock), *kind, *fields, ("content-length", str(len(body)))]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves the requests of one connection for as long as they come without pause."""
+
+    def setup(self) -> None:
+        """Takes what the server hands over: a Connection in place of the socket."""
+        self.client: Connection = self.request
+        self.service: Service = self.server.service  # type: ignore[attr-defined]
+        self.close_connection = False
+
+    def handle(self) -> None:
+        """Serves request after request, until the connection is closed or goes to the event loop."""
+        while not self.close_connection:
+            self.handle_one_request()
+
+    def finish(self) -> None:
+        """Nothing: where the connection went, its last request has decided."""
+
+    def handle_one_request(self) -> None:
+        """Waits a moment for a head, and serves the request."""
+        data = self._next_head()
+        if not data:
+            self.close_connection = True
+            return
+        self.client.busy = True
+        self.config = self.service.config
+        self.record = AccessRecord(time.time(), time.monotonic())
+        self.body: RequestBody | None = None
+        self.head: RequestHead | None = None
+        self.dialect = "anthropic" if b" /v1/messages" in data[:REQUEST_LINE_BYTES] else "openai"
+        try:
+            self._serve(data)
+        except ClientGone:
+            self._give_up("client_gone")
+        except RelayError as error:
+            self._answer_error(error)
+        except Exception as error:
+            self.service.log.warn(f"internal error: {describe(error)}, request {self.record.request_id}")
+            self._answer_error(RelayError("an internal error; the relay's log has its place"))
+
+    def _next_head(self) -> bytes:
+        """The head of the next request, or what can't become one; empty when the connection was closed,
+        or went to the event loop to wait there."""
+        channel = self.client.channel
+        while True:
+            if channel.received.startswith(b"\r\n"):
+                channel.received = channel.received[2:]  # RFC 9112 §2.2: an empty line before it is ignored
+            try:
+                size = head_length(channel.received)
+            except MalformedRequest:
+                size = len(channel.received)
+            if size:
+                data, channel.received = channel.received[:size], channel.received[size:]
+                return data
+            try:
+                data = channel.sock.recv(RECEIVE_BYTES)
+            except BLOCKED:
+                self.service.loop.await_head(self.client)
+                return b""
+            except OSError:
+                data = b""
+            if not data:
+                self.client.close()
+                return b""
+            channel.received += data
+
+    def _serve(self, data: bytes) -> None:
+        """Reads the head, finds out who asks for what, and answers."""
+        head_length(data)  # raises for what _next_head gave up on
+        head = self.head = parse_request_head(data)
+        self.record.method, self.record.path = head.method, head.path
+        self.dialect = dialect_of(unquote(head.path), head.fields)
+        if self.client.surplus:
+            raise Unavailable(
+                "this relay serves as many connections as it may (server.max_connections)",
+                "too_many_connections",
+            )
+        if self.service.loop.draining:
+            raise Unavailable("this relay is shutting down", "shutting_down")
+        if head.method == "OPTIONS" and cors_fields(self.config.server.cors_origins, head.fields):
+            self._answer(204, preflight_fields(head.fields), b"")
+            return
+        endpoint = self.endpoint = find_endpoint(head)
+        self.caller = None if endpoint.name in OPEN_ENDPOINTS else self._authenticate(head)
+        answer: Callable[[], None] = getattr(self, f"answer_{endpoint.name}")
+        answer()
+
+    def _authenticate(self, head: RequestHead) -> Caller:
+        """The caller, who is within the limit of requests. Raises Unauthenticated and RateLimited."""
+        bearers = [value.partition(" ") for value in head.fields.all("authorization")]
+        tokens = [token.strip() for scheme, _, token in bearers if scheme.lower() == "bearer"]
+        caller = identify([*tokens, *head.fields.all("x-api-key")], self.config, time.time())
+        self.record.caller = caller.name
+        if caller.user and caller.user.requests_per_minute:
+            wait = self.service.requests.wait_seconds(caller.name, caller.user.requests_per_minute, time.monotonic())
+            if wait:
+                raise RateLimited(f"{caller.name} is over {caller.user.requests_per_minute} requests a minute", wait)
+        return caller
+
+    # -- the relay's own endpoints
+
+    def answer_alive(self) -> None:
+        self._answer(200, [], b"")
+
+    def answer_health(self) -> None:
+        self._answer_json({"status": "ok", "version": __version__})
+
+    def answer_telemetry(self) -> None:
+        """Takes Claude Code's telemetry, and forgets it."""
+        for _ in iter(self._open_body(self.config.server.max_body_mb).read, b""):
+            pass
+        self._answer(204, [], b"")
+
+    def answer_login(self) -> None:
+        """Exchanges a user's name and password for tokens."""
+        given = self._read_login("username", "password")
+        username = given["username"]
+        self._throttle_login(username)
+        user = self.config.users.get(username)
+        with self.service.hashing:
+            # Somebody unknown costs the same time as a wrong password.
+            right = check_password(given["password"], user.password if user and user.password else DUMMY_HASH)
+        if not (right and user and user.password):
+            raise Unauthenticated("the username or the password is wrong", "login_failed")
+        self._answer_tokens(username)
+
+    def answer_refresh(self) -> None:
+        """Exchanges a refresh token for new tokens."""
+        given = self._read_login("refresh_token")
+        secret = self.config.server.jwt_secret
+        if not secret:
+            raise Unauthenticated("this relay issues no tokens: server.jwt_secret is not set")
+        claims = verify_token(given["refresh_token"], secret.reveal(), time.time())
+        self._answer_tokens(subject(claims, "refresh", self.config.users))
+
+    def _answer_tokens(self, username: str) -> None:
+        secret = self.config.server.jwt_secret
+        if not secret:
+            raise Unauthenticated("this relay issues no tokens: server.jwt_secret is not set")
+        self.record.caller = username
+        self._answer_json(issue_tokens(username, secret.reveal(), time.time()), [("cache-control", "no-store")])
+
+    def _read_login(self, *names: str) -> dict[str, str]:
+        """The strings of a small JSON object. Raises BadRequest."""
+        try:
+            given = parse_json(self._open_body(0.0625).read_all())
+        except ValueError as error:
+            raise BadRequest(f"the body is not valid JSON: {error}") from None
+        if not isinstance(given, JsonObject) or given.repeated:
+            raise BadRequest("the body must be a JSON object without repeated names")
+        for name in names:
+            if not isinstance(given.get(name), str):
+                raise BadRequest(f"{name}: a string is required")
+        return {name: given[name] for name in names}
+
+    def _throttle_login(self, username: str) -> None:
+        """Slows down who guesses passwords, by name and by address. Raises RateLimited."""
+        for name, limit in (
+            (f"user {username}", LOGINS_PER_USER),
+            (f"address {self.client.address}", LOGINS_PER_ADDRESS),
+        ):
+            wait = self.service.logins.wait_seconds(name, limit, time.monotonic())
+            if wait:
+                raise RateLimited("too many logins; wait a while", wait)
+
+    def answer_me(self) -> None:
+        caller = self._known_caller()
+        self._answer_json({"username": caller.name, "admin": caller.admin})
+
+    def answer_catalogue(self) -> None:
+        """The relay's models, or one of them."""
+        head = self._known_head()
+        entries = [entry for entry in self.service.catalogue.entries(self.config) if self._may_use(entry["id"])]
+        wanted = unquote(head.path)[len("/v1/models/") :]
+        if not wanted:
+            self._answer_json(model_page(entries, head.query, self.dialect))
+            return
+        for entry in entries:
+            if entry["id"] == wanted:
+                self._answer_json(model_entry(entry, self.dialect))
+                return
+        raise NotFound(f"there is no model {wanted!r}{suggestion(wanted, [entry['id'] for entry in entries])}")
+
+    # -- what is relayed
+
+    def answer_by_model(self) -> None:
+        """Relays a request whose model tells where to."""
+        self._relay_by_model(self._read_body(required=True))
+
+    def answer_any_openai(self) -> None:
+        """Relays any other OpenAI request: by its model if it is JSON that has one, else to the first provider."""
+        kind = self._known_head().fields.get("content-type").partition(";")[0].strip().lower()
+        if kind == "application/json" or kind.endswith("+json"):
+            body = self._read_body(required=False)
+            if body.span:
+                self._relay_by_model(body)
+            else:
+                self._relay_to_first(body)
+        else:
+            self._relay_to_first(self._open_body(self.config.server.max_upload_mb))
+
+    def answer_first_provider(self) -> None:
+        """Relays what belongs to one account at a provider: files, batches, the list of models."""
+        self._relay_to_first(self._open_body(self.config.server.max_upload_mb))
+
+    def _relay_by_model(self, body: ReadBody) -> None:
+        asked = body.span.name if body.span else ""
+        self.record.model = asked
+        if not self._may_use(asked):
+            raise Forbidden(f"{self.record.caller} may not use the model {asked!r}")
+        targets = targets_for(self.config, asked, self.endpoint.dialect)
+        session = self._session(body) if any(len(target.provider.keys or ()) > 1 for target in targets) else ""
+        self._relay(body, self.service.relay.keys.order(targets, session, time.monotonic()))
+
+    def _relay_to_first(self, body: ReadBody | RequestBody) -> None:
+        provider = first_provider(self.config, self.endpoint.dialect)
+        caller = self._known_caller()
+        hidden_model = self._known_head().method == "POST" and not self.endpoint.path.startswith("/files")
+        if caller.user and caller.user.models and hidden_model:
+            raise Forbidden(
+                f"{caller.name} may use some models only, and what this request would use can't be seen here"
+            )
+        self._relay(body, [Candidate(Target(provider, ""), provider.keys[0] if provider.keys else None)])
+
+    def _may_use(self, model: str) -> bool:
+        user = self._known_caller().user
+        return not (user and user.models) or matches_any(asked_name(self.config, model), user.models)
+
+    def _session(self, body: ReadBody) -> str:
+        """What stays on one key: Claude Code's session, the end user that the request names, or the caller."""
+        session = self._known_head().fields.get("x-claude-code-session-id")
+        if not session:
+            spans = [body.content[start:end] for key, start, end in members(body.content) if key == "metadata"]
+            try:
+                session = str(json.loads(spans[0])["user_id"])
+            except (IndexError, ValueError, KeyError, TypeError, RecursionError):
+                session = ""
+        return session or self.record.caller
+
+    def _open_body(self, limit_mb: float) -> RequestBody:
+        """The request's body, still to be read. Raises TooLarge."""
+        head = self._known_head()
+        self.body = RequestBody(self.client.channel, head, int(limit_mb * 1024 * 1024))
+        return self.body
+
+    def _read_body(self, required: bool) -> ReadBody:
+        """The body, read for its model, which need not be there unless it is required. Raises BadRequest and TooLarge."""
+        sent = content = self._open_body(self.config.server.max_body_mb).read_all()
+        coding = self._known_head().fields.get("content-encoding", "identity").lower()
+        if coding != "identity" and sent:
+            content = decompressed(sent, coding, int(self.config.server.max_body_mb * 1024 * 1024))
+        try:
+            return ReadBody(sent, content, find_model(content))
+        except BadRequest:
+            if required:
+                raise
+            return ReadBody(sent, content, None)
+
+    def _relay(self, body: ReadBody | RequestBody, candidates: Sequence[Candidate]) -> None:
+        """Gets the answer, and passes it on as far as it goes without waiting; the event loop does the rest."""
+        head = self._known_head()
+        channel = self.client.channel
+        answer = self.service.relay.obtain(Job(head, self.endpoint, body, candidates, channel, self.record))
+        transfer = Transfer(answer, channel, self.record, head, self.endpoint)
+        body_read = self.body is None or self.body.finished
+        closing = self.service.loop.draining or not body_read
+        transfer.begin(head, self._relay_fields(answer), self._rewriter(answer), closing)
+        try:
+            over = transfer.advance() or transfer.advance()
+        except ClientGone:
+            answer.channel.close()
+            raise
+        if not over:
+            self.close_connection = True
+            self.service.loop.carry(self.client, transfer, body_read)
+            return
+        conclude(self.service.loop, transfer)
+        if not (transfer.keep_alive and body_read):
+            self.close_connection = True
+            self.service.loop.linger(self.client)
+
+    def _relay_fields(self, answer: Answer) -> Pairs:
+        """What the relay adds to the header of an answer."""
+        target = answer.candidate.target
+        fields = [("x-monorelay-provider", header_text(target.provider.name))]
+        if target.model:
+            fields.append(("x-monorelay-model", header_text(target.model)))
+        fields.append(("x-monorelay-attempts", str(self.record.attempts)))
+        return fields + cors_fields(self.config.server.cors_origins, self._known_head().fields, answer.head.headers)
+
+    def _rewriter(self, answer: Answer) -> ResultsUrlRewriter | None:
+        """What keeps the client from following a batch's results_url to the provider; where it matters."""
+        head, provider = self._known_head(), answer.candidate.target.provider
+        kind = answer.head.fields.get("content-type").partition(";")[0].strip().lower()
+        about_batches = self.endpoint.path.startswith("/messages/batches") and provider.format == "anthropic"
+        if not about_batches or kind != "application/json" or head.method == "HEAD":
+            return None
+        scheme = "https" if head.fields.get("x-forwarded-proto").lower() == "https" else "http"
+        host = head.fields.get("host") or f"{self.config.server.host}:{self.config.server.port}"
+        return ResultsUrlRewriter(provider, f"{scheme}://{host}", answer.head.fields.get("content-encoding").lower())
+
+    # -- answers that the relay makes
+
+    def _answer_json(self, document: JsonDict, fields: Sequence[tuple[str, str]] = ()) -> None:
+        self._answer(200, list(fields), json.dumps(document).encode("ascii"))
+
+    def _answer_error(self, error: RelayError) -> None:
+        """Tells the client what went wrong, in the shape of its API."""
+        record = self.record
+        record.error = error.code
+        fields = [*error.headers, ("x-monorelay-error", error.code)]
+        if record.attempts:
+            fields += [
+                ("x-monorelay-provider", header_text(record.provider)),
+                ("x-monorelay-attempts", str(record.attempts)),
+            ]
+        body = error_body(self.dialect, error.kind, error.message, error.code, record.request_id)
+        try:
+            self._answer(error.status, fields, body, error.close)
+        except (ClientGone, OSError):
+            self._give_up("client_gone")
+
+    def _answer(self, status: int, fields: Pairs, body: bytes, closing: bool = False) -> None:
+        """Sends an answer of the relay's own, writes the log, and decides how the connection goes on."""
+        head, record = self.head, self.record
+        fields = [("request-id", record.request_id), ("x-request-id", record.request_id), *fields]
+        closing = closing or head is None or not head.keep_alive or self.service.loop.draining or self.client.surplus
+        closing = closing or not self._skip_body()
+        if closing:
+            fields.append(("connection", "close"))
+        elif head and head.version == 0:
+            fields.append(("connection", "keep-alive"))
+        if head:
+            fields += cors_fields(self.config.server.cors_origins, head.fields)
+        fields = own_fields(body, fields)
+        if status == 204:
+            fields = [pair for pair in fields if pair[0] != "content-length"]
+        if head and head.method == "HEAD":
+            body = b""
+        record.status, record.bytes_sent, record.first_byte = status, len(body), time.monotonic()
+        try:
+            self.client.channel.send(
+                head_bytes(f"HTTP/1.1 {status} {reason_of(status)}", fields) + body, STALLED_CLIENT_SECONDS
+            )
+        except OSError:
+            raise ClientGone from None
+        self.service.log.record(record)
+        if closing:
+            self.close_connection = True
+            self.service.loop.linger(self.client)
+
+    def _skip_body(self) -> bool:
+        """Reads away a short body that nobody wanted; False when the connection can't be used on."""
+        if not self.head:
+            return False
+        try:
+            body = self.body or RequestBody(self.client.channel, self.head, DISCARDED_BODY_BYTES)
+            if body.finished:
+                return True
+            if not body.discardable:
+                return False
+            body.read_all()
+        except RelayError:
+            return False
+        return True
+
+    def _give_up(self, code: str) -> None:
+        """Closes the connection of a client that has left."""
+        self.record.error = code
+        self.close_connection = True
+        self.client.close()
+        self.service.log.record(self.record)
+
+    def _known_head(self) -> RequestHead:
+        assert self.head is not None
+        return self.head
+
+    def _known_caller(self) -> Caller:
+        assert self.caller is not None
+        return self.caller
+
+
+# ==== Server =====================================================================================
+
+
+class RelayServer(http.server.ThreadingHTTPServer):
+    """Listens, admits connections, and hands each to the event loop until there is something to serve.
+
+    For callers: start(), url, reload(), stop(). Everything else belongs to socketserver's protocol."""
+
+    daemon_threads = True
+    block_on_close = False
+    allow_reuse_address = True
+    request_queue_size = 4096
+
+    def __init__(self, config: Config, log: IO[str] | None = None, listener: socket.socket | None = None) -> None:
+        host = config.server.host
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, config.server.port), Handler, bind_and_activate=False)
+        if listener:
+            self.socket.close()
+            self.socket = listener
+        else:
+            # HTTPServer's own server_bind would look the host up in the DNS.
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name != "nt"))
+            self.socket.bind((host, config.server.port))
+            self.socket.listen(self.request_queue_size)
+        # Another process, or the queue's end, may be faster than accept().
+        self.socket.setblocking(False)
+        self.server_address = self.socket.getsockname()
+        config = with_run_secrets(config, None)
+        self.log = LogWriter(sys.stderr if log is None else log)
+        self.log.style = config.server.log
+        self.service = Service(config, self.log, self._serve_in_thread)
+        self.connections: set[Connection] = set()
+        # Given up for a moment when there is no other descriptor left, to be able to refuse a connection.
+        self._spare = open(os.devnull, "rb")
+        self._refusal_logged = -math.inf
+        self._accepting = False
+
+    @property
+    def url(self) -> str:
+        """Where clients on this machine reach it."""
+        host, port = self.server_address[:2]
+        return relay_url(str(host), int(port))
+
+    def start(self) -> None:
+        """Starts its threads: one accepts, one waits, one writes the log."""
+        self.log.start()
+        threading.Thread(target=self.service.loop.run, name="event loop", daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+        self._accepting = True
+
+    def reload(self, config: Config) -> None:
+        """Serves new requests by another configuration; those that run finish with the one they began with."""
+        old = self.service.config
+        config = with_run_secrets(config, old)
+        for name in ("host", "port", "workers"):
+            if getattr(config.server, name) != getattr(old.server, name):
+                self.log.warn(f"server.{name} has changed, which takes effect with a restart")
+        self.log.style = config.server.log
+        self.service.config = config
+
+    def stop(self, drain_seconds: float = 0.0) -> None:
+        """Stops accepting, lets what runs finish for so long, cuts the rest, and closes."""
+        deadline = time.monotonic() + drain_seconds
+        loop = self.service.loop
+        loop.draining = True
+        if self._accepting:
+            self.shutdown()
+        self.socket.close()
+        loop.post(self._dismiss_idle)
+        while any(connection.busy for connection in list(self.connections)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        done = threading.Event()
+        loop.post(lambda: self._cut_all(done))
+        done.wait(2)
+        self.service.relay.connections.drop_idle(math.inf)
+        self._spare.close()
+        self.log.flush()
+
+    def _dismiss_idle(self) -> None:
+        """Closes the connections on which no request is being served."""
+        for task in list(self.service.loop.tasks):
+            if isinstance(task, HeadWait):
+                task.abandon()
+
+    def _cut_all(self, done: threading.Event) -> None:
+        """Ends the answers that are still on their way, each with an error where its client can read one."""
+        for task in list(self.service.loop.tasks):
+            if isinstance(task, Carriage):
+                task.cut("this relay is shutting down", "shutting_down")
+        for task in list(self.service.loop.tasks):
+            task.abandon()
+        done.set()
+
+    # -- socketserver's protocol
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accepts a connection; without a descriptor for it, refuses it."""
+        try:
+            sock, address = self.socket.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._refuse_without_descriptor()
+            raise
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock, address
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Gives a new connection to the event loop, where it waits for its first head."""
+        limit = self.service.config.server.max_connections
+        if len(self.connections) >= limit + SURPLUS_CONNECTIONS:
+            refuse(request)
+            return
+        surplus = len(self.connections) >= limit
+        channel = Channel(request, KEEP_THREAD_SECONDS)
+        self.service.loop.await_head(Connection(channel, str(client_address[0]), self.connections, surplus))
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Notes a defect that came through to here; socketserver would print a traceback."""
+        error = sys.exc_info()[1]
+        if error:
+            self.log.warn(f"internal error: {describe(error)}")
+
+    def _serve_in_thread(self, connection: Connection) -> None:
+        """Has a new thread serve the connection."""
+        connection.busy = True
+        try:
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+        except RuntimeError:  # the system gives out no more threads
+            refuse(connection.channel.sock)
+            connection.close()
+
+    def _serve(self, connection: Connection) -> None:
+        try:
+            self.finish_request(connection, connection.address)  # type: ignore[arg-type]
+        except Exception:
+            self.handle_error(connection, connection.address)
+            connection.close()
+
+    def _refuse_without_descriptor(self) -> None:
+        """Uses the spare descriptor to accept a connection and say no: left in the queue, it would keep
+        the accept loop spinning, and its client waiting."""
+        now = time.monotonic()
+        if now - self._refusal_logged > 10:
+            self._refusal_logged = now
+            self.log.warn("no file descriptor is left for another connection; raise `ulimit -n`")
+        try:
+            self._spare.close()
+            refuse(self.socket.accept()[0])
+        except OSError:
+            time.sleep(0.05)
+        finally:
+            try:
+                self._spare = open(os.devnull, "rb")
+            except OSError:
+                time.sleep(0.05)
+
+
+def refuse(sock: socket.socket) -> None:
+    """Tells a client that there is no room, in the dialect of its path where that has come, and closes."""
+    try:
+        sock.setblocking(False)
+        try:
+            data = sock.recv(RECEIVE_BYTES)
+        except BLOCKED:
+            data = b""
+        dialect = "anthropic" if b" /v1/messages" in data or b"anthropic-version" in data.lower() else "openai"
+        body = error_body(
+            dialect, "api_error", "this relay can't take another connection now", "too_many_connections", ""
+        )
+        fields = [
+            ("retry-after", "1"),
+            ("x-monorelay-error", "too_many_connections"),
+            ("connection", "close"),
+        ]
+        sock.send(head_bytes("HTTP/1.1 503 Service Unavailable", own_fields(body, fields)) + body)
+        sock.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass  # it has left already
+    finally:
+        sock.close()
+
+
+def relay_url(host: str, port: int) -> str:
+    """The base URL of a relay that listens there, for clients on the same machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def with_run_secrets(config: Config, old: Config | None) -> Config:
+    """The configuration with what it leaves out made up for this run: an access key if there is no
+    credential at all, and a secret for tokens if somebody can log in."""
+    server = config.server
+    before = old.server if old else server
+    if not server.access_keys and not server.jwt_secret:
+        made = before.access_keys if old else ()
+        server = server._replace(access_keys=made or (Secret(f"mr-{base64url(os.urandom(24))}"),))
+    if not server.jwt_secret and any(user.password for user in config.users.values()):
+        server = server._replace(jwt_secret=before.jwt_secret or Secret(base64url(os.urandom(32))))
+    return config._replace(server=server)
+
+
+# ==== Command line ===============================================================================
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command that the arguments name; the exit status."""
+    options = parse_arguments(arguments)
+    commands = {"check": run_check, "hash-password": run_hash_password, "token": run_token}
+    try:
+        return commands.get(options.command or "", run_serve)(options)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+    except OSError as error:
+        print(
+            f"monorelay: {error.filename or ''}{': ' if error.filename else ''}{error.strerror or error}",
+            file=sys.stderr,
+        )
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+    return 1
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, taken apart."""
+    import argparse
+
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument(
+        "--config",
+        metavar="FILE",
+        help="the configuration (default: ./relay.json, or the one beside monorelay.py)",
+    )
+    listening = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    listening.add_argument("--host", help="listen there instead of server.host")
+    listening.add_argument("--port", type=int, help="listen there instead of server.port")
+    parser = argparse.ArgumentParser(
+        prog="monorelay.py",
+        description="One address for Claude Code, the Anthropic and OpenAI SDKs and curl. Without a command it serves.",
+        parents=[common, listening],
+    )
+    parser.add_argument("--version", action="version", version=f"MonoRelay {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser(
+        "check", parents=[common, listening], help="validate the configuration and print what would be served"
+    )
+    commands.add_parser("hash-password", help="read a password and print its hash for relay.json")
+    token = commands.add_parser("token", parents=[common], help="print a JWT for a user of relay.json")
+    token.add_argument("user", metavar="USER")
+    token.add_argument(
+        "--expires",
+        metavar="TIME",
+        type=lifetime,
+        default=30 * 86400,
+        help="such as 30d, 12h, 90m or 60s (default: 30d)",
+    )
+    return parser.parse_args(arguments)
+
+
+def lifetime(given: str) -> int:
+    """The seconds of a time such as 30d. Raises ValueError."""
+    match = re.fullmatch(r"([1-9][0-9]{0,8})([smhd])", given)
+    if not match:
+        raise ValueError(given)
+    return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def config_path(options: argparse.Namespace) -> str:
+    """The file to serve: the one named, ./relay.json, or the one beside this file; empty if there is none."""
+    if "config" in options:
+        return str(options.config)
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "relay.json")
+    return next((path for path in ("relay.json", beside) if os.path.exists(path)), "")
+
+
+def load_config(path: str, options: argparse.Namespace) -> Config:
+    """The configuration in a file, with the address of the command line. Raises ConfigError and OSError."""
+    name = os.path.basename(path) or "built-in configuration"
+    if path:
+        with open(path, "rb") as file:
+            data = file.read()
+        try:
+            source = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ConfigError([f"{name}: byte {error.start} is not UTF-8"]) from None
+    else:
+        source = BUILT_IN_CONFIG
+    config = parse_config(source, os.environ, name)
+    changes = {key: getattr(options, key) for key in ("host", "port") if key in options}
+    config = config._replace(server=config.server._replace(**changes))
+    if not 0 <= config.server.port <= 65535:
+        raise ConfigError([f"--port: must be a whole number from 0 to 65535, not {config.server.port}"])
+    if config.server.workers > 1 and not hasattr(os, "fork"):
+        raise ConfigError([f"{name}: server.workers: must be 1 on this system"])
+    obstacle = start_obstacle(config)
+    if obstacle:
+        raise ConfigError([f"{name}: {obstacle}"])
+    return config
+
+
+def run_check(options: argparse.Namespace) -> int:
+    """Prints what would be served."""
+    path = config_path(options)
+    config = load_config(path, options)
+    print(f"{path or 'built-in configuration'}: fine")
+    print("\n".join(describe_config(config)))
+    for warning in file_warnings(path, config):
+        print(f"warning: {warning}")
+    return 0
+
+
+def run_hash_password(options: argparse.Namespace) -> int:
+    """Prints the hash of a password that is typed, or comes on stdin."""
+    if sys.stdin.isatty():
+        import getpass
+
+        given = getpass.getpass("Password: ")
+    else:
+        given = sys.stdin.readline().rstrip("\r\n")
+    if not given:
+        print("monorelay: the password is empty", file=sys.stderr)
+        return 1
+    print(hash_password(given))
+    return 0
+
+
+def run_token(options: argparse.Namespace) -> int:
+    """Prints an access token for a user."""
+    config = load_config(config_path(options), options)
+    if not config.server.jwt_secret:
+        raise ConfigError(["relay.json: server.jwt_secret: is not set, so there is nothing to sign a token with"])
+    if config.users and options.user not in config.users:
+        raise ConfigError([f"relay.json: users: there is no {options.user}{suggestion(options.user, config.users)}"])
+    now = int(time.time())
+    claims = {"sub": options.user, "type": "access", "iat": now, "exp": now + options.expires}
+    print(sign_token(claims, config.server.jwt_secret.reveal()))
+    return 0
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    """Serves until a signal says otherwise."""
+    path = config_path(options)
+    config = with_run_secrets(load_config(path, options), None)
+    raise_descriptor_limit()
+    try:
+        server = RelayServer(config)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"can't listen on {config.server.host}:{config.server.port}: {error.strerror}"
+        ) from None
+    for line in banner(config, path, server.url):
+        print(line, file=sys.stderr)
+    server.start()
+    return Operator(server, path, options).run()
+
+
+def raise_descriptor_limit() -> None:
+    """Lets this process open as many files and connections as the system's hard limit allows."""
+    try:
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ImportError, ValueError, OSError):
+        pass  # Windows has none, and macOS refuses an unlimited one
+
+
+class Operator:
+    """What the main thread does while the others serve: it waits for signals and for edits of relay.json."""
+
+    def __init__(self, server: RelayServer, path: str, options: argparse.Namespace) -> None:
+        self._server = server
+        self._path = path
+        self._options = options
+        self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._seen = file_state(path)
+
+    def run(self) -> int:
+        """Serves until SIGTERM or SIGINT; the exit status."""
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), lambda number, frame: self._signals.put(number))
+        while True:
+            try:
+                number = self._signals.get(timeout=1.0)
+            except queue.Empty:
+                if file_state(self._path) != self._seen:
+                    self.reload()
+                continue
+            if number == getattr(signal, "SIGHUP", None):
+                self.reload()
+            else:
+                self._drain()
+                return 0
+
+    def reload(self) -> None:
+        """Reads relay.json again; a broken one changes nothing."""
+        self._seen = file_state(self._path)
+        log = self._server.log
+        try:
+            config = load_config(self._path, self._options)
+        except (ConfigError, OSError) as error:
+            for line in str(error).splitlines():
+                log.warn(line)
+            log.warn("the configuration was not reloaded; the one before stays in force")
+            return
+        self._server.reload(config)
+        log.say("the configuration was reloaded")
+
+    def _drain(self) -> None:
+        """Stops in good order; another signal ends the process at once."""
+        for name in ("SIGTERM", "SIGINT"):
+            signal.signal(getattr(signal, name), lambda number, frame: os._exit(128 + number))
+        seconds = self._server.service.config.server.drain_seconds
+        self._server.log.say(f"stopping; what runs may take {seconds:g} s more, another signal ends it at once")
+        self._server.stop(seconds)
+
+
+def file_state(path: str) -> tuple[int, ...]:
+    """What changes when a file is edited or replaced."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def file_warnings(path: str, config: Config) -> Iterator[str]:
+    """What is unsafe about the file itself: secrets written into it that others may read."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            source = file.read()
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    secrets = [key.secret for provider in config.providers.values() for key in provider.keys or ()]
+    secrets += [*config.server.access_keys, *filter(None, [config.server.jwt_secret])]
+    if os.name != "nt" and mode & 0o044 and any(secret.reveal() in source for secret in secrets):
+        yield f"{path} holds secrets and can be read by other users of this machine; run: chmod 600 {path}"
+
+
+def describe_config(config: Config) -> Iterator[str]:
+    """What a configuration serves, a line each."""
+    for provider in config.providers.values():
+        if not provider.enabled:
+            state = "disabled"
+        elif provider.keys is None:
+            state = "usable" if provider.format == "echo" else "usable, takes no key"
+        else:
+            state = f"usable, keys: {', '.join(key.label for key in provider.keys)}" if provider.keys else "has no key"
+        yield f"  provider   {provider.name} ({provider.format}): {state}"
+    for pattern, names in config.routes.items():
+        yield f"  route      {pattern} -> {', '.join(names)}"
+    for alias, names in config.aliases.items():
+        yield f"  alias      {alias} -> {', '.join(names)}"
+    if config.users:
+        yield f"  users      {', '.join(config.users)}"
+
+
+def banner(config: Config, path: str, url: str) -> Iterator[str]:
+    """What an owner wants to see at the start: where, what, and how to call it."""
+    key = config.server.access_keys[0].reveal() if config.server.access_keys else ""
+    made_up = key.startswith("mr-")
+    yield f"MonoRelay {__version__} serves {path or 'its built-in configuration'} at {url}"
+    yield from describe_config(config)
+    for warning in file_warnings(path, config):
+        yield f"  warning    {warning}"
+    if made_up:
+        yield f"  access key {key} (made for this run; set MONORELAY_ACCESS_KEY to choose one)"
+    shown = key if made_up else token_expression(config, path)
+    yield "  try it     " + curl_line(config, url, shown)
+    yield f"  clients    Claude Code: ANTHROPIC_BASE_URL={url}"
+    yield f"             Anthropic SDKs: base_url {url}"
+    yield f"             OpenAI SDKs, Vercel AI SDK: base_url {url}/v1"
+
+
+def token_expression(config: Config, path: str) -> str:
+    """What a shell replaces by a token of this relay, so that none is ever printed."""
+    for key in config.server.access_keys:
+        for name, value in os.environ.items():
+            if value == key.reveal() and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                return f"${name}"
+    if config.server.access_keys:
+        read = (
+            "import json;k=json.load(open('"
+            + path
+            + "'))['server']['access_key'];print(k if isinstance(k,str) else k[0])"
+        )
+        return f'$(python3 -c "{read}")'
+    user = next(iter(config.users), "me")
+    return f"$(python3 {os.path.relpath(__file__)} token {user} --config {path})"
+
+
+def curl_line(config: Config, url: str, token: str) -> str:
+    """A call that works as it is: a message to echo where there is a route to it, else the list of models."""
+    try:
+        to_echo = any(target.provider.format == "echo" for target in targets_for(config, "echo", "anthropic"))
+    except RelayError:
+        to_echo = False
+    if not to_echo:
+        return f'curl {url}/v1/models -H "x-api-key: {token}"'
+    body = '{"model":"echo","max_tokens":64,"messages":[{"role":"user","content":"Hello, relay!"}]}'
+    return f"curl {url}/v1/messages -H \"x-api-key: {token}\" -H 'content-type: application/json' -d '{body}'"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
