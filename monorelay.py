@@ -1133,7 +1133,7 @@ def resolve(config: Config, name: str) -> list[Target]:
         known = [*config.aliases, *(pattern for pattern in config.routes if "*" not in pattern), *ECHO_MODELS]
         close = difflib.get_close_matches(name, known, 3) or sorted([*config.aliases, *config.routes])[:8]
         raise NotFound(f"no route for the model {name!r}; this relay knows {', '.join(close)}", "no_route")
-    return list(dict.fromkeys(targets))
+    return [target for index, target in enumerate(targets) if target not in targets[:index]]
 
 
 def follow(config: Config, name: str, passed: tuple[str, ...]) -> list[Target]:
@@ -1354,6 +1354,7 @@ FIELD_LINE = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
 AUTHORITY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 
@@ -1683,6 +1684,8 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 def is_safe_path(path: str) -> bool:
     """Whether no server behind can take the path for another one, decoded once or twice."""
+    if PLAIN_PATH.fullmatch(path):
+        return True
     once = unquote_to_bytes(path)
     for form in (path.encode("latin-1"), once, unquote_to_bytes(once)):
         if b"//" in form or b"\\" in form or re.search(rb"[\x00-\x20\x7f]", form):
@@ -1872,24 +1875,18 @@ def upstream_place(head: RequestHead) -> tuple[str, str]:
 
 # ==== Model splice ===============================================================================
 #
-# A JSON body is passed on byte for byte; only the value of the top-level "model" may change. So the
-# text is walked, not parsed: the members of the outer object are told apart, whatever they contain is
-# stepped over by matching quotes and brackets. That is enough to know that the body is one object and
-# where its model stands, and much less work than building values that nobody needs. What is wrong
-# inside a value, the provider will say.
+# A JSON body is passed on byte for byte; only the value of the top-level "model" may change. So the outer
+# object is walked member by member, with `json` stepping over the values, and what is found is a place in
+# the bytes. Long strings without an escape (images, documents) are taken out before: they prove nothing,
+# and would cost a thousand times what the rest does.
 
-MEMBER = re.compile(rb'[ \t\n\r]*"([^"\\]*(?:\\.[^"\\]*)*)"[ \t\n\r]*:[ \t\n\r]*', re.DOTALL)
-SCALAR = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false|null")
-SEPARATOR = re.compile(rb"[ \t\n\r]*([,}])")
-OPENING = re.compile(rb"[ \t\n\r]*\{")
-EMPTY_OBJECT = re.compile(rb"[ \t\n\r]*\{[ \t\n\r]*\}")
-BLANK = re.compile(rb"[ \t\n\r]*")
-# Inside a nested value: all up to the next bracket, with the short strings on the way. Long strings
-# (images, documents) are left to bytes.find, which is many times faster than an expression. The bounds
-# keep what the expression engine remembers small.
-NESTED = re.compile(rb'(?:[^"{}\[\]]+|"[^"\\]{0,64}(?:\\.[^"\\]{0,64}){0,4}"){0,200}', re.DOTALL)
-QUOTE = ord('"')
-CLOSES = {ord("}"): ord("{"), ord("]"): ord("[")}
+MEMBER = re.compile(r'[ \t\n\r]*("[^"\\]*(?:\\.[^"\\]*)*")[ \t\n\r]*:[ \t\n\r]*', re.DOTALL)
+SEPARATOR = re.compile(r"[ \t\n\r]*([,}])")
+EMPTY_OBJECT = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*\}[ \t\n\r]*")
+OPENING = re.compile(r"[ \t\n\r]*\{")
+LONG_STRING_BYTES = 4096
+# float() takes integers of any length, where int() refuses those over 4,300 digits.
+BODY_DECODER = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant)
 
 
 class ModelSpan(NamedTuple):
@@ -1902,111 +1899,74 @@ class ModelSpan(NamedTuple):
 
 def find_model(body: bytes) -> ModelSpan:
     """The top-level `model` of a JSON object. Raises BadRequest unless there is exactly one, a string."""
-    found = [span for key, *span in members(body) if key == "model"]
+    short, gaps = without_long_strings(body)
+    try:
+        text = short.decode("utf-8")
+        found = [span for key, *span in members(text) if key == "model"]
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"the body is not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError):
+        raise BadRequest("the body is not valid JSON in UTF-8, or nested too deeply") from None
     if not found:
         raise BadRequest("model: Field required")
     if len(found) > 1:
         raise BadRequest("model: given more than once")
-    start, end = found[0]
-    try:
-        name = json.loads(body[start:end])
-    except ValueError:
-        name = None
+    name, start, end = found[0]
     if not isinstance(name, str):
         raise BadRequest("model: Input should be a valid string")
-    return ModelSpan(name, start, end)
+    start_in_short = len(text[:start].encode("utf-8"))
+    start_in_body = start_in_short + sum(length for place, length in gaps if place <= start_in_short)
+    return ModelSpan(name, start_in_body, start_in_body + len(text[start:end].encode("utf-8")))
+
+
+def without_long_strings(body: bytes) -> tuple[bytes, list[tuple[int, int]]]:
+    """The JSON text with its long strings emptied, and where how many bytes are missing from it. Between
+    two quotes, only the inside of a string begins with a letter, a digit or a slash, so nothing else goes."""
+    pieces: list[bytes] = []
+    gaps: list[tuple[int, int]] = []
+    kept = missing = 0
+    quote = body.find(b'"') if len(body) > LONG_STRING_BYTES else -1
+    while quote >= 0:
+        start, quote = quote + 1, body.find(b'"', quote + 1)
+        first = body[start : start + 1]
+        if (
+            quote - start > LONG_STRING_BYTES
+            and (first.isalnum() or first == b"/")
+            and body.find(b"\\", start, quote) < 0
+        ):
+            pieces.append(body[kept:start])
+            gaps.append((start - missing, quote - start))
+            kept, missing = quote, missing + quote - start
+    pieces.append(body[kept:])
+    return b"".join(pieces), gaps
+
+
+def members(text: str) -> Iterator[tuple[str, Any, int, int]]:
+    """Key, value, and start and end of the value, of each member of a JSON object. Raises ValueError."""
+    if EMPTY_OBJECT.fullmatch(text):
+        return
+    opening = OPENING.match(text)
+    if not opening:
+        raise BadRequest("the body must be a JSON object")
+    position, separator = opening.end(), ","
+    while separator == ",":
+        member = MEMBER.match(text, position)
+        if not member:
+            raise json.JSONDecodeError("Expecting a name in double quotes and a colon", text, position)
+        start = member.end()
+        value, end = BODY_DECODER.raw_decode(text, start)
+        yield json.loads(member[1]), value, start, end
+        match = SEPARATOR.match(text, end)
+        if not match:
+            raise json.JSONDecodeError("Expecting a comma or the end of the object", text, end)
+        position, separator = match.end(), match[1]
+    if text[position:].strip(" \t\n\r"):
+        raise json.JSONDecodeError("Extra data", text, position)
 
 
 def splice_model(body: bytes, span: ModelSpan, name: str) -> bytes:
     """The body with another name for its model, and every other byte as it was."""
     return b"%b%b%b" % (body[: span.start], json.dumps(name).encode("ascii"), body[span.end :])
-
-
-def members(body: bytes) -> Iterator[tuple[str, int, int]]:
-    """Key, start and end of the value of each member of the JSON object that the body is.
-
-    Raises BadRequest when it is none."""
-    match = OPENING.match(body)
-    if not match:
-        raise BadRequest("the body must be a JSON object")
-    position = match.end()
-    separator = b"}" if EMPTY_OBJECT.match(body) else b","
-    if separator == b"}":
-        position = body.index(b"}", position) + 1
-    while separator == b",":
-        match = MEMBER.match(body, position)
-        if not match:
-            raise not_json(position)
-        start = match.end()
-        end = value_end(body, start)
-        yield member_key(match[1]), start, end
-        match = SEPARATOR.match(body, end)
-        if not match:
-            raise not_json(end)
-        position, separator = match.end(), match[1]
-    if not BLANK.fullmatch(body, position):
-        raise not_json(position)
-
-
-def member_key(raw: bytes) -> str:
-    """A key, its escapes undone: "\\u006dodel" is "model" to every JSON parser."""
-    try:
-        return str(json.loads(b'"%b"' % raw)) if b"\\" in raw else raw.decode("utf-8")
-    except ValueError:
-        raise BadRequest("the body is not valid JSON: a key is malformed") from None
-
-
-def value_end(body: bytes, position: int) -> int:
-    """Where the JSON value ends that begins at `position`. Raises BadRequest."""
-    first = body[position : position + 1]
-    if first == b'"':
-        return string_end(body, position)
-    if first in (b"{", b"["):
-        return nested_end(body, position)
-    match = SCALAR.match(body, position)
-    if not match:
-        raise not_json(position)
-    return match.end()
-
-
-def nested_end(body: bytes, position: int) -> int:
-    """Where the object or array ends that begins at `position`. Raises BadRequest."""
-    opened = bytearray()
-    while True:
-        byte = body[position] if position < len(body) else -1
-        if byte == QUOTE:
-            position = string_end(body, position)
-        elif byte in CLOSES.values():
-            opened.append(byte)
-            position += 1
-        elif byte in CLOSES and opened.pop() == CLOSES[byte]:
-            position += 1
-            if not opened:
-                return position
-        elif byte < 0 or byte in CLOSES:
-            raise not_json(position)
-        # The end of the next stretch is a bracket, a long string, or just where its bound was reached.
-        stretch = NESTED.match(body, position)
-        position = stretch.end() if stretch else position
-
-
-def string_end(body: bytes, start: int) -> int:
-    """Where the string ends that begins at `start`: behind the first quote that isn't escaped."""
-    end = start
-    while True:
-        end = body.find(b'"', end + 1)
-        if end < 0:
-            raise not_json(start)
-        before = end
-        while body[before - 1] == ord("\\"):
-            before -= 1
-        if (end - before) % 2 == 0:
-            return end + 1
-
-
-def not_json(position: int) -> BadRequest:
-    """The error for a body that stops being JSON at a byte."""
-    return BadRequest(f"the body is not valid JSON: unexpected byte at position {position}")
 
 
 def decompressed(body: bytes, coding: str, limit: int) -> bytes:
@@ -2157,6 +2117,9 @@ class AccessRecord:
         return {name: value for name, value in pairs if value is not None}
 
 
+PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but space, quote, = and backslash
+
+
 def log_line(fields: Mapping[str, Any], style: str) -> str:
     """The fields as one line: key=value, or JSON."""
     if style == "json":
@@ -2166,8 +2129,7 @@ def log_line(fields: Mapping[str, Any], style: str) -> str:
 
 def log_value(value: str) -> str:
     """A value that can't break its line or its field: quoted and escaped where it isn't plain."""
-    plain = value.isascii() and value.isprintable() and not any(character in value for character in ' "=\\')
-    return value if plain else json.dumps(value).replace("\x7f", "\\u007f")
+    return value if PLAIN_VALUE.fullmatch(value) else json.dumps(value).replace("\x7f", "\\u007f")
 
 
 # ==== Echo provider ==============================================================================
@@ -4393,10 +4355,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What stays on one key: Claude Code's session, the end user that the request names, or the caller."""
         session = self._known_head().fields.get("x-claude-code-session-id")
         if not session:
-            spans = [body.content[start:end] for key, start, end in members(body.content) if key == "metadata"]
             try:
-                session = str(json.loads(spans[0])["user_id"])
-            except (IndexError, ValueError, KeyError, TypeError, RecursionError):
+                session = str(json.loads(body.content)["metadata"]["user_id"])
+            except (ValueError, KeyError, TypeError, RecursionError):
                 session = ""
         return session or self.record.caller
 
