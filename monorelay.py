@@ -1880,7 +1880,7 @@ def upstream_place(head: RequestHead) -> tuple[str, str]:
 # the bytes. Long strings without an escape (images, documents) are taken out before: they prove nothing,
 # and would cost a thousand times what the rest does.
 
-MEMBER = re.compile(r'[ \t\n\r]*("[^"\\]*(?:\\.[^"\\]*)*")[ \t\n\r]*:[ \t\n\r]*', re.DOTALL)
+MEMBER = re.compile(r'[ \t\n\r]*"([^"\\]*(?:\\.[^"\\]*)*)"[ \t\n\r]*:[ \t\n\r]*', re.DOTALL)
 SEPARATOR = re.compile(r"[ \t\n\r]*([,}])")
 EMPTY_OBJECT = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*\}[ \t\n\r]*")
 OPENING = re.compile(r"[ \t\n\r]*\{")
@@ -1914,9 +1914,12 @@ def find_model(body: bytes) -> ModelSpan:
     name, start, end = found[0]
     if not isinstance(name, str):
         raise BadRequest("model: Input should be a valid string")
-    start_in_short = len(text[:start].encode("utf-8"))
-    start_in_body = start_in_short + sum(length for place, length in gaps if place <= start_in_short)
-    return ModelSpan(name, start_in_body, start_in_body + len(text[start:end].encode("utf-8")))
+
+    def place_in_body(position: int) -> int:
+        place = len(text[:position].encode("utf-8"))
+        return place + sum(length for gap, length in gaps if gap <= place)
+
+    return ModelSpan(name, place_in_body(start), place_in_body(end))
 
 
 def without_long_strings(body: bytes) -> tuple[bytes, list[tuple[int, int]]]:
@@ -1955,7 +1958,8 @@ def members(text: str) -> Iterator[tuple[str, Any, int, int]]:
             raise json.JSONDecodeError("Expecting a name in double quotes and a colon", text, position)
         start = member.end()
         value, end = BODY_DECODER.raw_decode(text, start)
-        yield json.loads(member[1]), value, start, end
+        key = member[1]
+        yield json.loads(f'"{key}"') if "\\" in key else key, value, start, end
         match = SEPARATOR.match(text, end)
         if not match:
             raise json.JSONDecodeError("Expecting a comma or the end of the object", text, end)
