@@ -2523,7 +2523,8 @@ def called_tool(request: JsonDict) -> JsonDict:
 
 def anthropic_input_tokens(request: JsonDict) -> int:
     """The words of system prompt, messages and tools; at least one, as the API counts."""
-    return max(1, sum(count_words(request.get(name)) for name in ("system", "messages", "tools")))
+    texts = [said(request.get("system")), *(said(message["content"]) for message in request["messages"])]
+    return max(1, count_words([*texts, request.get("tools")]))
 
 
 def anthropic_usage(reply: Reply, output_tokens: int) -> JsonDict:
@@ -2718,6 +2719,7 @@ def openai_reply(request: JsonDict, identity: str, text: str, tool: JsonDict) ->
     if not is_texts(stops):
         raise EchoFault(400, "stop: Input should be a string or a list of strings")
     words, reason, sequence = shorten([] if tool else split_words(text), limit, stops)
+    texts = [said(message.get("content")) for message in request.get("messages") or ()]
     return Reply(
         id=identity,
         model=request["model"],
@@ -2727,7 +2729,7 @@ def openai_reply(request: JsonDict, identity: str, text: str, tool: JsonDict) ->
         tool_input=sample(tool.get("input_schema") or {"type": "object"}) if tool else {},
         stop_reason="tool_use" if tool else reason,
         stop_sequence=sequence,
-        input_tokens=max(1, count_words([request.get("messages"), request.get("prompt"), request.get("tools")])),
+        input_tokens=max(1, count_words([*texts, request.get("prompt"), request.get("tools")])),
     )
 
 
