@@ -102,6 +102,7 @@ STALLED_CLIENT_SECONDS = 60.0  # nginx's send_timeout
 LINGER_SECONDS = 5.0  # nginx's lingering_timeout
 # A kept upstream connection; shorter than the 60 s after which common balancers drop theirs.
 UPSTREAM_IDLE_SECONDS = 50.0
+FRESH_SECONDS = 1.0
 # How many connections to a provider wait for their next use; nginx needs as many for the same load.
 UPSTREAM_IDLE_CONNECTIONS = 512
 # How long a system call may block before the wait moves to poll(), which sees a client leave, too:
@@ -1431,7 +1432,7 @@ class RequestHead(NamedTuple):
     @property
     def keep_alive(self) -> bool:
         """Whether the client wants to use the connection again (RFC 9112 §9.3)."""
-        options = self.fields.elements("connection")
+        options = self.fields.elements("connection") if "connection" in self.fields else ()
         return "close" not in options and (self.version >= 1 or "keep-alive" in options)
 
 
@@ -1661,17 +1662,16 @@ def answer_decoder(head: ResponseHead, method: str) -> Decoder:
     """What reads the body of an answer (RFC 9112 §6.3). Raises FramingError for contradictory framing."""
     if method == "HEAD" or head.status in (204, 304):
         return LengthDecoder(0)
-    codings, lengths = head.fields.elements("transfer-encoding"), set(head.fields.all("content-length"))
+    codings, lengths = head.fields.all("transfer-encoding"), head.fields.all("content-length")
     if codings:
-        if codings != ["chunked"] or lengths or head.version == 0:
+        if lengths or len(codings) > 1 or codings[0].lower() != "chunked" or head.version == 0:
             raise FramingError("the framing is contradictory")
         return ChunkedDecoder(ANSWER_HEAD_BYTES)
     if not lengths:
         return CloseDecoder()
-    length = lengths.pop()
-    if lengths or not CONTENT_LENGTH.fullmatch(length):
+    if len(set(lengths)) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0]):
         raise FramingError("the Content-Length is malformed")
-    return LengthDecoder(int(length))
+    return LengthDecoder(int(lengths[0]))
 
 
 def chunk(data: bytes) -> bytes:
@@ -1695,12 +1695,11 @@ def is_safe_path(path: str) -> bool:
     return True
 
 
-def end_to_end(fields: Headers, kept_back: Iterable[str]) -> Pairs:
+def end_to_end(fields: Headers, kept_back: frozenset[str]) -> Pairs:
     """The fields to pass on: neither kept back, nor declared hop-by-hop by Connection."""
-    hidden = set(kept_back)
     if "connection" in fields:
-        hidden.update(fields.elements("connection"))
-    return [pair for pair in fields.pairs if pair[0].lower() not in hidden]
+        kept_back = kept_back.union(fields.elements("connection"))
+    return [pair for pair in fields.pairs if pair[0].lower() not in kept_back]
 
 
 def upstream_fields(
@@ -1739,6 +1738,11 @@ def head_bytes(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
     """A head on the wire."""
     lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
     return f"{first_line}\r\n{lines}\r\n".encode("latin-1")
+
+
+def media_type(fields: Headers) -> str:
+    """What kind of body it is, without parameters."""
+    return fields.get("content-type").partition(";")[0].strip().lower()
 
 
 def header_text(value: str) -> str:
@@ -2089,7 +2093,7 @@ class AccessRecord:
         self.when = when  # seconds since 1970
         self.started = started  # on the monotonic clock, like first_byte
         self.first_byte: float | None = None
-        self.request_id = f"req_{os.urandom(12).hex()}"
+        self.request_id = f"req_{random.getrandbits(96):024x}"
         self.caller = self.method = self.path = self.model = self.sent_model = ""
         self.provider = self.key = self.error = ""
         self.status = self.bytes_sent = self.attempts = 0
@@ -2991,13 +2995,14 @@ class UpstreamPool:
         self._idle: dict[tuple[str, str, int], list[Channel]] = {}
         self._tls: ssl.SSLContext | None = None
 
-    def take(self, provider: Provider) -> Channel | None:
-        """A kept connection, the one used last: it is the least likely to be stale."""
+    def take(self, provider: Provider, now: float) -> Channel | None:
+        """A kept connection, the one used last: it is the least likely to be stale. One that was used just
+        now isn't even looked at; should it be stale after all, the request finds out."""
         while True:
             with self._lock:
                 idle = self._idle.get((provider.scheme, provider.host, provider.port))
                 channel = idle.pop() if idle else None
-            if channel is None or channel.is_quiet():
+            if channel is None or now - channel.idle_since < FRESH_SECONDS or channel.is_quiet():
                 return channel
             channel.close()
 
@@ -3164,9 +3169,11 @@ class Answer:
         self.decoder = decoder
         self.content = b""  # of the body, decoded and not passed on yet
         self.whole_request = True  # False when it came before the request had been sent
-        kind = head.fields.get("content-type").partition(";")[0].strip().lower()
         # What came encoded has no lines to be told apart.
-        self.is_stream = kind == "text/event-stream" and head.fields.get("content-encoding", "identity") == "identity"
+        self.is_stream = (
+            media_type(head.fields) == "text/event-stream"
+            and head.fields.get("content-encoding", "identity") == "identity"
+        )
 
     @property
     def reusable(self) -> bool:
@@ -3176,7 +3183,7 @@ class Answer:
             and not self.decoder.rest
             and self.whole_request
             and self.head.version >= 1
-            and "close" not in self.head.fields.elements("connection")
+            and not ("connection" in self.head.fields and "close" in self.head.fields.elements("connection"))
         )
 
     def absorb(self, data: bytes) -> None:
@@ -3323,7 +3330,7 @@ class Relay:
     def _attempt(self, job: Job, candidate: Candidate) -> Answer:
         """One try with a candidate. A kept connection that turns out to be closed is replaced."""
         provider = candidate.target.provider
-        kept = None if job.only_once else self.connections.take(provider)
+        kept = None if job.only_once else self.connections.take(provider, time.monotonic())
         if kept:
             try:
                 return self._exchange(job, candidate, kept)
@@ -4320,7 +4327,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer_any_openai(self) -> None:
         """Relays any other OpenAI request: by its model if it is JSON that has one, else to the first provider."""
-        kind = self._known_head().fields.get("content-type").partition(";")[0].strip().lower()
+        kind = media_type(self._known_head().fields)
         if kind == "application/json" or kind.endswith("+json"):
             body = self._read_body(required=False)
             if body.span:
@@ -4421,9 +4428,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _rewriter(self, answer: Answer) -> ResultsUrlRewriter | None:
         """What keeps the client from following a batch's results_url to the provider; where it matters."""
         head, provider = self._known_head(), answer.candidate.target.provider
-        kind = answer.head.fields.get("content-type").partition(";")[0].strip().lower()
-        about_batches = self.endpoint.path.startswith("/messages/batches") and provider.format == "anthropic"
-        if not about_batches or kind != "application/json" or head.method == "HEAD":
+        if not self.endpoint.path.startswith("/messages/batches") or provider.format != "anthropic":
+            return None
+        if media_type(answer.head.fields) != "application/json" or head.method == "HEAD":
             return None
         scheme = "https" if head.fields.get("x-forwarded-proto").lower() == "https" else "http"
         host = head.fields.get("host") or f"{self.config.server.host}:{self.config.server.port}"
