@@ -110,8 +110,11 @@ UPSTREAM_IDLE_CONNECTIONS = 512
 SLICE_SECONDS = 0.02
 # How long a thread stays with a connection for its next request before the event loop takes it.
 KEEP_THREAD_SECONDS = 0.25
+# With more threads than this none stays.
+WAITING_THREADS = 300
 # Connections over max_connections are taken to be told so, in the dialect of their path; these few only.
 SURPLUS_CONNECTIONS = 256
+LISTEN_BACKLOG = 4096  # connections that wait for accept(); the system caps it (net.core.somaxconn)
 SURPLUS_SECONDS = 2.0
 RETRY_AFTER_LIMIT_SECONDS = 3600.0
 LEEWAY_SECONDS = 60.0  # clocks of token issuers differ
@@ -121,6 +124,7 @@ JWT_SECRET_BYTES = 32  # RFC 7518 §3.2: a key at least as long as the hash
 OPEN_ACCESS_KEY_CHARACTERS = 16  # the least for a relay that listens beyond this machine
 CATALOGUE_WAIT_SECONDS = 2.0  # Claude Code gives up after 3
 CATALOGUE_FRESH_SECONDS = 300.0
+CATALOGUE_RETRY_SECONDS = 30.0  # until a provider that didn't list its models is asked again
 LOGINS_PER_USER = 10  # a minute
 LOGINS_PER_ADDRESS = 30  # a minute
 LOG_PAUSE_SECONDS = 0.05  # lines are written together, so that a busy relay wakes its log thread rarely
@@ -945,7 +949,7 @@ def from_base64url(part: str) -> bytes:
 
 def signature(signed: str, secret: str) -> bytes:
     """HS256 of RFC 7518 §3.2 over the first two parts of a token."""
-    return hmac.new(secret.encode("utf-8"), signed.encode("ascii"), hashlib.sha256).digest()
+    return hmac.new(secret.encode("utf-8", "surrogateescape"), signed.encode("ascii"), hashlib.sha256).digest()
 
 
 def sign_token(claims: Mapping[str, Any], secret: str) -> str:
@@ -1125,8 +1129,8 @@ class Target(NamedTuple):
 
 
 def resolve(config: Config, name: str) -> list[Target]:
-    """The targets of a model name, in order of preference: `name@provider`, an alias, or the first
-    route that matches. Raises NotFound with the names that are close."""
+    """The targets of a model name, in order of preference: `name@provider`, an alias, or the first route
+    that matches. Raises NotFound with the names that are close, and Unavailable for a disabled provider."""
     targets = follow(config, name, ())
     if not targets:
         import difflib
@@ -1134,7 +1138,13 @@ def resolve(config: Config, name: str) -> list[Target]:
         known = [*config.aliases, *(pattern for pattern in config.routes if "*" not in pattern), *ECHO_MODELS]
         close = difflib.get_close_matches(name, known, 3) or sorted([*config.aliases, *config.routes])[:8]
         raise NotFound(f"no route for the model {name!r}; this relay knows {', '.join(close)}", "no_route")
-    return [target for index, target in enumerate(targets) if target not in targets[:index]]
+    serving = [target for target in targets if target.provider.serves(target.model)]
+    if not serving:
+        raise NotFound(f"the `models` of {targets[0].provider.name} don't admit {targets[0].model!r}", "no_route")
+    enabled = [target for target in serving if target.provider.enabled]
+    if not enabled:
+        raise not_usable(serving[0].provider)
+    return [target for index, target in enumerate(enabled) if target not in enabled[:index]]
 
 
 def follow(config: Config, name: str, passed: tuple[str, ...]) -> list[Target]:
@@ -1177,12 +1187,9 @@ def targets_for(config: Config, name: str, dialect: str) -> list[Target]:
             f"the model {name!r} is served by {targets[0].provider.name}, which speaks the other format: use {other}",
             "other_format",
         )
-    serving = [target for target in speaking if target.provider.serves(target.model)]
-    if not serving:
-        raise NotFound(f"the `models` of {speaking[0].provider.name} don't admit {speaking[0].model!r}", "no_route")
-    usable = [target for target in serving if target.provider.usable]
+    usable = [target for target in speaking if target.provider.usable]
     if not usable:
-        raise not_usable(serving[0].provider)
+        raise not_usable(speaking[0].provider)
     return usable
 
 
@@ -1844,6 +1851,8 @@ def find_endpoint(head: RequestHead) -> Endpoint:
     """The endpoint of a request. Raises NotFound and MethodNotAllowed."""
     # An escaped letter must not lead past the rules for a path: decoded, it is found as well.
     path = unquote(head.path)
+    if head.method not in METHODS:
+        raise MethodNotAllowed(head.method[:20], header_text(path)[:200], ENDPOINTS.get(path, (METHODS, ""))[0])
     if not is_safe_path(head.path):
         raise NotFound("the path has empty, . or .. segments, a backslash, spaces or control characters")
     if path.startswith("/v1/v1/") or path == "/v1/v1":
@@ -1863,7 +1872,7 @@ def find_endpoint(head: RequestHead) -> Endpoint:
         elif path.startswith("/v1/anthropic/"):
             methods = ("GET", "HEAD")
     if head.method not in methods:
-        raise MethodNotAllowed(head.method[:20], header_text(path)[:200], methods)
+        raise MethodNotAllowed(head.method, header_text(path)[:200], methods)
     if name == "by_model" and head.method != "POST":
         name = "any_openai"
     return Endpoint(name, dialect, *upstream_place(head))
@@ -2467,7 +2476,8 @@ def check_sampling(request: JsonDict) -> None:
 
 def check_tools(request: JsonDict) -> None:
     """Tools: each with a name, and a schema unless the provider itself would run it."""
-    tools, choice = request.get("tools") or [], request.get("tool_choice") or {}
+    tools = [] if request.get("tools") is None else request["tools"]
+    choice = request.get("tool_choice") or {}
     if not isinstance(tools, list) or not isinstance(choice, dict):
         raise EchoFault(400, "tools: Input should be a valid list, and tool_choice an object")
     for index, tool in enumerate(tools):
@@ -2847,6 +2857,13 @@ class Channel:
         """The bytes that have arrived, b"" at the end, None if there are none yet. Raises OSError."""
         try:
             return self.sock.recv(RECEIVE_BYTES, self._flags)
+        except BLOCKED:
+            return None
+
+    def receive_soon(self) -> bytes | None:
+        """The bytes that arrive within the channel's slice of time, b"" at the end. Raises OSError."""
+        try:
+            return self.sock.recv(RECEIVE_BYTES)
         except BLOCKED:
             return None
 
@@ -3475,6 +3492,9 @@ class ResultsUrlRewriter:
 LINE_END = re.compile(rb"[\r\n]")
 
 
+UNBUFFERED = (("x-accel-buffering", "no"), ("cache-control", "no-cache"))
+
+
 class Transfer:
     """An answer on its way to the client, as fast as both sides allow.
 
@@ -3501,13 +3521,17 @@ class Transfer:
     def begin(self, request: RequestHead, fields: Pairs, rewriter: ResultsUrlRewriter | None, closing: bool) -> None:
         """Prepares the head, with fields in place of those that the relay keeps back, and what has come of the body."""
         head = self.answer.head
-        fields = [*end_to_end(head.fields, ANSWER_HEADERS_KEPT_BACK), *fields]
+        replaced = ANSWER_HEADERS_KEPT_BACK.union([name for name, _ in fields if name.startswith("access-control-")])
+        fields = [*end_to_end(head.fields, replaced), *fields]
         if rewriter:
             self._filter = rewriter
             fields = [pair for pair in fields if pair[0].lower() != "content-encoding"]
         bodyless = request.method == "HEAD" or head.status in (204, 304)
         length = head.fields.get("content-length")
-        if length and not rewriter:
+        if self.answer.is_stream:
+            # nginx and its like, in front of the relay, would hold a stream back.
+            fields += [pair for pair in UNBUFFERED if pair[0] not in head.fields]
+        if length and not rewriter and not self.answer.is_stream:
             fields.append(("content-length", length))
         elif not bodyless and request.version >= 1:
             self._chunked = True
@@ -3605,9 +3629,7 @@ class Transfer:
         record.error = code
         self.keep_alive = False
         self._ended = True
-        if isinstance(self._filter, LineSplitter) and (
-            self._chunked or not self.answer.head.fields.get("content-length")
-        ):
+        if isinstance(self._filter, LineSplitter):
             kind = "timeout_error" if code == "upstream_timeout" else "api_error"
             event = b"\n\n" if self._filter.mid_line else b"\n"
             event += error_event(self._dialect, kind, message, code, record.request_id)
@@ -3650,23 +3672,24 @@ class Catalogue:
         for thread in threads:
             thread.join(max(0.0, now + CATALOGUE_WAIT_SECONDS - time.monotonic()))
         with self._lock:
+            for provider in stale:
+                # One that is still silent isn't waited for again at once; should it answer yet, the better.
+                asked, entries = self._lists.get(provider, (-math.inf, []))
+                self._lists[provider] = (max(asked, now - CATALOGUE_FRESH_SECONDS + CATALOGUE_RETRY_SECONDS), entries)
             return [self._lists[provider][1] for provider in providers if provider in self._lists]
 
     def _fetch(self, provider: Provider) -> None:
-        """Asks a provider and remembers what it says; one that fails is left out and asked again next time."""
+        """Asks a provider, and remembers what it says; of one that fails, that it lists nothing for a while."""
         hasty = provider._replace(timeout=CATALOGUE_WAIT_SECONDS, connect_timeout=CATALOGUE_WAIT_SECONDS)
         query = "limit=1000" if provider.format == "anthropic" else ""
         head = RequestHead("GET", "/v1/models", query, 1, Headers([]), 0)
         candidate = Candidate(Target(hasty, ""), provider.keys[0] if provider.keys else None)
         record = AccessRecord(time.time(), time.monotonic())
         job = Job(
-            head,
-            Endpoint("catalogue", "", "/models", query),
-            ReadBody(b"", b"", None),
-            [candidate],
-            None,
-            record,
+            head, Endpoint("catalogue", "", "/models", query), ReadBody(b"", b"", None), [candidate], None, record
         )
+        entries: list[JsonDict] = []
+        asked = time.monotonic()
         try:
             answer = self._relay.obtain(job)
             try:
@@ -3675,10 +3698,10 @@ class Catalogue:
                 answer.release(self._relay.connections, time.monotonic())
             entries = [entry for entry in document["data"] if provider.serves(entry["id"])]
         except (RelayError, UpstreamFailure, FramingError, ValueError, KeyError, TypeError, RecursionError):
-            return
+            asked += CATALOGUE_RETRY_SECONDS - CATALOGUE_FRESH_SECONDS
         with self._lock:
             self._lists = {other: listed for other, listed in self._lists.items() if other.name != provider.name}
-            self._lists[provider] = (time.monotonic(), entries)
+            self._lists[provider] = (asked, entries)
 
 
 def read_rest(answer: Answer, limit: int) -> bytes:
@@ -3749,6 +3772,10 @@ class LogWriter:
         """Takes the line of a request that has just ended."""
         if self.style != "off":
             self._put(log_line(record.fields(time.monotonic()), self.style))
+
+    def write(self, line: str) -> None:
+        """Takes a line as it is."""
+        self._put(line)
 
     def say(self, message: str, level: str = "info") -> None:
         """Takes a line of the relay's own."""
@@ -4191,16 +4218,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 data, channel.received = channel.received[:size], channel.received[size:]
                 return data
             try:
-                data = channel.sock.recv(RECEIVE_BYTES)
-            except BLOCKED:
+                crowded = threading.active_count() > WAITING_THREADS
+                received = channel.receive_now() if crowded else channel.receive_soon()
+            except OSError:
+                received = b""
+            if received is None:
                 self.service.loop.await_head(self.client)
                 return b""
-            except OSError:
-                data = b""
-            if not data:
+            if not received:
                 self.client.close()
                 return b""
-            channel.received += data
+            channel.received += received
 
     def _serve(self, data: bytes) -> None:
         """Reads the head, finds out who asks for what, and answers."""
@@ -4527,21 +4555,11 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
-    allow_reuse_address = True
-    request_queue_size = 4096
 
     def __init__(self, config: Config, log: IO[str] | None = None, listener: socket.socket | None = None) -> None:
-        host = config.server.host
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, config.server.port), Handler, bind_and_activate=False)
-        if listener:
-            self.socket.close()
-            self.socket = listener
-        else:
-            # HTTPServer's own server_bind would look the host up in the DNS.
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name != "nt"))
-            self.socket.bind((host, config.server.port))
-            self.socket.listen(self.request_queue_size)
+        super().__init__(("", 0), Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener or listen(config.server)
         # Another process, or the queue's end, may be faster than accept().
         self.socket.setblocking(False)
         self.server_address = self.socket.getsockname()
@@ -4673,6 +4691,21 @@ class RelayServer(http.server.ThreadingHTTPServer):
                 self._spare = open(os.devnull, "rb")
             except OSError:
                 time.sleep(0.05)
+
+
+def listen(server: ServerSettings) -> socket.socket:
+    """A socket that listens where the settings say. Raises OSError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET)
+    try:
+        # On Windows the option would let two relays share the port by accident.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name != "nt"))
+        listener.bind((server.host, server.port))
+        listener.listen(LISTEN_BACKLOG)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise OSError(getattr(error, "errno", None), f"can't listen on {server.host}:{server.port}: {reason}") from None
+    return listener
 
 
 def refuse(sock: socket.socket) -> None:
@@ -4857,18 +4890,17 @@ def run_token(options: argparse.Namespace) -> int:
 
 
 def run_serve(options: argparse.Namespace) -> int:
-    """Serves until a signal says otherwise."""
+    """Serves until a signal says otherwise, alone or as the supervisor of several workers."""
     path = config_path(options)
     config = with_run_secrets(load_config(path, options), None)
     raise_descriptor_limit()
-    try:
-        server = RelayServer(config)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"can't listen on {config.server.host}:{config.server.port}: {error.strerror}"
-        ) from None
-    for line in banner(config, path, server.url):
-        print(line, file=sys.stderr)
+    listener = listen(config.server)
+    host, port = listener.getsockname()[:2]
+    lines = "\n".join(banner(config, path, relay_url(host, port)))
+    if config.server.workers > 1:
+        return Supervisor(config, path, options, listener).run(lines)
+    server = RelayServer(config, None, listener)
+    server.log.write(lines)
     server.start()
     return Operator(server, path, options).run()
 
@@ -4884,6 +4916,23 @@ def raise_descriptor_limit() -> None:
         pass  # Windows has none, and macOS refuses an unlimited one
 
 
+class Signals:
+    """Signals as a queue: what they ask for is done by the main thread, not in the midst of something."""
+
+    def __init__(self, *names: str) -> None:
+        self._arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for name in names:
+            if hasattr(signal, name):  # Windows has few
+                signal.signal(getattr(signal, name), lambda number, frame: self._arrived.put(number))
+
+    def next(self, seconds: float) -> str:
+        """The name of the next signal, or nothing after so many seconds."""
+        try:
+            return signal.Signals(self._arrived.get(timeout=seconds)).name
+        except queue.Empty:
+            return ""
+
+
 class Operator:
     """What the main thread does while the others serve: it waits for signals and for edits of relay.json."""
 
@@ -4891,26 +4940,18 @@ class Operator:
         self._server = server
         self._path = path
         self._options = options
-        self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._seen = file_state(path)
 
-    def run(self) -> int:
-        """Serves until SIGTERM or SIGINT; the exit status."""
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), lambda number, frame: self._signals.put(number))
+    def run(self, supervisor: int = 0) -> int:
+        """Serves until SIGTERM, SIGINT or the death of the supervising process; the exit status."""
+        signals = Signals("SIGTERM", "SIGINT", "SIGHUP")
         while True:
-            try:
-                number = self._signals.get(timeout=1.0)
-            except queue.Empty:
-                if file_state(self._path) != self._seen:
-                    self.reload()
-                continue
-            if number == getattr(signal, "SIGHUP", None):
-                self.reload()
-            else:
+            name = signals.next(1.0)
+            if name in ("SIGTERM", "SIGINT") or (supervisor and os.getppid() != supervisor):
                 self._drain()
                 return 0
+            if name == "SIGHUP" or file_state(self._path) != self._seen:
+                self.reload()
 
     def reload(self) -> None:
         """Reads relay.json again; a broken one changes nothing."""
@@ -4933,6 +4974,86 @@ class Operator:
         seconds = self._server.service.config.server.drain_seconds
         self._server.log.say(f"stopping; what runs may take {seconds:g} s more, another signal ends it at once")
         self._server.stop(seconds)
+
+
+class Supervisor:
+    """The parent of several workers, which share its listening socket: it replaces one that dies, and
+    passes signals on. Each worker is a relay of its own, with its own limits, kept connections and log thread."""
+
+    def __init__(self, config: Config, path: str, options: argparse.Namespace, listener: socket.socket) -> None:
+        self._config = config
+        self._path = path
+        self._options = options
+        self._listener = listener
+        self._workers: dict[int, float] = {}  # process id: when it was started
+
+    def run(self, lines: str) -> int:
+        """Serves until SIGTERM or SIGINT; the exit status."""
+        log = LogWriter(sys.stderr)
+        log.write(lines)
+        log.flush()
+        signals = Signals("SIGTERM", "SIGINT", "SIGHUP", "SIGCHLD")
+        while True:
+            while len(self._workers) < self._config.server.workers:
+                self._start_worker()
+            name = signals.next(1.0)
+            if name in ("SIGTERM", "SIGINT"):
+                return self._stop(signals)
+            if name == "SIGHUP":
+                self._pass_on(signal.SIGHUP)
+            for pid, started in self._reap():
+                log.warn(f"the worker {pid} has ended; another one takes its place")
+                log.flush()
+                if time.monotonic() - started < 1.0:
+                    time.sleep(1.0)  # one that can't even start must not be started without end
+
+    def _start_worker(self) -> None:
+        parent = os.getpid()
+        pid = os.fork()
+        if pid:
+            self._workers[pid] = time.monotonic()
+            return
+        # Out of the terminal's process group: Ctrl-C is for the parent, which passes it on once.
+        os.setpgid(0, 0)
+        status = 1
+        try:
+            config = self._config
+            try:
+                config = with_run_secrets(load_config(self._path, self._options), config)
+            except (ConfigError, OSError):
+                pass  # the file is broken at the moment: the configuration of the start still holds
+            server = RelayServer(config, None, self._listener)
+            server.start()
+            status = Operator(server, self._path, self._options).run(parent)
+        finally:
+            os._exit(status)
+
+    def _reap(self) -> Iterator[tuple[int, float]]:
+        """The workers that have ended, and when each was started."""
+        while self._workers:
+            pid = os.waitpid(-1, os.WNOHANG)[0]
+            if not pid:
+                return
+            yield pid, self._workers.pop(pid)
+
+    def _pass_on(self, number: int) -> None:
+        for pid in self._workers:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass  # it has just ended, and will be reaped
+
+    def _stop(self, signals: Signals) -> int:
+        """Has all workers drain; a second signal ends them at once."""
+        self._listener.close()
+        self._pass_on(signal.SIGTERM)
+        while self._workers:
+            if signals.next(1.0) in ("SIGTERM", "SIGINT"):
+                self._pass_on(signal.SIGKILL)
+                return 1
+            for _ in self._reap():
+                pass
+        return 0
 
 
 def file_state(path: str) -> tuple[int, ...]:

@@ -1,0 +1,4472 @@
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["pytest", "anthropic", "openai", "PyJWT", "hypothesis", "trustme"]
+# ///
+"""The tests of MonoRelay: `python3 test_monorelay.py [pytest's arguments]`.
+
+The block above names everything the tests need beyond the standard library. A plain run installs that into
+.venv/ (one folder per Python version) and starts pytest there; `uv run test_monorelay.py` brings its own
+environment. `-m slow` runs the soak instead of the rest.
+
+Three things talk to each other in most tests: a raw client, a relay started in this process, and a provider
+whose every byte is scripted. Streaming and cancelling are proved by gates (`threading.Event`), never by
+sleeping. The rooms below are those of monorelay.py, in its order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import re
+import sys
+import venv
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Bootstrap: an environment that has what the block above names
+# ------------------------------------------------------------------------------------------------------------
+
+
+def dependencies() -> list[str]:
+    """The requirements that the script block at the top of this file names."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    return re.findall(r'"([^"]+)"', re.search(r"^# dependencies = \[(.*)\]$", source, re.M)[1])
+
+
+def installed(requirements: list[str]) -> bool:
+    """Whether this very interpreter has them all, as it has under `uv run`."""
+    try:
+        return all(importlib.metadata.version(name) for name in requirements)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def environment(requirements: list[str]) -> Path:
+    """The python of an environment with the requirements in it, made anew when they have changed."""
+    folder = HERE / ".venv" / "{}.{}".format(*sys.version_info)
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    stamp = folder / "requirements.sha256"
+    wanted = hashlib.sha256(repr((requirements, sys.version)).encode()).hexdigest()
+    if not python.exists() or not stamp.exists() or stamp.read_text() != wanted:
+        print(f"Installing {', '.join(requirements)} into {folder.relative_to(HERE)}/ ...", flush=True)
+        venv.create(folder, clear=True, with_pip=True)
+        if os.spawnv(os.P_WAIT, python, [str(python), "-m", "pip", "install", "--quiet", *requirements]):
+            sys.exit("The tests' dependencies could not be installed; pip says why above.")
+        stamp.write_text(wanted)
+    return python
+
+
+def run_pytest(arguments: list[str]) -> None:
+    """Replaces this process by pytest on this file; what is marked slow runs only when asked for."""
+    python = Path(sys.executable) if installed(dependencies()) else environment(dependencies())
+    options = ["-q", "--strict-markers", "-p", "no:cacheprovider", "-o", "markers=slow: takes a minute"]
+    options += [] if "-m" in arguments else ["-m", "not slow"]
+    print(f"Running pytest on Python {sys.version.split()[0]}", flush=True)
+    os.execv(python, [str(python), "-m", "pytest", *options, "--rootdir", str(HERE), __file__, *arguments])
+
+
+if __name__ == "__main__":
+    run_pytest(sys.argv[1:])
+
+import asyncio
+import base64
+import contextlib
+import email.utils
+import gzip
+import hmac
+import io
+import itertools
+import json
+import random
+import resource
+import shutil
+import signal
+import socket
+import ssl
+import string
+import struct
+import subprocess
+import threading
+import time
+import urllib.parse
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Callable, NamedTuple
+
+import anthropic
+import hypothesis
+import jwt
+import openai
+import pytest
+import trustme
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(HERE))
+import monorelay
+
+# Every run tries the same examples, however slow the machine.
+hypothesis.settings.register_profile("suite", derandomize=True, database=None, deadline=None, max_examples=60)
+hypothesis.settings.load_profile("suite")
+
+TIMEOUT_SECONDS = 5
+TOKEN = "access-key-of-the-tests"
+JWT_SECRET = "a secret of the tests, 32 bytes or more"
+ANTHROPIC_VERSION = "anthropic-version: 2023-06-01"
+PASSWORD = "correct horse"
+PASSWORD_HASH = monorelay.hash_password(PASSWORD)
+UNIX_TIME = 1_700_000_000.0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The raw wire: a socket that reads and writes exact bytes, for both ends
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Message(NamedTuple):
+    """A request or an answer as it stood on the wire, its body out of the framing."""
+
+    head: bytes
+    body: bytes
+
+    @property
+    def start(self) -> str:
+        return self.head.split(b"\r\n", 1)[0].decode("latin-1")
+
+    @property
+    def method(self) -> str:
+        return self.start.split(" ")[0]
+
+    @property
+    def target(self) -> str:
+        return self.start.split(" ")[1]
+
+    @property
+    def status(self) -> int:
+        return int(self.start.split(" ")[1])
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        lines = self.head.decode("latin-1").split("\r\n")[1:]
+        return [
+            (name.lower(), value.strip())
+            for name, _, value in (line.partition(":") for line in lines if line)
+        ]
+
+    def all(self, name: str) -> list[str]:
+        return [value for key, value in self.headers if key == name]
+
+    def get(self, name: str) -> str | None:
+        return ", ".join(self.all(name)) if self.all(name) else None
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Wire:
+    """A connected socket with a buffer; every wait ends after TIMEOUT_SECONDS."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(TIMEOUT_SECONDS)
+        self.sock = sock
+        self.buffer = bytearray()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def send(self, *parts: bytes) -> None:
+        self.sock.sendall(b"".join(parts))
+
+    def fill(self) -> bool:
+        """Takes what has arrived; False at the end of the connection."""
+        data = self.sock.recv(1 << 18)
+        self.buffer += data
+        return bool(data)
+
+    def take(self, count: int) -> bytes:
+        while len(self.buffer) < count:
+            if not self.fill():
+                raise EOFError(
+                    f"{count} bytes awaited, {len(self.buffer)} there: {bytes(self.buffer[:200])!r}"
+                )
+        data = bytes(self.buffer[:count])
+        del self.buffer[:count]
+        return data
+
+    def until(self, mark: bytes) -> bytes:
+        """The bytes up to and with the mark."""
+        start = 0
+        while (at := self.buffer.find(mark, start)) < 0:
+            start = max(0, len(self.buffer) - len(mark) + 1)
+            if not self.fill():
+                raise EOFError(f"{mark!r} awaited, there is {bytes(self.buffer[:200])!r}")
+        return self.take(at + len(mark))
+
+    def rest(self) -> bytes:
+        """Everything until the other side closes, cleanly or not."""
+        with contextlib.suppress(ConnectionError):
+            while self.fill():
+                pass
+        return self.take(len(self.buffer))
+
+    def chunk(self) -> bytes:
+        """The next chunk's data; empty at the last, whose trailers are read too."""
+        size = int(self.until(b"\r\n").split(b";")[0], 16)
+        if not size:
+            while self.until(b"\r\n") != b"\r\n":
+                pass
+            return b""
+        data = self.take(size)
+        assert self.take(2) == b"\r\n"
+        return data
+
+    def message(self, is_answer: bool, head_only: bool = False) -> Message:
+        """The next whole request or answer; EOFError when it doesn't come to its end."""
+        bare = Message(self.until(b"\r\n\r\n"), b"")
+        if head_only or (is_answer and bare.status in (204, 304)):
+            return bare
+        if bare.get("transfer-encoding"):
+            return bare._replace(body=b"".join(iter(self.chunk, b"")))
+        if bare.get("content-length"):
+            return bare._replace(body=self.take(int(bare.get("content-length"))))
+        return bare._replace(body=self.rest() if is_answer else b"")
+
+    def reset(self) -> None:
+        """Ends with RST rather than FIN."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+
+    def ended_within(self, seconds: float) -> bool:
+        """Whether the other side closes before the time is over; what it sends until then is dropped."""
+        self.sock.settimeout(seconds)
+        try:
+            while self.sock.recv(1 << 16):
+                pass
+        except socket.timeout:
+            return False
+        except OSError:
+            pass
+        return True
+
+
+class Client(Wire):
+    """A client of the relay that sends exactly what it is told to."""
+
+    def __init__(self, url: str, **options: int) -> None:
+        address = urllib.parse.urlsplit(url)
+        sock = socket.socket()
+        for name, value in options.items():
+            sock.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+        sock.settimeout(TIMEOUT_SECONDS)
+        sock.connect((address.hostname, address.port))
+        super().__init__(sock)
+
+    def answer(self, head_only: bool = False) -> Message:
+        """The next final answer."""
+        return self.message(is_answer=True, head_only=head_only)
+
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, *headers: str, token: str = TOKEN
+    ) -> Message:
+        self.send(request(method, path, body, *headers, token=token))
+        return self.answer(head_only=method == "HEAD")
+
+
+def request(method: str, path: str, body: bytes | None = None, *headers: str, token: str = TOKEN) -> bytes:
+    """A request's bytes; an empty token leaves the credential out."""
+    lines = [
+        f"{method} {path} HTTP/1.1",
+        "Host: relay",
+        *([f"x-api-key: {token}"] if token else []),
+        *headers,
+    ]
+    framed = any(line.lower().startswith(("transfer-encoding", "content-length")) for line in headers)
+    if body is not None and not framed:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + (body or b"")
+
+
+def chunked(*parts: bytes) -> bytes:
+    """A whole body in chunked coding."""
+    return b"".join(map(chunk, parts)) + b"0\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def answer(status: int = 200, body: bytes = b"{}", *headers: str) -> bytes:
+    """A provider's answer with a length."""
+    lines = [f"HTTP/1.1 {status} Whatever", "content-type: application/json", *headers]
+    return "\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode("latin-1") + body
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The scripted provider
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Connection(Wire):
+    """One connection at the provider, in the hands of its script."""
+
+    def __init__(self, sock: socket.socket, upstream: Upstream) -> None:
+        super().__init__(sock)
+        self.upstream = upstream
+
+    def read_request(self) -> Message:
+        message = self.message(is_answer=False)
+        self.upstream.requests.append(message)
+        self.upstream.called.set()
+        return message
+
+    def wait(self, gate: threading.Event) -> None:
+        assert gate.wait(TIMEOUT_SECONDS), "the script's gate was never opened"
+
+
+Script = Callable[[Connection], None]
+
+
+class Upstream:
+    """A provider on loopback whose every connection runs the script in a thread of its own."""
+
+    def __init__(self, script: Script, context: ssl.SSLContext | None = None) -> None:
+        self.script = script
+        self.context = context
+        self.requests: list[Message] = []
+        self.connections: list[Connection] = []
+        self.called = threading.Event()
+        self.left = False
+        self.faults: list[BaseException] = []
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.port = self.listener.getsockname()[1]
+        self.url = f"{'https' if context else 'http'}://127.0.0.1:{self.port}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock = self.listener.accept()[0]
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                threading.Thread(target=self.serve, args=(sock,), daemon=True).start()
+
+    def serve(self, sock: socket.socket) -> None:
+        try:
+            with Connection(
+                self.context.wrap_socket(sock, server_side=True) if self.context else sock, self
+            ) as it:
+                self.connections.append(it)
+                self.script(it)
+        except (EOFError, OSError):
+            sock.close()
+        except BaseException as fault:
+            self.faults.append(fault)
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        for connection in list(self.connections):
+            connection.close()
+
+
+def replies(*answers: bytes) -> Script:
+    """Each request gets the next of the answers, on whichever connection; the last one stays."""
+    pending = itertools.chain(answers, itertools.repeat(answers[-1]))
+
+    def script(connection: Connection) -> None:
+        while True:
+            connection.read_request()
+            connection.send(next(pending))
+
+    return script
+
+
+def replies_then_closes(*pieces: bytes) -> Script:
+    """Sends the pieces as the answer to one request and hangs up."""
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(*pieces)
+
+    return script
+
+
+def silence(connection: Connection) -> None:
+    """Reads the request and never answers; ends when the relay hangs up."""
+    connection.read_request()
+    connection.upstream.left = connection.ended_within(TIMEOUT_SECONDS)
+
+
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def sse(name: str, **data: Any) -> bytes:
+    """One event of an Anthropic stream."""
+    return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n".encode()
+
+
+MESSAGE = {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-test", "content": [],
+           "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 25,
+           "output_tokens": 1}}  # fmt: skip
+ANTHROPIC_EVENTS = [
+    sse("message_start", message=MESSAGE),
+    sse("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+    sse("ping"),
+    sse("content_block_delta", index=0, delta={"type": "text_delta", "text": "Grüße, \u2028"}),
+    sse("content_block_delta", index=0, delta={"type": "text_delta", "text": "world"}),
+    sse("content_block_stop", index=0),
+    sse(
+        "message_delta", delta={"stop_reason": "end_turn", "stop_sequence": None}, usage={"output_tokens": 12}
+    ),
+    sse("message_stop"),
+]
+OPENAI_EVENTS = [
+    b'data: {"id":"c1","object":"chat.completion.chunk","created":1,"model":"gpt-test","choices":'
+    b'[{"index":0,"delta":{"role":"assistant","content":"Hi"},"finish_reason":null}]}\n\n',
+    b'data: {"id":"c1","object":"chat.completion.chunk","created":1,"model":"gpt-test","choices":'
+    b'[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n',
+    b"data: [DONE]\n\n",
+]
+ANTHROPIC_STREAM = STREAM_HEAD + chunked(*ANTHROPIC_EVENTS)
+OPENAI_STREAM = STREAM_HEAD + chunked(*OPENAI_EVENTS)
+OVERLOADED = (
+    b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}\n\n'
+)
+
+
+def gated_stream(gate: threading.Event) -> Script:
+    """One event, then the rest once the gate is open."""
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(STREAM_HEAD, chunk(ANTHROPIC_EVENTS[0]))
+        gate.wait(4 * TIMEOUT_SECONDS)
+        connection.send(chunked(*ANTHROPIC_EVENTS[1:]))
+
+    return script
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Fixtures: any number of providers and relays per test, all gone at its end
+# ------------------------------------------------------------------------------------------------------------
+
+
+def settings(providers: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    """A relay.json as a dict.
+
+    A provider is an Upstream, or a dict whose "upstream" is one; its format is that of its name.
+    """
+    described: dict[str, Any] = {}
+    for name, wanted in providers.items():
+        provider = dict(wanted) if isinstance(wanted, dict) else {"upstream": wanted}
+        upstream = provider.pop("upstream", None)
+        provider.setdefault("format", "openai" if name.startswith("openai") else name.rstrip(string.digits))
+        if provider["format"] != "echo":
+            provider.setdefault("keys", [f"sk-{name}-secret"])
+        if upstream is not None:
+            provider["base_url"] = upstream.url + ("/v1" if provider["format"] == "openai" else "")
+        described[name] = provider
+    server = {"host": "127.0.0.1", "port": 0, "access_key": TOKEN, **sections.pop("server", {})}
+    return {"server": server, "providers": described, "routes": {"*": list(described)}, **sections}
+
+
+def parse(providers: dict[str, Any] | None = None, **sections: Any) -> Any:
+    """The Config of such a relay.json."""
+    providers = {"anthropic": {"base_url": "http://127.0.0.1:9"}} if providers is None else providers
+    return monorelay.parse_config(json.dumps(settings(providers, **sections)), {})
+
+
+class Relay:
+    """A relay in this process, with its log."""
+
+    def __init__(self, providers: dict[str, Any], **sections: Any) -> None:
+        self.log = io.StringIO()
+        self.server = monorelay.RelayServer(parse(providers, **sections), log=self.log)
+        self.server.start()
+        self.url = self.server.url
+        self.stopping = threading.Thread(target=self.server.stop)
+
+    def client(self, **options: int) -> Client:
+        return Client(self.url, **options)
+
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, *headers: str, token: str = TOKEN
+    ) -> Message:
+        with self.client() as client:
+            return client.ask(method, path, body, *headers, token=token)
+
+    def post(self, path: str, body: Any, *headers: str, token: str = TOKEN) -> Message:
+        """What a POST of this body, or of this object as JSON, gets."""
+        return self.ask(
+            "POST",
+            path,
+            body if isinstance(body, bytes) else json.dumps(body).encode(),
+            *headers,
+            token=token,
+        )
+
+    def logged(self, *words: str) -> str:
+        """The first line of the log with all the words, waited for."""
+        return eventually(
+            lambda: next(line for line in self.log.getvalue().splitlines() if all(w in line for w in words))
+        )
+
+
+def eventually(attempt: Callable[[], Any], seconds: float = TIMEOUT_SECONDS) -> Any:
+    """The attempt's first true result; its last failure when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if result := attempt():
+                return result
+            failure: BaseException = AssertionError("it never came true")
+        except (AssertionError, LookupError, StopIteration, OSError) as error:
+            failure = error
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} seconds: {failure!r}") from failure
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def upstream() -> Iterator[Callable[..., Upstream]]:
+    made: list[Upstream] = []
+
+    def make(script: Script | bytes, context: ssl.SSLContext | None = None) -> Upstream:
+        made.append(Upstream(script if callable(script) else replies(script), context))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+    assert [fault for one in made for fault in one.faults] == []
+
+
+@pytest.fixture(scope="session")
+def retired() -> Iterator[list[Relay]]:
+    """Relays whose test is over: they stop in the background, and none may have logged a traceback."""
+    relays: list[Relay] = []
+    yield relays
+    for one in relays:
+        one.stopping.join()
+    assert [one.log.getvalue() for one in relays if "Traceback" in one.log.getvalue()] == []
+
+
+@pytest.fixture
+def relay(retired: list[Relay]) -> Iterator[Callable[..., Relay]]:
+    made: list[Relay] = []
+
+    def make(providers: dict[str, Any], **sections: Any) -> Relay:
+        made.append(Relay(providers, **sections))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stopping.start()
+    retired += made
+
+
+def refused(got: Message, status: int, kind: str, openai_shape: bool = False) -> str:
+    """The message of an error that the relay itself made, checked in every part the dialect has."""
+    assert got.status == status, got
+    error = got.json["error"]
+    assert error["type"] == kind
+    assert got.get("x-monorelay-error")
+    assert got.get("request-id") == got.get("x-request-id") and got.get("request-id").startswith("req_")
+    if openai_shape:
+        assert set(got.json) == {"error"} and set(error) == {"message", "type", "param", "code"}
+    else:
+        assert set(got.json) == {"type", "error", "request_id"} and got.json["type"] == "error"
+        assert got.json["request_id"] == got.get("request-id")
+    return error["message"]
+
+
+def prompt(model: str = "claude-test", **fields: Any) -> dict[str, Any]:
+    """The least that an Anthropic request needs."""
+    return {
+        "model": model,
+        "max_tokens": 64,
+        "messages": [{"role": "user", "content": "Hello there"}],
+        **fields,
+    }
+
+
+def chat(model: str = "gpt-test", **fields: Any) -> dict[str, Any]:
+    """The least that an OpenAI chat request needs."""
+    return {"model": model, "messages": [{"role": "user", "content": "Hello there"}], **fields}
+
+
+STREAMED = json.dumps(prompt(stream=True)).encode()
+
+
+def unused_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def assert_died(client: Client, after: bytes = b"", anthropic: bool = True) -> None:
+    """The stream begins with the whole lines of `after`, ends in an error event, has no proper end."""
+    head = Message(client.until(b"\r\n\r\n"), b"")
+    assert head.status == 200
+    received = bytearray()
+    if head.get("transfer-encoding"):
+        with pytest.raises((EOFError, ConnectionError)):
+            for data in iter(client.chunk, b""):
+                received += data
+    else:
+        received += client.rest()
+        assert len(received) < int(head.get("content-length"))
+    whole = after[: after.rfind(b"\n") + 1]
+    assert received.startswith(whole)
+    last = bytes(received[len(whole) :]).rstrip(b"\n").split(b"\n\n")[-1].split(b"\n")
+    data = json.loads(next(line for line in last if line.startswith(b"data: "))[6:])
+    assert data["error"]["type"] and data["error"]["message"]
+    if anthropic:
+        assert b"event: error" in last and data["type"] == "error"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Config
+# ------------------------------------------------------------------------------------------------------------
+
+# Every key of the contract, each with a value that isn't its default.
+FULL_CONFIG = """{
+  "//": "comments start so",
+  "server": {
+    "host": "127.0.0.1", "port": 8800, "access_key": ["${KEY}", "another-access-key"],
+    "jwt_secret": "${JWT:-0123456789abcdef0123456789abcdef}", "workers": 1, "max_body_mb": 1.5,
+    "max_upload_mb": 64, "max_connections": 128, "drain_seconds": 2.5,
+    "cors_origins": ["https://app.example"], "log": "json"
+  },
+  "users": { "alice": { "password": "", "models": ["claude-*"], "requests_per_minute": 60, "// a": 1 } },
+  "providers": {
+    "one": { "format": "anthropic", "base_url": "https://one.example", "enabled": false, "timeout": 0.5,
+             "keys": [{"key": "k1", "label": "first", "weight": 3}, "k2", ""], "connect_timeout": 0.25,
+             "cooldown": 1, "key_strategy": "weighted", "headers": {"x-team": "a", "user-agent": null},
+             "auth_header": "authorization", "models": ["claude-*"] },
+    "two": { "format": "openai", "base_url": "https://two.example/v1", "keys": ["${NONE:-}"] },
+    "echo": { "format": "echo" }
+  },
+  "aliases": { "fast": "claude-a@one", "smart": ["fast", "gpt-5@two"] },
+  "routes": { "claude-*": ["one"], "gpt-*": "two", "echo*": "echo" }
+}"""
+
+
+def brief(value: Any) -> str:
+    """A test's name for a parameter that may be long."""
+    return repr(value)[:40]
+
+
+def changed(path: str, value: Any) -> str:
+    """FULL_CONFIG's text with one place set to another value."""
+    config = json.loads(FULL_CONFIG)
+    config["users"]["alice"]["password"] = PASSWORD_HASH
+    place = config
+    *parents, last = path.split("/")
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    return json.dumps(config)
+
+
+def problems(text: str, environ: dict[str, str] | None = None) -> list[str]:
+    with pytest.raises(monorelay.ConfigError) as caught:
+        monorelay.parse_config(text, {"KEY": "an-access-key-here"} if environ is None else environ)
+    return caught.value.problems
+
+
+def test_config_takes_every_key_of_the_contract():
+    monorelay.parse_config(changed("server/port", 8801), {"KEY": "an-access-key-here"})
+
+
+def test_config_runs_with_next_to_nothing():
+    monorelay.parse_config('{"providers": {"echo": {"format": "echo"}}, "routes": {"*": "echo"}}', {})
+
+
+def test_config_reads_the_environment_and_says_what_is_unset():
+    (problem,) = problems(changed("server/port", 1234), environ={})
+    assert problem.startswith("relay.json: server.access_key") and "KEY" in problem
+
+
+def test_config_names_the_place_and_what_was_probably_meant():
+    text = changed(
+        "providers/one",
+        {"format": "anthropic", "base_ulr": "https://x.example", "base_url": "https://y.example"},
+    )
+    assert problems(text) == ["relay.json: providers.one.base_ulr: unknown key, did you mean base_url?"]
+
+
+def test_config_reports_all_problems_at_once():
+    config = json.loads(changed("server/prot", 1))
+    config["providers"]["one"]["timeout"] = 0
+    config["routes"]["x-*"] = "nobody"
+    places = " ".join(problems(json.dumps(config)))
+    assert all(
+        place in places
+        for place in ("server.prot", "did you mean port?", "providers.one.timeout", "routes.x-*")
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "place"),
+    [
+        ("servre", {}, "servre: unknown key, did you mean server?"),
+        ("server", [], "server"),
+        ("server/port", "8787", "server.port"),
+        ("server/port", True, "server.port"),
+        ("server/port", 65536, "server.port"),
+        ("server/port", -1, "server.port"),
+        ("server/host", 5, "server.host"),
+        ("server/workers", 0, "server.workers"),
+        ("server/workers", 1.5, "server.workers"),
+        ("server/max_body_mb", 0, "server.max_body_mb"),
+        ("server/max_upload_mb", -1, "server.max_upload_mb"),
+        ("server/max_connections", 0, "server.max_connections"),
+        ("server/drain_seconds", 0, "server.drain_seconds"),
+        ("server/drain_seconds", -0.5, "server.drain_seconds"),
+        ("server/drain_seconds", "30", "server.drain_seconds"),
+        ("server/cors_origins", "https://a.example", "server.cors_origins"),
+        ("server/cors_origins", [1], "server.cors_origins"),
+        ("server/log", "xml", "server.log"),
+        ("server/access_key", 12345, "server.access_key"),
+        ("server/jwt_secret", "only 31 bytes are not enough...", "server.jwt_secret"),
+        ("users", [], "users"),
+        ("users/alice/password", "plain", "users.alice.password"),
+        ("users/alice/models", "claude-*", "users.alice.models"),
+        ("users/alice/requests_per_minute", 0, "users.alice.requests_per_minute"),
+        ("users/alice/requests_per_minute", "9", "users.alice.requests_per_minute"),
+        ("users/alice/rpm", 9, "users.alice.rpm"),
+        ("providers", [], "providers"),
+        ("providers/one", "https://x.example", "providers.one"),
+        ("providers/one/format", "antropic", "providers.one.format"),
+        ("providers/one/base_url", "one.example", "providers.one.base_url"),
+        ("providers/one/base_url", "ftp://one.example", "providers.one.base_url"),
+        ("providers/one/base_url", 1, "providers.one.base_url"),
+        ("providers/one/enabled", "yes", "providers.one.enabled"),
+        ("providers/one/timeout", 0, "providers.one.timeout"),
+        ("providers/one/timeout", True, "providers.one.timeout"),
+        ("providers/one/connect_timeout", -1, "providers.one.connect_timeout"),
+        ("providers/one/cooldown", 0, "providers.one.cooldown"),
+        ("providers/one/cooldown", None, "providers.one.cooldown"),
+        ("providers/one/key_strategy", "stickey", "providers.one.key_strategy"),
+        ("providers/one/auth_header", "cookie", "providers.one.auth_header"),
+        ("providers/one/headers", ["x"], "providers.one.headers"),
+        ("providers/one/headers", {"x-a": "two\r\nx-b: lines"}, "x-a"),
+        ("providers/one/headers", {"x a": "1"}, "x a"),
+        ("providers/one/keys", "k1", "providers.one.keys"),
+        ("providers/one/keys", [7], "providers.one.keys"),
+        ("providers/one/keys", ["two\r\nlines"], "providers.one.keys"),
+        ("providers/one/keys", [{"label": "x"}], "providers.one.keys"),
+        ("providers/one/keys", [{"key": "k", "weight": 0}], "providers.one.keys"),
+        ("providers/one/keys", [{"key": "k", "wieght": 2}], "did you mean weight?"),
+        ("providers/one/models", "claude-*", "providers.one.models"),
+        ("aliases", [], "aliases"),
+        ("aliases/fast", 5, "aliases.fast"),
+        ("aliases/fast", [], "aliases.fast"),
+        ("aliases/fast", "smart", "aliases"),
+        ("aliases/fast", "fast", "aliases.fast"),
+        ("routes", [], "routes"),
+        ("routes/claude-*", "onne", "did you mean one?"),
+        ("routes/claude-*", ["one", "three"], "routes.claude-*"),
+        ("routes/claude-*", 1, "routes.claude-*"),
+    ],
+)
+def test_config_refuses(path, value, place):
+    found = problems(changed(path, value))
+    assert any(place in problem for problem in found), found
+    assert all(problem.startswith("relay.json: ") for problem in found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "null", "{", '{"server": NaN}', '{"server": {"port": 1, "port": 2}}',
+     '{"server": {"drain_seconds": Infinity}}', '{"server": {"drain_seconds": 1e999}}',
+     '{"server": {"port": ' + "9" * 5000 + "}}", "[" * 100_000],
+    ids=brief,
+)  # fmt: skip
+def test_config_refuses_what_is_not_plain_json(text):
+    assert problems(text)
+
+
+def test_config_never_prints_a_secret():
+    config = json.loads(changed("server/prot", 1))
+    config["server"]["jwt_secret"] = "short-jwt-secret"
+    config["providers"]["one"]["keys"] = ["sk-live-secret", {"key": "sk-live-secret", "x": 1}]
+    text = "\n".join(problems(json.dumps(config)))
+    assert "secret" not in text.replace("jwt_secret", "")
+    good = monorelay.parse_config(
+        changed("providers/one/keys", ["sk-live-secret"]), {"KEY": "an-access-key-here"}
+    )
+    assert "sk-live-secret" not in repr(good) and "an-access-key-here" not in repr(good)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Auth
+# ------------------------------------------------------------------------------------------------------------
+
+CLAIMS = {"sub": "alice", "exp": UNIX_TIME + 600, "type": "access"}
+
+
+def claims(**changes: Any) -> dict[str, Any]:
+    """Claims that are valid now, for the tests that go through a relay."""
+    return {"sub": "alice", "exp": time.time() + 600, **changes}
+
+
+def b64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def token_of(header: Any, payload: Any, secret: str = JWT_SECRET) -> str:
+    """A correctly signed token of any header and payload, given as text or as an object."""
+    parts = [
+        b64url((part if isinstance(part, str) else json.dumps(part)).encode()) for part in (header, payload)
+    ]
+    signed = ".".join(parts)
+    return f"{signed}.{b64url(hmac.new(secret.encode(), signed.encode(), hashlib.sha256).digest())}"
+
+
+def test_tokens_are_pyjwts_tokens_in_both_directions():
+    assert (
+        jwt.decode(monorelay.sign_token(CLAIMS, JWT_SECRET), JWT_SECRET, ["HS256"], {"verify_exp": False})
+        == CLAIMS
+    )
+    assert monorelay.verify_token(jwt.encode(CLAIMS, JWT_SECRET, "HS256"), JWT_SECRET, UNIX_TIME) == CLAIMS
+
+
+def test_token_of_rfc_7515_appendix_a_1():
+    token = (
+        "eyJ0eXAiOiJKV1QiLA0KICJhbGciOiJIUzI1NiJ9"
+        ".eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb290Ijp0cnVlfQ"
+        ".dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk"
+    )
+    key = base64.urlsafe_b64decode(
+        "AyM1SysPpbyDfgZld3umj1qzKObwVMkoqQ-EstJQLr_T-1qS0gZH75aKtMN3Yj0iPS4hcgUuTwjAzZr1Z9CAow=="
+    ).decode("utf-8", "surrogateescape")
+    expected = {"iss": "joe", "exp": 1300819380, "http://example.com/is_root": True}
+    assert monorelay.verify_token(token, key, 1300819379) == expected
+    with pytest.raises(monorelay.TokenError):
+        monorelay.verify_token(token, key, 1300819380 + 61)
+
+
+HS256 = {"alg": "HS256", "typ": "JWT"}
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {},
+        {"exp": UNIX_TIME + 0.5},
+        {"nbf": UNIX_TIME + 59},
+        {"iat": UNIX_TIME + 59},
+        {"nbf": UNIX_TIME - 1, "iat": UNIX_TIME - 1.5, "other": {"deep": [1]}},
+    ],
+)
+def test_token_is_taken(claims):
+    assert (
+        monorelay.verify_token(token_of(HS256, {**CLAIMS, **claims}), JWT_SECRET, UNIX_TIME)["sub"] == "alice"
+    )
+
+
+BAD_TOKENS = {
+    "alg none": b64url(b'{"alg":"none"}') + "." + b64url(json.dumps(CLAIMS).encode()) + ".",
+    "alg none, signed": token_of({"alg": "none"}, CLAIMS),
+    "alg in another case": token_of({"alg": "hs256"}, CLAIMS),
+    "alg of another strength": jwt.encode(CLAIMS, JWT_SECRET * 2, "HS512"),
+    "alg named HS512": token_of({"alg": "HS512"}, CLAIMS),
+    "alg missing": token_of({"typ": "JWT"}, CLAIMS),
+    "alg twice": token_of('{"alg":"none","alg":"HS256"}', CLAIMS),
+    "crit unknown": token_of({**HS256, "crit": ["exp2"], "exp2": 1}, CLAIMS),
+    "crit empty": token_of({**HS256, "crit": []}, CLAIMS),
+    "header a list": token_of([], CLAIMS),
+    "payload a list": token_of(HS256, [CLAIMS]),
+    "payload not JSON": token_of(HS256, "{"),
+    "payload nested deeply": token_of(HS256, "[" * 100_000),
+    "claim twice": token_of(HS256, f'{{"sub":"alice","sub":"root","exp":{UNIX_TIME + 60}}}'),
+    "exp missing": token_of(HS256, {"sub": "alice"}),
+    "exp past": token_of(HS256, {**CLAIMS, "exp": UNIX_TIME - 61}),
+    "exp a string": token_of(HS256, {**CLAIMS, "exp": str(UNIX_TIME + 60)}),
+    "exp a bool": token_of(HS256, {**CLAIMS, "exp": True}),
+    "exp null": token_of(HS256, {**CLAIMS, "exp": None}),
+    "exp NaN": token_of(HS256, '{"sub":"alice","exp":NaN}'),
+    "exp infinite": token_of(HS256, '{"sub":"alice","exp":Infinity}'),
+    "exp over all floats": token_of(HS256, '{"sub":"alice","exp":1e999}'),
+    "exp of 5000 digits": token_of(HS256, '{"sub":"alice","exp":%s}' % ("9" * 5000)),
+    "nbf in the future": token_of(HS256, {**CLAIMS, "nbf": UNIX_TIME + 61}),
+    "nbf a string": token_of(HS256, {**CLAIMS, "nbf": "0"}),
+    "iat in the future": token_of(HS256, {**CLAIMS, "iat": UNIX_TIME + 61}),
+    "iat a list": token_of(HS256, {**CLAIMS, "iat": [0]}),
+    "another secret": token_of(HS256, CLAIMS, "another secret of 32 bytes or more"),
+    "no signature": token_of(HS256, CLAIMS).rpartition(".")[0] + ".",
+    "two parts": token_of(HS256, CLAIMS).rpartition(".")[0],
+    "four parts": token_of(HS256, CLAIMS) + ".e30",
+    "padded": token_of(HS256, CLAIMS) + "=",
+    "a space after": token_of(HS256, CLAIMS) + " ",
+    "a line end after": token_of(HS256, CLAIMS) + "\n",
+    "not ASCII": token_of(HS256, CLAIMS)[:-1] + "é",
+    "the other alphabet": token_of(HS256, CLAIMS)[:-1] + "+",
+    "empty": "",
+    "dots": "..",
+}
+
+
+@pytest.mark.parametrize("name", BAD_TOKENS)
+def test_token_is_refused(name):
+    with pytest.raises(monorelay.TokenError):
+        monorelay.verify_token(BAD_TOKENS[name], JWT_SECRET, UNIX_TIME)
+
+
+def test_token_whose_base64_is_another_spelling_of_the_same_bytes_is_refused():
+    token = token_of(HS256, CLAIMS)
+    alphabet = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"
+    # The last of 43 characters carries two bits that no byte uses.
+    other = token[:-1] + alphabet[alphabet.index(token[-1]) ^ 1]
+    assert base64.urlsafe_b64decode(token.split(".")[2] + "=") == base64.urlsafe_b64decode(
+        other.split(".")[2] + "="
+    )
+    with pytest.raises(monorelay.TokenError):
+        monorelay.verify_token(other, JWT_SECRET, UNIX_TIME)
+
+
+def test_every_reason_to_refuse_a_token_has_an_error_of_its_own():
+    names = ["exp past", "nbf in the future", "another secret", "alg named HS512"]
+    kinds = set()
+    for name in names:
+        with pytest.raises(monorelay.TokenError) as caught:
+            monorelay.verify_token(BAD_TOKENS[name], JWT_SECRET, UNIX_TIME)
+        kinds.add(type(caught.value))
+    assert len(kinds) == len(names)
+
+
+def test_password_hashes_are_salted_scrypt():
+    first, second = monorelay.hash_password("pässword"), monorelay.hash_password("pässword")
+    assert first != second and first.startswith("scrypt$")
+    assert monorelay.check_password("pässword", first) and monorelay.check_password("pässword", second)
+    assert not monorelay.check_password("password", first) and not monorelay.check_password("", first)
+
+
+@pytest.mark.parametrize("hashed", ["", "scrypt$", "plain", "scrypt$x$y$z$a$b", "md5$1$2"])
+def test_password_never_matches_a_malformed_hash(hashed):
+    assert not monorelay.check_password("", hashed) and not monorelay.check_password("plain", hashed)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Routing
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("claude-a", ["claude-a@anthropic", "claude-a@anthropic2"]),
+        ("claude-a@anthropic2", ["claude-a@anthropic2"]),
+        ("claude-opus-4-5[1m]", ["claude-opus-4-5[1m]@anthropic", "claude-opus-4-5[1m]@anthropic2"]),
+        ("claude-a@20250101", ["claude-a@20250101@anthropic", "claude-a@20250101@anthropic2"]),
+        ("claude-a@20250101@anthropic2", ["claude-a@20250101@anthropic2"]),
+        ("claude-special-1", ["claude-special-1@anthropic", "claude-special-1@anthropic2"]),
+        ("gpt-5", ["gpt-5@openai"]),
+        ("nothing@openai", ["nothing@openai"]),
+        ("one", ["gpt-5@openai"]),
+        ("chain", ["gpt-5@openai"]),
+        ("list", ["claude-b@anthropic2", "gpt-5@openai", "claude-a@anthropic", "claude-a@anthropic2"]),
+        ("claude-alias", ["gpt-5@openai"]),
+        ("Claude-a", None),
+        ("unknown", None),
+        ("", None),
+    ],
+)
+def test_model_becomes_its_targets_in_order_of_preference(name, expected):
+    config = parse(
+        {name: {"base_url": "http://127.0.0.1:9"} for name in ("anthropic", "anthropic2", "openai")},
+        routes={"claude-*": ["anthropic", "anthropic2"], "claude-special*": "openai", "gpt-*": "openai"},
+        aliases={
+            "one": "gpt-5",
+            "chain": "one",
+            "list": ["claude-b@anthropic2", "chain", "claude-a"],
+            "claude-alias": "one",
+        },
+    )
+    if expected is None:
+        with pytest.raises(monorelay.NotFound):
+            monorelay.resolve(config, name)
+    else:
+        assert [f"{it.model}@{it.provider.name}" for it in monorelay.resolve(config, name)] == expected
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Key pool
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Pool:
+    """A key pool over a provider whose keys k0, k1, ... weigh so much, and a second one with one key."""
+
+    def __init__(self, strategy: str = "fill-first", weights: tuple[int, ...] = (1, 1, 1)) -> None:
+        keys = [{"key": f"secret{i}", "label": f"k{i}", "weight": weight} for i, weight in enumerate(weights)]
+        common = {"base_url": "http://127.0.0.1:9", "cooldown": 30}
+        second = {**common, "keys": [{"key": "other", "label": "other"}]}
+        self.config = parse(
+            {"anthropic": {**common, "keys": keys, "key_strategy": strategy}, "anthropic2": second}
+        )
+        self.pool = monorelay.KeyPool(random.Random(1))
+
+    def order(self, now: float = 0, session: str = "s", name: str = "claude-a@anthropic") -> list[Any]:
+        return self.pool.order(monorelay.resolve(self.config, name), session, now)
+
+    def labels(self, now: float = 0, session: str = "s", name: str = "claude-a@anthropic") -> str:
+        return " ".join(candidate.key.label for candidate in self.order(now, session, name))
+
+    def first(self, **wanted: Any) -> Any:
+        return self.order(**wanted)[0]
+
+
+def test_keys_fill_first_in_the_order_of_the_config():
+    assert {Pool().labels(session=str(i)) for i in range(9)} == {"k0 k1 k2"}
+
+
+def test_keys_take_turns_when_round_robin():
+    pool = Pool("round-robin")
+    assert Counter(pool.labels()[:2] for _ in range(9)) == {"k0": 3, "k1": 3, "k2": 3}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "weights", "expected"), [("random", (1, 1, 1), 1000), ("weighted", (8, 1, 1), 2400)]
+)
+def test_keys_are_drawn_as_often_as_they_weigh(strategy, weights, expected):
+    pool = Pool(strategy, weights)
+    drawn = Counter(pool.labels()[:2] for _ in range(3000))
+    assert len(drawn) == 3 and abs(drawn["k0"] - expected) < 150
+
+
+def test_keys_stick_to_a_session_and_spread_over_sessions():
+    pool = Pool("sticky")
+    chosen = {session: pool.labels(session=session) for session in map(str, range(60))}
+    assert chosen == {session: pool.labels(session=session) for session in chosen}
+    assert Counter(order[:2] for order in chosen.values()).keys() == {"k0", "k1", "k2"}
+
+
+def test_a_sticky_session_moves_only_while_its_own_key_cools():
+    pool = Pool("sticky")
+    before = {session: pool.labels(session=session)[:2] for session in map(str, range(30))}
+    broken = pool.first(session="0")
+    pool.pool.failed(broken, 429, 10.0, 0)
+    during = {session: pool.labels(1, session)[:2] for session in before}
+    assert all(during[session] == key for session, key in before.items() if key != broken.key.label)
+    assert broken.key.label not in during.values()
+    assert {session: pool.labels(11, session)[:2] for session in before} == before
+
+
+@pytest.mark.parametrize(
+    ("status", "retry_after", "cool_at", "well_at"),
+    [
+        (429, 7.5, 7, 8),
+        (429, None, 29, 31),
+        (401, None, 299, 301),
+        (402, None, 299, 301),
+        (403, None, 0.9, 1.1),
+        (500, None, 0.9, 1.1),
+        (503, None, 0.9, 1.1),
+        (529, None, 0.9, 1.1),
+    ],
+)
+def test_a_failed_key_cools_as_long_as_its_status_says(status, retry_after, cool_at, well_at):
+    pool = Pool()
+    pool.pool.failed(pool.first(), status, retry_after, 0)
+    assert pool.labels(cool_at) == "k1 k2 k0"
+    assert pool.labels(well_at) == "k0 k1 k2"
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 422])
+def test_a_bad_request_says_nothing_about_a_key(status):
+    pool = Pool()
+    pool.pool.failed(pool.first(), status, None, 0)
+    assert pool.labels() == "k0 k1 k2"
+
+
+@pytest.mark.parametrize(
+    ("status", "other_model"), [(529, "k0 k1 k2"), (403, "k0 k1 k2"), (429, "k1 k2 k0"), (401, "k1 k2 k0")]
+)
+def test_an_overload_counts_for_the_model_and_a_spent_key_for_all(status, other_model):
+    pool = Pool()
+    pool.pool.failed(pool.first(), status, None, 0)
+    assert pool.labels(0.5) == "k1 k2 k0"
+    assert pool.labels(0.5, name="claude-b@anthropic") == other_model
+
+
+def test_repeated_overloads_double_the_cooling_up_to_cooldown_and_a_success_clears_it():
+    pool, now, seen = Pool(weights=(1, 1)), 0.0, []
+    for _ in range(7):
+        candidate = next(it for it in pool.order(now) if it.key.label == "k0")
+        pool.pool.failed(candidate, 529, None, now)
+        step = next(seconds for seconds in range(1, 99) if pool.labels(now + seconds + 0.01) == "k0 k1")
+        seen.append(step)
+        now += step + 0.02
+    assert seen == [1, 2, 4, 8, 16, 30, 30]
+    pool.pool.succeeded(candidate)
+    pool.pool.failed(candidate, 529, None, now)
+    assert pool.labels(now + 1.01) == "k0 k1"
+
+
+def test_success_ends_the_cooling():
+    pool = Pool()
+    candidate = pool.first()
+    pool.pool.failed(candidate, 429, 3600.0, 0)
+    pool.pool.succeeded(candidate)
+    assert pool.labels() == "k0 k1 k2"
+
+
+def test_when_all_keys_cool_the_one_back_soonest_comes_first():
+    pool = Pool()
+    for candidate, seconds in zip(pool.order(), (30.0, 10.0, 20.0)):
+        pool.pool.failed(candidate, 429, seconds, 0)
+    assert pool.labels(1) == "k1 k2 k0"
+
+
+def test_a_lone_key_is_never_banned():
+    pool = Pool(weights=(1,))
+    pool.pool.failed(pool.first(), 401, None, 0)
+    assert pool.labels(1) == "k0"
+
+
+def test_an_unreachable_provider_lets_the_next_target_go_first():
+    pool = Pool()
+    assert pool.labels(name="claude-a") == "k0 k1 k2 other"
+    pool.pool.unreachable(pool.first().target.provider, 0)
+    assert pool.labels(0.5, name="claude-a").startswith("other")
+    pool.pool.succeeded(pool.first(now=0.5))
+    assert pool.labels(0.5, name="claude-a") == "k0 k1 k2 other"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Wire rules: request heads
+# ------------------------------------------------------------------------------------------------------------
+
+GOOD_HEADS = {
+    "least": b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+    "old": b"GET /v1/models?limit=1 HTTP/1.0\r\n\r\n",
+    "absolute": b"GET http://elsewhere.example/v1/models HTTP/1.1\r\nHost: a\r\n\r\n",
+    "length": b"POST /v1/messages HTTP/1.1\r\nhOsT:a:80\r\nContent-Length: 3\r\n\r\n",
+    "chunked": b"POST /v1/messages HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: Chunked\r\n\r\n",
+    "values": b"GET / HTTP/1.1\r\nHost: a\r\nX-A: \t b c \t\r\nX-A:\r\nX-B: caf\xe9\r\n"
+    b"!#$%&'*+-.^_`|~09aZ: 1\r\n\r\n",
+    "ip": b"GET / HTTP/1.1\r\nHost: [::1]:8787\r\n\r\n",
+}
+
+
+def host(line: bytes, method: bytes = b"POST") -> bytes:
+    """A head with one more header line."""
+    return method + b" /v1/messages HTTP/1.1\r\nHost: a\r\n" + line + b"\r\n\r\n"
+
+
+BAD_HEADS = {
+    "length and coding": host(b"Content-Length: 5\r\nTransfer-Encoding: chunked"),
+    "coding and length": host(b"Transfer-Encoding: chunked\r\nContent-Length: 5"),
+    "length twice": host(b"Content-Length: 5\r\nContent-Length: 5"),
+    "length a list": host(b"Content-Length: 5, 5"),
+    "length +3": host(b"Content-Length: +3"),
+    "length 1_0": host(b"Content-Length: 1_0"),
+    "length -1": host(b"Content-Length: -1"),
+    "length hex": host(b"Content-Length: 0x3"),
+    "length a fraction": host(b"Content-Length: 3.0"),
+    "length empty": host(b"Content-Length:"),
+    "length overflow": host(b"Content-Length: " + b"9" * 30),
+    "length arabic digits": host("Content-Length: ٣".encode()),
+    "length with vertical tab": host(b"Content-Length: \x0b3"),
+    "coding gzip": host(b"Transfer-Encoding: gzip"),
+    "coding gzip, chunked": host(b"Transfer-Encoding: gzip, chunked"),
+    "coding chunked, gzip": host(b"Transfer-Encoding: chunked, gzip"),
+    "coding twice chunked": host(b"Transfer-Encoding: chunked, chunked"),
+    "coding in two lines": host(b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked"),
+    "coding identity": host(b"Transfer-Encoding: identity"),
+    "coding empty": host(b"Transfer-Encoding:"),
+    "coding with vertical tab": host(b"Transfer-Encoding: \x0bchunked"),
+    "coding with parameter": host(b"Transfer-Encoding: chunked;a=b"),
+    "coding on 1.0": b"POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "space before colon": host(b"Content-Length : 5"),
+    "tab before colon": host(b"X-A\t: 5"),
+    "obs-fold": host(b"X-A: b\r\n c"),
+    "obs-fold with tab": host(b"X-A: b\r\n\tc"),
+    "folded first line": b"GET / HTTP/1.1\r\n Host: a\r\n\r\n",
+    "bare CR in value": host(b"X-A: b\rX-C: d"),
+    "bare CR before the end": host(b"X-A: b\r"),
+    "bare LF in value": host(b"X-A: b\nX-C: d"),
+    "LF only": b"GET / HTTP/1.1\nHost: a\n\n",
+    "LF after request line": b"GET / HTTP/1.1\nHost: a\r\n\r\n",
+    "LF as the empty line": b"GET / HTTP/1.1\r\nHost: a\r\n\n\r\n\r\n",
+    "NUL in value": host(b"X-A: b\0"),
+    "NUL in name": host(b"X\0A: b"),
+    "control in value": host(b"X-A: b\x01"),
+    "escape in value": host(b"X-A: \x1b[31m"),
+    "delete in value": host(b"X-A: b\x7f"),
+    "no colon": host(b"X-A"),
+    "no name": host(b": b"),
+    "name with space": host(b"X A: b"),
+    "name not a token": host(b"X(A): b"),
+    "name not ASCII": host("X-é: b".encode()),
+    "host missing": b"GET / HTTP/1.1\r\nX-A: b\r\n\r\n",
+    "host twice": b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n",
+    "host with path": b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n",
+    "host with user": b"GET / HTTP/1.1\r\nHost: u@a\r\n\r\n",
+    "host with space": b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n",
+    "underscored length": host(b"Content_Length: 5"),
+    "dotted coding": host(b"Transfer.Encoding: chunked"),
+    "underscored key": host(b"X_Api_Key: k"),
+    "dotted key": host(b"x-api.key: k"),
+    "no version": b"GET /\r\nHost: a\r\n\r\n",
+    "version 0.9": b"GET / HTTP/0.9\r\nHost: a\r\n\r\n",
+    "version 2": b"GET / HTTP/2.0\r\nHost: a\r\n\r\n",
+    "version in lower case": b"GET / http/1.1\r\nHost: a\r\n\r\n",
+    "version with more": b"GET / HTTP/1.1x\r\nHost: a\r\n\r\n",
+    "version 1.10": b"GET / HTTP/1.10\r\nHost: a\r\n\r\n",
+    "two spaces": b"GET  / HTTP/1.1\r\nHost: a\r\n\r\n",
+    "space first": b" GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+    "space last": b"GET / HTTP/1.1 \r\nHost: a\r\n\r\n",
+    "tab": b"GET\t/ HTTP/1.1\r\nHost: a\r\n\r\n",
+    "vertical tab": b"GET\x0b/ HTTP/1.1\r\nHost: a\r\n\r\n",
+    "file separator": b"GET\x1c/\x1cHTTP/1.1\r\nHost: a\r\n\r\n",
+    "no-break space": b"GET\xa0/\xa0HTTP/1.1\r\nHost: a\r\n\r\n",
+    "space in target": b"GET /a b HTTP/1.1\r\nHost: a\r\n\r\n",
+    "control in target": b"GET /\x01 HTTP/1.1\r\nHost: a\r\n\r\n",
+    "target not ASCII": "GET /é HTTP/1.1\r\nHost: a\r\n\r\n".encode(),
+    "target with fragment": b"GET /a#b HTTP/1.1\r\nHost: a\r\n\r\n",
+    "target relative": b"GET v1/models HTTP/1.1\r\nHost: a\r\n\r\n",
+    "target empty": b"GET  HTTP/1.1\r\nHost: a\r\n\r\n",
+    "method not a token": b"G(T / HTTP/1.1\r\nHost: a\r\n\r\n",
+    "binary": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+}
+LONG_HEADS = {
+    "request line": (b"GET /" + b"a" * 16 * 1024 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
+    "one header": (host(b"X-A: " + b"a" * 64 * 1024), 431),
+    "many headers": (host(b"\r\n".join(b"X-%d: 1" % i for i in range(200))), 431),
+}
+
+
+def parse_head(data: bytes) -> Any:
+    """The parsed request head that the data begins with."""
+    return monorelay.parse_request_head(data[: monorelay.head_length(data) or len(data)])
+
+
+@pytest.mark.parametrize("name", GOOD_HEADS)
+def test_request_head_is_taken_whole_and_however_it_arrives(name):
+    data = GOOD_HEADS[name]
+    assert [monorelay.head_length(data[:end]) for end in range(len(data))] == [0] * len(data)
+    assert (
+        monorelay.head_length(data)
+        == monorelay.head_length(data + b"GET /next HTTP/1.1\r\n\r\n")
+        == len(data)
+    )
+    assert parse_head(data).method in ("GET", "POST")
+
+
+def test_request_head_keeps_order_repetition_and_case_of_values():
+    head = parse_head(GOOD_HEADS["values"])
+    pairs = [(name.lower(), value) for name, value in head.headers]
+    assert pairs[1:] == [("x-a", "b c"), ("x-a", ""), ("x-b", "caf\xe9"), ("!#$%&'*+-.^_`|~09az", "1")]
+    head = parse_head(GOOD_HEADS["old"])
+    assert (head.path, head.query, head.method) == ("/v1/models", "limit=1", "GET")
+
+
+@pytest.mark.parametrize("name", BAD_HEADS)
+def test_request_head_is_refused(name):
+    with pytest.raises(monorelay.MalformedRequest) as caught:
+        parse_head(BAD_HEADS[name])
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("name", LONG_HEADS)
+def test_request_head_over_the_limits_is_refused_before_it_is_complete(name):
+    data, status = LONG_HEADS[name]
+    with pytest.raises(monorelay.MalformedRequest) as caught:
+        parse_head(data)
+    assert caught.value.status == status
+    if name != "many headers":
+        with pytest.raises(monorelay.MalformedRequest) as caught:
+            monorelay.head_length(data[:-4])
+        assert caught.value.status == status
+
+
+HEAD_PIECES = [b"GET", b"POST", b" ", b"/", b"/v1", b"HTTP/1.1", b"HTTP/1.0", b"\r\n", b"\n", b"\r", b"\0",
+b"\t", b":",
+               b"Host: a", b"Content-Length: 3", b"Transfer-Encoding: chunked", b"\r\n\r\n", b",", b"\xff",
+               b"X: y"]  # fmt: skip
+
+
+@hypothesis.settings(max_examples=400)
+@hypothesis.given(
+    st.one_of(
+        st.binary(max_size=120),
+        st.lists(st.sampled_from(HEAD_PIECES), max_size=20).map(b"".join),
+        st.tuples(
+            st.sampled_from(sorted(GOOD_HEADS.values())), st.integers(0, 90), st.binary(max_size=4)
+        ).map(lambda it: it[0][: it[1]] + it[2] + it[0][it[1] :]),
+    ),
+    st.binary(max_size=20),
+)
+def test_request_parser_yields_one_head_or_a_refusal(data, junk):
+    def outcome(piece: bytes) -> Any:
+        try:
+            length = monorelay.head_length(piece)
+            head = length and monorelay.parse_request_head(piece[:length])
+        except monorelay.MalformedRequest as error:
+            return error.status
+        return head and (length, head.method, head.path, tuple(map(tuple, head.headers)))
+
+    whole = outcome(data)
+    if isinstance(whole, tuple):
+        assert data[: whole[0]].endswith(b"\r\n\r\n") and data[: whole[0]].count(b"\r\n\r\n") == 1
+        assert b"\n" not in data[: whole[0]].replace(b"\r\n", b"")
+        assert outcome(data + junk) == whole, "what follows a head must not change it"
+    first = next((seen for seen in (outcome(data[:end]) for end in range(len(data) + 1)) if seen), 0)
+    assert first == whole, "byte by byte must mean the same as at once"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Wire rules: answers, chunks, the model, retry-after
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_response_head_is_read_as_it_stands():
+    head = monorelay.parse_response_head(
+        b"HTTP/1.1 299 Odd  Reason\r\nA: 1\r\nSet-Cookie: x\r\na:  2 \r\n\r\n"
+    )
+    assert (head.status, head.reason.strip()) == (299, "Odd  Reason")
+    assert [(name.lower(), value) for name, value in head.headers] == [
+        ("a", "1"),
+        ("set-cookie", "x"),
+        ("a", "2"),
+    ]
+    assert monorelay.parse_response_head(b"HTTP/1.0 204\r\n\r\n").status == 204
+
+
+@pytest.mark.parametrize("line", [b"HTTP/1.1 20 OK", b"HTTP/1.1 +20 OK", b"HTTP/1.1 2000 OK", b"HTTP/1.1 abc",
+b"ICY 200 OK",
+                                  b"HTTP/2 200", b"HTTP/1.1", b"", b"garbage", b"HTTP/1.1 099 Low",
+                                  b"HTTP/1.1 200 O\0K",
+                                  b"HTTP/1.1 200 OK\r\nno colon", b"HTTP/1.1 200 OK\r\nA : b",
+                                  b"HTTP/1.1 200 OK\r\nA: b\rc",
+                                  b"HTTP/1.1 200 OK\r\nA: \0"])  # fmt: skip
+def test_response_head_that_is_garbage_is_refused(line):
+    with pytest.raises(monorelay.FramingError):
+        monorelay.parse_response_head(line + b"\r\n\r\n")
+
+
+def dechunk(pieces: list[bytes]) -> tuple[bytes, Any]:
+    decoder = monorelay.ChunkedDecoder()
+    return b"".join(decoder.feed(piece) for piece in pieces), decoder
+
+
+@pytest.mark.parametrize("extension", [b"", b";name=value", b' ; quoted="a b"'])
+def test_chunks_are_decoded_however_they_arrive(extension):
+    data = b"5%s\r\nhello\r\n00A\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\nnext" % extension
+    for size in range(1, len(data) + 1):
+        pieces = [data[start : start + size] for start in range(0, len(data), size)]
+        decoder, decoded, rest = monorelay.ChunkedDecoder(), b"", b""
+        for piece in pieces:
+            if decoder.finished:
+                rest += piece
+            else:
+                decoded += decoder.feed(piece)
+        assert (decoded, decoder.finished, bytes(decoder.rest) + rest) == (b"hello0123456789", True, b"next")
+
+
+@pytest.mark.parametrize("data", [b"+3\r\nabc\r\n", b"0x3\r\nabc\r\n", b"0_3\r\nabc\r\n", b"-1\r\n", b"\r\n",
+b" 3\r\nabc\r\n",
+                                  b"3\nabc\r\n", b"3\r\nabcd\r\n", b"3\r\nabc\n0", b"g\r\n",
+                                  b"f" * 17 + b"\r\n", b"3;a\nb\r\nabc\r\n",
+                                  b"3;\0\r\nabc\r\n", b"3\r\nabc\rX", b"0\r\nbad trailer\r\n\r\n",
+                                  b"0\r\nA: b\nc\r\n\r\n",
+                                  b"0\r\n folded\r\n\r\n", b"3;" + b"a" * 300_000], ids=brief)  # fmt: skip
+def test_chunks_that_are_malformed_are_refused(data):
+    for pieces in ([data], [data[i : i + 1] for i in range(min(len(data), 64))] + [data[64:]]):
+        with pytest.raises(monorelay.FramingError):
+            dechunk(pieces)
+
+
+@hypothesis.given(st.lists(st.binary(min_size=1, max_size=30)), st.lists(st.integers(0, 400)))
+def test_chunks_give_back_what_was_put_in(parts, cuts):
+    data = chunked(*parts)
+    edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    decoded, decoder = dechunk([data[a:b] for a, b in zip(edges, edges[1:])])
+    assert decoded == b"".join(parts) and decoder.finished
+
+
+@pytest.mark.parametrize(
+    ("body", "spliced"),
+    [
+        (b'{"model":"old"}', b'{"model":"new"}'),
+        (b' \r\n{ "a" : 1.0e2 ,\t"model" : "old" , "z":{"model":"old"}}\n',
+         b' \r\n{ "a" : 1.0e2 ,\t"model" : "new" , "z":{"model":"old"}}\n'),
+        (b'{"messages":[{"model":"x","content":"\\"model\\":\\"y\\""}],"model":"old"}',
+         b'{"messages":[{"model":"x","content":"\\"model\\":\\"y\\""}],"model":"new"}'),
+        (b'{"a":"model","model":"old"}', b'{"a":"model","model":"new"}'),
+        (b'{"a":["model","x"],"model":"old","a":2}', b'{"a":["model","x"],"model":"new","a":2}'),
+        (b'{"m":"\\\\","model":"\\u006fld"}', b'{"m":"\\\\","model":"new"}'),
+        (b'{"\\u006dodel":"old"}', b'{"\\u006dodel":"new"}'),
+        ('{"ü":"\u2028","model":"old","n":12345678901234567890123}'.encode(),
+         '{"ü":"\u2028","model":"new","n":12345678901234567890123}'.encode()),
+        (b'{"m":"\\ud800","model":"old"}', b'{"m":"\\ud800","model":"new"}'),
+    ], ids=brief)  # fmt: skip
+def test_model_is_spliced_and_nothing_else_changes(body, spliced):
+    span = monorelay.find_model(body)
+    assert span.name == "old"
+    assert monorelay.splice_model(body, span, "new") == spliced
+    assert json.loads(monorelay.splice_model(body, span, 'ü"\\\n'))["model"] == 'ü"\\\n'
+
+
+BAD_BODIES = {
+    "empty": b"",
+    "not JSON": b"hello",
+    "cut short": b'{"model":"a","x":',
+    "cut in a string": b'{"model":"a',
+    "garbage inside": b'{"model":"a","x":nope}',
+    "comma at the end": b'{"model":"a",}',
+    "garbage after": b'{"model":"a"} x',
+    "two objects": b'{"model":"a"}{"model":"b"}',
+    "a list": b'["model","a"]',
+    "a string": b'"model"',
+    "model missing": b'{"messages":[{"model":"a"}]}',
+    "model a number": b'{"model":1}',
+    "model null": b'{"model":null}',
+    "model an object": b'{"model":{"model":"a"}}',
+    "model twice": b'{"model":"a","x":1,"model":"a"}',
+    "model twice, once escaped": b'{"model":"a","\\u006dodel":"b"}',
+    "NaN": b'{"model":"a","x":NaN}',
+    "UTF-16": '{"model":"a"}'.encode("utf-16"),
+    "not UTF-8": b'{"model":"a","x":"\xff"}',
+    "control in a string": b'{"model":"a","x":"\x01"}',
+}
+
+
+@pytest.mark.parametrize("name", BAD_BODIES)
+def test_body_without_one_clear_model_is_a_bad_request(name):
+    with pytest.raises(monorelay.BadRequest) as caught:
+        monorelay.find_model(BAD_BODIES[name])
+    assert caught.value.status == 400
+
+
+def test_deep_nesting_is_searched_or_refused():
+    body = b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b',"model":"a"}'
+    with contextlib.suppress(monorelay.BadRequest):
+        assert monorelay.find_model(body).name == "a"
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@hypothesis.settings(max_examples=25)
+@hypothesis.given(
+    st.dictionaries(st.text(), JSON_VALUES), st.text(), st.booleans(), st.sampled_from([None, 1])
+)
+def test_model_is_found_in_any_json_object(fields, name, ascii_only, indent):
+    body = json.dumps({**fields, "model": name}, ensure_ascii=ascii_only, indent=indent).encode()
+    span = monorelay.find_model(body)
+    assert span.name == name
+    assert json.loads(monorelay.splice_model(body, span, "other")) == {**fields, "model": "other"}
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("0", 0), ("7", 7), ("7.5", 7.5), ("3600", 3600),
+        (email.utils.formatdate(UNIX_TIME + 90, usegmt=True), 90),
+        (email.utils.formatdate(UNIX_TIME - 90, usegmt=True), None),
+        ("3601", None), ("-1", None), ("+3", None), ("1_0", None), ("1e3", None), ("nan", None), ("inf",
+         None), ("", None),
+        ("soon", None), ("٣", None), ("9" * 5000, None), (email.utils.formatdate(UNIX_TIME + 7200,
+         usegmt=True), None),
+        ("Fri, 99 Xyz 9999 99:99:99 GMT", None),
+    ], ids=brief)  # fmt: skip
+def test_retry_after_is_seconds_or_a_date_within_the_hour(value, seconds):
+    assert monorelay.retry_after_seconds(value, UNIX_TIME) == seconds
+
+
+# ------------------------------------------------------------------------------------------------------------
+# SSE, as seen through the relay
+# ------------------------------------------------------------------------------------------------------------
+
+LINE_ENDS = {"LF": b"\n", "CRLF": b"\r\n", "CR": b"\r"}
+FRAMINGS = {
+    "chunked": (STREAM_HEAD, chunk, b"0\r\n\r\n"),
+    "close-delimited": (b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n", bytes, b""),
+}
+
+
+def stream_lines(line_end: bytes) -> list[bytes]:
+    """The lines of a whole Anthropic stream with a comment and an unknown event in it."""
+    text = (
+        b"".join(ANTHROPIC_EVENTS[:2])
+        + b": a comment\nevent: new\nid: 7\n\n"
+        + b"".join(ANTHROPIC_EVENTS[2:])
+    )
+    return [line + line_end for line in text.split(b"\n")[:-1]]
+
+
+def test_any_stream_split_anywhere_arrives_byte_for_byte(upstream, relay):
+    plan: dict[str, Any] = {}
+
+    def script(connection: Connection) -> None:
+        head, frame, end = FRAMINGS[plan["framing"]]
+        connection.read_request()
+        connection.send(head)
+        for piece in plan["pieces"]:
+            connection.send(frame(piece))
+        connection.send(end)
+
+    it = relay({"anthropic": upstream(script)})
+
+    @hypothesis.given(
+        st.lists(st.tuples(st.binary(max_size=12), st.sampled_from(sorted(LINE_ENDS.values()))), max_size=12),
+        st.sampled_from(sorted(LINE_ENDS.values())),
+        st.lists(st.integers(0, 400), max_size=12),
+        st.sampled_from(sorted(FRAMINGS)),
+    )
+    def check(lines: list[tuple[bytes, bytes]], end: bytes, cuts: list[int], framing: str) -> None:
+        opening = b"event: message_start" + end
+        text = opening + b"".join(map(b"".join, lines)) + ANTHROPIC_EVENTS[-1].replace(b"\n", end)
+        edges = [0, *sorted({min(cut, len(text)) for cut in cuts} - {0, len(text)}), len(text)]
+        plan.update(pieces=[text[a:b] for a, b in zip(edges, edges[1:])], framing=framing)
+        got = it.post("/v1/messages", STREAMED)
+        assert (got.status, got.body) == (200, text)
+
+    check()
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+@pytest.mark.parametrize("end", LINE_ENDS)
+def test_every_line_reaches_the_client_before_upstream_has_sent_the_next(upstream, relay, end, framing):
+    lines = stream_lines(LINE_ENDS[end])
+    gates = [threading.Event() for _ in lines]
+    head, frame, last = FRAMINGS[framing]
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(head)
+        for line, gate in zip(lines, gates):
+            connection.send(frame(line))
+            connection.wait(gate)
+        connection.send(last)
+
+    with relay({"anthropic": upstream(script)}).client() as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        assert Message(client.until(b"\r\n\r\n"), b"").status == 200
+        received = b""
+        for number, (line, gate) in enumerate(zip(lines, gates), 1):
+            while len(received) < sum(map(len, lines[:number])):
+                received += client.chunk()
+            assert received.endswith(line)
+            gate.set()
+        assert client.chunk() == b""
+    assert received == b"".join(lines)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_an_event_stream_is_told_to_proxies_as_one(upstream, relay, path):
+    openai_path = path.endswith("completions")
+    it = relay(
+        {
+            "openai" if openai_path else "anthropic": upstream(
+                OPENAI_STREAM if openai_path else ANTHROPIC_STREAM
+            )
+        }
+    )
+    got = it.post(path, chat(stream=True) if openai_path else prompt(stream=True))
+    assert got.body == b"".join(OPENAI_EVENTS if openai_path else ANTHROPIC_EVENTS)
+    assert got.get("content-type") == "text/event-stream" and got.get("content-length") is None
+    assert (got.get("x-accel-buffering"), got.get("cache-control")) == ("no", "no-cache")
+
+
+def test_a_line_over_64_kib_goes_out_in_pieces(upstream, relay):
+    gate, line = threading.Event(), b"data: " + b"x" * 200_000
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(STREAM_HEAD, chunk(b"event: message_start\n"), chunk(line))
+        connection.wait(gate)
+        connection.send(chunk(b"\n\n" + ANTHROPIC_EVENTS[-1]), chunked())
+
+    with relay({"anthropic": upstream(script)}).client() as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        client.until(b"\r\n\r\n")
+        received = b""
+        while len(received) < 1 << 16:
+            received += client.chunk()
+        gate.set()
+        received += b"".join(iter(client.chunk, b""))
+    assert received == b"event: message_start\n" + line + b"\n\n" + ANTHROPIC_EVENTS[-1]
+
+
+def resident_bytes() -> int:
+    """The memory of this process: relay, provider and client together."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_a_line_of_100_megabytes_is_relayed_in_bounded_memory(upstream, relay):
+    piece = chunk(b"x" * (1 << 20))
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(STREAM_HEAD, chunk(b"event: message_start\ndata: "))
+        for _ in range(100):
+            connection.send(piece)
+        connection.send(chunked(b"\n\n" + ANTHROPIC_EVENTS[-1]))
+
+    with relay({"anthropic": upstream(script)}).client() as client:
+        before = peak = resident_bytes()
+        client.send(request("POST", "/v1/messages", STREAMED))
+        client.until(b"\r\n\r\n")
+        length = 0
+        for number, data in enumerate(iter(client.chunk, b"")):
+            length += len(data)
+            if number % 64 == 0:
+                peak = max(peak, resident_bytes())
+    assert length == len(b"event: message_start\ndata: ") + 100 * (1 << 20) + 2 + len(ANTHROPIC_EVENTS[-1])
+    assert peak - before < 24 << 20
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Echo
+# ------------------------------------------------------------------------------------------------------------
+
+
+def events_of(body: bytes) -> list[tuple[str, Any]]:
+    """The (event, data) pairs of a stream."""
+    pairs = []
+    for block in body.decode().split("\n\n")[:-1]:
+        fields = dict(line.split(": ", 1) for line in block.split("\n"))
+        data = fields["data"]
+        pairs.append((fields.get("event", ""), data if data == "[DONE]" else json.loads(data)))
+    return pairs
+
+
+@pytest.fixture
+def echo(relay) -> Relay:
+    return relay({"echo": {}}, aliases={"claude-opus-4-5": "echo"})
+
+
+TOOL = {
+    "name": "look",
+    "description": "Looks.",
+    "input_schema": {"type": "object", "properties": {"at": {"type": "string"}}},
+}
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "text", "stop_reason", "stop_sequence"),
+    [
+        ({}, "Hello there", "end_turn", None),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Two words"}, IMAGE]}]},
+         "Two words", "end_turn", None),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+         {"role": "user", "content": "ü \u2028 c"}]},
+         "ü \u2028 c", "end_turn", None),
+        ({"max_tokens": 1}, None, "max_tokens", None),
+        ({"stop_sequences": ["zz", "lo"]}, "Hel", "stop_sequence", "lo"),
+        ({"system": "Be brief.", "temperature": 0.5, "top_p": 0.9, "top_k": 5, "tools": [TOOL],
+         "tool_choice": {"type": "auto"}},
+         "Hello there", "end_turn", None),
+        ({"system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}]},
+         "Hello there", "end_turn", None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/beta"])
+def test_echo_message_streamed_or_not(echo, path, fields, text, stop_reason, stop_sequence):
+    plain = echo.post(path, prompt("echo", **fields), ANTHROPIC_VERSION)
+    message = plain.json
+    assert plain.status == 200 and plain.get("content-type").startswith("application/json")
+    assert message["id"].startswith("msg_") and (message["type"], message["role"]) == ("message", "assistant")
+    assert (message["model"], message["stop_reason"], message["stop_sequence"]) == (
+        "echo",
+        stop_reason,
+        stop_sequence,
+    )
+    assert message["content"][0]["type"] == "text"
+    text = message["content"][0]["text"] if text is None else text
+    assert message["content"][0]["text"] == text
+    counts = {"input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"}
+    assert counts <= message["usage"].keys() and message["usage"]["input_tokens"] > 0
+
+    events = events_of(echo.post(path, prompt("echo", stream=True, **fields), ANTHROPIC_VERSION).body)
+    names = [name for name, _ in events if name != "ping"]
+    deltas = names.count("content_block_delta")
+    assert names == ["message_start", "content_block_start", *["content_block_delta"] * deltas,
+                     "content_block_stop", "message_delta", "message_stop"]  # fmt: skip
+    assert all(name == data["type"] for name, data in events)
+    assert "".join(data["delta"]["text"] for name, data in events if name == "content_block_delta") == text
+    closing = dict(events)["message_delta"]
+    assert closing["delta"] == {"stop_reason": stop_reason, "stop_sequence": stop_sequence}
+    assert closing["usage"]["output_tokens"] == message["usage"]["output_tokens"]
+    assert counts <= dict(events)["message_start"]["message"]["usage"].keys()
+
+
+def test_echo_streams_word_by_word(echo):
+    text = "one two three four"
+    events = events_of(
+        echo.post(
+            "/v1/messages", prompt("echo", stream=True, messages=[{"role": "user", "content": text}])
+        ).body
+    )
+    assert sum(name == "content_block_delta" for name, _ in events) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"max_tokens": None}, "max_tokens: Field required"),
+        ({"messages": None}, "messages: Field required"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "10"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": ["hi"]}, "messages.0"),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content: Field required"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"text": "no type"}]}]}, "messages.0.content.0"),
+        ({"temperature": 1.5}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"stream": "yes"}, "stream"),
+        ({"system": 5}, "system"),
+        ({"stop_sequences": "x"}, "stop_sequences"),
+        ({"tools": {}}, "tools"),
+        ({"tools": [{"name": "look"}]}, "tools.0"),
+        ({"tools": [TOOL], "tool_choice": {"type": "maybe"}}, "tool_choice"),
+    ],
+)
+def test_echo_checks_requests_as_the_api_does(echo, change, words):
+    body = {name: value for name, value in prompt("echo", **change).items() if value is not None}
+    got = echo.post("/v1/messages", body)
+    assert (got.status, got.json["type"], got.json["error"]["type"]) == (
+        400,
+        "error",
+        "invalid_request_error",
+    )
+    assert words in got.json["error"]["message"]
+    assert got.get("request-id") and got.get("x-monorelay-error") is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(400, "invalid_request_error"), (403, "permission_error"), (404, "not_found_error"), (413,
+     "request_too_large"),
+     (429, "rate_limit_error"), (500, "api_error"), (529, "overloaded_error")],
+)  # fmt: skip
+def test_echo_answers_with_any_error(echo, status, kind, stream):
+    model = f"echo-error-{status}"
+    got = echo.post("/v1/messages", prompt(model, stream=stream))
+    assert (got.status, got.json["type"], got.json["error"]["type"]) == (status, "error", kind)
+    assert got.get("x-monorelay-error") is None and got.get("x-monorelay-provider") == "echo"
+    assert echo.post("/v1/chat/completions", chat(model, stream=stream)).status == status
+    again = echo.post("/v1/messages", prompt("echo"))
+    assert (again.status, again.get("x-monorelay-attempts")) == (200, "1"), "its errors cool nothing"
+
+
+def test_echo_slow_paces_its_words(echo):
+    begin = time.monotonic()
+    body = echo.post(
+        "/v1/messages", prompt("echo-slow", stream=True, messages=[{"role": "user", "content": "a b c d e"}])
+    ).body
+    assert events_of(body)[-1][0] == "message_stop" and 0.18 < time.monotonic() - begin < 2
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions"])
+def test_echo_cut_breaks_off_within_the_stream(echo, path):
+    with echo.client() as client:
+        body = prompt(
+            "echo-cut", stream=True, messages=[{"role": "user", "content": "one two three four five six"}]
+        )
+        client.send(request("POST", path, json.dumps(body).encode()))
+        assert_died(client, anthropic=path == "/v1/messages")
+
+
+def test_echo_tool_calls_the_first_tool_offered(echo):
+    got = echo.post("/v1/messages", prompt("echo-tool", tools=[TOOL, {**TOOL, "name": "other"}])).json
+    (block,) = [block for block in got["content"] if block["type"] == "tool_use"]
+    assert (block["name"], got["stop_reason"]) == ("look", "tool_use") and block["id"].startswith("toolu_")
+    assert isinstance(block["input"], dict)
+    events = events_of(echo.post("/v1/messages", prompt("echo-tool", tools=[TOOL], stream=True)).body)
+    parts = [
+        data["delta"]["partial_json"]
+        for name, data in events
+        if data.get("delta", {}).get("type") == "input_json_delta"
+    ]
+    assert json.loads("".join(parts)) == block["input"]
+    assert dict(events)["message_delta"]["delta"]["stop_reason"] == "tool_use"
+    tool = {"type": "function", "function": {"name": "look", "parameters": TOOL["input_schema"]}}
+    choice = echo.post("/v1/chat/completions", chat("echo-tool", tools=[tool])).json["choices"][0]
+    assert (choice["finish_reason"], choice["message"]["tool_calls"][0]["function"]["name"]) == (
+        "tool_calls",
+        "look",
+    )
+
+
+def test_echo_takes_a_tools_result(echo):
+    messages = [{"role": "user", "content": "Look"},
+                {"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_1", "name": "look",
+                 "input": {}}]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1",
+                 "content": "seen"}]}]  # fmt: skip
+    assert echo.post("/v1/messages", prompt("echo-tool", messages=messages, tools=[TOOL])).status == 200
+
+
+def test_echo_counts_tokens_and_lists_models(echo):
+    counted = echo.post("/v1/messages/count_tokens", {"model": "echo", "messages": prompt()["messages"]}).json
+    assert list(counted) == ["input_tokens"] and counted["input_tokens"] > 0
+    for path in ("/v1/models", "/v1/anthropic/models"):
+        listed = echo.ask("GET", path, None, ANTHROPIC_VERSION).json
+        assert "echo" in [model["id"] for model in listed["data"]]
+        assert all({"type", "id", "display_name", "created_at"} <= model.keys() for model in listed["data"])
+
+
+def test_echo_speaks_openai(echo):
+    got = echo.post("/v1/chat/completions", chat("echo")).json
+    assert (got["object"], got["choices"][0]["message"]["content"]) == ("chat.completion", "Hello there")
+    assert got["choices"][0]["finish_reason"] == "stop" and got["usage"]["total_tokens"] > 0
+    limited = echo.post("/v1/chat/completions", chat("echo", max_tokens=1)).json
+    assert limited["choices"][0]["finish_reason"] == "length"
+    events = [
+        data for _, data in events_of(echo.post("/v1/chat/completions", chat("echo", stream=True)).body)
+    ]
+    assert events[-1] == "[DONE]"
+    assert (
+        "".join(event["choices"][0]["delta"].get("content", "") for event in events[:-1] if event["choices"])
+        == "Hello there"
+    )
+    bad = echo.post("/v1/chat/completions", {"model": "echo"})
+    assert (bad.status, bad.json["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_echo_through_the_anthropic_sdk_as_the_page_shows_it(echo):
+    with anthropic.Anthropic(api_key=TOKEN, base_url=echo.url, max_retries=0) as client:
+        question = "Explain prompt caching in one paragraph."
+        asked: Any = {
+            "model": "claude-opus-4-5",
+            "max_tokens": 1024,
+            "messages": [{"role": "user", "content": question}],
+        }
+        assert client.messages.create(**asked).content[0].text == question
+        with client.messages.stream(**asked) as stream:
+            assert "".join(stream.text_stream) == question
+            assert stream.get_final_message().stop_reason == "end_turn"
+        assert client.messages.count_tokens(model="echo", messages=asked["messages"]).input_tokens > 0
+        assert "echo" in [model.id for model in client.models.list()]
+        beta = client.beta.messages.create(betas=["interleaved-thinking-2025-05-14"], **asked)
+        assert beta.content[0].text == question
+        called = client.messages.create(**{**asked, "model": "echo-tool"}, tools=[TOOL])
+        assert called.stop_reason == "tool_use"
+        with pytest.raises(anthropic.APIStatusError) as caught:
+            client.messages.create(**{**asked, "model": "echo-error-529"})
+        assert caught.value.status_code == 529
+        with pytest.raises(anthropic.BadRequestError, match="max_tokens: Field required"):
+            client.post("/v1/messages", body={"model": "echo", "messages": asked["messages"]}, cast_to=object)
+
+
+def test_echo_through_the_openai_sdk(echo):
+    with openai.OpenAI(api_key=TOKEN, base_url=echo.url + "/v1", max_retries=0) as client:
+        asked: Any = chat("echo")
+        assert client.chat.completions.create(**asked).choices[0].message.content == "Hello there"
+        chunks = client.chat.completions.create(stream=True, **asked)
+        assert "".join(it.choices[0].delta.content or "" for it in chunks if it.choices) == "Hello there"
+        assert "echo" in [model.id for model in client.models.list()]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The official SDKs against a scripted provider, every byte compared
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Replay(Wire):
+    """The recorded bytes of one direction of a connection, read again."""
+
+    def __init__(self, data: bytes) -> None:
+        self.buffer = bytearray(data)
+
+    def fill(self) -> bool:
+        return False
+
+    def messages(self, is_answer: bool, may_be_cut: bool = False) -> list[Message]:
+        found = []
+        with contextlib.suppress(*([EOFError] if may_be_cut else [])):
+            while self.buffer:
+                found.append(self.message(is_answer))
+        return found
+
+
+class Tap:
+    """Stands between an SDK and the relay and records what each of them sends."""
+
+    def __init__(self, target: str) -> None:
+        self.target = urllib.parse.urlsplit(target)
+        self.recorded: list[tuple[bytearray, bytearray]] = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client = self.listener.accept()[0]
+                relay = socket.create_connection((self.target.hostname, self.target.port))
+                pair = (bytearray(), bytearray())
+                self.recorded.append(pair)
+                for source, sink, record in ((client, relay, pair[0]), (relay, client, pair[1])):
+                    threading.Thread(target=self.pump, args=(source, sink, record), daemon=True).start()
+
+    @staticmethod
+    def pump(source: socket.socket, sink: socket.socket, record: bytearray) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                record += data
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_RDWR)
+
+    def requests(self) -> list[Message]:
+        return [
+            message for sent, _ in self.recorded for message in Replay(bytes(sent)).messages(is_answer=False)
+        ]
+
+    def answers(self) -> list[Message]:
+        return [
+            message for _, got in self.recorded for message in Replay(bytes(got)).messages(is_answer=True)
+        ]
+
+
+@pytest.fixture
+def tap() -> Iterator[Callable[[Relay], Tap]]:
+    made: list[Tap] = []
+
+    def make(relay: Relay) -> Tap:
+        made.append(Tap(relay.url))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.listener.close()
+
+
+PRIVATE = {"host", "content-length", "authorization", "x-api-key", "cookie", "expect", "accept-encoding",
+           "connection", "transfer-encoding", "keep-alive", "te"}  # fmt: skip
+ADDED = {"content-length", "transfer-encoding", "connection", "keep-alive", "date", "server", "set-cookie",
+         "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts", "x-accel-buffering",
+         "cache-control"}  # fmt: skip
+
+
+def carried(message: Message, dropped: set[str]) -> list[tuple[str, str]]:
+    return [pair for pair in message.headers if pair[0] not in dropped]
+
+
+def assert_transparent(
+    tap: Tap, upstream: Upstream, answers: list[bytes], credential: tuple[str, str]
+) -> None:
+    """The provider got requests as the client sent them, the client answers as the provider sent them."""
+    sent = tap.requests()
+    assert len(sent) == len(upstream.requests) == len(answers)
+    for ours, theirs in zip(sent, upstream.requests):
+        assert (theirs.method, theirs.target, theirs.body) == (ours.method, ours.target, ours.body)
+        assert carried(theirs, PRIVATE) == carried(ours, PRIVATE)
+        assert [pair for pair in theirs.headers if pair[0] in ("authorization", "x-api-key")] == [credential]
+        assert theirs.get("accept-encoding") == "identity" and TOKEN not in theirs.head.decode("latin-1")
+    for raw, got in zip(answers, tap.answers()):
+        original = Replay(raw).message(is_answer=True)
+        assert (got.status, got.body) == (original.status, original.body)
+        assert carried(got, ADDED) == carried(original, ADDED)
+        assert got.get("x-monorelay-attempts") == "1" and "secret" not in got.head.decode("latin-1")
+
+
+def message_answer(*content: dict[str, Any], **fields: Any) -> bytes:
+    """An Anthropic message as a provider answers it, with spaces that a re-serialiser would lose."""
+    body = {**MESSAGE, "content": content, "stop_reason": "end_turn", **fields}
+    return answer(
+        200,
+        json.dumps(body, indent=1).encode(),
+        "request-id: req_upstream",
+        "anthropic-ratelimit-tokens-remaining: 9",
+    )
+
+
+def tool_stream() -> bytes:
+    return STREAM_HEAD + chunked(
+        ANTHROPIC_EVENTS[0],
+        sse(
+            "content_block_start",
+            index=0,
+            content_block={"type": "tool_use", "id": "toolu_1", "name": "look", "input": {}},
+        ),
+        sse("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": '{"at": '}),
+        sse("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": '"sky"}'}),
+        sse("content_block_stop", index=0),
+        sse(
+            "message_delta",
+            delta={"stop_reason": "tool_use", "stop_sequence": None},
+            usage={"output_tokens": 9},
+        ),
+        sse("message_stop"),
+    )
+
+
+HI = {"type": "text", "text": "Hi"}
+THOUGHT = {"type": "thinking", "thinking": "Hm", "signature": "c2ln+/="}
+FILE = {"id": "file_1", "type": "file", "filename": "a.txt", "mime_type": "text/plain", "size_bytes": 5,
+        "created_at": "2025-01-01T00:00:00Z", "downloadable": False}  # fmt: skip
+
+
+def final_message(client: Any, **fields: Any) -> Any:
+    with client.messages.stream(**prompt(**fields)) as stream:
+        return stream.get_final_message()
+
+
+ANTHROPIC_CALLS: dict[str, tuple[Callable[[Any], Any], bytes, Any]] = {
+    "create": (lambda it: it.messages.create(**prompt()).content[0].text, message_answer(HI), "Hi"),
+    "create with everything": (
+        lambda it: (
+            it.messages.create(
+                **prompt(system=[{"type": "text", "text": "ü", "cache_control": {"type": "ephemeral"}}]),
+                stop_sequences=["x"],
+                metadata={"user_id": "u"},
+                extra_body={"temperature": 1.0, "top_k": 5},
+            ).usage.input_tokens
+        ),
+        message_answer(HI),
+        25,
+    ),
+    "streamed": (
+        lambda it: [event.type for event in it.messages.create(stream=True, **prompt())][-1],
+        ANTHROPIC_STREAM,
+        "message_stop",
+    ),
+    "stream helper": (lambda it: final_message(it).content[0].text, ANTHROPIC_STREAM, "Grüße, \u2028world"),
+    "tools": (
+        lambda it: it.messages.create(**prompt(), tools=[TOOL], tool_choice={"type": "any"}).content[0].input,
+        message_answer(
+            {"type": "tool_use", "id": "toolu_1", "name": "look", "input": {"at": "sky"}},
+            stop_reason="tool_use",
+        ),
+        {"at": "sky"},
+    ),
+    "tools streamed": (
+        lambda it: final_message(it, tools=[TOOL]).content[0].input,
+        tool_stream(),
+        {"at": "sky"},
+    ),
+    "thinking": (
+        lambda it: (
+            it.messages.create(**prompt(thinking={"type": "enabled", "budget_tokens": 1024}))
+            .content[0]
+            .signature
+        ),
+        message_answer(THOUGHT, HI),
+        "c2ln+/=",
+    ),
+    "thinking sent back": (
+        lambda it: (
+            it.messages.create(
+                **prompt(
+                    messages=[
+                        {"role": "user", "content": "a"},
+                        {"role": "assistant", "content": [THOUGHT, HI]},
+                        {"role": "user", "content": "b"},
+                    ]
+                )
+            ).id
+        ),
+        message_answer(HI),
+        "msg_1",
+    ),
+    "betas": (
+        lambda it: (
+            it.beta.messages.create(
+                **prompt(), betas=["interleaved-thinking-2025-05-14", "context-1m-2025-08-07"]
+            ).id
+        ),
+        message_answer(HI),
+        "msg_1",
+    ),
+    "count_tokens": (
+        lambda it: it.messages.count_tokens(model="claude-test", messages=prompt()["messages"]).input_tokens,
+        answer(200, b'{ "input_tokens": 14 }'),
+        14,
+    ),
+    "batch created": (
+        lambda it: it.messages.batches.create(requests=[{"custom_id": "a", "params": prompt()}]).id,
+        answer(
+            200,
+            b'{"id":"msgbatch_1","type":"message_batch","processing_status":"in_progress","results_url":null}',
+        ),
+        "msgbatch_1",
+    ),
+    "file uploaded": (
+        lambda it: it.beta.files.upload(file=("a.txt", b"hello\r\n--", "text/plain")).id,
+        answer(200, json.dumps(FILE).encode()),
+        "file_1",
+    ),
+    "file deleted": (
+        lambda it: it.beta.files.delete("file_1").id,
+        answer(200, b'{"id":"file_1","type":"file_deleted"}'),
+        "file_1",
+    ),
+    "file downloaded": (
+        lambda it: it.beta.files.download("file_1").read(),
+        answer(200, bytes(range(256)), "content-disposition: attachment"),
+        bytes(range(256)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANTHROPIC_CALLS)
+def test_anthropic_sdk(upstream, relay, tap, name):
+    call, raw, expected = ANTHROPIC_CALLS[name]
+    provider = upstream(raw)
+    between = tap(relay({"anthropic": provider}))
+    with anthropic.Anthropic(api_key=TOKEN, base_url=between.url, max_retries=0) as client:
+        assert call(client) == expected
+    assert_transparent(between, provider, [raw], ("x-api-key", "sk-anthropic-secret"))
+
+
+def test_anthropic_sdk_async(upstream, relay, tap):
+    provider = upstream(replies(message_answer(HI), ANTHROPIC_STREAM))
+    between = tap(relay({"anthropic": provider}))
+
+    async def talk() -> None:
+        async with anthropic.AsyncAnthropic(api_key=TOKEN, base_url=between.url, max_retries=0) as client:
+            assert (await client.messages.create(**prompt())).content[0].text == "Hi"
+            async with client.messages.stream(**prompt()) as stream:
+                assert await stream.get_final_text() == "Grüße, \u2028world"
+
+    asyncio.run(talk())
+    assert_transparent(
+        between, provider, [message_answer(HI), ANTHROPIC_STREAM], ("x-api-key", "sk-anthropic-secret")
+    )
+
+
+@pytest.mark.parametrize("header", ["Authorization", "X-Api-Key"])
+def test_anthropic_sdk_of_any_age_is_let_in(upstream, relay, header):
+    provider = upstream(message_answer(HI))
+    credential = {
+        "api_key": "ignored",
+        "default_headers": {header: TOKEN if header == "X-Api-Key" else f"Bearer {TOKEN}"},
+    }
+    with anthropic.Anthropic(
+        base_url=relay({"anthropic": provider}).url, max_retries=0, **credential
+    ) as client:
+        assert client.messages.create(**prompt()).id == "msg_1"
+
+
+def test_anthropic_sdk_sees_a_providers_error_as_the_providers(upstream, relay):
+    body = b'{"type":"error","error":{"type":"invalid_request_error","message":"prompt is too long: 210000"}}'
+    provider = upstream(answer(400, body, "request-id: req_upstream"))
+    url = relay({"anthropic": provider}).url
+    with (
+        anthropic.Anthropic(api_key=TOKEN, base_url=url) as client,
+        pytest.raises(anthropic.APIError) as caught,
+    ):
+        client.messages.create(**prompt())
+    assert caught.value.request_id == "req_upstream" and "prompt is too long" in str(caught.value)
+    assert caught.value.body == json.loads(body) and len(provider.requests) == 1
+
+
+def test_anthropic_sdk_sees_a_stream_that_died_as_an_error(upstream, relay):
+    provider = upstream(replies_then_closes(STREAM_HEAD, *map(chunk, ANTHROPIC_EVENTS[:4])))
+    with (
+        anthropic.Anthropic(
+            api_key=TOKEN, base_url=relay({"anthropic": provider}).url, max_retries=0
+        ) as client,
+        pytest.raises(Exception) as caught,
+        client.messages.stream(**prompt()) as stream,
+    ):
+        stream.get_final_message()
+    assert isinstance(caught.value, anthropic.APIError)
+
+
+def test_anthropic_sdk_follows_a_batch_to_its_results_through_the_relay(upstream, relay):
+    line = {"custom_id": "a", "result": {"type": "succeeded", "message": {**MESSAGE, "content": [HI]}}}
+    provider = upstream(lambda connection: batch_script(connection))
+
+    def batch_script(connection: Connection) -> None:
+        while True:
+            asked = connection.read_request()
+            if asked.target.endswith("/results"):
+                connection.send(answer(200, json.dumps(line).encode() + b"\n"))
+            else:
+                url = f"{provider.url}/v1/messages/batches/msgbatch_1/results"
+                batch = {
+                    "id": "msgbatch_1",
+                    "type": "message_batch",
+                    "processing_status": "ended",
+                    "results_url": url,
+                }
+                connection.send(answer(200, json.dumps(batch).encode()))
+
+    it = relay({"anthropic": provider})
+    with anthropic.Anthropic(api_key=TOKEN, base_url=it.url, max_retries=0) as client:
+        assert (
+            client.messages.batches.retrieve("msgbatch_1").results_url
+            == f"{it.url}/v1/messages/batches/msgbatch_1/results"
+        )
+        assert [result.custom_id for result in client.messages.batches.results("msgbatch_1")] == ["a"]
+    assert (
+        all(TOKEN not in message.head.decode() for message in provider.requests)
+        and len(provider.requests) == 3
+    )
+
+
+CHAT_ANSWER = answer(200,
+b'{ "id":"c1","object":"chat.completion","created":1,"model":"gpt-test","choices":[{"index":0,'
+                          b'"finish_reason":"stop","message":{"role":"assistant","content":"Hi"}}]}',
+                          "x-request-id: req_openai")  # fmt: skip
+OPENAI_CALLS: dict[str, tuple[Callable[[Any], Any], bytes, Any]] = {
+    "chat": (lambda it: it.chat.completions.create(**chat()).choices[0].message.content, CHAT_ANSWER, "Hi"),
+    "chat streamed": (
+        lambda it: [
+            part.choices[0].delta.content for part in it.chat.completions.create(stream=True, **chat())
+        ],
+        OPENAI_STREAM,
+        ["Hi", None],
+    ),
+    "embeddings": (
+        lambda it: it.embeddings.create(model="embed", input="x", encoding_format="float").data[0].embedding,
+        answer(
+            200,
+            b'{"object":"list","model":"embed","data":[{"object":"embedding","index":0,"embedding":[1e-7,0.10]}]}',
+        ),
+        [1e-7, 0.1],
+    ),
+    "audio": (
+        lambda it: (
+            it.audio.transcriptions.create(model="whisper-1", file=("a.wav", b"RIFF\r\n\0", "audio/wav")).text
+        ),
+        answer(200, b'{"text":"hi"}'),
+        "hi",
+    ),
+    "file": (
+        lambda it: it.files.create(file=("a.jsonl", b"{}\n"), purpose="batch").id,
+        answer(
+            200,
+            b'{"id":"file-1","object":"file","bytes":3,"created_at":1,"filename":"a.jsonl","purpose":"batch","status":"processed"}',
+        ),
+        "file-1",
+    ),
+    "responses": (
+        lambda it: it.responses.create(model="gpt-test", input="x").id,
+        answer(200, b'{"id":"resp_1","object":"response","created_at":1,"model":"gpt-test","output":[]}'),
+        "resp_1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPENAI_CALLS)
+def test_openai_sdk(upstream, relay, tap, name):
+    call, raw, expected = OPENAI_CALLS[name]
+    provider = upstream(raw)
+    between = tap(relay({"openai": provider}))
+    with openai.OpenAI(api_key=TOKEN, base_url=between.url + "/v1", max_retries=0) as client:
+        assert call(client) == expected
+    assert_transparent(between, provider, [raw], ("authorization", "Bearer sk-openai-secret"))
+
+
+def test_openai_sdk_async(upstream, relay, tap):
+    provider = upstream(replies(CHAT_ANSWER, OPENAI_STREAM))
+    between = tap(relay({"openai": provider}))
+
+    async def talk() -> None:
+        async with openai.AsyncOpenAI(api_key=TOKEN, base_url=between.url + "/v1", max_retries=0) as client:
+            assert (await client.chat.completions.create(**chat())).choices[0].message.content == "Hi"
+            parts = [part async for part in await client.chat.completions.create(stream=True, **chat())]
+            assert parts[0].choices[0].delta.content == "Hi"
+
+    asyncio.run(talk())
+    assert_transparent(
+        between, provider, [CHAT_ANSWER, OPENAI_STREAM], ("authorization", "Bearer sk-openai-secret")
+    )
+
+
+def test_both_sdks_list_the_models_of_all_providers(upstream, relay):
+    claude = upstream(
+        answer(
+            200,
+            b'{"data":[{"type":"model","id":"claude-x","display_name":"X","created_at":"2025-01-01T00:00:00Z"}],'
+            b'"has_more":false,"first_id":"claude-x","last_id":"claude-x"}',
+        )
+    )
+    gpt = upstream(
+        answer(200, b'{"object":"list","data":[{"id":"gpt-x","object":"model","created":1,"owned_by":"o"}]}')
+    )
+    it = relay({"anthropic": claude, "openai": gpt, "echo": {}}, aliases={"fast": "claude-x"})
+    with anthropic.Anthropic(api_key=TOKEN, base_url=it.url, max_retries=0) as client:
+        ids = [model.id for model in client.models.list(limit=2)]
+        assert {"claude-x", "gpt-x", "fast", "echo"} <= set(ids) and len(ids) == len(set(ids)), (
+            "every page, each name once"
+        )
+        assert client.models.retrieve("claude-x").id == "claude-x"
+        with pytest.raises(anthropic.NotFoundError):
+            client.models.retrieve("claude-nobody")
+    with openai.OpenAI(api_key=TOKEN, base_url=it.url + "/v1", max_retries=0) as client:
+        assert {model.id for model in client.models.list()} == set(ids)
+        assert client.models.retrieve("gpt-x").object == "model"
+    assert len(claude.requests) == len(gpt.requests) == 1, "the catalogue is kept for five minutes"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Upstream: connections, TLS, proxies
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_upstream_connections_are_kept_and_reused(upstream, relay):
+    provider = upstream(answer())
+    it = relay({"anthropic": provider})
+    with it.client() as client:
+        assert [client.ask("POST", "/v1/messages", STREAMED).status for _ in range(5)] == [200] * 5
+    assert len(provider.connections) == 1
+
+
+@pytest.mark.parametrize("end", ["close", "reset"])
+def test_a_stale_upstream_connection_is_replaced_unnoticed_and_cools_no_key(upstream, relay, end):
+    first = iter([True])
+
+    def script(connection: Connection) -> None:
+        stale = next(first, False)
+        while True:
+            connection.read_request()
+            connection.send(answer())
+            if stale:
+                # The second request on this connection is read and never answered.
+                connection.until(b"\r\n\r\n")
+                return getattr(connection, end)()
+
+    provider = upstream(script)
+    it = relay({"anthropic": {"upstream": provider, "keys": ["sk-a", "sk-b"], "key_strategy": "fill-first"}})
+    assert [it.post("/v1/messages", prompt()).status for _ in range(3)] == [200] * 3
+    assert [message.get("x-api-key") for message in provider.requests] == ["sk-a"] * 3
+
+
+def test_an_answer_with_connection_close_ends_only_that_connection(upstream, relay):
+    provider = upstream(answer(200, b"{}", "connection: close"))
+    it = relay({"anthropic": provider})
+    with it.client() as client:
+        got = [client.ask("POST", "/v1/messages", STREAMED) for _ in range(3)]
+    assert [one.status for one in got] == [200] * 3 and {one.get("connection") for one in got} <= {
+        None,
+        "keep-alive",
+    }
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def tls(authority) -> Callable[[str], ssl.SSLContext]:
+    def context(name: str) -> ssl.SSLContext:
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert(name).configure_cert(made)
+        return made
+
+    return context
+
+
+@pytest.fixture
+def trusted(authority, tmp_path, monkeypatch) -> None:
+    """Makes default contexts trust the authority of these tests."""
+    file = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(file))
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+
+
+def test_a_trusted_tls_provider_is_relayed_line_by_line(upstream, relay, tls, trusted):
+    gates = [threading.Event() for _ in ANTHROPIC_EVENTS]
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(STREAM_HEAD)
+        for event, gate in zip(ANTHROPIC_EVENTS, gates):
+            connection.send(chunk(event))
+            connection.wait(gate)
+        connection.send(b"0\r\n\r\n")
+
+    with relay({"anthropic": upstream(script, tls("127.0.0.1"))}).client() as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        client.until(b"\r\n\r\n")
+        for event, gate in zip(ANTHROPIC_EVENTS, gates):
+            received = b""
+            while len(received) < len(event):
+                received += client.chunk()
+            assert received == event
+            gate.set()
+        assert client.chunk() == b""
+
+
+@pytest.mark.parametrize("case", ["unknown authority", "another name"])
+def test_a_tls_provider_that_cannot_be_verified_is_refused(upstream, relay, tls, case, request):
+    if case == "another name":
+        request.getfixturevalue("trusted")
+    provider = upstream(answer(), tls("127.0.0.1" if case == "unknown authority" else "elsewhere.example"))
+    refused(relay({"anthropic": provider}).post("/v1/messages", prompt()), 502, "api_error")
+    assert provider.requests == []
+
+
+@pytest.fixture
+def no_proxy_yet(monkeypatch) -> None:
+    """A process without proxy variables, for which provider.example is this machine."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    real = socket.getaddrinfo
+
+    def getaddrinfo(name: Any, *rest: Any, **options: Any) -> Any:
+        return real(
+            "127.0.0.1" if name in ("provider.example", b"provider.example") else name, *rest, **options
+        )
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def proxy_script(context: ssl.SSLContext | None, raw: bytes) -> Script:
+    """A forward proxy that is at once the provider behind it."""
+
+    def script(connection: Connection) -> None:
+        while True:
+            if connection.read_request().method == "CONNECT":
+                connection.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                if context:
+                    connection.sock = context.wrap_socket(connection.sock, server_side=True)
+            else:
+                connection.send(raw)
+
+    return script
+
+
+@pytest.mark.parametrize("scheme", ["https", "http"])
+def test_a_proxy_is_used_as_the_environment_says(
+    upstream, relay, tls, trusted, no_proxy_yet, monkeypatch, scheme
+):
+    proxy = upstream(proxy_script(tls("provider.example") if scheme == "https" else None, message_answer(HI)))
+    monkeypatch.setenv(f"{scheme.upper()}_PROXY", f"http://user:p%40ss@127.0.0.1:{proxy.port}")
+    it = relay({"anthropic": {"base_url": f"{scheme}://provider.example"}})
+    assert [it.post("/v1/messages", prompt()).json["id"] for _ in range(2)] == ["msg_1", "msg_1"]
+    basic = "Basic " + base64.b64encode(b"user:p@ss").decode()
+    first, last = proxy.requests[0], proxy.requests[-1]
+    assert first.get("proxy-authorization") == basic
+    if scheme == "https":
+        assert first.target == "provider.example:443"
+        assert (last.target, last.get("proxy-authorization")) == ("/v1/messages", None)
+        assert first.get("x-api-key") is None
+    assert last.get("host") == "provider.example" and last.get("x-api-key") == "sk-anthropic-secret"
+
+
+def test_a_proxy_that_refuses_makes_a_502(upstream, relay, no_proxy_yet, monkeypatch):
+    proxy = upstream(b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n")
+    monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+    got = relay({"anthropic": {"base_url": "https://provider.example"}}).post("/v1/messages", prompt())
+    refused(got, 502, "api_error")
+
+
+@pytest.mark.parametrize("exempt", ["no_proxy", "loopback"])
+def test_a_proxy_is_passed_by(upstream, relay, no_proxy_yet, monkeypatch, exempt):
+    proxy, provider = upstream(answer(500)), upstream(answer())
+    monkeypatch.setenv("HTTP_PROXY", proxy.url)
+    if exempt == "no_proxy":
+        monkeypatch.setenv("NO_PROXY", "elsewhere.example,provider.example")
+    name = "provider.example" if exempt == "no_proxy" else "127.0.0.1"
+    it = relay({"anthropic": {"base_url": f"http://{name}:{provider.port}"}})
+    assert it.post("/v1/messages", prompt()).status == 200
+    assert (len(proxy.connections), len(provider.requests)) == (0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Relay: what goes up and what comes back
+# ------------------------------------------------------------------------------------------------------------
+
+# Numbers, escapes, spaces, key order and duplicate keys that no serialiser would give back.
+ODD_BODY = (
+    b'{"z":1.0e+2 ,"a":\t-0.0,"a":12345678901234567890123,"messages":'
+    b'[{"model":"inner","content":"\\u00e9\\/\xc3\xa9"}],\r\n'
+    b'"thinking":{"signature":"c2ln+/=="}, "model" :"claude-test","n":[ ]}\n'
+)
+
+
+@pytest.mark.parametrize("model", ["claude-test", "claude-\\u0074est", "fast", "claude-test@anthropic"])
+def test_body_goes_up_byte_for_byte_but_for_the_model(upstream, relay, model):
+    provider = upstream(answer())
+    body = ODD_BODY.replace(b'"claude-test"', b'"%s"' % model.encode())
+    got = relay({"anthropic": provider}, aliases={"fast": "claude-test"}).post("/v1/messages", body)
+    assert provider.requests[0].body == (body if "\\" in model else ODD_BODY)
+    assert (got.get("x-monorelay-model"), got.get("x-monorelay-provider")) == ("claude-test", "anthropic")
+
+
+def test_request_headers_go_up_as_sent_but_for_what_is_the_relays_business(upstream, relay):
+    provider = upstream(answer())
+    sent = ["anthropic-version: 2026-10-21", "anthropic-beta: one", "Anthropic-Beta: two,three",
+    "User-Agent: claude-cli/2 (x)",
+            "X-Claude-Code-Session-Id: s", "x-stainless-retry-count: 0", "idempotency-key: i",
+            "X-Odd: caf\xe9", "x-empty:"]  # fmt: skip
+    dropped = [f"Authorization: Bearer {TOKEN}", "Cookie: a=b", "Accept-Encoding: gzip, br",
+    "Connection: keep-alive, x-hop",
+               "X-Hop: 1", "Keep-Alive: 5", "TE: trailers", "Proxy-Authorization: Basic x",
+               "Upgrade: h2c"]  # fmt: skip
+    relay({"anthropic": provider}).post(
+        "/v1/messages?beta=true&x=%20y", prompt(), *sent[:4], *dropped, *sent[4:]
+    )
+    (got,) = provider.requests
+    wanted = [(name.lower(), value.strip()) for name, _, value in (line.partition(":") for line in sent)]
+    own = {"host", "content-length", "connection", "accept-encoding", "x-api-key"}
+    assert [pair for pair in got.headers if pair[0] not in own] == wanted
+    assert got.target == "/v1/messages?beta=true&x=%20y"
+    assert got.get("accept-encoding") == "identity" and got.get("host") == f"127.0.0.1:{provider.port}"
+    assert got.all("x-api-key") == ["sk-anthropic-secret"]
+
+
+@pytest.mark.parametrize(
+    ("provider", "path", "expected"),
+    [
+        ({"format": "anthropic"}, "/v1/messages", {"x-api-key": "k", "authorization": None,
+         "anthropic-version": "2023-06-01"}),
+        ({"format": "openai"}, "/v1/chat/completions", {"authorization": "Bearer k", "x-api-key": None,
+         "anthropic-version": None}),
+        ({"format": "anthropic", "auth_header": "authorization"}, "/v1/messages",
+         {"authorization": "Bearer k", "x-api-key": None}),
+        ({"format": "openai", "auth_header": "x-api-key"}, "/v1/chat/completions", {"authorization": None,
+         "x-api-key": "k"}),
+        ({"format": "anthropic", "headers": {"X-Team": "a", "user-agent": "relay", "x-gone": None,
+         "anthropic-version": "1"}},
+         "/v1/messages", {"x-team": "a", "user-agent": "relay", "x-gone": None, "anthropic-version": "1"}),
+    ],
+)  # fmt: skip
+def test_provider_gets_its_own_credential_and_headers(upstream, relay, provider, path, expected):
+    scripted = upstream(answer())
+    it = relay({"p": {**provider, "upstream": scripted, "keys": ["k"]}})
+    assert it.post(path, prompt(), "User-Agent: client", "x-gone: 1").status == 200
+    assert {name: scripted.requests[0].get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "target", "base"),
+    [
+        ("POST", "/v1/messages", "/v1/messages", ""),
+        ("POST", "/v1/messages", "/v1/messages", "/v1"),
+        ("POST", "/v1/messages", "/proxy/v1/messages", "/proxy/"),
+        ("POST", "/v1/messages/beta", "/v1/messages?beta=true", ""),
+        ("POST", "/v1/messages/beta?a=1", "/v1/messages?a=1&beta=true", ""),
+        ("POST", "/v1/messages/beta?beta=true", "/v1/messages?beta=true", ""),
+        ("POST", "/v1/messages/count_tokens?beta=true", "/v1/messages/count_tokens?beta=true", ""),
+        ("GET", "/v1/anthropic/models?limit=3", "/v1/models?limit=3", ""),
+        ("GET", "/v1/anthropic/models/claude-x", "/v1/models/claude-x", ""),
+        ("GET", "/v1/messages/batches/b1/results", "/v1/messages/batches/b1/results", ""),
+        ("POST", "/v1/messages/batches/b1/cancel", "/v1/messages/batches/b1/cancel", ""),
+        ("DELETE", "/v1/files/f1?beta=true", "/v1/files/f1?beta=true", ""),
+        ("HEAD", "/v1/files/f1", "/v1/files/f1", ""),
+        ("GET", "/v1/skills/new%2Fthing", "/v1/skills/new%2Fthing", ""),
+    ],
+)
+def test_anthropic_paths(upstream, relay, method, path, target, base):
+    provider = upstream(lambda connection: connection.send(
+        answer(200, b"" if connection.read_request().method == "HEAD" else b'{"id": "x"}',
+        "x-a: 1")))  # fmt: skip
+    it = relay({"openai": upstream(answer(500)), "anthropic": {"base_url": provider.url + base}})
+    body = json.dumps(prompt()).encode() if method == "POST" else None
+    got = it.ask(method, path, body, "anthropic-version: 2026-10-21")
+    assert (got.status, got.get("x-a"), got.body) == (200, "1", b"" if method == "HEAD" else b'{"id": "x"}')
+    assert (provider.requests[0].method, provider.requests[0].target) == (method, target)
+    assert provider.requests[0].get("anthropic-version") == "2026-10-21"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/responses?x=1"),
+     ("POST", "/v1/embeddings"), ("POST", "/v1/moderations"), ("GET", "/v1/files"),
+     ("DELETE", "/v1/files/f1"), ("GET", "/v1/responses/resp_1")],
+)  # fmt: skip
+def test_openai_paths(upstream, relay, method, path):
+    provider, other = upstream(answer(200, b'{"x":1}')), upstream(answer(500))
+    it = relay({"anthropic": other, "openai": provider}, aliases={"fast": "gpt-test"})
+    body = b'{"model":"fast"}' if method == "POST" else None
+    got = it.ask(method, path, body, "Content-Type: application/json")
+    assert (got.status, got.body) == (200, b'{"x":1}')
+    assert provider.requests[0].target == path and other.requests == []
+    assert provider.requests[0].body == (b'{"model":"gpt-test"}' if method == "POST" else b"")
+
+
+def test_a_disabled_provider_and_one_that_does_not_serve_the_model_are_never_called(upstream, relay):
+    disabled, narrow, other = upstream(answer()), upstream(answer()), upstream(answer())
+    it = relay(
+        {
+            "anthropic1": {"upstream": disabled, "enabled": False},
+            "anthropic2": {"upstream": narrow, "models": ["claude-a*"]},
+            "anthropic3": other,
+        }
+    )
+    for model, provider in (("claude-a", "anthropic2"), ("claude-b", "anthropic3")):
+        assert it.post("/v1/messages", prompt(model)).get("x-monorelay-provider") == provider
+    assert it.ask("GET", "/v1/files/f", None, ANTHROPIC_VERSION).status == 200
+    assert disabled.requests == [] and not disabled.connections
+
+
+def test_a_request_without_a_model_always_goes_to_the_first_key(upstream, relay):
+    provider = upstream(answer())
+    it = relay({"anthropic": {"upstream": provider, "keys": ["sk-a", "sk-b"], "key_strategy": "round-robin"}})
+    for _ in range(3):
+        it.ask("GET", "/v1/files/f1", None, ANTHROPIC_VERSION)
+    assert [message.get("x-api-key") for message in provider.requests] == ["sk-a"] * 3
+
+
+def test_response_comes_back_as_the_provider_sent_it(upstream, relay):
+    headers = ["request-id: req_1", "retry-after: 7", "anthropic-ratelimit-unified-status: allowed",
+               "X-Should-Retry: false",
+               "x-many: 1", "X-Many: 2", "vary: x", "x-hop: gone", "connection: x-hop",
+               "x-odd: caf\xe9"]  # fmt: skip
+    provider = upstream(
+        answer(418, b'\xff\x00 not JSON\r\n{"model":"claude-test"}', *headers, "set-cookie: session=secret")
+    )
+    got = relay({"anthropic": provider}).post("/v1/messages", prompt())
+    assert (got.status, got.start.split(" ", 2)[2]) == (418, "Whatever")
+    assert got.body == b'\xff\x00 not JSON\r\n{"model":"claude-test"}'
+    kept = [tuple(line.lower().split(": ")) for line in headers if "hop" not in line]
+    assert [pair for pair in got.headers if pair in kept] == kept
+    assert got.get("set-cookie") is None and got.get("x-hop") is None and got.get("x-monorelay-error") is None
+
+
+@pytest.mark.parametrize("status", [400, 402, 404, 408, 409, 413, 422, 301, 501])
+def test_an_error_about_the_request_comes_back_at_once_and_unchanged(upstream, relay, status):
+    provider = upstream(answer(status, b'{"odd" : 1.0}', "location: /elsewhere"))
+    it = relay({"anthropic": {"upstream": provider, "keys": ["sk-a"]}})
+    got = it.post("/v1/messages", prompt())
+    assert (got.status, got.body, got.get("x-monorelay-attempts")) == (status, b'{"odd" : 1.0}', "1")
+    assert len(provider.requests) == 1
+
+
+@pytest.mark.parametrize("status", [204, 304])
+def test_an_answer_without_a_body_leaves_the_connection_in_step(upstream, relay, status):
+    provider = upstream(replies(b"HTTP/1.1 %d Nothing\r\nx-a: 1\r\n\r\n" % status, answer()))
+    with relay({"anthropic": provider}).client() as client:
+        assert [client.ask("DELETE", "/v1/files/f1", None, ANTHROPIC_VERSION).status for _ in range(2)] == [
+            status,
+            200,
+        ]
+
+
+@pytest.mark.parametrize("framing", ["chunked", "close", "http/1.0"])
+def test_an_answer_of_any_framing_arrives_whole(upstream, relay, framing):
+    body = os.urandom(300_000)
+    raw = {"chunked": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + chunked(body[:7], body[7:]),
+           "close": b"HTTP/1.1 200 OK\r\n\r\n" + body,
+           "http/1.0": b"HTTP/1.0 200 OK\r\n\r\n" + body}[framing]  # fmt: skip
+    with relay({"anthropic": upstream(replies_then_closes(raw))}).client() as client:
+        assert client.ask("POST", "/v1/messages", STREAMED).body == body
+        assert client.ask("GET", "/health").status == 200
+
+
+def test_gzip_that_nobody_asked_for_passes_with_its_true_name(upstream, relay):
+    body = gzip.compress(b'{"id":"msg"}')
+    got = relay({"anthropic": upstream(answer(200, body, "content-encoding: gzip"))}).post(
+        "/v1/messages", prompt()
+    )
+    assert (got.get("content-encoding"), got.body) == ("gzip", body)
+
+
+@pytest.mark.parametrize(
+    ("url", "rewritten"), [("{upstream}/v1/messages/batches/b/results", True), ("https://evil.example/v1/x",
+     False),
+                           ("{upstream}.evil.example/v1/x", False), ("http://user@127.0.0.1/v1/x", False)]
+)  # fmt: skip
+def test_results_url_is_rewritten_only_where_it_points_at_the_provider(upstream, relay, url, rewritten):
+    provider = upstream(lambda connection: (connection.read_request(), connection.send(answer(200, body))))
+    url = url.format(upstream=provider.url)
+    body = b'{"id" : "b","results_url" :"%s", "n":1.0}' % url.encode()
+    it = relay({"anthropic": provider})
+    got = it.ask("GET", "/v1/messages/batches/b", None, ANTHROPIC_VERSION, f"X-Forwarded-Host: {it.url}")
+    if rewritten:
+        found = got.json["results_url"]
+        assert found.endswith("/v1/messages/batches/b/results") and provider.url not in found
+        assert got.body == body.replace(url.encode(), found.encode())
+    else:
+        assert got.body == body
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Relay: failing over
+# ------------------------------------------------------------------------------------------------------------
+
+KEYS = [{"key": "sk-a", "label": "label-a"}, {"key": "sk-b", "label": "label-b"}]
+
+
+def two_keys(provider: Upstream | dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"upstream": provider, "keys": KEYS, "key_strategy": "fill-first", **more}
+
+
+@pytest.mark.parametrize("status", [401, 403, 429, 500, 502, 503, 504, 529])
+def test_failover_tries_the_next_key_then_the_next_target(upstream, relay, status):
+    first, second = upstream(answer(status)), upstream(message_answer(HI))
+    it = relay(
+        {"anthropic": two_keys(first), "anthropic2": second}, aliases={"a": ["x@anthropic", "y@anthropic2"]}
+    )
+    got = it.post("/v1/messages", prompt("a"))
+    assert (got.status, got.json["id"]) == (200, "msg_1")
+    assert (
+        got.get("x-monorelay-attempts"),
+        got.get("x-monorelay-provider"),
+        got.get("x-monorelay-model"),
+    ) == ("3", "anthropic2", "y")
+    assert [(message.get("x-api-key"), message.json["model"]) for message in first.requests] == [
+        ("sk-a", "x"),
+        ("sk-b", "x"),
+    ]
+    assert len(second.requests) == 1
+
+
+@pytest.mark.parametrize("status", [403, 429, 500, 503, 529])
+def test_when_everything_fails_the_last_answer_comes_back_unchanged(upstream, relay, status):
+    answers = [answer(status, b'{"n": %d}' % n, f"request-id: req_{n}", "retry-after: 9") for n in range(3)]
+    provider = upstream(replies(*answers))
+    got = relay({"anthropic": two_keys(provider)}).post("/v1/messages", prompt())
+    assert (got.status, got.body, got.get("request-id"), got.get("retry-after")) == (
+        status,
+        b'{"n": 1}',
+        "req_1",
+        "9",
+    )
+    assert (got.get("x-monorelay-attempts"), got.get("x-monorelay-error")) == ("2", None)
+
+
+def test_a_refused_key_is_the_relays_fault_and_not_the_clients(upstream, relay):
+    provider = upstream(answer(401, b'{"error":"invalid x-api-key sk-a"}'))
+    it = relay({"anthropic": two_keys(provider)})
+    message = refused(it.post("/v1/messages", prompt()), 502, "api_error")
+    assert "anthropic" in message and "label-b" in message and "sk-" not in message
+    it.logged("warning", "label-a")
+    message = refused(it.ask("GET", "/v1/files/f", None, ANTHROPIC_VERSION), 502, "api_error")
+    assert "label-a" in message and len(provider.requests) == 3
+
+
+@pytest.mark.parametrize("dialect", ["anthropic", "openai"])
+def test_a_lone_key_that_cools_answers_as_the_provider_would(upstream, relay, dialect):
+    provider = upstream(replies(answer(429, b"{}", "retry-after: 60"), answer(529), answer(200, b'{"ok":1}')))
+    it = relay({dialect: {"upstream": provider, "keys": ["k"]}})
+    path = "/v1/messages" if dialect == "anthropic" else "/v1/chat/completions"
+    assert [it.post(path, prompt()).status for _ in range(4)] == [429, 529, 200, 200]
+
+
+def test_retry_after_keeps_later_requests_off_the_key(upstream, relay):
+    provider = upstream(replies(answer(429, b"{}", "retry-after: 60"), answer()))
+    it = relay({"anthropic": two_keys(provider)})
+    assert [it.post("/v1/messages", prompt()).get("x-monorelay-attempts") for _ in range(3)] == [
+        "2",
+        "1",
+        "1",
+    ]
+    assert [message.get("x-api-key") for message in provider.requests] == ["sk-a", "sk-b", "sk-b", "sk-b"]
+
+
+def test_a_bad_request_of_one_client_leaves_the_keys_to_the_others(upstream, relay):
+    provider = upstream(replies(answer(400), answer(413), answer(404), answer(422), answer()))
+    it = relay({"anthropic": two_keys(provider)})
+    assert [it.post("/v1/messages", prompt()).status for _ in range(5)] == [400, 413, 404, 422, 200]
+    assert {message.get("x-api-key") for message in provider.requests} == {"sk-a"}
+
+
+SESSIONS = {
+    "the session header": lambda n: (prompt(), f"x-claude-code-session-id: session-{n}", TOKEN),
+    "metadata.user_id": lambda n: (prompt(metadata={"user_id": f"user-{n}"}), "x-a: 1", TOKEN),
+    "the caller": lambda n: (prompt(), "x-a: 1", jwt.encode(claims(sub=f"caller-{n}"), JWT_SECRET, "HS256")),
+}
+
+
+@pytest.mark.parametrize("known_by", SESSIONS)
+def test_a_session_stays_on_its_key(upstream, relay, known_by):
+    provider = upstream(answer())
+    it = relay(
+        {"anthropic": {"upstream": provider, "keys": ["sk-a", "sk-b"]}}, server={"jwt_secret": JWT_SECRET}
+    )
+    keys: dict[int, set[str]] = {}
+    for n in list(range(12)) * 2:
+        body, header, token = SESSIONS[known_by](n)
+        it.post("/v1/messages", body, header, token=token)
+        keys.setdefault(n, set()).add(provider.requests[-1].get("x-api-key"))
+    assert all(len(seen) == 1 for seen in keys.values()) and len(set(map(min, keys.values()))) == 2
+
+
+BREAKS: dict[str, Script] = {
+    "closes at once": lambda connection: connection.close(),
+    "resets at once": lambda connection: connection.reset(),
+    "closes before the answer": lambda connection: (connection.read_request(), connection.close()),
+    "resets before the answer": lambda connection: (connection.read_request(), connection.reset()),
+    "closes within the head": lambda connection: (connection.read_request(),
+    connection.send(b"HTTP/1.1 200 OK\r\nx-a"), connection.close()),
+    "resets within the head": lambda connection: (connection.read_request(), connection.send(b"HTTP/1.1 2"),
+    connection.reset()),
+}  # fmt: skip
+GARBAGE = {
+    "status line": b"ICY 200 OK\r\n\r\n",
+    "no status": b"\x16\x03\x01 garbage\r\n\r\n",
+    "head of a megabyte": b"HTTP/1.1 200 OK\r\nx-a: " + b"a" * (1 << 20) + b"\r\n\r\n",
+    "length abc": b"HTTP/1.1 200 OK\r\ncontent-length: abc\r\n\r\n",
+    "length +3": b"HTTP/1.1 200 OK\r\ncontent-length: +3\r\n\r\nabc",
+    "lengths that differ": b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\ncontent-length: 4\r\n\r\nabcd",
+    "length and coding": STREAM_HEAD[:-2] + b"content-length: 3\r\n\r\n0\r\n\r\n",
+    "coding unknown": b"HTTP/1.1 200 OK\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "header without a colon": b"HTTP/1.1 200 OK\r\nnonsense\r\n\r\n",
+    "header split": b"HTTP/1.1 200 OK\r\nx-a: b\rset-cookie: c\r\ncontent-length: 0\r\n\r\n",
+    "interim for ever": b"HTTP/1.1 103 Early Hints\r\n\r\n" * 21 + answer(),
+    "switching protocols": b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("fault", [*BREAKS, *GARBAGE, "refuses"])
+def test_a_provider_that_breaks_is_a_502_or_the_next_ones_turn(upstream, relay, fault):
+    script = BREAKS.get(fault) or replies_then_closes(GARBAGE.get(fault, b""))
+    broken = upstream(script)
+    if fault == "refuses":
+        broken.stop()
+    got = relay({"anthropic": broken}).post("/v1/messages", prompt())
+    message = refused(got, 502, "api_error")
+    assert "anthropic" in message and "secret" not in message
+    it = relay({"anthropic": broken, "anthropic2": upstream(message_answer(HI))})
+    if fault not in GARBAGE:
+        got = it.post("/v1/messages", prompt())
+        assert (got.status, got.get("x-monorelay-provider"), got.get("x-monorelay-attempts")) == (
+            200,
+            "anthropic2",
+            "2",
+        )
+
+
+def test_interim_answers_are_skipped(upstream, relay):
+    interim = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n"
+    got = relay({"anthropic": upstream(interim * 10 + message_answer(HI))}).post("/v1/messages", prompt())
+    assert (got.status, got.json["id"], got.get("link")) == (200, "msg_1", None)
+
+
+def test_a_request_that_broke_after_it_was_sent_is_tried_elsewhere_only_once(upstream, relay):
+    broken, third = [upstream(BREAKS["closes before the answer"]) for _ in range(2)], upstream(answer())
+    it = relay({"anthropic1": broken[0], "anthropic2": broken[1], "anthropic3": third})
+    refused(it.post("/v1/messages", prompt()), 502, "api_error")
+    assert [len(one.requests) for one in (*broken, third)] == [1, 1, 0]
+
+
+def test_a_silent_provider_is_a_504_and_is_not_asked_again(upstream, relay):
+    provider, other = upstream(silence), upstream(answer())
+    it = relay({"anthropic": two_keys(provider, timeout=0.2), "anthropic2": other})
+    refused(it.post("/v1/messages", prompt()), 504, "timeout_error")
+    assert (len(provider.requests), other.requests) == (1, [])
+    assert eventually(lambda: provider.left)
+
+
+def test_a_provider_that_falls_silent_within_a_stream_ends_it_in_an_error(upstream, relay):
+    gate = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(STREAM_HEAD, *map(chunk, ANTHROPIC_EVENTS[:3]))
+        connection.wait(gate)
+
+    with relay({"anthropic": {"upstream": upstream(script), "timeout": 0.2}}).client() as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        assert_died(client, after=b"".join(ANTHROPIC_EVENTS[:3]))
+    gate.set()
+
+
+def test_a_connect_timeout_moves_on(upstream, relay):
+    with socket.socket() as full, contextlib.ExitStack() as stack:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        # Two connections nobody accepts fill the queue: the next one waits for ever.
+        for _ in range(2):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        blocked = {"base_url": f"http://127.0.0.1:{full.getsockname()[1]}", "connect_timeout": 0.2}
+        it = relay({"anthropic": blocked, "anthropic2": upstream(answer())})
+        assert it.post("/v1/messages", prompt()).get("x-monorelay-provider") == "anthropic2"
+        refused(relay({"anthropic": blocked}).post("/v1/messages", prompt()), 502, "api_error")
+
+
+@pytest.mark.parametrize(
+    "fault", ["closes before the answer", "resets within the head", 429, 500, 529, "stale"]
+)
+@pytest.mark.parametrize("path", ["/v1/messages/batches", "/v1/files"])
+def test_a_batch_or_a_file_is_never_sent_twice(upstream, relay, path, fault):
+    def script(connection: Connection) -> None:
+        if fault == "stale" and connection.read_request().target != path:
+            connection.send(answer())
+            connection.read_request()
+        elif isinstance(fault, int):
+            replies(answer(fault))(connection)
+        elif fault != "stale":
+            BREAKS[fault](connection)
+
+    provider = upstream(script)
+    it = relay({"anthropic": two_keys(provider), "anthropic2": upstream(answer())})
+    if fault == "stale":
+        assert it.post("/v1/messages", prompt()).status == 200
+    got = it.post(path, {"requests": []}, ANTHROPIC_VERSION)
+    assert got.status == (fault if isinstance(fault, int) else 502)
+    assert sum(message.target == path for message in provider.requests) == 1
+
+
+def test_a_stream_that_opens_with_an_error_moves_on(upstream, relay):
+    first = upstream(replies(STREAM_HEAD + chunked(OVERLOADED)))
+    it = relay({"anthropic": first, "anthropic2": upstream(ANTHROPIC_STREAM)})
+    got = it.post("/v1/messages", STREAMED)
+    assert (got.body, got.get("x-monorelay-attempts"), len(first.requests)) == (
+        b"".join(ANTHROPIC_EVENTS),
+        "2",
+        1,
+    )
+
+
+def test_a_stream_that_opens_with_an_error_comes_back_unchanged_when_nothing_is_left(upstream, relay):
+    got = relay({"anthropic": two_keys(upstream(STREAM_HEAD + chunked(OVERLOADED)))}).post(
+        "/v1/messages", STREAMED
+    )
+    assert (got.status, got.body, got.get("x-monorelay-attempts")) == (200, OVERLOADED, "2")
+
+
+def test_failover_stops_once_a_byte_reached_the_client(upstream, relay):
+    provider = upstream(
+        replies_then_closes(STREAM_HEAD, chunk(ANTHROPIC_EVENTS[0]), chunk(OVERLOADED), b"0\r\n\r\n")
+    )
+    other = upstream(ANTHROPIC_STREAM)
+    got = relay({"anthropic": provider, "anthropic2": other}).post("/v1/messages", STREAMED)
+    assert (got.body, other.requests) == (ANTHROPIC_EVENTS[0] + OVERLOADED, [])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Relay: truncation is never passed off as an end
+# ------------------------------------------------------------------------------------------------------------
+
+DEATHS = {
+    "chunked, closed": lambda data: STREAM_HEAD + chunk(data),
+    "chunked, within a chunk": lambda data: STREAM_HEAD + b"fff\r\n" + data,
+    "chunked, bad size": lambda data: STREAM_HEAD + chunk(data),
+    "close-delimited": lambda data: FRAMINGS["close-delimited"][0] + data,
+    "short of its length": lambda data: (
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 99999\r\n\r\n" + data
+    ),
+}
+
+
+@pytest.mark.parametrize("cut", [b"", b"event: content_blo", b"event: ping\ndata: {", b"event: ping\n"])
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_stream_that_dies_ends_in_an_error_event_and_a_cut_connection(upstream, relay, death, cut):
+    data, gate = b"".join(ANTHROPIC_EVENTS[:3]) + cut, threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(DEATHS[death](data))
+        connection.wait(gate)
+        connection.send(b"0x3\r\nabc\r\n" if "bad size" in death else b"")
+
+    with relay({"anthropic": upstream(script)}).client() as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        while b"message_start" not in client.buffer:
+            assert client.fill()
+        gate.set()
+        assert_died(client, after=data)
+
+
+def test_an_openai_stream_that_dies_says_so_in_its_own_format(upstream, relay):
+    with relay(
+        {"openai": upstream(replies_then_closes(STREAM_HEAD, chunk(OPENAI_EVENTS[0])))}
+    ).client() as client:
+        client.send(request("POST", "/v1/chat/completions", json.dumps(chat(stream=True)).encode()))
+        assert_died(client, after=OPENAI_EVENTS[0], anthropic=False)
+
+
+def test_a_stream_reset_within_a_line_ends_in_an_error_event(upstream, relay):
+    gate = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(STREAM_HEAD, chunk(ANTHROPIC_EVENTS[0]))
+        connection.wait(gate)
+        connection.reset()
+
+    with relay({"anthropic": upstream(script)}).client() as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        client.until(b"message_start")
+        gate.set()
+        client.until(b"event: error")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n" + b"x" * 50,
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nff\r\nhello",
+    ],
+)
+def test_an_answer_that_is_cut_reaches_the_client_cut(upstream, relay, raw):
+    it = relay({"anthropic": upstream(replies_then_closes(raw))})
+    with it.client() as client, pytest.raises((EOFError, ConnectionError)):
+        client.ask("POST", "/v1/messages", STREAMED)
+
+
+@pytest.mark.parametrize("rest", [b"-1\r\n", b"5\r\nhelloXX\r\n0\r\n\r\n"])
+def test_an_answer_whose_chunks_are_garbage_is_a_502_or_cut(upstream, relay, rest):
+    raw = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n" + rest
+    it = relay({"anthropic": upstream(replies_then_closes(raw))})
+    try:
+        refused(it.post("/v1/messages", prompt()), 502, "api_error")
+    except (EOFError, ConnectionError):
+        return  # Its first bytes were on their way before the garbage was seen.
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Relay: clients that leave, clients that do not read
+# ------------------------------------------------------------------------------------------------------------
+
+
+def leaves_early(connection: Connection, opening: bytes, seen: dict[str, Any]) -> None:
+    """Sends the opening and notes when the relay hangs up."""
+    connection.read_request()
+    connection.send(opening)
+    connection.ended_within(TIMEOUT_SECONDS)
+    seen["at"] = time.monotonic()
+
+
+OPENINGS = {
+    "a non-streaming wait": (json.dumps(prompt()).encode(), b""),
+    "a stream before its head": (STREAMED, b""),
+    "a stream before its first event": (STREAMED, STREAM_HEAD),
+    "a stream": (STREAMED, STREAM_HEAD + chunk(ANTHROPIC_EVENTS[0])),
+    "a long answer": (STREAMED, b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\nhalf"),
+}
+
+
+@pytest.mark.parametrize("end", ["close", "reset"])
+@pytest.mark.parametrize("during", OPENINGS)
+def test_a_client_that_leaves_closes_upstream_at_once(upstream, relay, during, end):
+    body, opening = OPENINGS[during]
+    seen: dict[str, Any] = {}
+    provider = upstream(lambda connection: leaves_early(connection, opening, seen))
+    it = relay({"anthropic": two_keys(provider)})
+    client = it.client()
+    client.send(request("POST", "/v1/messages", body))
+    assert provider.called.wait(TIMEOUT_SECONDS)
+    for mark in (b"half", b"message_start"):
+        if mark in opening:
+            client.until(mark)
+    left = time.monotonic()
+    getattr(client, end)()
+    assert eventually(lambda: seen["at"]) - left < 1
+    it.logged("client_gone")
+    assert len(provider.requests) == 1
+    provider.script = replies(answer())
+    it.post("/v1/messages", prompt())
+    assert provider.requests[-1].get("x-api-key") == "sk-a", "a departure cools nothing"
+
+
+@pytest.mark.parametrize("end", ["close", "reset"])
+def test_a_client_that_leaves_within_an_upload_closes_upstream(upstream, relay, end):
+    seen: dict[str, Any] = {}
+
+    def script(connection: Connection) -> None:
+        connection.until(b"\r\n\r\n")
+        connection.until(b"first half")
+        connection.upstream.called.set()
+        seen["whole"] = b"second" in connection.rest()
+        seen["at"] = time.monotonic()
+
+    provider = upstream(script)
+    it = relay({"anthropic": provider})
+    client = it.client()
+    client.send(request("POST", "/v1/files", b"first half", ANTHROPIC_VERSION, "content-length: 1000000"))
+    assert provider.called.wait(TIMEOUT_SECONDS)
+    left = time.monotonic()
+    getattr(client, end)()
+    assert eventually(lambda: seen["at"]) - left < 1 and not seen["whole"]
+    it.logged("client_gone")
+
+
+@pytest.mark.parametrize("kind", ["stream", "answer"])
+def test_a_client_that_does_not_read_holds_upstream_back(upstream, relay, kind):
+    taken, piece = [0], chunk(b"data: " + b"x" * (1 << 16) + b"\n\n")
+    head = STREAM_HEAD if kind == "stream" else STREAM_HEAD.replace(b"text/event-stream", b"application/json")
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(head, chunk(b"event: message_start\n"))
+        connection.sock.settimeout(0.5)
+        with contextlib.suppress(socket.timeout):
+            while taken[0] < 500 << 20:
+                connection.sock.sendall(piece)
+                taken[0] += len(piece)
+        connection.upstream.called.set()
+
+    provider = upstream(script)
+    with relay({"anthropic": provider}).client(SO_RCVBUF=1 << 16) as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        eventually(lambda: taken[0] and provider.connections and provider.connections[0].sock.fileno() == -1)
+    assert 0 < taken[0] <= 10 << 20
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Handler: who is let in
+# ------------------------------------------------------------------------------------------------------------
+
+USERS = {
+    "alice": {"password": PASSWORD_HASH, "models": ["claude-*", "echo"]},
+    "bob": {"password": PASSWORD_HASH},
+}
+GUARDED = {"server": {"jwt_secret": JWT_SECRET}, "users": USERS}
+
+
+def test_both_headers_carry_a_token_and_one_valid_one_suffices(relay):
+    it = relay({"echo": {}}, server={"access_key": [TOKEN, "second-access-key"], "jwt_secret": JWT_SECRET})
+    for token in (TOKEN, "second-access-key", jwt.encode(claims(), JWT_SECRET, "HS256")):
+        for lines in ([f"x-api-key: {token}"], [f"Authorization: Bearer {token}"],
+        [f"authorization: bearer {token}"],
+                      [f"x-api-key: {token}", "Authorization: Bearer other"], ["x-api-key: other",
+                       f"Authorization: Bearer {token}"]):  # fmt: skip
+            assert it.post("/v1/messages", prompt("echo"), *lines, token="").status == 200, lines
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [], ["x-api-key:"], ["Authorization: Bearer"], ["Authorization: Bearer "], ["x-api-key: wrong"],
+         [f"Authorization: {TOKEN}"],
+        [f"Authorization: Basic {TOKEN}"], [f"x-api-key: {TOKEN}x"], [f"x-api-key: {TOKEN[:-1]}"],
+         [f"Authorization: Bearer {TOKEN} x"],
+        ["x-api-key: caf\xe9"], ["Authorization: Bearer \xff\xfe"], [f"Cookie: x-api-key={TOKEN}"],
+         [f"api-key: {TOKEN}"],
+        *([f"x-api-key: {BAD_TOKENS[name]}"] for name in ("alg none", "exp past", "another secret",
+        "two parts")),
+        [f"x-api-key: {token_of(HS256, {'sub': 'alice', 'exp': 4e9, 'type': 'refresh'})}"],
+        [f"x-api-key: {token_of(HS256, {'sub': 'alice', 'exp': 4e9, 'type': 'other'})}"],
+        [f"x-api-key: {token_of(HS256, {'sub': 'mallory', 'exp': 4e9})}"],
+        [f"x-api-key: {token_of(HS256, {'exp': 4e9})}"],
+        [f"x-api-key: {token_of(HS256, {'sub': ['alice'], 'exp': 4e9})}"],
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions"])
+def test_nobody_else_is_let_in(upstream, relay, lines, path):
+    provider = upstream(answer())
+    it = relay({"anthropic": provider, "openai": provider}, **GUARDED)
+    refused(
+        it.post(path, prompt(), *lines, token=""), 401, "authentication_error", openai_shape="chat" in path
+    )
+    assert not provider.connections
+
+
+def test_any_subject_is_let_in_when_there_are_no_users(relay):
+    it = relay({"echo": {}}, server={"jwt_secret": JWT_SECRET})
+    token = jwt.encode(claims(sub="anyone"), JWT_SECRET, "HS256")
+    assert it.ask("GET", "/api/auth/me", token=token).json == {"username": "anyone", "admin": False}
+
+
+def test_health_probes_and_telemetry_need_no_token_or_give_nothing(relay):
+    it = relay({"echo": {}})
+    got = it.ask("GET", "/health", token="")
+    assert (got.status, got.json["status"], got.json["version"]) == (200, "ok", monorelay.__version__)
+    assert [it.ask("HEAD", path, token="").status for path in ("/", "/health")] == [200, 200]
+    assert it.ask("HEAD", "/api/hello").status == 200
+    got = it.post("/api/event_logging/batch", {"events": []})
+    assert (got.status, got.body) == (204, b"")
+
+
+def test_login_refresh_and_me(relay):
+    it = relay({"echo": {}}, **GUARDED)
+    got = it.post("/api/auth/login", {"username": "alice", "password": PASSWORD}, token="")
+    for _ in range(2):
+        assert got.status == 200 and set(got.json) == {
+            "access_token",
+            "refresh_token",
+            "token_type",
+            "expires_in",
+            "user",
+        }
+        assert (got.json["token_type"], got.json["user"]) == ("bearer", {"username": "alice"})
+        access = jwt.decode(got.json["access_token"], JWT_SECRET, ["HS256"])
+        assert access["sub"] == "alice" and 0 < access["exp"] - time.time() <= got.json["expires_in"]
+        assert it.ask("GET", "/api/auth/me", token=got.json["access_token"]).json == {
+            "username": "alice",
+            "admin": False,
+        }
+        assert it.post("/v1/messages", prompt("echo"), token=got.json["access_token"]).status == 200
+        assert it.post("/v1/messages", prompt("echo"), token=got.json["refresh_token"]).status == 401
+        got = it.post("/api/auth/refresh", {"refresh_token": got.json["refresh_token"]}, token="")
+    assert it.ask("GET", "/api/auth/me").json["admin"] is True
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("login", {"username": "alice", "password": "wrong"}, 401),
+        ("login", {"username": "nobody", "password": PASSWORD}, 401),
+        ("login", {"username": "alice", "password": PASSWORD_HASH}, 401),
+        ("login", {"username": "alice"}, 400),
+        ("login", {"username": ["alice"], "password": PASSWORD}, 400),
+        ("login", b"not json", 400),
+        ("login", b"[" * 60_000, 400),
+        ("login", b'{"username":"\\ud800","password":"x"}', 401),
+        ("refresh", {"refresh_token": "x"}, 401),
+        ("refresh", {"refresh_token": jwt.encode(claims(), JWT_SECRET, "HS256")}, 401),
+        (
+            "refresh",
+            {"refresh_token": jwt.encode(claims(type="refresh", sub="mallory"), JWT_SECRET, "HS256")},
+            401,
+        ),
+        ("refresh", {}, 400),
+    ],
+    ids=brief,
+)
+def test_login_and_refresh_refuse(relay, path, body, status):
+    got = relay({"echo": {}}, **GUARDED).post(f"/api/auth/{path}", body, token="")
+    kind = "authentication_error" if status == 401 else "invalid_request_error"
+    message = refused(got, status, kind, openai_shape="type" not in got.json)
+    assert "alice" not in message and "nobody" not in message, "who exists is nobody's business"
+
+
+def test_an_unknown_user_costs_the_time_of_a_wrong_password(relay):
+    it = relay({"echo": {}}, **GUARDED)
+
+    def cost(username: str) -> float:
+        begin = time.perf_counter()
+        assert it.post("/api/auth/login", {"username": username, "password": "wrong"}, token="").status == 401
+        return time.perf_counter() - begin
+
+    known, unknown = (min(cost(name) for _ in range(3)) for name in ("alice", "nobody"))
+    assert 0.4 < known / unknown < 2.5
+
+
+@pytest.mark.parametrize(
+    "names", [["alice"], [f"user{n}" for n in range(200)]], ids=["per user", "per address"]
+)
+def test_login_attempts_are_throttled(relay, names):
+    it = relay({"echo": {}}, **GUARDED)
+    for name in itertools.islice(itertools.cycle(names), 200):
+        got = it.post("/api/auth/login", {"username": name, "password": "wrong"}, token="")
+        if got.status != 401:
+            break
+    refused(got, 429, "rate_limit_error", openai_shape="type" not in got.json)
+    assert int(got.get("retry-after")) > 0
+    assert it.post("/api/auth/login", {"username": names[0], "password": PASSWORD}, token="").status == 429
+    assert it.ask("GET", "/health").status == 200
+
+
+@pytest.mark.parametrize(("model", "status"), [("claude-x", 200), ("claude-x@anthropic", 200), ("echo", 200),
+("fast", 403),
+                                               ("gpt-5", 403), ("gpt-5@anthropic", 403), ("secret-alias",
+                                                403)])  # fmt: skip
+def test_a_users_models_are_checked_against_the_name_asked_for(upstream, relay, model, status):
+    provider = upstream(answer())
+    it = relay({"anthropic": provider}, **GUARDED, aliases={"fast": "claude-x", "secret-alias": "claude-x"})
+    got = it.post("/v1/messages", prompt(model), token=jwt.encode(claims(), JWT_SECRET, "HS256"))
+    assert got.status == status and bool(provider.requests) == (status == 200)
+    if status == 403:
+        refused(got, 403, "permission_error")
+
+
+def test_a_user_over_its_limit_waits(upstream, relay):
+    provider = upstream(answer())
+    users = {name: {"password": PASSWORD_HASH, "requests_per_minute": 2} for name in ("alice", "bob")}
+    it = relay({"anthropic": provider}, server={"jwt_secret": JWT_SECRET}, users=users)
+    token = jwt.encode(claims(), JWT_SECRET, "HS256")
+    got = [it.post("/v1/messages", prompt(), token=token) for _ in range(3)]
+    assert [one.status for one in got] == [200, 200, 429]
+    refused(got[2], 429, "rate_limit_error")
+    assert 0 < int(got[2].get("retry-after")) <= 60 and len(provider.requests) == 2
+    assert (
+        it.post("/v1/messages", prompt(), token=jwt.encode(claims(sub="bob"), JWT_SECRET, "HS256")).status
+        == 200
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Handler: the relay's own answers
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "kind", "words"),
+    [
+        ("POST", "/v1/messages", prompt("claude-fsat"), 404, "not_found_error", "claude-fast"),
+        ("POST", "/v1/chat/completions", chat("claude-fsat"), 404, "not_found_error", "claude-fast"),
+        ("POST", "/v1/messages", prompt("gpt-5"), 404, "not_found_error", "gpt-5"),
+        ("POST", "/v1/chat/completions", chat("claude-x"), 404, "not_found_error", "claude-x"),
+        ("POST", "/v1/v1/messages", prompt(), 404, "not_found_error", "base_url"),
+        ("POST", "/v1/v1/chat/completions", chat(), 404, "not_found_error", "base_url"),
+        ("POST", "/nowhere", {}, 404, "not_found_error", "/nowhere"),
+        ("GET", "/favicon.ico", None, 404, "not_found_error", ""),
+        ("GET", "/v1/messages", None, 405, "invalid_request_error", ""),
+        ("DELETE", "/v1/models", None, 405, "invalid_request_error", ""),
+        ("POST", "/health", {}, 405, "invalid_request_error", ""),
+        ("GET", "/api/auth/login", None, 405, "invalid_request_error", ""),
+        ("TRACE", "/v1/messages", None, 405, "invalid_request_error", ""),
+        ("CONNECT", "elsewhere.example:443", None, 405, "invalid_request_error", ""),
+        ("POST", "/v1/messages", prompt("keyless"), 503, "api_error", "keyless"),
+        *(("POST", path, body, 400, "invalid_request_error", "")
+          for path in ("/v1/messages", "/v1/chat/completions", "/v1/messages/count_tokens")
+          for body in (b"{", b"[]", {"x": 1}, {"model": 1}, b'{"model":"a","model":"b"}')),
+    ],
+)  # fmt: skip
+def test_the_relays_own_errors(upstream, relay, method, path, body, status, kind, words):
+    provider = upstream(answer())
+    it = relay(
+        {"anthropic": provider, "openai": provider, "keyless": {"format": "anthropic",
+         "base_url": provider.url, "keys": [""]}},
+        routes={"claude-*x": "anthropic", "gpt-*": "openai", "keyless": "keyless"},
+        aliases={"claude-fast": "claude-x"},
+    )  # fmt: skip
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    got = it.ask(method, path, data)
+    openai_shape = not path.startswith("/v1/messages") and "type" not in got.json
+    assert openai_shape or not path.startswith("/v1/chat")
+    assert words in refused(got, status, kind, openai_shape)
+    assert not provider.requests
+    assert bool(got.get("allow")) == (status == 405) and bool(got.get("retry-after")) == (status == 503)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/files/../models", "/v1/files/%2e%2e/models", "/v1/files/.%2E/x", "/v1/files/%252e%252e/x",
+     "/v1//files", "/v1/files/a%2f%2fb",
+     "/v1/files/a%2f..%2fb", "/v1/files/./x", "/v1/files/.", "/v1/files/..", "/v1/files/a\\b",
+     "/v1/files/a%5cb", "/v1/files/a%255cb",
+     "/v1/files/a%00", "/v1/files/a%2500", "//evil.example/v1/files", "/../v1/files",
+     "/v1/messages/batches/%2e%2e"],
+)  # fmt: skip
+def test_paths_that_climb_are_404_and_reach_nobody(upstream, relay, path):
+    provider = upstream(answer())
+    got = relay({"anthropic": provider}).ask("GET", path, None, ANTHROPIC_VERSION)
+    assert (got.status, got.json["error"]["type"]) == (404, "not_found_error") and not provider.connections
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/files/a%0d%0aX-Evil:%201", "/v1/files/a%20b", "/v1/files/a%250d%250aX-Evil:1"]
+)
+def test_escaped_line_ends_stay_escaped(upstream, relay, path):
+    provider = upstream(answer())
+    relay({"anthropic": provider}).ask("GET", path, None, ANTHROPIC_VERSION)
+    assert all(message.target == path and message.get("x-evil") is None for message in provider.requests)
+
+
+@pytest.mark.parametrize("target", ["http://evil.example/v1/files/f", "https://evil.example:1/v1/files/f"])
+def test_absolute_targets_and_host_choose_nothing(upstream, relay, target):
+    provider = upstream(answer())
+    with relay({"anthropic": provider}).client() as client:
+        client.send(
+            request("GET", target, None, ANTHROPIC_VERSION).replace(b"Host: relay", b"Host: evil.example")
+        )
+        assert client.answer().status == 200
+    assert (provider.requests[0].target, provider.requests[0].get("host")) == (
+        "/v1/files/f",
+        f"127.0.0.1:{provider.port}",
+    )
+
+
+def test_name_at_provider_only_names_configured_providers(upstream, relay):
+    provider = upstream(answer())
+    it = relay({"anthropic": provider}, routes={"claude-*": "anthropic"})
+    refused(it.post("/v1/messages", prompt("x@evil.example")), 404, "not_found_error")
+    assert not provider.connections
+    it.post("/v1/messages", prompt("claude-x@evil.example"))
+    assert provider.requests[0].json["model"] == "claude-x@evil.example"
+
+
+def catalogue_answer(*ids: str) -> bytes:
+    return answer(
+        200,
+        json.dumps({"data": [{"id": name, "type": "model", "display_name": name} for name in ids]}).encode(),
+    )
+
+
+def test_the_catalogue_has_each_usable_name_once_and_pages(upstream, relay):
+    it = relay(
+        {"anthropic": upstream(catalogue_answer("claude-a", "claude-b")),
+         "openai": upstream(catalogue_answer("gpt-a", "claude-a")),
+         "anthropic2": upstream(answer(500)), "anthropic3": upstream(silence), "echo": {},
+         "anthropic4": {"upstream": upstream(catalogue_answer("unused")), "enabled": False}},
+         aliases={"fast": "claude-a"},
+    )  # fmt: skip
+    begin = time.monotonic()
+    whole = it.ask("GET", "/v1/models?limit=1000", None, ANTHROPIC_VERSION).json
+    assert time.monotonic() - begin < 2.9, "two seconds at most, Claude Code waits three"
+    ids = [model["id"] for model in whole["data"]]
+    assert (
+        {"claude-a", "claude-b", "gpt-a", "fast", "echo"} <= set(ids)
+        and len(ids) == len(set(ids))
+        and "unused" not in ids
+    )
+    assert (whole["has_more"], whole["first_id"], whole["last_id"]) == (False, ids[0], ids[-1])
+    begin = time.monotonic()
+    page = it.ask("GET", f"/v1/models?limit=2&after_id={ids[0]}", None, ANTHROPIC_VERSION).json
+    assert ([model["id"] for model in page["data"]], page["has_more"]) == (ids[1:3], True)
+    page = it.ask("GET", f"/v1/models?limit=2&before_id={ids[3]}", None, ANTHROPIC_VERSION).json
+    assert [model["id"] for model in page["data"]] == ids[1:3]
+    shape = it.ask("GET", "/v1/models").json
+    assert time.monotonic() - begin < 1, "the catalogue is kept for five minutes"
+    assert shape["object"] == "list" and [model["id"] for model in shape["data"]] == ids
+    assert all(model["object"] == "model" and "owned_by" in model for model in shape["data"])
+    assert it.ask("GET", "/v1/models/fast", None, ANTHROPIC_VERSION).json["type"] == "model"
+
+
+CORS = {"server": {"cors_origins": ["https://app.example"]}}
+ORIGIN = "Origin: https://app.example"
+
+
+def test_cors_preflight_needs_no_token(relay):
+    got = relay({"echo": {}}, **CORS).ask(
+        "OPTIONS", "/v1/messages", None, ORIGIN, "Access-Control-Request-Method: POST",
+        "Access-Control-Request-Headers: x-api-key, anthropic-version", token="",
+    )  # fmt: skip
+    assert got.status in (200, 204) and got.get("access-control-allow-origin") in ("https://app.example", "*")
+    allowed = got.get("access-control-allow-headers").lower()
+    assert (
+        "x-api-key" in allowed
+        and "anthropic-version" in allowed
+        and "POST" in got.get("access-control-allow-methods")
+    )
+
+
+@pytest.mark.parametrize(("origins", "origin", "allowed"), [
+    (["https://app.example"], ORIGIN, True), (["*"], ORIGIN, True), (["https://app.example"],
+     "Origin: https://evil.example", False),
+    (["https://app.example"], "Origin: https://app.example.evil.example", False), ([], ORIGIN, False),
+     (["https://app.example"], "x-a: 1", False),
+])  # fmt: skip
+@pytest.mark.parametrize("status", [200, 400, 401])
+def test_cors_is_on_every_answer_or_on_none(upstream, relay, origins, origin, allowed, status):
+    provider = upstream(
+        answer(status, b"{}", "request-id: req_1", "access-control-allow-origin: https://provider.example")
+    )
+    it = relay({"anthropic": provider}, server={"cors_origins": origins})
+    got = it.post("/v1/messages", prompt(), origin, token="" if status == 401 else TOKEN)
+    assert got.status == status
+    if allowed:
+        assert got.all("access-control-allow-origin") in ([origin[8:]], ["*"])
+        exposed = got.get("access-control-expose-headers").lower()
+        assert "request-id" in exposed and "retry-after" in exposed and "x-monorelay-provider" in exposed
+    else:
+        assert origin[8:] not in got.all("access-control-allow-origin") and "*" not in got.all(
+            "access-control-allow-origin"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Handler: bodies and connections
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alias", [False, True])
+@pytest.mark.parametrize("coding", ["chunked", "gzip", "gzip chunked", "deflate"])
+def test_bodies_may_be_chunked_and_encoded(upstream, relay, coding, alias):
+    provider = upstream(answer())
+    body = ODD_BODY.replace(b"claude-test", b"fast" if alias else b"claude-test")
+    raw = gzip.compress(body) if "gzip" in coding else body
+    if coding == "deflate":
+        raw = zlib.compress(body)
+    headers = [] if coding == "chunked" else [f"Content-Encoding: {coding.split()[0]}"]
+    if "chunked" in coding:
+        raw, headers = chunked(raw[:9], raw[9:]), [*headers, "Transfer-Encoding: chunked"]
+    got = relay({"anthropic": provider}, aliases={"fast": "claude-test"}).post("/v1/messages", raw, *headers)
+    if coding == "deflate" and got.status in (400, 415):
+        return  # An encoding that isn't understood may be refused, but is never passed on unread.
+    (sent,) = provider.requests
+    decode = {"gzip": gzip.decompress, "deflate": zlib.decompress}.get(
+        sent.get("content-encoding") or "", bytes
+    )
+    assert (got.status, decode(sent.body)) == (200, ODD_BODY)
+    assert len(sent.all("content-length")) + len(sent.all("transfer-encoding")) == 1
+
+
+@pytest.mark.parametrize(
+    "raw", [b"not gzip", gzip.compress(b'{"model":"a"}')[:-9], gzip.compress(b"{") + b"junk"]
+)
+def test_a_body_that_is_not_what_its_encoding_says_is_a_bad_request(upstream, relay, raw):
+    provider = upstream(answer())
+    refused(
+        relay({"anthropic": provider}).post("/v1/messages", raw, "Content-Encoding: gzip"),
+        400,
+        "invalid_request_error",
+    )
+    assert not provider.connections
+
+
+@pytest.mark.parametrize("kind", ["length", "chunked", "bomb", "upload", "upload chunked"])
+def test_a_body_over_the_limit_is_a_413_that_a_sending_client_can_read(upstream, relay, kind):
+    provider = upstream(replies_then_closes(answer()))
+    it = relay({"anthropic": provider}, server={"max_body_mb": 1, "max_upload_mb": 1})
+    path = "/v1/files" if "upload" in kind else "/v1/messages"
+    if kind == "bomb":
+        got = it.post(
+            path,
+            gzip.compress(b'{"model":"claude-test","x":"' + b"0" * (64 << 20) + b'"}'),
+            "Content-Encoding: gzip",
+        )
+    else:
+        framing = "Transfer-Encoding: chunked" if "chunked" in kind else f"Content-Length: {16 << 20}"
+        piece = chunk(b"x" * 65536) if "chunked" in kind else b"x" * 65536
+        with it.client() as client:
+            client.send(request("POST", path, None, ANTHROPIC_VERSION, framing))
+            for _ in range(160):
+                client.send(piece)
+            got = client.answer()
+    refused(got, 413, "request_too_large")
+    assert not provider.requests
+
+
+def test_an_upload_streams_through_while_it_is_sent(upstream, relay):
+    gate, half = threading.Event(), b"x" * 100_000
+
+    def script(connection: Connection) -> None:
+        head = connection.until(b"\r\n\r\n").lower()
+        received = b""
+        while len(received) < len(half):
+            received += connection.chunk() if b"chunked" in head else connection.take(len(half))
+        gate.set()
+        received += (
+            b"".join(iter(connection.chunk, b"")) if b"chunked" in head else connection.take(len(half))
+        )
+        connection.send(answer(200, str(len(received)).encode()))
+
+    with relay({"openai": upstream(script)}).client() as client:
+        head = request(
+            "POST",
+            "/v1/audio/transcriptions",
+            None,
+            f"Content-Length: {2 * len(half)}",
+            "Content-Type: multipart/form-data; boundary=b",
+        )
+        client.send(head, half)
+        assert gate.wait(TIMEOUT_SECONDS), "the first half must reach upstream before the second is sent"
+        client.send(half)
+        assert client.answer().body == b"200000"
+
+
+def test_expect_100_continue_comes_after_authentication(upstream, relay):
+    it = relay({"anthropic": upstream(answer())})
+    with it.client() as client:
+        client.send(
+            request("POST", "/v1/messages", None, "Expect: 100-continue", f"Content-Length: {len(STREAMED)}")
+        )
+        assert client.until(b"\r\n\r\n").startswith(b"HTTP/1.1 100 ")
+        client.send(STREAMED)
+        assert client.answer().status == 200
+    with it.client() as client:
+        client.send(
+            request("POST", "/v1/messages", None, "Expect: 100-continue", "Content-Length: 9", token="wrong")
+        )
+        assert client.answer().status == 401
+
+
+def test_requests_may_be_pipelined(upstream, relay):
+    provider = upstream(
+        lambda connection: [connection.send(answer(200, connection.read_request().body)) for _ in range(9)]
+    )
+    bodies = [json.dumps(prompt(n=n)).encode() for n in range(3)]
+    with relay({"anthropic": provider}).client() as client:
+        requests = [request("POST", "/v1/messages", body) for body in bodies]
+        client.send(
+            request("GET", "/health"),
+            *requests,
+            request("POST", "/v1/messages", chunked(b"{}"), "Transfer-Encoding: chunked"),
+        )
+        assert [client.answer().status for _ in range(1)] == [200]
+        assert [client.answer().body for _ in bodies] == bodies
+        assert client.answer().status == 400
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_http_1_0_clients_are_served(upstream, relay, keep):
+    provider = upstream(replies(answer(200, b'{"a":1}'), ANTHROPIC_STREAM))
+    it = relay({"anthropic": provider})
+    with it.client() as client:
+        head = request("POST", "/v1/messages", STREAMED, *(["Connection: keep-alive"] if keep else []))
+        client.send(head.replace(b"HTTP/1.1\r\nHost: relay", b"HTTP/1.0"))
+        got = client.answer()
+        assert (got.status, got.body, got.get("transfer-encoding")) == (200, b'{"a":1}', None)
+        assert keep or client.ended_within(1)
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", STREAMED).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        got = client.answer()
+        assert (got.body, got.get("transfer-encoding")) == (b"".join(ANTHROPIC_EVENTS), None)
+
+
+def test_head_answers_have_no_body(upstream, relay):
+    provider = upstream(
+        lambda connection: [
+            (connection.read_request(), connection.send(answer().replace(b"{}", b""))) for _ in range(2)
+        ]
+    )
+    with relay({"anthropic": provider}).client() as client:
+        for path in ("/v1/files/f", "/nowhere", "/health", "/v1/models"):
+            assert client.ask("HEAD", path, None, ANTHROPIC_VERSION).status == (
+                404 if path == "/nowhere" else 200
+            )
+        assert client.ask("GET", "/health").json["status"] == "ok", "the connection is in step"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Handler: requests that attack
+# ------------------------------------------------------------------------------------------------------------
+
+SMUGGLED = request("POST", "/v1/messages", json.dumps(prompt("smuggled")).encode())
+
+
+def assert_turned_away(client: Client, status: int = 400) -> None:
+    """One refusal, then the end of the connection."""
+    got = client.answer()
+    assert (got.status, bool(got.get("x-monorelay-error")), got.get("connection")) == (
+        status,
+        True,
+        "close",
+    ), got
+    assert got.json["error"]["type"] == "invalid_request_error"
+    assert client.rest() == b""
+
+
+@pytest.mark.parametrize("name", BAD_HEADS)
+def test_a_malformed_head_gets_400_and_the_connection_is_closed(upstream, relay, name):
+    provider = upstream(answer())
+    with relay({"anthropic": provider}).client() as client:
+        head, end, rest = BAD_HEADS[name].partition(b"Host: a\r\n")
+        client.send(
+            head + end + (b"x-api-key: %s\r\n" % TOKEN.encode() if end else b"") + rest, b"abc", SMUGGLED
+        )
+        assert_turned_away(client)
+    assert not provider.connections
+
+
+@pytest.mark.parametrize("name", LONG_HEADS)
+def test_a_head_over_the_limits_is_refused(upstream, relay, name):
+    data, status = LONG_HEADS[name]
+    provider = upstream(answer())
+    with relay({"anthropic": provider}).client() as client:
+        client.send(data, SMUGGLED)
+        assert_turned_away(client, status)
+    assert not provider.connections
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"+3\r\nabc\r\n0\r\n\r\n", b"0x3\r\nabc\r\n0\r\n\r\n", b"0_3\r\nabc\r\n0\r\n\r\n", b"-1\r\n\r\n",
+     b"3\r\nabcd\r\n0\r\n\r\n", b"3\nabc\r\n0\r\n\r\n",
+     b"\r\n0\r\n\r\n", b"f" * 40 + b"\r\n", b"3\r\nabc\n0\r\n\r\n", b"3 \r\nabc\r\n0\r\n\r\n",
+     b"0\r\nContent-Length : 5\r\n\r\n"],
+)  # fmt: skip
+def test_a_malformed_chunk_gets_400_and_the_connection_is_closed(upstream, relay, body):
+    provider = upstream(answer())
+    with relay({"anthropic": provider}).client() as client:
+        client.send(request("POST", "/v1/messages", None, "Transfer-Encoding: chunked"), body, SMUGGLED)
+        assert_turned_away(client)
+    assert not provider.requests
+
+
+def test_a_head_or_body_that_ends_early_is_no_request(upstream, relay):
+    provider = upstream(answer())
+    it = relay({"anthropic": provider})
+    for data in (request("POST", "/v1/messages", STREAMED)[:40], request("POST", "/v1/messages",
+    STREAMED)[:-3],
+                 request("POST", "/v1/messages", chunked(STREAMED),
+                 "Transfer-Encoding: chunked")[:-7]):  # fmt: skip
+        with it.client() as client:
+            client.send(data)
+            client.sock.shutdown(socket.SHUT_WR)
+            assert client.rest()[:12] in (b"", b"HTTP/1.1 400")
+    assert not provider.requests
+
+
+FUZZ_PIECES = [*HEAD_PIECES, GOOD_HEADS["least"], GOOD_HEADS["chunked"], SMUGGLED, b"0\r\n\r\n"]
+
+
+def test_no_bytes_bring_the_server_down_or_out_of_step(relay):
+    it = relay({"echo": {}})
+
+    @hypothesis.given(st.lists(st.sampled_from(FUZZ_PIECES), max_size=9))
+    def check(pieces: list[bytes]) -> None:
+        with it.client() as client:
+            with contextlib.suppress(OSError):
+                client.send(*pieces)
+                client.sock.shutdown(socket.SHUT_WR)
+            answers = Replay(client.rest()).messages(is_answer=True, may_be_cut=True)
+        sent = b"".join(pieces)
+        assert all(got.status in (200, 400, 401, 404, 405, 414, 431) for got in answers)
+        assert sum(got.status == 200 for got in answers) <= sent.count(SMUGGLED) + sent.count(b"GET")
+
+    check()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The log
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_request_is_one_line_that_tells_what_happened(upstream, relay):
+    it = relay({"anthropic": two_keys(upstream(replies(ANTHROPIC_STREAM, message_answer(HI,
+    usage={"input_tokens": 31, "output_tokens": 7}))))},
+               aliases={"fast": "claude-test"})  # fmt: skip
+    got = it.post("/v1/messages?secret=query", prompt("fast", stream=True))
+    line = it.logged("/v1/messages")
+    for part in (
+        "POST",
+        "fast",
+        "claude-test",
+        "anthropic",
+        "label-a",
+        "200",
+        str(len(got.body)),
+        "25",
+        "12",
+    ):
+        assert re.search(rf"\b{re.escape(part)}\b", line), (part, line)
+    assert all(hidden not in line for hidden in ("secret=query", TOKEN, "sk-a", "Hello"))
+    it.post("/v1/messages", prompt())
+    assert it.logged("=31", "=7")
+
+
+def test_the_log_can_be_json_or_off(relay):
+    it = relay({"echo": {}}, server={"log": "json"})
+    it.post("/v1/messages", prompt("echo"))
+    record = json.loads(it.logged("/v1/messages"))
+    assert record["status"] == 200 and record["method"] == "POST" and record["path"] == "/v1/messages"
+    quiet = relay({"echo": {}}, server={"log": "off"})
+    quiet.post("/v1/messages", prompt("echo"))
+    quiet.server.stop()
+    assert "/v1/messages" not in quiet.log.getvalue()
+
+
+@pytest.mark.parametrize("log", ["text", "json"])
+def test_the_log_is_one_line_whatever_a_client_sends(relay, log):
+    it = relay({"echo": {}}, server={"log": log})
+    it.post("/v1/messages", {"model": "evil\n\x1b[31mforged status=200\u2028\x9b \u202e\ud800"})
+    it.ask("GET", "/nowhere%0a%1b[31m", None, "User-Agent: \xff\x9b")
+    it.post("/v1/messages", {"model": "x" * 100_000})
+    it.ask("GET", "/last")
+    it.logged("/last")
+    lines = [line for line in it.log.getvalue().split("\n") if "/v1/messages" in line or "nowhere" in line]
+    assert len(lines) == 3 and all(line.isprintable() for line in lines)
+
+
+def test_a_log_that_cannot_be_written_never_stops_the_serving(upstream):
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError("disk full")
+
+    server = monorelay.RelayServer(parse({"echo": {}}), log=Broken())
+    server.start()
+    try:
+        with Client(server.url) as client:
+            assert [
+                client.ask("POST", "/v1/messages", json.dumps(prompt("echo")).encode()).status
+                for _ in range(3)
+            ] == [200] * 3
+    finally:
+        server.stop()
+
+
+def test_no_key_and_no_token_leaks_anywhere(upstream, relay):
+    secret = "sk-very-secret"
+    faults = [
+        answer(401, b'{"error":"bad key sk-very-secret"}'),
+        answer(429),
+        answer(500),
+        b"garbage\r\n\r\n",
+        ANTHROPIC_STREAM,
+    ]
+    provider = upstream(replies(*faults))
+    it = relay(
+        {
+            "anthropic": {"upstream": provider, "keys": [secret]},
+            "openai": {"base_url": "http://127.0.0.1:9", "keys": [secret]},
+        },
+        **GUARDED,
+    )
+    token = jwt.encode(claims(sub="bob"), JWT_SECRET, "HS256")
+    seen = b""
+    for path in ("/v1/messages", "/v1/chat/completions", "/v1/models", "/nowhere") * 3:
+        got = it.post(path, prompt(), token=token)
+        seen += got.head + got.body
+    it.post("/api/auth/login", {"username": "bob", "password": PASSWORD}, token="")
+    it.post("/v1/messages", prompt(), token="almost-" + TOKEN)
+    it.server.stop()
+    for hidden in (secret, JWT_SECRET, PASSWORD, TOKEN, token, PASSWORD_HASH):
+        assert hidden.encode() not in seen and hidden not in it.log.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Server: admission, deadlines, reload, drain
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions"])
+def test_over_max_connections_is_an_answer_and_never_a_hang(upstream, relay, path):
+    it = relay({"echo": {}}, server={"max_connections": 2})
+    with it.client() as first, it.client() as second:
+        for client in (first, second):
+            assert client.ask("GET", "/health").status == 200
+        with it.client() as third:
+            with contextlib.suppress(ConnectionError):
+                third.send(request("POST", path, json.dumps(prompt("echo")).encode()))
+            got = third.answer()
+            refused(got, 503, "api_error", openai_shape="chat" in path)
+            assert got.get("retry-after") and third.rest() == b""
+        assert first.ask("GET", "/health").status == 200
+    assert eventually(lambda: it.ask("GET", "/health").status == 200)
+
+
+def test_a_burst_of_300_connections_is_served_within_two_seconds(relay):
+    it = relay({"echo": {}})
+    begin = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(it.client()) for _ in range(300)]
+        for client in clients:
+            client.send(request("POST", "/v1/messages", json.dumps(prompt("echo")).encode()))
+        assert [client.answer().status for client in clients] == [200] * 300
+    assert time.monotonic() - begin < 2
+
+
+def threads_and_descriptors() -> tuple[int, int]:
+    return threading.active_count(), len(os.listdir("/dev/fd"))
+
+
+def test_load_leaves_no_thread_and_no_descriptor_behind(upstream, relay):
+    provider = upstream(
+        lambda connection: [
+            connection.read_request() and connection.send(ANTHROPIC_STREAM) for _ in range(1000)
+        ]
+    )
+    it = relay({"anthropic": provider})
+    with it.client() as client:
+        client.ask("POST", "/v1/messages", STREAMED)
+    before = eventually(threads_and_descriptors)
+
+    def visit(number: int) -> None:
+        with it.client() as client:
+            client.send(request("POST", "/v1/messages", STREAMED))
+            if number % 3:
+                client.answer()
+
+    in_threads(visit, 60)
+    for connection in provider.connections:
+        connection.close()
+    it.post("/v1/messages", prompt())
+    eventually(lambda: all(now <= then + 2 for now, then in zip(threads_and_descriptors(), before)))
+
+
+def in_threads(work: Callable[[int], None], count: int) -> None:
+    """Does the work once per number, all at the same time; raises what any of them raised."""
+    faults: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            work(number)
+        except BaseException as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+
+
+def test_answers_are_never_mixed_up(upstream, relay):
+    provider = upstream(
+        lambda connection: [connection.send(answer(200, connection.read_request().body)) for _ in range(1000)]
+    )
+    it = relay({"anthropic": provider})
+
+    def visit(number: int) -> None:
+        with it.client() as client:
+            for turn in range(5):
+                body = json.dumps(prompt(metadata={"user_id": f"{number}-{turn}"})).encode()
+                assert client.ask("POST", "/v1/messages", body).body == body
+
+    in_threads(visit, 32)
+
+
+def test_reloading_under_load_fails_not_one_request(upstream, relay):
+    provider, other = upstream(answer()), upstream(answer())
+    it = relay({"anthropic": provider})
+    done = threading.Event()
+
+    def visit(number: int) -> None:
+        with it.client() as client:
+            while not done.is_set():
+                assert client.ask("POST", "/v1/messages", STREAMED).status == 200
+
+    def reload(number: int) -> None:
+        for target in [other, provider] * 10:
+            seen = len(target.requests)
+            it.server.reload(parse({"anthropic": target}))
+            eventually(lambda target=target, seen=seen: len(target.requests) > seen)
+        done.set()
+
+    in_threads(lambda number: visit(number) if number else reload(number), 9)
+    assert provider.requests and other.requests
+
+
+def test_a_running_request_finishes_on_the_config_it_began_with(upstream, relay):
+    gate = threading.Event()
+    it = relay({"anthropic": upstream(gated_stream(gate))})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        client.until(b"message_start")
+        it.server.reload(parse({"echo": {}}, server={"access_key": "another-access-key"}))
+        assert it.ask("GET", "/api/auth/me").status == 401
+        assert it.post("/v1/messages", prompt("echo"), token="another-access-key").status == 200
+        gate.set()
+        client.until(b"message_stop")
+
+
+def test_stopping_lets_a_running_stream_finish(upstream, relay):
+    gate = threading.Event()
+    it = relay({"anthropic": upstream(gated_stream(gate))})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        client.until(b"message_start")
+        stopping = threading.Thread(target=it.server.stop, args=(TIMEOUT_SECONDS,))
+        stopping.start()
+        eventually(lambda: not accepts(it.url))
+        gate.set()
+        client.until(b"message_stop")
+        stopping.join(TIMEOUT_SECONDS)
+        assert not stopping.is_alive()
+
+
+def accepts(url: str) -> bool:
+    """Whether a connection is taken and a request on it answered with anything but 503."""
+    try:
+        with Client(url) as client:
+            return client.ask("GET", "/health").status != 503
+    except (OSError, EOFError):
+        return False
+
+
+def trickle(client: Client, data: bytes) -> bool:
+    """Sends a byte at a time, fifty a second; whether the relay hung up on it before the data was over."""
+    for start in range(len(data)):
+        with contextlib.suppress(OSError):
+            client.send(data[start : start + 1])
+        if client.ended_within(0.02):
+            return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("deadline", "sent", "trickled"),
+    [
+        ("HEAD_SECONDS", b"", SMUGGLED[:60]),
+        ("HEAD_SECONDS", b"GET /health HTTP/1.1\r\n", b"x-a: " + b"a" * 60),
+        ("BODY_PAUSE_SECONDS", request("POST", "/v1/messages", b"{", "Content-Length: 99"), b""),
+        (
+            "BODY_PAUSE_SECONDS",
+            request("POST", "/v1/files", b"{", "Content-Length: 99", ANTHROPIC_VERSION),
+            b"",
+        ),
+        ("BODY_PAUSE_SECONDS", request("POST", "/v1/messages", b"5", "Transfer-Encoding: chunked"), b""),
+        ("IDLE_SECONDS", request("GET", "/health"), b""),
+    ],
+    ids=brief,
+)
+def test_slow_clients_are_cut_when_their_time_is_over(upstream, relay, monkeypatch, deadline, sent, trickled):
+    # An idle connection may live longer than a head takes.
+    for name in ("IDLE_SECONDS", deadline):
+        monkeypatch.setattr(monorelay, name, 0.3)
+    provider = upstream(lambda connection: connection.rest())
+    with relay({"anthropic": provider}).client() as client:
+        client.send(sent)
+        assert trickle(client, trickled) if trickled else client.ended_within(3)
+    assert not provider.requests
+
+
+def test_a_client_that_takes_nothing_for_its_time_is_cut(upstream, relay, monkeypatch):
+    monkeypatch.setattr(monorelay, "STALLED_CLIENT_SECONDS", 0.3)
+    cut = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(STREAM_HEAD, chunk(ANTHROPIC_EVENTS[0]))
+        try:
+            while True:
+                connection.send(chunk(b"data: " + b"x" * 60_000 + b"\n\n"))
+        except ConnectionError:
+            cut.set()
+
+    with relay({"anthropic": upstream(script)}).client(SO_RCVBUF=1 << 16) as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        assert cut.wait(2 * TIMEOUT_SECONDS)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line: the program as people run it
+# ------------------------------------------------------------------------------------------------------------
+
+PROGRAM = [sys.executable, str(HERE / "monorelay.py")]
+
+
+def run(*arguments: str, cwd: Path, text: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *arguments], input=text, cwd=cwd, capture_output=True, text=True, timeout=20, **options
+    )
+
+
+class Program:
+    """A relay in a process of its own, its stderr collected; `url` is what its banner says."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], *arguments: str, **options: Any) -> None:
+        self.file = folder / "relay.json"
+        self.write(config)
+        self.lines: list[str] = []
+        self.process = subprocess.Popen([*PROGRAM, *arguments], cwd=folder, stdin=subprocess.DEVNULL,
+        text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        start_new_session=True, **options)  # fmt: skip
+        threading.Thread(target=self.collect, daemon=True).start()
+        self.url = eventually(
+            lambda: (
+                re.search(r"http://127\.0\.0\.1:[1-9]\d*", self.text())[0] if "curl" in self.text() else None
+            )
+        )
+
+    def write(self, config: dict[str, Any] | str) -> None:
+        self.file.write_text(config if isinstance(config, str) else json.dumps(config))
+        self.file.chmod(0o600)
+
+    def collect(self) -> None:
+        for line in self.process.stderr:
+            self.lines.append(line)
+
+    def text(self) -> str:
+        return "".join(self.lines)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def ended(self) -> int:
+        return self.process.wait(TIMEOUT_SECONDS)
+
+
+@pytest.fixture
+def program(tmp_path) -> Iterator[Callable[..., Program]]:
+    made: list[Program] = []
+
+    def make(config: dict[str, Any], *arguments: str, **options: Any) -> Program:
+        made.append(Program(tmp_path, config, *arguments, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(one.process.pid, signal.SIGKILL)
+        one.process.wait()
+        one.process.stdout.close()
+        assert "Traceback" not in one.text(), one.text()
+
+
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_version_and_help(tmp_path, option):
+    done = run(option, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert monorelay.__version__ in done.stdout if option == "--version" else "hash-password" in done.stdout
+
+
+def test_hash_password_reads_stdin(tmp_path):
+    done = run("hash-password", cwd=tmp_path, text="pässword\n")
+    assert done.returncode == 0 and monorelay.check_password("pässword", done.stdout.strip())
+
+
+def test_token_makes_a_jwt_for_a_user(tmp_path):
+    config = settings({"echo": {}}, server={"jwt_secret": JWT_SECRET}, users=USERS)
+    (tmp_path / "relay.json").write_text(json.dumps(config))
+    done = run("token", "alice", "--expires", "30d", cwd=tmp_path)
+    claimed = jwt.decode(done.stdout.strip(), JWT_SECRET, ["HS256"])
+    assert (
+        done.returncode == 0
+        and claimed["sub"] == "alice"
+        and abs(claimed["exp"] - time.time() - 30 * 86400) < 60
+    )
+    for arguments in (["nobody"], ["alice", "--expires", "soon"], ["alice", "--expires", "-1d"]):
+        done = run("token", *arguments, cwd=tmp_path)
+        assert done.returncode and done.stdout == "" and "Traceback" not in done.stderr, arguments
+
+
+def test_check_tells_what_would_be_served_and_hides_secrets(tmp_path):
+    config = settings({"anthropic": {"base_url": "https://a.example", "keys": ["sk-very-secret"]},
+    "echo": {}},
+                      server={"jwt_secret": JWT_SECRET}, users=USERS,
+                      aliases={"fast": "claude-x"})  # fmt: skip
+    (tmp_path / "relay.json").write_text(json.dumps(config))
+    done = run("check", cwd=tmp_path)
+    assert done.returncode == 0 and all(word in done.stdout for word in ("anthropic", "echo", "fast"))
+    for hidden in ("sk-very-secret", JWT_SECRET, TOKEN, PASSWORD_HASH):
+        assert hidden not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["check"], []])
+def test_a_broken_config_is_reported_in_full_with_exit_1(tmp_path, arguments):
+    config = settings(
+        {"anthropic": {"base_ulr": "https://a.example", "keys": ["sk-very-secret"], "timeout": -1}}
+    )
+    (tmp_path / "relay.json").write_text(json.dumps(config))
+    done = run(*arguments, cwd=tmp_path)
+    assert (
+        done.returncode == 1
+        and "providers.anthropic.base_ulr: unknown key, did you mean base_url?" in done.stderr + done.stdout
+    )
+    assert "providers.anthropic.timeout" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr and "sk-very-secret" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config", "words"),
+    [
+        (["--config", "missing.json"], None, "missing.json"),
+        (["--port", "70000"], {}, "port"),
+        (["--prot"], {}, "--prot"),
+        (["frobnicate"], {}, "frobnicate"),
+        (["--host", "0.0.0.0"], {"access_key": ""}, "access_key"),
+        (["--host", "0.0.0.0"], {"access_key": "fifteen letters"}, "16"),
+        (["--host", "::"], {"access_key": ""}, "access_key"),
+        (["--host", "no.such.host.invalid"], {}, "no.such.host.invalid"),
+    ],
+)
+def test_what_cannot_be_started_says_why_in_a_line(tmp_path, arguments, config, words):
+    if config is not None:
+        (tmp_path / "relay.json").write_text(json.dumps(settings({"echo": {}}, server=config)))
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode and words in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+    assert len(done.stderr.splitlines()) <= 6
+
+
+def test_a_port_in_use_says_so(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        (tmp_path / "relay.json").write_text(json.dumps(settings({"echo": {}})))
+        done = run("--port", port, cwd=tmp_path)
+    assert (
+        done.returncode == 1
+        and port in done.stderr
+        and "in use" in done.stderr
+        and "Traceback" not in done.stderr
+    )
+
+
+def test_the_banners_curl_line_works_as_pasted(program, tmp_path):
+    config = settings({"echo": {}, "openai": {"base_url": "https://a.example", "keys": []}})
+    del config["server"]["access_key"]
+    it = program(config)
+    text = it.text()
+    assert "echo" in text and "openai" in text and f"{it.url}/v1" in text and "ANTHROPIC_BASE_URL" in text
+    command = text[text.index("curl ") :]
+    command = re.split(r"(?<!\\)\n", command)[0]
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=10)
+    assert done.returncode == 0 and json.loads(done.stdout)["type"] == "message", (command, done)
+    it.signal(signal.SIGTERM)
+    assert it.ended() == 0 and it.process.stdout.read() == "", "stdout is quiet"
+
+
+def test_a_readable_file_with_secrets_earns_a_warning(program):
+    config = settings({"anthropic": {"base_url": "https://a.example", "keys": ["sk-very-secret"]}})
+    quiet = program(config)
+    assert "chmod" not in quiet.text()
+    quiet.signal(signal.SIGTERM)
+    quiet.ended()
+    quiet.file.chmod(0o644)
+    done = run("check", cwd=quiet.file.parent)
+    assert "relay.json" in done.stderr + done.stdout and "chmod 600" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("how", ["SIGHUP", "edit"])
+def test_relay_json_is_reloaded_and_a_broken_one_keeps_the_old(program, how):
+    config = settings({"echo": {}}, routes={"echo": "echo"})
+    it = program(config)
+
+    def status(model: str) -> int:
+        with Client(it.url) as client:
+            return client.ask("POST", "/v1/messages", json.dumps(prompt(model)).encode()).status
+
+    def rewrite(wanted: dict[str, Any] | str) -> None:
+        it.write(wanted)
+        if how == "SIGHUP":
+            it.signal(signal.SIGHUP)
+
+    assert status("new") == 404
+    rewrite({**config, "aliases": {"new": "echo"}})
+    assert eventually(lambda: status("new") == 200)
+    rewrite('{"server": ')
+    assert eventually(lambda: "relay.json" in it.text().split("new")[-1]) and status("new") == 200
+    rewrite({**config, "server": {**config["server"], "workers": 2}, "aliases": {"newer": "echo"}})
+    assert eventually(lambda: status("newer") == 200) and status("new") == 404
+    assert eventually(lambda: "workers" in it.text() and "restart" in it.text())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_a_second_one_ends_at_once(upstream, program, number, workers):
+    gate = threading.Event()
+    config = settings({"anthropic": upstream(gated_stream(gate))}, server={"workers": workers})
+    for signals in (1, 2):
+        it = program(config)
+        with Client(it.url) as client:
+            client.send(request("POST", "/v1/messages", STREAMED))
+            client.until(b"message_start")
+            # As Ctrl-C does, the signal reaches parent and children.
+            os.killpg(it.process.pid, number)
+            eventually(lambda it=it: not accepts(it.url))
+            assert it.process.poll() is None, "a running stream is waited for"
+            if signals == 1:
+                gate.set()
+                client.until(b"message_stop")
+            else:
+                os.killpg(it.process.pid, number)
+            code = it.ended()
+        assert code == 0 or signals == 2
+        gate.clear()
+    gate.set()
+
+
+def test_draining_ends_after_drain_seconds(upstream, program):
+    gate = threading.Event()
+    it = program(settings({"anthropic": upstream(gated_stream(gate))}, server={"drain_seconds": 0.3}))
+    with Client(it.url) as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        client.until(b"message_start")
+        begin = time.monotonic()
+        it.signal(signal.SIGTERM)
+        assert it.ended() == 0 and 0.25 < time.monotonic() - begin < 3
+    gate.set()
+
+
+def test_workers_share_the_port_and_a_dead_one_is_replaced(program):
+    it = program(settings({"echo": {}}, server={"workers": 2}))
+    children = Path(f"/proc/{it.process.pid}/task/{it.process.pid}/children")
+
+    def workers() -> set[str]:
+        return set(children.read_text().split())
+
+    before = eventually(lambda: len(workers()) == 2 and workers())
+    os.kill(int(min(before)), signal.SIGKILL)
+    after = eventually(lambda: len(workers()) == 2 and min(before) not in workers() and workers())
+    assert after != before
+    assert eventually(lambda: all(accepts(it.url) for _ in range(20)))
+    it.signal(signal.SIGTERM)
+    assert it.ended() == 0
+
+
+@pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/full", ">&- 2>&-"])
+def test_a_closed_or_full_stderr_stops_nothing(tmp_path, redirect):
+    port = unused_port()
+    (tmp_path / "relay.json").write_text(json.dumps(settings({"echo": {}}, server={"port": port})))
+    process = subprocess.Popen(["bash", "-c", f'exec "$@" {redirect}', "bash", *PROGRAM], cwd=tmp_path)
+    try:
+        assert eventually(lambda: accepts(f"http://127.0.0.1:{port}"))
+        assert process.poll() is None
+    finally:
+        process.terminate()
+        assert process.wait(TIMEOUT_SECONDS) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processor time is read from /proc")
+def test_out_of_descriptors_is_survived_without_spinning_or_flooding(program):
+    limit = 64
+    it = program(
+        settings({"echo": {}}), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    )
+
+    def processor_seconds() -> float:
+        fields = Path(f"/proc/{it.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(2 * limit):
+            stack.enter_context(Client(it.url))
+        before, lines, gate = processor_seconds(), len(it.lines), threading.Event()
+        gate.wait(0.5)
+        assert processor_seconds() - before < 0.25 and len(it.lines) - lines < 20
+    assert eventually(lambda: accepts(it.url))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_idle_connections_cost_little(program):
+    it = program(settings({"echo": {}}))
+
+    def resident() -> int:
+        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{it.process.pid}/status").read_text())[1]) << 10
+
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(Client(it.url))
+        assert first.ask("GET", "/health").status == 200
+        before = resident()
+        clients = [stack.enter_context(Client(it.url)) for _ in range(1000)]
+        for client in clients:
+            client.send(request("GET", "/health"))
+        assert {client.answer().status for client in clients} == {200}
+        assert resident() - before < 20 << 20
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Soak: a minute of 200 streams at a time, a tenth of them abandoned
+# ------------------------------------------------------------------------------------------------------------
+
+
+SOAK_SECONDS = 60
+
+
+def soak_script(connection: Connection) -> None:
+    """A stream whose events carry the user_id of the request, over and over."""
+    while True:
+        mark = connection.read_request().json["metadata"]["user_id"]
+        middle = [
+            sse("content_block_delta", index=0, delta={"type": "text_delta", "text": f"{mark} {n}"})
+            for n in range(40)
+        ]
+        connection.send(STREAM_HEAD)
+        for event in (ANTHROPIC_EVENTS[0], *middle, ANTHROPIC_EVENTS[-1]):
+            connection.send(chunk(event))
+        connection.send(b"0\r\n\r\n")
+
+
+def soak_stream(it: Relay, mark: str, abort: bool) -> None:
+    with it.client() as client:
+        body = json.dumps(prompt(stream=True, metadata={"user_id": mark})).encode()
+        client.send(request("POST", "/v1/messages", body))
+        if abort:
+            client.until(b"message_start")
+            return client.reset()
+        events = events_of(client.answer().body)
+        texts = [data["delta"]["text"] for name, data in events if name == "content_block_delta"]
+        assert texts == [f"{mark} {n}" for n in range(40)] and events[-1][0] == "message_stop"
+
+
+@pytest.mark.slow
+def test_soak(upstream, relay, monkeypatch):
+    # Kept connections go soon, so that the count at the end need not wait for them.
+    monkeypatch.setattr(monorelay, "UPSTREAM_IDLE_SECONDS", 1)
+    provider = upstream(soak_script)
+    it = relay({"anthropic": provider}, server={"log": "off"})
+    soak_stream(it, "first", abort=False)
+    before, finished = threads_and_descriptors(), Counter[str]()
+    deadline = time.monotonic() + SOAK_SECONDS
+
+    def visit(number: int) -> None:
+        chance = random.Random(number)
+        for turn in itertools.count():
+            if time.monotonic() > deadline:
+                return
+            abort = chance.random() < 0.1
+            soak_stream(it, f"{number}-{turn}", abort)
+            finished["aborted" if abort else "whole"] += 1
+
+    in_threads(visit, 200)
+    assert finished["whole"] > 1000 and finished["aborted"] > 50, finished
+    for connection in provider.connections:
+        connection.close()
+    soak_stream(it, "last", abort=False)
+    eventually(
+        lambda: all(now <= then + 2 for now, then in zip(threads_and_descriptors(), before)), seconds=30
+    )
+    print(f"soak: {dict(finished)}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The README: every block of it is run
+# ------------------------------------------------------------------------------------------------------------
+
+SHIPPED = ["monorelay.py", "relay.json", "README.md", "LICENSE", "test_monorelay.py"]
+
+
+class Block(NamedTuple):
+    """A fenced block of the README."""
+
+    language: str
+    text: str
+    line: int
+
+
+def readme_blocks() -> list[Block]:
+    source = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
+    return [
+        Block(match[1], match[2], source[: match.start()].count("\n") + 1)
+        for match in re.finditer(r"^```([\w-]*)[^\n]*\n(.*?)^```$", source, re.M | re.S)
+    ]
+
+
+def test_readme_is_there_and_has_blocks_of_each_kind():
+    assert {"sh", "json", "python", "text"} <= {block.language for block in readme_blocks()}
+
+
+def environ_of(text: str) -> dict[str, str]:
+    """A value for every ${NAME} in the text."""
+    return {name: f"a-value-for-{name}-of-32-bytes-or-more" for name in re.findall(r"\$\{(\w+)", text)}
+
+
+@pytest.mark.parametrize(
+    "block", [it for it in readme_blocks() if it.language == "json"], ids=lambda it: f"line {it.line}"
+)
+def test_readme_json_is_a_config(block):
+    monorelay.parse_config(block.text, environ_of(block.text))
+
+
+def test_shipped_relay_json_runs_as_it_is(program):
+    it = program(json.loads((HERE / "relay.json").read_text(encoding="utf-8")), "--port", "0")
+    assert accepts(it.url)
+
+
+# Blocks that aren't run, by a part of their text, and why.
+README_NOT_RUN = {
+    "python3 test_monorelay.py": "it is what runs right now",
+    "sk-ant-...": "it needs a provider's key; what it starts is started by the first block",
+}
+SERVES = re.compile(r"(\w+=\S+ )*python3? monorelay\.py")
+
+
+def test_readme_commands_run_in_the_readmes_order_and_print_what_it_says(tmp_path):
+    for name in SHIPPED:
+        shutil.copy(HERE / name, tmp_path)
+    environ = {name: value for name, value in os.environ.items() if not name.endswith("_KEY")}
+    environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
+    blocks = readme_blocks()
+    skipped = {part for part in README_NOT_RUN for block in blocks if part in block.text}
+    assert skipped == set(README_NOT_RUN), "the README no longer has these blocks"
+    with contextlib.ExitStack() as stack:
+        for block, following in zip(blocks, [*blocks[1:], None]):
+            if block.language in ("sh", "python") and not any(part in block.text for part in README_NOT_RUN):
+                printed = run_block(block, tmp_path, environ, stack)
+                if following and following.language == "text":
+                    assert masked(printed) == masked(following.text), f"README.md line {following.line}"
+
+
+def run_block(block: Block, folder: Path, environ: dict[str, str], stack: contextlib.ExitStack) -> str:
+    """What the block prints; one that serves runs in the background until the stack unwinds."""
+    command = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euc"]
+    options: Any = {"cwd": folder, "env": environ, "stdin": subprocess.DEVNULL}
+    if SERVES.fullmatch(block.text.strip()):
+        with open(folder / "log", "w") as log:
+            process = subprocess.Popen([*command, block.text], stderr=log, start_new_session=True, **options)
+        stack.callback(process.wait, TIMEOUT_SECONDS)
+        stack.callback(os.killpg, process.pid, signal.SIGTERM)
+        eventually(lambda: accepts("http://127.0.0.1:8787"))
+        return ""
+    done = subprocess.run([*command, block.text], capture_output=True, text=True, timeout=30, **options)
+    assert done.returncode == 0, f"README.md line {block.line}: {done.stderr}"
+    return done.stdout
+
+
+def masked(text: str) -> str:
+    """The text without what differs from run to run."""
+    return re.sub(r"msg_\w+", "msg_", text).strip()
