@@ -32,10 +32,10 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import io
 import json
 import math
 import os
-import queue
 import random
 import re
 import selectors
@@ -128,6 +128,7 @@ CATALOGUE_RETRY_SECONDS = 30.0  # until a provider that didn't list its models i
 LOGINS_PER_USER = 10  # a minute
 LOGINS_PER_ADDRESS = 30  # a minute
 LOG_PAUSE_SECONDS = 0.05  # lines are written together, so that a busy relay wakes its log thread rarely
+LOG_VALUE_CHARACTERS = 200
 LOG_BACKLOG_LINES = 10_000  # more than that waiting for a blocked stderr is dropped, and counted
 
 DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
@@ -1383,6 +1384,9 @@ GUARDED_HEADERS = HOP_BY_HOP | {"host", "authorization", "x-api-key", "cookie", 
 ANSWER_HEADERS_KEPT_BACK = HOP_BY_HOP | {
     "set-cookie", "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts", "x-monorelay-error",
 }  # fmt: skip
+CORS_HEADERS = frozenset(
+    {"access-control-allow-origin", "access-control-allow-credentials", "access-control-expose-headers"}
+)
 # What scripts in a browser may read of an answer, besides anthropic-ratelimit-*.
 EXPOSED_HEADERS = (
     "request-id", "x-request-id", "retry-after",
@@ -1391,31 +1395,26 @@ EXPOSED_HEADERS = (
 
 
 class Headers:
-    """Header fields as they stood in a head, with a look-up that ignores case."""
+    """Header fields as they stood in a head, and their names in lower case to look them up by."""
 
-    __slots__ = ("_index", "pairs")
+    __slots__ = ("names", "pairs")
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
-        self._index: dict[str, list[str]] = {}
-        for name, value in pairs:
-            self._index.setdefault(name.lower(), []).append(value)
+        self.names = [name.lower() for name, _ in pairs]
 
     def get(self, name: str, default: str = "") -> str:
         """The first value of a field, by its lower-case name."""
-        values = self._index.get(name)
-        return values[0] if values else default
+        return self.pairs[self.names.index(name)][1] if name in self.names else default
 
     def all(self, name: str) -> list[str]:
         """Every value of a field, by its lower-case name."""
-        return self._index.get(name, [])
+        if name not in self.names:
+            return []
+        return [pair[1] for known, pair in zip(self.names, self.pairs) if known == name]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._index
-
-    def names(self) -> Iterable[str]:
-        """The lower-case names, each once."""
-        return self._index.keys()
+        return name in self.names
 
     def elements(self, name: str) -> list[str]:
         """The comma-separated elements of all fields of the name, in lower case."""
@@ -1439,7 +1438,7 @@ class RequestHead(NamedTuple):
     @property
     def keep_alive(self) -> bool:
         """Whether the client wants to use the connection again (RFC 9112 §9.3)."""
-        options = self.fields.elements("connection") if "connection" in self.fields else ()
+        options = self.fields.elements("connection")
         return "close" not in options and (self.version >= 1 or "keep-alive" in options)
 
 
@@ -1495,10 +1494,18 @@ def parse_fields(block: str) -> Pairs:
     lines = block.count("\n")
     if lines > REQUEST_HEAD_FIELDS:
         raise MalformedRequest(f"the request has more than {REQUEST_HEAD_FIELDS} header fields", 431)
-    pairs = FIELD_LINE.findall(block)
+    pairs = field_pairs(block)
     if len(pairs) != lines or block.count("\r") != lines:
         raise MalformedRequest("a header line must read NAME: VALUE, without control bytes and ended by CRLF")
-    return [(name, value.rstrip(" \t")) for name, value in pairs]
+    return pairs
+
+
+def field_pairs(block: str) -> Pairs:
+    """Names and values of the well-formed lines of a block."""
+    pairs: Pairs = FIELD_LINE.findall(block)
+    if " \r\n" in block or "\t\r\n" in block:
+        pairs = [(name, value.rstrip(" \t")) for name, value in pairs]
+    return pairs
 
 
 def split_target(method: str, target: str) -> tuple[str, str]:
@@ -1524,7 +1531,7 @@ def check_host(fields: Headers, version: int) -> None:
 
 def check_spellings(fields: Headers) -> None:
     """Refuses `content_length` and its like: names that another server may read as a guarded one."""
-    for name in fields.names():
+    for name in fields.names:
         if ("_" in name or "." in name) and name.replace("_", "-").replace(".", "-") in GUARDED_HEADERS:
             raise MalformedRequest(f"the header {name} could be mistaken for another; spell it with -")
 
@@ -1550,11 +1557,10 @@ def parse_response_head(data: bytes) -> ResponseHead:
     if not match:
         raise FramingError("the status line is malformed")
     block = block[:-2]
-    pairs = FIELD_LINE.findall(block)
+    pairs = field_pairs(block)
     if len(pairs) != block.count("\n") or len(pairs) != block.count("\r"):
         raise FramingError("a header line is malformed")
-    fields = Headers([(name, value.rstrip(" \t")) for name, value in pairs])
-    return ResponseHead(int(match[2]), match[3] or "", int(match[1]), fields)
+    return ResponseHead(int(match[2]), match[3] or "", int(match[1]), Headers(pairs))
 
 
 class LengthDecoder:
@@ -1706,7 +1712,7 @@ def end_to_end(fields: Headers, kept_back: frozenset[str]) -> Pairs:
     """The fields to pass on: neither kept back, nor declared hop-by-hop by Connection."""
     if "connection" in fields:
         kept_back = kept_back.union(fields.elements("connection"))
-    return [pair for pair in fields.pairs if pair[0].lower() not in kept_back]
+    return [pair for name, pair in zip(fields.names, fields.pairs) if name not in kept_back]
 
 
 def upstream_fields(
@@ -1841,6 +1847,7 @@ class Endpoint(NamedTuple):
 
 def dialect_of(path: str, fields: Headers) -> str:
     """The API that a request speaks."""
+    path = decoded(path)
     if path.startswith(("/v1/messages", "/v1/anthropic/")):
         return "anthropic"
     by_name = ENDPOINTS.get(path, ((), ""))[1]
@@ -1850,7 +1857,7 @@ def dialect_of(path: str, fields: Headers) -> str:
 def find_endpoint(head: RequestHead) -> Endpoint:
     """The endpoint of a request. Raises NotFound and MethodNotAllowed."""
     # An escaped letter must not lead past the rules for a path: decoded, it is found as well.
-    path = unquote(head.path)
+    path = decoded(head.path)
     if head.method not in METHODS:
         raise MethodNotAllowed(head.method[:20], header_text(path)[:200], ENDPOINTS.get(path, (METHODS, ""))[0])
     if not is_safe_path(head.path):
@@ -1878,10 +1885,15 @@ def find_endpoint(head: RequestHead) -> Endpoint:
     return Endpoint(name, dialect, *upstream_place(head))
 
 
+def decoded(path: str) -> str:
+    """The path as servers understand it."""
+    return unquote(path) if "%" in path else path
+
+
 def upstream_place(head: RequestHead) -> tuple[str, str]:
     """Path, without /v1, and query upstream: the relay's own paths become the provider's."""
     path, query = head.path[len("/v1") :], head.query
-    if unquote(path) == "/messages/beta":
+    if decoded(path) == "/messages/beta":
         return "/messages", query if "beta=true" in query.split("&") else "&".join(filter(None, (query, "beta=true")))
     return path[len("/anthropic") :] if path.startswith("/anthropic/") else path, query
 
@@ -2141,11 +2153,14 @@ def log_line(fields: Mapping[str, Any], style: str) -> str:
     """The fields as one line: key=value, or JSON."""
     if style == "json":
         return json.dumps(fields)
-    return " ".join([f"{name}={log_value(str(value))}" for name, value in fields.items()])
+    return " ".join(
+        [f"{name}={log_value(value) if isinstance(value, str) else value}" for name, value in fields.items()]
+    )
 
 
 def log_value(value: str) -> str:
-    """A value that can't break its line or its field: quoted and escaped where it isn't plain."""
+    """A value that can't break its line or its field: quoted and escaped where it isn't plain, cut when long."""
+    value = value if len(value) <= LOG_VALUE_CHARACTERS else f"{value[:LOG_VALUE_CHARACTERS]}..."
     return value if PLAIN_VALUE.fullmatch(value) else json.dumps(value).replace("\x7f", "\\u007f")
 
 
@@ -2425,7 +2440,7 @@ def check_messages(request: JsonDict) -> None:
                 400,
                 'messages: first message must use the "user" role'
                 if index == 0
-                else f'messages: roles must alternate between "user" and "assistant", but found multiple "{before}" roles in a row',
+                else f'messages: roles must alternate between "user" and "assistant", found "{before}" twice',
             )
         before = message["role"]
     if "system" in request and not isinstance(request["system"], (str, list)):
@@ -3033,14 +3048,29 @@ class UpstreamPool:
                 return
         channel.close()
 
-    def drop_idle(self, before: float) -> None:
-        """Closes the connections that have been idle since before that time."""
-        with self._lock:
-            stale = [channel for idle in self._idle.values() for channel in idle if channel.idle_since < before]
-            for place, idle in self._idle.items():
-                self._idle[place] = [channel for channel in idle if channel.idle_since >= before]
-        for channel in stale:
+    def tidy(self, now: float) -> None:
+        """Closes the kept connections that were idle for too long, or were closed by the provider."""
+        idle = self._remove_idle(now - FRESH_SECONDS)
+        for place, channel in idle:
+            if now - channel.idle_since > UPSTREAM_IDLE_SECONDS or not channel.is_quiet():
+                channel.close()
+                continue
+            with self._lock:
+                self._idle.setdefault(place, []).insert(0, channel)
+
+    def close(self) -> None:
+        """Closes all kept connections."""
+        for _, channel in self._remove_idle(math.inf):
             channel.close()
+
+    def _remove_idle(self, before: float) -> list[tuple[tuple[str, str, int], Channel]]:
+        """Takes out the kept connections that were used last before that time, the most recent first."""
+        removed = []
+        with self._lock:
+            for place, channels in self._idle.items():
+                removed += [(place, channel) for channel in reversed(channels) if channel.idle_since < before]
+                channels[:] = [channel for channel in channels if channel.idle_since >= before]
+        return removed
 
     def connect(self, provider: Provider) -> Channel:
         """A new connection. Raises Unreachable, and Unavailable when descriptors have run out."""
@@ -3200,7 +3230,7 @@ class Answer:
             and not self.decoder.rest
             and self.whole_request
             and self.head.version >= 1
-            and not ("connection" in self.head.fields and "close" in self.head.fields.elements("connection"))
+            and "close" not in self.head.fields.elements("connection")
         )
 
     def absorb(self, data: bytes) -> None:
@@ -3436,7 +3466,7 @@ class Relay:
                 self.keys.failed(candidate, status, wait, now)
             if status in QUARANTINED:
                 self._warn(
-                    f"the provider {provider.name} refuses the key {candidate.label} with {status}: it comes last for a while"
+                    f"the provider {provider.name} refuses the key {candidate.label} ({status}); it comes last now"
                 )
         return status in RETRIED_STATUSES
 
@@ -3519,10 +3549,8 @@ class Transfer:
         self._ended = False
 
     def begin(self, request: RequestHead, fields: Pairs, rewriter: ResultsUrlRewriter | None, closing: bool) -> None:
-        """Prepares the head, with fields in place of those that the relay keeps back, and what has come of the body."""
+        """Prepares the head with these end-to-end fields, and what has come of the body."""
         head = self.answer.head
-        replaced = ANSWER_HEADERS_KEPT_BACK.union([name for name, _ in fields if name.startswith("access-control-")])
-        fields = [*end_to_end(head.fields, replaced), *fields]
         if rewriter:
             self._filter = rewriter
             fields = [pair for pair in fields if pair[0].lower() != "content-encoding"]
@@ -3614,7 +3642,7 @@ class Transfer:
         self._ended = self.complete = True
 
     def _upstream_closed(self) -> None:
-        """The connection has ended: rightly, where nothing else marks the end, and for a stream only if it has said so."""
+        """The connection has ended: rightly where nothing else marks the end, and for a stream if it has said so."""
         if isinstance(self.answer.decoder, CloseDecoder) and (self._sees_end or not self.answer.is_stream):
             self.answer.decoder.finished = True
             self._finish()
@@ -3857,6 +3885,7 @@ class EventLoop:
         self._bell.setblocking(False)
         self._rung = False
         self._sweep_at = 0.0
+        self._tidied_at = 0.0
         self.selector.register(self._bell, selectors.EVENT_READ, None)
 
     # -- for all threads
@@ -3886,6 +3915,10 @@ class EventLoop:
         """Begins to look after a task."""
         self.tasks.add(task)
         task.begin()
+        self.expect(task)
+
+    def expect(self, task: Task) -> None:
+        """Notes that the task's deadline may have come nearer."""
         self._sweep_at = min(self._sweep_at, task.deadline)
 
     def run(self) -> None:
@@ -3908,7 +3941,9 @@ class EventLoop:
         """Ends what is overdue, and decides when to look again."""
         for task in [task for task in self.tasks if task.deadline <= self.now]:
             self._guarded(task, task.expire)
-        self.upstream.drop_idle(self.now - UPSTREAM_IDLE_SECONDS)
+        if self.now - self._tidied_at > 1.0:
+            self._tidied_at = self.now
+            self.upstream.tidy(self.now)
         soonest = min((task.deadline for task in self.tasks), default=math.inf)
         self._sweep_at = min(self.now + 5.0, max(self.now + 0.05, soonest))
 
@@ -3967,6 +4002,7 @@ class HeadWait:
         elif channel.received and not self._begun:
             self._begun = True
             self.deadline = self.loop.now + HEAD_SECONDS
+            self.loop.expect(self)
 
     def expire(self) -> None:
         if self._begun:
@@ -4040,6 +4076,7 @@ class Carriage:
         if blocked is not self._blocked:
             self._blocked = blocked
             self._watch(blocked)
+            self.loop.expect(self)
 
     def _watch(self, blocked: bool) -> None:
         """Waits for the side that holds things up; for the client's departure always."""
@@ -4235,7 +4272,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head_length(data)  # raises for what _next_head gave up on
         head = self.head = parse_request_head(data)
         self.record.method, self.record.path = head.method, head.path
-        self.dialect = dialect_of(unquote(head.path), head.fields)
+        self.dialect = dialect_of(head.path, head.fields)
         if self.client.surplus:
             raise Unavailable(
                 "this relay serves as many connections as it may (server.max_connections)",
@@ -4409,7 +4446,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.body
 
     def _read_body(self, required: bool) -> ReadBody:
-        """The body, read for its model, which need not be there unless it is required. Raises BadRequest and TooLarge."""
+        """The body, read for its model, which must be there if it is required. Raises BadRequest and TooLarge."""
         sent = content = self._open_body(self.config.server.max_body_mb).read_all()
         coding = self._known_head().fields.get("content-encoding", "identity").lower()
         if coding != "identity" and sent:
@@ -4445,13 +4482,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.service.loop.linger(self.client)
 
     def _relay_fields(self, answer: Answer) -> Pairs:
-        """What the relay adds to the header of an answer."""
+        """The header of an answer: the provider's, and what the relay adds."""
         target = answer.candidate.target
-        fields = [("x-monorelay-provider", header_text(target.provider.name))]
+        cors = cors_fields(self.config.server.cors_origins, self._known_head().fields, answer.head.headers)
+        kept_back = ANSWER_HEADERS_KEPT_BACK | CORS_HEADERS if cors else ANSWER_HEADERS_KEPT_BACK
+        fields = end_to_end(answer.head.fields, kept_back)
+        fields.append(("x-monorelay-provider", header_text(target.provider.name)))
         if target.model:
             fields.append(("x-monorelay-model", header_text(target.model)))
         fields.append(("x-monorelay-attempts", str(self.record.attempts)))
-        return fields + cors_fields(self.config.server.cors_origins, self._known_head().fields, answer.head.headers)
+        return fields + cors
 
     def _rewriter(self, answer: Answer) -> ResultsUrlRewriter | None:
         """What keeps the client from following a batch's results_url to the provider; where it matters."""
@@ -4569,7 +4609,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self.service = Service(config, self.log, self._serve_in_thread)
         self.connections: set[Connection] = set()
         # Given up for a moment when there is no other descriptor left, to be able to refuse a connection.
-        self._spare = open(os.devnull, "rb")
+        self._spare = io.FileIO(os.devnull)
         self._refusal_logged = -math.inf
         self._accepting = False
 
@@ -4610,7 +4650,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         done = threading.Event()
         loop.post(lambda: self._cut_all(done))
         done.wait(2)
-        self.service.relay.connections.drop_idle(math.inf)
+        self.service.relay.connections.close()
         self._spare.close()
         self.log.flush()
 
@@ -4688,7 +4728,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
             time.sleep(0.05)
         finally:
             try:
-                self._spare = open(os.devnull, "rb")
+                self._spare = io.FileIO(os.devnull)
             except OSError:
                 time.sleep(0.05)
 
@@ -4894,6 +4934,7 @@ def run_serve(options: argparse.Namespace) -> int:
     path = config_path(options)
     config = with_run_secrets(load_config(path, options), None)
     raise_descriptor_limit()
+    return_memory()
     listener = listen(config.server)
     host, port = listener.getsockname()[:2]
     lines = "\n".join(banner(config, path, relay_url(host, port)))
@@ -4902,7 +4943,7 @@ def run_serve(options: argparse.Namespace) -> int:
     server = RelayServer(config, None, listener)
     server.log.write(lines)
     server.start()
-    return Operator(server, path, options).run()
+    return Operator(server, path, options).run(Signals(*OPERATOR_SIGNALS))
 
 
 def raise_descriptor_limit() -> None:
@@ -4916,21 +4957,44 @@ def raise_descriptor_limit() -> None:
         pass  # Windows has none, and macOS refuses an unlimited one
 
 
+def return_memory() -> None:
+    """Gives back to the system what compiling this file has taken: glibc would keep it, a quarter of the process."""
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+    except (ImportError, OSError, AttributeError, TypeError):
+        pass  # another C library, with habits of its own
+
+
+OPERATOR_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
+
+
 class Signals:
-    """Signals as a queue: what they ask for is done by the main thread, not in the midst of something."""
+    """Signals as a queue: what they ask for is done by the main thread, not in the midst of something.
+
+    The system may deliver a signal to any thread, and Python's own handlers run when the main thread next
+    wakes up; so it waits for the byte that set_wakeup_fd has written for each."""
 
     def __init__(self, *names: str) -> None:
-        self._arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._queue, self._far = socket.socketpair()
+        self._far.setblocking(False)
+        signal.set_wakeup_fd(self._far.fileno(), warn_on_full_buffer=False)
         for name in names:
             if hasattr(signal, name):  # Windows has few
-                signal.signal(getattr(signal, name), lambda number, frame: self._arrived.put(number))
+                signal.signal(getattr(signal, name), lambda number, frame: None)
 
     def next(self, seconds: float) -> str:
         """The name of the next signal, or nothing after so many seconds."""
+        self._queue.settimeout(seconds)
         try:
-            return signal.Signals(self._arrived.get(timeout=seconds)).name
-        except queue.Empty:
+            return signal.Signals(self._queue.recv(1)[0]).name
+        except socket.timeout:
             return ""
+
+    def close(self) -> None:
+        """Ends the queue: from now on signals only run their handlers."""
+        signal.set_wakeup_fd(-1)
 
 
 class Operator:
@@ -4942,13 +5006,13 @@ class Operator:
         self._options = options
         self._seen = file_state(path)
 
-    def run(self, supervisor: int = 0) -> int:
+    def run(self, signals: Signals, supervisor: int = 0) -> int:
         """Serves until SIGTERM, SIGINT or the death of the supervising process; the exit status."""
-        signals = Signals("SIGTERM", "SIGINT", "SIGHUP")
         while True:
             name = signals.next(1.0)
             if name in ("SIGTERM", "SIGINT") or (supervisor and os.getppid() != supervisor):
                 self._drain()
+                signals.close()
                 return 0
             if name == "SIGHUP" or file_state(self._path) != self._seen:
                 self.reload()
@@ -4992,7 +5056,7 @@ class Supervisor:
         log = LogWriter(sys.stderr)
         log.write(lines)
         log.flush()
-        signals = Signals("SIGTERM", "SIGINT", "SIGHUP", "SIGCHLD")
+        signals = Signals(*OPERATOR_SIGNALS, "SIGCHLD")
         while True:
             while len(self._workers) < self._config.server.workers:
                 self._start_worker()
@@ -5009,24 +5073,37 @@ class Supervisor:
 
     def _start_worker(self) -> None:
         parent = os.getpid()
+        # What comes between the fork and the worker's own handlers has to wait for these.
+        held = {getattr(signal, name) for name in OPERATOR_SIGNALS}
+        signal.pthread_sigmask(signal.SIG_BLOCK, held)
         pid = os.fork()
-        if pid:
-            self._workers[pid] = time.monotonic()
-            return
-        # Out of the terminal's process group: Ctrl-C is for the parent, which passes it on once.
-        os.setpgid(0, 0)
-        status = 1
-        try:
-            config = self._config
+        if not pid:
             try:
-                config = with_run_secrets(load_config(self._path, self._options), config)
-            except (ConfigError, OSError):
-                pass  # the file is broken at the moment: the configuration of the start still holds
-            server = RelayServer(config, None, self._listener)
-            server.start()
-            status = Operator(server, self._path, self._options).run(parent)
-        finally:
+                # Out of the terminal's process group: Ctrl-C is for the parent, which passes it on once.
+                os.setpgid(0, 0)
+                signals = Signals(*OPERATOR_SIGNALS)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+                status = self._work(signals, parent)
+            except BaseException as error:
+                log = LogWriter(sys.stderr)
+                log.warn(f"internal error: {describe(error)}")
+                log.flush()
+                status = 1
             os._exit(status)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+        self._workers[pid] = time.monotonic()
+
+    def _work(self, signals: Signals, parent: int) -> int:
+        """What a worker does: it serves until it is told to stop; the exit status."""
+        config = self._config
+        try:
+            config = with_run_secrets(load_config(self._path, self._options), config)
+        except (ConfigError, OSError):
+            pass  # the file is broken at the moment: the configuration of the start still holds
+        server = RelayServer(config, None, self._listener)
+        server.start()
+        return Operator(server, self._path, self._options).run(signals, parent)
 
     def _reap(self) -> Iterator[tuple[int, float]]:
         """The workers that have ended, and when each was started."""
@@ -5050,9 +5127,11 @@ class Supervisor:
         while self._workers:
             if signals.next(1.0) in ("SIGTERM", "SIGINT"):
                 self._pass_on(signal.SIGKILL)
+                signals.close()
                 return 1
             for _ in self._reap():
                 pass
+        signals.close()
         return 0
 
 
