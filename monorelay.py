@@ -28,6 +28,8 @@ from __future__ import annotations
 import base64
 import collections
 import errno
+import fnmatch
+import functools
 import hashlib
 import hmac
 import http.client
@@ -494,8 +496,6 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
     """Whether the name matches one of the shell patterns, case-sensitively."""
-    import fnmatch
-
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -1522,17 +1522,17 @@ def split_target(method: str, target: str) -> tuple[str, str]:
 
 def check_host(fields: Headers, version: int) -> None:
     """RFC 9112 §3.2: exactly one Host in HTTP/1.1, at most one in 1.0, and well-formed."""
-    hosts = fields.all("host")
-    if len(hosts) > 1 or (version >= 1 and not hosts):
+    count, host = fields.names.count("host"), fields.get("host")
+    if count > 1 or (version >= 1 and not count):
         raise MalformedRequest("a request needs exactly one Host header")
-    if hosts and hosts[0] and not AUTHORITY.fullmatch(hosts[0]):
+    if host and not AUTHORITY.fullmatch(host):
         raise MalformedRequest("the Host header is malformed")
 
 
 def check_spellings(fields: Headers) -> None:
     """Refuses `content_length` and its like: names that another server may read as a guarded one."""
-    for name in fields.names:
-        if ("_" in name or "." in name) and name.replace("_", "-").replace(".", "-") in GUARDED_HEADERS:
+    for name in [name for name in fields.names if "_" in name or "." in name]:
+        if name.replace("_", "-").replace(".", "-") in GUARDED_HEADERS:
             raise MalformedRequest(f"the header {name} could be mistaken for another; spell it with -")
 
 
@@ -1900,18 +1900,19 @@ def upstream_place(head: RequestHead) -> tuple[str, str]:
 
 # ==== Model splice ===============================================================================
 #
-# A JSON body is passed on byte for byte; only the value of the top-level "model" may change. So the outer
-# object is walked member by member, with `json` stepping over the values, and what is found is a place in
-# the bytes. Long strings without an escape (images, documents) are taken out before: they prove nothing,
-# and would cost a thousand times what the rest does.
+# A JSON body is passed on byte for byte; only the value of the top-level "model" may change. `json` reads
+# the body once, to know that it is one object and what its model is; where a route gives the model another
+# name, the outer object is walked member by member to find the bytes to replace. Long strings without an
+# escape (images, documents) are taken out before: they prove nothing, and would cost more than all the rest.
 
 MEMBER = re.compile(r'[ \t\n\r]*"([^"\\]*(?:\\.[^"\\]*)*)"[ \t\n\r]*:[ \t\n\r]*', re.DOTALL)
 SEPARATOR = re.compile(r"[ \t\n\r]*([,}])")
 EMPTY_OBJECT = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*\}[ \t\n\r]*")
 OPENING = re.compile(r"[ \t\n\r]*\{")
 LONG_STRING_BYTES = 4096
-# float() takes integers of any length, where int() refuses those over 4,300 digits.
-BODY_DECODER = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant)
+# float() takes integers of any length, where int() refuses those over 4,300 digits; objects come as lists
+# of pairs, which keep what is given twice.
+BODY_DECODER = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant, object_pairs_hook=list)
 
 
 class ModelSpan(NamedTuple):
@@ -1922,29 +1923,53 @@ class ModelSpan(NamedTuple):
     end: int
 
 
-def find_model(body: bytes) -> ModelSpan:
+def model_name(body: bytes) -> str:
     """The top-level `model` of a JSON object. Raises BadRequest unless there is exactly one, a string."""
+    pairs = read_json(without_long_strings(body)[0], object_pairs)
+    return only_model([value for key, value in pairs if key == "model"])
+
+
+def find_model(body: bytes) -> ModelSpan:
+    """The same, and where its value stands."""
     short, gaps = without_long_strings(body)
-    try:
-        text = short.decode("utf-8")
-        found = [span for key, *span in members(text) if key == "model"]
-    except json.JSONDecodeError as error:
-        raise BadRequest(f"the body is not valid JSON: {error.msg}") from None
-    except (ValueError, RecursionError):
-        raise BadRequest("the body is not valid JSON in UTF-8, or nested too deeply") from None
-    if not found:
-        raise BadRequest("model: Field required")
-    if len(found) > 1:
-        raise BadRequest("model: given more than once")
-    name, start, end = found[0]
-    if not isinstance(name, str):
-        raise BadRequest("model: Input should be a valid string")
+    found = read_json(short, lambda text: [member for member in members(text) if member[0] == "model"])
+    name = only_model([value for _, value, _, _ in found])
+    text, (_, _, start, end) = short.decode("utf-8"), found[0]
 
     def place_in_body(position: int) -> int:
         place = len(text[:position].encode("utf-8"))
         return place + sum(length for gap, length in gaps if gap <= place)
 
     return ModelSpan(name, place_in_body(start), place_in_body(end))
+
+
+def read_json(body: bytes, read: Callable[[str], T]) -> T:
+    """What `read` makes of the text. Raises BadRequest where it isn't JSON in UTF-8."""
+    try:
+        return read(body.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"the body is not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError):
+        raise BadRequest("the body is not valid JSON in UTF-8, or nested too deeply") from None
+
+
+def object_pairs(text: str) -> list[tuple[str, Any]]:
+    """The members of a JSON object. Raises BadRequest for another value, and ValueError."""
+    if not OPENING.match(text):
+        raise BadRequest("the body must be a JSON object")
+    pairs: list[tuple[str, Any]] = BODY_DECODER.decode(text)
+    return pairs
+
+
+def only_model(values: Sequence[Any]) -> str:
+    """The one value of `model`. Raises BadRequest."""
+    if not values:
+        raise BadRequest("model: Field required")
+    if len(values) > 1:
+        raise BadRequest("model: given more than once")
+    if not isinstance(values[0], str):
+        raise BadRequest("model: Input should be a valid string")
+    return values[0]
 
 
 def without_long_strings(body: bytes) -> tuple[bytes, list[tuple[int, int]]]:
@@ -2122,28 +2147,33 @@ class AccessRecord:
 
     def fields(self, now: float) -> JsonDict:
         """The line's names and values; what isn't known is left out. Times are in seconds."""
-        milliseconds = int(self.when * 1000)
-        clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(milliseconds // 1000))
-        pairs = (
-            ("time", f"{clock}.{milliseconds % 1000:03}Z"),
-            ("id", self.request_id),
-            ("caller", self.caller or None),
-            ("method", self.method or None),
-            ("path", self.path or None),
-            ("model", self.model or None),
-            ("sent", self.sent_model or None),
-            ("provider", self.provider or None),
-            ("key", self.key or None),
-            ("status", self.status),
-            ("bytes", self.bytes_sent),
-            ("ttfb", None if self.first_byte is None else round(self.first_byte - self.started, 4)),
-            ("duration", round(now - self.started, 4)),
-            ("attempts", self.attempts or None),
-            ("input", self.usage.input_tokens),
-            ("output", self.usage.output_tokens),
-            ("error", self.error or None),
-        )
-        return {name: value for name, value in pairs if value is not None}
+        seconds = int(self.when)
+        values = {
+            "time": f"{utc_time(seconds)}.{int((self.when - seconds) * 1000):03}Z",
+            "id": self.request_id,
+            "caller": self.caller,
+            "method": self.method,
+            "path": self.path,
+            "model": self.model,
+            "sent": self.sent_model,
+            "provider": self.provider,
+            "key": self.key,
+            "status": self.status,
+            "bytes": self.bytes_sent,
+            "ttfb": None if self.first_byte is None else round(self.first_byte - self.started, 4),
+            "duration": round(now - self.started, 4),
+            "attempts": self.attempts or None,
+            "input": self.usage.input_tokens,
+            "output": self.usage.output_tokens,
+            "error": self.error,
+        }
+        return {name: value for name, value in values.items() if value is not None and value != ""}
+
+
+@functools.lru_cache(maxsize=4)
+def utc_time(seconds: int) -> str:
+    """The time in ISO 8601 without its zone; requests come many to a second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but space, quote, = and backslash
@@ -2160,7 +2190,8 @@ def log_line(fields: Mapping[str, Any], style: str) -> str:
 
 def log_value(value: str) -> str:
     """A value that can't break its line or its field: quoted and escaped where it isn't plain, cut when long."""
-    value = value if len(value) <= LOG_VALUE_CHARACTERS else f"{value[:LOG_VALUE_CHARACTERS]}..."
+    if len(value) > LOG_VALUE_CHARACTERS:
+        value = f"{value[:LOG_VALUE_CHARACTERS]}..."
     return value if PLAIN_VALUE.fullmatch(value) else json.dumps(value).replace("\x7f", "\\u007f")
 
 
@@ -3298,13 +3329,13 @@ class ReadBody(NamedTuple):
 
     sent: bytes  # as the client sent it
     content: bytes  # the same without its content-encoding
-    span: ModelSpan | None
+    model: str | None
 
     def with_model(self, model: str) -> tuple[bytes, bool]:
         """The body that asks for this model, and whether it lost its content-encoding."""
-        if self.span is None or self.span.name == model:
+        if self.model is None or self.model == model:
             return self.sent, False
-        return splice_model(self.content, self.span, model), self.sent is not self.content
+        return splice_model(self.content, find_model(self.content), model), self.sent is not self.content
 
 
 class Job(NamedTuple):
@@ -3323,7 +3354,7 @@ class Job(NamedTuple):
         without naming a model (a batch, a file) would exist twice."""
         if isinstance(self.body, RequestBody):
             return self.head.method == "POST" or self.body.length != 0
-        return self.head.method == "POST" and self.body.span is None
+        return self.head.method == "POST" and self.body.model is None
 
 
 class Relay:
@@ -3807,7 +3838,7 @@ class LogWriter:
 
     def say(self, message: str, level: str = "info") -> None:
         """Takes a line of the relay's own."""
-        clock = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        clock = f"{utc_time(int(time.time()))}Z"
         style = "json" if self.style == "json" else "text"
         self._put(log_line({"time": clock, "level": level, "message": message}, style))
 
@@ -4395,7 +4426,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         kind = media_type(self._known_head().fields)
         if kind == "application/json" or kind.endswith("+json"):
             body = self._read_body(required=False)
-            if body.span:
+            if body.model is not None:
                 self._relay_by_model(body)
             else:
                 self._relay_to_first(body)
@@ -4407,7 +4438,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._relay_to_first(self._open_body(self.config.server.max_upload_mb))
 
     def _relay_by_model(self, body: ReadBody) -> None:
-        asked = body.span.name if body.span else ""
+        asked = body.model or ""
         self.record.model = asked
         if not self._may_use(asked):
             raise Forbidden(f"{self.record.caller} may not use the model {asked!r}")
@@ -4452,7 +4483,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if coding != "identity" and sent:
             content = decompressed(sent, coding, int(self.config.server.max_body_mb * 1024 * 1024))
         try:
-            return ReadBody(sent, content, find_model(content))
+            return ReadBody(sent, content, model_name(content))
         except BadRequest:
             if required:
                 raise
