@@ -2176,23 +2176,27 @@ def utc_time(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
-PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but space, quote, = and backslash
+PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]*")  # printable ASCII but space, quote, = and backslash
 
 
 def log_line(fields: Mapping[str, Any], style: str) -> str:
     """The fields as one line: key=value, or JSON."""
+    texts = [value for value in fields.values() if isinstance(value, str)]
+    if not PLAIN_VALUE.fullmatch("".join(texts)) or max(map(len, texts), default=0) > LOG_VALUE_CHARACTERS:
+        fields = {name: log_value(value, style) for name, value in fields.items()}
     if style == "json":
         return json.dumps(fields)
-    return " ".join(
-        [f"{name}={log_value(value) if isinstance(value, str) else value}" for name, value in fields.items()]
-    )
+    return " ".join([f"{name}={value}" for name, value in fields.items()])
 
 
-def log_value(value: str) -> str:
-    """A value that can't break its line or its field: quoted and escaped where it isn't plain, cut when long."""
+def log_value(value: Any, style: str) -> Any:
+    """A value that can't break its line or its field: cut when long, quoted and escaped where it isn't plain."""
+    if not isinstance(value, str):
+        return value
     if len(value) > LOG_VALUE_CHARACTERS:
         value = f"{value[:LOG_VALUE_CHARACTERS]}..."
-    return value if PLAIN_VALUE.fullmatch(value) else json.dumps(value).replace("\x7f", "\\u007f")
+    value = value.replace("\x7f", "\\x7f")
+    return value if style == "json" or PLAIN_VALUE.fullmatch(value) else json.dumps(value)
 
 
 # ==== Echo provider ==============================================================================
@@ -4232,6 +4236,17 @@ def own_fields(body: bytes, fields: Pairs) -> Pairs:
     return [("date", clock), *kind, *fields, ("content-length", str(len(body)))]
 
 
+class Request(NamedTuple):
+    """A request that may be answered: what it asks for, and who asks."""
+
+    head: RequestHead
+    endpoint: Endpoint
+    caller: Caller
+
+
+NOBODY = Caller("", False, None)
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves the requests of one connection for as long as they come without pause."""
 
@@ -4314,10 +4329,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if head.method == "OPTIONS" and cors_fields(self.config.server.cors_origins, head.fields):
             self._answer(204, preflight_fields(head.fields), b"")
             return
-        endpoint = self.endpoint = find_endpoint(head)
-        self.caller = None if endpoint.name in OPEN_ENDPOINTS else self._authenticate(head)
-        answer: Callable[[], None] = getattr(self, f"answer_{endpoint.name}")
-        answer()
+        endpoint = find_endpoint(head)
+        caller = NOBODY if endpoint.name in OPEN_ENDPOINTS else self._authenticate(head)
+        answer: Callable[[Request], None] = getattr(self, f"answer_{endpoint.name}")
+        answer(Request(head, endpoint, caller))
 
     def _authenticate(self, head: RequestHead) -> Caller:
         """The caller, who is within the limit of requests. Raises Unauthenticated and RateLimited."""
@@ -4333,51 +4348,49 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- the relay's own endpoints
 
-    def answer_alive(self) -> None:
+    def answer_alive(self, request: Request) -> None:
         self._answer(200, [], b"")
 
-    def answer_health(self) -> None:
+    def answer_health(self, request: Request) -> None:
         self._answer_json({"status": "ok", "version": __version__})
 
-    def answer_telemetry(self) -> None:
+    def answer_telemetry(self, request: Request) -> None:
         """Takes Claude Code's telemetry, and forgets it."""
-        for _ in iter(self._open_body(self.config.server.max_body_mb).read, b""):
+        for _ in iter(self._open_body(request, self.config.server.max_body_mb).read, b""):
             pass
         self._answer(204, [], b"")
 
-    def answer_login(self) -> None:
+    def answer_login(self, request: Request) -> None:
         """Exchanges a user's name and password for tokens."""
-        given = self._read_login("username", "password")
+        given = self._read_login(request, "username", "password")
         username = given["username"]
         self._throttle_login(username)
         user = self.config.users.get(username)
         with self.service.hashing:
             # Somebody unknown costs the same time as a wrong password.
             right = check_password(given["password"], user.password if user and user.password else DUMMY_HASH)
-        if not (right and user and user.password):
+        secret = self.config.server.jwt_secret
+        if not (right and user and user.password and secret):
             raise Unauthenticated("the username or the password is wrong", "login_failed")
-        self._answer_tokens(username)
+        self._answer_tokens(username, secret)
 
-    def answer_refresh(self) -> None:
+    def answer_refresh(self, request: Request) -> None:
         """Exchanges a refresh token for new tokens."""
-        given = self._read_login("refresh_token")
+        given = self._read_login(request, "refresh_token")
         secret = self.config.server.jwt_secret
         if not secret:
             raise Unauthenticated("this relay issues no tokens: server.jwt_secret is not set")
         claims = verify_token(given["refresh_token"], secret.reveal(), time.time())
-        self._answer_tokens(subject(claims, "refresh", self.config.users))
+        self._answer_tokens(subject(claims, "refresh", self.config.users), secret)
 
-    def _answer_tokens(self, username: str) -> None:
-        secret = self.config.server.jwt_secret
-        if not secret:
-            raise Unauthenticated("this relay issues no tokens: server.jwt_secret is not set")
+    def _answer_tokens(self, username: str, secret: Secret) -> None:
         self.record.caller = username
         self._answer_json(issue_tokens(username, secret.reveal(), time.time()), [("cache-control", "no-store")])
 
-    def _read_login(self, *names: str) -> dict[str, str]:
+    def _read_login(self, request: Request, *names: str) -> dict[str, str]:
         """The strings of a small JSON object. Raises BadRequest."""
         try:
-            given = parse_json(self._open_body(0.0625).read_all())
+            given = parse_json(self._open_body(request, 0.0625).read_all())
         except ValueError as error:
             raise BadRequest(f"the body is not valid JSON: {error}") from None
         if not isinstance(given, JsonObject) or given.repeated:
@@ -4397,14 +4410,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if wait:
                 raise RateLimited("too many logins; wait a while", wait)
 
-    def answer_me(self) -> None:
-        caller = self._known_caller()
-        self._answer_json({"username": caller.name, "admin": caller.admin})
+    def answer_me(self, request: Request) -> None:
+        self._answer_json({"username": request.caller.name, "admin": request.caller.admin})
 
-    def answer_catalogue(self) -> None:
+    def answer_catalogue(self, request: Request) -> None:
         """The relay's models, or one of them."""
-        head = self._known_head()
-        entries = [entry for entry in self.service.catalogue.entries(self.config) if self._may_use(entry["id"])]
+        head = request.head
+        entries = [
+            entry for entry in self.service.catalogue.entries(self.config) if self._may_use(request, entry["id"])
+        ]
         wanted = unquote(head.path)[len("/v1/models/") :]
         if not wanted:
             self._answer_json(model_page(entries, head.query, self.dialect))
@@ -4417,52 +4431,52 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- what is relayed
 
-    def answer_by_model(self) -> None:
+    def answer_by_model(self, request: Request) -> None:
         """Relays a request whose model tells where to."""
-        self._relay_by_model(self._read_body(required=True))
+        self._relay_by_model(request, self._read_body(request, required=True))
 
-    def answer_any_openai(self) -> None:
+    def answer_any_openai(self, request: Request) -> None:
         """Relays any other OpenAI request: by its model if it is JSON that has one, else to the first provider."""
-        kind = media_type(self._known_head().fields)
+        kind = media_type(request.head.fields)
         if kind == "application/json" or kind.endswith("+json"):
-            body = self._read_body(required=False)
+            body = self._read_body(request, required=False)
             if body.model is not None:
-                self._relay_by_model(body)
+                self._relay_by_model(request, body)
             else:
-                self._relay_to_first(body)
+                self._relay_to_first(request, body)
         else:
-            self._relay_to_first(self._open_body(self.config.server.max_upload_mb))
+            self._relay_to_first(request, self._open_body(request, self.config.server.max_upload_mb))
 
-    def answer_first_provider(self) -> None:
+    def answer_first_provider(self, request: Request) -> None:
         """Relays what belongs to one account at a provider: files, batches, the list of models."""
-        self._relay_to_first(self._open_body(self.config.server.max_upload_mb))
+        self._relay_to_first(request, self._open_body(request, self.config.server.max_upload_mb))
 
-    def _relay_by_model(self, body: ReadBody) -> None:
+    def _relay_by_model(self, request: Request, body: ReadBody) -> None:
         asked = body.model or ""
         self.record.model = asked
-        if not self._may_use(asked):
+        if not self._may_use(request, asked):
             raise Forbidden(f"{self.record.caller} may not use the model {asked!r}")
-        targets = targets_for(self.config, asked, self.endpoint.dialect)
-        session = self._session(body) if any(len(target.provider.keys or ()) > 1 for target in targets) else ""
-        self._relay(body, self.service.relay.keys.order(targets, session, time.monotonic()))
+        targets = targets_for(self.config, asked, request.endpoint.dialect)
+        session = self._session(request, body) if any(len(target.provider.keys or ()) > 1 for target in targets) else ""
+        self._relay(request, body, self.service.relay.keys.order(targets, session, time.monotonic()))
 
-    def _relay_to_first(self, body: ReadBody | RequestBody) -> None:
-        provider = first_provider(self.config, self.endpoint.dialect)
-        caller = self._known_caller()
-        hidden_model = self._known_head().method == "POST" and not self.endpoint.path.startswith("/files")
+    def _relay_to_first(self, request: Request, body: ReadBody | RequestBody) -> None:
+        provider = first_provider(self.config, request.endpoint.dialect)
+        caller = request.caller
+        hidden_model = request.head.method == "POST" and not request.endpoint.path.startswith("/files")
         if caller.user and caller.user.models and hidden_model:
             raise Forbidden(
                 f"{caller.name} may use some models only, and what this request would use can't be seen here"
             )
-        self._relay(body, [Candidate(Target(provider, ""), provider.keys[0] if provider.keys else None)])
+        self._relay(request, body, [Candidate(Target(provider, ""), provider.keys[0] if provider.keys else None)])
 
-    def _may_use(self, model: str) -> bool:
-        user = self._known_caller().user
+    def _may_use(self, request: Request, model: str) -> bool:
+        user = request.caller.user
         return not (user and user.models) or matches_any(asked_name(self.config, model), user.models)
 
-    def _session(self, body: ReadBody) -> str:
+    def _session(self, request: Request, body: ReadBody) -> str:
         """What stays on one key: Claude Code's session, the end user that the request names, or the caller."""
-        session = self._known_head().fields.get("x-claude-code-session-id")
+        session = request.head.fields.get("x-claude-code-session-id")
         if not session:
             try:
                 session = str(json.loads(body.content)["metadata"]["user_id"])
@@ -4470,16 +4484,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 session = ""
         return session or self.record.caller
 
-    def _open_body(self, limit_mb: float) -> RequestBody:
+    def _open_body(self, request: Request, limit_mb: float) -> RequestBody:
         """The request's body, still to be read. Raises TooLarge."""
-        head = self._known_head()
-        self.body = RequestBody(self.client.channel, head, int(limit_mb * 1024 * 1024))
+        self.body = RequestBody(self.client.channel, request.head, int(limit_mb * 1024 * 1024))
         return self.body
 
-    def _read_body(self, required: bool) -> ReadBody:
+    def _read_body(self, request: Request, required: bool) -> ReadBody:
         """The body, read for its model, which must be there if it is required. Raises BadRequest and TooLarge."""
-        sent = content = self._open_body(self.config.server.max_body_mb).read_all()
-        coding = self._known_head().fields.get("content-encoding", "identity").lower()
+        sent = content = self._open_body(request, self.config.server.max_body_mb).read_all()
+        coding = request.head.fields.get("content-encoding", "identity").lower()
         if coding != "identity" and sent:
             content = decompressed(sent, coding, int(self.config.server.max_body_mb * 1024 * 1024))
         try:
@@ -4489,15 +4502,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise
             return ReadBody(sent, content, None)
 
-    def _relay(self, body: ReadBody | RequestBody, candidates: Sequence[Candidate]) -> None:
+    def _relay(self, request: Request, body: ReadBody | RequestBody, candidates: Sequence[Candidate]) -> None:
         """Gets the answer, and passes it on as far as it goes without waiting; the event loop does the rest."""
-        head = self._known_head()
+        head = request.head
         channel = self.client.channel
-        answer = self.service.relay.obtain(Job(head, self.endpoint, body, candidates, channel, self.record))
-        transfer = Transfer(answer, channel, self.record, head, self.endpoint)
+        answer = self.service.relay.obtain(Job(head, request.endpoint, body, candidates, channel, self.record))
+        transfer = Transfer(answer, channel, self.record, head, request.endpoint)
         body_read = self.body is None or self.body.finished
         closing = self.service.loop.draining or not body_read
-        transfer.begin(head, self._relay_fields(answer), self._rewriter(answer), closing)
+        transfer.begin(head, self._relay_fields(request, answer), self._rewriter(request, answer), closing)
         try:
             over = transfer.advance() or transfer.advance()
         except ClientGone:
@@ -4512,10 +4525,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             self.service.loop.linger(self.client)
 
-    def _relay_fields(self, answer: Answer) -> Pairs:
+    def _relay_fields(self, request: Request, answer: Answer) -> Pairs:
         """The header of an answer: the provider's, and what the relay adds."""
         target = answer.candidate.target
-        cors = cors_fields(self.config.server.cors_origins, self._known_head().fields, answer.head.headers)
+        cors = cors_fields(self.config.server.cors_origins, request.head.fields, answer.head.headers)
         kept_back = ANSWER_HEADERS_KEPT_BACK | CORS_HEADERS if cors else ANSWER_HEADERS_KEPT_BACK
         fields = end_to_end(answer.head.fields, kept_back)
         fields.append(("x-monorelay-provider", header_text(target.provider.name)))
@@ -4524,10 +4537,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fields.append(("x-monorelay-attempts", str(self.record.attempts)))
         return fields + cors
 
-    def _rewriter(self, answer: Answer) -> ResultsUrlRewriter | None:
+    def _rewriter(self, request: Request, answer: Answer) -> ResultsUrlRewriter | None:
         """What keeps the client from following a batch's results_url to the provider; where it matters."""
-        head, provider = self._known_head(), answer.candidate.target.provider
-        if not self.endpoint.path.startswith("/messages/batches") or provider.format != "anthropic":
+        head, provider = request.head, answer.candidate.target.provider
+        if not request.endpoint.path.startswith("/messages/batches") or provider.format != "anthropic":
             return None
         if media_type(answer.head.fields) != "application/json" or head.method == "HEAD":
             return None
@@ -4606,14 +4619,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.client.close()
         self.service.log.record(self.record)
-
-    def _known_head(self) -> RequestHead:
-        assert self.head is not None
-        return self.head
-
-    def _known_caller(self) -> Caller:
-        assert self.caller is not None
-        return self.caller
 
 
 # ==== Server =====================================================================================
