@@ -96,6 +96,7 @@ RECEIVE_BYTES = 64 * 1024
 PIPELINED_BYTES = 64 * 1024
 # An unread body up to this size is read and dropped to keep the connection; nginx closes lingering.
 DISCARDED_BODY_BYTES = 64 * 1024
+DISCARD_SECONDS = 0.5
 
 HEAD_SECONDS = 20.0  # Apache's RequestReadTimeout header=20
 BODY_PAUSE_SECONDS = 60.0  # nginx's client_body_timeout
@@ -2994,6 +2995,7 @@ class RequestBody:
         self._channel = channel
         self._limit = limit
         self._taken = 0
+        self._pause = BODY_PAUSE_SECONDS
         self._invite = head.version >= 1 and head.fields.get("expect").lower() == "100-continue"
         if (self.length or 0) > limit:
             raise self._too_large()
@@ -3002,11 +3004,6 @@ class RequestBody:
     def finished(self) -> bool:
         """Whether it has been read to its end."""
         return self._decoder.finished
-
-    @property
-    def discardable(self) -> bool:
-        """Whether it is little enough, and surely coming, to be read and dropped."""
-        return not self._invite and self.length is not None and self.length <= DISCARDED_BODY_BYTES
 
     def read(self, upstream: Channel | None = None) -> bytes:
         """The next piece, b"" at the end. Raises ClientGone, TooLarge, MalformedRequest, and EarlyAnswer
@@ -3033,14 +3030,25 @@ class RequestBody:
         pieces = list(iter(self.read, b""))
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
+    def discard(self) -> bool:
+        """Reads away a short rest that is surely coming soon; False when the connection can't be used on."""
+        if not self.finished and (self._invite or self.length is None or self.length > DISCARDED_BODY_BYTES):
+            return False
+        self._pause = DISCARD_SECONDS
+        try:
+            self.read_all()
+        except RelayError:
+            return False
+        return True
+
     def _receive(self, upstream: Channel | None) -> bytes:
         if self._invite:
             self._invite = False
             self._channel.send(b"HTTP/1.1 100 Continue\r\n\r\n", STALLED_CLIENT_SECONDS)
         try:
-            data = self._channel.receive(time.monotonic() + BODY_PAUSE_SECONDS, None, upstream)
+            data = self._channel.receive(time.monotonic() + self._pause, None, upstream)
         except TimeoutError:
-            raise MalformedRequest(f"the body paused for more than {BODY_PAUSE_SECONDS:.0f} seconds", 408) from None
+            raise MalformedRequest(f"the body paused for more than {self._pause:g} seconds", 408) from None
         except OSError:
             data = b""
         if not data:
@@ -4600,18 +4608,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _skip_body(self) -> bool:
         """Reads away a short body that nobody wanted; False when the connection can't be used on."""
-        if not self.head:
-            return False
-        try:
-            body = self.body or RequestBody(self.client.channel, self.head, DISCARDED_BODY_BYTES)
-            if body.finished:
-                return True
-            if not body.discardable:
+        if not self.body and self.head:
+            try:
+                self.body = RequestBody(self.client.channel, self.head, DISCARDED_BODY_BYTES)
+            except TooLarge:
                 return False
-            body.read_all()
-        except RelayError:
-            return False
-        return True
+        return bool(self.body and self.body.discard())
 
     def _give_up(self, code: str) -> None:
         """Closes the connection of a client that has left."""
