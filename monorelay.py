@@ -742,8 +742,6 @@ def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.jso
         read_lists(sections["routes"], "routes", problems),
     )
     check_routes(config, problems)
-    # Aliases are followed through routes and providers, which must be sound for that.
-    problems.raise_if_any()
     check_aliases(config, problems)
     problems.raise_if_any()
     return config
@@ -843,20 +841,19 @@ def check_routes(config: Config, problems: Problems) -> None:
 
 
 def check_aliases(config: Config, problems: Problems) -> None:
-    """Every alias must end at a provider."""
-    for alias in config.aliases:
-        for name in config.aliases[alias]:
-            try:
-                dangling = not follow(config, name, (alias,))
-            except ValueError as error:
-                problems.add(join("aliases", alias), str(error))
-                break
-            if dangling:
-                known = [*config.aliases, *config.routes]
-                problems.add(
-                    join("aliases", alias),
-                    f"{name} is neither an alias, nor matches a route, nor names a provider{suggestion(name, known)}",
-                )
+    """Every alias must end at a provider, and none at itself."""
+    sound = not problems.lines  # else an alias may lead nowhere because of what is reported already
+    for alias, names in config.aliases.items():
+        try:
+            dangling = [name for name in names if not follow(config, name, (alias,))]
+        except ValueError as error:
+            problems.add(join("aliases", alias), str(error))
+            continue
+        for name in dangling if sound else ():
+            meant = suggestion(name, [*config.aliases, *config.routes])
+            problems.add(
+                join("aliases", alias), f"{name} is neither an alias, nor matches a route, nor names a provider{meant}"
+            )
 
 
 def start_obstacle(config: Config) -> str:
@@ -1160,7 +1157,8 @@ def follow(config: Config, name: str, passed: tuple[str, ...]) -> list[Target]:
         return [target for next_name in config.aliases[name] for target in follow(config, next_name, (*passed, name))]
     for pattern, providers in config.routes.items():
         if matches_any(name, [pattern]):
-            return without_stand_in([Target(config.providers[provider], name) for provider in providers])
+            known = [config.providers[provider] for provider in providers if provider in config.providers]
+            return without_stand_in([Target(provider, name) for provider in known])
     return []
 
 
