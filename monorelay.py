@@ -4970,7 +4970,6 @@ def run_serve(options: argparse.Namespace) -> int:
     path = config_path(options)
     config = with_run_secrets(load_config(path, options), None)
     raise_descriptor_limit()
-    return_memory()
     listener = listen(config.server)
     host, port = listener.getsockname()[:2]
     lines = "\n".join(banner(config, path, relay_url(host, port)))
@@ -4991,16 +4990,6 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (ImportError, ValueError, OSError):
         pass  # Windows has none, and macOS refuses an unlimited one
-
-
-def return_memory() -> None:
-    """Gives back to the system what compiling this file has taken: glibc would keep it, a quarter of the process."""
-    try:
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
-    except (ImportError, OSError, AttributeError, TypeError):
-        pass  # another C library, with habits of its own
 
 
 OPERATOR_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
