@@ -41,6 +41,7 @@ import os
 import random
 import re
 import selectors
+import shlex
 import signal
 import socket
 import ssl
@@ -50,16 +51,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import (
-    IO,
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    NamedTuple,
-    NoReturn,
-    TypeVar,
-    Union,
-)
+from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
 if TYPE_CHECKING:
@@ -94,6 +86,7 @@ STREAM_LINE_BYTES = 64 * 1024
 RECEIVE_BYTES = 64 * 1024
 # What is kept of a client that sends its next request while the current one is being answered.
 PIPELINED_BYTES = 64 * 1024
+AHEAD_SECONDS = 0.5  # how often it is then looked whether that client is still there
 # An unread body up to this size is read and dropped to keep the connection; nginx closes lingering.
 DISCARDED_BODY_BYTES = 64 * 1024
 DISCARD_SECONDS = 0.5
@@ -103,6 +96,7 @@ BODY_PAUSE_SECONDS = 60.0  # nginx's client_body_timeout
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout
 STALLED_CLIENT_SECONDS = 60.0  # nginx's send_timeout
 LINGER_SECONDS = 5.0  # nginx's lingering_timeout
+LINGER_LONGEST_SECONDS = 30.0  # nginx's lingering_time
 # A kept upstream connection; shorter than the 60 s after which common balancers drop theirs.
 UPSTREAM_IDLE_SECONDS = 50.0
 FRESH_SECONDS = 1.0
@@ -131,6 +125,7 @@ CATALOGUE_RETRY_SECONDS = 30.0  # until a provider that didn't list its models i
 LOGINS_PER_USER = 10  # a minute
 LOGINS_PER_ADDRESS = 30  # a minute
 LOG_PAUSE_SECONDS = 0.05  # lines are written together, so that a busy relay wakes its log thread rarely
+LOG_LAST_SECONDS = 1.0
 LOG_VALUE_CHARACTERS = 200
 LOG_BACKLOG_LINES = 10_000  # more than that waiting for a blocked stderr is dropped, and counted
 
@@ -348,7 +343,7 @@ class Secret:
         return "***"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and hmac.compare_digest(self._value.encode(), other._value.encode())
+        return isinstance(other, Secret) and self._value == other._value
 
     def __hash__(self) -> int:
         return hash(self._value)
@@ -565,6 +560,8 @@ def number(value: Any) -> float:
         return float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"must be a number, not {kind_of(value)}")
+    if not -1e15 < value < 1e15:
+        raise ValueError("must be a number of a sensible size")
     return value
 
 
@@ -615,12 +612,18 @@ def access_keys(value: Any) -> tuple[Secret, ...]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         raise ValueError("must be a string or a list of strings")
+    if not all(re.fullmatch(r"[\x20-\x7e]*", item) and item == item.strip() for item in items):
+        raise ValueError("must be printable ASCII without blanks at its ends")
     return tuple(Secret(str(item)) for item in items if item)
 
 
 def jwt_secret(value: Any) -> Secret | None:
     found = text(value)
-    if found and len(found.encode("utf-8", "surrogatepass")) < JWT_SECRET_BYTES:
+    try:
+        size = len(found.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        raise ValueError("must not hold half a surrogate pair") from None
+    if found and size < JWT_SECRET_BYTES:
         raise ValueError(f"must have at least {JWT_SECRET_BYTES} bytes (RFC 7518 §3.2), or be empty")
     return Secret(found) if found else None
 
@@ -657,6 +660,12 @@ def upstream_headers_setting(value: Any) -> tuple[tuple[str, str | None], ...]:
         ):
             raise ValueError(f"{name}: must be a string without control characters, or null to remove the header")
     return tuple((name, None if content is None else str(content)) for name, content in value.items())
+
+
+def listed(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"must be a list, not {kind_of(value)}")
+    return value
 
 
 def provider_key(value: Any, number_in_list: int) -> ProviderKey | None:
@@ -702,7 +711,7 @@ USER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
 PROVIDER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "format": (one_of("anthropic", "openai", "echo"), ""),
     "base_url": (base_url, ""),
-    "keys": (lambda value: value, None),  # read_keys looks into each
+    "keys": (listed, None),  # read_keys looks into each
     "enabled": (boolean, True),
     "timeout": (positive, 900.0),  # longer than the SDKs' own 600: the client decides first
     "connect_timeout": (positive, 10.0),
@@ -813,9 +822,6 @@ def read_keys(value: Any, place: str, problems: Problems) -> tuple[ProviderKey, 
     """The keys of a provider that aren't empty; None when it has no `keys` at all."""
     if value is None:
         return None
-    if not isinstance(value, list):
-        problems.add(place, f"must be a list, not {kind_of(value)}")
-        return ()
     keys = []
     for index, entry in enumerate(value):
         try:
@@ -835,8 +841,7 @@ def check_routes(config: Config, problems: Problems) -> None:
         for name in names:
             if name not in config.providers:
                 problems.add(
-                    join("routes", pattern),
-                    f"there is no provider {name}{suggestion(name, config.providers)}",
+                    join("routes", pattern), f"there is no provider {name}{suggestion(name, config.providers)}"
                 )
 
 
@@ -1030,21 +1035,15 @@ def identify(tokens: Sequence[str], config: Config, now: float) -> Caller:
 
 def is_access_key(token: str, keys: Sequence[Secret]) -> bool:
     """Whether the token is one of the keys; every key is compared, in constant time."""
-    given = token.encode("utf-8", "surrogateescape")
-    return any([hmac.compare_digest(given, key.reveal().encode("utf-8", "surrogatepass")) for key in keys])
+    given = token.encode("latin-1")
+    return any([hmac.compare_digest(given, key.reveal().encode("ascii")) for key in keys])
 
 
 def issue_tokens(name: str, secret: str, now: float) -> JsonDict:
     """What a login answers: a token pair in the shape of OAuth 2.0 (RFC 6749 §5.1), and the user."""
 
     def token(kind: str, seconds: int) -> str:
-        claims = {
-            "sub": name,
-            "type": kind,
-            "iat": int(now),
-            "exp": int(now) + seconds,
-            "jti": os.urandom(9).hex(),
-        }
+        claims = {"sub": name, "type": kind, "iat": int(now), "exp": int(now) + seconds, "jti": os.urandom(9).hex()}
         return sign_token(claims, secret)
 
     return {
@@ -1308,8 +1307,7 @@ class KeyPool:
     def _back_at(self, candidate: Candidate) -> float:
         """When the candidate is wanted again."""
         return max(
-            (self._cooling[name].until for name in cooling_names(candidate) if name in self._cooling),
-            default=0.0,
+            (self._cooling[name].until for name in cooling_names(candidate) if name in self._cooling), default=0.0
         )
 
     def succeeded(self, candidate: Candidate) -> None:
@@ -1362,20 +1360,14 @@ FIELD_LINE = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
 AUTHORITY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+ABSOLUTE_FORM = re.compile(r"^https?://[^/?]*/?", re.IGNORECASE)
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 
 HOP_BY_HOP = FRAMING_HEADERS | {"proxy-connection", "proxy-authorization", "proxy-authenticate"}
 # What the relay sets itself, or keeps to itself.
-REQUEST_HEADERS_KEPT_BACK = HOP_BY_HOP | {
-    "host",
-    "authorization",
-    "x-api-key",
-    "cookie",
-    "expect",
-    "accept-encoding",
-}
+REQUEST_HEADERS_KEPT_BACK = HOP_BY_HOP | {"host", "authorization", "x-api-key", "cookie", "expect", "accept-encoding"}
 # Under another spelling these would slip past a rule here and be understood by a server behind
 # (a CGI-style server reads _ as -).
 GUARDED_HEADERS = HOP_BY_HOP | {"host", "authorization", "x-api-key", "cookie", "expect"}
@@ -1509,8 +1501,7 @@ def field_pairs(block: str) -> Pairs:
 
 def split_target(method: str, target: str) -> tuple[str, str]:
     """Path and query of a request target. The host of an absolute one is dropped: it chooses nothing."""
-    if target.startswith(("http://", "https://")):
-        target = re.sub(r"^https?://[^/?]*/?", "/", target)
+    target = ABSOLUTE_FORM.sub("/", target)
     if method == "CONNECT" or target == "*":
         return target, ""
     if not target.startswith("/") or "#" in target:
@@ -1715,11 +1706,7 @@ def end_to_end(fields: Headers, kept_back: frozenset[str]) -> Pairs:
 
 
 def upstream_fields(
-    head: RequestHead,
-    provider: Provider,
-    key: ProviderKey | None,
-    body_length: int | None,
-    recoded: bool,
+    head: RequestHead, provider: Provider, key: ProviderKey | None, body_length: int | None, recoded: bool
 ) -> Pairs:
     """The header fields for the provider: the client's, with the relay's credential in place of its own.
 
@@ -1792,10 +1779,7 @@ def cors_fields(origins: Sequence[str], request: Headers, answer: Iterable[tuple
     origin = request.get("origin")
     if not origin or not ("*" in origins or origin in origins):
         return []
-    exposed = [
-        *EXPOSED_HEADERS,
-        *(name for name, _ in answer if name.lower().startswith("anthropic-ratelimit-")),
-    ]
+    exposed = [*EXPOSED_HEADERS, *(name for name, _ in answer if name.lower().startswith("anthropic-ratelimit-"))]
     return [
         ("access-control-allow-origin", "*" if "*" in origins else origin),
         ("access-control-expose-headers", ", ".join(exposed)),
@@ -1832,6 +1816,9 @@ ENDPOINTS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "/v1/embeddings": (("POST",), "by_model"),
 }
 OPEN_ENDPOINTS = frozenset({"alive", "health", "login", "refresh"})
+# Bodies that are read for a model on paths of which the relay knows nothing: JSON, and what curl and
+# careless clients call JSON. All others stream through.
+READ_TYPES = frozenset({"application/json", "text/plain", "text/json", "application/x-www-form-urlencoded", ""})
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -1851,6 +1838,12 @@ def dialect_of(path: str, fields: Headers) -> str:
         return "anthropic"
     by_name = ENDPOINTS.get(path, ((), ""))[1]
     return "anthropic" if "anthropic-version" in fields and by_name != "by_model" else "openai"
+
+
+def likely_dialect(data: bytes) -> str:
+    """The API that a head speaks which can't be read, or hasn't been."""
+    anthropic = re.match(rb"\S{1,20} /v1/(?:messages|anthropic/)", data) or b"\nanthropic-version:" in data.lower()
+    return "anthropic" if anthropic else "openai"
 
 
 def find_endpoint(head: RequestHead) -> Endpoint:
@@ -1947,15 +1940,15 @@ def read_json(body: bytes, read: Callable[[str], T]) -> T:
     try:
         return read(body.decode("utf-8"))
     except json.JSONDecodeError as error:
-        raise BadRequest(f"the body is not valid JSON: {error.msg}") from None
+        raise BadRequest(f"the body is not valid JSON: {error.msg}", "not_json") from None
     except (ValueError, RecursionError):
-        raise BadRequest("the body is not valid JSON in UTF-8, or nested too deeply") from None
+        raise BadRequest("the body is not valid JSON in UTF-8, or nested too deeply", "not_json") from None
 
 
 def object_pairs(text: str) -> list[tuple[str, Any]]:
     """The members of a JSON object. Raises BadRequest for another value, and ValueError."""
     if not OPENING.match(text):
-        raise BadRequest("the body must be a JSON object")
+        raise BadRequest("the body must be a JSON object", "not_json")
     pairs: list[tuple[str, Any]] = BODY_DECODER.decode(text)
     return pairs
 
@@ -1963,7 +1956,7 @@ def object_pairs(text: str) -> list[tuple[str, Any]]:
 def only_model(values: Sequence[Any]) -> str:
     """The one value of `model`. Raises BadRequest."""
     if not values:
-        raise BadRequest("model: Field required")
+        raise BadRequest("model: Field required", "no_model")
     if len(values) > 1:
         raise BadRequest("model: given more than once")
     if not isinstance(values[0], str):
@@ -1977,7 +1970,9 @@ def without_long_strings(body: bytes) -> tuple[bytes, list[tuple[int, int]]]:
     pieces: list[bytes] = []
     gaps: list[tuple[int, int]] = []
     kept = missing = 0
-    quote = body.find(b'"') if len(body) > LONG_STRING_BYTES else -1
+    # Where quotes stand dense there is little to gain, and much to look at.
+    worthwhile = len(body) > LONG_STRING_BYTES and body.count(b'"') * 200 < len(body)
+    quote = body.find(b'"') if worthwhile else -1
     while quote >= 0:
         start, quote = quote + 1, body.find(b'"', quote + 1)
         first = body[start : start + 1]
@@ -1999,7 +1994,7 @@ def members(text: str) -> Iterator[tuple[str, Any, int, int]]:
         return
     opening = OPENING.match(text)
     if not opening:
-        raise BadRequest("the body must be a JSON object")
+        raise BadRequest("the body must be a JSON object", "not_json")
     position, separator = opening.end(), ","
     while separator == ",":
         member = MEMBER.match(text, position)
@@ -2048,7 +2043,7 @@ def decompressed(body: bytes, coding: str, limit: int) -> bytes:
 STREAM_ENDS = re.compile(
     rb"(?:^|[\r\n])(?:event: ?(?:message_stop|error|response\.(?:completed|incomplete|failed))|data: ?\[DONE\])"
 )
-FIRST_EVENT_IS_ERROR = re.compile(rb'event: ?error[\r\n]|data: ?\{ ?"error" ?:')
+FIRST_EVENT_IS_ERROR = re.compile(rb'event: ?error[\r\n]|data: ?\{ ?"(?:error"|type" ?: ?"error")')
 USAGE = re.compile(rb'"(input|prompt|output|completion)_tokens" ?: ?([0-9]{1,12})')
 
 
@@ -2126,6 +2121,11 @@ def error_event(dialect: str, kind: str, message: str, code: str, request_id: st
 # ==== Access log =================================================================================
 
 
+def new_request_id() -> str:
+    """An id like those of both APIs; it is no secret."""
+    return f"req_{random.getrandbits(96):024x}"
+
+
 class AccessRecord:
     """What the log tells of one request."""
 
@@ -2138,7 +2138,7 @@ class AccessRecord:
         self.when = when  # seconds since 1970
         self.started = started  # on the monotonic clock, like first_byte
         self.first_byte: float | None = None
-        self.request_id = f"req_{random.getrandbits(96):024x}"
+        self.request_id = new_request_id()
         self.caller = self.method = self.path = self.model = self.sent_model = ""
         self.provider = self.key = self.error = ""
         self.status = self.bytes_sent = self.attempts = 0
@@ -2264,7 +2264,7 @@ class Reply(NamedTuple):
         )
 
 
-def echo_answer(method: str, path: str, body: bytes, now: float) -> EchoAnswer:
+def echo_answer(method: str, path: str, body: bytes, now: float, request_id: str) -> EchoAnswer:
     """The answer to a request in either format; `path` tells which."""
     dialect = "anthropic" if path.startswith("/v1/messages") or path.startswith("/v1/anthropic") else "openai"
     try:
@@ -2281,10 +2281,13 @@ def echo_answer(method: str, path: str, body: bytes, now: float) -> EchoAnswer:
             raise EchoFault(400, "the request body must be a JSON object")
         require(request, "model", is_text, "Input should be a valid string")
         asked_error(request["model"])
-        return compose(request, f"{hashlib.sha256(body).hexdigest()[:24]}", int(now))
+        try:
+            return compose(request, hashlib.sha256(body).hexdigest()[:24], int(now))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
+            raise EchoFault(400, "a field of the request has the wrong type") from None
     except EchoFault as fault:
         kind = ERROR_KINDS.get(fault.status, "api_error" if fault.status >= 500 else "invalid_request_error")
-        document = error_body(dialect, kind, str(fault), kind, "req_echo")
+        document = error_body(dialect, kind, str(fault), kind, request_id)
         return EchoAnswer(fault.status, "application/json", [(0.0, document)])
 
 
@@ -2535,13 +2538,7 @@ def check_tools(request: JsonDict) -> None:
             raise EchoFault(400, f"tools.{index}: Input should be an object")
         require(tool, "name", is_text, "Input should be a valid string", place)
         if tool.get("type", "custom") == "custom":
-            require(
-                tool,
-                "input_schema",
-                lambda value: isinstance(value, dict),
-                "Input should be an object",
-                place,
-            )
+            require(tool, "input_schema", lambda value: isinstance(value, dict), "Input should be an object", place)
     if choice and choice.get("type") not in ("auto", "any", "tool", "none"):
         raise EchoFault(400, "tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'")
     if choice.get("type") in ("any", "tool") and not tools:
@@ -2684,11 +2681,7 @@ def echo_chat(request: JsonDict, identity: str, now: int) -> EchoAnswer:
         return [{"index": 0, name: content, "logprobs": None, "finish_reason": reason}]
 
     if not request.get("stream"):
-        spoken: JsonDict = {
-            "role": "assistant",
-            "content": None if reply.tool else reply.text,
-            "refusal": None,
-        }
+        spoken: JsonDict = {"role": "assistant", "content": None if reply.tool else reply.text, "refusal": None}
         if reply.tool:
             spoken["tool_calls"] = [{**call, "function": function}]
         return at_once(request, openai_object(reply, "chat.completion", now, choices("message", spoken, finish), usage))
@@ -2718,8 +2711,7 @@ def echo_completion(request: JsonDict, identity: str, now: int) -> EchoAnswer:
     finish = OPENAI_STOPS[reply.stop_reason]
     if not request.get("stream"):
         return at_once(
-            request,
-            openai_object(reply, "text_completion", now, choices(reply.text, finish), openai_usage(reply)),
+            request, openai_object(reply, "text_completion", now, choices(reply.text, finish), openai_usage(reply))
         )
     chunks = [choices(word, None) for word in reply.words] + [choices("", finish)]
     return openai_stream(request, reply, "text_completion", now, chunks)
@@ -2798,23 +2790,12 @@ def openai_reply(request: JsonDict, identity: str, text: str, tool: JsonDict) ->
 
 def openai_usage(reply: Reply) -> JsonDict:
     total = reply.input_tokens + reply.output_tokens
-    return {
-        "prompt_tokens": reply.input_tokens,
-        "completion_tokens": reply.output_tokens,
-        "total_tokens": total,
-    }
+    return {"prompt_tokens": reply.input_tokens, "completion_tokens": reply.output_tokens, "total_tokens": total}
 
 
 def openai_object(reply: Reply, kind: str, now: int, choices: list[JsonDict], usage: JsonDict | None) -> JsonDict:
     """A completion, or a chunk of one."""
-    return {
-        "id": reply.id,
-        "object": kind,
-        "created": now,
-        "model": reply.model,
-        "choices": choices,
-        "usage": usage,
-    }
+    return {"id": reply.id, "object": kind, "created": now, "model": reply.model, "choices": choices, "usage": usage}
 
 
 def openai_stream(request: JsonDict, reply: Reply, kind: str, now: int, chunks: list[list[JsonDict]]) -> EchoAnswer:
@@ -2823,8 +2804,7 @@ def openai_stream(request: JsonDict, reply: Reply, kind: str, now: int, chunks: 
     if (request.get("stream_options") or {}).get("include_usage"):
         documents.append(openai_object(reply, kind, now, [], openai_usage(reply)))
     return paced(
-        request,
-        [f"data: {json.dumps(document)}\n\n".encode("ascii") for document in documents] + [b"data: [DONE]\n\n"],
+        request, [f"data: {json.dumps(document)}\n\n".encode("ascii") for document in documents] + [b"data: [DONE]\n\n"]
     )
 
 
@@ -2848,6 +2828,10 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoAnswer]] = {
 BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 # Missing on Windows, where the sockets are made non-blocking instead.
 DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+INTERIM_HEADS = re.compile(rb"(?:HTTP/1\.[0-9] 1[0-9][0-9][^\n]*\r\n(?:[^\r\n][^\n]*\r\n)*\r\n)+")
+# What Linux tells of a connection first is its state (tcp(7), and include/net/tcp_states.h).
+TCP_INFO = getattr(socket, "TCP_INFO", 0)
+TCP_CLOSE, TCP_CLOSE_WAIT = 7, 8
 ThreadSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
@@ -2899,7 +2883,7 @@ class Channel:
                 view = view[self.sock.send(view) :]
             except BLOCKED:
                 ready = wait_until_ready(self, events, time.monotonic() + pause_seconds, client)
-                if not ready & selectors.EVENT_WRITE:
+                if ready & selectors.EVENT_READ and self.has_answered():
                     raise EarlyAnswer from None
 
     def receive_now(self) -> bytes | None:
@@ -2933,6 +2917,33 @@ class Channel:
             self.received += data
         return data == b""
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether so much has come unasked that no more is read for now."""
+        return len(self.received) > PIPELINED_BYTES
+
+    def has_departed(self) -> bool:
+        """Whether a client has closed, found out without reading on from one that is ahead."""
+        return self.has_hung_up() if self.is_ahead else self.has_left()
+
+    def has_answered(self) -> bool:
+        """Whether the provider has begun its final answer, or closed. Interim answers are kept for later, and
+        what TLS says for itself is nothing."""
+        if self.has_left() or len(self.received) > ANSWER_HEAD_BYTES:
+            return True
+        match = INTERIM_HEADS.match(self.received)
+        rest = self.received[match.end() :] if match else self.received
+        return len(rest) >= len(b"HTTP/1.1 2") and rest[9:10] != b"1"
+
+    def has_hung_up(self) -> bool:
+        """Whether the other side has closed behind bytes that are not read yet. Linux tells; elsewhere the
+        next send will."""
+        try:
+            state = self.sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 1)[0] if TCP_INFO else 0
+        except OSError:
+            return False
+        return state in (TCP_CLOSE, TCP_CLOSE_WAIT)
+
     def is_quiet(self) -> bool:
         """Whether nothing has come, no end either: a kept connection that can be used again."""
         try:
@@ -2953,33 +2964,27 @@ class Channel:
 
 
 def wait_until_ready(
-    channel: Channel,
-    events: int,
-    deadline: float,
-    client: Channel | None = None,
-    upstream: Channel | None = None,
+    channel: Channel, events: int, deadline: float, client: Channel | None = None, upstream: Channel | None = None
 ) -> int:
     """The events that came of those waited for. Raises TimeoutError at the deadline, ClientGone when the
     client has left, and EarlyAnswer when the provider has something to say."""
     with ThreadSelector() as selector:
         selector.register(channel.sock, events)
         for other in (client, upstream):
-            if other:
+            if other and not other.is_ahead:
                 selector.register(other.sock, selectors.EVENT_READ)
         while True:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise TimeoutError
-            ready = {key.fileobj: mask for key, mask in selector.select(remaining)}
-            if upstream and upstream.sock in ready:
+            pause = min(remaining, AHEAD_SECONDS) if client and client.is_ahead else remaining
+            ready = {key.fileobj: mask for key, mask in selector.select(pause)}
+            if upstream and upstream.sock in ready and upstream.has_answered():
                 raise EarlyAnswer
-            if client and client.sock in ready:
-                if client.has_left():
-                    raise ClientGone
-                # A client that pipelines too much is no longer watched; sending to it will tell.
-                if len(client.received) > PIPELINED_BYTES:
-                    selector.unregister(client.sock)
-                    client = None
+            if client and (client.sock in ready or client.is_ahead) and client.has_departed():
+                raise ClientGone
+            if client and client.is_ahead and client.sock in selector.get_map():
+                selector.unregister(client.sock)
             if channel.sock in ready:
                 return int(ready[channel.sock])
 
@@ -3115,10 +3120,8 @@ class UpstreamPool:
 
     def connect(self, provider: Provider) -> Channel:
         """A new connection. Raises Unreachable, and Unavailable when descriptors have run out."""
-        if provider.format == "echo":
-            return echo_channel()
         try:
-            return self._dial(provider)
+            return echo_channel() if provider.format == "echo" else self._dial(provider)
         except (OSError, ValueError, http.client.HTTPException) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise Unavailable("this relay has no file descriptor left for a connection", "no_descriptors") from None
@@ -3196,7 +3199,12 @@ def proxy_credential(proxy: Any) -> Pairs:
 def echo_channel() -> Channel:
     """A connection to the echo provider: its other end is served by a thread of its own."""
     near, far = socket.socketpair()
-    threading.Thread(target=serve_echo, args=(far,), name="echo", daemon=True).start()
+    try:
+        threading.Thread(target=serve_echo, args=(far,), name="echo", daemon=True).start()
+    except RuntimeError as error:  # the system gives out no more threads
+        near.close()
+        far.close()
+        raise OSError(errno.EMFILE, str(error)) from None
     return Channel(near)
 
 
@@ -3214,15 +3222,15 @@ def serve_echo(sock: socket.socket) -> None:
         head = parse_request_head(channel.received[:size])
         channel.received = channel.received[size:]
         body = RequestBody(channel, head, sys.maxsize).read_all()
-        answer = echo_answer(head.method, head.path, body, time.time())
-        send_echo(channel, head, answer)
+        request_id = new_request_id()
+        send_echo(channel, echo_answer(head.method, head.path, body, time.time(), request_id), request_id)
     except (OSError, ClientGone, RelayError):
         pass  # the relay has closed its end: the client left, or is being answered already
     finally:
         channel.close()
 
 
-def send_echo(channel: Channel, head: RequestHead, answer: EchoAnswer) -> None:
+def send_echo(channel: Channel, answer: EchoAnswer, request_id: str) -> None:
     """Sends the answer; one that is cut lacks half of its content, and its end."""
     streamed = answer.content_type.startswith("text/event-stream")
     size = sum(len(part) for _, part in answer.parts)
@@ -3230,7 +3238,7 @@ def send_echo(channel: Channel, head: RequestHead, answer: EchoAnswer) -> None:
     fields = [("content-type", answer.content_type), framing, ("connection", "close")]
     if streamed:
         fields += [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
-    fields.append(("request-id", f"req_{os.urandom(12).hex()}"))
+    fields.append(("request-id", request_id))
     channel.send(head_bytes(f"HTTP/1.1 {answer.status} {reason_of(answer.status)}", fields), STALLED_CLIENT_SECONDS)
     for pause, part in answer.parts:
         time.sleep(pause)
@@ -3388,7 +3396,7 @@ class Relay:
                     answer = self._attempt(job, candidate)
                 except (Unreachable, BrokenExchange) as error:
                     failure = error
-                    self.keys.unreachable(candidate.target.provider, time.monotonic())
+                    self._blame(candidate.target.provider)
                     if isinstance(error, BrokenExchange):
                         if only_once_more or job.only_once:
                             break
@@ -3408,6 +3416,11 @@ class Relay:
             raise UpstreamFailed(str(failure), code)
         self._note(job.record, last.candidate, 0)
         return self._presentable(last)
+
+    def _blame(self, provider: Provider) -> None:
+        """Has a provider that could not be reached come later for a while; echo's faults are made to order."""
+        if provider.format != "echo":
+            self.keys.unreachable(provider, time.monotonic())
 
     def _note(self, record: AccessRecord, candidate: Candidate, attempts: int = 1) -> None:
         """Writes down which candidate the request is with."""
@@ -3528,19 +3541,17 @@ class ResultsUrlRewriter:
     # Longer than any beginning of a match that could be cut in two.
     _HELD_BYTES = 512
 
-    def __init__(self, provider: Provider, relay_url: str, coding: str) -> None:
+    def __init__(self, provider: Provider, relay_url: str) -> None:
         origin = re.escape(provider.origin.encode("ascii")).replace(b"/", rb"\\?/")
         default = b"(?::%d)?" % DEFAULT_PORTS[provider.scheme] if provider.origin.count(":") == 1 else b""
         path = re.escape(provider.prefix.encode("ascii")).replace(b"/", rb"\\?/")
         self._pattern = re.compile(rb'("results_url"\s*:\s*")' + origin + default + path + rb"(?=\\?/)", re.IGNORECASE)
-        self._replacement = rb"\g<1>" + f"{relay_url}/v1".encode("ascii").replace(b"\\", b"")
+        self._replacement = rb"\g<1>" + f"{relay_url}/v1".encode("ascii")
         self._held = b""
-        self._inflater = zlib.decompressobj(32 + zlib.MAX_WBITS) if coding in ("gzip", "x-gzip", "deflate") else None
 
     def feed(self, data: bytes) -> bytes:
         """What can be passed on of the body up to here."""
-        data = self._held + self._plain(data)
-        data = self._pattern.sub(self._replacement, data)
+        data = self._pattern.sub(self._replacement, self._held + data)
         cut = data.rfind(b'"results_url"', max(0, len(data) - self._HELD_BYTES))
         cut = cut if cut >= 0 else max(0, len(data) - len(b'"results_url"'))
         self._held = data[cut:]
@@ -3550,14 +3561,6 @@ class ResultsUrlRewriter:
         """The rest, at the end of the body."""
         held, self._held = self._held, b""
         return self._pattern.sub(self._replacement, held)
-
-    def _plain(self, data: bytes) -> bytes:
-        if not self._inflater:
-            return data
-        try:
-            return self._inflater.decompress(data)
-        except zlib.error as error:
-            raise FramingError(f"the body is not compressed as it says: {error}") from None
 
 
 LINE_END = re.compile(rb"[\r\n]")
@@ -3594,7 +3597,6 @@ class Transfer:
         head = self.answer.head
         if rewriter:
             self._filter = rewriter
-            fields = [pair for pair in fields if pair[0].lower() != "content-encoding"]
         bodyless = request.method == "HEAD" or head.status in (204, 304)
         length = head.fields.get("content-length")
         if self.answer.is_stream:
@@ -3765,7 +3767,8 @@ class Catalogue:
                 document = json.loads(read_rest(answer, 8 * 1024 * 1024))
             finally:
                 answer.release(self._relay.connections, time.monotonic())
-            entries = [entry for entry in document["data"] if provider.serves(entry["id"])]
+            listed = [entry for entry in document["data"] if isinstance(entry, dict) and is_text(entry.get("id"))]
+            entries = [entry for entry in listed if provider.serves(entry["id"])]
         except (RelayError, UpstreamFailure, FramingError, ValueError, KeyError, TypeError, RecursionError):
             asked += CATALOGUE_RETRY_SECONDS - CATALOGUE_FRESH_SECONDS
         with self._lock:
@@ -3856,6 +3859,14 @@ class LogWriter:
         """Takes a warning."""
         self.say(message, "warning")
 
+    def finish(self) -> None:
+        """Waits a moment for the thread to write the last lines; a log that takes none holds up nothing."""
+        deadline = time.monotonic() + LOG_LAST_SECONDS
+        while self._lines and time.monotonic() < deadline:
+            time.sleep(LOG_PAUSE_SECONDS / 5)
+        if self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            self._lock.release()
+
     def flush(self) -> None:
         """Writes what is waiting."""
         with self._lock:
@@ -3901,6 +3912,7 @@ class Connection:
         self.address = address
         self.surplus = surplus  # beyond max_connections: it gets one answer, which says so
         self.busy = False  # with a request that isn't answered yet
+        self.late = False  # with a head that has taken too long
         self._register = register
         register.add(self)
 
@@ -3955,7 +3967,7 @@ class EventLoop:
     def start(self, task: Task) -> None:
         """Begins to look after a task."""
         self.tasks.add(task)
-        task.begin()
+        self._guarded(task, task.begin)
         self.expect(task)
 
     def expect(self, task: Task) -> None:
@@ -4047,19 +4059,11 @@ class HeadWait:
 
     def expire(self) -> None:
         if self._begun:
-            body = error_body(
-                "openai",
-                "timeout_error",
-                f"the head took more than {HEAD_SECONDS:.0f} seconds",
-                "head_timeout",
-                "",
-            )
-            head = head_bytes("HTTP/1.1 408 Request Timeout", [*own_fields(body, []), ("connection", "close")])
-            try:
-                self.connection.channel.send_now(head + body)
-            except OSError:
-                pass  # it is closed anyway
-        self.abandon()
+            self.connection.late = True
+            self._leave()
+            self.loop.serve(self.connection)
+        else:
+            self.abandon()
 
     def abandon(self) -> None:
         self._leave()
@@ -4080,7 +4084,8 @@ class Carriage:
         self._body_read = body_read
         self._client = connection.channel
         self._upstream = transfer.answer.channel
-        self._blocked = False  # whether the client, not upstream, is waited for
+        self._due = 0.0  # when the side that is waited for must have moved
+        self._blocked = False  # whether that is the client
 
     def begin(self) -> None:
         selector = self.loop.selector
@@ -4090,14 +4095,11 @@ class Carriage:
 
     def ready(self, sock: Any, mask: int) -> None:
         if sock is self._client.sock and mask & selectors.EVENT_READ:
-            if self._client.has_left():
+            if self._client.has_departed():
                 self.abandon()
                 return
-            if len(self._client.received) > PIPELINED_BYTES:
-                # No longer watched; sending to it will tell whether it is there.
-                self.loop.selector.unregister(sock)
-                if self._blocked:
-                    self.loop.selector.register(sock, selectors.EVENT_WRITE, self)
+            if self._client.is_ahead:
+                self._watch_client()
         self._go_on()
 
     def _go_on(self) -> None:
@@ -4113,35 +4115,41 @@ class Carriage:
             self._finish()
             return
         blocked = transfer.waits_for_client
-        self.deadline = self.loop.now + (STALLED_CLIENT_SECONDS if blocked else transfer.timeout)
+        self._due = self.deadline = self.loop.now + (STALLED_CLIENT_SECONDS if blocked else transfer.timeout)
         if blocked is not self._blocked:
             self._blocked = blocked
-            self._watch(blocked)
+            self._watch_client()
+            if blocked:
+                self.loop.selector.unregister(self._upstream.sock)
+            else:
+                self.loop.selector.register(self._upstream.sock, selectors.EVENT_READ, self)
             self.loop.expect(self)
+        if self._client.is_ahead:
+            self._look_soon()
 
-    def _watch(self, blocked: bool) -> None:
-        """Waits for the side that holds things up; for the client's departure always."""
+    def _watch_client(self) -> None:
+        """Waits for the client to leave, unless it is ahead, and to take something, if that is missing."""
         selector, client = self.loop.selector, self._client.sock
-        watched = client in selector.get_map()
-        events = (selectors.EVENT_READ if len(self._client.received) <= PIPELINED_BYTES else 0) | (
-            selectors.EVENT_WRITE if blocked else 0
-        )
-        if events and watched:
-            selector.modify(client, events, self)
-        elif events:
-            selector.register(client, events, self)
-        elif watched:
+        events = 0 if self._client.is_ahead else selectors.EVENT_READ
+        events |= selectors.EVENT_WRITE if self._blocked else 0
+        if client in selector.get_map():
             selector.unregister(client)
-        if blocked:
-            selector.unregister(self._upstream.sock)
-        else:
-            selector.register(self._upstream.sock, selectors.EVENT_READ, self)
+        if events:
+            selector.register(client, events, self)
+
+    def _look_soon(self) -> None:
+        """Has expire() called before its time, to see whether a client that is ahead is still there."""
+        self.deadline = min(self._due, self.loop.now + AHEAD_SECONDS)
+        self.loop.expect(self)
 
     def expire(self) -> None:
-        if self._blocked:
+        overdue = self.loop.now >= self._due
+        if (self._blocked and overdue) or (self._client.is_ahead and self._client.has_departed()):
             self.abandon()
-        else:
+        elif overdue:
             self.cut(f"the provider sent nothing for {self.transfer.timeout:g} seconds", "upstream_timeout")
+        else:
+            self._look_soon()
 
     def cut(self, message: str, code: str) -> None:
         """Ends the answer before its time."""
@@ -4150,7 +4158,7 @@ class Carriage:
 
     def abandon(self) -> None:
         self._leave()
-        self.transfer.record.error = "client_gone"
+        self.transfer.record.error = self.transfer.record.error or "client_gone"
         self._upstream.close()
         self.connection.close()
         self.loop.log.record(self.transfer.record)
@@ -4176,6 +4184,7 @@ class Farewell:
         self.loop = loop
         self.connection = connection
         self.deadline = loop.now + LINGER_SECONDS
+        self._end = loop.now + LINGER_LONGEST_SECONDS
 
     def begin(self) -> None:
         sock = self.connection.channel.sock
@@ -4190,6 +4199,7 @@ class Farewell:
         if self.connection.channel.has_left():
             self.abandon()
         self.connection.channel.received = b""
+        self.deadline = min(self.loop.now + LINGER_SECONDS, self._end)
 
     def expire(self) -> None:
         self.abandon()
@@ -4281,7 +4291,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record = AccessRecord(time.time(), time.monotonic())
         self.body: RequestBody | None = None
         self.head: RequestHead | None = None
-        self.dialect = "anthropic" if b" /v1/messages" in data[:REQUEST_LINE_BYTES] else "openai"
+        self.dialect = likely_dialect(data)
         try:
             self._serve(data)
         except ClientGone:
@@ -4303,6 +4313,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 size = head_length(channel.received)
             except MalformedRequest:
                 size = len(channel.received)
+            if self.client.late:
+                size = len(channel.received)
             if size:
                 data, channel.received = channel.received[:size], channel.received[size:]
                 return data
@@ -4321,14 +4333,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _serve(self, data: bytes) -> None:
         """Reads the head, finds out who asks for what, and answers."""
+        if self.client.late:
+            raise MalformedRequest(f"the head took more than {HEAD_SECONDS:.0f} seconds", 408)
         head_length(data)  # raises for what _next_head gave up on
         head = self.head = parse_request_head(data)
         self.record.method, self.record.path = head.method, head.path
         self.dialect = dialect_of(head.path, head.fields)
         if self.client.surplus:
             raise Unavailable(
-                "this relay serves as many connections as it may (server.max_connections)",
-                "too_many_connections",
+                "this relay serves as many connections as it may (server.max_connections)", "too_many_connections"
             )
         if self.service.loop.draining:
             raise Unavailable("this relay is shutting down", "shutting_down")
@@ -4409,8 +4422,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _throttle_login(self, username: str) -> None:
         """Slows down who guesses passwords, by name and by address. Raises RateLimited."""
         for name, limit in (
-            (f"user {username}", LOGINS_PER_USER),
             (f"address {self.client.address}", LOGINS_PER_ADDRESS),
+            (f"user {username[:100]}", LOGINS_PER_USER),
         ):
             wait = self.service.logins.wait_seconds(name, limit, time.monotonic())
             if wait:
@@ -4443,8 +4456,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer_any_openai(self, request: Request) -> None:
         """Relays any other OpenAI request: by its model if it is JSON that has one, else to the first provider."""
-        kind = media_type(request.head.fields)
-        if kind == "application/json" or kind.endswith("+json"):
+        if media_type(request.head.fields) in READ_TYPES:
             body = self._read_body(request, required=False)
             if body.model is not None:
                 self._relay_by_model(request, body)
@@ -4485,9 +4497,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         session = request.head.fields.get("x-claude-code-session-id")
         if not session:
             try:
-                session = str(json.loads(body.content)["metadata"]["user_id"])
+                user_id = json.loads(body.content)["metadata"]["user_id"]
+                session = user_id if isinstance(user_id, str) else ""
             except (ValueError, KeyError, TypeError, RecursionError):
-                session = ""
+                pass  # it names nobody
         return session or self.record.caller
 
     def _open_body(self, request: Request, limit_mb: float) -> RequestBody:
@@ -4503,8 +4516,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             content = decompressed(sent, coding, int(self.config.server.max_body_mb * 1024 * 1024))
         try:
             return ReadBody(sent, content, model_name(content))
-        except BadRequest:
-            if required:
+        except BadRequest as error:
+            if required or error.code == "bad_request":
                 raise
             return ReadBody(sent, content, None)
 
@@ -4546,13 +4559,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _rewriter(self, request: Request, answer: Answer) -> ResultsUrlRewriter | None:
         """What keeps the client from following a batch's results_url to the provider; where it matters."""
         head, provider = request.head, answer.candidate.target.provider
-        if not request.endpoint.path.startswith("/messages/batches") or provider.format != "anthropic":
+        if not decoded(request.endpoint.path).startswith("/messages/batches") or provider.format != "anthropic":
             return None
         if media_type(answer.head.fields) != "application/json" or head.method == "HEAD":
             return None
+        coding = answer.head.fields.get("content-encoding", "identity").lower()
+        if coding != "identity":
+            answer.channel.close()
+            message = f"the provider {provider.name} sent a batch as {header_text(coding)} unasked; it can't be checked"
+            raise UpstreamFailed(message, "upstream_broken")
         scheme = "https" if head.fields.get("x-forwarded-proto").lower() == "https" else "http"
         host = head.fields.get("host") or f"{self.config.server.host}:{self.config.server.port}"
-        return ResultsUrlRewriter(provider, f"{scheme}://{host}", answer.head.fields.get("content-encoding").lower())
+        return ResultsUrlRewriter(provider, f"{scheme}://{host}")
 
     # -- answers that the relay makes
 
@@ -4688,7 +4706,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         done.wait(2)
         self.service.relay.connections.close()
         self._spare.close()
-        self.log.flush()
+        self.log.finish()
 
     def _dismiss_idle(self) -> None:
         """Closes the connections on which no request is being served."""
@@ -4740,7 +4758,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         try:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
         except RuntimeError:  # the system gives out no more threads
-            refuse(connection.channel.sock)
+            refuse(connection.channel.sock, connection.channel.received)
             connection.close()
 
     def _serve(self, connection: Connection) -> None:
@@ -4784,23 +4802,19 @@ def listen(server: ServerSettings) -> socket.socket:
     return listener
 
 
-def refuse(sock: socket.socket) -> None:
+def refuse(sock: socket.socket, data: bytes = b"") -> None:
     """Tells a client that there is no room, in the dialect of its path where that has come, and closes."""
     try:
         sock.setblocking(False)
         try:
-            data = sock.recv(RECEIVE_BYTES)
+            data = data or sock.recv(RECEIVE_BYTES)
         except BLOCKED:
-            data = b""
-        dialect = "anthropic" if b" /v1/messages" in data or b"anthropic-version" in data.lower() else "openai"
-        body = error_body(
-            dialect, "api_error", "this relay can't take another connection now", "too_many_connections", ""
-        )
-        fields = [
-            ("retry-after", "1"),
-            ("x-monorelay-error", "too_many_connections"),
-            ("connection", "close"),
-        ]
+            pass
+        dialect, request_id = likely_dialect(data), new_request_id()
+        message, code = "this relay can't take another connection now", "too_many_connections"
+        body = error_body(dialect, "api_error", message, code, request_id)
+        fields = [("request-id", request_id), ("x-request-id", request_id), ("retry-after", "1")]
+        fields += [("x-monorelay-error", code), ("connection", "close")]
         sock.send(head_bytes("HTTP/1.1 503 Service Unavailable", own_fields(body, fields)) + body)
         sock.shutdown(socket.SHUT_WR)
     except OSError:
@@ -4855,9 +4869,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument(
-        "--config",
-        metavar="FILE",
-        help="the configuration (default: ./relay.json, or the one beside monorelay.py)",
+        "--config", metavar="FILE", help="the configuration (default: ./relay.json, or the one beside monorelay.py)"
     )
     listening = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     listening.add_argument("--host", help="listen there instead of server.host")
@@ -4939,6 +4951,8 @@ def run_check(options: argparse.Namespace) -> int:
 
 def run_hash_password(options: argparse.Namespace) -> int:
     """Prints the hash of a password that is typed, or comes on stdin."""
+    if not sys.stdin:
+        raise OSError(errno.EBADF, "there is no stdin to read the password from")
     if sys.stdin.isatty():
         import getpass
 
@@ -4968,17 +4982,22 @@ def run_token(options: argparse.Namespace) -> int:
 def run_serve(options: argparse.Namespace) -> int:
     """Serves until a signal says otherwise, alone or as the supervisor of several workers."""
     path = config_path(options)
-    config = with_run_secrets(load_config(path, options), None)
+    given = load_config(path, options)
+    config = with_run_secrets(given, None)
     raise_descriptor_limit()
     listener = listen(config.server)
     host, port = listener.getsockname()[:2]
-    lines = "\n".join(banner(config, path, relay_url(host, port)))
+    lines = "\n".join(
+        banner(config, path, relay_url(host, port), config.server.access_keys != given.server.access_keys)
+    )
     if config.server.workers > 1:
         return Supervisor(config, path, options, listener).run(lines)
     server = RelayServer(config, None, listener)
     server.log.write(lines)
     server.start()
-    return Operator(server, path, options).run(Signals(*OPERATOR_SIGNALS))
+    status = Operator(server, path, options).run(Signals(*OPERATOR_SIGNALS))
+    # Python's own way out would wait for a thread that writes to a log which nobody reads.
+    os._exit(status)
 
 
 def raise_descriptor_limit() -> None:
@@ -5201,42 +5220,54 @@ def describe_config(config: Config) -> Iterator[str]:
         yield f"  users      {', '.join(config.users)}"
 
 
-def banner(config: Config, path: str, url: str) -> Iterator[str]:
-    """What an owner wants to see at the start: where, what, and how to call it."""
-    key = config.server.access_keys[0].reveal() if config.server.access_keys else ""
-    made_up = key.startswith("mr-")
+def banner(config: Config, path: str, url: str, made_up: bool) -> Iterator[str]:
+    """What an owner wants to see at the start: where, what, and how to call it. Of secrets it shows only an
+    access key that was made up for this run."""
     yield f"MonoRelay {__version__} serves {path or 'its built-in configuration'} at {url}"
     yield from describe_config(config)
     for warning in file_warnings(path, config):
         yield f"  warning    {warning}"
+    token = config.server.access_keys[0].reveal() if made_up else token_expression(config, os.path.abspath(path))
     if made_up:
-        yield f"  access key {key} (made for this run; set MONORELAY_ACCESS_KEY to choose one)"
-    shown = key if made_up else token_expression(config, path)
-    yield "  try it     " + curl_line(config, url, shown)
+        yield f"  access key {token} (made for this run; set MONORELAY_ACCESS_KEY to choose one)"
+    yield f"  try it     {curl_line(config, url, token)}"
     yield f"  clients    Claude Code: ANTHROPIC_BASE_URL={url}"
     yield f"             Anthropic SDKs: base_url {url}"
     yield f"             OpenAI SDKs, Vercel AI SDK: base_url {url}/v1"
 
 
 def token_expression(config: Config, path: str) -> str:
-    """What a shell replaces by a token of this relay, so that none is ever printed."""
+    """What a shell replaces by a token of this relay, so that none is ever printed; empty if there is none."""
     for key in config.server.access_keys:
         for name, value in os.environ.items():
             if value == key.reveal() and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 return f"${name}"
     if config.server.access_keys:
-        read = (
-            "import json;k=json.load(open('"
-            + path
-            + "'))['server']['access_key'];print(k if isinstance(k,str) else k[0])"
-        )
-        return f'$(python3 -c "{read}")'
-    user = next(iter(config.users), "me")
-    return f"$(python3 {os.path.relpath(__file__)} token {user} --config {path})"
+        for index, written in enumerate(written_access_keys(path)):
+            if Secret(written) in config.server.access_keys:
+                code = 'import json,sys;k=json.load(open(sys.argv[1]))["server"]["access_key"]'
+                code += f";print(k if isinstance(k,str) else k[{index}])"
+                return f"$(python3 -c {shlex.quote(code)} {shlex.quote(path)})"
+        return ""
+    user = next((user.name for user in config.users.values() if not user.models), "" if config.users else "me")
+    command = ["python3", os.path.abspath(__file__), "token", user, "--config", path]
+    return f"$({' '.join(map(shlex.quote, command))})" if user else ""
+
+
+def written_access_keys(path: str) -> list[str]:
+    """The access keys as they stand in the file, variables and all."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            written = json.load(file)["server"]["access_key"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [written] if isinstance(written, str) else [str(key) for key in written]
 
 
 def curl_line(config: Config, url: str, token: str) -> str:
     """A call that works as it is: a message to echo where there is a route to it, else the list of models."""
+    if not token:
+        return f"curl {url}/health"
     try:
         to_echo = any(target.provider.format == "echo" for target in targets_for(config, "echo", "anthropic"))
     except RelayError:
