@@ -9,15 +9,15 @@
 Rooms, top to bottom; each knows only those above it, and down to the echo provider none does I/O:
 
     limits · errors · config · auth · routing · key pool · wire rules · model splice · server-sent events ·
-    access log · echo provider · channels · upstream · relay · catalogue · handler · event loop · server ·
-    command line
+    access log · echo provider · channels · upstream · relay · catalogue · log writer · event loop · handler ·
+    server · command line
 
 What happens to a request:
 
     RelayServer.process_request   a connection is accepted and waits in the EventLoop for a whole head
     Handler.handle_one_request    gets a thread; the head is parsed strictly, the endpoint is found
-    Handler.authenticate          access key or JWT becomes a Caller
-    Handler.read_body             the body is read for its model, or will stream through
+    Handler._authenticate         access key or JWT becomes a Caller
+    Handler._read_body            the body is read for its model, or will stream through
     resolve → KeyPool.order       the model becomes targets, the targets candidates (target, key)
     Relay.obtain                  candidate after candidate: connect → send → read the head → judge
     Transfer.advance              the answer goes out as it arrives; what is slow continues in the EventLoop
@@ -51,7 +51,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union
+from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Union
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 
 __version__ = "1.0.0"
 
-T = TypeVar("T")
 Pairs = list[tuple[str, str]]  # header fields in their order, repetitions kept
 JsonDict = dict[str, Any]
 
@@ -89,7 +88,7 @@ PIPELINED_BYTES = 64 * 1024
 AHEAD_SECONDS = 0.5  # how often it is then looked whether that client is still there
 # An unread body up to this size is read and dropped to keep the connection; nginx closes lingering.
 DISCARDED_BODY_BYTES = 64 * 1024
-DISCARD_SECONDS = 0.5
+DISCARD_SECONDS = 0.5  # and no longer: what is short and was sent is here by then
 
 HEAD_SECONDS = 20.0  # Apache's RequestReadTimeout header=20
 BODY_PAUSE_SECONDS = 60.0  # nginx's client_body_timeout
@@ -99,7 +98,7 @@ LINGER_SECONDS = 5.0  # nginx's lingering_timeout
 LINGER_LONGEST_SECONDS = 30.0  # nginx's lingering_time
 # A kept upstream connection; shorter than the 60 s after which common balancers drop theirs.
 UPSTREAM_IDLE_SECONDS = 50.0
-FRESH_SECONDS = 1.0
+FRESH_SECONDS = 1.0  # used so recently, a connection is taken to be open
 # How many connections to a provider wait for their next use; nginx needs as many for the same load.
 UPSTREAM_IDLE_CONNECTIONS = 512
 # How long a system call may block before the wait moves to poll(), which sees a client leave, too:
@@ -112,9 +111,9 @@ WAITING_THREADS = 300
 # Connections over max_connections are taken to be told so, in the dialect of their path; these few only.
 SURPLUS_CONNECTIONS = 256
 LISTEN_BACKLOG = 4096  # connections that wait for accept(); the system caps it (net.core.somaxconn)
-SURPLUS_SECONDS = 2.0
+SURPLUS_SECONDS = 2.0  # and not for long
 RETRY_AFTER_LIMIT_SECONDS = 3600.0
-LEEWAY_SECONDS = 60.0  # clocks of token issuers differ
+LEEWAY_SECONDS = 60.0  # clocks of token issuers differ; RFC 7519 §4.1.4 allows a few minutes
 ACCESS_TOKEN_SECONDS = 3600
 REFRESH_TOKEN_SECONDS = 30 * 86400
 JWT_SECRET_BYTES = 32  # RFC 7518 §3.2: a key at least as long as the hash
@@ -178,6 +177,7 @@ BUILT_IN_CONFIG = """{
 #  ├─ Unreachable           nothing was sent
 #  ├─ BrokenExchange        sent, and then no (whole) head of an answer
 #  └─ NoAnswer              sent, and silent for the provider's timeout
+# EchoFault                 what echo was asked to answer, or finds wrong
 # FramingError              bytes that are not HTTP/1.1; whose fault it is, the caller knows
 # EarlyAnswer               no fault: a provider that answers while it is still being sent the request
 # ClientGone                nobody is left to be told anything
@@ -783,11 +783,7 @@ def read_settings(table: Mapping[str, tuple[Check, Any]], given: Any, place: str
 
 def read_lists(section: JsonDict, place: str, problems: Problems) -> dict[str, tuple[str, ...]]:
     """A section whose values are a name or a list of names."""
-    return {
-        key: value[key]
-        for key in section
-        for value in [read_settings({key: (text_or_texts, ())}, {key: section[key]}, place, problems)]
-    }
+    return read_settings({key: (text_or_texts, ()) for key in section}, section, place, problems)
 
 
 def read_provider(name: str, given: Any, problems: Problems) -> Provider:
@@ -1218,11 +1214,11 @@ def not_usable(provider: Provider) -> Unavailable:
 # cooling come first, then the one that is back soonest, so that a relay with one key answers exactly as
 # its provider would.
 #
-#   429            the key, until retry-after or for `cooldown`
-#   401, 402       the key, for ten times `cooldown`
-#   403, 5xx, 529  the key with this model, for a second, doubling up to `cooldown`
-#   no connection  the provider, for a second, doubling up to `cooldown`
-#   anything else  says nothing about a key; the first success clears all of it
+#   429                             the key, until retry-after or for `cooldown`
+#   401, 402                        the key, for ten times `cooldown`
+#   403, 500, 502, 503, 504, 529    the key with this model, for a second, doubling up to `cooldown`
+#   no connection, or a broken one  the provider, for a second, doubling up to `cooldown`
+#   anything else                   says nothing about a key; the first success clears all of it
 
 
 class Candidate(NamedTuple):
@@ -1252,7 +1248,7 @@ class Cooling:
             self.until = now + min(cooldown, 2.0 ** min(self.failures - 1, 20))
 
 
-QUARANTINE_FACTOR = 10
+QUARANTINE_FACTOR = 10  # times `cooldown`: its owner has to do something first
 QUARANTINED = frozenset({401, 402})
 BACKED_OFF = frozenset({403, 500, 502, 503, 504, 529})
 # Cooling entries name models, which clients may invent.
@@ -1291,18 +1287,18 @@ class KeyPool:
                 turn = self._turns[provider.name] % len(keys)
                 self._turns[provider.name] += 1
             return (*keys[turn:], *keys[:turn])
-        # The other strategies draw lots that are weighted in one step (Efraimidis and Spirakis): the key
-        # with the largest lot**(1/weight) wins. `sticky` lets a hash of session and key draw, which is
-        # rendezvous hashing: a key that comes or goes moves no session between the others.
-        return sorted(keys, key=lambda key: -(self._lot(provider, key, session) ** (1 / key.weight)))
+        return sorted(keys, key=lambda key: self._lot(provider, key, session), reverse=True)
 
     def _lot(self, provider: Provider, key: ProviderKey, session: str) -> float:
-        """A number between 0 and 1; `random` is the strategy that leaves weights alone."""
-        if provider.key_strategy == "sticky":
-            digest = hashlib.sha256(f"{session}\0{key.label}".encode("utf-8", "surrogatepass")).digest()
-            return int.from_bytes(digest[:7], "big") / 2**56
-        lot = self._chance.random()
-        return lot if provider.key_strategy == "weighted" else lot**key.weight
+        """What a key draws, the largest lot being tried first: lot**(1/weight) favours by weight (Efraimidis and
+        Spirakis). For `sticky` a hash of session and key draws, which is rendezvous hashing: a key that comes or
+        goes moves no session between the others."""
+        if provider.key_strategy == "random":
+            return self._chance.random()
+        if provider.key_strategy == "weighted":
+            return float(self._chance.random() ** (1 / key.weight))
+        digest = hashlib.sha256(f"{session}\0{key.label}".encode("utf-8", "surrogatepass")).digest()
+        return float((int.from_bytes(digest[:7], "big") / 2**56) ** (1 / key.weight))
 
     def _back_at(self, candidate: Candidate) -> float:
         """When the candidate is wanted again."""
@@ -1796,20 +1792,21 @@ def preflight_fields(request: Headers) -> Pairs:
     ]
 
 
+READING = ("GET", "HEAD")
 # What stands at which path: the methods, and the handler's method that answers.
 ENDPOINTS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "/": (("HEAD",), "alive"),
     "/api/hello": (("HEAD",), "alive"),
-    "/health": (("GET", "HEAD"), "health"),
+    "/health": (READING, "health"),
     "/api/auth/login": (("POST",), "login"),
     "/api/auth/refresh": (("POST",), "refresh"),
-    "/api/auth/me": (("GET", "HEAD"), "me"),
+    "/api/auth/me": (READING, "me"),
     "/api/event_logging/batch": (("POST",), "telemetry"),
     "/v1/messages": (("POST",), "by_model"),
     "/v1/messages/beta": (("POST",), "by_model"),
     "/v1/messages/count_tokens": (("POST",), "by_model"),
-    "/v1/anthropic/models": (("GET", "HEAD"), "first_provider"),
-    "/v1/models": (("GET", "HEAD"), "catalogue"),
+    "/v1/anthropic/models": (READING, "first_provider"),
+    "/v1/models": (READING, "catalogue"),
     "/v1/chat/completions": (("POST", "GET"), "by_model"),
     "/v1/completions": (("POST",), "by_model"),
     "/v1/responses": (("POST",), "by_model"),
@@ -1857,24 +1854,23 @@ def find_endpoint(head: RequestHead) -> Endpoint:
     if path.startswith("/v1/v1/") or path == "/v1/v1":
         raise NotFound("the path begins with /v1/v1: leave /v1 out of the client's base_url", "doubled_v1")
     dialect = dialect_of(path, head.fields)
-    methods, name = ENDPOINTS.get(path, ((), ""))
-    if not name:
-        methods, name = METHODS, "first_provider" if dialect == "anthropic" else "any_openai"
-        if path.startswith("/v1/models/") and head.method in ("GET", "HEAD"):
-            name = "catalogue"
-        elif (
-            not path.startswith("/v1/")
-            or path == "/v1/"
-            or (path.startswith("/v1/anthropic/") and not path.startswith("/v1/anthropic/models/"))
-        ):
-            raise NotFound(f"there is nothing at {header_text(path)[:200]}")
-        elif path.startswith("/v1/anthropic/"):
-            methods = ("GET", "HEAD")
+    methods, name = ENDPOINTS.get(path) or fallback(head.method, path, dialect)
     if head.method not in methods:
         raise MethodNotAllowed(head.method, header_text(path)[:200], methods)
     if name == "by_model" and head.method != "POST":
         name = "any_openai"
     return Endpoint(name, dialect, *upstream_place(head))
+
+
+def fallback(method: str, path: str, dialect: str) -> tuple[tuple[str, ...], str]:
+    """What serves a path that is no endpoint of its own, as in ENDPOINTS. Raises NotFound."""
+    if path.startswith("/v1/anthropic/models/"):
+        return READING, "first_provider"
+    if not path.startswith("/v1/") or path == "/v1/" or path.startswith("/v1/anthropic/"):
+        raise NotFound(f"there is nothing at {header_text(path)[:200]}")
+    if path.startswith("/v1/models/") and method in READING:
+        return READING, "catalogue"
+    return METHODS, "first_provider" if dialect == "anthropic" else "any_openai"
 
 
 def decoded(path: str) -> str:
@@ -1897,7 +1893,7 @@ def upstream_place(head: RequestHead) -> tuple[str, str]:
 # name, the outer object is walked member by member to find the bytes to replace. Long strings without an
 # escape (images, documents) are taken out before: they prove nothing, and would cost more than all the rest.
 
-MEMBER = re.compile(r'[ \t\n\r]*"([^"\\]*(?:\\.[^"\\]*)*)"[ \t\n\r]*:[ \t\n\r]*', re.DOTALL)
+MEMBER = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)"[ \t\n\r]*:[ \t\n\r]*', re.DOTALL)
 SEPARATOR = re.compile(r"[ \t\n\r]*([,}])")
 EMPTY_OBJECT = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*\}[ \t\n\r]*")
 OPENING = re.compile(r"[ \t\n\r]*\{")
@@ -1915,42 +1911,24 @@ class ModelSpan(NamedTuple):
     end: int
 
 
-def model_name(body: bytes) -> str:
-    """The top-level `model` of a JSON object. Raises BadRequest unless there is exactly one, a string."""
-    pairs = read_json(without_long_strings(body)[0], object_pairs)
-    return only_model([value for key, value in pairs if key == "model"])
-
-
 def find_model(body: bytes) -> ModelSpan:
-    """The same, and where its value stands."""
+    """The top-level `model` of a JSON object. Raises BadRequest unless there is exactly one, a string."""
     short, gaps = without_long_strings(body)
-    found = read_json(short, lambda text: [member for member in members(text) if member[0] == "model"])
+    try:
+        text = short.decode("utf-8")
+        found = [member for member in members(text) if member[0] == "model"]
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"the body is not valid JSON: {error.msg}", "not_json") from None
+    except (ValueError, RecursionError):
+        raise BadRequest("the body is not valid JSON in UTF-8, or nested too deeply", "not_json") from None
     name = only_model([value for _, value, _, _ in found])
-    text, (_, _, start, end) = short.decode("utf-8"), found[0]
+    _, _, start, end = found[0]
 
     def place_in_body(position: int) -> int:
         place = len(text[:position].encode("utf-8"))
         return place + sum(length for gap, length in gaps if gap <= place)
 
     return ModelSpan(name, place_in_body(start), place_in_body(end))
-
-
-def read_json(body: bytes, read: Callable[[str], T]) -> T:
-    """What `read` makes of the text. Raises BadRequest where it isn't JSON in UTF-8."""
-    try:
-        return read(body.decode("utf-8"))
-    except json.JSONDecodeError as error:
-        raise BadRequest(f"the body is not valid JSON: {error.msg}", "not_json") from None
-    except (ValueError, RecursionError):
-        raise BadRequest("the body is not valid JSON in UTF-8, or nested too deeply", "not_json") from None
-
-
-def object_pairs(text: str) -> list[tuple[str, Any]]:
-    """The members of a JSON object. Raises BadRequest for another value, and ValueError."""
-    if not OPENING.match(text):
-        raise BadRequest("the body must be a JSON object", "not_json")
-    pairs: list[tuple[str, Any]] = BODY_DECODER.decode(text)
-    return pairs
 
 
 def only_model(values: Sequence[Any]) -> str:
@@ -2331,20 +2309,17 @@ def echo_json(document: Any) -> EchoAnswer:
 # -- what both formats check and say
 
 
-def is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def kind(*types: type) -> Callable[[Any], bool]:
+    """A condition: the value is of one of the types; true and false are no numbers."""
+    return lambda value: isinstance(value, types) and (bool in types or not isinstance(value, bool))
 
 
-def is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+is_text, is_whole, is_number, is_object, is_list = kind(str), kind(int), kind(int, float), kind(dict), kind(list)
 
 
 def is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    """Whether it is a list of strings."""
+    return isinstance(value, list) and all(map(is_text, value))
 
 
 def require(section: JsonDict, name: str, holds: Callable[[Any], bool], otherwise: str, place: str = "") -> None:
@@ -2449,7 +2424,7 @@ def echo_count_tokens(request: JsonDict, identity: str, now: int) -> EchoAnswer:
 
 def check_messages(request: JsonDict) -> None:
     """The turns: at least one, the first the user's, alternating, each with content."""
-    require(request, "messages", lambda value: isinstance(value, list), "Input should be a valid list")
+    require(request, "messages", is_list, "Input should be a valid list")
     if not request["messages"]:
         raise EchoFault(400, "messages: at least one message is required")
     before = "assistant"
@@ -2464,13 +2439,7 @@ def check_messages(request: JsonDict) -> None:
             "Input should be 'user' or 'assistant'",
             place,
         )
-        require(
-            message,
-            "content",
-            lambda value: isinstance(value, (str, list)),
-            "Input should be a valid string or list",
-            place,
-        )
+        require(message, "content", kind(str, list), "Input should be a valid string or list", place)
         check_blocks(message["content"], place)
         if message["role"] == before:
             raise EchoFault(
@@ -2511,8 +2480,8 @@ def check_sampling(request: JsonDict) -> None:
         ("top_p", lambda value: is_number(value) and 0 <= value <= 1, "range: 0..1"),
         ("top_k", lambda value: is_whole(value) and value >= 0, "Input should be greater than or equal to 0"),
         ("stop_sequences", is_texts, "Input should be a valid list of strings"),
-        ("stream", lambda value: isinstance(value, bool), "Input should be a valid boolean"),
-        ("thinking", lambda value: isinstance(value, dict), "Input should be an object"),
+        ("stream", kind(bool), "Input should be a valid boolean"),
+        ("thinking", is_object, "Input should be an object"),
     )
     for name, holds, otherwise in checks:
         if request.get(name) is not None:
@@ -2538,7 +2507,7 @@ def check_tools(request: JsonDict) -> None:
             raise EchoFault(400, f"tools.{index}: Input should be an object")
         require(tool, "name", is_text, "Input should be a valid string", place)
         if tool.get("type", "custom") == "custom":
-            require(tool, "input_schema", lambda value: isinstance(value, dict), "Input should be an object", place)
+            require(tool, "input_schema", is_object, "Input should be an object", place)
     if choice and choice.get("type") not in ("auto", "any", "tool", "none"):
         raise EchoFault(400, "tool_choice.type: Input should be 'auto', 'any', 'tool' or 'none'")
     if choice.get("type") in ("any", "tool") and not tools:
@@ -2838,12 +2807,11 @@ ThreadSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 class Channel:
     """One connection and what has been received on it and not been used yet."""
 
-    __slots__ = ("_flags", "extra_fields", "idle_since", "received", "sock", "target_prefix", "uses")
+    __slots__ = ("_flags", "extra_fields", "idle_since", "received", "sock", "target_prefix")
 
     def __init__(self, sock: socket.socket, slice_seconds: float = SLICE_SECONDS) -> None:
         self.sock = sock
         self.received = b""
-        self.uses = 0  # requests carried so far
         self.idle_since = 0.0
         self.target_prefix = ""  # what an HTTP proxy wants before the path
         self.extra_fields: Pairs = []  # and the credential it wants
@@ -3276,6 +3244,7 @@ class Answer:
         """Whether the connection can carry another request."""
         return (
             self.decoder.finished
+            and not isinstance(self.decoder, CloseDecoder)
             and not self.decoder.rest
             and self.whole_request
             and self.head.version >= 1
@@ -3296,14 +3265,14 @@ class Answer:
 
 
 def read_answer(channel: Channel, candidate: Candidate, method: str, client: Channel | None) -> Answer:
-    """Waits for the head of the final answer. Raises BrokenExchange, NoAnswer and ClientGone."""
+    """Waits for the head of the final answer. Raises BrokenExchange, NoAnswer, FramingError and ClientGone."""
     interim = 0
     while True:
         end = channel.received.find(b"\r\n\r\n") + 4
         if end < 4:
             if len(channel.received) > ANSWER_HEAD_BYTES:
                 raise FramingError(f"its head is longer than {ANSWER_HEAD_BYTES} bytes")
-            receive_from_upstream(channel, candidate, client)
+            channel.received += receive_from_upstream(channel, candidate, client)
             continue
         head = parse_response_head(channel.received[:end])
         channel.received = channel.received[end:]
@@ -3318,8 +3287,8 @@ def read_answer(channel: Channel, candidate: Candidate, method: str, client: Cha
             raise FramingError("it sends too many interim answers, or switches protocols unasked")
 
 
-def receive_from_upstream(channel: Channel, candidate: Candidate, client: Channel | None) -> None:
-    """Waits for more bytes into `received`. Raises BrokenExchange, NoAnswer and ClientGone."""
+def receive_from_upstream(channel: Channel, candidate: Candidate, client: Channel | None) -> bytes:
+    """Waits for the next bytes of an answer. Raises BrokenExchange, NoAnswer and ClientGone."""
     provider = candidate.target.provider
     try:
         data = channel.receive(time.monotonic() + provider.timeout, client)
@@ -3331,7 +3300,7 @@ def receive_from_upstream(channel: Channel, candidate: Candidate, client: Channe
         data = b""
     if not data:
         raise BrokenExchange(f"the provider {provider.name} closed the connection without an answer")
-    channel.received += data
+    return data
 
 
 # ==== Relay ======================================================================================
@@ -3347,13 +3316,17 @@ class ReadBody(NamedTuple):
 
     sent: bytes  # as the client sent it
     content: bytes  # the same without its content-encoding
-    model: str | None
+    span: ModelSpan | None  # where it names its model
+
+    @property
+    def model(self) -> str | None:
+        return self.span.name if self.span else None
 
     def with_model(self, model: str) -> tuple[bytes, bool]:
         """The body that asks for this model, and whether it lost its content-encoding."""
-        if self.model is None or self.model == model:
+        if self.span is None or self.span.name == model:
             return self.sent, False
-        return splice_model(self.content, find_model(self.content), model), self.sent is not self.content
+        return splice_model(self.content, self.span, model), self.sent is not self.content
 
 
 class Job(NamedTuple):
@@ -3451,9 +3424,7 @@ class Relay:
             begun = True
             answer.whole_request = whole
             while answer.is_stream and not LINE_END.search(answer.content) and not answer.decoder.finished:
-                receive_from_upstream(channel, candidate, job.client)
-                received, channel.received = channel.received, b""
-                answer.absorb(received)
+                answer.absorb(receive_from_upstream(channel, candidate, job.client))
                 if len(answer.content) > STREAM_LINE_BYTES:
                     break
             return answer
@@ -3484,7 +3455,6 @@ class Relay:
         target = f"{channel.target_prefix}{provider.prefix}{job.endpoint.path}"
         target += f"?{job.endpoint.query}" if job.endpoint.query else ""
         head = head_bytes(f"{job.head.method} {target} HTTP/1.1", fields)
-        channel.uses += 1
         try:
             # Two sends are cheaper than a copy of a large body; for a small one, one send is.
             if len(data) < RECEIVE_BYTES:
@@ -3582,7 +3552,6 @@ class Transfer:
         self.answer = answer
         self.client = client
         self.record = record
-        self.complete = False  # whether the client got all of it, and can tell
         self.keep_alive = request.keep_alive
         self.timeout = answer.candidate.target.provider.timeout
         self._dialect = endpoint.dialect
@@ -3682,14 +3651,13 @@ class Transfer:
             self._forward(self._filter.flush())
         if self._chunked:
             self._pending += LAST_CHUNK
-        self._ended = self.complete = True
+        self._ended = True
 
     def _upstream_closed(self) -> None:
         """The connection has ended: rightly where nothing else marks the end, and for a stream if it has said so."""
         if isinstance(self.answer.decoder, CloseDecoder) and (self._sees_end or not self.answer.is_stream):
             self.answer.decoder.finished = True
             self._finish()
-            self.answer.decoder.rest = b"closed"
         else:
             self.fail("the provider broke off its answer", "upstream_broken")
 
@@ -3781,9 +3749,7 @@ def read_rest(answer: Answer, limit: int) -> bytes:
     while not answer.decoder.finished:
         if len(answer.content) > limit:
             raise FramingError("the answer is too long")
-        receive_from_upstream(answer.channel, answer.candidate, None)
-        received, answer.channel.received = answer.channel.received, b""
-        answer.absorb(received)
+        answer.absorb(receive_from_upstream(answer.channel, answer.candidate, None))
     return answer.content
 
 
@@ -3829,8 +3795,7 @@ class LogWriter:
 
     def __init__(self, stream: IO[str] | None) -> None:
         self._stream = stream
-        self._lines: collections.deque[AccessRecord | str] = collections.deque()
-        self._times: dict[int, float] = {}
+        self._lines: collections.deque[str] = collections.deque()
         self._wanted = threading.Event()
         self._lock = threading.Lock()  # guards the order of writes
         self.style = "text"
@@ -3870,12 +3835,10 @@ class LogWriter:
     def flush(self) -> None:
         """Writes what is waiting."""
         with self._lock:
-            lines = []
-            while self._lines:
-                lines.append(self._lines.popleft())
+            lines = [self._lines.popleft() for _ in range(len(self._lines))]
             if self._stream and lines:
                 try:
-                    self._stream.write("\n".join(map(str, lines)) + "\n")
+                    self._stream.write("\n".join(lines) + "\n")
                     self._stream.flush()
                 except (OSError, ValueError):
                     pass  # a closed or full log must not stop the serving
@@ -4515,7 +4478,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if coding != "identity" and sent:
             content = decompressed(sent, coding, int(self.config.server.max_body_mb * 1024 * 1024))
         try:
-            return ReadBody(sent, content, model_name(content))
+            return ReadBody(sent, content, find_model(content))
         except BadRequest as error:
             if required or error.code == "bad_request":
                 raise
@@ -4646,9 +4609,6 @@ class RelayServer(http.server.ThreadingHTTPServer):
     """Listens, admits connections, and hands each to the event loop until there is something to serve.
 
     For callers: start(), url, reload(), stop(). Everything else belongs to socketserver's protocol."""
-
-    daemon_threads = True
-    block_on_close = False
 
     def __init__(self, config: Config, log: IO[str] | None = None, listener: socket.socket | None = None) -> None:
         super().__init__(("", 0), Handler, bind_and_activate=False)
