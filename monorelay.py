@@ -84,7 +84,7 @@ STREAM_LINE_BYTES = 64 * 1024
 # One recv: a TLS record is 16 KiB, four of them make system calls rare.
 RECEIVE_BYTES = 64 * 1024
 # What is kept of a client that sends its next request while the current one is being answered.
-PIPELINED_BYTES = 64 * 1024
+PIPELINED_BYTES = 256 * 1024
 AHEAD_SECONDS = 0.5  # how often it is then looked whether that client is still there
 # An unread body up to this size is read and dropped to keep the connection; nginx closes lingering.
 DISCARDED_BODY_BYTES = 64 * 1024
@@ -2807,11 +2807,12 @@ ThreadSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 class Channel:
     """One connection and what has been received on it and not been used yet."""
 
-    __slots__ = ("_flags", "extra_fields", "idle_since", "received", "sock", "target_prefix")
+    __slots__ = ("_flags", "answered", "extra_fields", "idle_since", "received", "sock", "target_prefix")
 
     def __init__(self, sock: socket.socket, slice_seconds: float = SLICE_SECONDS) -> None:
         self.sock = sock
         self.received = b""
+        self.answered = False  # whether anything has come since the last request was begun
         self.idle_since = 0.0
         self.target_prefix = ""  # what an HTTP proxy wants before the path
         self.extra_fields: Pairs = []  # and the credential it wants
@@ -2883,6 +2884,7 @@ class Channel:
             return True
         if data:
             self.received += data
+            self.answered = True
         return data == b""
 
     @property
@@ -3086,35 +3088,40 @@ class UpstreamPool:
                 channels[:] = [channel for channel in channels if channel.idle_since >= before]
         return removed
 
-    def connect(self, provider: Provider) -> Channel:
-        """A new connection. Raises Unreachable, and Unavailable when descriptors have run out."""
+    def connect(self, provider: Provider, client: Channel | None) -> Channel:
+        """A new connection. Raises Unreachable, ClientGone, and Unavailable when descriptors have run out."""
         try:
-            return echo_channel() if provider.format == "echo" else self._dial(provider)
+            return echo_channel() if provider.format == "echo" else self._dial(provider, client)
         except (OSError, ValueError, http.client.HTTPException) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise Unavailable("this relay has no file descriptor left for a connection", "no_descriptors") from None
             raise Unreachable(connect_problem(error, provider)) from None
 
-    def _dial(self, provider: Provider) -> Channel:
+    def _dial(self, provider: Provider, client: Channel | None) -> Channel:
         host, port, timeout = provider.host, provider.port, provider.connect_timeout
         proxy = proxy_for(provider)
-        tunnel = bool(proxy) and provider.scheme == "https"
-        connection: http.client.HTTPConnection
+        secure = provider.scheme == "https"
         if proxy:
             host, port = proxy.hostname or "", proxy.port or DEFAULT_PORTS["http"]
-        if provider.scheme == "https":
-            connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=self._tls_context())
-        else:
-            connection = http.client.HTTPConnection(host, port, timeout=timeout)
-        if tunnel:
+        connection = http.client.HTTPConnection(host, port, timeout=timeout)
+        if proxy and secure:
             connection.set_tunnel(provider.host, provider.port, dict(proxy_credential(proxy)))
+        sock: socket.socket | None = None
         try:
             connection.connect()
+            sock = connection.sock
+            if secure:
+                # Made here and not by http.client, which would not notice that the client leaves meanwhile.
+                context = self._tls_context()
+                sock = context.wrap_socket(sock, server_hostname=provider.host, do_handshake_on_connect=False)
+                return handshake(sock, time.monotonic() + timeout, client)
         except BaseException:
             connection.close()
+            if sock:
+                sock.close()
             raise
-        channel = Channel(connection.sock)
-        if proxy and not tunnel:
+        channel = Channel(sock)
+        if proxy:
             channel.target_prefix = provider.origin
             channel.extra_fields = proxy_credential(proxy)
         return channel
@@ -3125,6 +3132,20 @@ class UpstreamPool:
                 self._tls = ssl.create_default_context()
                 self._tls.set_alpn_protocols(["http/1.1"])
             return self._tls
+
+
+def handshake(sock: ssl.SSLSocket, deadline: float, client: Channel | None) -> Channel:
+    """The channel over a socket whose TLS handshake is still to be made. Raises TimeoutError at the deadline,
+    ClientGone, and OSError."""
+    channel = Channel(sock)
+    while True:
+        try:
+            sock.do_handshake()
+            return channel
+        except ssl.SSLWantReadError:
+            wait_until_ready(channel, selectors.EVENT_READ, deadline, client)
+        except ssl.SSLWantWriteError:
+            wait_until_ready(channel, selectors.EVENT_WRITE, deadline, client)
 
 
 def connect_problem(error: Exception, provider: Provider) -> str:
@@ -3300,6 +3321,7 @@ def receive_from_upstream(channel: Channel, candidate: Candidate, client: Channe
         data = b""
     if not data:
         raise BrokenExchange(f"the provider {provider.name} closed the connection without an answer")
+    channel.answered = True
     return data
 
 
@@ -3411,17 +3433,15 @@ class Relay:
             except BrokenExchange as error:
                 if error.answer_begun:
                     raise
-        return self._exchange(job, candidate, self.connections.connect(provider))
+        return self._exchange(job, candidate, self.connections.connect(provider, job.client))
 
     def _exchange(self, job: Job, candidate: Candidate, channel: Channel) -> Answer:
         """Sends the request on a connection and reads the head of the answer, of a stream its first line too."""
         provider = candidate.target.provider
-        begun = False
-        whole = False
+        channel.answered = whole = False
         try:
             whole = self._send(job, candidate, channel)
             answer = read_answer(channel, candidate, job.head.method, job.client)
-            begun = True
             answer.whole_request = whole
             while answer.is_stream and not LINE_END.search(answer.content) and not answer.decoder.finished:
                 answer.absorb(receive_from_upstream(channel, candidate, job.client))
@@ -3434,7 +3454,7 @@ class Relay:
             raise BrokenExchange(message, whole, True) from None
         except BrokenExchange as error:
             channel.close()
-            raise BrokenExchange(str(error), whole, begun or bool(channel.received)) from None
+            raise BrokenExchange(str(error), whole, channel.answered) from None
         except NoAnswer as error:
             channel.close()
             self.keys.failed(candidate, 504, None, time.monotonic())
