@@ -1783,6 +1783,21 @@ def test_echo_answers_with_any_error(echo, status, kind, stream):
     assert (again.status, again.get("x-monorelay-attempts")) == (200, "1"), "its errors cool nothing"
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", prompt("echo-tool", tools=[{"name": "t", "input_schema": {"required": 5, "type": "object"}}])),
+        ("/v1/chat/completions", {**chat("echo", stream=True), "stream_options": 5}),
+        ("/v1/chat/completions", {**chat("echo"), "tools": 5}),
+        ("/v1/chat/completions", {**chat("echo"), "tool_choice": {"function": "x"}}),
+    ],
+)
+def test_echo_refuses_fields_of_an_odd_type(echo, path, body):
+    got = echo.post(path, body)
+    assert (got.status, got.json["error"]["type"]) == (400, "invalid_request_error")
+    assert got.get("x-monorelay-provider") == "echo"
+
+
 def test_echo_slow_paces_its_words(echo):
     begin = time.monotonic()
     body = echo.post(
@@ -2415,6 +2430,68 @@ def test_a_trusted_tls_provider_is_relayed_line_by_line(upstream, relay, tls, tr
             assert received == event
             gate.set()
         assert client.chunk() == b""
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/files"])
+def test_a_tls_ticket_is_no_answer_to_a_large_body(upstream, relay, tls, trusted, path):
+    paused = threading.Event()
+
+    def script(connection: Connection) -> None:
+        # The session tickets of TLS 1.3 are on their way before the first byte is read here.
+        paused.wait(0.2)
+        connection.read_request()
+        connection.send(answer())
+
+    provider = upstream(script, tls("127.0.0.1"))
+    body = json.dumps(prompt(padding="x" * 8_000_000)).encode()
+    with relay({"anthropic": provider}).client() as client:
+        client.send(request("POST", path, body, ANTHROPIC_VERSION))
+        assert client.answer().status == 200
+    assert provider.requests[0].body == body
+
+
+def test_a_client_that_leaves_during_the_handshake_ends_it(upstream, relay):
+    def script(connection: Connection) -> None:
+        connection.upstream.called.set()
+        connection.sock.recv(65536)
+        connection.upstream.left = connection.ended_within(TIMEOUT_SECONDS)
+
+    provider = upstream(script)
+    it = relay({"anthropic": {"base_url": provider.url.replace("http:", "https:")}})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", json.dumps(prompt()).encode()))
+        assert provider.called.wait(TIMEOUT_SECONDS)
+    assert eventually(lambda: provider.left)
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/files"])
+def test_an_interim_answer_does_not_end_an_upload(upstream, relay, path):
+    pause = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.send(b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n")
+        pause.wait(0.2)
+        connection.read_request()
+        connection.send(answer())
+
+    provider = upstream(script)
+    body = json.dumps(prompt(padding="x" * 8_000_000)).encode()
+    got = relay({"anthropic": provider}).ask("POST", path, body, ANTHROPIC_VERSION)
+    assert got.status == 200 and provider.requests[0].body == body
+
+
+def test_a_kept_connection_that_breaks_after_an_interim_answer_is_not_replayed(upstream, relay):
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(answer())
+        connection.read_request()
+        connection.send(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+
+    provider = upstream(script)
+    it = relay({"anthropic": provider})
+    assert it.post("/v1/messages", prompt()).status == 200
+    refused(it.post("/v1/messages", prompt()), 502, "api_error")
+    assert len(provider.requests) == 2
 
 
 @pytest.mark.parametrize("case", ["unknown authority", "another name"])
@@ -3423,6 +3500,23 @@ def test_the_catalogue_has_each_usable_name_once_and_pages(upstream, relay):
     assert it.ask("GET", "/v1/models/fast", None, ANTHROPIC_VERSION).json["type"] == "model"
 
 
+def test_an_odd_entry_of_a_provider_does_not_spoil_the_catalogue(upstream, relay):
+    odd = json.dumps({"data": [{"id": ["x"]}, {"id": 5}, {"nope": 1}, 7, {"id": "claude-a"}]}).encode()
+    it = relay({"anthropic": upstream(answer(200, odd))})
+    listing = it.ask("GET", "/v1/models").json
+    assert [model["id"] for model in listing["data"]] == ["claude-a"]
+
+
+def test_a_model_is_found_whatever_curl_calls_the_body(upstream, relay):
+    first, second = upstream(answer()), upstream(answer())
+    it = relay({"openai": first, "openai2": second}, routes={"second": "openai2", "*": "openai"})
+    for kind in ("application/json", "text/plain", "application/x-www-form-urlencoded"):
+        assert it.ask("POST", "/v1/audio/speech", b'{"model": "second"}', f"Content-Type: {kind}").status == 200
+    assert (len(first.requests), len(second.requests)) == (0, 3)
+    got = it.ask("POST", "/v1/audio/speech", b'{"model": "a", "model": "b"}', "Content-Type: application/json")
+    refused(got, 400, "invalid_request_error", openai_shape=True)
+
+
 CORS = {"server": {"cors_origins": ["https://app.example"]}}
 ORIGIN = "Origin: https://app.example"
 
@@ -4083,6 +4177,14 @@ def test_version_and_help(tmp_path, option):
     done = run(option, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert monorelay.__version__ in done.stdout if option == "--version" else "hash-password" in done.stdout
+
+
+def test_the_banner_never_shows_a_key_of_the_owner(program):
+    key = "mr-chosen-by-the-owner"
+    it = program(settings({"echo": {}}, server={"access_key": key}))
+    line = re.search(r"^ *try it +(curl .*)$", it.text(), re.M)[1]
+    done = subprocess.run(["bash", "-c", line], cwd="/", capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    assert json.loads(done.stdout)["type"] == "message" and key not in it.text()
 
 
 def test_hash_password_reads_stdin(tmp_path):
