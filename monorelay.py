@@ -128,6 +128,7 @@ LOG_LAST_SECONDS = 1.0
 LOG_VALUE_CHARACTERS = 200
 LOG_BACKLOG_LINES = 10_000  # more than that waiting for a blocked stderr is dropped, and counted
 
+ECHO_MODELS = ("echo", "echo-slow", "echo-cut", "echo-tool", "echo-error-529")
 DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
 
 # What a relay serves when there is no relay.json at all: the same as the shipped file.
@@ -432,6 +433,9 @@ STRATEGIES = ("sticky", "round-robin", "random", "weighted", "fill-first")
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\}")
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.6.2
 FIELD_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")  # RFC 9110 §5.5, obs-text included
+SCRYPT_HASH = re.compile(
+    r"scrypt\$([0-9]{1,7})\$([0-9]{1,2})\$([0-9]{1,2})\$([A-Za-z0-9_-]{16,})\$([A-Za-z0-9_-]{22,})"
+)
 # Framing is between two neighbours; no configuration may change it.
 FRAMING_HEADERS = frozenset(
     {"connection", "content-length", "transfer-encoding", "upgrade", "te", "trailer", "keep-alive"}
@@ -925,9 +929,6 @@ class BadClaim(TokenError):
     """A claim is of the wrong type, or not for this use."""
 
 
-SCRYPT_HASH = re.compile(
-    r"scrypt\$([0-9]{1,7})\$([0-9]{1,2})\$([0-9]{1,2})\$([A-Za-z0-9_-]{16,})\$([A-Za-z0-9_-]{22,})"
-)
 # The cost that RFC 7914 §2 calls interactive: 16 MiB and some 50 ms for each try.
 SCRYPT_COST, SCRYPT_BLOCK, SCRYPT_PARALLEL = 2**14, 8, 1
 # Nobody's password; checking it takes as long as checking a real one.
@@ -1740,6 +1741,11 @@ def media_type(fields: Headers) -> str:
     return fields.get("content-type").partition(";")[0].strip().lower()
 
 
+def reason_of(status: int) -> str:
+    """The usual phrase for a status."""
+    return http.client.responses.get(status, "Overloaded" if status == 529 else "Unknown")
+
+
 def header_text(value: str) -> str:
     """Text from outside made fit for a header value: what isn't printable ASCII is percent-encoded."""
     return (
@@ -1793,7 +1799,7 @@ def preflight_fields(request: Headers) -> Pairs:
 
 
 READING = ("GET", "HEAD")
-# What stands at which path: the methods, and the handler's method that answers.
+# What stands at which path: the methods, and what it is for (the Handler has an answer_… for each).
 ENDPOINTS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "/": (("HEAD",), "alive"),
     "/api/hello": (("HEAD",), "alive"),
@@ -2189,7 +2195,6 @@ def log_value(value: Any, style: str) -> Any:
 #   echo-tool       calls the first tool offered, then echoes the tool's result
 #   echo-error-N    answers with the HTTP status N, 400 to 599
 
-ECHO_MODELS = ("echo", "echo-slow", "echo-cut", "echo-tool", "echo-error-529")
 ECHO_WORD_SECONDS = 0.05
 ECHO_CREATED = "2025-01-01T00:00:00Z"
 ECHO_CREATED_UNIX = 1735689600
@@ -2315,6 +2320,11 @@ def kind(*types: type) -> Callable[[Any], bool]:
 
 
 is_text, is_whole, is_number, is_object, is_list = kind(str), kind(int), kind(int, float), kind(dict), kind(list)
+
+
+def is_filled(value: Any) -> bool:
+    """Whether it is a string or a list with something in it."""
+    return isinstance(value, (str, list)) and bool(value)
 
 
 def is_texts(value: Any) -> bool:
@@ -2664,12 +2674,7 @@ def echo_chat(request: JsonDict, identity: str, now: int) -> EchoAnswer:
 
 def echo_completion(request: JsonDict, identity: str, now: int) -> EchoAnswer:
     """POST /v1/completions."""
-    require(
-        request,
-        "prompt",
-        lambda value: isinstance(value, (str, list)) and bool(value),
-        "Input should be a string or list",
-    )
+    require(request, "prompt", is_filled, "Input should be a string or list")
     prompt = request["prompt"]
     text = prompt if isinstance(prompt, str) else str(prompt[0])
     reply = openai_reply(request, f"cmpl-{identity}", text, {})
@@ -2688,12 +2693,7 @@ def echo_completion(request: JsonDict, identity: str, now: int) -> EchoAnswer:
 
 def echo_embeddings(request: JsonDict, identity: str, now: int) -> EchoAnswer:
     """POST /v1/embeddings: vectors of length one that depend on the input alone."""
-    require(
-        request,
-        "input",
-        lambda value: isinstance(value, (str, list)) and bool(value),
-        "Input should be a string or list",
-    )
+    require(request, "input", is_filled, "Input should be a string or list")
     given = request["input"]
     inputs = given if isinstance(given, list) and not is_whole(given[0]) else [given]
     wanted = request.get("dimensions")
@@ -2711,6 +2711,64 @@ def echo_embeddings(request: JsonDict, identity: str, now: int) -> EchoAnswer:
     tokens = max(1, count_words(inputs))
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return echo_json({"object": "list", "data": data, "model": request["model"], "usage": usage})
+
+
+def echo_response(request: JsonDict, identity: str, now: int) -> EchoAnswer:
+    """POST /v1/responses: https://platform.openai.com/docs/api-reference/responses"""
+    require(request, "input", is_filled, "Input should be a string or list")
+    given = request["input"]
+    items = given if isinstance(given, list) else [{"role": "user", "content": given}]
+    results = items[-1].get("type") == "function_call_output"
+    asked = [item for item in items if item.get("role") == "user"] or items
+    text = str(items[-1].get("output")) if results else said(asked[-1].get("content"))
+    tools = [{"name": tool["name"], "input_schema": tool.get("parameters")} for tool in request.get("tools") or []]
+    tool = {} if results else called_tool({"model": request["model"], "tools": tools})
+    limited = {**request, "max_tokens": request.get("max_output_tokens"), "messages": items}
+    reply = openai_reply(limited, f"resp_{identity}", text, tool)
+    cut_short = reply.stop_reason == "max_tokens"
+    part = {"type": "output_text", "text": reply.text, "annotations": []}
+    item: JsonDict = {"id": f"msg_{identity}", "type": "message", "role": "assistant", "content": [part]}
+    if reply.tool:
+        item = {"id": f"fc_{identity}", "type": "function_call", "call_id": f"call_{identity}", "name": reply.tool}
+        item["arguments"] = json.dumps(reply.tool_input)
+    item["status"] = "completed"
+    details = {"input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
+    usage = {"input_tokens": reply.input_tokens, "output_tokens": reply.output_tokens, **details}
+    usage["total_tokens"] = reply.input_tokens + reply.output_tokens
+    whole = {
+        "id": reply.id, "object": "response", "created_at": now, "status": "incomplete" if cut_short else "completed",
+        "error": None, "incomplete_details": {"reason": "max_output_tokens"} if cut_short else None,
+        "instructions": request.get("instructions"), "metadata": {}, "model": reply.model, "output": [item],
+        "parallel_tool_calls": True, "temperature": 1.0, "tool_choice": "auto", "tools": [], "top_p": 1.0,
+        "usage": usage,
+    }  # fmt: skip
+    return paced(request, response_events(reply, whole)) if request.get("stream") else at_once(request, whole)
+
+
+def response_events(reply: Reply, whole: JsonDict) -> list[bytes]:
+    """A response as its sequence of events."""
+    item, opened = whole["output"][0], {**whole, "status": "in_progress", "output": [], "usage": None}
+    place = {"item_id": item["id"], "output_index": 0}
+    steps: list[tuple[str, JsonDict]] = [("created", {"response": opened}), ("in_progress", {"response": opened})]
+    if reply.tool:
+        begun = {**item, "arguments": "", "status": "in_progress"}
+        steps.append(("output_item.added", {"output_index": 0, "item": begun}))
+        steps.append(("function_call_arguments.delta", {**place, "delta": item["arguments"]}))
+        steps.append(("function_call_arguments.done", {**place, "name": reply.tool, "arguments": item["arguments"]}))
+    else:
+        part, place = item["content"][0], {**place, "content_index": 0}
+        begun = {**item, "content": [], "status": "in_progress"}
+        steps.append(("output_item.added", {"output_index": 0, "item": begun}))
+        steps.append(("content_part.added", {**place, "part": {**part, "text": ""}}))
+        steps += [("output_text.delta", {**place, "delta": word, "logprobs": []}) for word in reply.words]
+        steps.append(("output_text.done", {**place, "text": reply.text, "logprobs": []}))
+        steps.append(("content_part.done", {**place, "part": part}))
+    steps += [("output_item.done", {"output_index": 0, "item": item}), (whole["status"], {"response": whole})]
+    return [
+        f"event: response.{name}\ndata: "
+        f"{json.dumps({'type': f'response.{name}', 'sequence_number': number, **fields})}\n\n".encode("ascii")
+        for number, (name, fields) in enumerate(steps)
+    ]
 
 
 def openai_tool(request: JsonDict) -> JsonDict:
@@ -2782,6 +2840,7 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoAnswer]] = {
     "/v1/messages/count_tokens": echo_count_tokens,
     "/v1/chat/completions": echo_chat,
     "/v1/completions": echo_completion,
+    "/v1/responses": echo_response,
     "/v1/embeddings": echo_embeddings,
 }
 
@@ -2957,6 +3016,13 @@ def wait_until_ready(
                 selector.unregister(client.sock)
             if channel.sock in ready:
                 return int(ready[channel.sock])
+
+
+def own_fields(body: bytes, fields: Pairs) -> Pairs:
+    """The header fields of an answer that the relay itself makes."""
+    clock = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+    kind = [("content-type", "application/json")] if body else []
+    return [("date", clock), *kind, *fields, ("content-length", str(len(body)))]
 
 
 class RequestBody:
@@ -3237,11 +3303,6 @@ def send_echo(channel: Channel, answer: EchoAnswer, request_id: str) -> None:
         channel.send(LAST_CHUNK, STALLED_CLIENT_SECONDS)
 
 
-def reason_of(status: int) -> str:
-    """The usual phrase for a status."""
-    return http.client.responses.get(status, "Overloaded" if status == 529 else "Unknown")
-
-
 class Answer:
     """An answer whose head has been read; its body may still be coming."""
 
@@ -3331,6 +3392,11 @@ def receive_from_upstream(channel: Channel, candidate: Candidate, client: Channe
 # the client, and as long as no provider can be at work on it: after an answer that refuses it, or a
 # connection that failed. One whose connection broke after all of it was sent may have been begun, and is
 # tried elsewhere once; one that met silence is not.
+
+
+LINE_END = re.compile(rb"[\r\n]")
+# What keeps nginx and its like, in front of the relay, from holding a stream back.
+UNBUFFERED = (("x-accel-buffering", "no"), ("cache-control", "no-cache"))
 
 
 class ReadBody(NamedTuple):
@@ -3553,12 +3619,6 @@ class ResultsUrlRewriter:
         return self._pattern.sub(self._replacement, held)
 
 
-LINE_END = re.compile(rb"[\r\n]")
-
-
-UNBUFFERED = (("x-accel-buffering", "no"), ("cache-control", "no-cache"))
-
-
 class Transfer:
     """An answer on its way to the client, as fast as both sides allow.
 
@@ -3589,7 +3649,6 @@ class Transfer:
         bodyless = request.method == "HEAD" or head.status in (204, 304)
         length = head.fields.get("content-length")
         if self.answer.is_stream:
-            # nginx and its like, in front of the relay, would hold a stream back.
             fields += [pair for pair in UNBUFFERED if pair[0] not in head.fields]
         if length and not rewriter and not self.answer.is_stream:
             fields.append(("content-length", length))
@@ -3856,6 +3915,9 @@ class LogWriter:
         """Writes what is waiting."""
         with self._lock:
             lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            if self.dropped:
+                lines.append(f"{self.dropped} lines of the log were dropped: it was not taken fast enough")
+                self.dropped = 0
             if self._stream and lines:
                 try:
                     self._stream.write("\n".join(lines) + "\n")
@@ -4226,13 +4288,6 @@ class Service:
         self.requests = Throttle()
         self.logins = Throttle()
         self.hashing = threading.BoundedSemaphore(4)  # each scrypt takes 16 MiB
-
-
-def own_fields(body: bytes, fields: Pairs) -> Pairs:
-    """The header fields of an answer that the relay itself makes."""
-    clock = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
-    kind = [("content-type", "application/json")] if body else []
-    return [("date", clock), *kind, *fields, ("content-length", str(len(body)))]
 
 
 class Request(NamedTuple):

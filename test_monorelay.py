@@ -1783,6 +1783,23 @@ def test_echo_answers_with_any_error(echo, status, kind, stream):
     assert (again.status, again.get("x-monorelay-attempts")) == (200, "1"), "its errors cool nothing"
 
 
+def test_echo_answers_the_responses_api(echo):
+    client = openai.OpenAI(api_key=TOKEN, base_url=echo.url + "/v1", max_retries=0, timeout=TIMEOUT_SECONDS)
+    whole = client.responses.create(model="echo", input="Hello from responses")
+    assert (whole.output_text, whole.status) == ("Hello from responses", "completed")
+    cut = client.responses.create(model="echo", input="a b c d", max_output_tokens=2)
+    assert (cut.output_text, cut.status, cut.incomplete_details.reason) == ("a b", "incomplete", "max_output_tokens")
+    with client.responses.stream(model="echo", input="one by one") as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        assert deltas == ["one", " by", " one"] and stream.get_final_response().output_text == "one by one"
+    tool = {"type": "function", "name": "look", "parameters": {"type": "object", "required": ["q"]}}
+    call = client.responses.create(model="echo-tool", input="x", tools=[tool]).output[0]
+    assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "look", {"q": "echo"})
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "42"}
+    turns = [{"role": "user", "content": "x"}, call.model_dump(exclude_none=True), result]
+    assert client.responses.create(model="echo-tool", input=turns, tools=[tool]).output_text == "42"
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
