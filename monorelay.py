@@ -542,24 +542,28 @@ Check = Callable[[Any], Any]
 
 
 def text(value: Any) -> str:
+    """The string."""
     if not isinstance(value, str):
         raise ValueError(f"must be a string, not {kind_of(value)}")
     return str(value)
 
 
 def some_text(value: Any) -> str:
+    """The string, which isn't empty."""
     if not text(value):
         raise ValueError("must not be empty")
     return str(value)
 
 
 def boolean(value: Any) -> bool:
+    """The truth value."""
     if not isinstance(value, bool):
         raise ValueError(f"must be true or false, not {kind_of(value)}")
     return value
 
 
 def number(value: Any) -> float:
+    """The number, which may come as text from the environment."""
     if isinstance(value, FromEnvironment) and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
         return float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -570,6 +574,7 @@ def number(value: Any) -> float:
 
 
 def positive(value: Any) -> float:
+    """The number as a float, more than 0."""
     # The upper bound keeps every deadline within what a clock and a socket option can hold.
     if not 0 < number(value) <= 10_000_000:
         raise ValueError("must be more than 0 and at most 10000000")
@@ -600,12 +605,14 @@ def one_of(*choices: str) -> Check:
 
 
 def texts(value: Any) -> tuple[str, ...]:
+    """The strings of a list, none of them empty."""
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
         raise ValueError("must be a list of strings that aren't empty")
     return tuple(str(item) for item in value)
 
 
 def text_or_texts(value: Any) -> tuple[str, ...]:
+    """The strings of a list, or the one that stands for it."""
     found = texts([value] if isinstance(value, str) else value)
     if not found:
         raise ValueError("must name at least one")
@@ -613,6 +620,7 @@ def text_or_texts(value: Any) -> tuple[str, ...]:
 
 
 def access_keys(value: Any) -> tuple[Secret, ...]:
+    """The keys that aren't empty, of one or of a list."""
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         raise ValueError("must be a string or a list of strings")
@@ -622,6 +630,7 @@ def access_keys(value: Any) -> tuple[Secret, ...]:
 
 
 def jwt_secret(value: Any) -> Secret | None:
+    """The secret, long enough to be one; None when it is empty."""
     found = text(value)
     try:
         size = len(found.encode("utf-8", "surrogateescape"))
@@ -633,6 +642,7 @@ def jwt_secret(value: Any) -> Secret | None:
 
 
 def password(value: Any) -> str:
+    """The scrypt hash of a password, or nothing."""
     found = text(value)
     if found and not SCRYPT_HASH.fullmatch(found):
         raise ValueError("must be a hash as `monorelay.py hash-password` prints it")
@@ -640,6 +650,7 @@ def password(value: Any) -> str:
 
 
 def base_url(value: Any) -> str:
+    """The URL of a provider."""
     found = text(value)
     try:
         parts = urlsplit(found)
@@ -654,6 +665,7 @@ def base_url(value: Any) -> str:
 
 
 def upstream_headers_setting(value: Any) -> tuple[tuple[str, str | None], ...]:
+    """The headers to set upstream, None for those to remove."""
     if not isinstance(value, dict):
         raise ValueError(f"must be an object of headers, not {kind_of(value)}")
     for name, content in value.items():
@@ -667,6 +679,7 @@ def upstream_headers_setting(value: Any) -> tuple[tuple[str, str | None], ...]:
 
 
 def listed(value: Any) -> list[Any]:
+    """The list."""
     if not isinstance(value, list):
         raise ValueError(f"must be a list, not {kind_of(value)}")
     return value
@@ -2567,6 +2580,7 @@ def anthropic_input_tokens(request: JsonDict) -> int:
 
 
 def anthropic_usage(reply: Reply, output_tokens: int) -> JsonDict:
+    """The four figures that Anthropic counts."""
     return {
         "input_tokens": reply.input_tokens,
         "cache_creation_input_tokens": 0,
@@ -2816,6 +2830,7 @@ def openai_reply(request: JsonDict, identity: str, text: str, tool: JsonDict) ->
 
 
 def openai_usage(reply: Reply) -> JsonDict:
+    """The three figures that OpenAI counts."""
     total = reply.input_tokens + reply.output_tokens
     return {"prompt_tokens": reply.input_tokens, "completion_tokens": reply.output_tokens, "total_tokens": total}
 
