@@ -1230,7 +1230,7 @@ def not_usable(provider: Provider) -> Unavailable:
 #
 #   429                             the key, until retry-after or for `cooldown`
 #   401, 402                        the key, for ten times `cooldown`
-#   403, 500, 502, 503, 504, 529    the key with this model, for a second, doubling up to `cooldown`
+#   403, 5xx (529 among them)       the key with this model, for a second, doubling up to `cooldown`
 #   no connection, or a broken one  the provider, for a second, doubling up to `cooldown`
 #   anything else                   says nothing about a key; the first success clears all of it
 
@@ -1264,7 +1264,6 @@ class Cooling:
 
 QUARANTINE_FACTOR = 10  # times `cooldown`: its owner has to do something first
 QUARANTINED = frozenset({401, 402})
-BACKED_OFF = frozenset({403, 500, 502, 503, 504, 529})
 # Cooling entries name models, which clients may invent.
 COOLING_ENTRIES = 10_000
 
@@ -1336,7 +1335,7 @@ class KeyPool:
                 self._entry(key, now).until = now + (cooldown if retry_after is None else retry_after)
             elif status in QUARANTINED:
                 self._entry(key, now).until = now + QUARANTINE_FACTOR * cooldown
-            elif status in BACKED_OFF:
+            elif status == 403 or status >= 500:
                 self._entry(key_and_model, now).back_off(cooldown, now)
 
     def unreachable(self, provider: Provider, now: float) -> None:
