@@ -35,6 +35,7 @@ import hmac
 import http.client
 import http.server
 import io
+import itertools
 import json
 import math
 import os
@@ -50,8 +51,8 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Union
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
 if TYPE_CHECKING:
@@ -83,9 +84,11 @@ CHUNK_LINE_BYTES = 4096
 STREAM_LINE_BYTES = 64 * 1024
 # One recv: a TLS record is 16 KiB, four of them make system calls rare.
 RECEIVE_BYTES = 64 * 1024
-# What is kept of a client that sends its next request while the current one is being answered.
-PIPELINED_BYTES = 256 * 1024
+# What is held of a side that sends faster than the other takes it, or of a client that sends ahead.
+HELD_BYTES = 256 * 1024
 AHEAD_SECONDS = 0.5  # how often it is then looked whether that client is still there
+SWEEP_SECONDS = 5.0  # deadlines that are further off are looked at this often
+TICK_SECONDS = 0.005  # and near ones not more often than this
 # An unread body up to this size is read and dropped to keep the connection; nginx closes lingering.
 DISCARDED_BODY_BYTES = 64 * 1024
 DISCARD_SECONDS = 0.5  # and no longer: what is short and was sent is here by then
@@ -98,16 +101,8 @@ LINGER_SECONDS = 5.0  # nginx's lingering_timeout
 LINGER_LONGEST_SECONDS = 30.0  # nginx's lingering_time
 # A kept upstream connection; shorter than the 60 s after which common balancers drop theirs.
 UPSTREAM_IDLE_SECONDS = 50.0
-FRESH_SECONDS = 1.0  # used so recently, a connection is taken to be open
 # How many connections to a provider wait for their next use; nginx needs as many for the same load.
 UPSTREAM_IDLE_CONNECTIONS = 512
-# How long a system call may block before the wait moves to poll(), which sees a client leave, too:
-# quick answers cost no poll, and a departure is noticed within this time.
-SLICE_SECONDS = 0.02
-# How long a thread stays with a connection for its next request before the event loop takes it.
-KEEP_THREAD_SECONDS = 0.25
-# With more threads than this none stays.
-WAITING_THREADS = 300
 # Connections over max_connections are taken to be told so, in the dialect of their path; these few only.
 SURPLUS_CONNECTIONS = 256
 LISTEN_BACKLOG = 4096  # connections that wait for accept(); the system caps it (net.core.somaxconn)
@@ -181,6 +176,7 @@ BUILT_IN_CONFIG = """{
 # EchoFault                 what echo was asked to answer, or finds wrong
 # FramingError              bytes that are not HTTP/1.1; whose fault it is, the caller knows
 # EarlyAnswer               no fault: a provider that answers while it is still being sent the request
+# Overdue                   no fault either: a task's time is over, and it decides what that means
 # ClientGone                nobody is left to be told anything
 # ConfigError               everything that is wrong with relay.json
 
@@ -308,6 +304,10 @@ class FramingError(Exception):
 
 class EarlyAnswer(Exception):
     """The provider speaks before it has the whole request."""
+
+
+class Overdue(Exception):
+    """What a task waits for hasn't come in time."""
 
 
 class ClientGone(Exception):
@@ -2859,177 +2859,357 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoAnswer]] = {
 }
 
 
-# ==== Channels ===================================================================================
+# ==== Event loop =================================================================================
 #
-# A channel is one connection, to a client or to a provider, and what has arrived on it unused. Its calls
-# come in two kinds. Those that wait belong to a thread: they block in the system call for one slice of
-# time and only then move to poll(), where the client's departure is seen as well. (Python's own timeouts
-# would cost a poll and a change of threads for each call.) Those that end in `_now` never wait; the event
-# loop lives of them.
+# One thread serves everybody. What it serves are tasks: a task is a generator that yields where it would
+# have to wait, and what it yields is the time, on the monotonic clock, until which it is ready to. It is
+# resumed when something has happened on one of its channels, or what it has started is done, and looks for
+# itself what that was. At its time Overdue is raised in it, and ClientGone as soon as its client has left.
+# Between two yields a task has everything to itself: there are no locks. What would block in the system
+# (looking up a name, connecting, hashing a password) is done by a thread of its own, see in_thread().
 
+Result = TypeVar("Result")
+Steps = Generator[float, None, Result]  # what a task is made of, and what it comes to
+
+READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-# Missing on Windows, where the sockets are made non-blocking instead.
-DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 INTERIM_HEADS = re.compile(rb"(?:HTTP/1\.[0-9] 1[0-9][0-9][^\n]*\r\n(?:[^\r\n][^\n]*\r\n)*\r\n)+")
 # What Linux tells of a connection first is its state (tcp(7), and include/net/tcp_states.h).
 TCP_INFO = getattr(socket, "TCP_INFO", 0)
 TCP_CLOSE, TCP_CLOSE_WAIT = 7, 8
-ThreadSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 class Channel:
-    """One connection and what has been received on it and not been used yet."""
+    """One connection, to a client or to a provider, and what has arrived on it and not been used yet.
 
-    __slots__ = ("_flags", "answered", "extra_fields", "idle_since", "received", "sock", "target_prefix")
+    It stays with the loop's selector for as long as it is open. What arrives is received at once, up to a
+    limit, and the task that it belongs to is resumed; one that belongs to none waits in a pool, and is closed
+    as soon as the other side closes it or speaks unasked."""
 
-    def __init__(self, sock: socket.socket, slice_seconds: float = SLICE_SECONDS) -> None:
+    __slots__ = (
+        "_blocked", "_loop", "_watched", "answered", "closed", "ended", "extra_fields", "idle_since", "opening",
+        "received", "sock", "target_prefix", "task",
+    )  # fmt: skip
+
+    def __init__(self, sock: socket.socket, loop: EventLoop) -> None:
+        sock.setblocking(False)
         self.sock = sock
+        self.task = loop.running
         self.received = b""
         self.answered = False  # whether anything has come since the last request was begun
+        self.ended = False  # whether the other side has closed, or the connection is broken
+        self.closed = False  # whether this side has
+        self.opening = False  # whether the TLS handshake is still being made
         self.idle_since = 0.0
         self.target_prefix = ""  # what an HTTP proxy wants before the path
         self.extra_fields: Pairs = []  # and the credential it wants
-        self._flags = 0 if isinstance(sock, ssl.SSLSocket) else DONTWAIT
-        if self._flags:
-            sock.settimeout(None)
-            patience = struct.pack("ll", int(slice_seconds), int(slice_seconds % 1 * 1_000_000))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
-        else:
-            sock.setblocking(False)
-
-    def receive(self, deadline: float, client: Channel | None = None, upstream: Channel | None = None) -> bytes:
-        """The next bytes, b"" at the end. Raises TimeoutError at the deadline (on the monotonic clock),
-        ClientGone when the client leaves meanwhile, EarlyAnswer when the provider speaks meanwhile, and
-        OSError when the connection breaks."""
-        while True:
-            try:
-                return self.sock.recv(RECEIVE_BYTES)
-            except ssl.SSLWantWriteError:
-                wait_until_ready(self, selectors.EVENT_WRITE, deadline, client, upstream)
-            except BLOCKED:
-                wait_until_ready(self, selectors.EVENT_READ, deadline, client, upstream)
-
-    def send(self, data: bytes, pause_seconds: float) -> None:
-        """Sends all of it. Raises TimeoutError when nothing was taken for the pause, and OSError."""
-        self._send(data, pause_seconds, selectors.EVENT_WRITE, None)
-
-    def send_upstream(self, data: bytes, pause_seconds: float, client: Channel | None) -> None:
-        """Sends all of it unless the provider answers first, which raises EarlyAnswer. Raises ClientGone too."""
-        self._send(data, pause_seconds, selectors.EVENT_READ | selectors.EVENT_WRITE, client)
-
-    def _send(self, data: bytes, pause_seconds: float, events: int, client: Channel | None) -> None:
-        view = memoryview(data)
-        while view:
-            try:
-                view = view[self.sock.send(view) :]
-            except BLOCKED:
-                ready = wait_until_ready(self, events, time.monotonic() + pause_seconds, client)
-                if ready & selectors.EVENT_READ and self.has_answered():
-                    raise EarlyAnswer from None
-
-    def receive_now(self) -> bytes | None:
-        """The bytes that have arrived, b"" at the end, None if there are none yet. Raises OSError."""
-        try:
-            return self.sock.recv(RECEIVE_BYTES, self._flags)
-        except BLOCKED:
-            return None
-
-    def receive_soon(self) -> bytes | None:
-        """The bytes that arrive within the channel's slice of time, b"" at the end. Raises OSError."""
-        try:
-            return self.sock.recv(RECEIVE_BYTES)
-        except BLOCKED:
-            return None
-
-    def send_now(self, data: bytes) -> int:
-        """How many of the bytes could be sent at once. Raises OSError."""
-        try:
-            return self.sock.send(data, self._flags)
-        except BLOCKED:
-            return 0
-
-    def has_left(self) -> bool:
-        """Whether the other side has closed. What it sends instead is kept for later."""
-        try:
-            data = self.receive_now()
-        except OSError:
-            return True
-        if data:
-            self.received += data
-            self.answered = True
-        return data == b""
+        self._blocked = False  # whether it took less than was to be sent
+        self._loop = loop
+        self._watched = READABLE
+        loop.selector.register(sock, READABLE, self._ready)
 
     @property
     def is_ahead(self) -> bool:
-        """Whether so much has come unasked that no more is read for now."""
-        return len(self.received) > PIPELINED_BYTES
+        """Whether so much waits to be used that no more is received for now."""
+        return len(self.received) > HELD_BYTES
 
-    def has_departed(self) -> bool:
-        """Whether a client has closed, found out without reading on from one that is ahead."""
-        return self.has_hung_up() if self.is_ahead else self.has_left()
+    def take(self) -> bytes:
+        """What has arrived; there is room for more then."""
+        data, self.received = self.received, b""
+        if not self._watched & READABLE:
+            self._watch()
+        return data
+
+    def use(self, count: int) -> bytes:
+        """The first bytes of what has arrived."""
+        data = self.take()
+        self.received = data[count:]
+        return data[:count]
+
+    def send_now(self, data: bytes | memoryview) -> int:
+        """How many of the bytes could be sent at once; the task is resumed when there is room for more.
+        Raises OSError."""
+        try:
+            sent = self.sock.send(data)
+        except BLOCKED:
+            sent = 0
+        if sent < len(data):
+            self._await_room()
+        return sent
+
+    def send(self, data: bytes, pause_seconds: float, heed_answer: bool = False) -> Steps[None]:
+        """Sends all of it. Raises Overdue when nothing was taken for the pause, OSError, and EarlyAnswer for a
+        provider that speaks meanwhile, if that is to be heeded."""
+        sent = self.send_now(data)
+        rest = memoryview(data)[sent:] if sent < len(data) else b""
+        while rest:
+            deadline = self._loop.now + pause_seconds
+            sent = 0
+            while not sent:
+                if heed_answer and self.has_answered():
+                    raise EarlyAnswer
+                yield deadline
+                sent = self.send_now(rest)
+            rest = rest[sent:]
+
+    def handshake(self, deadline: float) -> Steps[None]:
+        """Makes the TLS handshake that its socket was prepared for. Raises Overdue, ClientGone and OSError."""
+        assert isinstance(self.sock, ssl.SSLSocket)
+        self.opening = True
+        while self.opening:
+            try:
+                self.sock.do_handshake()
+                self.opening = False
+            except ssl.SSLWantReadError:
+                yield deadline
+            except ssl.SSLWantWriteError:
+                self._await_room()
+                yield deadline
 
     def has_answered(self) -> bool:
-        """Whether the provider has begun its final answer, or closed. Interim answers are kept for later, and
-        what TLS says for itself is nothing."""
-        if self.has_left() or len(self.received) > ANSWER_HEAD_BYTES:
+        """Whether the provider has begun its final answer, or closed. Interim answers are kept for later."""
+        if self.ended or self.is_ahead:
             return True
         match = INTERIM_HEADS.match(self.received)
         rest = self.received[match.end() :] if match else self.received
         return len(rest) >= len(b"HTTP/1.1 2") and rest[9:10] != b"1"
 
     def has_hung_up(self) -> bool:
-        """Whether the other side has closed behind bytes that are not read yet. Linux tells; elsewhere the
-        next send will."""
+        """Whether the other side has closed behind bytes that are not received yet. Linux tells; elsewhere
+        the next send will."""
         try:
             state = self.sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 1)[0] if TCP_INFO else 0
         except OSError:
             return False
         return state in (TCP_CLOSE, TCP_CLOSE_WAIT)
 
-    def is_quiet(self) -> bool:
-        """Whether nothing has come, no end either: a kept connection that can be used again."""
-        try:
-            return not self.received and self.receive_now() is None
-        except OSError:
-            return False
-
-    def has_more(self) -> bool:
-        """Whether decrypted bytes wait that no selector will announce."""
-        return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
-
     def close(self) -> None:
         """Closes the connection."""
+        if not self.closed:
+            self.closed = True
+            if self._watched:
+                self._loop.selector.unregister(self.sock)
+            try:
+                self.sock.close()
+            except OSError:
+                pass  # closed is closed
+
+    def _ready(self, events: int) -> None:
+        """Takes part in what the selector has seen."""
+        if self.closed:
+            return  # by what was seen before it in the same round
+        if events & WRITABLE:
+            self._blocked = False
+            self._watch()
+        if events & READABLE and not self.opening:
+            self._receive()
+        task = self.task
+        if task:
+            task.resume(ClientGone() if self.ended and self is task.client else None)
+        elif self.received or self.ended:
+            self.close()
+
+    def _receive(self) -> None:
         try:
-            self.sock.close()
+            data = self.sock.recv(RECEIVE_BYTES)
+        except BLOCKED:
+            return
         except OSError:
-            pass  # closed is closed
+            data = b""
+        self.received = self.received + data if self.received else data
+        self.ended = not data
+        self.answered = self.answered or not self.ended
+        if self.ended or self.is_ahead:
+            self._watch()
+
+    def _await_room(self) -> None:
+        self._blocked = True
+        self._watch()
+
+    def _watch(self) -> None:
+        """Has the selector look for what can be made use of now."""
+        wanted = (0 if self.ended or self.is_ahead else READABLE) | (WRITABLE if self._blocked else 0)
+        selector = self._loop.selector
+        if wanted == self._watched:
+            return
+        if not wanted:
+            selector.unregister(self.sock)
+        elif not self._watched:
+            selector.register(self.sock, wanted, self._ready)
+        else:
+            selector.modify(self.sock, wanted, self._ready)
+        self._watched = wanted
 
 
-def wait_until_ready(
-    channel: Channel, events: int, deadline: float, client: Channel | None = None, upstream: Channel | None = None
-) -> int:
-    """The events that came of those waited for. Raises TimeoutError at the deadline, ClientGone when the
-    client has left, and EarlyAnswer when the provider has something to say."""
-    with ThreadSelector() as selector:
-        selector.register(channel.sock, events)
-        for other in (client, upstream):
-            if other and not other.is_ahead:
-                selector.register(other.sock, selectors.EVENT_READ)
+class Task:
+    """Steps on their way to a result that the loop takes care of; `client` is the channel to those they are for."""
+
+    __slots__ = ("_loop", "_steps", "_waiting", "client", "deadline", "done")
+
+    def __init__(self, steps: Steps[None], loop: EventLoop) -> None:
+        self.client: Channel | None = None
+        self.deadline = math.inf
+        self.done = False
+        self._loop = loop
+        self._steps = steps
+        self._waiting = loop.running  # resumed when this one is done
+
+    def resume(self, error: Exception | None = None) -> None:
+        """Goes on until it must wait again. A defect costs this task only."""
+        if self.done:
+            return
+        loop = self._loop
+        outer, loop.running = loop.running, self
+        try:
+            self.deadline = self._steps.throw(error) if error else next(self._steps)
+        except StopIteration:
+            self._end()
+        except Exception as fault:
+            loop.warn(f"internal error: {describe(fault)}")
+            self._end()
+        finally:
+            loop.running = outer
+        if self.deadline < loop.sweep_at:
+            loop.sweep_at = self.deadline
+
+    def abandon(self) -> None:
+        """Ends it where it is."""
+        self._end()
+        self._steps.close()
+
+    def _end(self) -> None:
+        self.done = True
+        self.deadline = math.inf
+        self._loop.tasks.discard(self)
+        if self._waiting:
+            self._loop.post(self._waiting.resume)
+
+
+class EventLoop:
+    """The thread that serves all tasks."""
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self.warn = warn
+        self.selector = selectors.DefaultSelector()
+        self.now = time.monotonic()
+        self.running: Task | None = None
+        self.tasks: set[Task] = set()
+        self.sweep_at = 0.0
+        self._stopped = False
+        self._posted: collections.deque[Callable[[], object]] = collections.deque()
+        self._bell, self._ringer = socket.socketpair()
+        self._bell.setblocking(False)
+        self._ringer.setblocking(False)
+        self._rung = False
+        self.selector.register(self._bell, READABLE, self._answer_bell)
+
+    def post(self, action: Callable[[], object]) -> None:
+        """Has the loop's thread call the action soon. The one method for all threads."""
+        self._posted.append(action)
+        if not self._rung:
+            self._rung = True
+            self._ringer.send(b"\0")
+
+    def start(self, steps: Steps[None]) -> Task:
+        """Begins a task; the one that is running is resumed at its end."""
+        task = Task(steps, self)
+        self.tasks.add(task)
+        task.resume()
+        return task
+
+    def run(self) -> None:
+        """Serves until it is stopped."""
+        while not self._stopped:
+            ready = self.selector.select(max(0.0, self.sweep_at - time.monotonic()))
+            self.now = time.monotonic()
+            for key, events in ready:
+                key.data(events)
+            while self._posted:
+                self._posted.popleft()()
+            if self.now >= self.sweep_at:
+                self._sweep()
+        self.selector.close()
+
+    def stop(self) -> None:
+        """Ends all tasks, and the loop."""
+        for task in list(self.tasks):
+            task.abandon()
+        self._stopped = True
+
+    def _answer_bell(self, events: int) -> None:
+        self._bell.recv(4096)
+        self._rung = False
+
+    def _sweep(self) -> None:
+        """Tells the tasks whose time has come, or whose client has left unnoticed; decides when to look again."""
+        self.sweep_at = self.now + SWEEP_SECONDS
+        for task in list(self.tasks):
+            client = task.client
+            if task.deadline <= self.now:
+                task.resume(Overdue())
+            elif client and client.is_ahead and not client.closed:
+                self.sweep_at = min(self.sweep_at, self.now + AHEAD_SECONDS)
+                if client.has_hung_up():
+                    task.resume(ClientGone())
+        soonest = min((task.deadline for task in self.tasks), default=math.inf)
+        self.sweep_at = max(self.now + TICK_SECONDS, min(self.sweep_at, soonest))
+
+
+def describe(error: BaseException) -> str:
+    """An unexpected error for the log: its type and place, no text of it, which might hold a secret."""
+    place = error.__traceback__
+    while place and place.tb_next:
+        place = place.tb_next
+    return f"{type(error).__name__} in line {place.tb_lineno if place else 0}"
+
+
+def pause(loop: EventLoop, seconds: float) -> Steps[None]:
+    """Lets the time pass."""
+    deadline = loop.now + seconds
+    try:
         while True:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise TimeoutError
-            pause = min(remaining, AHEAD_SECONDS) if client and client.is_ahead else remaining
-            ready = {key.fileobj: mask for key, mask in selector.select(pause)}
-            if upstream and upstream.sock in ready and upstream.has_answered():
-                raise EarlyAnswer
-            if client and (client.sock in ready or client.is_ahead) and client.has_departed():
-                raise ClientGone
-            if client and client.is_ahead and client.sock in selector.get_map():
-                selector.unregister(client.sock)
-            if channel.sock in ready:
-                return int(ready[channel.sock])
+            yield deadline
+    except Overdue:
+        pass
+
+
+def in_thread(
+    loop: EventLoop, work: Callable[[], Result], discard: Callable[[Result], object] | None = None
+) -> Steps[Result]:
+    """What work() returns, called in a thread of its own. Raises what it raises, and OSError when the system
+    gives out no more threads. `discard` gets the result if nobody waits for it any more."""
+    task = loop.running
+    outcome: list[tuple[Result | None, Exception | None]] = []
+    abandoned = False
+
+    def run() -> None:
+        result, fault = None, None
+        try:
+            result = work()
+        except Exception as error:
+            fault = error
+        loop.post(functools.partial(come_back, result, fault))
+
+    def come_back(result: Any, fault: Exception | None) -> None:
+        if not abandoned and task:
+            outcome.append((result, fault))
+            task.resume()
+        elif discard and not fault:
+            discard(result)
+
+    try:
+        threading.Thread(target=run, name="errand", daemon=True).start()
+    except RuntimeError as error:
+        raise OSError(errno.EMFILE, str(error)) from None
+    try:
+        while not outcome:
+            yield math.inf
+    finally:
+        abandoned = True
+    result, fault = outcome[0]
+    if fault:
+        raise fault
+    return result  # type: ignore[return-value]
 
 
 def own_fields(body: bytes, fields: Pairs) -> Pairs:
@@ -3042,10 +3222,11 @@ def own_fields(body: bytes, fields: Pairs) -> Pairs:
 class RequestBody:
     """The body of a request, to be read in pieces as they arrive."""
 
-    def __init__(self, channel: Channel, head: RequestHead, limit: int) -> None:
+    def __init__(self, channel: Channel, head: RequestHead, limit: int, loop: EventLoop) -> None:
         self.length = head.body_length
         self._decoder: Decoder = ChunkedDecoder() if head.body_length is None else LengthDecoder(head.body_length)
         self._channel = channel
+        self._loop = loop
         self._limit = limit
         self._taken = 0
         self._pause = BODY_PAUSE_SECONDS
@@ -3058,19 +3239,19 @@ class RequestBody:
         """Whether it has been read to its end."""
         return self._decoder.finished
 
-    def read(self, upstream: Channel | None = None) -> bytes:
+    def read(self, upstream: Channel | None = None) -> Steps[bytes]:
         """The next piece, b"" at the end. Raises ClientGone, TooLarge, MalformedRequest, and EarlyAnswer
         when the provider speaks before there is one."""
-        while not self._decoder.finished:
-            data, self._channel.received = self._channel.received, b""
-            if not data:
-                data = self._receive(upstream)
+        channel, decoder = self._channel, self._decoder
+        while not decoder.finished:
+            if not channel.received:
+                yield from self._arrival(upstream)
             try:
-                piece = self._decoder.feed(data)
+                piece = decoder.feed(channel.take())
             except FramingError as error:
                 raise MalformedRequest(f"the chunked body is malformed: {error}") from None
-            if self._decoder.finished:
-                self._channel.received = self._decoder.rest
+            if decoder.finished:
+                channel.received = decoder.rest
             self._taken += len(piece)
             if self._taken > self._limit:
                 raise self._too_large()
@@ -3078,35 +3259,40 @@ class RequestBody:
                 return piece
         return b""
 
-    def read_all(self) -> bytes:
+    def read_all(self) -> Steps[bytes]:
         """The whole rest."""
-        pieces = list(iter(self.read, b""))
+        pieces = []
+        while not self._decoder.finished:
+            pieces.append((yield from self.read()))
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def discard(self) -> bool:
+    def discard(self) -> Steps[bool]:
         """Reads away a short rest that is surely coming soon; False when the connection can't be used on."""
         if not self.finished and (self._invite or self.length is None or self.length > DISCARDED_BODY_BYTES):
             return False
         self._pause = DISCARD_SECONDS
         try:
-            self.read_all()
+            yield from self.read_all()
         except RelayError:
             return False
         return True
 
-    def _receive(self, upstream: Channel | None) -> bytes:
+    def _arrival(self, upstream: Channel | None) -> Steps[None]:
+        """Waits for more of the body."""
+        channel, deadline = self._channel, self._loop.now + self._pause
         if self._invite:
             self._invite = False
-            self._channel.send(b"HTTP/1.1 100 Continue\r\n\r\n", STALLED_CLIENT_SECONDS)
+            try:
+                yield from channel.send(b"HTTP/1.1 100 Continue\r\n\r\n", STALLED_CLIENT_SECONDS)
+            except OSError:
+                raise ClientGone from None
         try:
-            data = self._channel.receive(time.monotonic() + self._pause, None, upstream)
-        except TimeoutError:
+            while not channel.received:
+                if upstream and upstream.has_answered():
+                    raise EarlyAnswer
+                yield deadline
+        except Overdue:
             raise MalformedRequest(f"the body paused for more than {self._pause:g} seconds", 408) from None
-        except OSError:
-            data = b""
-        if not data:
-            raise ClientGone
-        return data
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"the body is over this relay's limit of {self._limit} bytes")
@@ -3116,95 +3302,103 @@ class RequestBody:
 
 
 class UpstreamPool:
-    """Connects to providers, and keeps connections that can be used again. Thread-safe."""
+    """Connects to providers, and keeps connections that can be used again."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _idle and _tls
+    def __init__(self, loop: EventLoop) -> None:
+        self._loop = loop
         self._idle: dict[tuple[str, str, int], list[Channel]] = {}
         self._tls: ssl.SSLContext | None = None
+        self._lock = threading.Lock()  # guards _tls, which is made in the thread that first needs it
 
-    def take(self, provider: Provider, now: float) -> Channel | None:
-        """A kept connection, the one used last: it is the least likely to be stale. One that was used just
-        now isn't even looked at; should it be stale after all, the request finds out."""
-        while True:
-            with self._lock:
-                idle = self._idle.get((provider.scheme, provider.host, provider.port))
-                channel = idle.pop() if idle else None
-            if channel is None or now - channel.idle_since < FRESH_SECONDS or channel.is_quiet():
+    def take(self, provider: Provider) -> Channel | None:
+        """A kept connection, the one used last: it is the least likely to be closed soon."""
+        idle = self._idle.get((provider.scheme, provider.host, provider.port))
+        while idle:
+            channel = idle.pop()
+            if self._is_good(channel):
+                channel.task = self._loop.running
                 return channel
             channel.close()
+        return None
 
-    def keep(self, provider: Provider, channel: Channel, now: float) -> None:
+    def keep(self, provider: Provider, channel: Channel) -> None:
         """Takes a connection back after a whole answer."""
-        channel.idle_since = now
-        with self._lock:
-            idle = self._idle.setdefault((provider.scheme, provider.host, provider.port), [])
-            if len(idle) < UPSTREAM_IDLE_CONNECTIONS:
-                idle.append(channel)
-                return
-        channel.close()
-
-    def tidy(self, now: float) -> None:
-        """Closes the kept connections that were idle for too long, or were closed by the provider."""
-        idle = self._remove_idle(now - FRESH_SECONDS)
-        for place, channel in idle:
-            if now - channel.idle_since > UPSTREAM_IDLE_SECONDS or not channel.is_quiet():
-                channel.close()
-                continue
-            with self._lock:
-                self._idle.setdefault(place, []).insert(0, channel)
-
-    def close(self) -> None:
-        """Closes all kept connections."""
-        for _, channel in self._remove_idle(math.inf):
+        idle = self._idle.setdefault((provider.scheme, provider.host, provider.port), [])
+        if channel.ended or len(idle) >= UPSTREAM_IDLE_CONNECTIONS:
             channel.close()
+            return
+        channel.idle_since = self._loop.now
+        channel.task = None
+        idle.append(channel)
 
-    def _remove_idle(self, before: float) -> list[tuple[tuple[str, str, int], Channel]]:
-        """Takes out the kept connections that were used last before that time, the most recent first."""
-        removed = []
-        with self._lock:
-            for place, channels in self._idle.items():
-                removed += [(place, channel) for channel in reversed(channels) if channel.idle_since < before]
-                channels[:] = [channel for channel in channels if channel.idle_since >= before]
-        return removed
-
-    def connect(self, provider: Provider, client: Channel | None) -> Channel:
+    def connect(self, provider: Provider) -> Steps[Channel]:
         """A new connection. Raises Unreachable, ClientGone, and Unavailable when descriptors have run out."""
         try:
-            return echo_channel() if provider.format == "echo" else self._dial(provider, client)
-        except (OSError, ValueError, http.client.HTTPException) as error:
+            if provider.format == "echo":
+                return echo_channel(self._loop)
+            return (yield from self._dial(provider))
+        except (OSError, ValueError, http.client.HTTPException, Overdue) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise Unavailable("this relay has no file descriptor left for a connection", "no_descriptors") from None
             raise Unreachable(connect_problem(error, provider)) from None
 
-    def _dial(self, provider: Provider, client: Channel | None) -> Channel:
-        host, port, timeout = provider.host, provider.port, provider.connect_timeout
+    def close(self) -> None:
+        """Closes all kept connections."""
+        for channel in itertools.chain.from_iterable(self._idle.values()):
+            channel.close()
+        self._idle.clear()
+
+    def tidy(self) -> Steps[None]:
+        """Closes what is idle for too long, now and then, for as long as the loop runs."""
+        while True:
+            for place, channels in self._idle.items():
+                for channel in channels:
+                    if not self._is_good(channel):
+                        channel.close()
+                self._idle[place] = [channel for channel in channels if not channel.closed]
+            yield from pause(self._loop, SWEEP_SECONDS)
+
+    def _is_good(self, channel: Channel) -> bool:
+        return not channel.closed and self._loop.now - channel.idle_since < UPSTREAM_IDLE_SECONDS
+
+    def _dial(self, provider: Provider) -> Steps[Channel]:
+        deadline = self._loop.now + provider.connect_timeout
         proxy = proxy_for(provider)
+        sock = yield from in_thread(self._loop, lambda: self._connected(provider, proxy), socket.socket.close)
+        channel = Channel(sock, self._loop)
+        try:
+            if isinstance(sock, ssl.SSLSocket):
+                yield from channel.handshake(deadline)
+            elif proxy:
+                channel.target_prefix = provider.origin
+                channel.extra_fields = proxy_credential(proxy)
+        except BaseException:
+            channel.close()
+            raise
+        return channel
+
+    def _connected(self, provider: Provider, proxy: Any) -> socket.socket:
+        """A socket that is connected, directly or through a proxy; the TLS handshake is still to be made, in the
+        loop, where it is noticed when the client leaves meanwhile. Runs in a thread of its own."""
+        host, port = provider.host, provider.port
         secure = provider.scheme == "https"
         if proxy:
             host, port = proxy.hostname or "", proxy.port or DEFAULT_PORTS["http"]
-        connection = http.client.HTTPConnection(host, port, timeout=timeout)
+        connection = http.client.HTTPConnection(host, port, timeout=provider.connect_timeout)
         if proxy and secure:
             connection.set_tunnel(provider.host, provider.port, dict(proxy_credential(proxy)))
-        sock: socket.socket | None = None
         try:
             connection.connect()
-            sock = connection.sock
+            sock: socket.socket = connection.sock
             if secure:
-                # Made here and not by http.client, which would not notice that the client leaves meanwhile.
-                context = self._tls_context()
-                sock = context.wrap_socket(sock, server_hostname=provider.host, do_handshake_on_connect=False)
-                return handshake(sock, time.monotonic() + timeout, client)
+                sock.setblocking(False)
+                sock = self._tls_context().wrap_socket(
+                    sock, server_hostname=provider.host, do_handshake_on_connect=False
+                )
         except BaseException:
             connection.close()
-            if sock:
-                sock.close()
             raise
-        channel = Channel(sock)
-        if proxy:
-            channel.target_prefix = provider.origin
-            channel.extra_fields = proxy_credential(proxy)
-        return channel
+        return sock
 
     def _tls_context(self) -> ssl.SSLContext:
         with self._lock:
@@ -3214,23 +3408,9 @@ class UpstreamPool:
             return self._tls
 
 
-def handshake(sock: ssl.SSLSocket, deadline: float, client: Channel | None) -> Channel:
-    """The channel over a socket whose TLS handshake is still to be made. Raises TimeoutError at the deadline,
-    ClientGone, and OSError."""
-    channel = Channel(sock)
-    while True:
-        try:
-            sock.do_handshake()
-            return channel
-        except ssl.SSLWantReadError:
-            wait_until_ready(channel, selectors.EVENT_READ, deadline, client)
-        except ssl.SSLWantWriteError:
-            wait_until_ready(channel, selectors.EVENT_WRITE, deadline, client)
-
-
 def connect_problem(error: Exception, provider: Provider) -> str:
     """Why a connection failed, in words for a client: which provider, and nothing of its address."""
-    if isinstance(error, (TimeoutError, socket.timeout)):  # socket.timeout is another class before Python 3.10
+    if isinstance(error, (Overdue, TimeoutError, socket.timeout)):  # socket.timeout: another class before Python 3.10
         reason = "connect timeout"
     elif isinstance(error, ssl.SSLCertVerificationError):
         reason = f"its certificate is not valid: {error.verify_message}"
@@ -3265,41 +3445,34 @@ def proxy_credential(proxy: Any) -> Pairs:
     return [("Proxy-Authorization", "Basic " + base64.b64encode(credential).decode("ascii"))]
 
 
-def echo_channel() -> Channel:
-    """A connection to the echo provider: its other end is served by a thread of its own."""
+def echo_channel(loop: EventLoop) -> Channel:
+    """A connection to the echo provider: a task of its own serves the other end."""
     near, far = socket.socketpair()
-    try:
-        threading.Thread(target=serve_echo, args=(far,), name="echo", daemon=True).start()
-    except RuntimeError as error:  # the system gives out no more threads
-        near.close()
-        far.close()
-        raise OSError(errno.EMFILE, str(error)) from None
-    return Channel(near)
+    channel = Channel(near, loop)
+    loop.start(serve_echo(loop, far))
+    return channel
 
 
-def serve_echo(sock: socket.socket) -> None:
+def serve_echo(loop: EventLoop, sock: socket.socket) -> Steps[None]:
     """Reads one request as HTTP, and answers it at the pace that its model's name asks for."""
-    channel = Channel(sock)
-    deadline = time.monotonic() + 600
+    channel = Channel(sock, loop)
+    if loop.running:
+        loop.running.client = channel
     try:
         while not head_length(channel.received):
-            data = channel.receive(deadline)
-            if not data:
-                return
-            channel.received += data
-        size = head_length(channel.received)
-        head = parse_request_head(channel.received[:size])
-        channel.received = channel.received[size:]
-        body = RequestBody(channel, head, sys.maxsize).read_all()
+            yield math.inf
+        head = parse_request_head(channel.use(head_length(channel.received)))
+        body = yield from RequestBody(channel, head, sys.maxsize, loop).read_all()
         request_id = new_request_id()
-        send_echo(channel, echo_answer(head.method, head.path, body, time.time(), request_id), request_id)
-    except (OSError, ClientGone, RelayError):
+        answer = echo_answer(head.method, head.path, body, time.time(), request_id)
+        yield from send_echo(loop, channel, answer, request_id)
+    except (OSError, ClientGone, Overdue, RelayError):
         pass  # the relay has closed its end: the client left, or is being answered already
     finally:
         channel.close()
 
 
-def send_echo(channel: Channel, answer: EchoAnswer, request_id: str) -> None:
+def send_echo(loop: EventLoop, channel: Channel, answer: EchoAnswer, request_id: str) -> Steps[None]:
     """Sends the answer; one that is cut lacks half of its content, and its end."""
     streamed = answer.content_type.startswith("text/event-stream")
     size = sum(len(part) for _, part in answer.parts)
@@ -3308,13 +3481,15 @@ def send_echo(channel: Channel, answer: EchoAnswer, request_id: str) -> None:
     if streamed:
         fields += [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
     fields.append(("request-id", request_id))
-    channel.send(head_bytes(f"HTTP/1.1 {answer.status} {reason_of(answer.status)}", fields), STALLED_CLIENT_SECONDS)
-    for pause, part in answer.parts:
-        time.sleep(pause)
+    head = head_bytes(f"HTTP/1.1 {answer.status} {reason_of(answer.status)}", fields)
+    yield from channel.send(head, STALLED_CLIENT_SECONDS)
+    for seconds, part in answer.parts:
+        if seconds:
+            yield from pause(loop, seconds)
         part = part[: len(part) // 2] if answer.cut and not streamed else part
-        channel.send(chunk(part) if streamed else part, STALLED_CLIENT_SECONDS)
+        yield from channel.send(chunk(part) if streamed else part, STALLED_CLIENT_SECONDS)
     if streamed and not answer.cut:
-        channel.send(LAST_CHUNK, STALLED_CLIENT_SECONDS)
+        yield from channel.send(LAST_CHUNK, STALLED_CLIENT_SECONDS)
 
 
 class Answer:
@@ -3342,6 +3517,7 @@ class Answer:
             self.decoder.finished
             and not isinstance(self.decoder, CloseDecoder)
             and not self.decoder.rest
+            and not self.channel.received
             and self.whole_request
             and self.head.version >= 1
             and "close" not in self.head.fields.elements("connection")
@@ -3352,52 +3528,48 @@ class Answer:
         decoded = self.decoder.feed(data)
         self.content = self.content + decoded if self.content else decoded
 
-    def release(self, pool: UpstreamPool, now: float) -> None:
+    def release(self, pool: UpstreamPool) -> None:
         """Gives the connection back for reuse where that is possible, else closes it."""
+        if self.channel.task is None:
+            return  # it was given back before
         if self.reusable:
-            pool.keep(self.candidate.target.provider, self.channel, now)
+            pool.keep(self.candidate.target.provider, self.channel)
         else:
             self.channel.close()
 
 
-def read_answer(channel: Channel, candidate: Candidate, method: str, client: Channel | None) -> Answer:
-    """Waits for the head of the final answer. Raises BrokenExchange, NoAnswer, FramingError and ClientGone."""
+def read_answer(loop: EventLoop, channel: Channel, candidate: Candidate, method: str) -> Steps[Answer]:
+    """Waits for the head of the final answer. Raises BrokenExchange, NoAnswer and FramingError."""
     interim = 0
     while True:
         end = channel.received.find(b"\r\n\r\n") + 4
         if end < 4:
             if len(channel.received) > ANSWER_HEAD_BYTES:
                 raise FramingError(f"its head is longer than {ANSWER_HEAD_BYTES} bytes")
-            channel.received += receive_from_upstream(channel, candidate, client)
+            yield from arrival(loop, channel, candidate)
             continue
-        head = parse_response_head(channel.received[:end])
-        channel.received = channel.received[end:]
+        head = parse_response_head(channel.use(end))
         if head.status >= 200:
             answer = Answer(candidate, channel, head, answer_decoder(head, method))
-            received, channel.received = channel.received, b""
-            if received:
-                answer.absorb(received)
+            if channel.received:
+                answer.absorb(channel.take())
             return answer
         interim += 1
         if interim > INTERIM_ANSWERS or head.status == 101:
             raise FramingError("it sends too many interim answers, or switches protocols unasked")
 
 
-def receive_from_upstream(channel: Channel, candidate: Candidate, client: Channel | None) -> bytes:
-    """Waits for the next bytes of an answer. Raises BrokenExchange, NoAnswer and ClientGone."""
+def arrival(loop: EventLoop, channel: Channel, candidate: Candidate) -> Steps[None]:
+    """Waits for more of an answer. Raises BrokenExchange and NoAnswer."""
     provider = candidate.target.provider
+    before, deadline = len(channel.received), loop.now + provider.timeout
     try:
-        data = channel.receive(time.monotonic() + provider.timeout, client)
-    except TimeoutError as error:
-        if error.errno is None:
-            raise NoAnswer(f"the provider {provider.name} sent nothing for {provider.timeout:g} seconds") from None
-        data = b""  # the system's own ETIMEDOUT: the connection is dead
-    except OSError:
-        data = b""
-    if not data:
+        while len(channel.received) == before and not channel.ended:
+            yield deadline
+    except Overdue:
+        raise NoAnswer(f"the provider {provider.name} sent nothing for {provider.timeout:g} seconds") from None
+    if len(channel.received) == before:
         raise BrokenExchange(f"the provider {provider.name} closed the connection without an answer")
-    channel.answered = True
-    return data
 
 
 # ==== Relay ======================================================================================
@@ -3438,7 +3610,6 @@ class Job(NamedTuple):
     endpoint: Endpoint
     body: ReadBody | RequestBody
     candidates: Sequence[Candidate]
-    client: Channel | None  # watched, so that nothing is worked on for one who has left
     record: AccessRecord
 
     @property
@@ -3451,14 +3622,15 @@ class Job(NamedTuple):
 
 
 class Relay:
-    """Gets answers from upstream. Thread-safe; outlives a reload."""
+    """Gets answers from upstream. Outlives a reload."""
 
-    def __init__(self, warn: Callable[[str], None]) -> None:
-        self.connections = UpstreamPool()
+    def __init__(self, loop: EventLoop, warn: Callable[[str], None]) -> None:
+        self.connections = UpstreamPool(loop)
         self.keys = KeyPool(random.Random())
+        self._loop = loop
         self._warn = warn
 
-    def obtain(self, job: Job) -> Answer:
+    def obtain(self, job: Job) -> Steps[Answer]:
         """The answer to deliver: the first that isn't a failure, else the last one there was. Raises
         UpstreamFailed, UpstreamSilent, Unavailable, ClientGone, and what reading the body raises."""
         last: Answer | None = None
@@ -3468,7 +3640,7 @@ class Relay:
             for candidate in job.candidates:
                 self._note(job.record, candidate)
                 try:
-                    answer = self._attempt(job, candidate)
+                    answer = yield from self._attempt(job, candidate)
                 except (Unreachable, BrokenExchange) as error:
                     failure = error
                     self._blame(candidate.target.provider)
@@ -3478,13 +3650,13 @@ class Relay:
                         only_once_more = error.whole_request
                     continue
                 if last:
-                    last.release(self.connections, time.monotonic())
+                    last.release(self.connections)
                 last = answer
                 if not self._is_failure(answer) or only_once_more:
                     break
         except BaseException:
             if last:
-                last.release(self.connections, time.monotonic())
+                last.release(self.connections)
             raise
         if not last:
             code = "upstream_unreachable" if isinstance(failure, Unreachable) else "upstream_broken"
@@ -3495,7 +3667,7 @@ class Relay:
     def _blame(self, provider: Provider) -> None:
         """Has a provider that could not be reached come later for a while; echo's faults are made to order."""
         if provider.format != "echo":
-            self.keys.unreachable(provider, time.monotonic())
+            self.keys.unreachable(provider, self._loop.now)
 
     def _note(self, record: AccessRecord, candidate: Candidate, attempts: int = 1) -> None:
         """Writes down which candidate the request is with."""
@@ -3503,28 +3675,30 @@ class Relay:
         record.provider = candidate.target.provider.name
         record.sent_model, record.key = candidate.target.model, candidate.label
 
-    def _attempt(self, job: Job, candidate: Candidate) -> Answer:
+    def _attempt(self, job: Job, candidate: Candidate) -> Steps[Answer]:
         """One try with a candidate. A kept connection that turns out to be closed is replaced."""
         provider = candidate.target.provider
-        kept = None if job.only_once else self.connections.take(provider, time.monotonic())
+        kept = None if job.only_once else self.connections.take(provider)
         if kept:
             try:
-                return self._exchange(job, candidate, kept)
+                return (yield from self._exchange(job, candidate, kept))
             except BrokenExchange as error:
                 if error.answer_begun:
                     raise
-        return self._exchange(job, candidate, self.connections.connect(provider, job.client))
+        channel = yield from self.connections.connect(provider)
+        return (yield from self._exchange(job, candidate, channel))
 
-    def _exchange(self, job: Job, candidate: Candidate, channel: Channel) -> Answer:
+    def _exchange(self, job: Job, candidate: Candidate, channel: Channel) -> Steps[Answer]:
         """Sends the request on a connection and reads the head of the answer, of a stream its first line too."""
         provider = candidate.target.provider
         channel.answered = whole = False
         try:
-            whole = self._send(job, candidate, channel)
-            answer = read_answer(channel, candidate, job.head.method, job.client)
+            whole = yield from self._send(job, candidate, channel)
+            answer = yield from read_answer(self._loop, channel, candidate, job.head.method)
             answer.whole_request = whole
             while answer.is_stream and not LINE_END.search(answer.content) and not answer.decoder.finished:
-                answer.absorb(receive_from_upstream(channel, candidate, job.client))
+                yield from arrival(self._loop, channel, candidate)
+                answer.absorb(channel.take())
                 if len(answer.content) > STREAM_LINE_BYTES:
                     break
             return answer
@@ -3537,13 +3711,13 @@ class Relay:
             raise BrokenExchange(str(error), whole, channel.answered) from None
         except NoAnswer as error:
             channel.close()
-            self.keys.failed(candidate, 504, None, time.monotonic())
+            self.keys.failed(candidate, 504, None, self._loop.now)
             raise UpstreamSilent(str(error)) from None
         except BaseException:
             channel.close()
             raise
 
-    def _send(self, job: Job, candidate: Candidate, channel: Channel) -> bool:
+    def _send(self, job: Job, candidate: Candidate, channel: Channel) -> Steps[bool]:
         """Sends the request; False when the provider answered, or broke off, before it had all of it.
         Raises NoAnswer, ClientGone, and what reading the body raises."""
         provider, body = candidate.target.provider, job.body
@@ -3558,27 +3732,31 @@ class Relay:
         try:
             # Two sends are cheaper than a copy of a large body; for a small one, one send is.
             if len(data) < RECEIVE_BYTES:
-                channel.send_upstream(head + data, provider.timeout, job.client)
+                yield from channel.send(head + data, provider.timeout, heed_answer=True)
             else:
-                channel.send_upstream(head, provider.timeout, job.client)
-                channel.send_upstream(data, provider.timeout, job.client)
+                yield from channel.send(head, provider.timeout, heed_answer=True)
+                yield from channel.send(data, provider.timeout, heed_answer=True)
             if isinstance(body, RequestBody):
-                for piece in iter(lambda: body.read(channel), b""):
-                    channel.send_upstream(chunk(piece) if length is None else piece, provider.timeout, job.client)
-                if length is None:
-                    channel.send_upstream(LAST_CHUNK, provider.timeout, job.client)
-        except TimeoutError as error:
-            if error.errno is None:
-                raise NoAnswer(f"the provider {provider.name} took nothing for {provider.timeout:g} seconds") from None
-            return False
+                yield from self._pass_on(body, channel, provider.timeout)
+        except Overdue:
+            raise NoAnswer(f"the provider {provider.name} took nothing for {provider.timeout:g} seconds") from None
         except (OSError, EarlyAnswer):
             # It may have answered before it closed; reading will tell.
             return False
         return True
 
+    def _pass_on(self, body: RequestBody, channel: Channel, timeout: float) -> Steps[None]:
+        """Sends a body piece by piece as it comes from the client. Raises EarlyAnswer and what both sides raise."""
+        chunked = body.length is None
+        while not body.finished:
+            piece = yield from body.read(upstream=channel)
+            yield from channel.send(chunk(piece) if chunked else piece, timeout, heed_answer=True)
+        if chunked:
+            yield from channel.send(LAST_CHUNK, timeout, heed_answer=True)
+
     def _is_failure(self, answer: Answer) -> bool:
         """Whether another candidate should be tried; tells the key pool how this one fared."""
-        candidate, now = answer.candidate, time.monotonic()
+        candidate = answer.candidate
         provider, status = candidate.target.provider, answer.head.status
         if answer.is_stream and FIRST_EVENT_IS_ERROR.match(answer.content):
             status = 529  # overloaded, told in a stream that was opened too early
@@ -3587,7 +3765,7 @@ class Relay:
                 self.keys.succeeded(candidate)
             else:
                 wait = retry_after_seconds(answer.head.fields.get("retry-after"), time.time())
-                self.keys.failed(candidate, status, wait, now)
+                self.keys.failed(candidate, status, wait, self._loop.now)
             if status in QUARANTINED:
                 self._warn(
                     f"the provider {provider.name} refuses the key {candidate.label} ({status}); it comes last now"
@@ -3599,7 +3777,7 @@ class Relay:
         provider = answer.candidate.target.provider
         if answer.head.status != 401 or provider.format == "echo":
             return answer
-        answer.release(self.connections, time.monotonic())
+        answer.release(self.connections)
         key = f"key {answer.candidate.label}" if answer.candidate.key else "lack of a key"
         raise UpstreamFailed(f"the provider {provider.name} refused this relay's {key} (401)", "upstream_refused_key")
 
@@ -3634,138 +3812,96 @@ class ResultsUrlRewriter:
 
 
 class Transfer:
-    """An answer on its way to the client, as fast as both sides allow.
-
-    advance() moves what can be moved now and says what to wait for; it never waits. The thread that got the
-    answer calls it first, and for most answers that is all; the event loop goes on where it takes longer.
-    At most one receive's worth of bytes is held, and nothing is read while the client takes nothing."""
+    """An answer as it goes to the client: what has arrived from upstream becomes what is to be sent, at once
+    and without waiting for more than the end of a line. Does no I/O."""
 
     def __init__(
-        self, answer: Answer, client: Channel, record: AccessRecord, request: RequestHead, endpoint: Endpoint
+        self,
+        answer: Answer,
+        record: AccessRecord,
+        request: RequestHead,
+        dialect: str,
+        rewriter: ResultsUrlRewriter | None,
     ) -> None:
-        self.answer = answer
-        self.client = client
-        self.record = record
         self.keep_alive = request.keep_alive
-        self.timeout = answer.candidate.target.provider.timeout
-        self._dialect = endpoint.dialect
-        self._filter: LineSplitter | ResultsUrlRewriter | None = LineSplitter() if answer.is_stream else None
+        self.ended = False
+        self._answer = answer
+        self._decoder = answer.decoder
+        self._record = record
+        self._request = request
+        self._dialect = dialect
+        self._filter: LineSplitter | ResultsUrlRewriter | None = LineSplitter() if answer.is_stream else rewriter
         self._chunked = False
         self._sees_end = False  # whether a stream has said that it is over
-        self._pending = b""
-        self._ended = False
 
-    def begin(self, request: RequestHead, fields: Pairs, rewriter: ResultsUrlRewriter | None, closing: bool) -> None:
-        """Prepares the head with these end-to-end fields, and what has come of the body."""
-        head = self.answer.head
-        if rewriter:
-            self._filter = rewriter
+    def begin(self, fields: Pairs, closing: bool) -> bytes:
+        """The head with these end-to-end fields, and what has come of the body. `closing`: the connection is to
+        be closed behind it."""
+        request, answer, head = self._request, self._answer, self._answer.head
         bodyless = request.method == "HEAD" or head.status in (204, 304)
         length = head.fields.get("content-length")
-        if self.answer.is_stream:
+        if answer.is_stream:
             fields += [pair for pair in UNBUFFERED if pair[0] not in head.fields]
-        if length and not rewriter and not self.answer.is_stream:
+        if length and self._filter is None:
             fields.append(("content-length", length))
         elif not bodyless and request.version >= 1:
             self._chunked = True
             fields.append(("transfer-encoding", "chunked"))
         elif not bodyless:
             closing = True  # HTTP/1.0 knows the end of such a body by the end of the connection
-        self.keep_alive = request.keep_alive and not closing
-        if not self.keep_alive:
+        if closing or not self.keep_alive:
+            self.keep_alive = False
             fields.append(("connection", "close"))
         elif request.version == 0:
             fields.append(("connection", "keep-alive"))
-        self._pending = head_bytes(f"HTTP/1.1 {head.status} {head.reason}", fields)
-        self.record.status = head.status
-        self.record.first_byte = time.monotonic()
-        content, self.answer.content = self.answer.content, b""
-        self._take(content)
+        self._record.status = head.status
+        content, answer.content = answer.content, b""
+        return head_bytes(f"HTTP/1.1 {head.status} {head.reason}", fields) + self._passed(content)
 
-    @property
-    def waits_for_client(self) -> bool:
-        """Whether the client must take something before anything else can happen."""
-        return bool(self._pending)
-
-    def advance(self) -> bool:
-        """Moves on by one receive and one send. Whether the transfer is over. Raises ClientGone."""
-        if not self._pending and not self._ended:
-            self._receive()
-        if self._pending:
-            try:
-                sent = self.client.send_now(self._pending)
-            except OSError:
-                raise ClientGone from None
-            self._pending = self._pending[sent:] if sent < len(self._pending) else b""
-        return self._ended and not self._pending
-
-    def _receive(self) -> None:
-        """Takes what has arrived from upstream, its end included."""
-        channel = self.answer.channel
+    def feed(self, data: bytes) -> bytes:
+        """What goes out for the next bytes from upstream."""
         try:
-            data = channel.receive_now()
-            while data and channel.has_more() and len(data) < RECEIVE_BYTES:
-                data += channel.receive_now() or b""
-        except OSError:
-            data = b""
-        if data is None:
-            return
-        if not data:
-            self._upstream_closed()
-            return
-        try:
-            content = self.answer.decoder.feed(data)
+            return self._passed(self._decoder.feed(data))
         except FramingError:
-            self.fail("the provider broke the framing of its answer", "upstream_broken")
-            return
-        self._take(content)
+            return self.fail("the provider broke the framing of its answer", "upstream_broken")
 
-    def _take(self, content: bytes) -> None:
-        """Passes on content, whole lines of it in a stream, and ends with the answer."""
-        try:
-            self._forward(self._filter.feed(content) if self._filter else content)
-            if self.answer.decoder.finished:
-                self._finish()
-        except FramingError:
-            self.fail("the provider broke the encoding of its answer", "upstream_broken")
+    def close(self) -> bytes:
+        """What goes out when upstream has closed: rightly where nothing else marks the end, and for a stream if
+        it has said that it is over."""
+        if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not self._answer.is_stream):
+            self._decoder.finished = True
+            return self._passed(b"")
+        return self.fail("the provider broke off its answer", "upstream_broken")
 
-    def _forward(self, content: bytes) -> None:
-        if not content:
-            return
-        self.record.bytes_sent += len(content)
-        self.record.usage.read(content)
-        if self.answer.is_stream and isinstance(self.answer.decoder, CloseDecoder) and STREAM_ENDS.search(content):
-            self._sees_end = True
-        self._pending += chunk(content) if self._chunked else content
-
-    def _finish(self) -> None:
-        """The answer is whole."""
-        if self._filter:
-            self._forward(self._filter.flush())
-        if self._chunked:
-            self._pending += LAST_CHUNK
-        self._ended = True
-
-    def _upstream_closed(self) -> None:
-        """The connection has ended: rightly where nothing else marks the end, and for a stream if it has said so."""
-        if isinstance(self.answer.decoder, CloseDecoder) and (self._sees_end or not self.answer.is_stream):
-            self.answer.decoder.finished = True
-            self._finish()
-        else:
-            self.fail("the provider broke off its answer", "upstream_broken")
-
-    def fail(self, message: str, code: str) -> None:
-        """Ends an answer that can't be completed: a stream with a last event that says so, and in any case
-        without its proper end, so that nobody takes it for whole."""
-        record = self.record
+    def fail(self, message: str, code: str) -> bytes:
+        """What goes out for an answer that can't be completed: for a stream a last event that says so, and in
+        any case not its proper end, so that nobody takes it for whole."""
+        record = self._record
         record.error = code
         self.keep_alive = False
-        self._ended = True
-        if isinstance(self._filter, LineSplitter):
-            kind = "timeout_error" if code == "upstream_timeout" else "api_error"
-            event = b"\n\n" if self._filter.mid_line else b"\n"
-            event += error_event(self._dialect, kind, message, code, record.request_id)
-            self._pending += chunk(event) if self._chunked else event
+        self.ended = True
+        if not isinstance(self._filter, LineSplitter):
+            return b""
+        kind = "timeout_error" if code == "upstream_timeout" else "api_error"
+        event = b"\n\n" if self._filter.mid_line else b"\n"
+        event += error_event(self._dialect, kind, message, code, record.request_id)
+        return chunk(event) if self._chunked else event
+
+    def _passed(self, content: bytes) -> bytes:
+        """The content as it goes out, whole lines of it in a stream, with its end if it has come."""
+        if self._filter:
+            content = self._filter.feed(content)
+            if self._decoder.finished:
+                content += self._filter.flush()
+        self.ended = self._decoder.finished
+        if content:
+            self._record.bytes_sent += len(content)
+            self._record.usage.read(content)
+            if self._answer.is_stream and isinstance(self._decoder, CloseDecoder) and STREAM_ENDS.search(content):
+                self._sees_end = True
+        if not self._chunked:
+            return content
+        return chunk(content) + LAST_CHUNK if self.ended else chunk(content)
 
 
 # ==== Catalogue ==================================================================================
@@ -3774,75 +3910,72 @@ class Transfer:
 class Catalogue:
     """The models that this relay offers: aliases, echo's, and what each usable provider lists."""
 
-    def __init__(self, relay: Relay) -> None:
+    def __init__(self, relay: Relay, loop: EventLoop) -> None:
         self._relay = relay
-        self._lock = threading.Lock()  # guards _lists
+        self._loop = loop
         self._lists: dict[Provider, tuple[float, list[JsonDict]]] = {}  # fetched when, and what
 
-    def entries(self, config: Config) -> list[JsonDict]:
+    def entries(self, config: Config) -> Steps[list[JsonDict]]:
         """One entry a name, as the provider describes it; aliases and echo's come first."""
         usable = [provider for provider in config.providers.values() if provider.usable]
         entries: list[JsonDict] = [{"id": name} for name in config.aliases]
         if any(provider.format == "echo" for provider in usable):
             entries += [{"id": name, "created_at": ECHO_CREATED, "created": ECHO_CREATED_UNIX} for name in ECHO_MODELS]
-        for listed in self._listed([provider for provider in usable if provider.format != "echo"]):
+        for listed in (yield from self._listed([provider for provider in usable if provider.format != "echo"])):
             entries += listed
         return list({entry["id"]: entry for entry in reversed(entries)}.values())[::-1]
 
-    def _listed(self, providers: Sequence[Provider]) -> list[list[JsonDict]]:
+    def _listed(self, providers: Sequence[Provider]) -> Steps[list[list[JsonDict]]]:
         """What each provider lists: remembered, or asked for now, all at once and not for long."""
-        now = time.monotonic()
-        with self._lock:
-            stale = [
-                provider
-                for provider in providers
-                if self._lists.get(provider, (-math.inf, []))[0] < now - CATALOGUE_FRESH_SECONDS
-            ]
-        threads = [threading.Thread(target=self._fetch, args=(provider,), daemon=True) for provider in stale]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(max(0.0, now + CATALOGUE_WAIT_SECONDS - time.monotonic()))
-        with self._lock:
-            for provider in stale:
-                # One that is still silent isn't waited for again at once; should it answer yet, the better.
-                asked, entries = self._lists.get(provider, (-math.inf, []))
-                self._lists[provider] = (max(asked, now - CATALOGUE_FRESH_SECONDS + CATALOGUE_RETRY_SECONDS), entries)
-            return [self._lists[provider][1] for provider in providers if provider in self._lists]
+        now = self._loop.now
+        stale = [
+            provider
+            for provider in providers
+            if self._lists.get(provider, (-math.inf, []))[0] < now - CATALOGUE_FRESH_SECONDS
+        ]
+        fetches = [self._loop.start(self._fetch(provider)) for provider in stale]
+        try:
+            while not all(fetch.done for fetch in fetches):
+                yield now + CATALOGUE_WAIT_SECONDS
+        except Overdue:
+            pass
+        for provider in stale:
+            # One that is still silent isn't waited for again at once; should it answer yet, the better.
+            asked, entries = self._lists.get(provider, (-math.inf, []))
+            self._lists[provider] = (max(asked, now - CATALOGUE_FRESH_SECONDS + CATALOGUE_RETRY_SECONDS), entries)
+        return [self._lists[provider][1] for provider in providers if provider in self._lists]
 
-    def _fetch(self, provider: Provider) -> None:
+    def _fetch(self, provider: Provider) -> Steps[None]:
         """Asks a provider, and remembers what it says; of one that fails, that it lists nothing for a while."""
         hasty = provider._replace(timeout=CATALOGUE_WAIT_SECONDS, connect_timeout=CATALOGUE_WAIT_SECONDS)
         query = "limit=1000" if provider.format == "anthropic" else ""
         head = RequestHead("GET", "/v1/models", query, 1, Headers([]), 0)
         candidate = Candidate(Target(hasty, ""), provider.keys[0] if provider.keys else None)
-        record = AccessRecord(time.time(), time.monotonic())
-        job = Job(
-            head, Endpoint("catalogue", "", "/models", query), ReadBody(b"", b"", None), [candidate], None, record
-        )
+        record = AccessRecord(time.time(), self._loop.now)
+        job = Job(head, Endpoint("catalogue", "", "/models", query), ReadBody(b"", b"", None), [candidate], record)
         entries: list[JsonDict] = []
-        asked = time.monotonic()
+        asked = self._loop.now
         try:
-            answer = self._relay.obtain(job)
+            answer = yield from self._relay.obtain(job)
             try:
-                document = json.loads(read_rest(answer, 8 * 1024 * 1024))
+                document = json.loads((yield from read_rest(self._loop, answer, 8 * 1024 * 1024)))
             finally:
-                answer.release(self._relay.connections, time.monotonic())
+                answer.release(self._relay.connections)
             listed = [entry for entry in document["data"] if isinstance(entry, dict) and is_text(entry.get("id"))]
             entries = [entry for entry in listed if provider.serves(entry["id"])]
         except (RelayError, UpstreamFailure, FramingError, ValueError, KeyError, TypeError, RecursionError):
             asked += CATALOGUE_RETRY_SECONDS - CATALOGUE_FRESH_SECONDS
-        with self._lock:
-            self._lists = {other: listed for other, listed in self._lists.items() if other.name != provider.name}
-            self._lists[provider] = (asked, entries)
+        self._lists = {other: listed for other, listed in self._lists.items() if other.name != provider.name}
+        self._lists[provider] = (asked, entries)
 
 
-def read_rest(answer: Answer, limit: int) -> bytes:
+def read_rest(loop: EventLoop, answer: Answer, limit: int) -> Steps[bytes]:
     """The whole body of an answer. Raises BrokenExchange, NoAnswer and FramingError, also beyond the limit."""
     while not answer.decoder.finished:
         if len(answer.content) > limit:
             raise FramingError("the answer is too long")
-        answer.absorb(receive_from_upstream(answer.channel, answer.candidate, None))
+        yield from arrival(loop, answer.channel, answer.candidate)
+        answer.absorb(answer.channel.take())
     return answer.content
 
 
@@ -3955,350 +4088,20 @@ class LogWriter:
             self.flush()
 
 
-# ==== Event loop =================================================================================
-#
-# One thread watches all connections that nobody works for at the moment: clients that are between two
-# requests, or send a head slowly; answers that take their time; connections that are being closed. None
-# of them costs a thread. Each is a task; it is told when a socket of its own is ready, or when its
-# deadline has passed. A task is touched by this thread only.
-
-
-class Connection:
-    """A client's connection. At any time it belongs to one thread: a handler's, or the event loop's."""
-
-    def __init__(self, channel: Channel, address: str, register: set[Connection], surplus: bool) -> None:
-        self.channel = channel
-        self.address = address
-        self.surplus = surplus  # beyond max_connections: it gets one answer, which says so
-        self.busy = False  # with a request that isn't answered yet
-        self.late = False  # with a head that has taken too long
-        self._register = register
-        register.add(self)
-
-    def close(self) -> None:
-        """Closes it, and forgets it."""
-        self.channel.close()
-        self._register.discard(self)
-
-
-class EventLoop:
-    """The thread that waits for everybody."""
-
-    def __init__(self, log: LogWriter, upstream: UpstreamPool, serve: Callable[[Connection], None]) -> None:
-        self.log = log
-        self.upstream = upstream
-        self.serve = serve  # gives a thread to a connection whose head is there
-        self.selector = selectors.DefaultSelector()
-        self.now = time.monotonic()
-        self.draining = False
-        self.tasks: set[Task] = set()
-        self._posted: collections.deque[Callable[[], None]] = collections.deque()
-        self._bell, self._ringer = socket.socketpair()
-        self._bell.setblocking(False)
-        self._rung = False
-        self._sweep_at = 0.0
-        self._tidied_at = 0.0
-        self.selector.register(self._bell, selectors.EVENT_READ, None)
-
-    # -- for all threads
-
-    def post(self, action: Callable[[], None]) -> None:
-        """Has the loop call the action soon."""
-        self._posted.append(action)
-        if not self._rung:
-            self._rung = True
-            self._ringer.send(b"\0")
-
-    def await_head(self, connection: Connection) -> None:
-        """Takes a connection until the head of its next request has come."""
-        self.post(lambda: self.start(HeadWait(self, connection)))
-
-    def carry(self, connection: Connection, transfer: Transfer, body_read: bool) -> None:
-        """Takes an answer that is on its way, and the connection with it."""
-        self.post(lambda: self.start(Carriage(self, connection, transfer, body_read)))
-
-    def linger(self, connection: Connection) -> None:
-        """Closes a connection in a way that lets the client read what was sent last."""
-        self.post(lambda: self.start(Farewell(self, connection)))
-
-    # -- for the loop's own thread
-
-    def start(self, task: Task) -> None:
-        """Begins to look after a task."""
-        self.tasks.add(task)
-        self._guarded(task, task.begin)
-        self.expect(task)
-
-    def expect(self, task: Task) -> None:
-        """Notes that the task's deadline may have come nearer."""
-        self._sweep_at = min(self._sweep_at, task.deadline)
-
-    def run(self) -> None:
-        """Serves for ever."""
-        while True:
-            ready = self.selector.select(max(0.0, self._sweep_at - time.monotonic()))
-            self.now = time.monotonic()
-            for key, mask in ready:
-                if key.data is None:
-                    self._bell.recv(4096)
-                    self._rung = False
-                elif key.data in self.tasks:
-                    self._guarded(key.data, key.data.ready, key.fileobj, mask)
-            while self._posted:
-                self._posted.popleft()()
-            if self.now >= self._sweep_at:
-                self._sweep()
-
-    def _sweep(self) -> None:
-        """Ends what is overdue, and decides when to look again."""
-        for task in [task for task in self.tasks if task.deadline <= self.now]:
-            self._guarded(task, task.expire)
-        if self.now - self._tidied_at > 1.0:
-            self._tidied_at = self.now
-            self.upstream.tidy(self.now)
-        soonest = min((task.deadline for task in self.tasks), default=math.inf)
-        self._sweep_at = min(self.now + 5.0, max(self.now + 0.05, soonest))
-
-    def _guarded(self, task: Task, action: Callable[..., None], *arguments: Any) -> None:
-        """Calls the action; a defect in it costs this task only."""
-        try:
-            action(*arguments)
-        except Exception as error:
-            self.log.warn(f"internal error: {describe(error)}")
-            task.abandon()
-
-
-def describe(error: BaseException) -> str:
-    """An unexpected error for the log: its type and place, no text of it, which might hold a secret."""
-    place = error.__traceback__
-    while place and place.tb_next:
-        place = place.tb_next
-    return f"{type(error).__name__} in line {place.tb_lineno if place else 0}"
-
-
-class HeadWait:
-    """A connection between two requests, or in the middle of a head."""
-
-    def __init__(self, loop: EventLoop, connection: Connection) -> None:
-        self.loop = loop
-        self.connection = connection
-        self.deadline = 0.0
-        self._begun = False  # the first byte of the head has come
-
-    def begin(self) -> None:
-        self.connection.busy = False
-        self.deadline = self.loop.now + (SURPLUS_SECONDS if self.connection.surplus else IDLE_SECONDS)
-        if self.loop.draining:
-            self.abandon()
-            return
-        self.loop.selector.register(self.connection.channel.sock, selectors.EVENT_READ, self)
-        self._look()
-
-    def ready(self, sock: Any, mask: int) -> None:
-        channel = self.connection.channel
-        if channel.has_left():
-            self.abandon()
-        else:
-            self._look()
-
-    def _look(self) -> None:
-        """Whether there is a head, or something that can't become one: then a handler is called."""
-        channel = self.connection.channel
-        try:
-            whole = head_length(channel.received) > 0
-        except MalformedRequest:
-            whole = True  # the handler will say what is wrong
-        if whole:
-            self._leave()
-            self.loop.serve(self.connection)
-        elif channel.received and not self._begun:
-            self._begun = True
-            self.deadline = self.loop.now + HEAD_SECONDS
-            self.loop.expect(self)
-
-    def expire(self) -> None:
-        if self._begun:
-            self.connection.late = True
-            self._leave()
-            self.loop.serve(self.connection)
-        else:
-            self.abandon()
-
-    def abandon(self) -> None:
-        self._leave()
-        self.connection.close()
-
-    def _leave(self) -> None:
-        forget(self.loop, self, self.connection.channel.sock)
-
-
-class Carriage:
-    """An answer that is carried from upstream to the client as it comes."""
-
-    def __init__(self, loop: EventLoop, connection: Connection, transfer: Transfer, body_read: bool) -> None:
-        self.loop = loop
-        self.connection = connection
-        self.transfer = transfer
-        self.deadline = 0.0
-        self._body_read = body_read
-        self._client = connection.channel
-        self._upstream = transfer.answer.channel
-        self._due = 0.0  # when the side that is waited for must have moved
-        self._blocked = False  # whether that is the client
-
-    def begin(self) -> None:
-        selector = self.loop.selector
-        selector.register(self._client.sock, selectors.EVENT_READ, self)
-        selector.register(self._upstream.sock, selectors.EVENT_READ, self)
-        self._go_on()
-
-    def ready(self, sock: Any, mask: int) -> None:
-        if sock is self._client.sock and mask & selectors.EVENT_READ:
-            if self._client.has_departed():
-                self.abandon()
-                return
-            if self._client.is_ahead:
-                self._watch_client()
-        self._go_on()
-
-    def _go_on(self) -> None:
-        transfer = self.transfer
-        try:
-            over = transfer.advance()
-            while not over and self._upstream.has_more() and not transfer.waits_for_client:
-                over = transfer.advance()
-        except ClientGone:
-            self.abandon()
-            return
-        if over:
-            self._finish()
-            return
-        blocked = transfer.waits_for_client
-        self._due = self.deadline = self.loop.now + (STALLED_CLIENT_SECONDS if blocked else transfer.timeout)
-        if blocked is not self._blocked:
-            self._blocked = blocked
-            self._watch_client()
-            if blocked:
-                self.loop.selector.unregister(self._upstream.sock)
-            else:
-                self.loop.selector.register(self._upstream.sock, selectors.EVENT_READ, self)
-            self.loop.expect(self)
-        if self._client.is_ahead:
-            self._look_soon()
-
-    def _watch_client(self) -> None:
-        """Waits for the client to leave, unless it is ahead, and to take something, if that is missing."""
-        selector, client = self.loop.selector, self._client.sock
-        events = 0 if self._client.is_ahead else selectors.EVENT_READ
-        events |= selectors.EVENT_WRITE if self._blocked else 0
-        if client in selector.get_map():
-            selector.unregister(client)
-        if events:
-            selector.register(client, events, self)
-
-    def _look_soon(self) -> None:
-        """Has expire() called before its time, to see whether a client that is ahead is still there."""
-        self.deadline = min(self._due, self.loop.now + AHEAD_SECONDS)
-        self.loop.expect(self)
-
-    def expire(self) -> None:
-        overdue = self.loop.now >= self._due
-        if (self._blocked and overdue) or (self._client.is_ahead and self._client.has_departed()):
-            self.abandon()
-        elif overdue:
-            self.cut(f"the provider sent nothing for {self.transfer.timeout:g} seconds", "upstream_timeout")
-        else:
-            self._look_soon()
-
-    def cut(self, message: str, code: str) -> None:
-        """Ends the answer before its time."""
-        self.transfer.fail(message, code)
-        self._go_on()
-
-    def abandon(self) -> None:
-        self._leave()
-        self.transfer.record.error = self.transfer.record.error or "client_gone"
-        self._upstream.close()
-        self.connection.close()
-        self.loop.log.record(self.transfer.record)
-
-    def _finish(self) -> None:
-        self._leave()
-        conclude(self.loop, self.transfer)
-        if self.transfer.keep_alive and self._body_read:
-            self.loop.start(HeadWait(self.loop, self.connection))
-        else:
-            self.connection.busy = False
-            self.loop.start(Farewell(self.loop, self.connection))
-
-    def _leave(self) -> None:
-        forget(self.loop, self, self._client.sock, self._upstream.sock)
-
-
-class Farewell:
-    """A connection that is being closed: our side at once, the rest when the client has read and closed,
-    too. Closed outright, the answer could be lost with what the client is still sending (RFC 9112 §9.6)."""
-
-    def __init__(self, loop: EventLoop, connection: Connection) -> None:
-        self.loop = loop
-        self.connection = connection
-        self.deadline = loop.now + LINGER_SECONDS
-        self._end = loop.now + LINGER_LONGEST_SECONDS
-
-    def begin(self) -> None:
-        sock = self.connection.channel.sock
-        self.connection.busy = False
-        try:
-            sock.shutdown(socket.SHUT_WR)
-            self.loop.selector.register(sock, selectors.EVENT_READ, self)
-        except (OSError, ValueError):
-            self.abandon()
-
-    def ready(self, sock: Any, mask: int) -> None:
-        if self.connection.channel.has_left():
-            self.abandon()
-        self.connection.channel.received = b""
-        self.deadline = min(self.loop.now + LINGER_SECONDS, self._end)
-
-    def expire(self) -> None:
-        self.abandon()
-
-    def abandon(self) -> None:
-        forget(self.loop, self, self.connection.channel.sock)
-        self.connection.close()
-
-
-Task = Union[HeadWait, Carriage, Farewell]
-
-
-def forget(loop: EventLoop, task: Task, *socks: socket.socket) -> None:
-    """Ends the loop's care for a task and its sockets."""
-    loop.tasks.discard(task)
-    for sock in socks:
-        try:
-            loop.selector.unregister(sock)
-        except (KeyError, ValueError):
-            pass  # it wasn't watched at the moment
-
-
-def conclude(loop: EventLoop, transfer: Transfer) -> None:
-    """What is left to do when an answer is through: the log, and the upstream connection."""
-    transfer.answer.release(loop.upstream, time.monotonic())
-    loop.log.record(transfer.record)
-
-
 # ==== Handler ====================================================================================
 
 
 class Service:
     """What all requests share. `config` is replaced as a whole by a reload."""
 
-    def __init__(self, config: Config, log: LogWriter, serve: Callable[[Connection], None]) -> None:
+    def __init__(self, config: Config, log: LogWriter) -> None:
         self.config = config
         self.log = log
-        self.relay = Relay(log.warn)
-        self.loop = EventLoop(log, self.relay.connections, serve)
-        self.catalogue = Catalogue(self.relay)
+        self.draining = False
+        self.loop = EventLoop(log.warn)
+        self.relay = Relay(self.loop, log.warn)
+        self.loop.post(lambda: self.loop.start(self.relay.connections.tidy()))
+        self.catalogue = Catalogue(self.relay, self.loop)
         self.requests = Throttle()
         self.logins = Throttle()
         self.hashing = threading.BoundedSemaphore(4)  # each scrypt takes 16 MiB
@@ -4315,95 +4118,138 @@ class Request(NamedTuple):
 NOBODY = Caller("", False, None)
 
 
+def shutting_down() -> Unavailable:
+    """The error for those whom the relay can't serve to the end."""
+    return Unavailable("this relay is shutting down", "shutting_down")
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves the requests of one connection for as long as they come without pause."""
+    """Serves one connection: request after request, as a task of the event loop.
+
+    Each answer_… method is for one kind of endpoint; what its steps come to is whether the connection can be used
+    for another request."""
 
     def setup(self) -> None:
-        """Takes what the server hands over: a Connection in place of the socket."""
-        self.client: Connection = self.request
+        """Prepares to serve a connection that was just accepted; called in the thread that accepts."""
         self.service: Service = self.server.service  # type: ignore[attr-defined]
-        self.close_connection = False
+        self.loop = self.service.loop
+        self.address = str(self.client_address[0])
+        # Beyond max_connections it gets one answer, which says so.
+        handlers: set[Handler] = self.server.handlers  # type: ignore[attr-defined]
+        self.surplus = len(handlers) >= self.service.config.server.max_connections
+        handlers.add(self)
+        self.idle = False  # between two requests
+        self.busy = False  # with a request that isn't answered yet
+        self.late = False  # with a head that has taken too long
+        self.task: Task | None = None
 
     def handle(self) -> None:
-        """Serves request after request, until the connection is closed or goes to the event loop."""
-        while not self.close_connection:
-            self.handle_one_request()
+        """Has the event loop serve the connection."""
+        self.loop.post(lambda: self.loop.start(self._serve()))
 
     def finish(self) -> None:
-        """Nothing: where the connection went, its last request has decided."""
+        """Nothing: the connection is being served from now on."""
 
-    def handle_one_request(self) -> None:
-        """Waits a moment for a head, and serves the request."""
-        data = self._next_head()
-        if not data:
-            self.close_connection = True
-            return
-        self.client.busy = True
-        self.config = self.service.config
-        self.record = AccessRecord(time.time(), time.monotonic())
-        self.body: RequestBody | None = None
-        self.head: RequestHead | None = None
-        self.dialect = likely_dialect(data)
+    def _serve(self) -> Steps[None]:
+        """Serves request after request, and closes the connection in the end."""
+        self.channel = Channel(self.request, self.loop)
+        self.task = self.loop.running
+        if self.task:
+            self.task.client = self.channel
         try:
-            self._serve(data)
+            while not self.service.draining:
+                self.idle = True
+                data = yield from self._next_head()
+                self.idle = False
+                if not data:
+                    break
+                goes_on = yield from self._serve_request(data)
+                if not goes_on:
+                    yield from self._farewell()
+                    break
         except ClientGone:
-            self._give_up("client_gone")
-        except RelayError as error:
-            self._answer_error(error)
-        except Exception as error:
-            self.service.log.warn(f"internal error: {describe(error)}, request {self.record.request_id}")
-            self._answer_error(RelayError("an internal error; the relay's log has its place"))
+            pass
+        finally:
+            self.channel.close()
+            self.server.handlers.discard(self)  # type: ignore[attr-defined]
 
-    def _next_head(self) -> bytes:
-        """The head of the next request, or what can't become one; empty when the connection was closed,
-        or went to the event loop to wait there."""
-        channel = self.client.channel
+    def _next_head(self) -> Steps[bytes]:
+        """The head of the next request, or what can't become one; empty when none has come for too long."""
+        channel = self.channel
+        deadline = self.loop.now + (SURPLUS_SECONDS if self.surplus else IDLE_SECONDS)
+        begun = False
         while True:
             if channel.received.startswith(b"\r\n"):
-                channel.received = channel.received[2:]  # RFC 9112 §2.2: an empty line before it is ignored
+                channel.use(2)  # RFC 9112 §2.2: an empty line before it is ignored
             try:
                 size = head_length(channel.received)
             except MalformedRequest:
                 size = len(channel.received)
-            if self.client.late:
-                size = len(channel.received)
             if size:
-                data, channel.received = channel.received[:size], channel.received[size:]
-                return data
+                return channel.use(size)
+            if channel.received and not begun:
+                begun = True
+                deadline = self.loop.now + HEAD_SECONDS
             try:
-                crowded = threading.active_count() > WAITING_THREADS
-                received = channel.receive_now() if crowded else channel.receive_soon()
-            except OSError:
-                received = b""
-            if received is None:
-                self.service.loop.await_head(self.client)
-                return b""
-            if not received:
-                self.client.close()
-                return b""
-            channel.received += received
+                yield deadline
+            except Overdue:
+                self.late = begun
+                return channel.take()
 
-    def _serve(self, data: bytes) -> None:
+    def _serve_request(self, data: bytes) -> Steps[bool]:
+        """Serves the request that begins with this head; whether the connection can be used for another one."""
+        self.busy = True
+        self.config = self.service.config
+        self.record = AccessRecord(time.time(), self.loop.now)
+        self.body: RequestBody | None = None
+        self.head: RequestHead | None = None
+        self.dialect = likely_dialect(data)
+        try:
+            return (yield from self._answer_request(data))
+        except RelayError as error:
+            return (yield from self._answer_error(error))
+        except (ClientGone, GeneratorExit):
+            self.record.error = self.record.error or "client_gone"
+            raise
+        except Exception as error:
+            self.service.log.warn(f"internal error: {describe(error)}, request {self.record.request_id}")
+            return (yield from self._answer_error(RelayError("an internal error; the relay's log has its place")))
+        finally:
+            self.busy = False
+            self.service.log.record(self.record)
+
+    def _farewell(self) -> Steps[None]:
+        """Closes our side at once, the rest when the client has read and closed, too. Closed outright, the
+        answer could be lost with what the client is still sending (RFC 9112 §9.6)."""
+        latest = self.loop.now + LINGER_LONGEST_SECONDS
+        try:
+            self.channel.sock.shutdown(socket.SHUT_WR)
+            while True:
+                self.channel.take()
+                yield min(self.loop.now + LINGER_SECONDS, latest)
+        except (OSError, Overdue):
+            pass
+
+    def _answer_request(self, data: bytes) -> Steps[bool]:
         """Reads the head, finds out who asks for what, and answers."""
-        if self.client.late:
+        if self.late:
             raise MalformedRequest(f"the head took more than {HEAD_SECONDS:.0f} seconds", 408)
         head_length(data)  # raises for what _next_head gave up on
         head = self.head = parse_request_head(data)
         self.record.method, self.record.path = head.method, head.path
         self.dialect = dialect_of(head.path, head.fields)
-        if self.client.surplus:
+        if self.surplus:
             raise Unavailable(
                 "this relay serves as many connections as it may (server.max_connections)", "too_many_connections"
             )
-        if self.service.loop.draining:
-            raise Unavailable("this relay is shutting down", "shutting_down")
+        if self.service.draining:
+            raise shutting_down()
         if head.method == "OPTIONS" and cors_fields(self.config.server.cors_origins, head.fields):
-            self._answer(204, preflight_fields(head.fields), b"")
-            return
+            return (yield from self._answer(204, preflight_fields(head.fields), b""))
         endpoint = find_endpoint(head)
         caller = NOBODY if endpoint.name in OPEN_ENDPOINTS else self._authenticate(head)
-        answer: Callable[[Request], None] = getattr(self, f"answer_{endpoint.name}")
-        answer(Request(head, endpoint, caller))
+        answer: Callable[[Request], Steps[bool]] = getattr(self, f"answer_{endpoint.name}")
+        return (yield from answer(Request(head, endpoint, caller)))
 
     def _authenticate(self, head: RequestHead) -> Caller:
         """The caller, who is within the limit of requests. Raises Unauthenticated and RateLimited."""
@@ -4412,56 +4258,63 @@ class Handler(http.server.BaseHTTPRequestHandler):
         caller = identify([*tokens, *head.fields.all("x-api-key")], self.config, time.time())
         self.record.caller = caller.name
         if caller.user and caller.user.requests_per_minute:
-            wait = self.service.requests.wait_seconds(caller.name, caller.user.requests_per_minute, time.monotonic())
+            wait = self.service.requests.wait_seconds(caller.name, caller.user.requests_per_minute, self.loop.now)
             if wait:
                 raise RateLimited(f"{caller.name} is over {caller.user.requests_per_minute} requests a minute", wait)
         return caller
 
     # -- the relay's own endpoints
 
-    def answer_alive(self, request: Request) -> None:
-        self._answer(200, [], b"")
+    def answer_alive(self, request: Request) -> Steps[bool]:
+        return self._answer(200, [], b"")
 
-    def answer_health(self, request: Request) -> None:
-        self._answer_json({"status": "ok", "version": __version__})
+    def answer_health(self, request: Request) -> Steps[bool]:
+        return self._answer_json({"status": "ok", "version": __version__})
 
-    def answer_telemetry(self, request: Request) -> None:
+    def answer_telemetry(self, request: Request) -> Steps[bool]:
         """Takes Claude Code's telemetry, and forgets it."""
-        for _ in iter(self._open_body(request, self.config.server.max_body_mb).read, b""):
-            pass
-        self._answer(204, [], b"")
+        body = self._open_body(request, self.config.server.max_body_mb)
+        while not body.finished:
+            yield from body.read()
+        return (yield from self._answer(204, [], b""))
 
-    def answer_login(self, request: Request) -> None:
+    def answer_login(self, request: Request) -> Steps[bool]:
         """Exchanges a user's name and password for tokens."""
-        given = self._read_login(request, "username", "password")
+        given = yield from self._read_login(request, "username", "password")
         username = given["username"]
         self._throttle_login(username)
         user = self.config.users.get(username)
-        with self.service.hashing:
-            # Somebody unknown costs the same time as a wrong password.
-            right = check_password(given["password"], user.password if user and user.password else DUMMY_HASH)
+        # Somebody unknown costs the same time as a wrong password.
+        hashed = user.password if user and user.password else DUMMY_HASH
+
+        def is_right() -> bool:
+            with self.service.hashing:
+                return check_password(given["password"], hashed)
+
+        right = yield from in_thread(self.loop, is_right)
         secret = self.config.server.jwt_secret
         if not (right and user and user.password and secret):
             raise Unauthenticated("the username or the password is wrong", "login_failed")
-        self._answer_tokens(username, secret)
+        return (yield from self._answer_tokens(username, secret))
 
-    def answer_refresh(self, request: Request) -> None:
+    def answer_refresh(self, request: Request) -> Steps[bool]:
         """Exchanges a refresh token for new tokens."""
-        given = self._read_login(request, "refresh_token")
+        given = yield from self._read_login(request, "refresh_token")
         secret = self.config.server.jwt_secret
         if not secret:
             raise Unauthenticated("this relay issues no tokens: server.jwt_secret is not set")
         claims = verify_token(given["refresh_token"], secret.reveal(), time.time())
-        self._answer_tokens(subject(claims, "refresh", self.config.users), secret)
+        return (yield from self._answer_tokens(subject(claims, "refresh", self.config.users), secret))
 
-    def _answer_tokens(self, username: str, secret: Secret) -> None:
+    def _answer_tokens(self, username: str, secret: Secret) -> Steps[bool]:
         self.record.caller = username
-        self._answer_json(issue_tokens(username, secret.reveal(), time.time()), [("cache-control", "no-store")])
+        return self._answer_json(issue_tokens(username, secret.reveal(), time.time()), [("cache-control", "no-store")])
 
-    def _read_login(self, request: Request, *names: str) -> dict[str, str]:
+    def _read_login(self, request: Request, *names: str) -> Steps[dict[str, str]]:
         """The strings of a small JSON object. Raises BadRequest."""
+        body = yield from self._open_body(request, 0.0625).read_all()
         try:
-            given = parse_json(self._open_body(request, 0.0625).read_all())
+            given = parse_json(body)
         except ValueError as error:
             raise BadRequest(f"the body is not valid JSON: {error}") from None
         if not isinstance(given, JsonObject) or given.repeated:
@@ -4474,63 +4327,59 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _throttle_login(self, username: str) -> None:
         """Slows down who guesses passwords, by name and by address. Raises RateLimited."""
         for name, limit in (
-            (f"address {self.client.address}", LOGINS_PER_ADDRESS),
+            (f"address {self.address}", LOGINS_PER_ADDRESS),
             (f"user {username[:100]}", LOGINS_PER_USER),
         ):
-            wait = self.service.logins.wait_seconds(name, limit, time.monotonic())
+            wait = self.service.logins.wait_seconds(name, limit, self.loop.now)
             if wait:
                 raise RateLimited("too many logins; wait a while", wait)
 
-    def answer_me(self, request: Request) -> None:
-        self._answer_json({"username": request.caller.name, "admin": request.caller.admin})
+    def answer_me(self, request: Request) -> Steps[bool]:
+        return self._answer_json({"username": request.caller.name, "admin": request.caller.admin})
 
-    def answer_catalogue(self, request: Request) -> None:
+    def answer_catalogue(self, request: Request) -> Steps[bool]:
         """The relay's models, or one of them."""
         head = request.head
-        entries = [
-            entry for entry in self.service.catalogue.entries(self.config) if self._may_use(request, entry["id"])
-        ]
+        listed = yield from self.service.catalogue.entries(self.config)
+        entries = [entry for entry in listed if self._may_use(request, entry["id"])]
         wanted = unquote(head.path)[len("/v1/models/") :]
         if not wanted:
-            self._answer_json(model_page(entries, head.query, self.dialect))
-            return
+            return (yield from self._answer_json(model_page(entries, head.query, self.dialect)))
         for entry in entries:
             if entry["id"] == wanted:
-                self._answer_json(model_entry(entry, self.dialect))
-                return
+                return (yield from self._answer_json(model_entry(entry, self.dialect)))
         raise NotFound(f"there is no model {wanted!r}{suggestion(wanted, [entry['id'] for entry in entries])}")
 
     # -- what is relayed
 
-    def answer_by_model(self, request: Request) -> None:
+    def answer_by_model(self, request: Request) -> Steps[bool]:
         """Relays a request whose model tells where to."""
-        self._relay_by_model(request, self._read_body(request, required=True))
+        body = yield from self._read_body(request, required=True)
+        return (yield from self._relay_by_model(request, body))
 
-    def answer_any_openai(self, request: Request) -> None:
+    def answer_any_openai(self, request: Request) -> Steps[bool]:
         """Relays any other OpenAI request: by its model if it is JSON that has one, else to the first provider."""
-        if media_type(request.head.fields) in READ_TYPES:
-            body = self._read_body(request, required=False)
-            if body.model is not None:
-                self._relay_by_model(request, body)
-            else:
-                self._relay_to_first(request, body)
-        else:
-            self._relay_to_first(request, self._open_body(request, self.config.server.max_upload_mb))
+        if media_type(request.head.fields) not in READ_TYPES:
+            return (yield from self.answer_first_provider(request))
+        body = yield from self._read_body(request, required=False)
+        if body.model is None:
+            return (yield from self._relay_to_first(request, body))
+        return (yield from self._relay_by_model(request, body))
 
-    def answer_first_provider(self, request: Request) -> None:
+    def answer_first_provider(self, request: Request) -> Steps[bool]:
         """Relays what belongs to one account at a provider: files, batches, the list of models."""
-        self._relay_to_first(request, self._open_body(request, self.config.server.max_upload_mb))
+        return self._relay_to_first(request, self._open_body(request, self.config.server.max_upload_mb))
 
-    def _relay_by_model(self, request: Request, body: ReadBody) -> None:
+    def _relay_by_model(self, request: Request, body: ReadBody) -> Steps[bool]:
         asked = body.model or ""
         self.record.model = asked
         if not self._may_use(request, asked):
             raise Forbidden(f"{self.record.caller} may not use the model {asked!r}")
         targets = targets_for(self.config, asked, request.endpoint.dialect)
         session = self._session(request, body) if any(len(target.provider.keys or ()) > 1 for target in targets) else ""
-        self._relay(request, body, self.service.relay.keys.order(targets, session, time.monotonic()))
+        return self._relay(request, body, self.service.relay.keys.order(targets, session, self.loop.now))
 
-    def _relay_to_first(self, request: Request, body: ReadBody | RequestBody) -> None:
+    def _relay_to_first(self, request: Request, body: ReadBody | RequestBody) -> Steps[bool]:
         provider = first_provider(self.config, request.endpoint.dialect)
         caller = request.caller
         hidden_model = request.head.method == "POST" and not request.endpoint.path.startswith("/files")
@@ -4538,7 +4387,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Forbidden(
                 f"{caller.name} may use some models only, and what this request would use can't be seen here"
             )
-        self._relay(request, body, [Candidate(Target(provider, ""), provider.keys[0] if provider.keys else None)])
+        key = provider.keys[0] if provider.keys else None
+        return self._relay(request, body, [Candidate(Target(provider, ""), key)])
 
     def _may_use(self, request: Request, model: str) -> bool:
         user = request.caller.user
@@ -4557,12 +4407,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _open_body(self, request: Request, limit_mb: float) -> RequestBody:
         """The request's body, still to be read. Raises TooLarge."""
-        self.body = RequestBody(self.client.channel, request.head, int(limit_mb * 1024 * 1024))
+        self.body = RequestBody(self.channel, request.head, int(limit_mb * 1024 * 1024), self.loop)
         return self.body
 
-    def _read_body(self, request: Request, required: bool) -> ReadBody:
+    def _read_body(self, request: Request, required: bool) -> Steps[ReadBody]:
         """The body, read for its model, which must be there if it is required. Raises BadRequest and TooLarge."""
-        sent = content = self._open_body(request, self.config.server.max_body_mb).read_all()
+        sent = content = yield from self._open_body(request, self.config.server.max_body_mb).read_all()
         coding = request.head.fields.get("content-encoding", "identity").lower()
         if coding != "identity" and sent:
             content = decompressed(sent, coding, int(self.config.server.max_body_mb * 1024 * 1024))
@@ -4573,28 +4423,48 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise
             return ReadBody(sent, content, None)
 
-    def _relay(self, request: Request, body: ReadBody | RequestBody, candidates: Sequence[Candidate]) -> None:
-        """Gets the answer, and passes it on as far as it goes without waiting; the event loop does the rest."""
-        head = request.head
-        channel = self.client.channel
-        answer = self.service.relay.obtain(Job(head, request.endpoint, body, candidates, channel, self.record))
-        transfer = Transfer(answer, channel, self.record, head, request.endpoint)
-        body_read = self.body is None or self.body.finished
-        closing = self.service.loop.draining or not body_read
-        transfer.begin(head, self._relay_fields(request, answer), self._rewriter(request, answer), closing)
+    def _relay(self, request: Request, body: ReadBody | RequestBody, candidates: Sequence[Candidate]) -> Steps[bool]:
+        """Gets the answer, and passes it on as it comes."""
+        relay = self.service.relay
+        answer = yield from relay.obtain(Job(request.head, request.endpoint, body, candidates, self.record))
         try:
-            over = transfer.advance() or transfer.advance()
-        except ClientGone:
-            answer.channel.close()
-            raise
-        if not over:
-            self.close_connection = True
-            self.service.loop.carry(self.client, transfer, body_read)
-            return
-        conclude(self.service.loop, transfer)
-        if not (transfer.keep_alive and body_read):
-            self.close_connection = True
-            self.service.loop.linger(self.client)
+            rewriter = self._rewriter(request, answer)
+            transfer = Transfer(answer, self.record, request.head, request.endpoint.dialect, rewriter)
+            body_read = self.body is None or self.body.finished
+            closing = self.service.draining or not body_read
+            yield from self._deliver(answer, transfer, transfer.begin(self._relay_fields(request, answer), closing))
+        finally:
+            answer.release(relay.connections)
+        return transfer.keep_alive
+
+    def _deliver(self, answer: Answer, transfer: Transfer, data: bytes) -> Steps[None]:
+        """Sends the data, then the rest of the answer as it comes. Raises ClientGone."""
+        self.record.first_byte = self.loop.now
+        yield from self._send(data)
+        while not transfer.ended:
+            data = yield from self._next_part(answer, transfer)
+            yield from self._send(data)
+
+    def _next_part(self, answer: Answer, transfer: Transfer) -> Steps[bytes]:
+        """What goes out next, once it is there."""
+        upstream, timeout = answer.channel, answer.candidate.target.provider.timeout
+        deadline = self.loop.now + timeout
+        try:
+            while not upstream.received and not upstream.ended:
+                yield deadline
+        except Overdue:
+            return transfer.fail(f"the provider sent nothing for {timeout:g} seconds", "upstream_timeout")
+        except Unavailable as error:
+            return transfer.fail(error.message, error.code)
+        return transfer.feed(upstream.take()) if upstream.received else transfer.close()
+
+    def _send(self, data: bytes) -> Steps[None]:
+        """Sends to the client. Raises ClientGone, also for one that takes nothing for too long, or while the relay
+        shuts down: in the middle of an answer, there is no other way to tell."""
+        try:
+            yield from self.channel.send(data, STALLED_CLIENT_SECONDS)
+        except (OSError, Overdue, Unavailable):
+            raise ClientGone from None
 
     def _relay_fields(self, request: Request, answer: Answer) -> Pairs:
         """The header of an answer: the provider's, and what the relay adds."""
@@ -4617,7 +4487,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return None
         coding = answer.head.fields.get("content-encoding", "identity").lower()
         if coding != "identity":
-            answer.channel.close()
             message = f"the provider {provider.name} sent a batch as {header_text(coding)} unasked; it can't be checked"
             raise UpstreamFailed(message, "upstream_broken")
         scheme = "https" if head.fields.get("x-forwarded-proto").lower() == "https" else "http"
@@ -4626,10 +4495,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- answers that the relay makes
 
-    def _answer_json(self, document: JsonDict, fields: Sequence[tuple[str, str]] = ()) -> None:
-        self._answer(200, list(fields), json.dumps(document).encode("ascii"))
+    def _answer_json(self, document: JsonDict, fields: Sequence[tuple[str, str]] = ()) -> Steps[bool]:
+        return self._answer(200, list(fields), json.dumps(document).encode("ascii"))
 
-    def _answer_error(self, error: RelayError) -> None:
+    def _answer_error(self, error: RelayError) -> Steps[bool]:
         """Tells the client what went wrong, in the shape of its API."""
         record = self.record
         record.error = error.code
@@ -4640,17 +4509,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 ("x-monorelay-attempts", str(record.attempts)),
             ]
         body = error_body(self.dialect, error.kind, error.message, error.code, record.request_id)
-        try:
-            self._answer(error.status, fields, body, error.close)
-        except (ClientGone, OSError):
-            self._give_up("client_gone")
+        return (yield from self._answer(error.status, fields, body, error.close))
 
-    def _answer(self, status: int, fields: Pairs, body: bytes, closing: bool = False) -> None:
-        """Sends an answer of the relay's own, writes the log, and decides how the connection goes on."""
+    def _answer(self, status: int, fields: Pairs, body: bytes, closing: bool = False) -> Steps[bool]:
+        """Sends an answer of the relay's own; whether the connection can be used for another request."""
         head, record = self.head, self.record
         fields = [("request-id", record.request_id), ("x-request-id", record.request_id), *fields]
-        closing = closing or head is None or not head.keep_alive or self.service.loop.draining or self.client.surplus
-        closing = closing or not self._skip_body()
+        closing = closing or head is None or not head.keep_alive or self.service.draining or self.surplus
+        closing = closing or not (yield from self._skip_body())
         if closing:
             fields.append(("connection", "close"))
         elif head and head.version == 0:
@@ -4662,40 +4528,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields = [pair for pair in fields if pair[0] != "content-length"]
         if head and head.method == "HEAD":
             body = b""
-        record.status, record.bytes_sent, record.first_byte = status, len(body), time.monotonic()
-        try:
-            self.client.channel.send(
-                head_bytes(f"HTTP/1.1 {status} {reason_of(status)}", fields) + body, STALLED_CLIENT_SECONDS
-            )
-        except OSError:
-            raise ClientGone from None
-        self.service.log.record(record)
-        if closing:
-            self.close_connection = True
-            self.service.loop.linger(self.client)
+        record.status, record.bytes_sent, record.first_byte = status, len(body), self.loop.now
+        yield from self._send(head_bytes(f"HTTP/1.1 {status} {reason_of(status)}", fields) + body)
+        return not closing
 
-    def _skip_body(self) -> bool:
+    def _skip_body(self) -> Steps[bool]:
         """Reads away a short body that nobody wanted; False when the connection can't be used on."""
         if not self.body and self.head:
             try:
-                self.body = RequestBody(self.client.channel, self.head, DISCARDED_BODY_BYTES)
+                self.body = RequestBody(self.channel, self.head, DISCARDED_BODY_BYTES, self.loop)
             except TooLarge:
                 return False
-        return bool(self.body and self.body.discard())
-
-    def _give_up(self, code: str) -> None:
-        """Closes the connection of a client that has left."""
-        self.record.error = code
-        self.close_connection = True
-        self.client.close()
-        self.service.log.record(self.record)
+        return bool(self.body and (yield from self.body.discard()))
 
 
 # ==== Server =====================================================================================
 
 
 class RelayServer(http.server.ThreadingHTTPServer):
-    """Listens, admits connections, and hands each to the event loop until there is something to serve.
+    """Listens, admits connections, and hands each to the event loop.
 
     For callers: start(), url, reload(), stop(). Everything else belongs to socketserver's protocol."""
 
@@ -4709,8 +4560,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
         config = with_run_secrets(config, None)
         self.log = LogWriter(sys.stderr if log is None else log)
         self.log.style = config.server.log
-        self.service = Service(config, self.log, self._serve_in_thread)
-        self.connections: set[Connection] = set()
+        self.service = Service(config, self.log)
+        self.handlers: set[Handler] = set()
         # Given up for a moment when there is no other descriptor left, to be able to refuse a connection.
         self._spare = io.FileIO(os.devnull)
         self._refusal_logged = -math.inf
@@ -4723,7 +4574,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         return relay_url(str(host), int(port))
 
     def start(self) -> None:
-        """Starts its threads: one accepts, one waits, one writes the log."""
+        """Starts its threads: one accepts, one serves, one writes the log."""
         self.log.start()
         threading.Thread(target=self.service.loop.run, name="event loop", daemon=True).start()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="accept", daemon=True).start()
@@ -4743,33 +4594,32 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Stops accepting, lets what runs finish for so long, cuts the rest, and closes."""
         deadline = time.monotonic() + drain_seconds
         loop = self.service.loop
-        loop.draining = True
+        self.service.draining = True
         if self._accepting:
             self.shutdown()
         self.socket.close()
         loop.post(self._dismiss_idle)
-        while any(connection.busy for connection in list(self.connections)) and time.monotonic() < deadline:
+        while any(handler.busy for handler in list(self.handlers)) and time.monotonic() < deadline:
             time.sleep(0.02)
         done = threading.Event()
         loop.post(lambda: self._cut_all(done))
         done.wait(2)
-        self.service.relay.connections.close()
         self._spare.close()
         self.log.finish()
 
     def _dismiss_idle(self) -> None:
         """Closes the connections on which no request is being served."""
-        for task in list(self.service.loop.tasks):
-            if isinstance(task, HeadWait):
-                task.abandon()
+        for handler in list(self.handlers):
+            if handler.task and handler.idle:
+                handler.task.abandon()
 
     def _cut_all(self, done: threading.Event) -> None:
         """Ends the answers that are still on their way, each with an error where its client can read one."""
-        for task in list(self.service.loop.tasks):
-            if isinstance(task, Carriage):
-                task.cut("this relay is shutting down", "shutting_down")
-        for task in list(self.service.loop.tasks):
-            task.abandon()
+        for handler in list(self.handlers):
+            if handler.task and handler.busy:
+                handler.task.resume(shutting_down())
+        self.service.loop.stop()
+        self.service.relay.connections.close()
         done.set()
 
     # -- socketserver's protocol
@@ -4786,36 +4636,18 @@ class RelayServer(http.server.ThreadingHTTPServer):
         return sock, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Gives a new connection to the event loop, where it waits for its first head."""
+        """Has the event loop serve a new connection; no thread of its own is needed."""
         limit = self.service.config.server.max_connections
-        if len(self.connections) >= limit + SURPLUS_CONNECTIONS:
+        if len(self.handlers) >= limit + SURPLUS_CONNECTIONS:
             refuse(request)
-            return
-        surplus = len(self.connections) >= limit
-        channel = Channel(request, KEEP_THREAD_SECONDS)
-        self.service.loop.await_head(Connection(channel, str(client_address[0]), self.connections, surplus))
+        else:
+            self.finish_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Notes a defect that came through to here; socketserver would print a traceback."""
         error = sys.exc_info()[1]
         if error:
             self.log.warn(f"internal error: {describe(error)}")
-
-    def _serve_in_thread(self, connection: Connection) -> None:
-        """Has a new thread serve the connection."""
-        connection.busy = True
-        try:
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-        except RuntimeError:  # the system gives out no more threads
-            refuse(connection.channel.sock, connection.channel.received)
-            connection.close()
-
-    def _serve(self, connection: Connection) -> None:
-        try:
-            self.finish_request(connection, connection.address)  # type: ignore[arg-type]
-        except Exception:
-            self.handle_error(connection, connection.address)
-            connection.close()
 
     def _refuse_without_descriptor(self) -> None:
         """Uses the spare descriptor to accept a connection and say no: left in the queue, it would keep
