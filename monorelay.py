@@ -366,6 +366,7 @@ class Provider(NamedTuple):
     scheme: str
     host: str
     port: int
+    authority: str  # host[:port] as it stands in URLs and Host
     prefix: str  # stands before the part of the path that follows /v1
     keys: tuple[ProviderKey, ...] | None  # None: takes no key at all, like a local model server
     enabled: bool
@@ -385,8 +386,7 @@ class Provider(NamedTuple):
     @property
     def origin(self) -> str:
         """scheme://host[:port], as a URL of this provider begins."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}" + ("" if self.port == DEFAULT_PORTS[self.scheme] else f":{self.port}")
+        return f"{self.scheme}://{self.authority}"
 
     def serves(self, model: str) -> bool:
         """Whether its `models` patterns, if it has any, admit the model."""
@@ -817,6 +817,8 @@ def read_provider(name: str, given: Any, problems: Problems) -> Provider:
             problems.add(join(place, "base_url"), "is missing")
     settings["auth_header"] = settings["auth_header"] or ("x-api-key" if kind == "anthropic" else "authorization")
     parts = urlsplit(url or "echo://echo")
+    host, port = parts.hostname or "", parts.port or DEFAULT_PORTS[parts.scheme]
+    authority = f"[{host}]" if ":" in host else host
     prefix = parts.path.rstrip("/")
     # Anthropic's SDK adds /v1 itself, OpenAI's expects it in base_url: what follows /v1 is common.
     if kind == "anthropic" and not prefix.endswith("/v1"):
@@ -824,8 +826,9 @@ def read_provider(name: str, given: Any, problems: Problems) -> Provider:
     return Provider(
         name=name,
         scheme=parts.scheme,
-        host=parts.hostname or "",
-        port=parts.port or DEFAULT_PORTS[parts.scheme],
+        host=host,
+        port=port,
+        authority=authority if port == DEFAULT_PORTS[parts.scheme] else f"{authority}:{port}",
         prefix="/v1" if kind == "echo" else prefix,
         **settings,
     )
@@ -1395,29 +1398,33 @@ EXPOSED_HEADERS = (
 
 
 class Headers:
-    """Header fields as they stood in a head, and their names in lower case to look them up by."""
+    """Header fields as they stood in a head, and their values by lower-case names."""
 
-    __slots__ = ("names", "pairs")
+    __slots__ = ("_first", "names", "pairs")
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
         self.names = [name.lower() for name, _ in pairs]
+        # Of a field that is repeated the first one stays.
+        self._first = dict(zip(reversed(self.names), [value for _, value in reversed(pairs)]))
 
     def get(self, name: str, default: str = "") -> str:
         """The first value of a field, by its lower-case name."""
-        return self.pairs[self.names.index(name)][1] if name in self.names else default
+        return self._first.get(name, default)
 
     def all(self, name: str) -> list[str]:
         """Every value of a field, by its lower-case name."""
-        if name not in self.names:
+        if name not in self._first:
             return []
         return [pair[1] for known, pair in zip(self.names, self.pairs) if known == name]
 
     def __contains__(self, name: str) -> bool:
-        return name in self.names
+        return name in self._first
 
     def elements(self, name: str) -> list[str]:
         """The comma-separated elements of all fields of the name, in lower case."""
+        if name not in self._first:
+            return []
         return [element.strip().lower() for value in self.all(name) for element in value.split(",") if element.strip()]
 
 
@@ -1721,7 +1728,7 @@ def upstream_fields(
 
     `body_length` is None for a body whose length isn't known; a `recoded` body has lost its content-encoding."""
     kept_back = REQUEST_HEADERS_KEPT_BACK | {"content-encoding"} if recoded else REQUEST_HEADERS_KEPT_BACK
-    fields = [("Host", provider.origin.partition("://")[2])]
+    fields = [("Host", provider.authority)]
     fields += end_to_end(head.fields, kept_back)
     fields.append(("Accept-Encoding", "identity"))
     if provider.format == "anthropic" and "anthropic-version" not in head.fields:
@@ -1843,7 +1850,13 @@ class Endpoint(NamedTuple):
     name: str
     dialect: str  # anthropic or openai: the shape of errors, and the format of the providers
     path: str  # behind /v1, as it goes upstream
-    query: str
+    beta: bool = False  # whether the path stands for `beta=true` in the query
+
+    def target(self, query: str) -> str:
+        """Path and query upstream, behind /v1, for the query of a request."""
+        if self.beta and "beta=true" not in query.split("&"):
+            query = f"{query}&beta=true" if query else "beta=true"
+        return f"{self.path}?{query}" if query else self.path
 
 
 def dialect_of(path: str, fields: Headers) -> str:
@@ -1861,23 +1874,28 @@ def likely_dialect(data: bytes) -> str:
     return "anthropic" if anthropic else "openai"
 
 
-def find_endpoint(head: RequestHead) -> Endpoint:
+@functools.lru_cache(maxsize=256)  # the same few come again and again
+def find_endpoint(method: str, path: str, dialect: str) -> Endpoint:
     """The endpoint of a request. Raises NotFound and MethodNotAllowed."""
     # An escaped letter must not lead past the rules for a path: decoded, it is found as well.
-    path = decoded(head.path)
-    if head.method not in METHODS:
-        raise MethodNotAllowed(head.method[:20], header_text(path)[:200], ENDPOINTS.get(path, (METHODS, ""))[0])
-    if not is_safe_path(head.path):
+    plain = decoded(path)
+    if method not in METHODS:
+        raise MethodNotAllowed(method[:20], header_text(plain)[:200], ENDPOINTS.get(plain, (METHODS, ""))[0])
+    if not is_safe_path(path):
         raise NotFound("the path has empty, . or .. segments, a backslash, spaces or control characters")
-    if path.startswith("/v1/v1/") or path == "/v1/v1":
+    if plain.startswith("/v1/v1/") or plain == "/v1/v1":
         raise NotFound("the path begins with /v1/v1: leave /v1 out of the client's base_url", "doubled_v1")
-    dialect = dialect_of(path, head.fields)
-    methods, name = ENDPOINTS.get(path) or fallback(head.method, path, dialect)
-    if head.method not in methods:
-        raise MethodNotAllowed(head.method, header_text(path)[:200], methods)
-    if name == "by_model" and head.method != "POST":
+    methods, name = ENDPOINTS.get(plain) or fallback(method, plain, dialect)
+    if method not in methods:
+        raise MethodNotAllowed(method, header_text(plain)[:200], methods)
+    if name == "by_model" and method != "POST":
         name = "any_openai"
-    return Endpoint(name, dialect, *upstream_place(head))
+    if plain == "/v1/messages/beta":
+        return Endpoint(name, dialect, "/messages", beta=True)
+    upstream_path = path[len("/v1") :]
+    if upstream_path.startswith("/anthropic/"):
+        upstream_path = upstream_path[len("/anthropic") :]
+    return Endpoint(name, dialect, upstream_path)
 
 
 def fallback(method: str, path: str, dialect: str) -> tuple[tuple[str, ...], str]:
@@ -1896,57 +1914,33 @@ def decoded(path: str) -> str:
     return unquote(path) if "%" in path else path
 
 
-def upstream_place(head: RequestHead) -> tuple[str, str]:
-    """Path, without /v1, and query upstream: the relay's own paths become the provider's."""
-    path, query = head.path[len("/v1") :], head.query
-    if decoded(path) == "/messages/beta":
-        return "/messages", query if "beta=true" in query.split("&") else "&".join(filter(None, (query, "beta=true")))
-    return path[len("/anthropic") :] if path.startswith("/anthropic/") else path, query
-
-
 # ==== Model splice ===============================================================================
 #
 # A JSON body is passed on byte for byte; only the value of the top-level "model" may change. `json` reads
-# the body once, to know that it is one object and what its model is; where a route gives the model another
+# the body once, to know that it is one object and what its model is. Where a route gives the model another
 # name, the outer object is walked member by member to find the bytes to replace. Long strings without an
 # escape (images, documents) are taken out before: they prove nothing, and would cost more than all the rest.
 
 MEMBER = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)"[ \t\n\r]*:[ \t\n\r]*', re.DOTALL)
-SEPARATOR = re.compile(r"[ \t\n\r]*([,}])")
-EMPTY_OBJECT = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*\}[ \t\n\r]*")
+SEPARATOR = re.compile(r"[ \t\n\r]*[,}]")
 OPENING = re.compile(r"[ \t\n\r]*\{")
 LONG_STRING_BYTES = 4096
-# float() takes integers of any length, where int() refuses those over 4,300 digits; objects come as lists
-# of pairs, which keep what is given twice.
-BODY_DECODER = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant, object_pairs_hook=list)
+# float() takes integers of any length, where int() refuses those over 4,300 digits; objects come as tuples
+# of pairs, which keep what is given twice and can't be mistaken for lists.
+BODY_DECODER = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant, object_pairs_hook=tuple)
 
 
-class ModelSpan(NamedTuple):
-    """The top-level model of a body, and where its value stands, quotes included."""
-
-    name: str
-    start: int
-    end: int
-
-
-def find_model(body: bytes) -> ModelSpan:
+def find_model(body: bytes) -> str:
     """The top-level `model` of a JSON object. Raises BadRequest unless there is exactly one, a string."""
-    short, gaps = without_long_strings(body)
     try:
-        text = short.decode("utf-8")
-        found = [member for member in members(text) if member[0] == "model"]
+        document = BODY_DECODER.decode(without_long_strings(body)[0].decode("utf-8"))
     except json.JSONDecodeError as error:
         raise BadRequest(f"the body is not valid JSON: {error.msg}", "not_json") from None
     except (ValueError, RecursionError):
         raise BadRequest("the body is not valid JSON in UTF-8, or nested too deeply", "not_json") from None
-    name = only_model([value for _, value, _, _ in found])
-    _, _, start, end = found[0]
-
-    def place_in_body(position: int) -> int:
-        place = len(text[:position].encode("utf-8"))
-        return place + sum(length for gap, length in gaps if gap <= place)
-
-    return ModelSpan(name, place_in_body(start), place_in_body(end))
+    if not isinstance(document, tuple):
+        raise BadRequest("the body must be a JSON object", "not_json")
+    return only_model([value for key, value in document if key == "model"])
 
 
 def only_model(values: Sequence[Any]) -> str:
@@ -1984,33 +1978,36 @@ def without_long_strings(body: bytes) -> tuple[bytes, list[tuple[int, int]]]:
     return b"".join(pieces), gaps
 
 
-def members(text: str) -> Iterator[tuple[str, Any, int, int]]:
-    """Key, value, and start and end of the value, of each member of a JSON object. Raises ValueError."""
-    if EMPTY_OBJECT.fullmatch(text):
-        return
-    opening = OPENING.match(text)
-    if not opening:
-        raise BadRequest("the body must be a JSON object", "not_json")
-    position, separator = opening.end(), ","
-    while separator == ",":
-        member = MEMBER.match(text, position)
-        if not member:
-            raise json.JSONDecodeError("Expecting a name in double quotes and a colon", text, position)
-        start = member.end()
-        value, end = BODY_DECODER.raw_decode(text, start)
-        key = member[1]
-        yield json.loads(f'"{key}"') if "\\" in key else key, value, start, end
-        match = SEPARATOR.match(text, end)
-        if not match:
-            raise json.JSONDecodeError("Expecting a comma or the end of the object", text, end)
-        position, separator = match.end(), match[1]
-    if text[position:].strip(" \t\n\r"):
-        raise json.JSONDecodeError("Extra data", text, position)
+def splice_model(body: bytes, name: str) -> bytes:
+    """A body that find_model() has read, with another name for its model, and every other byte as it was."""
+    short, gaps = without_long_strings(body)
+    text = short.decode("utf-8")
+
+    def place_in_body(position: int) -> int:
+        place = len(text[:position].encode("utf-8"))
+        return place + sum(length for gap, length in gaps if gap <= place)
+
+    start, end = model_span(text)
+    return b"%b%b%b" % (body[: place_in_body(start)], json.dumps(name).encode("ascii"), body[place_in_body(end) :])
 
 
-def splice_model(body: bytes, span: ModelSpan, name: str) -> bytes:
-    """The body with another name for its model, and every other byte as it was."""
-    return b"%b%b%b" % (body[: span.start], json.dumps(name).encode("ascii"), body[span.end :])
+def model_span(text: str) -> tuple[int, int]:
+    """Where the value of `model` stands in the text of a JSON object that has one, quotes included."""
+    position = expected(OPENING, text, 0).end()
+    while True:
+        member = expected(MEMBER, text, position)
+        end: int = BODY_DECODER.raw_decode(text, member.end())[1]
+        if json.loads(f'"{member[1]}"') == "model":
+            return member.end(), end
+        position = expected(SEPARATOR, text, end).end()
+
+
+def expected(pattern: re.Pattern[str], text: str, position: int) -> re.Match[str]:
+    """The match of what must stand there in a text that `json` has read. Raises ValueError."""
+    match = pattern.match(text, position)
+    if not match:
+        raise ValueError(f"the JSON text can't be walked at {position}")
+    return match
 
 
 def decompressed(body: bytes, coding: str, limit: int) -> bytes:
@@ -2176,22 +2173,25 @@ PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]*")  # printable ASCII but space, quote
 
 def log_line(fields: Mapping[str, Any], style: str) -> str:
     """The fields as one line: key=value, or JSON."""
-    texts = [value for value in fields.values() if isinstance(value, str)]
-    if not PLAIN_VALUE.fullmatch("".join(texts)) or max(map(len, texts), default=0) > LOG_VALUE_CHARACTERS:
-        fields = {name: log_value(value, style) for name, value in fields.items()}
     if style == "json":
-        return json.dumps(fields)
-    return " ".join([f"{name}={value}" for name, value in fields.items()])
+        return json.dumps({name: shortened(value) for name, value in fields.items()})
+    return " ".join([f"{name}={plain(value)}" for name, value in fields.items()])
 
 
-def log_value(value: Any, style: str) -> Any:
+@functools.lru_cache(maxsize=1024)  # callers, models and paths come again and again
+def plain(value: Any) -> Any:
     """A value that can't break its line or its field: cut when long, quoted and escaped where it isn't plain."""
+    value = shortened(value)
+    return value if not isinstance(value, str) or PLAIN_VALUE.fullmatch(value) else json.dumps(value)
+
+
+def shortened(value: Any) -> Any:
+    """The value; text is cut when it is long, and has no control character that JSON would leave."""
     if not isinstance(value, str):
         return value
     if len(value) > LOG_VALUE_CHARACTERS:
         value = f"{value[:LOG_VALUE_CHARACTERS]}..."
-    value = value.replace("\x7f", "\\x7f")
-    return value if style == "json" or PLAIN_VALUE.fullmatch(value) else json.dumps(value)
+    return value.replace("\x7f", "\\x7f")
 
 
 # ==== Echo provider ==============================================================================
@@ -3590,17 +3590,13 @@ class ReadBody(NamedTuple):
 
     sent: bytes  # as the client sent it
     content: bytes  # the same without its content-encoding
-    span: ModelSpan | None  # where it names its model
-
-    @property
-    def model(self) -> str | None:
-        return self.span.name if self.span else None
+    model: str | None  # the one that it names
 
     def with_model(self, model: str) -> tuple[bytes, bool]:
         """The body that asks for this model, and whether it lost its content-encoding."""
-        if self.span is None or self.span.name == model:
+        if self.model is None or self.model == model:
             return self.sent, False
-        return splice_model(self.content, self.span, model), self.sent is not self.content
+        return splice_model(self.content, model), self.sent is not self.content
 
 
 class Job(NamedTuple):
@@ -3726,8 +3722,7 @@ class Relay:
             data, recoded = body.with_model(candidate.target.model)
         length = body.length if isinstance(body, RequestBody) else len(data)
         fields = upstream_fields(job.head, provider, candidate.key, length, recoded) + channel.extra_fields
-        target = f"{channel.target_prefix}{provider.prefix}{job.endpoint.path}"
-        target += f"?{job.endpoint.query}" if job.endpoint.query else ""
+        target = f"{channel.target_prefix}{provider.prefix}{job.endpoint.target(job.head.query)}"
         head = head_bytes(f"{job.head.method} {target} HTTP/1.1", fields)
         try:
             # Two sends are cheaper than a copy of a large body; for a small one, one send is.
@@ -3952,7 +3947,7 @@ class Catalogue:
         head = RequestHead("GET", "/v1/models", query, 1, Headers([]), 0)
         candidate = Candidate(Target(hasty, ""), provider.keys[0] if provider.keys else None)
         record = AccessRecord(time.time(), self._loop.now)
-        job = Job(head, Endpoint("catalogue", "", "/models", query), ReadBody(b"", b"", None), [candidate], record)
+        job = Job(head, Endpoint("catalogue", "", "/models"), ReadBody(b"", b"", None), [candidate], record)
         entries: list[JsonDict] = []
         asked = self._loop.now
         try:
@@ -4092,10 +4087,10 @@ class LogWriter:
 
 
 class Service:
-    """What all requests share. `config` is replaced as a whole by a reload."""
+    """What all requests share. `routing`, the configuration with its targets, is replaced as a whole by a reload."""
 
     def __init__(self, config: Config, log: LogWriter) -> None:
-        self.config = config
+        self.use(config)
         self.log = log
         self.draining = False
         self.loop = EventLoop(log.warn)
@@ -4105,6 +4100,16 @@ class Service:
         self.requests = Throttle()
         self.logins = Throttle()
         self.hashing = threading.BoundedSemaphore(4)  # each scrypt takes 16 MiB
+
+    def use(self, config: Config) -> None:
+        """Serves by this configuration from the next request on. The targets of models are worked out once for each."""
+        targets = functools.lru_cache(maxsize=1024)(functools.partial(targets_for, config))
+        self.routing: tuple[Config, Callable[[str, str], list[Target]]] = config, targets
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force."""
+        return self.routing[0]
 
 
 class Request(NamedTuple):
@@ -4199,11 +4204,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _serve_request(self, data: bytes) -> Steps[bool]:
         """Serves the request that begins with this head; whether the connection can be used for another one."""
         self.busy = True
-        self.config = self.service.config
+        self.config, self.targets_for = self.service.routing
         self.record = AccessRecord(time.time(), self.loop.now)
         self.body: RequestBody | None = None
         self.head: RequestHead | None = None
-        self.dialect = likely_dialect(data)
+        self.dialect = ""
         try:
             return (yield from self._answer_request(data))
         except RelayError as error:
@@ -4232,10 +4237,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer_request(self, data: bytes) -> Steps[bool]:
         """Reads the head, finds out who asks for what, and answers."""
-        if self.late:
-            raise MalformedRequest(f"the head took more than {HEAD_SECONDS:.0f} seconds", 408)
-        head_length(data)  # raises for what _next_head gave up on
-        head = self.head = parse_request_head(data)
+        head = self.head = self._read_head(data)
         self.record.method, self.record.path = head.method, head.path
         self.dialect = dialect_of(head.path, head.fields)
         if self.surplus:
@@ -4246,10 +4248,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise shutting_down()
         if head.method == "OPTIONS" and cors_fields(self.config.server.cors_origins, head.fields):
             return (yield from self._answer(204, preflight_fields(head.fields), b""))
-        endpoint = find_endpoint(head)
+        endpoint = find_endpoint(head.method, head.path, self.dialect)
         caller = NOBODY if endpoint.name in OPEN_ENDPOINTS else self._authenticate(head)
         answer: Callable[[Request], Steps[bool]] = getattr(self, f"answer_{endpoint.name}")
         return (yield from answer(Request(head, endpoint, caller)))
+
+    def _read_head(self, data: bytes) -> RequestHead:
+        """The head, strictly parsed. Raises MalformedRequest, to be told in the dialect that the bytes look like."""
+        try:
+            if self.late:
+                raise MalformedRequest(f"the head took more than {HEAD_SECONDS:.0f} seconds", 408)
+            head_length(data)  # raises for what _next_head gave up on
+            return parse_request_head(data)
+        except MalformedRequest:
+            self.dialect = likely_dialect(data)
+            raise
 
     def _authenticate(self, head: RequestHead) -> Caller:
         """The caller, who is within the limit of requests. Raises Unauthenticated and RateLimited."""
@@ -4375,7 +4388,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.model = asked
         if not self._may_use(request, asked):
             raise Forbidden(f"{self.record.caller} may not use the model {asked!r}")
-        targets = targets_for(self.config, asked, request.endpoint.dialect)
+        targets = self.targets_for(asked, request.endpoint.dialect)
         session = self._session(request, body) if any(len(target.provider.keys or ()) > 1 for target in targets) else ""
         return self._relay(request, body, self.service.relay.keys.order(targets, session, self.loop.now))
 
@@ -4588,7 +4601,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
             if getattr(config.server, name) != getattr(old.server, name):
                 self.log.warn(f"server.{name} has changed, which takes effect with a restart")
         self.log.style = config.server.log
-        self.service.config = config
+        self.service.use(config)
 
     def stop(self, drain_seconds: float = 0.0) -> None:
         """Stops accepting, lets what runs finish for so long, cuts the rest, and closes."""
