@@ -1537,23 +1537,24 @@ def check_host(fields: Headers, version: int) -> None:
 
 def check_spellings(fields: Headers) -> None:
     """Refuses `content_length` and its like: names that another server may read as a guarded one."""
-    for name in [name for name in fields.names if "_" in name or "." in name]:
+    together = "".join(fields.names)
+    for name in fields.names if "_" in together or "." in together else ():
         if name.replace("_", "-").replace(".", "-") in GUARDED_HEADERS:
             raise MalformedRequest(f"the header {name} could be mistaken for another; spell it with -")
 
 
 def request_body_length(fields: Headers, version: int) -> int | None:
     """The length of a request's body, None when it is chunked (RFC 9112 §6). Raises MalformedRequest."""
-    codings, lengths = fields.all("transfer-encoding"), fields.all("content-length")
-    if codings:
-        if lengths:
+    if "transfer-encoding" in fields:
+        if "content-length" in fields:
             raise MalformedRequest("Content-Length and Transfer-Encoding exclude each other")
-        if len(codings) > 1 or codings[0].lower() != "chunked" or version == 0:
+        if [coding.lower() for coding in fields.all("transfer-encoding")] != ["chunked"] or version == 0:
             raise MalformedRequest("the only Transfer-Encoding is `chunked`, once, in HTTP/1.1")
         return None
-    if len(lengths) > 1 or (lengths and not CONTENT_LENGTH.fullmatch(lengths[0])):
+    length = fields.get("content-length", "0")
+    if fields.names.count("content-length") > 1 or not CONTENT_LENGTH.fullmatch(length):
         raise MalformedRequest("Content-Length must be given once, as a number")
-    return int(lengths[0]) if lengths else 0
+    return int(length)
 
 
 def parse_response_head(data: bytes) -> ResponseHead:
@@ -1681,16 +1682,18 @@ def answer_decoder(head: ResponseHead, method: str) -> Decoder:
     """What reads the body of an answer (RFC 9112 §6.3). Raises FramingError for contradictory framing."""
     if method == "HEAD" or head.status in (204, 304):
         return LengthDecoder(0)
-    codings, lengths = head.fields.all("transfer-encoding"), head.fields.all("content-length")
-    if codings:
-        if lengths or len(codings) > 1 or codings[0].lower() != "chunked" or head.version == 0:
+    fields = head.fields
+    if "transfer-encoding" in fields:
+        codings = [coding.lower() for coding in fields.all("transfer-encoding")]
+        if "content-length" in fields or codings != ["chunked"] or head.version == 0:
             raise FramingError("the framing is contradictory")
         return ChunkedDecoder(ANSWER_HEAD_BYTES)
-    if not lengths:
+    if "content-length" not in fields:
         return CloseDecoder()
-    if len(set(lengths)) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0]):
+    length = fields.get("content-length")
+    if not CONTENT_LENGTH.fullmatch(length) or set(fields.all("content-length")) != {length}:
         raise FramingError("the Content-Length is malformed")
-    return LengthDecoder(int(lengths[0]))
+    return LengthDecoder(int(length))
 
 
 def chunk(data: bytes) -> bytes:
@@ -2137,19 +2140,20 @@ class AccessRecord:
         self.status = self.bytes_sent = self.attempts = 0
         self.usage = Usage()
 
-    def fields(self, now: float) -> JsonDict:
-        """The line's names and values; what isn't known is left out. Times are in seconds."""
+    def line(self, now: float, style: str) -> str:
+        """The record as a line of the log. Times are in seconds."""
+        text = shortened if style == "json" else plain
         seconds = int(self.when)
         values = {
             "time": f"{utc_time(seconds)}.{int((self.when - seconds) * 1000):03}Z",
             "id": self.request_id,
-            "caller": self.caller,
-            "method": self.method,
-            "path": self.path,
-            "model": self.model,
-            "sent": self.sent_model,
-            "provider": self.provider,
-            "key": self.key,
+            "caller": text(self.caller),
+            "method": text(self.method),
+            "path": text(self.path),
+            "model": text(self.model),
+            "sent": text(self.sent_model),
+            "provider": text(self.provider),
+            "key": text(self.key),
             "status": self.status,
             "bytes": self.bytes_sent,
             "ttfb": None if self.first_byte is None else round(self.first_byte - self.started, 4),
@@ -2159,7 +2163,7 @@ class AccessRecord:
             "output": self.usage.output_tokens,
             "error": self.error,
         }
-        return {name: value for name, value in values.items() if value is not None and value != ""}
+        return log_line(values, style)
 
 
 @functools.lru_cache(maxsize=4)
@@ -2171,24 +2175,22 @@ def utc_time(seconds: int) -> str:
 PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]*")  # printable ASCII but space, quote, = and backslash
 
 
-def log_line(fields: Mapping[str, Any], style: str) -> str:
-    """The fields as one line: key=value, or JSON."""
+def log_line(values: Mapping[str, Any], style: str) -> str:
+    """The values as one line, key=value or JSON; what isn't known is left out."""
     if style == "json":
-        return json.dumps({name: shortened(value) for name, value in fields.items()})
-    return " ".join([f"{name}={plain(value)}" for name, value in fields.items()])
+        return json.dumps({name: value for name, value in values.items() if value is not None and value != ""})
+    return " ".join([f"{name}={value}" for name, value in values.items() if value is not None and value != ""])
 
 
-@functools.lru_cache(maxsize=1024)  # callers, models and paths come again and again
-def plain(value: Any) -> Any:
-    """A value that can't break its line or its field: cut when long, quoted and escaped where it isn't plain."""
+@functools.lru_cache(maxsize=1024)  # callers, paths and models come again and again
+def plain(value: str) -> str:
+    """Text that can't break its line or its field: cut when long, quoted and escaped where it isn't plain."""
     value = shortened(value)
-    return value if not isinstance(value, str) or PLAIN_VALUE.fullmatch(value) else json.dumps(value)
+    return value if PLAIN_VALUE.fullmatch(value) else json.dumps(value)
 
 
-def shortened(value: Any) -> Any:
-    """The value; text is cut when it is long, and has no control character that JSON would leave."""
-    if not isinstance(value, str):
-        return value
+def shortened(value: str) -> str:
+    """Text cut when it is long, without the one control character that JSON would leave."""
     if len(value) > LOG_VALUE_CHARACTERS:
         value = f"{value[:LOG_VALUE_CHARACTERS]}..."
     return value.replace("\x7f", "\\x7f")
@@ -3242,26 +3244,15 @@ class RequestBody:
     def read(self, upstream: Channel | None = None) -> Steps[bytes]:
         """The next piece, b"" at the end. Raises ClientGone, TooLarge, MalformedRequest, and EarlyAnswer
         when the provider speaks before there is one."""
-        channel, decoder = self._channel, self._decoder
-        while not decoder.finished:
-            if not channel.received:
-                yield from self._arrival(upstream)
-            try:
-                piece = decoder.feed(channel.take())
-            except FramingError as error:
-                raise MalformedRequest(f"the chunked body is malformed: {error}") from None
-            if decoder.finished:
-                channel.received = decoder.rest
-            self._taken += len(piece)
-            if self._taken > self._limit:
-                raise self._too_large()
-            if piece:
-                return piece
-        return b""
+        piece = self._arrived()
+        while not piece and not self._decoder.finished:
+            yield from self._arrival(upstream)
+            piece = self._arrived()
+        return piece
 
     def read_all(self) -> Steps[bytes]:
         """The whole rest."""
-        pieces = []
+        pieces = [self._arrived()]
         while not self._decoder.finished:
             pieces.append((yield from self.read()))
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -3276,6 +3267,22 @@ class RequestBody:
         except RelayError:
             return False
         return True
+
+    def _arrived(self) -> bytes:
+        """What has come of the body and not been read yet. Raises TooLarge and MalformedRequest."""
+        channel, decoder = self._channel, self._decoder
+        if not channel.received or decoder.finished:
+            return b""
+        try:
+            piece = decoder.feed(channel.take())
+        except FramingError as error:
+            raise MalformedRequest(f"the chunked body is malformed: {error}") from None
+        if decoder.finished:
+            channel.received = decoder.rest
+        self._taken += len(piece)
+        if self._taken > self._limit:
+            raise self._too_large()
+        return piece
 
     def _arrival(self, upstream: Channel | None) -> Steps[None]:
         """Waits for more of the body."""
@@ -4029,7 +4036,7 @@ class LogWriter:
     def record(self, record: AccessRecord) -> None:
         """Takes the line of a request that has just ended."""
         if self.style != "off":
-            self._put(log_line(record.fields(time.monotonic()), self.style))
+            self._put(record.line(time.monotonic(), self.style))
 
     def write(self, line: str) -> None:
         """Takes a line as it is."""
@@ -4038,8 +4045,8 @@ class LogWriter:
     def say(self, message: str, level: str = "info") -> None:
         """Takes a line of the relay's own."""
         clock = f"{utc_time(int(time.time()))}Z"
-        style = "json" if self.style == "json" else "text"
-        self._put(log_line({"time": clock, "level": level, "message": message}, style))
+        text = message if self.style == "json" else plain(message)
+        self._put(log_line({"time": clock, "level": level, "message": text}, self.style))
 
     def warn(self, message: str) -> None:
         """Takes a warning."""
