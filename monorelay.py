@@ -1030,7 +1030,7 @@ def subject(claims: JsonDict, kind: str, users: Mapping[str, User]) -> str:
 
 def identify(tokens: Sequence[str], config: Config, now: float) -> Caller:
     """The caller that shows these tokens, one of which must be valid. Raises Unauthenticated."""
-    problem = Unauthenticated("a token is needed: send `Authorization: Bearer TOKEN` or `x-api-key: TOKEN`")
+    problem: Unauthenticated | None = None
     for token in tokens:
         if is_access_key(token, config.server.access_keys):
             return Caller("admin", True, None)
@@ -1043,7 +1043,7 @@ def identify(tokens: Sequence[str], config: Config, now: float) -> Caller:
             return Caller(name, False, config.users.get(name))
         except TokenError as error:
             problem = error
-    raise problem
+    raise problem or Unauthenticated("a token is needed: send `Authorization: Bearer TOKEN` or `x-api-key: TOKEN`")
 
 
 def is_access_key(token: str, keys: Sequence[Secret]) -> bool:
@@ -1398,24 +1398,33 @@ EXPOSED_HEADERS = (
 
 
 class Headers:
-    """Header fields as they stood in a head, and their values by lower-case names."""
+    """Header fields as they stood in a head, to be looked up by their names in lower case."""
 
     __slots__ = ("_first", "names", "pairs")
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
         self.names = [name.lower() for name, _ in pairs]
-        # Of a field that is repeated the first one stays.
-        self._first = dict(zip(reversed(self.names), [value for _, value in reversed(pairs)]))
+        self._first = dict(zip(self.names, pairs))
+        if self.has_repeated:  # then the last one of a name has taken the place of the first
+            self._first = dict(zip(reversed(self.names), reversed(pairs)))
+
+    @property
+    def has_repeated(self) -> bool:
+        """Whether a name stands there more than once."""
+        return len(self._first) < len(self.pairs)
 
     def get(self, name: str, default: str = "") -> str:
-        """The first value of a field, by its lower-case name."""
-        return self._first.get(name, default)
+        """The first value of a field."""
+        pair = self._first.get(name)
+        return pair[1] if pair else default
 
     def all(self, name: str) -> list[str]:
-        """Every value of a field, by its lower-case name."""
+        """Every value of a field."""
         if name not in self._first:
             return []
+        if not self.has_repeated:
+            return [self._first[name][1]]
         return [pair[1] for known, pair in zip(self.names, self.pairs) if known == name]
 
     def __contains__(self, name: str) -> bool:
@@ -1425,7 +1434,7 @@ class Headers:
         """The comma-separated elements of all fields of the name, in lower case."""
         if name not in self._first:
             return []
-        return [element.strip().lower() for value in self.all(name) for element in value.split(",") if element.strip()]
+        return [element for element in map(str.strip, ",".join(self.all(name)).lower().split(",")) if element]
 
 
 class RequestHead(NamedTuple):
@@ -1690,10 +1699,10 @@ def answer_decoder(head: ResponseHead, method: str) -> Decoder:
         return ChunkedDecoder(ANSWER_HEAD_BYTES)
     if "content-length" not in fields:
         return CloseDecoder()
-    length = fields.get("content-length")
-    if not CONTENT_LENGTH.fullmatch(length) or set(fields.all("content-length")) != {length}:
+    lengths = fields.all("content-length")
+    if not CONTENT_LENGTH.fullmatch(lengths[0]) or lengths.count(lengths[0]) < len(lengths):
         raise FramingError("the Content-Length is malformed")
-    return LengthDecoder(int(length))
+    return LengthDecoder(int(lengths[0]))
 
 
 def chunk(data: bytes) -> bytes:
@@ -1719,8 +1728,9 @@ def is_safe_path(path: str) -> bool:
 
 def end_to_end(fields: Headers, kept_back: frozenset[str]) -> Pairs:
     """The fields to pass on: neither kept back, nor declared hop-by-hop by Connection."""
-    if "connection" in fields:
-        kept_back = kept_back.union(fields.elements("connection"))
+    options = fields.elements("connection")
+    if options and options != ["keep-alive"]:
+        kept_back = kept_back.union(options)
     return [pair for name, pair in zip(fields.names, fields.pairs) if name not in kept_back]
 
 
