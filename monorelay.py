@@ -118,7 +118,7 @@ CATALOGUE_FRESH_SECONDS = 300.0
 CATALOGUE_RETRY_SECONDS = 30.0  # until a provider that didn't list its models is asked again
 LOGINS_PER_USER = 10  # a minute
 LOGINS_PER_ADDRESS = 30  # a minute
-LOG_PAUSE_SECONDS = 0.05  # lines are written together, so that a busy relay wakes its log thread rarely
+LOG_PAUSE_SECONDS = 0.1  # lines are written together, so that a busy relay wakes its log thread rarely
 LOG_LAST_SECONDS = 1.0
 LOG_VALUE_CHARACTERS = 200
 LOG_BACKLOG_LINES = 10_000  # more than that waiting for a blocked stderr is dropped, and counted
@@ -1526,9 +1526,10 @@ def field_pairs(block: str) -> Pairs:
 
 def split_target(method: str, target: str) -> tuple[str, str]:
     """Path and query of a request target. The host of an absolute one is dropped: it chooses nothing."""
-    target = ABSOLUTE_FORM.sub("/", target)
-    if method == "CONNECT" or target == "*":
-        return target, ""
+    if not target.startswith("/"):
+        target = ABSOLUTE_FORM.sub("/", target)
+        if method == "CONNECT" or target == "*":
+            return target, ""
     if not target.startswith("/") or "#" in target:
         raise MalformedRequest("the request target must be a path that begins with / and has no fragment")
     path, _, query = target.partition("?")
@@ -1865,6 +1866,11 @@ class Endpoint(NamedTuple):
     path: str  # behind /v1, as it goes upstream
     beta: bool = False  # whether the path stands for `beta=true` in the query
 
+    @property
+    def is_batch(self) -> bool:
+        """Whether what it answers may hold a batch's results_url."""
+        return decoded(self.path).startswith("/messages/batches")
+
     def target(self, query: str) -> str:
         """Path and query upstream, behind /v1, for the query of a request."""
         if self.beta and "beta=true" not in query.split("&"):
@@ -1872,13 +1878,14 @@ class Endpoint(NamedTuple):
         return f"{self.path}?{query}" if query else self.path
 
 
-def dialect_of(path: str, fields: Headers) -> str:
-    """The API that a request speaks."""
+@functools.lru_cache(maxsize=256)
+def dialect_of(path: str, names_version: bool) -> str:
+    """The API that a request speaks; `names_version`: it has an anthropic-version."""
     path = decoded(path)
     if path.startswith(("/v1/messages", "/v1/anthropic/")):
         return "anthropic"
     by_name = ENDPOINTS.get(path, ((), ""))[1]
-    return "anthropic" if "anthropic-version" in fields and by_name != "by_model" else "openai"
+    return "anthropic" if names_version and by_name != "by_model" else "openai"
 
 
 def likely_dialect(data: bytes) -> str:
@@ -4066,7 +4073,7 @@ class LogWriter:
         """Waits a moment for the thread to write the last lines; a log that takes none holds up nothing."""
         deadline = time.monotonic() + LOG_LAST_SECONDS
         while self._lines and time.monotonic() < deadline:
-            time.sleep(LOG_PAUSE_SECONDS / 5)
+            time.sleep(LOG_PAUSE_SECONDS / 10)
         if self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
             self._lock.release()
 
@@ -4256,7 +4263,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Reads the head, finds out who asks for what, and answers."""
         head = self.head = self._read_head(data)
         self.record.method, self.record.path = head.method, head.path
-        self.dialect = dialect_of(head.path, head.fields)
+        self.dialect = dialect_of(head.path, "anthropic-version" in head.fields)
         if self.surplus:
             raise Unavailable(
                 "this relay serves as many connections as it may (server.max_connections)", "too_many_connections"
@@ -4511,7 +4518,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _rewriter(self, request: Request, answer: Answer) -> ResultsUrlRewriter | None:
         """What keeps the client from following a batch's results_url to the provider; where it matters."""
         head, provider = request.head, answer.candidate.target.provider
-        if not decoded(request.endpoint.path).startswith("/messages/batches") or provider.format != "anthropic":
+        if not request.endpoint.is_batch or provider.format != "anthropic":
             return None
         if media_type(answer.head.fields) != "application/json" or head.method == "HEAD":
             return None
