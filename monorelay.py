@@ -1104,25 +1104,23 @@ def check_password(password: str, hashed: str) -> bool:
 
 
 class Throttle:
-    """At most so many events within any `period_seconds`, for each name. Thread-safe."""
+    """At most so many events within any `period_seconds`, for each name."""
 
     def __init__(self, period_seconds: float = 60.0) -> None:
         self._period = period_seconds
-        self._lock = threading.Lock()  # guards _times
         self._times: dict[str, collections.deque[float]] = {}
 
     def wait_seconds(self, name: str, limit: int, now: float) -> float:
         """0.0 if the event may happen, which counts it; else the seconds until the next one may."""
-        with self._lock:
-            times = self._times.setdefault(name, collections.deque())
-            while times and times[0] <= now - self._period:
-                times.popleft()
-            if len(times) >= limit:
-                return times[0] + self._period - now
-            times.append(now)
-            if len(self._times) > 10_000:
-                self._forget(now)
-            return 0.0
+        times = self._times.setdefault(name, collections.deque())
+        while times and times[0] <= now - self._period:
+            times.popleft()
+        if len(times) >= limit:
+            return times[0] + self._period - now
+        times.append(now)
+        if len(self._times) > 10_000:
+            self._forget(now)
+        return 0.0
 
     def _forget(self, now: float) -> None:
         """Drops the names of which nothing happened lately: invented ones must not fill the memory."""
@@ -1272,26 +1270,25 @@ COOLING_ENTRIES = 10_000
 
 
 class KeyPool:
-    """Puts candidates in order and remembers how they fared. Thread-safe; outlives a reload."""
+    """Puts candidates in order and remembers how they fared. Outlives a reload."""
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
-        self._lock = threading.Lock()  # guards _cooling and _turns
         self._cooling: dict[tuple[object, ...], Cooling] = {}
         self._turns: collections.Counter[str] = collections.Counter()
 
-    def order(self, targets: Iterable[Target], session: str, now: float) -> list[Candidate]:
-        """All candidates of the targets, the one to try first at the head."""
+    def order(self, targets: Iterable[Target], session: Callable[[], str], now: float) -> list[Candidate]:
+        """All candidates of the targets, the one to try first at the head. `session` is asked for what shall stay
+        with one key, where there is a choice."""
         candidates = [
             Candidate(target, key) for target in targets for key in self._keys_in_turn(target.provider, session)
         ]
-        with self._lock:
-            if not self._cooling:
-                return candidates
-            back = {candidate: self._back_at(candidate) for candidate in candidates}
+        if not self._cooling:
+            return candidates
+        back = {candidate: self._back_at(candidate) for candidate in candidates}
         return sorted(candidates, key=lambda candidate: max(back[candidate], now))
 
-    def _keys_in_turn(self, provider: Provider, session: str) -> Sequence[ProviderKey | None]:
+    def _keys_in_turn(self, provider: Provider, session: Callable[[], str]) -> Sequence[ProviderKey | None]:
         """The keys of a provider in the order of its strategy."""
         keys = provider.keys
         if keys is None:
@@ -1299,11 +1296,11 @@ class KeyPool:
         if len(keys) < 2 or provider.key_strategy == "fill-first":
             return keys
         if provider.key_strategy == "round-robin":
-            with self._lock:
-                turn = self._turns[provider.name] % len(keys)
-                self._turns[provider.name] += 1
+            turn = self._turns[provider.name] % len(keys)
+            self._turns[provider.name] += 1
             return (*keys[turn:], *keys[:turn])
-        return sorted(keys, key=lambda key: self._lot(provider, key, session), reverse=True)
+        name = session() if provider.key_strategy == "sticky" else ""
+        return sorted(keys, key=lambda key: self._lot(provider, key, name), reverse=True)
 
     def _lot(self, provider: Provider, key: ProviderKey, session: str) -> float:
         """What a key draws, the largest lot being tried first: lot**(1/weight) favours by weight (Efraimidis and
@@ -1324,27 +1321,23 @@ class KeyPool:
 
     def succeeded(self, candidate: Candidate) -> None:
         """Forgets what was held against the candidate."""
-        if self._cooling:
-            with self._lock:
-                for name in cooling_names(candidate):
-                    self._cooling.pop(name, None)
+        for name in cooling_names(candidate) if self._cooling else ():
+            self._cooling.pop(name, None)
 
     def failed(self, candidate: Candidate, status: int, retry_after: float | None, now: float) -> None:
         """Notes an answer with a status of failure."""
         cooldown = candidate.target.provider.cooldown
         _, key, key_and_model = cooling_names(candidate)
-        with self._lock:
-            if status == 429:
-                self._entry(key, now).until = now + (cooldown if retry_after is None else retry_after)
-            elif status in QUARANTINED:
-                self._entry(key, now).until = now + QUARANTINE_FACTOR * cooldown
-            elif status == 403 or status >= 500:
-                self._entry(key_and_model, now).back_off(cooldown, now)
+        if status == 429:
+            self._entry(key, now).until = now + (cooldown if retry_after is None else retry_after)
+        elif status in QUARANTINED:
+            self._entry(key, now).until = now + QUARANTINE_FACTOR * cooldown
+        elif status == 403 or status >= 500:
+            self._entry(key_and_model, now).back_off(cooldown, now)
 
     def unreachable(self, provider: Provider, now: float) -> None:
         """Notes a connection that failed."""
-        with self._lock:
-            self._entry((provider.name,), now).back_off(provider.cooldown, now)
+        self._entry((provider.name,), now).back_off(provider.cooldown, now)
 
     def _entry(self, name: tuple[object, ...], now: float) -> Cooling:
         if len(self._cooling) > COOLING_ENTRIES:
@@ -1548,8 +1541,11 @@ def check_host(fields: Headers, version: int) -> None:
 def check_spellings(fields: Headers) -> None:
     """Refuses `content_length` and its like: names that another server may read as a guarded one."""
     together = "".join(fields.names)
-    for name in fields.names if "_" in together or "." in together else ():
-        if name.replace("_", "-").replace(".", "-") in GUARDED_HEADERS:
+    if "_" not in together and "." not in together:
+        return
+    for name in fields.names:
+        spelling = name.replace("_", "-").replace(".", "-")
+        if spelling != name and spelling in GUARDED_HEADERS:
             raise MalformedRequest(f"the header {name} could be mistaken for another; spell it with -")
 
 
@@ -4169,7 +4165,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         handlers.add(self)
         self.idle = False  # between two requests
         self.busy = False  # with a request that isn't answered yet
-        self.late = False  # with a head that has taken too long
+        self.fault: MalformedRequest | None = None  # why no head can come any more
         self.task: Task | None = None
 
     def handle(self) -> None:
@@ -4207,23 +4203,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         channel = self.channel
         deadline = self.loop.now + (SURPLUS_SECONDS if self.surplus else IDLE_SECONDS)
         begun = False
-        while True:
-            if channel.received.startswith(b"\r\n"):
-                channel.use(2)  # RFC 9112 §2.2: an empty line before it is ignored
-            try:
+        try:
+            while True:
+                if channel.received.startswith(b"\r\n"):
+                    channel.use(2)  # RFC 9112 §2.2: an empty line before it is ignored
                 size = head_length(channel.received)
-            except MalformedRequest:
-                size = len(channel.received)
-            if size:
-                return channel.use(size)
-            if channel.received and not begun:
-                begun = True
-                deadline = self.loop.now + HEAD_SECONDS
-            try:
+                if size:
+                    return channel.use(size)
+                if channel.received and not begun:
+                    begun = True
+                    deadline = self.loop.now + HEAD_SECONDS
                 yield deadline
-            except Overdue:
-                self.late = begun
-                return channel.take()
+        except MalformedRequest as fault:
+            self.fault = fault
+        except Overdue:
+            self.fault = MalformedRequest(f"the head took more than {HEAD_SECONDS:.0f} seconds", 408)
+        return channel.take()
 
     def _serve_request(self, data: bytes) -> Steps[bool]:
         """Serves the request that begins with this head; whether the connection can be used for another one."""
@@ -4280,9 +4275,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _read_head(self, data: bytes) -> RequestHead:
         """The head, strictly parsed. Raises MalformedRequest, to be told in the dialect that the bytes look like."""
         try:
-            if self.late:
-                raise MalformedRequest(f"the head took more than {HEAD_SECONDS:.0f} seconds", 408)
-            head_length(data)  # raises for what _next_head gave up on
+            if self.fault:
+                raise self.fault
             return parse_request_head(data)
         except MalformedRequest:
             self.dialect = likely_dialect(data)
@@ -4413,7 +4407,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self._may_use(request, asked):
             raise Forbidden(f"{self.record.caller} may not use the model {asked!r}")
         targets = self.targets_for(asked, request.endpoint.dialect)
-        session = self._session(request, body) if any(len(target.provider.keys or ()) > 1 for target in targets) else ""
+        session = functools.partial(self._session, request, body)
         return self._relay(request, body, self.service.relay.keys.order(targets, session, self.loop.now))
 
     def _relay_to_first(self, request: Request, body: ReadBody | RequestBody) -> Steps[bool]:

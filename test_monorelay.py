@@ -1023,7 +1023,7 @@ class Pool:
         self.pool = monorelay.KeyPool(random.Random(1))
 
     def order(self, now: float = 0, session: str = "s", name: str = "claude-a@anthropic") -> list[Any]:
-        return self.pool.order(monorelay.resolve(self.config, name), session, now)
+        return self.pool.order(monorelay.resolve(self.config, name), lambda: session, now)
 
     def labels(self, now: float = 0, session: str = "s", name: str = "claude-a@anthropic") -> str:
         return " ".join(candidate.key.label for candidate in self.order(now, session, name))
