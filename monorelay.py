@@ -4907,9 +4907,34 @@ def run_serve(options: argparse.Namespace) -> int:
     server = RelayServer(config, None, listener)
     server.log.write(lines)
     server.start()
-    status = Operator(server, path, options).run(Signals(*OPERATOR_SIGNALS))
-    # Python's own way out would wait for a thread that writes to a log which nobody reads.
-    os._exit(status)
+    operator, signals = Operator(server, path, options), Signals(*OPERATOR_SIGNALS)
+    return outlast_script(lambda: operator.run(signals))
+
+
+def outlast_script(serve: Callable[[], int]) -> int:
+    """Serves in a thread for which Python waits, and lets the script end: until then CPython keeps the syntax tree
+    of this file, a third of the whole process."""
+
+    def run() -> None:
+        threading.main_thread().join()
+        return_memory()
+        # Python's own way out would wait for a thread that writes to a log which nobody reads.
+        os._exit(serve())
+
+    if sys.version_info[:3] in ((3, 12, 0), (3, 12, 1)):
+        os._exit(serve())  # these start no thread any more when the script has ended (CPython issue 113964)
+    threading.Thread(target=run, name="operator").start()
+    return 0
+
+
+def return_memory() -> None:
+    """Gives what is free back to the system. glibc would keep it; other C libraries have their own habits."""
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+    except (ImportError, OSError, AttributeError, TypeError):
+        pass
 
 
 def raise_descriptor_limit() -> None:
@@ -4954,7 +4979,7 @@ class Signals:
 
 
 class Operator:
-    """What the main thread does while the others serve: it waits for signals and for edits of relay.json."""
+    """What is left to do while the others serve: it waits for signals and for edits of relay.json."""
 
     def __init__(self, server: RelayServer, path: str, options: argparse.Namespace) -> None:
         self._server = server
@@ -4967,8 +4992,7 @@ class Operator:
         while True:
             name = signals.next(1.0)
             if name in ("SIGTERM", "SIGINT") or (supervisor and os.getppid() != supervisor):
-                self._drain()
-                signals.close()
+                self._drain(signals)
                 return 0
             if name == "SIGHUP" or file_state(self._path) != self._seen:
                 self.reload()
@@ -4987,13 +5011,16 @@ class Operator:
         self._server.reload(config)
         log.say("the configuration was reloaded")
 
-    def _drain(self) -> None:
+    def _drain(self, signals: Signals) -> None:
         """Stops in good order; another signal ends the process at once."""
-        for name in ("SIGTERM", "SIGINT"):
-            signal.signal(getattr(signal, name), lambda number, frame: os._exit(128 + number))
         seconds = self._server.service.config.server.drain_seconds
         self._server.log.say(f"stopping; what runs may take {seconds:g} s more, another signal ends it at once")
-        self._server.stop(seconds)
+        stopping = threading.Thread(target=self._server.stop, args=(seconds,), daemon=True)
+        stopping.start()
+        while stopping.is_alive():
+            name = signals.next(0.02)
+            if name in ("SIGTERM", "SIGINT"):
+                os._exit(128 + signal.Signals[name])
 
 
 class Supervisor:
