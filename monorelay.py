@@ -1397,7 +1397,7 @@ class Headers:
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
-        self.names = [name.lower() for name, _ in pairs]
+        self.names = [pair[0].lower() for pair in pairs]
         self._first = dict(zip(self.names, pairs))
         if self.has_repeated:  # then the last one of a name has taken the place of the first
             self._first = dict(zip(reversed(self.names), reversed(pairs)))
@@ -1490,29 +1490,24 @@ def parse_request_head(data: bytes) -> RequestHead:
     method, target, major, minor = match.groups()
     if major != "1":
         raise MalformedRequest(f"HTTP/{major}.{minor} is not spoken here; use HTTP/1.1")
-    fields = Headers(parse_fields(block[:-2]))
-    version = int(minor)
+    pairs = parse_fields(block[:-2])
+    if pairs is None:
+        raise MalformedRequest("a header line must read NAME: VALUE, without control bytes and ended by CRLF")
+    if len(pairs) > REQUEST_HEAD_FIELDS:
+        raise MalformedRequest(f"the request has more than {REQUEST_HEAD_FIELDS} header fields", 431)
+    fields, version = Headers(pairs), int(minor)
     check_host(fields, version)
     check_spellings(fields)
     path, query = split_target(method, target)
     return RequestHead(method, path, query, version, fields, request_body_length(fields, version))
 
 
-def parse_fields(block: str) -> Pairs:
-    """The fields of a block of lines that each end in CRLF. Raises MalformedRequest."""
-    lines = block.count("\n")
-    if lines > REQUEST_HEAD_FIELDS:
-        raise MalformedRequest(f"the request has more than {REQUEST_HEAD_FIELDS} header fields", 431)
-    pairs = field_pairs(block)
-    if len(pairs) != lines or block.count("\r") != lines:
-        raise MalformedRequest("a header line must read NAME: VALUE, without control bytes and ended by CRLF")
-    return pairs
-
-
-def field_pairs(block: str) -> Pairs:
-    """Names and values of the well-formed lines of a block."""
+def parse_fields(block: str) -> Pairs | None:
+    """Names and values of the fields in a block of lines that each end in CRLF; None unless all are well-formed."""
     pairs: Pairs = FIELD_LINE.findall(block)
-    if " \r\n" in block or "\t\r\n" in block:
+    if block.count("\n") != len(pairs) or block.count("\r") != len(pairs):
+        return None
+    if " \r" in block or "\t\r" in block:
         pairs = [(name, value.rstrip(" \t")) for name, value in pairs]
     return pairs
 
@@ -1569,9 +1564,8 @@ def parse_response_head(data: bytes) -> ResponseHead:
     match = STATUS_LINE.fullmatch(line)
     if not match:
         raise FramingError("the status line is malformed")
-    block = block[:-2]
-    pairs = field_pairs(block)
-    if len(pairs) != block.count("\n") or len(pairs) != block.count("\r"):
+    pairs = parse_fields(block[:-2])
+    if pairs is None:
         raise FramingError("a header line is malformed")
     return ResponseHead(int(match[2]), match[3] or "", int(match[1]), Headers(pairs))
 
@@ -1728,7 +1722,7 @@ def end_to_end(fields: Headers, kept_back: frozenset[str]) -> Pairs:
     options = fields.elements("connection")
     if options and options != ["keep-alive"]:
         kept_back = kept_back.union(options)
-    return [pair for name, pair in zip(fields.names, fields.pairs) if name not in kept_back]
+    return list(itertools.compress(fields.pairs, [name not in kept_back for name in fields.names]))
 
 
 def upstream_fields(
@@ -1761,8 +1755,14 @@ def upstream_fields(
 
 def head_bytes(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
     """A head on the wire."""
-    lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
-    return f"{first_line}\r\n{lines}\r\n".encode("latin-1")
+    return "\r\n".join([first_line, *map(": ".join, fields), "", ""]).encode("latin-1")
+
+
+def shown_tokens(fields: Headers) -> list[str]:
+    """The tokens that a request shows, wherever they stand."""
+    credentials = [value.partition(" ") for value in fields.all("authorization")]
+    bearers = [token.strip() for scheme, _, token in credentials if scheme.lower() == "bearer"]
+    return bearers + fields.all("x-api-key")
 
 
 def media_type(fields: Headers) -> str:
@@ -1940,6 +1940,7 @@ def decoded(path: str) -> str:
 MEMBER = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)"[ \t\n\r]*:[ \t\n\r]*', re.DOTALL)
 SEPARATOR = re.compile(r"[ \t\n\r]*[,}]")
 OPENING = re.compile(r"[ \t\n\r]*\{")
+JSON_BLANKS = " \t\n\r"
 LONG_STRING_BYTES = 4096
 # float() takes integers of any length, where int() refuses those over 4,300 digits; objects come as tuples
 # of pairs, which keep what is given twice and can't be mistaken for lists.
@@ -1949,14 +1950,17 @@ BODY_DECODER = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant,
 def find_model(body: bytes) -> str:
     """The top-level `model` of a JSON object. Raises BadRequest unless there is exactly one, a string."""
     try:
-        document = BODY_DECODER.decode(without_long_strings(body)[0].decode("utf-8"))
+        text = without_long_strings(body)[0].decode("utf-8").strip(JSON_BLANKS)
+        document, end = BODY_DECODER.raw_decode(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError as error:
         raise BadRequest(f"the body is not valid JSON: {error.msg}", "not_json") from None
     except (ValueError, RecursionError):
         raise BadRequest("the body is not valid JSON in UTF-8, or nested too deeply", "not_json") from None
     if not isinstance(document, tuple):
         raise BadRequest("the body must be a JSON object", "not_json")
-    return only_model([value for key, value in document if key == "model"])
+    return only_model([member[1] for member in document if member[0] == "model"])
 
 
 def only_model(values: Sequence[Any]) -> str:
@@ -2101,15 +2105,15 @@ class Usage:
     def read(self, data: bytes) -> None:
         """Looks through the next bytes of an answer."""
         # A figure may be cut in two where bodies aren't cut at lines; 200 bytes hold a whole usage head.
-        joined = self._tail + data if self._tail else data
-        if b'_tokens"' in joined:
-            start = joined.find(b'"usage"')
-            for kind, figure in USAGE.findall(joined, max(start, 0)):
+        if self._tail:
+            data = self._tail + data
+        if b'_tokens"' in data:
+            for kind, figure in USAGE.findall(data, max(data.find(b'"usage"'), 0)):
                 if kind in (b"input", b"prompt"):
                     self.input_tokens = int(figure)
                 else:
                     self.output_tokens = int(figure)
-        self._tail = b"" if joined.endswith(b"\n") else joined[-200:]
+        self._tail = b"" if data.endswith(b"\n") else data[-200:]
 
 
 def error_body(dialect: str, kind: str, message: str, code: str, request_id: str) -> bytes:
@@ -2157,26 +2161,28 @@ class AccessRecord:
         """The record as a line of the log. Times are in seconds."""
         text = shortened if style == "json" else plain
         seconds = int(self.when)
-        values = {
-            "time": f"{utc_time(seconds)}.{int((self.when - seconds) * 1000):03}Z",
-            "id": self.request_id,
-            "caller": text(self.caller),
-            "method": text(self.method),
-            "path": text(self.path),
-            "model": text(self.model),
-            "sent": text(self.sent_model),
-            "provider": text(self.provider),
-            "key": text(self.key),
-            "status": self.status,
-            "bytes": self.bytes_sent,
-            "ttfb": None if self.first_byte is None else round(self.first_byte - self.started, 4),
-            "duration": round(now - self.started, 4),
-            "attempts": self.attempts or None,
-            "input": self.usage.input_tokens,
-            "output": self.usage.output_tokens,
-            "error": self.error,
-        }
-        return log_line(values, style)
+        return log_line(
+            {
+                "time": f"{utc_time(seconds)}.{int((self.when - seconds) * 1000):03}Z",
+                "id": self.request_id,
+                "caller": text(self.caller),
+                "method": text(self.method),
+                "path": text(self.path),
+                "model": text(self.model),
+                "sent": text(self.sent_model),
+                "provider": text(self.provider),
+                "key": text(self.key),
+                "status": self.status,
+                "bytes": self.bytes_sent,
+                "ttfb": None if self.first_byte is None else round(self.first_byte - self.started, 4),
+                "duration": round(now - self.started, 4),
+                "attempts": self.attempts or None,
+                "input": self.usage.input_tokens,
+                "output": self.usage.output_tokens,
+                "error": self.error,
+            },
+            style,
+        )
 
 
 @functools.lru_cache(maxsize=4)
@@ -2185,14 +2191,15 @@ def utc_time(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
+UNKNOWN = (None, "")
 PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]*")  # printable ASCII but space, quote, = and backslash
 
 
 def log_line(values: Mapping[str, Any], style: str) -> str:
     """The values as one line, key=value or JSON; what isn't known is left out."""
     if style == "json":
-        return json.dumps({name: value for name, value in values.items() if value is not None and value != ""})
-    return " ".join([f"{name}={value}" for name, value in values.items() if value is not None and value != ""])
+        return json.dumps({name: value for name, value in values.items() if value not in UNKNOWN})
+    return " ".join([f"{name}={value}" for name, value in values.items() if value not in UNKNOWN])
 
 
 @functools.lru_cache(maxsize=1024)  # callers, paths and models come again and again
@@ -4284,9 +4291,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _authenticate(self, head: RequestHead) -> Caller:
         """The caller, who is within the limit of requests. Raises Unauthenticated and RateLimited."""
-        bearers = [value.partition(" ") for value in head.fields.all("authorization")]
-        tokens = [token.strip() for scheme, _, token in bearers if scheme.lower() == "bearer"]
-        caller = identify([*tokens, *head.fields.all("x-api-key")], self.config, time.time())
+        caller = identify(shown_tokens(head.fields), self.config, self.record.when)
         self.record.caller = caller.name
         if caller.user and caller.user.requests_per_minute:
             wait = self.service.requests.wait_seconds(caller.name, caller.user.requests_per_minute, self.loop.now)
