@@ -3146,7 +3146,7 @@ class EventLoop:
             self.now = time.monotonic()
             for key, events in ready:
                 key.data(events)
-            while self._posted:
+            for _ in range(len(self._posted)):
                 self._posted.popleft()()
             if self.now >= self.sweep_at:
                 self._sweep()
@@ -3183,6 +3183,13 @@ def describe(error: BaseException) -> str:
     while place and place.tb_next:
         place = place.tb_next
     return f"{type(error).__name__} in line {place.tb_lineno if place else 0}"
+
+
+def give_way(loop: EventLoop) -> Steps[None]:
+    """Lets all others that can go on do so first."""
+    if loop.running:
+        loop.post(loop.running.resume)
+        yield math.inf
 
 
 def pause(loop: EventLoop, seconds: float) -> Steps[None]:
@@ -4199,6 +4206,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if not goes_on:
                     yield from self._farewell()
                     break
+                if self.channel.received:  # one who sends many requests at once waits for the others' turn
+                    yield from give_way(self.loop)
         except ClientGone:
             pass
         finally:
@@ -4451,7 +4460,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         sent = content = yield from self._open_body(request, self.config.server.max_body_mb).read_all()
         coding = request.head.fields.get("content-encoding", "identity").lower()
         if coding != "identity" and sent:
-            content = decompressed(sent, coding, int(self.config.server.max_body_mb * 1024 * 1024))
+            limit = int(self.config.server.max_body_mb * 1024 * 1024)
+            content = yield from in_thread(self.loop, lambda: decompressed(sent, coding, limit))
         try:
             return ReadBody(sent, content, find_model(content))
         except BadRequest as error:

@@ -83,6 +83,7 @@ import itertools
 import json
 import random
 import resource
+import selectors
 import shutil
 import signal
 import socket
@@ -4498,6 +4499,72 @@ def test_soak(upstream, relay, monkeypatch):
         lambda: all(now <= then + 2 for now, then in zip(threads_and_descriptors(), before)), seconds=30
     )
     print(f"soak: {dict(finished)}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A crowd: thousands that are only there
+# ------------------------------------------------------------------------------------------------------------
+
+CROWD = 5000
+OPENING = STREAM_HEAD + chunk(ANTHROPIC_EVENTS[0])
+
+
+def quiet_streams(listener: socket.socket) -> None:
+    """A provider for any number of streams in one thread: each gets its first event, and no more."""
+    held = []
+    with selectors.DefaultSelector() as selector, contextlib.suppress(OSError):
+        selector.register(listener, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is listener:
+                    held.append(listener.accept()[0])
+                    selector.register(held[-1], selectors.EVENT_READ)
+                elif key.fileobj.recv(1 << 16):
+                    key.fileobj.sendall(OPENING)
+                else:
+                    selector.unregister(key.fileobj)
+                    key.fileobj.close()
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """As many as this crowd needs at our side; the relay raises its own limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 3 * CROWD + 500
+    assert hard == resource.RLIM_INFINITY or hard >= needed, f"this needs `ulimit -Hn` of {needed}, not {hard}"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.slow
+def test_thousands_of_idle_clients_and_quiet_streams_at_a_time(many_descriptors, program):
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        threading.Thread(target=quiet_streams, args=(listener,), daemon=True).start()
+        base_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        low = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        it = program(
+            settings({"anthropic": {"base_url": base_url}}, server={"max_connections": 4 * CROWD, "log": "off"}),
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, low)),
+        )
+        idle = [Client(it.url) for _ in range(CROWD)]
+        for client in idle:
+            client.send(request("GET", "/health"))
+        assert all(client.answer().status == 200 for client in idle)
+        streams = []
+        for _ in range(CROWD):
+            streams.append(Client(it.url))
+            streams[-1].send(request("POST", "/v1/messages", STREAMED))
+            streams[-1].until(ANTHROPIC_EVENTS[0])
+        # All of them are still there, and nobody waits for the others.
+        started = time.monotonic()
+        assert all(client.ask("GET", "/health").status == 200 for client in idle[::100])
+        assert time.monotonic() - started < 1
+        memory = int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{it.process.pid}/status").read_text())[1])
+        print(f"{CROWD} idle clients and {CROWD} quiet streams: {memory // 1024} MB")
+        for client in idle + streams:
+            client.close()
+        eventually(lambda: len(os.listdir(f"/proc/{it.process.pid}/fd")) < 100)
 
 
 # ------------------------------------------------------------------------------------------------------------
