@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.9"
-# dependencies = ["pytest", "anthropic", "openai", "PyJWT", "hypothesis", "trustme"]
+# dependencies = ["pytest", "anthropic", "openai", "PyJWT", "hypothesis", "trustme", "PyYAML"]
 # ///
 """The tests of MonoRelay: `python3 test_monorelay.py [pytest's arguments]`.
 
@@ -74,6 +74,8 @@ if __name__ == "__main__":
 
 import asyncio
 import base64
+import concurrent.futures
+import configparser
 import contextlib
 import email.utils
 import gzip
@@ -84,6 +86,7 @@ import json
 import random
 import resource
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -105,6 +108,7 @@ import jwt
 import openai
 import pytest
 import trustme
+import yaml
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(HERE))
@@ -4615,6 +4619,7 @@ def test_shipped_relay_json_runs_as_it_is(program):
 README_NOT_RUN = {
     "python3 test_monorelay.py": "it is what runs right now",
     "sk-ant-...": "it needs a provider's key; what it starts is started by the first block",
+    ".ci/bench": "it takes minutes; .ci/run runs a short form of it",
 }
 SERVES = re.compile(r"(\w+=\S+ )*python3? monorelay\.py")
 
@@ -4654,3 +4659,296 @@ def run_block(block: Block, folder: Path, environ: dict[str, str], stack: contex
 def masked(text: str) -> str:
     """The text without what differs from run to run."""
     return re.sub(r"msg_\w+", "msg_", text).strip()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Growing past one machine: the README's nginx configuration, systemd unit and manifest do what it says
+# ------------------------------------------------------------------------------------------------------------
+
+NGINX = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
+needs_nginx = pytest.mark.skipif(
+    not NGINX and os.environ.get("CI") != "true", reason="there is no nginx here; in CI it has to be"
+)
+
+# What Debian's nginx.conf has around the files in conf.d, with everything in a folder of the test's own.
+NGINX_CONF = """
+daemon off;
+user root;  # heeded when root starts it, ignored otherwise
+worker_processes 1;
+pid nginx.pid;
+error_log error.log info;
+events { worker_connections 768; }
+http {
+    access_log access.log;
+    client_body_temp_path body;
+    proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi;
+    scgi_temp_path scgi;
+    include monorelay.conf;
+}
+"""
+
+
+def readme_block(language: str) -> str:
+    """The text of the README's only block in this language."""
+    (block,) = (block for block in readme_blocks() if block.language == language)
+    return block.text
+
+
+def replaced(text: str, replacements: dict[str, str]) -> str:
+    """The text with each of these replaced; all must be in it."""
+    for old, new in replacements.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
+class Fleet:
+    """Two relays, a process each, behind nginx as the README configures it."""
+
+    def __init__(self, start: Callable[[int], Program], folder: Path, authority: trustme.CA) -> None:
+        assert NGINX, "nginx is not installed"
+        self.start = start
+        self.relays = {port: start(port) for port in (unused_port(), unused_port())}
+        self.port = unused_port()
+        self.context = ssl.create_default_context()
+        authority.configure_trust(self.context)
+        issued = authority.issue_cert("127.0.0.1")
+        issued.private_key_and_cert_chain_pem.write_to_path(folder / "relay.pem")
+        (folder / "nginx.conf").write_text(NGINX_CONF)
+        first, second = self.relays
+        ours = replaced(
+            readme_block("nginx"),
+            {
+                "127.0.0.1:8787": f"127.0.0.1:{first}",
+                "127.0.0.1:8788": f"127.0.0.1:{second}",
+                "listen 443": f"listen 127.0.0.1:{self.port}",
+                "/etc/nginx/relay.crt": f"{folder}/relay.pem",
+                "/etc/nginx/relay.key": f"{folder}/relay.pem",
+            },
+        )
+        (folder / "monorelay.conf").write_text(ours)
+        self.process = subprocess.Popen(
+            [NGINX, "-p", str(folder), "-c", "nginx.conf", "-e", "error.log"], stderr=subprocess.DEVNULL
+        )
+        eventually(lambda: self.client().close() is None)
+
+    def client(self) -> Client:
+        client = Client(f"http://127.0.0.1:{self.port}")
+        client.sock = self.context.wrap_socket(client.sock, server_hostname="127.0.0.1")
+        return client
+
+    def stop(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(TIMEOUT_SECONDS) == 0
+
+
+@pytest.fixture
+def fleet(program, tmp_path, authority) -> Iterator[Callable[[Upstream], Fleet]]:
+    made: list[Fleet] = []
+
+    def make(provider: Upstream) -> Fleet:
+        config = settings({"anthropic": provider})
+        made.append(Fleet(lambda port: program(config, "--port", str(port)), tmp_path, authority))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+
+
+def marked_prompt(mark: str, **fields: Any) -> bytes:
+    return json.dumps(prompt(metadata={"user_id": mark}, **fields)).encode()
+
+
+def marked_stream(mark: str) -> list[bytes]:
+    """The events of a stream that has the mark in its middle."""
+    delta = sse("content_block_delta", index=0, delta={"type": "text_delta", "text": mark})
+    return [*ANTHROPIC_EVENTS[:2], delta, *ANTHROPIC_EVENTS[5:]]
+
+
+class MarkingProvider:
+    """A script whose answers carry the request's mark; those to marks that begin with "held" wait for the gate,
+    streams among them after their first event."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.held = threading.Semaphore(0)  # one more for each request that waits
+
+    def __call__(self, connection: Connection) -> None:
+        while True:
+            asked = connection.read_request().json
+            mark = asked["metadata"]["user_id"]
+            first, *others = marked_stream(mark)
+            if asked.get("stream"):
+                connection.send(STREAM_HEAD, chunk(first))
+            if mark.startswith("held"):
+                self.held.release()
+                connection.wait(self.gate)
+            connection.send(chunked(*others) if asked.get("stream") else answer(200, json.dumps(mark).encode()))
+
+
+def ask_marked(client: Client, mark: str, stream: bool) -> None:
+    """Asks, and sees to it that a whole answer with the mark comes."""
+    got = client.ask("POST", "/v1/messages", marked_prompt(mark, stream=stream))
+    assert got.status == 200, got
+    assert got.body == b"".join(marked_stream(mark)) if stream else got.json == mark
+
+
+@needs_nginx
+def test_a_stream_comes_through_nginx_event_by_event(upstream, fleet):
+    gates = [threading.Event() for _ in ANTHROPIC_EVENTS]
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(STREAM_HEAD)
+        for event, gate in zip(ANTHROPIC_EVENTS, gates):
+            connection.send(chunk(event))
+            connection.wait(gate)
+        connection.send(b"0\r\n\r\n")
+
+    with fleet(upstream(script)).client() as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        assert client.until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+        for event, gate in zip(ANTHROPIC_EVENTS, gates):
+            client.until(event.splitlines()[1])
+            gate.set()
+        client.until(b"\r\n0\r\n\r\n")
+
+
+@needs_nginx
+def test_restarting_one_relay_after_the_other_behind_nginx_loses_no_request(upstream, fleet):
+    provider = MarkingProvider()
+    it = fleet(upstream(provider))
+    finished, over = Counter[int](), threading.Event()
+
+    def visit(number: int) -> None:
+        while not over.is_set():
+            with it.client() as client:
+                for turn in range(100):
+                    ask_marked(client, f"{number}-{turn}", stream=turn % 2 == 1)
+                    finished[number] += 1
+
+    def hold(number: int) -> None:
+        with it.client() as client:
+            ask_marked(client, f"held-{number}", stream=number % 2 == 1)
+
+    def wait_for_more(count: int) -> None:
+        wanted = sum(finished.values()) + count
+        eventually(lambda: sum(finished.values()) >= wanted)
+
+    def restart(port: int) -> None:
+        """Stops the relay on this port while it serves, and starts another one there when it has ended."""
+        provider.gate.clear()
+        held = [pool.submit(hold, number) for number in range(8)]
+        assert all(provider.held.acquire(timeout=TIMEOUT_SECONDS) for _ in held)
+        old = it.relays[port]
+        old.signal(signal.SIGTERM)
+        eventually(lambda: "stopping" in old.text())
+        wait_for_more(50)
+        assert old.process.poll() is None, "it should wait for what is held"
+        provider.gate.set()
+        for one in held:
+            one.result(TIMEOUT_SECONDS)
+        assert old.ended() == 0
+        wait_for_more(50)
+        it.relays[port] = it.start(port)
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        visitors = [pool.submit(visit, number) for number in range(8)]
+        try:
+            for port in list(it.relays):
+                restart(port)
+        finally:
+            over.set()
+            provider.gate.set()
+        for visitor in visitors:
+            visitor.result()
+
+
+@pytest.fixture
+def unit(tmp_path) -> dict[str, dict[str, str]]:
+    """The sections of the README's systemd unit, for a relay on an unused port, with paths that this machine has."""
+    text = replaced(
+        readme_block("ini"),
+        {
+            "/usr/bin/python3 /opt/monorelay/": f"{sys.executable} {HERE}/",
+            "/etc/monorelay/": f"{tmp_path}/",
+            "/usr/bin/curl": str(shutil.which("curl")),
+            "/bin/kill": str(shutil.which("kill")),
+        },
+    )
+    (tmp_path / "monorelay@.service").write_text(text)
+    parser = configparser.ConfigParser(interpolation=None, delimiters="=")
+    parser.optionxform = str
+    parser.read_string(text.replace("%i", str(unused_port())))
+    return {name: dict(parser[name]) for name in parser.sections()}
+
+
+def test_the_systemd_unit_is_valid(unit, tmp_path):
+    assert set(unit) == {"Unit", "Service", "Install"}
+    drain_seconds = parse({"echo": {}}).server.drain_seconds
+    assert float(unit["Service"]["TimeoutStopSec"]) > drain_seconds
+    if shutil.which("systemd-analyze"):
+        command = ["systemd-analyze", "verify", str(tmp_path / "monorelay@.service")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        assert done.returncode == 0 and "monorelay" not in done.stderr, done.stderr
+
+
+def test_the_systemd_units_commands_start_reload_and_stop_a_relay(unit, tmp_path):
+    service = unit["Service"]
+    shutil.copy(HERE / "relay.json", tmp_path)
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(shlex.split(service["ExecStart"]), cwd="/", stderr=log, start_new_session=True)
+    try:
+        subprocess.run(shlex.split(service["ExecStartPost"]), check=True, timeout=2 * TIMEOUT_SECONDS)
+        port = service["ExecStartPost"].rpartition(":")[2].split("/")[0]
+        assert accepts(f"http://127.0.0.1:{port}")
+        reload = service["ExecReload"].replace("$MAINPID", str(process.pid))
+        subprocess.run(shlex.split(reload), check=True, timeout=TIMEOUT_SECONDS)
+        eventually(lambda: "reloaded" in (tmp_path / "log").read_text())
+        process.send_signal(getattr(signal, service["KillSignal"]))
+        assert process.wait(TIMEOUT_SECONDS) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def manifest() -> dict[str, Any]:
+    """The README's Kubernetes objects by their kind."""
+    return {it["kind"]: it for it in yaml.safe_load_all(readme_block("yaml"))}
+
+
+def test_the_manifest_fits_together(manifest, relay):
+    deployment, service = manifest["Deployment"]["spec"], manifest["Service"]["spec"]
+    labels = deployment["template"]["metadata"]["labels"]
+    assert deployment["selector"]["matchLabels"] == labels == service["selector"]
+    pod = deployment["template"]["spec"]
+    (container,) = pod["containers"]
+    ((name, port),) = ((it["name"], it["containerPort"]) for it in container["ports"])
+    assert container["args"][container["args"].index("--port") + 1] == str(port)
+    pause = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    drain_seconds = parse({"echo": {}}).server.drain_seconds
+    assert pod["terminationGracePeriodSeconds"] > pause + drain_seconds
+    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
+    assert mount["name"] == volume["name"] and volume["configMap"]
+    it = relay({"echo": {}})
+    for probe in (container["readinessProbe"], container["livenessProbe"]):
+        assert probe["httpGet"]["port"] == name == service["ports"][0]["targetPort"]
+        assert it.ask("GET", probe["httpGet"]["path"], token="").status == 200
+
+
+@pytest.mark.parametrize("access_key, status", [("sixteen-characters", 0), ("short", 1), ("", 1)])
+def test_the_manifests_command_is_accepted_with_a_long_access_key(manifest, access_key, status):
+    (container,) = manifest["Deployment"]["spec"]["template"]["spec"]["containers"]
+    python, *command = [*container["command"], *container["args"], "check"]
+    folder = container["volumeMounts"][0]["mountPath"]
+    command = [part.replace(f"{folder}/", f"{HERE}/") for part in command]
+    environ = {**os.environ, "MONORELAY_JWT_SECRET": "", "MONORELAY_ACCESS_KEY": access_key}
+    done = subprocess.run(
+        [sys.executable, *command], env=environ, capture_output=True, text=True, timeout=2 * TIMEOUT_SECONDS
+    )
+    assert python == "python" and done.returncode == status, done.stderr
