@@ -4818,6 +4818,27 @@ def test_a_stream_comes_through_nginx_event_by_event(upstream, fleet):
 
 
 @needs_nginx
+def test_an_upload_goes_through_nginx_as_it_comes(upstream, fleet):
+    parts = [bytes([number]) * 50_000 for number in range(4)]
+    arrived = [threading.Event() for _ in parts]
+
+    def script(connection: Connection) -> None:
+        connection.until(b"\r\n\r\n")
+        for part, gate in zip(parts, arrived):
+            assert connection.take(len(part)) == part
+            gate.set()
+        connection.send(answer(200))
+
+    with fleet(upstream(script)).client() as client:
+        length = f"content-length: {sum(map(len, parts))}"
+        client.send(request("POST", "/v1/files", None, ANTHROPIC_VERSION, length))
+        for part, gate in zip(parts, arrived):
+            client.send(part)
+            assert gate.wait(TIMEOUT_SECONDS)
+        assert client.answer().status == 200
+
+
+@needs_nginx
 def test_restarting_one_relay_after_the_other_behind_nginx_loses_no_request(upstream, fleet):
     provider = MarkingProvider()
     it = fleet(upstream(provider))
