@@ -42,7 +42,6 @@ import os
 import random
 import re
 import selectors
-import shlex
 import signal
 import socket
 import ssl
@@ -121,6 +120,7 @@ LOGINS_PER_ADDRESS = 30  # a minute
 LOG_PAUSE_SECONDS = 0.1  # lines are written together, so that a busy relay wakes its log thread rarely
 LOG_LAST_SECONDS = 1.0
 LOG_VALUE_CHARACTERS = 200
+SETTLE_SECONDS = 0.1  # from the start until memory is tidied, so that the first requests need not wait for that
 LOG_BACKLOG_LINES = 10_000  # more than that waiting for a blocked stderr is dropped, and counted
 
 ECHO_MODELS = ("echo", "echo-slow", "echo-cut", "echo-tool", "echo-error-529")
@@ -3024,14 +3024,15 @@ class Channel:
             self._blocked = False
             self._watch()
         if events & READABLE and not self.opening:
-            self._receive()
+            self.receive()
         task = self.task
         if task:
             task.resume(ClientGone() if self.ended and self is task.client else None)
         elif self.received or self.ended:
             self.close()
 
-    def _receive(self) -> None:
+    def receive(self) -> None:
+        """Takes what has arrived, or the end of it."""
         try:
             data = self.sock.recv(RECEIVE_BYTES)
         except BLOCKED:
@@ -4189,6 +4190,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def finish(self) -> None:
         """Nothing: the connection is being served from now on."""
 
+    def dismiss(self) -> None:
+        """Closes the connection unless a request has come, which then gets its answer."""
+        if self.task and self.idle:
+            self.channel.receive()
+            if self.channel.received:
+                self.task.resume()
+            else:
+                self.task.abandon()
+
     def _serve(self) -> Steps[None]:
         """Serves request after request, and closes the connection in the end."""
         self.channel = Channel(self.request, self.loop)
@@ -4196,7 +4206,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.task:
             self.task.client = self.channel
         try:
-            while not self.service.draining:
+            while True:
                 self.idle = True
                 data = yield from self._next_head()
                 self.idle = False
@@ -4640,11 +4650,11 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Stops accepting, lets what runs finish for so long, cuts the rest, and closes."""
         deadline = time.monotonic() + drain_seconds
         loop = self.service.loop
-        self.service.draining = True
         if self._accepting:
             self.shutdown()
+            self._accept_rest()
         self.socket.close()
-        loop.post(self._dismiss_idle)
+        loop.post(self._begin_draining)
         while any(handler.busy for handler in list(self.handlers)) and time.monotonic() < deadline:
             time.sleep(0.02)
         done = threading.Event()
@@ -4653,11 +4663,19 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self._spare.close()
         self.log.finish()
 
-    def _dismiss_idle(self) -> None:
-        """Closes the connections on which no request is being served."""
+    def _accept_rest(self) -> None:
+        """Serves those who were connected before the end; closing the socket would reset them."""
+        try:
+            for _ in range(LISTEN_BACKLOG):
+                self.process_request(*self.get_request())
+        except OSError:
+            pass  # there is nobody left
+
+    def _begin_draining(self) -> None:
+        """From now on new requests are turned away; closes the connections on which none has come."""
+        self.service.draining = True
         for handler in list(self.handlers):
-            if handler.task and handler.idle:
-                handler.task.abandon()
+            handler.dismiss()
 
     def _cut_all(self, done: threading.Event) -> None:
         """Ends the answers that are still on their way, each with an error where its client can read one."""
@@ -4932,6 +4950,7 @@ def outlast_script(serve: Callable[[], int]) -> int:
 
     def run() -> None:
         threading.main_thread().join()
+        time.sleep(SETTLE_SECONDS)
         return_memory()
         # Python's own way out would wait for a thread that writes to a log which nobody reads.
         os._exit(serve())
@@ -5192,6 +5211,8 @@ def banner(config: Config, path: str, url: str, made_up: bool) -> Iterator[str]:
 
 def token_expression(config: Config, path: str) -> str:
     """What a shell replaces by a token of this relay, so that none is ever printed; empty if there is none."""
+    import shlex
+
     for key in config.server.access_keys:
         for name, value in os.environ.items():
             if value == key.reveal() and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
