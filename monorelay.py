@@ -1941,7 +1941,9 @@ MEMBER = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)"[ \t
 SEPARATOR = re.compile(r"[ \t\n\r]*[,}]")
 OPENING = re.compile(r"[ \t\n\r]*\{")
 JSON_BLANKS = " \t\n\r"
+STRING_START = re.compile(rb"[A-Za-z0-9/]")
 LONG_STRING_BYTES = 4096
+QUOTE_SPACING_BYTES = 200  # closer together than this on the average, quotes are dense
 # float() takes integers of any length, where int() refuses those over 4,300 digits; objects come as tuples
 # of pairs, which keep what is given twice and can't be mistaken for lists.
 BODY_DECODER = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant, object_pairs_hook=tuple)
@@ -1980,17 +1982,13 @@ def without_long_strings(body: bytes) -> tuple[bytes, list[tuple[int, int]]]:
     pieces: list[bytes] = []
     gaps: list[tuple[int, int]] = []
     kept = missing = 0
-    # Where quotes stand dense there is little to gain, and much to look at.
-    worthwhile = len(body) > LONG_STRING_BYTES and body.count(b'"') * 200 < len(body)
-    quote = body.find(b'"') if worthwhile else -1
-    while quote >= 0:
+    quote = body.find(b'"') if len(body) > LONG_STRING_BYTES else -1
+    # Where quotes stand dense there is little to gain, and much to look at: not all of them are, then.
+    steps = len(body) // QUOTE_SPACING_BYTES
+    while quote >= 0 and steps:
+        steps -= 1
         start, quote = quote + 1, body.find(b'"', quote + 1)
-        first = body[start : start + 1]
-        if (
-            quote - start > LONG_STRING_BYTES
-            and (first.isalnum() or first == b"/")
-            and body.find(b"\\", start, quote) < 0
-        ):
+        if quote - start > LONG_STRING_BYTES and STRING_START.match(body, start) and body.find(b"\\", start, quote) < 0:
             pieces.append(body[kept:start])
             gaps.append((start - missing, quote - start))
             kept, missing = quote, missing + quote - start
