@@ -1618,35 +1618,38 @@ class ChunkedDecoder:
     def feed(self, data: bytes) -> bytes:
         """The content in the next bytes of the body. Raises FramingError."""
         parts = []
-        position = 0
         if self._buffer:
             data, self._buffer = self._buffer + data, b""
-        size = len(data)
-        while position < size:
-            if self._chunk:
-                end = position + self._chunk
-                if size >= end:
-                    if data[end - 2 : end] != b"\r\n":
-                        raise FramingError("a chunk is not ended by CRLF")
-                    parts.append(data[position : end - 2])
-                    position, self._chunk = end, 0
-                    continue
-                # The CRLF behind the chunk, or half of it, isn't content.
-                content = data[position : end - 2]
-                parts.append(content)
-                self._chunk -= len(content)
-                self._buffer = data[position + len(content) :]
+        size, position, end = len(data), 0, self._chunk
+        while True:
+            if end > size:
+                parts.append(self._begun(data, position, end))
                 break
-            match = CHUNK_SIZE.match(data, position)
+            if end:
+                if data[end - 2 : end] != b"\r\n":
+                    raise FramingError("a chunk is not ended by CRLF")
+                parts.append(data[position : end - 2])
+            self._chunk = 0
+            if end == size:
+                break
+            match = CHUNK_SIZE.match(data, end)
             if not match:
-                self._buffer = self._partial_size_line(data[position:])
+                self._buffer = self._partial_size_line(data[end:])
                 break
             length = int(match[1], 16)
-            if length == 0:
-                self._end(data, match.start(), match.end())
+            if not length:
+                self._end(data, end, match.end())
                 break
-            position, self._chunk = match.end(), length + 2
+            position = match.end()
+            end = position + length + 2
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _begun(self, data: bytes, position: int, end: int) -> bytes:
+        """What has come of a chunk; its CRLF, or half of it, isn't content."""
+        content = data[position : end - 2]
+        self._chunk = end - position - len(content)
+        self._buffer = data[position + len(content) :]
+        return content
 
     def _partial_size_line(self, line: bytes) -> bytes:
         """The line, if more bytes can make it a size line; keeps what has come of the last chunk's."""
@@ -4154,6 +4157,8 @@ class Request(NamedTuple):
 
 
 NOBODY = Caller("", False, None)
+# The client has left, takes nothing for too long, or is held up by it when the relay shuts down: no more can be said.
+SENDING_FAILED = (OSError, Overdue, Unavailable)
 
 
 def shutting_down() -> Unavailable:
@@ -4494,10 +4499,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _deliver(self, answer: Answer, transfer: Transfer, data: bytes) -> Steps[None]:
         """Sends the data, then the rest of the answer as it comes. Raises ClientGone."""
         self.record.first_byte = self.loop.now
-        yield from self._send(data)
-        while not transfer.ended:
-            data = yield from self._next_part(answer, transfer)
-            yield from self._send(data)
+        try:
+            yield from self.channel.send(data, STALLED_CLIENT_SECONDS)
+            while not transfer.ended:
+                data = yield from self._next_part(answer, transfer)
+                yield from self.channel.send(data, STALLED_CLIENT_SECONDS)
+        except SENDING_FAILED:
+            raise ClientGone from None
 
     def _next_part(self, answer: Answer, transfer: Transfer) -> Steps[bytes]:
         """What goes out next, once it is there."""
@@ -4511,14 +4519,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Unavailable as error:
             return transfer.fail(error.message, error.code)
         return transfer.feed(upstream.take()) if upstream.received else transfer.close()
-
-    def _send(self, data: bytes) -> Steps[None]:
-        """Sends to the client. Raises ClientGone, also for one that takes nothing for too long, or while the relay
-        shuts down: in the middle of an answer, there is no other way to tell."""
-        try:
-            yield from self.channel.send(data, STALLED_CLIENT_SECONDS)
-        except (OSError, Overdue, Unavailable):
-            raise ClientGone from None
 
     def _relay_fields(self, request: Request, answer: Answer) -> Pairs:
         """The header of an answer: the provider's, and what the relay adds."""
@@ -4583,7 +4583,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if head and head.method == "HEAD":
             body = b""
         record.status, record.bytes_sent, record.first_byte = status, len(body), self.loop.now
-        yield from self._send(head_bytes(f"HTTP/1.1 {status} {reason_of(status)}", fields) + body)
+        try:
+            yield from self.channel.send(
+                head_bytes(f"HTTP/1.1 {status} {reason_of(status)}", fields) + body, STALLED_CLIENT_SECONDS
+            )
+        except SENDING_FAILED:
+            raise ClientGone from None
         return not closing
 
     def _skip_body(self) -> Steps[bool]:
