@@ -2159,31 +2159,26 @@ class AccessRecord:
         self.usage = Usage()
 
     def line(self, now: float, style: str) -> str:
-        """The record as a line of the log. Times are in seconds."""
-        text = shortened if style == "json" else plain
-        seconds = int(self.when)
-        return log_line(
-            {
-                "time": f"{utc_time(seconds)}.{int((self.when - seconds) * 1000):03}Z",
-                "id": self.request_id,
-                "caller": text(self.caller),
-                "method": text(self.method),
-                "path": text(self.path),
-                "model": text(self.model),
-                "sent": text(self.sent_model),
-                "provider": text(self.provider),
-                "key": text(self.key),
-                "status": self.status,
-                "bytes": self.bytes_sent,
-                "ttfb": None if self.first_byte is None else round(self.first_byte - self.started, 4),
-                "duration": round(now - self.started, 4),
-                "attempts": self.attempts or None,
-                "input": self.usage.input_tokens,
-                "output": self.usage.output_tokens,
-                "error": self.error,
-            },
-            style,
-        )
+        """The record as a line of the log, key=value or JSON; what isn't known is left out. Times are in seconds."""
+        whole = int(self.when)
+        clock = f"{utc_time(whole)}.{int((self.when - whole) * 1000):03}Z"
+        names = (self.caller, self.method, self.path, self.model, self.sent_model, self.provider, self.key)
+        figures = {
+            "status": str(self.status),
+            "bytes": str(self.bytes_sent),
+            "ttfb": "" if self.first_byte is None else f"{self.first_byte - self.started:.4f}",
+            "duration": f"{now - self.started:.4f}",
+            "attempts": str(self.attempts or ""),
+            "input": "" if self.usage.input_tokens is None else str(self.usage.input_tokens),
+            "output": "" if self.usage.output_tokens is None else str(self.usage.output_tokens),
+        }
+        if style == "json":
+            numbers = {name: json.loads(figure) for name, figure in figures.items() if figure}
+            known = dict(zip(NAMED, names))
+            return log_json({"time": clock, "id": self.request_id, **known, **numbers, "error": self.error})
+        told = "".join([f" {name}={figure}" for name, figure in figures.items() if figure])
+        error = f" error={self.error}" if self.error else ""
+        return f"time={clock} id={self.request_id}{log_names(*names)}{told}{error}"
 
 
 @functools.lru_cache(maxsize=4)
@@ -2192,18 +2187,22 @@ def utc_time(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
-UNKNOWN = (None, "")
+NAMED = ("caller", "method", "path", "model", "sent", "provider", "key")
 PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]*")  # printable ASCII but space, quote, = and backslash
 
 
-def log_line(values: Mapping[str, Any], style: str) -> str:
-    """The values as one line, key=value or JSON; what isn't known is left out."""
-    if style == "json":
-        return json.dumps({name: value for name, value in values.items() if value not in UNKNOWN})
-    return " ".join([f"{name}={value}" for name, value in values.items() if value not in UNKNOWN])
+@functools.lru_cache(maxsize=1024)  # the same come together again and again
+def log_names(*values: str) -> str:
+    """Who asked for what and where it went, as a part of a line."""
+    return "".join([f" {name}={plain(value)}" for name, value in zip(NAMED, values) if value])
 
 
-@functools.lru_cache(maxsize=1024)  # callers, paths and models come again and again
+def log_json(values: Mapping[str, Any]) -> str:
+    """The values that are known as a line of JSON."""
+    known = {name: value for name, value in values.items() if value != ""}
+    return json.dumps({name: shortened(value) if isinstance(value, str) else value for name, value in known.items()})
+
+
 def plain(value: str) -> str:
     """Text that can't break its line or its field: cut when long, quoted and escaped where it isn't plain."""
     value = shortened(value)
@@ -4152,8 +4151,10 @@ class LogWriter:
     def say(self, message: str, level: str = "info") -> None:
         """Takes a line of the relay's own."""
         clock = f"{utc_time(int(time.time()))}Z"
-        text = message if self.style == "json" else plain(message)
-        self._put(log_line({"time": clock, "level": level, "message": text}, self.style))
+        if self.style == "json":
+            self._put(log_json({"time": clock, "level": level, "message": message}))
+        else:
+            self._put(f"time={clock} level={level} message={plain(message)}")
 
     def warn(self, message: str) -> None:
         """Takes a warning."""
