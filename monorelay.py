@@ -1359,8 +1359,8 @@ def cooling_names(candidate: Candidate) -> tuple[tuple[object, ...], ...]:
 # Heads are text in Latin-1, which maps every byte to one character and back; bodies stay bytes.
 
 # One header field a line: no space before the colon, no folded line, no control byte but the tab. The
-# expression can't backtrack: each part ends where the next can begin. (^ follows LF only, and bare LF
-# is no part of a value, so as many matches as there are LFs prove that every line is one.)
+# expression can't backtrack: each part ends where the next can begin. (^ follows LF only, and neither a bare
+# LF nor a bare CR is part of a field, so as many matches as there are LFs prove that every line is one.)
 FIELD_LINE = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r\n", re.MULTILINE)
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
@@ -1505,7 +1505,7 @@ def parse_request_head(data: bytes) -> RequestHead:
 def parse_fields(block: str) -> Pairs | None:
     """Names and values of the fields in a block of lines that each end in CRLF; None unless all are well-formed."""
     pairs: Pairs = FIELD_LINE.findall(block)
-    if block.count("\n") != len(pairs) or block.count("\r") != len(pairs):
+    if block.count("\n") != len(pairs):
         return None
     if " \r" in block or "\t\r" in block:
         pairs = [(name, value.rstrip(" \t")) for name, value in pairs]
