@@ -9,18 +9,19 @@
 Rooms, top to bottom; each knows only those above it, and down to the echo provider none does I/O:
 
     limits · errors · config · auth · routing · key pool · wire rules · model splice · server-sent events ·
-    access log · echo provider · channels · upstream · relay · catalogue · log writer · event loop · handler ·
-    server · command line
+    access log · echo provider · event loop · upstream · relay · catalogue · log writer · handler · server ·
+    command line
 
 What happens to a request:
 
-    RelayServer.process_request   a connection is accepted and waits in the EventLoop for a whole head
-    Handler.handle_one_request    gets a thread; the head is parsed strictly, the endpoint is found
+    RelayServer.process_request   a connection is accepted; a Handler serves it as a task of the EventLoop
+    Handler._next_head            a whole head is waited for
+    Handler._answer_request       the head is parsed strictly, the endpoint is found
     Handler._authenticate         access key or JWT becomes a Caller
     Handler._read_body            the body is read for its model, or will stream through
-    resolve → KeyPool.order       the model becomes targets, the targets candidates (target, key)
+    targets_for → KeyPool.order   the model becomes targets, the targets candidates (target, key)
     Relay.obtain                  candidate after candidate: connect → send → read the head → judge
-    Transfer.advance              the answer goes out as it arrives; what is slow continues in the EventLoop
+    Delivery.run                  the answer goes out as it arrives
 """
 
 from __future__ import annotations
@@ -1617,10 +1618,14 @@ class ChunkedDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """The content in the next bytes of the body. Raises FramingError."""
-        parts = []
         if self._buffer:
             data, self._buffer = self._buffer + data, b""
         size, position, end = len(data), 0, self._chunk
+        match = None if end else CHUNK_SIZE.match(data)
+        length = int(match[1], 16) if match else 0
+        if match and length and match.end() + length + 2 == size and data.endswith(b"\r\n"):
+            return data[match.end() : -2]  # one whole chunk, as events mostly come
+        parts = []
         while True:
             if end > size:
                 parts.append(self._begun(data, position, end))
@@ -2074,12 +2079,12 @@ class LineSplitter:
         """All whole lines up to now; of a line over the limit, also what has come of it."""
         if self._held:
             data, self._held = self._held + data, b""
+        if data.endswith(b"\n"):
+            self.mid_line = False
+            return data
         cut = data.rfind(b"\n") + 1
         # A CR behind the last LF ends a line too; should an LF follow, it goes out when it comes.
         cut = max(cut, data.rfind(b"\r", cut) + 1)
-        if cut == len(data):
-            self.mid_line = False
-            return data
         if len(data) - cut > STREAM_LINE_BYTES:
             self.mid_line = True
             return data
@@ -3023,7 +3028,8 @@ class Channel:
         if events & WRITABLE:
             self._blocked = False
             self._watch()
-        if events & READABLE and not self.opening:
+        # TLS may have waited for room to be able to read on.
+        if not self.opening and self._watched & READABLE:
             self.receive()
         task = self.task
         if task:
@@ -3035,14 +3041,19 @@ class Channel:
         """Takes what has arrived, or the end of it."""
         try:
             data = self.sock.recv(RECEIVE_BYTES)
+        except ssl.SSLWantWriteError:
+            self._await_room()
+            return
         except BLOCKED:
             return
         except OSError:
             data = b""
-        self.received = self.received + data if self.received else data
-        self.ended = not data
-        self.answered = self.answered or not self.ended
-        if self.ended or self.is_ahead:
+        if data:
+            self.received = self.received + data if self.received else data
+            self.answered = True
+        else:
+            self.ended = True
+        if not data or len(self.received) > HELD_BYTES:
             self._watch()
 
     def _await_room(self) -> None:
@@ -3161,15 +3172,22 @@ class EventLoop:
     def run(self) -> None:
         """Serves until it is stopped."""
         while not self._stopped:
-            ready = self.selector.select(max(0.0, self.sweep_at - time.monotonic()))
-            self.now = time.monotonic()
-            for key, events in ready:
-                key.data(events)
-            for _ in range(len(self._posted)):
-                self._posted.popleft()()
-            if self.now >= self.sweep_at:
-                self._sweep()
+            try:
+                self._turn()
+            except Exception as fault:  # what was not reached comes again in the next turn
+                self.warn(f"internal error: {describe(fault)}")
         self.selector.close()
+
+    def _turn(self) -> None:
+        """Waits until there is something to do, and does it."""
+        ready = self.selector.select(max(0.0, self.sweep_at - time.monotonic()))
+        self.now = time.monotonic()
+        for key, events in ready:
+            key.data(events)
+        for _ in range(len(self._posted)):
+            self._posted.popleft()()
+        if self.now >= self.sweep_at:
+            self._sweep()
 
     def stop(self) -> None:
         """Ends all tasks, and the loop."""
@@ -3336,7 +3354,7 @@ class RequestBody:
             self._invite = False
             try:
                 yield from channel.send(b"HTTP/1.1 100 Continue\r\n\r\n", STALLED_CLIENT_SECONDS)
-            except OSError:
+            except (OSError, Overdue):
                 raise ClientGone from None
         try:
             while not channel.received:
@@ -3878,7 +3896,9 @@ class Transfer:
         self._dialect = dialect
         self._filter: LineSplitter | ResultsUrlRewriter | None = LineSplitter() if answer.is_stream else rewriter
         self._chunked = False
-        self._sees_end = False  # whether a stream has said that it is over
+        # Whether a stream has to say that it is over, since its framing won't, and whether it has.
+        self._awaits_end = answer.is_stream and isinstance(answer.decoder, CloseDecoder)
+        self._sees_end = False
 
     def begin(self, fields: Pairs, closing: bool) -> bytes:
         """The head with these end-to-end fields, and what has come of the body. `closing`: the connection is to
@@ -3914,7 +3934,7 @@ class Transfer:
     def close(self) -> bytes:
         """What goes out when upstream has closed: rightly where nothing else marks the end, and for a stream if
         it has said that it is over."""
-        if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not self._answer.is_stream):
+        if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not self._awaits_end):
             self._decoder.finished = True
             return self._passed(b"")
         return self.fail("the provider broke off its answer", "upstream_broken")
@@ -3943,7 +3963,7 @@ class Transfer:
         if content:
             self._record.bytes_sent += len(content)
             self._record.usage.read(content)
-            if self._answer.is_stream and isinstance(self._decoder, CloseDecoder) and STREAM_ENDS.search(content):
+            if self._awaits_end and STREAM_ENDS.search(content):
                 self._sees_end = True
         if not self._chunked:
             return content
@@ -4249,15 +4269,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     Each answer_… method is for one kind of endpoint; what its steps come to is whether the connection can be used
     for another request."""
 
+    server: RelayServer
+
     def setup(self) -> None:
         """Prepares to serve a connection that was just accepted; called in the thread that accepts."""
-        self.service: Service = self.server.service  # type: ignore[attr-defined]
+        self.service = self.server.service
         self.loop = self.service.loop
         self.address = str(self.client_address[0])
         # Beyond max_connections it gets one answer, which says so.
-        handlers: set[Handler] = self.server.handlers  # type: ignore[attr-defined]
-        self.surplus = len(handlers) >= self.service.config.server.max_connections
-        handlers.add(self)
+        self.surplus = len(self.server.handlers) >= self.service.config.server.max_connections
+        self.server.handlers.add(self)
         self.idle = False  # between two requests
         self.busy = False  # with a request that isn't answered yet
         self.fault: MalformedRequest | None = None  # why no head can come any more
@@ -4301,7 +4322,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             pass
         finally:
             self.channel.close()
-            self.server.handlers.discard(self)  # type: ignore[attr-defined]
+            self.server.handlers.discard(self)
 
     def _next_head(self) -> Steps[bytes]:
         """The head of the next request, or what can't become one; empty when none has come for too long."""
@@ -4342,6 +4363,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise
         except Exception as error:
             self.service.log.warn(f"internal error: {describe(error)}, request {self.record.request_id}")
+            if self.record.first_byte is not None:
+                raise ClientGone from None  # an answer has begun, and can only be broken off
             return (yield from self._answer_error(RelayError("an internal error; the relay's log has its place")))
         finally:
             self.busy = False
@@ -4706,19 +4729,27 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def stop(self, drain_seconds: float = 0.0) -> None:
         """Stops accepting, lets what runs finish for so long, cuts the rest, and closes."""
         deadline = time.monotonic() + drain_seconds
-        loop = self.service.loop
         if self._accepting:
             self.shutdown()
             self._accept_rest()
         self.socket.close()
-        loop.post(self._begin_draining)
+        self._have_done(self._begin_draining)
         while any(handler.busy for handler in list(self.handlers)) and time.monotonic() < deadline:
             time.sleep(0.02)
-        done = threading.Event()
-        loop.post(lambda: self._cut_all(done))
-        done.wait(2)
+        self._have_done(self._cut_all)
         self._spare.close()
         self.log.finish()
+
+    def _have_done(self, action: Callable[[], None]) -> None:
+        """Has the event loop call the action, and waits until it has; not for ever, should the loop be gone."""
+        done = threading.Event()
+
+        def act() -> None:
+            action()
+            done.set()
+
+        self.service.loop.post(act)
+        done.wait(2)
 
     def _accept_rest(self) -> None:
         """Serves those who were connected before the end; closing the socket would reset them."""
@@ -4734,14 +4765,13 @@ class RelayServer(http.server.ThreadingHTTPServer):
         for handler in list(self.handlers):
             handler.dismiss()
 
-    def _cut_all(self, done: threading.Event) -> None:
+    def _cut_all(self) -> None:
         """Ends the answers that are still on their way, each with an error where its client can read one."""
         for handler in list(self.handlers):
             if handler.task and handler.busy:
                 handler.task.resume(shutting_down())
         self.service.loop.stop()
         self.service.relay.connections.close()
-        done.set()
 
     # -- socketserver's protocol
 
@@ -5043,10 +5073,10 @@ OPERATOR_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 
 
 class Signals:
-    """Signals as a queue: what they ask for is done by the main thread, not in the midst of something.
+    """Signals as a queue: what they ask for is done in its turn, by any thread, and not in the midst of something.
 
-    The system may deliver a signal to any thread, and Python's own handlers run when the main thread next
-    wakes up; so it waits for the byte that set_wakeup_fd has written for each."""
+    Python's own handlers run in the main thread, and only when that next wakes up; so what counts is the byte
+    that set_wakeup_fd has written for each. To be made in the main thread."""
 
     def __init__(self, *names: str) -> None:
         self._queue, self._far = socket.socketpair()

@@ -4126,6 +4126,19 @@ def test_a_client_that_takes_nothing_for_its_time_is_cut(upstream, relay, monkey
         assert cut.wait(2 * TIMEOUT_SECONDS)
 
 
+def test_what_has_come_before_a_stop_is_answered(relay):
+    it = relay({"echo": {}})
+    with it.client() as kept, it.client() as late:
+        assert kept.ask("GET", "/health").status == 200
+        held = threading.Event()
+        it.server.service.loop.post(lambda: held.wait(TIMEOUT_SECONDS))
+        for client in (kept, late):
+            client.send(request("GET", "/health"))
+        threading.Thread(target=it.server.stop, args=(TIMEOUT_SECONDS,)).start()
+        held.set()
+        assert [client.answer().status in (200, 503) for client in (kept, late)] == [True, True]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Command line: the program as people run it
 # ------------------------------------------------------------------------------------------------------------
