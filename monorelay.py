@@ -26,6 +26,11 @@ What happens to a request:
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until all is loaded: none of that is garbage
+
 import base64
 import collections
 import errno
@@ -895,12 +900,15 @@ def start_obstacle(config: Config) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether the host can be reached from this machine only."""
+    if host in ("127.0.0.1", "::1", "localhost"):
+        return True
+    # Slow to load, and needed for other spellings only.
     import ipaddress
 
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        return host.endswith(".localhost")
 
 
 # ==== Auth =======================================================================================
@@ -1362,7 +1370,7 @@ def cooling_names(candidate: Candidate) -> tuple[tuple[object, ...], ...]:
 # One header field a line: no space before the colon, no folded line, no control byte but the tab. The
 # expression can't backtrack: each part ends where the next can begin. (^ follows LF only, and neither a bare
 # LF nor a bare CR is part of a field, so as many matches as there are LFs prove that every line is one.)
-FIELD_LINE = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r\n", re.MULTILINE)
+FIELD_LINE = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
 AUTHORITY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
@@ -1783,6 +1791,7 @@ def reason_of(status: int) -> str:
     return http.client.responses.get(status, "Overloaded" if status == 529 else "Unknown")
 
 
+@functools.lru_cache(maxsize=256)
 def header_text(value: str) -> str:
     """Text from outside made fit for a header value: what isn't printable ASCII is percent-encoded."""
     return (
@@ -1869,11 +1878,7 @@ class Endpoint(NamedTuple):
     dialect: str  # anthropic or openai: the shape of errors, and the format of the providers
     path: str  # behind /v1, as it goes upstream
     beta: bool = False  # whether the path stands for `beta=true` in the query
-
-    @property
-    def is_batch(self) -> bool:
-        """Whether what it answers may hold a batch's results_url."""
-        return decoded(self.path).startswith("/messages/batches")
+    batches: bool = False  # whether what it answers may hold a batch's results_url
 
     def target(self, query: str) -> str:
         """Path and query upstream, behind /v1, for the query of a request."""
@@ -1919,7 +1924,7 @@ def find_endpoint(method: str, path: str, dialect: str) -> Endpoint:
     upstream_path = path[len("/v1") :]
     if upstream_path.startswith("/anthropic/"):
         upstream_path = upstream_path[len("/anthropic") :]
-    return Endpoint(name, dialect, upstream_path)
+    return Endpoint(name, dialect, upstream_path, batches=plain.startswith("/v1/messages/batches"))
 
 
 def fallback(method: str, path: str, dialect: str) -> tuple[tuple[str, ...], str]:
@@ -4612,7 +4617,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _rewriter(self, request: Request, answer: Answer) -> ResultsUrlRewriter | None:
         """What keeps the client from following a batch's results_url to the provider; where it matters."""
         head, provider = request.head, answer.candidate.target.provider
-        if not request.endpoint.is_batch or provider.format != "anthropic":
+        if not request.endpoint.batches or provider.format != "anthropic":
             return None
         if media_type(answer.head.fields) != "application/json" or head.method == "HEAD":
             return None
@@ -4879,6 +4884,8 @@ def with_run_secrets(config: Config, old: Config | None) -> Config:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command that the arguments name; the exit status."""
+    gc.freeze()
+    gc.enable()
     options = parse_arguments(arguments)
     commands = {"check": run_check, "hash-password": run_hash_password, "token": run_token}
     try:
