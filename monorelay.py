@@ -2919,8 +2919,8 @@ class Channel:
     as soon as the other side closes it or speaks unasked."""
 
     __slots__ = (
-        "_blocked", "_loop", "_watched", "answered", "closed", "ended", "extra_fields", "idle_since", "opening",
-        "received", "sock", "target_prefix", "task",
+        "_blocked", "_loop", "_outgoing", "_watched", "answered", "closed", "ended", "extra_fields", "idle_since",
+        "opening", "received", "sock", "target_prefix", "task",
     )  # fmt: skip
 
     def __init__(self, sock: socket.socket, loop: EventLoop) -> None:
@@ -2935,6 +2935,7 @@ class Channel:
         self.idle_since = 0.0
         self.target_prefix = ""  # what an HTTP proxy wants before the path
         self.extra_fields: Pairs = []  # and the credential it wants
+        self._outgoing = b""  # put off until the end of the loop's turn, or until there is room
         self._blocked = False  # whether it took less than was to be sent
         self._loop = loop
         self._watched = READABLE
@@ -2944,6 +2945,11 @@ class Channel:
     def is_ahead(self) -> bool:
         """Whether so much waits to be used that no more is received for now."""
         return len(self.received) > HELD_BYTES
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether the other side hasn't taken yet what was to be sent."""
+        return bool(self._outgoing)
 
     def take(self) -> bytes:
         """What has arrived; there is room for more then."""
@@ -2961,17 +2967,18 @@ class Channel:
     def send_now(self, data: bytes | memoryview) -> int:
         """How many of the bytes could be sent at once; the task is resumed when there is room for more.
         Raises OSError."""
-        try:
-            sent = self.sock.send(data)
-        except BLOCKED:
-            sent = 0
-        if sent < len(data):
-            self._await_room()
-        return sent
+        if not self.flush():
+            return 0
+        return self._send(data)
 
     def send(self, data: bytes, pause_seconds: float, heed_answer: bool = False) -> Steps[None]:
-        """Sends all of it. Raises Overdue when nothing was taken for the pause, OSError, and EarlyAnswer for a
-        provider that speaks meanwhile, if that is to be heeded."""
+        """Sends all of it, in any case before the loop waits again. Raises Overdue when nothing was taken for the
+        pause, OSError, and EarlyAnswer for a provider that speaks meanwhile, if that is to be heeded."""
+        if len(data) < RECEIVE_BYTES and not self._outgoing:
+            # Sent one after the other at the end of a turn, messages wake those who wait for them less often.
+            self._outgoing = data
+            self._loop.outbox.append(self)
+            return
         sent = self.send_now(data)
         rest = memoryview(data)[sent:] if sent < len(data) else b""
         while rest:
@@ -2983,6 +2990,30 @@ class Channel:
                 yield deadline
                 sent = self.send_now(rest)
             rest = rest[sent:]
+
+    def finish_sending(self, pause_seconds: float) -> Steps[None]:
+        """Sends what was put off, and closes this side. Raises Overdue and OSError."""
+        deadline = self._loop.now + pause_seconds
+        while not self.flush():
+            yield deadline
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def flush(self) -> bool:
+        """Sends what was put off; whether all of it is gone. Raises OSError."""
+        data, self._outgoing = self._outgoing, b""
+        if data:
+            self._outgoing = data[self._send(data) :]
+        return not self._outgoing
+
+    def end_turn(self) -> None:
+        """Sends what was put off, and tells the task when the connection turns out to be broken."""
+        try:
+            if not self.closed:
+                self.flush()
+        except OSError:
+            self.ended = True
+            self._watch()
+            self._tell()
 
     def handshake(self, deadline: float) -> Steps[None]:
         """Makes the TLS handshake that its socket was prepared for. Raises Overdue, ClientGone and OSError."""
@@ -3033,9 +3064,14 @@ class Channel:
         if events & WRITABLE:
             self._blocked = False
             self._watch()
+            self.end_turn()
         # TLS may have waited for room to be able to read on.
         if not self.opening and self._watched & READABLE:
             self.receive()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Has the task see what has happened; a connection that belongs to none is of no use any more."""
         task = self.task
         if task:
             task.notice(ClientGone() if self.ended and self is task.client else None)
@@ -3060,6 +3096,15 @@ class Channel:
             self.ended = True
         if not data or len(self.received) > HELD_BYTES:
             self._watch()
+
+    def _send(self, data: bytes | memoryview) -> int:
+        try:
+            sent = self.sock.send(data)
+        except BLOCKED:
+            sent = 0
+        if sent < len(data):
+            self._await_room()
+        return sent
 
     def _await_room(self) -> None:
         self._blocked = True
@@ -3146,6 +3191,7 @@ class EventLoop:
         self.running: Task | None = None
         self.tasks: set[Task] = set()
         self.sweep_at = 0.0
+        self.outbox: list[Channel] = []  # what has something to send at the end of the turn
         self._stopped = False
         self._posted: collections.deque[Callable[[], object]] = collections.deque()
         self._bell, self._ringer = socket.socketpair()
@@ -3193,6 +3239,10 @@ class EventLoop:
             self._posted.popleft()()
         if self.now >= self.sweep_at:
             self._sweep()
+        while self.outbox:
+            outbox, self.outbox = self.outbox, []
+            for channel in outbox:
+                channel.end_turn()
 
     def stop(self) -> None:
         """Ends all tasks, and the loop."""
@@ -3540,6 +3590,7 @@ def serve_echo(loop: EventLoop, sock: socket.socket) -> Steps[None]:
         request_id = new_request_id()
         answer = echo_answer(head.method, head.path, body, time.time(), request_id)
         yield from send_echo(loop, channel, answer, request_id)
+        yield from channel.finish_sending(STALLED_CLIENT_SECONDS)
     except (OSError, ClientGone, Overdue, RelayError):
         pass  # the relay has closed its end: the client left, or is being answered already
     finally:
@@ -4302,7 +4353,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.channel.receive()
             if self.channel.received:
                 self.task.resume()
-            else:
+            elif not self.channel.is_sending:
                 self.task.abandon()
 
     def _serve(self) -> Steps[None]:
@@ -4378,9 +4429,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _farewell(self) -> Steps[None]:
         """Closes our side at once, the rest when the client has read and closed, too. Closed outright, the
         answer could be lost with what the client is still sending (RFC 9112 §9.6)."""
-        latest = self.loop.now + LINGER_LONGEST_SECONDS
         try:
-            self.channel.sock.shutdown(socket.SHUT_WR)
+            yield from self.channel.finish_sending(STALLED_CLIENT_SECONDS)
+            latest = self.loop.now + LINGER_LONGEST_SECONDS
             while True:
                 self.channel.take()
                 yield min(self.loop.now + LINGER_SECONDS, latest)
