@@ -2974,8 +2974,8 @@ class Channel:
     def send(self, data: bytes, pause_seconds: float, heed_answer: bool = False) -> Steps[None]:
         """Sends all of it, in any case before the loop waits again. Raises Overdue when nothing was taken for the
         pause, OSError, and EarlyAnswer for a provider that speaks meanwhile, if that is to be heeded."""
-        if len(data) < RECEIVE_BYTES and not self._outgoing:
-            # Sent one after the other at the end of a turn, messages wake those who wait for them less often.
+        if self._loop.crowded and len(data) < RECEIVE_BYTES and not self._outgoing:
+            # Sent one right after the other, messages wake those who wait for them less often.
             self._outgoing = data
             self._loop.outbox.append(self)
             return
@@ -3191,7 +3191,8 @@ class EventLoop:
         self.running: Task | None = None
         self.tasks: set[Task] = set()
         self.sweep_at = 0.0
-        self.outbox: list[Channel] = []  # what has something to send at the end of the turn
+        self.crowded = False  # whether there is more than one to serve in this turn
+        self.outbox: list[Channel] = []  # those with something to send at its end
         self._stopped = False
         self._posted: collections.deque[Callable[[], object]] = collections.deque()
         self._bell, self._ringer = socket.socketpair()
@@ -3233,6 +3234,7 @@ class EventLoop:
         """Waits until there is something to do, and does it."""
         ready = self.selector.select(max(0.0, self.sweep_at - time.monotonic()))
         self.now = time.monotonic()
+        self.crowded = len(ready) > 1
         for key, events in ready:
             key.data(events)
         for _ in range(len(self._posted)):
