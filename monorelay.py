@@ -2967,9 +2967,15 @@ class Channel:
     def send_now(self, data: bytes | memoryview) -> int:
         """How many of the bytes could be sent at once; the task is resumed when there is room for more.
         Raises OSError."""
-        if not self.flush():
+        if self._outgoing and not self.flush():
             return 0
-        return self._send(data)
+        try:
+            sent = self.sock.send(data)
+        except BLOCKED:
+            sent = 0
+        if sent < len(data):
+            self._await_room()
+        return sent
 
     def send(self, data: bytes, pause_seconds: float, heed_answer: bool = False) -> Steps[None]:
         """Sends all of it, in any case before the loop waits again. Raises Overdue when nothing was taken for the
@@ -3001,8 +3007,7 @@ class Channel:
     def flush(self) -> bool:
         """Sends what was put off; whether all of it is gone. Raises OSError."""
         data, self._outgoing = self._outgoing, b""
-        if data:
-            self._outgoing = data[self._send(data) :]
+        self._outgoing = data[self.send_now(data) :] if data else b""
         return not self._outgoing
 
     def end_turn(self) -> None:
@@ -3096,15 +3101,6 @@ class Channel:
             self.ended = True
         if not data or len(self.received) > HELD_BYTES:
             self._watch()
-
-    def _send(self, data: bytes | memoryview) -> int:
-        try:
-            sent = self.sock.send(data)
-        except BLOCKED:
-            sent = 0
-        if sent < len(data):
-            self._await_room()
-        return sent
 
     def _await_room(self) -> None:
         self._blocked = True
