@@ -464,6 +464,20 @@ def gated_stream(gate: threading.Event) -> Script:
     return script
 
 
+def gated_events(gates: list[threading.Event]) -> Script:
+    """Each event once the gate of the one before is open, the end once all are."""
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(STREAM_HEAD)
+        for event, gate in zip(ANTHROPIC_EVENTS, gates):
+            connection.send(chunk(event))
+            connection.wait(gate)
+        connection.send(b"0\r\n\r\n")
+
+    return script
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Fixtures: any number of providers and relays per test, all gone at its end
 # ------------------------------------------------------------------------------------------------------------
@@ -2431,16 +2445,7 @@ def trusted(authority, tmp_path, monkeypatch) -> None:
 
 def test_a_trusted_tls_provider_is_relayed_line_by_line(upstream, relay, tls, trusted):
     gates = [threading.Event() for _ in ANTHROPIC_EVENTS]
-
-    def script(connection: Connection) -> None:
-        connection.read_request()
-        connection.send(STREAM_HEAD)
-        for event, gate in zip(ANTHROPIC_EVENTS, gates):
-            connection.send(chunk(event))
-            connection.wait(gate)
-        connection.send(b"0\r\n\r\n")
-
-    with relay({"anthropic": upstream(script, tls("127.0.0.1"))}).client() as client:
+    with relay({"anthropic": upstream(gated_events(gates), tls("127.0.0.1"))}).client() as client:
         client.send(request("POST", "/v1/messages", STREAMED))
         client.until(b"\r\n\r\n")
         for event, gate in zip(ANTHROPIC_EVENTS, gates):
@@ -4812,16 +4817,7 @@ def ask_marked(client: Client, mark: str, stream: bool) -> None:
 @needs_nginx
 def test_a_stream_comes_through_nginx_event_by_event(upstream, fleet):
     gates = [threading.Event() for _ in ANTHROPIC_EVENTS]
-
-    def script(connection: Connection) -> None:
-        connection.read_request()
-        connection.send(STREAM_HEAD)
-        for event, gate in zip(ANTHROPIC_EVENTS, gates):
-            connection.send(chunk(event))
-            connection.wait(gate)
-        connection.send(b"0\r\n\r\n")
-
-    with fleet(upstream(script)).client() as client:
+    with fleet(upstream(gated_events(gates))).client() as client:
         client.send(request("POST", "/v1/messages", STREAMED))
         assert client.until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
         for event, gate in zip(ANTHROPIC_EVENTS, gates):
