@@ -106,6 +106,7 @@ LINGER_SECONDS = 5.0  # nginx's lingering_timeout
 LINGER_LONGEST_SECONDS = 30.0  # nginx's lingering_time
 # A kept upstream connection; shorter than the 60 s after which common balancers drop theirs.
 UPSTREAM_IDLE_SECONDS = 50.0
+FRESH_SECONDS = 1.0  # used so recently, it is taken to be in order without a look
 # How many connections to a provider wait for their next use; nginx needs as many for the same load.
 UPSTREAM_IDLE_CONNECTIONS = 512
 # Connections over max_connections are taken to be told so, in the dialect of their path; these few only.
@@ -2920,7 +2921,7 @@ class Channel:
 
     __slots__ = (
         "_blocked", "_loop", "_outgoing", "_watched", "answered", "closed", "ended", "extra_fields", "idle_since",
-        "opening", "received", "sock", "target_prefix", "task",
+        "opening", "received", "send_failed", "sock", "target_prefix", "task",
     )  # fmt: skip
 
     def __init__(self, sock: socket.socket, loop: EventLoop) -> None:
@@ -2929,6 +2930,7 @@ class Channel:
         self.task = loop.running
         self.received = b""
         self.answered = False  # whether anything has come since the last request was begun
+        self.send_failed = False  # whether what was put off could not be sent
         self.ended = False  # whether the other side has closed, or the connection is broken
         self.closed = False  # whether this side has
         self.opening = False  # whether the TLS handshake is still being made
@@ -2948,21 +2950,26 @@ class Channel:
 
     @property
     def is_sending(self) -> bool:
-        """Whether the other side hasn't taken yet what was to be sent."""
-        return bool(self._outgoing)
+        """Whether something that was put off is still to be sent."""
+        return bool(self._outgoing) and not self.closed
 
     def take(self) -> bytes:
-        """What has arrived; there is room for more then."""
-        data, self.received = self.received, b""
-        if not self._watched & READABLE:
-            self._watch()
+        """What has arrived."""
+        data = self.received
+        self.put_back(b"")
         return data
 
     def use(self, count: int) -> bytes:
         """The first bytes of what has arrived."""
-        data = self.take()
-        self.received = data[count:]
+        data = self.received
+        self.put_back(data[count:])
         return data[:count]
+
+    def put_back(self, rest: bytes) -> None:
+        """Leaves this to be used next; there is room for more then, if it isn't too much."""
+        self.received = rest
+        if not self._watched & READABLE:
+            self._watch()
 
     def send_now(self, data: bytes | memoryview) -> int:
         """How many of the bytes could be sent at once; the task is resumed when there is room for more.
@@ -2971,6 +2978,8 @@ class Channel:
             return 0
         try:
             sent = self.sock.send(data)
+        except ssl.SSLWantReadError:
+            return 0
         except BLOCKED:
             sent = 0
         if sent < len(data):
@@ -3016,8 +3025,8 @@ class Channel:
             if not self.closed:
                 self.flush()
         except OSError:
-            self.ended = True
-            self._watch()
+            self.send_failed = True
+            self.receive()  # the other side may have spoken before it broke off
             self._tell()
 
     def handshake(self, deadline: float) -> Steps[None]:
@@ -3101,6 +3110,7 @@ class Channel:
             self.ended = True
         if not data or len(self.received) > HELD_BYTES:
             self._watch()
+            self._loop.sweep_at = min(self._loop.sweep_at, self._loop.now + AHEAD_SECONDS)
 
     def _await_room(self) -> None:
         self._blocked = True
@@ -3188,7 +3198,7 @@ class EventLoop:
         self.tasks: set[Task] = set()
         self.sweep_at = 0.0
         self.crowded = False  # whether there is more than one to serve in this turn
-        self.outbox: list[Channel] = []  # those with something to send at its end
+        self.outbox: collections.deque[Channel] = collections.deque()  # those with something to send at its end
         self._stopped = False
         self._posted: collections.deque[Callable[[], object]] = collections.deque()
         self._bell, self._ringer = socket.socketpair()
@@ -3208,7 +3218,10 @@ class EventLoop:
         self._posted.append(action)
         if not self._rung:
             self._rung = True
-            self._ringer.send(b"\0")
+            try:
+                self._ringer.send(b"\0")
+            except OSError:
+                pass  # the loop has just ended
 
     def start(self, steps: Steps[None]) -> Task:
         """Begins a task; the one that is running is resumed at its end."""
@@ -3224,11 +3237,15 @@ class EventLoop:
                 self._turn()
             except Exception as fault:  # what was not reached comes again in the next turn
                 self.warn(f"internal error: {describe(fault)}")
-        self.selector.close()
+                time.sleep(TICK_SECONDS)
+        self._rung = True  # nobody rings any more
+        for resource in (self.selector, self._bell, self._ringer):
+            resource.close()
 
     def _turn(self) -> None:
         """Waits until there is something to do, and does it."""
-        ready = self.selector.select(max(0.0, self.sweep_at - time.monotonic()))
+        waiting = self._posted or self.outbox
+        ready = self.selector.select(0 if waiting else max(0.0, self.sweep_at - time.monotonic()))
         self.now = time.monotonic()
         self.crowded = len(ready) > 1
         for key, events in ready:
@@ -3237,13 +3254,16 @@ class EventLoop:
             self._posted.popleft()()
         if self.now >= self.sweep_at:
             self._sweep()
+        self._end_turn()
+
+    def _end_turn(self) -> None:
+        """Sends what was put off in this turn."""
         while self.outbox:
-            outbox, self.outbox = self.outbox, []
-            for channel in outbox:
-                channel.end_turn()
+            self.outbox.popleft().end_turn()
 
     def stop(self) -> None:
         """Ends all tasks, and the loop."""
+        self._end_turn()
         for task in list(self.tasks):
             task.abandon()
         self._stopped = True
@@ -3294,7 +3314,7 @@ def pause(loop: EventLoop, seconds: float) -> Steps[None]:
 def in_thread(
     loop: EventLoop, work: Callable[[], Result], discard: Callable[[Result], object] | None = None
 ) -> Steps[Result]:
-    """What work() returns, called in a thread of its own. Raises what it raises, and OSError when the system
+    """What work() returns, called in a thread of its own. Raises what it raises, and Unavailable when the system
     gives out no more threads. `discard` gets the result if nobody waits for it any more."""
     task = loop.current
     outcome: list[tuple[Result | None, Exception | None]] = []
@@ -3317,8 +3337,8 @@ def in_thread(
 
     try:
         threading.Thread(target=run, name="errand", daemon=True).start()
-    except RuntimeError as error:
-        raise OSError(errno.EMFILE, str(error)) from None
+    except RuntimeError:
+        raise Unavailable("this relay has no thread left for this", "no_threads") from None
     try:
         while not outcome:
             yield math.inf
@@ -3390,11 +3410,10 @@ class RequestBody:
         if not channel.received or decoder.finished:
             return b""
         try:
-            piece = decoder.feed(channel.take())
+            piece = decoder.feed(channel.received)
         except FramingError as error:
             raise MalformedRequest(f"the chunked body is malformed: {error}") from None
-        if decoder.finished:
-            channel.received = decoder.rest
+        channel.put_back(decoder.rest)
         self._taken += len(piece)
         if self._taken > self._limit:
             raise self._too_large()
@@ -3438,7 +3457,10 @@ class UpstreamPool:
         idle = self._idle.get((provider.scheme, provider.host, provider.port))
         while idle:
             channel = idle.pop()
-            if self._is_good(channel):
+            # What came unasked, if only just now, must not be taken for the next answer.
+            if not channel.closed and self._loop.now - channel.idle_since > FRESH_SECONDS:
+                channel.receive()
+            if self._is_good(channel) and not channel.received and not channel.ended:
                 channel.task = self._loop.running
                 return channel
             channel.close()
@@ -3485,13 +3507,12 @@ class UpstreamPool:
         return not channel.closed and self._loop.now - channel.idle_since < UPSTREAM_IDLE_SECONDS
 
     def _dial(self, provider: Provider) -> Steps[Channel]:
-        deadline = self._loop.now + provider.connect_timeout
         proxy = proxy_for(provider)
         sock = yield from in_thread(self._loop, lambda: self._connected(provider, proxy), socket.socket.close)
         channel = Channel(sock, self._loop)
         try:
             if isinstance(sock, ssl.SSLSocket):
-                yield from channel.handshake(deadline)
+                yield from channel.handshake(self._loop.now + provider.connect_timeout)
             elif proxy:
                 channel.target_prefix = provider.origin
                 channel.extra_fields = proxy_credential(proxy)
@@ -3641,6 +3662,7 @@ class Answer:
             and not isinstance(self.decoder, CloseDecoder)
             and not self.decoder.rest
             and not self.channel.received
+            and not self.channel.is_sending
             and self.whole_request
             and self.head.version >= 1
             and "close" not in self.head.fields.elements("connection")
@@ -3827,7 +3849,7 @@ class Relay:
             raise BrokenExchange(message, whole, True) from None
         except BrokenExchange as error:
             channel.close()
-            raise BrokenExchange(str(error), whole, channel.answered) from None
+            raise BrokenExchange(str(error), whole and not channel.send_failed, channel.answered) from None
         except NoAnswer as error:
             channel.close()
             self.keys.failed(candidate, 504, None, self._loop.now)
@@ -4075,12 +4097,11 @@ class Delivery:
         """Passes on what has come. False when something is left to do: what the client hasn't taken, or the end."""
         upstream, transfer = self._upstream, self._transfer
         if not self._unsent and not transfer.ended:
-            if upstream.received:
-                data = transfer.feed(upstream.take())
-            elif upstream.ended:
-                data = transfer.close()
-            else:
+            if not upstream.received and not upstream.ended:
                 return True
+            data = transfer.feed(upstream.take()) if upstream.received else b""
+            if upstream.ended and not transfer.ended:
+                data += transfer.close()
             self._task.deadline = self._loop.now + self._timeout
             self._unsent = data[self._client.send_now(data) :] if data else b""
         return not self._unsent and not transfer.ended
@@ -4331,7 +4352,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.loop = self.service.loop
         self.address = str(self.client_address[0])
         # Beyond max_connections it gets one answer, which says so.
-        self.surplus = len(self.server.handlers) >= self.service.config.server.max_connections
+        self.surplus = len(self.server.handlers) >= self.server.connection_limit
         self.server.handlers.add(self)
         self.idle = False  # between two requests
         self.busy = False  # with a request that isn't answered yet
@@ -4345,6 +4366,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def finish(self) -> None:
         """Nothing: the connection is being served from now on."""
 
+    @property
+    def occupied(self) -> bool:
+        """Whether a request isn't answered yet, or its answer isn't all sent."""
+        return self.busy or (self.task is not None and self.channel.is_sending)
+
     def dismiss(self) -> None:
         """Closes the connection unless a request has come, which then gets its answer."""
         if self.task and self.idle:
@@ -4356,7 +4382,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _serve(self) -> Steps[None]:
         """Serves request after request, and closes the connection in the end."""
-        self.channel = Channel(self.request, self.loop)
+        try:
+            self.channel = Channel(self.request, self.loop)
+        except OSError:  # the system watches no more sockets
+            self.server.handlers.discard(self)
+            self.request.close()
+            return
         self.task = self.loop.current
         self.task.client = self.channel
         try:
@@ -4375,8 +4406,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ClientGone:
             pass
         finally:
-            self.channel.close()
             self.server.handlers.discard(self)
+            self.channel.close()
 
     def _next_head(self) -> Steps[bytes]:
         """The head of the next request, or what can't become one; empty when none has come for too long."""
@@ -4763,6 +4794,13 @@ class RelayServer(http.server.ThreadingHTTPServer):
         host, port = self.server_address[:2]
         return relay_url(str(host), int(port))
 
+    @property
+    def connection_limit(self) -> int:
+        """How many connections are served at a time."""
+        limit = self.service.config.server.max_connections
+        # select(), which is all there is on Windows, looks after 512 sockets: each client may need three.
+        return min(limit, 150) if os.name == "nt" else limit
+
     def start(self) -> None:
         """Starts its threads: one accepts, one serves, one writes the log."""
         self.log.start()
@@ -4788,7 +4826,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
             self._accept_rest()
         self.socket.close()
         self._have_done(self._begin_draining)
-        while any(handler.busy for handler in list(self.handlers)) and time.monotonic() < deadline:
+        while any(handler.occupied for handler in list(self.handlers)) and time.monotonic() < deadline:
             time.sleep(0.02)
         self._have_done(self._cut_all)
         self._spare.close()
@@ -4799,8 +4837,10 @@ class RelayServer(http.server.ThreadingHTTPServer):
         done = threading.Event()
 
         def act() -> None:
-            action()
-            done.set()
+            try:
+                action()
+            finally:
+                done.set()
 
         self.service.loop.post(act)
         done.wait(2)
@@ -4841,9 +4881,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
         return sock, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Has the event loop serve a new connection; no thread of its own is needed."""
-        limit = self.service.config.server.max_connections
-        if len(self.handlers) >= limit + SURPLUS_CONNECTIONS:
+        """Has the event loop serve a new connection."""
+        if len(self.handlers) >= self.connection_limit + SURPLUS_CONNECTIONS:
             refuse(request)
         else:
             self.finish_request(request, client_address)
@@ -5092,11 +5131,15 @@ def outlast_script(serve: Callable[[], int]) -> int:
     of this file, a third of the whole process."""
 
     def run() -> None:
-        threading.main_thread().join()
-        time.sleep(SETTLE_SECONDS)
-        return_memory()
-        # Python's own way out would wait for a thread that writes to a log which nobody reads.
-        os._exit(serve())
+        status = 1  # should it end by a defect
+        try:
+            threading.main_thread().join()
+            time.sleep(SETTLE_SECONDS)
+            return_memory()
+            status = serve()
+        finally:
+            # Python's own way out would wait for a thread that writes to a log which nobody reads.
+            os._exit(status)
 
     if sys.version_info[:3] in ((3, 12, 0), (3, 12, 1)):
         os._exit(serve())  # these start no thread any more when the script has ended (CPython issue 113964)
