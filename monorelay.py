@@ -9,8 +9,8 @@
 Rooms, top to bottom; each knows only those above it, and down to the echo provider none does I/O:
 
     limits · errors · config · auth · routing · key pool · wire rules · model splice · server-sent events ·
-    access log · echo provider · event loop · upstream · relay · catalogue · log writer · handler · server ·
-    command line
+    access log · echo provider · event loop · request body · upstream · relay · catalogue · log writer · handler ·
+    server · command line
 
 What happens to a request:
 
@@ -91,7 +91,7 @@ STREAM_LINE_BYTES = 64 * 1024
 RECEIVE_BYTES = 64 * 1024
 # What is held of a side that sends faster than the other takes it, or of a client that sends ahead.
 HELD_BYTES = 256 * 1024
-AHEAD_SECONDS = 0.5  # how often it is then looked whether that client is still there
+AHEAD_SECONDS = 0.5  # how often it is looked whether a client that has sent so much is still there
 SWEEP_SECONDS = 5.0  # deadlines that are further off are looked at this often
 TICK_SECONDS = 0.005  # and near ones not more often than this
 # An unread body up to this size is read and dropped to keep the connection; nginx closes lingering.
@@ -111,8 +111,8 @@ FRESH_SECONDS = 1.0  # used so recently, it is taken to be in order without a lo
 UPSTREAM_IDLE_CONNECTIONS = 512
 # Connections over max_connections are taken to be told so, in the dialect of their path; these few only.
 SURPLUS_CONNECTIONS = 256
-LISTEN_BACKLOG = 4096  # connections that wait for accept(); the system caps it (net.core.somaxconn)
 SURPLUS_SECONDS = 2.0  # and not for long
+LISTEN_BACKLOG = 4096  # connections that wait for accept(); the system caps it (net.core.somaxconn)
 RETRY_AFTER_LIMIT_SECONDS = 3600.0
 LEEWAY_SECONDS = 60.0  # clocks of token issuers differ; RFC 7519 §4.1.4 allows a few minutes
 ACCESS_TOKEN_SECONDS = 3600
@@ -127,8 +127,10 @@ LOGINS_PER_ADDRESS = 30  # a minute
 LOG_PAUSE_SECONDS = 0.1  # lines are written together, so that a busy relay wakes its log thread rarely
 LOG_LAST_SECONDS = 1.0
 LOG_VALUE_CHARACTERS = 200
-SETTLE_SECONDS = 0.1  # from the start until memory is tidied, so that the first requests need not wait for that
 LOG_BACKLOG_LINES = 10_000  # more than that waiting for a blocked stderr is dropped, and counted
+
+# From the start until memory is tidied: the first requests need not wait for that.
+SETTLE_SECONDS = 0.1
 
 ECHO_MODELS = ("echo", "echo-slow", "echo-cut", "echo-tool", "echo-error-529")
 DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
@@ -2896,10 +2898,15 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoAnswer]] = {
 #
 # One thread serves everybody. What it serves are tasks: a task is a generator that yields where it would
 # have to wait, and what it yields is the time, on the monotonic clock, until which it is ready to. It is
-# resumed when something has happened on one of its channels, or what it has started is done, and looks for
-# itself what that was. At its time Overdue is raised in it, and ClientGone as soon as its client has left.
-# Between two yields a task has everything to itself: there are no locks. What would block in the system
-# (looking up a name, connecting, hashing a password) is done by a thread of its own, see in_thread().
+# resumed when something may have happened: on one of its channels, or to what it has started. That promises
+# nothing, so it looks again and yields again if need be. At its time Overdue is raised in it, and ClientGone
+# as soon as its client has left. Between two yields a task has everything to itself, so what tasks share needs
+# no lock. What would block in the system (looking up a name, connecting, hashing a password) is done by a
+# thread of its own, see in_thread().
+#
+# The loop goes round in turns: it waits for sockets, has their channels receive and their tasks go on, and in
+# the end sends what was put off in that turn. A channel tells its task; the task tries its shortcut, if it
+# has one, before its steps are resumed.
 
 Result = TypeVar("Result")
 Steps = Generator[float, None, Result]  # what a task is made of, and what it comes to
@@ -2987,8 +2994,9 @@ class Channel:
         return sent
 
     def send(self, data: bytes, pause_seconds: float, heed_answer: bool = False) -> Steps[None]:
-        """Sends all of it, in any case before the loop waits again. Raises Overdue when nothing was taken for the
-        pause, OSError, and EarlyAnswer for a provider that speaks meanwhile, if that is to be heeded."""
+        """Sends all of it, or puts off what is short until the end of the turn; that it can't be sent is seen by its
+        task then. Raises Overdue when nothing was taken for the pause, OSError, and EarlyAnswer for a provider that
+        speaks meanwhile, if that is to be heeded."""
         if self._loop.crowded and len(data) < RECEIVE_BYTES and not self._outgoing:
             # Sent one right after the other, messages wake those who wait for them less often.
             self._outgoing = data
@@ -3113,6 +3121,7 @@ class Channel:
             self._loop.sweep_at = min(self._loop.sweep_at, self._loop.now + AHEAD_SECONDS)
 
     def _await_room(self) -> None:
+        """Has the task resumed when there is room to send more."""
         self._blocked = True
         self._watch()
 
@@ -3180,6 +3189,7 @@ class Task:
         self._steps.close()
 
     def _end(self) -> None:
+        """Notes that it is over, and has the task that started it see that."""
         self.done = True
         self.deadline = math.inf
         self._loop.tasks.discard(self)
@@ -3350,11 +3360,7 @@ def in_thread(
     return result  # type: ignore[return-value]
 
 
-def own_fields(body: bytes, fields: Pairs) -> Pairs:
-    """The header fields of an answer that the relay itself makes."""
-    clock = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
-    kind = [("content-type", "application/json")] if body else []
-    return [("date", clock), *kind, *fields, ("content-length", str(len(body)))]
+# ==== Request body ===============================================================================
 
 
 class RequestBody:
@@ -3504,9 +3510,11 @@ class UpstreamPool:
             yield from pause(self._loop, SWEEP_SECONDS)
 
     def _is_good(self, channel: Channel) -> bool:
+        """Whether it is open, and hasn't been idle for too long."""
         return not channel.closed and self._loop.now - channel.idle_since < UPSTREAM_IDLE_SECONDS
 
     def _dial(self, provider: Provider) -> Steps[Channel]:
+        """A connection over the network, its TLS handshake made."""
         proxy = proxy_for(provider)
         sock = yield from in_thread(self._loop, lambda: self._connected(provider, proxy), socket.socket.close)
         channel = Channel(sock, self._loop)
@@ -3877,7 +3885,7 @@ class Relay:
                 yield from channel.send(head, provider.timeout, heed_answer=True)
                 yield from channel.send(data, provider.timeout, heed_answer=True)
             if isinstance(body, RequestBody):
-                yield from self._pass_on(body, channel, provider.timeout)
+                yield from self._stream_body(body, channel, provider.timeout)
         except Overdue:
             raise NoAnswer(f"the provider {provider.name} took nothing for {provider.timeout:g} seconds") from None
         except (OSError, EarlyAnswer):
@@ -3885,7 +3893,7 @@ class Relay:
             return False
         return True
 
-    def _pass_on(self, body: RequestBody, channel: Channel, timeout: float) -> Steps[None]:
+    def _stream_body(self, body: RequestBody, channel: Channel, timeout: float) -> Steps[None]:
         """Sends a body piece by piece as it comes from the client. Raises EarlyAnswer and what both sides raise."""
         chunked = body.length is None
         while not body.finished:
@@ -4074,7 +4082,7 @@ class Delivery:
                 self._unsent = b""
                 if self._transfer.ended:
                     return
-                self._task.shortcut = self._pass_on
+                self._task.shortcut = self._forward
                 yield from self._wait()
                 self._task.shortcut = None
         except SENDING_FAILED:
@@ -4085,7 +4093,7 @@ class Delivery:
     def _wait(self) -> Steps[None]:
         """Lets the shortcut do its work until there is something left to do."""
         try:
-            while self._pass_on():
+            while self._forward():
                 yield self._loop.now + self._timeout
         except Overdue:
             message = f"the provider sent nothing for {self._timeout:g} seconds"
@@ -4093,7 +4101,7 @@ class Delivery:
         except Unavailable as error:
             self._unsent = self._transfer.fail(error.message, error.code)
 
-    def _pass_on(self) -> bool:
+    def _forward(self) -> bool:
         """Passes on what has come. False when something is left to do: what the client hasn't taken, or the end."""
         upstream, transfer = self._upstream, self._transfer
         if not self._unsent and not transfer.ended:
@@ -4338,6 +4346,13 @@ def shutting_down() -> Unavailable:
     return Unavailable("this relay is shutting down", "shutting_down")
 
 
+def own_fields(body: bytes, fields: Pairs) -> Pairs:
+    """The header fields of an answer that the relay itself makes."""
+    clock = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+    kind = [("content-type", "application/json")] if body else []
+    return [("date", clock), *kind, *fields, ("content-length", str(len(body)))]
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves one connection: request after request, as a task of the event loop.
 
@@ -4508,9 +4523,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- the relay's own endpoints
 
     def answer_alive(self, request: Request) -> Steps[bool]:
+        """Says nothing, which is what Claude Code's probes want to hear."""
         return self._answer(200, [], b"")
 
     def answer_health(self, request: Request) -> Steps[bool]:
+        """Tells a monitor that the relay serves."""
         return self._answer_json({"status": "ok", "version": __version__})
 
     def answer_telemetry(self, request: Request) -> Steps[bool]:
@@ -4577,6 +4594,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise RateLimited("too many logins; wait a while", wait)
 
     def answer_me(self, request: Request) -> Steps[bool]:
+        """Tells whose token it is."""
         return self._answer_json({"username": request.caller.name, "admin": request.caller.admin})
 
     def answer_catalogue(self, request: Request) -> Steps[bool]:
@@ -4613,6 +4631,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self._relay_to_first(request, self._open_body(request, self.config.server.max_upload_mb))
 
     def _relay_by_model(self, request: Request, body: ReadBody) -> Steps[bool]:
+        """Relays to the targets of the model. Raises Forbidden, NotFound and Unavailable."""
         asked = body.model or ""
         self.record.model = asked
         if not self._may_use(request, asked):
@@ -4622,6 +4641,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self._relay(request, body, self.service.relay.keys.order(targets, session, self.loop.now))
 
     def _relay_to_first(self, request: Request, body: ReadBody | RequestBody) -> Steps[bool]:
+        """Relays to the first provider's first key. Raises Forbidden for users who may use some models only, where
+        models may stand out of sight."""
         provider = first_provider(self.config, request.endpoint.dialect)
         caller = request.caller
         hidden_model = request.head.method == "POST" and not request.endpoint.path.startswith("/files")
@@ -4633,6 +4654,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self._relay(request, body, [Candidate(Target(provider, ""), key)])
 
     def _may_use(self, request: Request, model: str) -> bool:
+        """Whether the caller's `models` admit the name."""
         user = request.caller.user
         return not (user and user.models) or matches_any(asked_name(self.config, model), user.models)
 
@@ -4786,7 +4808,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         # Given up for a moment when there is no other descriptor left, to be able to refuse a connection.
         self._spare = io.FileIO(os.devnull)
         self._refusal_logged = -math.inf
-        self._accepting = False
+        self._started = False
 
     @property
     def url(self) -> str:
@@ -4806,7 +4828,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self.log.start()
         threading.Thread(target=self.service.loop.run, name="event loop", daemon=True).start()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-        self._accepting = True
+        self._started = True
 
     def reload(self, config: Config) -> None:
         """Serves new requests by another configuration; those that run finish with the one they began with."""
@@ -4821,7 +4843,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def stop(self, drain_seconds: float = 0.0) -> None:
         """Stops accepting, lets what runs finish for so long, cuts the rest, and closes."""
         deadline = time.monotonic() + drain_seconds
-        if self._accepting:
+        if self._started:
             self.shutdown()
             self._accept_rest()
         self.socket.close()
@@ -4927,14 +4949,14 @@ def listen(server: ServerSettings) -> socket.socket:
     return listener
 
 
-def refuse(sock: socket.socket, data: bytes = b"") -> None:
+def refuse(sock: socket.socket) -> None:
     """Tells a client that there is no room, in the dialect of its path where that has come, and closes."""
     try:
         sock.setblocking(False)
         try:
-            data = data or sock.recv(RECEIVE_BYTES)
+            data = sock.recv(RECEIVE_BYTES)
         except BLOCKED:
-            pass
+            data = b""
         dialect, request_id = likely_dialect(data), new_request_id()
         message, code = "this relay can't take another connection now", "too_many_connections"
         body = error_body(dialect, "api_error", message, code, request_id)

@@ -3052,6 +3052,28 @@ def test_failover_stops_once_a_byte_reached_the_client(upstream, relay):
     assert (got.body, other.requests) == (ANTHROPIC_EVENTS[0] + OVERLOADED, [])
 
 
+def test_a_held_answer_that_came_to_its_end_meanwhile_is_delivered_whole(upstream, relay):
+    held = threading.Event()
+
+    def refuses(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(b"HTTP/1.1 429 Slow down\r\ncontent-type: application/json\r\n\r\n")
+        held.set()
+        connection.send(b'{"error":"wait"}')
+
+    def breaks(connection: Connection) -> None:
+        connection.wait(held)
+        # Until the relay has seen both the body and the end of the answer that it holds.
+        eventually(lambda: not first.connections[0].sock.fileno() > 0)
+        connection.read_request()
+
+    first, second = upstream(refuses), upstream(breaks)
+    it = relay({"anthropic": first, "anthropic2": second}, routes={"claude-*": ["anthropic", "anthropic2"]})
+    with it.client() as client:
+        got = client.ask("POST", "/v1/messages", STREAMED)
+    assert (got.status, got.body) == (429, b'{"error":"wait"}')
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Relay: truncation is never passed off as an end
 # ------------------------------------------------------------------------------------------------------------
@@ -3221,6 +3243,15 @@ def test_a_client_that_does_not_read_holds_upstream_back(upstream, relay, kind):
         client.send(request("POST", "/v1/messages", STREAMED))
         eventually(lambda: taken[0] and provider.connections and provider.connections[0].sock.fileno() == -1)
     assert 0 < taken[0] <= 10 << 20
+
+
+def test_a_client_that_has_sent_much_ahead_and_leaves_is_noticed_within_a_second(upstream, relay):
+    provider = upstream(silence)
+    with relay({"anthropic": provider}).client() as client:
+        client.send(request("POST", "/v1/messages", STREAMED), b"x" * 300_000)
+        assert provider.called.wait(TIMEOUT_SECONDS)
+        client.close()
+        eventually(lambda: provider.left, seconds=1.5)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3736,6 +3767,19 @@ def test_head_answers_have_no_body(upstream, relay):
                 404 if path == "/nowhere" else 200
             )
         assert client.ask("GET", "/health").json["status"] == "ok", "the connection is in step"
+
+
+def test_what_is_held_of_pipelined_requests_is_bounded(relay):
+    it, count = relay({"echo": {}}, server={"log": "off"}), 15_000
+    with it.client() as client:
+        sender = threading.Thread(target=client.send, args=[request("GET", "/health", token="") * count])
+        sender.start()
+        most = 0
+        for _ in range(count):
+            assert client.answer().status == 200
+            most = max([most, *(len(handler.channel.received) for handler in list(it.server.handlers))])
+        sender.join()
+    assert most <= monorelay.HELD_BYTES + monorelay.RECEIVE_BYTES
 
 
 # ------------------------------------------------------------------------------------------------------------
