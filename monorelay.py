@@ -2389,7 +2389,8 @@ def require(section: JsonDict, name: str, holds: Callable[[Any], bool], otherwis
 
 def split_words(text: str) -> list[str]:
     """The words of a text, each with the white space before it; together they are the text."""
-    words = re.findall(r"\s*\S+", text)
+    # Without rstrip() the expression would try in vain from every blank behind the last word.
+    words = re.findall(r"\s*\S+", text.rstrip())
     rest = text[sum(map(len, words)) :]
     return [*words[:-1], words[-1] + rest] if words else [text] if text else []
 
@@ -3358,6 +3359,16 @@ def in_thread(
     if fault:
         raise fault
     return result  # type: ignore[return-value]
+
+
+def return_memory() -> None:
+    """Gives what is free back to the system. glibc would keep it; other C libraries have their own habits."""
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+    except (ImportError, OSError, AttributeError, TypeError):
+        pass
 
 
 # ==== Request body ===============================================================================
@@ -4548,7 +4559,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
         def is_right() -> bool:
             with self.service.hashing:
-                return check_password(given["password"], hashed)
+                right = check_password(given["password"], hashed)
+            return_memory()  # of each scrypt, glibc would keep 16 MiB for this thread's successors
+            return right
 
         right = yield from in_thread(self.loop, is_right)
         secret = self.config.server.jwt_secret
@@ -5167,16 +5180,6 @@ def outlast_script(serve: Callable[[], int]) -> int:
         os._exit(serve())  # these start no thread any more when the script has ended (CPython issue 113964)
     threading.Thread(target=run, name="operator").start()
     return 0
-
-
-def return_memory() -> None:
-    """Gives what is free back to the system. glibc would keep it; other C libraries have their own habits."""
-    try:
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
-    except (ImportError, OSError, AttributeError, TypeError):
-        pass
 
 
 def raise_descriptor_limit() -> None:

@@ -1941,6 +1941,12 @@ def test_echo_through_the_openai_sdk(echo):
         assert "echo" in [model.id for model in client.models.list()]
 
 
+def test_echo_of_much_white_space_holds_up_nobody(echo):
+    started = time.monotonic()
+    got = echo.post("/v1/messages", prompt("echo", messages=[{"role": "user", "content": "x" + "\n" * 200_000}]))
+    assert got.status == 200 and time.monotonic() - started < 2
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The official SDKs against a scripted provider, every byte compared
 # ------------------------------------------------------------------------------------------------------------
