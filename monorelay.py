@@ -4560,7 +4560,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         def is_right() -> bool:
             with self.service.hashing:
                 right = check_password(given["password"], hashed)
-            return_memory()  # of each scrypt, glibc would keep 16 MiB for this thread's successors
+            return_memory()  # scrypt takes 16 MiB, which glibc would rather keep
             return right
 
         right = yield from in_thread(self.loop, is_right)
