@@ -464,16 +464,22 @@ def gated_stream(gate: threading.Event) -> Script:
     return script
 
 
-def gated_events(gates: list[threading.Event]) -> Script:
-    """Each event once the gate of the one before is open, the end once all are."""
+def gated_pieces(
+    pieces: list[bytes],
+    gates: list[threading.Event],
+    head: bytes = STREAM_HEAD,
+    frame: Callable[[bytes], bytes] = chunk,
+    last: bytes = b"0\r\n\r\n",
+) -> Script:
+    """Each piece of a stream once the gate of the one before is open, the end once all are."""
 
     def script(connection: Connection) -> None:
         connection.read_request()
-        connection.send(STREAM_HEAD)
-        for event, gate in zip(ANTHROPIC_EVENTS, gates):
-            connection.send(chunk(event))
+        connection.send(head)
+        for piece, gate in zip(pieces, gates):
+            connection.send(frame(piece))
             connection.wait(gate)
-        connection.send(b"0\r\n\r\n")
+        connection.send(last)
 
     return script
 
@@ -1569,17 +1575,7 @@ def test_any_stream_split_anywhere_arrives_byte_for_byte(upstream, relay):
 def test_every_line_reaches_the_client_before_upstream_has_sent_the_next(upstream, relay, end, framing):
     lines = stream_lines(LINE_ENDS[end])
     gates = [threading.Event() for _ in lines]
-    head, frame, last = FRAMINGS[framing]
-
-    def script(connection: Connection) -> None:
-        connection.read_request()
-        connection.send(head)
-        for line, gate in zip(lines, gates):
-            connection.send(frame(line))
-            connection.wait(gate)
-        connection.send(last)
-
-    with relay({"anthropic": upstream(script)}).client() as client:
+    with relay({"anthropic": upstream(gated_pieces(lines, gates, *FRAMINGS[framing]))}).client() as client:
         client.send(request("POST", "/v1/messages", STREAMED))
         assert Message(client.until(b"\r\n\r\n"), b"").status == 200
         received = b""
@@ -2451,7 +2447,7 @@ def trusted(authority, tmp_path, monkeypatch) -> None:
 
 def test_a_trusted_tls_provider_is_relayed_line_by_line(upstream, relay, tls, trusted):
     gates = [threading.Event() for _ in ANTHROPIC_EVENTS]
-    with relay({"anthropic": upstream(gated_events(gates), tls("127.0.0.1"))}).client() as client:
+    with relay({"anthropic": upstream(gated_pieces(ANTHROPIC_EVENTS, gates), tls("127.0.0.1"))}).client() as client:
         client.send(request("POST", "/v1/messages", STREAMED))
         client.until(b"\r\n\r\n")
         for event, gate in zip(ANTHROPIC_EVENTS, gates):
@@ -4867,7 +4863,7 @@ def ask_marked(client: Client, mark: str, stream: bool) -> None:
 @needs_nginx
 def test_a_stream_comes_through_nginx_event_by_event(upstream, fleet):
     gates = [threading.Event() for _ in ANTHROPIC_EVENTS]
-    with fleet(upstream(gated_events(gates))).client() as client:
+    with fleet(upstream(gated_pieces(ANTHROPIC_EVENTS, gates))).client() as client:
         client.send(request("POST", "/v1/messages", STREAMED))
         assert client.until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
         for event, gate in zip(ANTHROPIC_EVENTS, gates):
