@@ -36,6 +36,7 @@ import collections
 import errno
 import fnmatch
 import functools
+import getopt
 import hashlib
 import hmac
 import http.client
@@ -57,11 +58,8 @@ import threading
 import time
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union
+from typing import IO, Any, Callable, NamedTuple, NoReturn, TypeVar, Union
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
-
-if TYPE_CHECKING:
-    import argparse
 
 __version__ = "1.0.0"
 
@@ -439,12 +437,10 @@ class Config(NamedTuple):
 
 DEFAULT_PORTS = {"http": 80, "https": 443, "echo": 0}
 STRATEGIES = ("sticky", "round-robin", "random", "weighted", "fill-first")
-VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\}")
+VARIABLE = r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\}"
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.6.2
 FIELD_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")  # RFC 9110 §5.5, obs-text included
-SCRYPT_HASH = re.compile(
-    r"scrypt\$([0-9]{1,7})\$([0-9]{1,2})\$([0-9]{1,2})\$([A-Za-z0-9_-]{16,})\$([A-Za-z0-9_-]{22,})"
-)
+SCRYPT_HASH = r"scrypt\$([0-9]{1,7})\$([0-9]{1,2})\$([0-9]{1,2})\$([A-Za-z0-9_-]{16,})\$([A-Za-z0-9_-]{22,})"
 # Framing is between two neighbours; no configuration may change it.
 FRAMING_HEADERS = frozenset(
     {"connection", "content-length", "transfer-encoding", "upgrade", "te", "trailer", "keep-alive"}
@@ -535,9 +531,9 @@ def expand_text(text: str, place: str, environ: Mapping[str, str], problems: Pro
             problems.add(place, f"the environment variable {name} is not set; set it, or write ${{{name}:-}}")
         return found or default or ""
 
-    if "${" in VARIABLE.sub("", text):
+    if "${" in re.sub(VARIABLE, "", text):
         problems.add(place, "a ${ that is no variable; write ${NAME} or ${NAME:-default}")
-    return FromEnvironment(VARIABLE.sub(fill, text))
+    return FromEnvironment(re.sub(VARIABLE, fill, text))
 
 
 def join(place: str, key: str) -> str:
@@ -653,7 +649,7 @@ def jwt_secret(value: Any) -> Secret | None:
 def password(value: Any) -> str:
     """The scrypt hash of a password, or nothing."""
     found = text(value)
-    if found and not SCRYPT_HASH.fullmatch(found):
+    if found and not re.fullmatch(SCRYPT_HASH, found):
         raise ValueError("must be a hash as `monorelay.py hash-password` prints it")
     return found
 
@@ -1104,7 +1100,7 @@ def hash_password(password: str) -> str:
 
 def check_password(password: str, hashed: str) -> bool:
     """Whether the hash is this password's; False for a hash that isn't one."""
-    match = SCRYPT_HASH.fullmatch(hashed)
+    match = re.fullmatch(SCRYPT_HASH, hashed)
     if not match:
         return False
     try:
@@ -1377,7 +1373,7 @@ FIELD_LINE = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
 AUTHORITY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
-ABSOLUTE_FORM = re.compile(r"^https?://[^/?]*/?", re.IGNORECASE)
+ABSOLUTE_FORM = r"(?i)^https?://[^/?]*/?"
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
@@ -1527,7 +1523,7 @@ def parse_fields(block: str) -> Pairs | None:
 def split_target(method: str, target: str) -> tuple[str, str]:
     """Path and query of a request target. The host of an absolute one is dropped: it chooses nothing."""
     if not target.startswith("/"):
-        target = ABSOLUTE_FORM.sub("/", target)
+        target = re.sub(ABSOLUTE_FORM, "/", target)
         if method == "CONNECT" or target == "*":
             return target, ""
     if not target.startswith("/") or "#" in target:
@@ -1953,9 +1949,8 @@ def decoded(path: str) -> str:
 # name, the outer object is walked member by member to find the bytes to replace. Long strings without an
 # escape (images, documents) are taken out before: they prove nothing, and would cost more than all the rest.
 
-MEMBER = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)"[ \t\n\r]*:[ \t\n\r]*', re.DOTALL)
-SEPARATOR = re.compile(r"[ \t\n\r]*[,}]")
-OPENING = re.compile(r"[ \t\n\r]*\{")
+# What stands before a value: { or a comma, the name, a colon.
+MEMBER = r'[ \t\n\r]*[{,][ \t\n\r]*"([^"\\]*(?:\\.[^"\\]*)*)"[ \t\n\r]*:[ \t\n\r]*'
 JSON_BLANKS = " \t\n\r"
 STRING_START = re.compile(rb"[A-Za-z0-9/]")
 LONG_STRING_BYTES = 4096
@@ -2027,21 +2022,14 @@ def splice_model(body: bytes, name: str) -> bytes:
 
 def model_span(text: str) -> tuple[int, int]:
     """Where the value of `model` stands in the text of a JSON object that has one, quotes included."""
-    position = expected(OPENING, text, 0).end()
+    pattern, end = re.compile(MEMBER), 0
     while True:
-        member = expected(MEMBER, text, position)
-        end: int = BODY_DECODER.raw_decode(text, member.end())[1]
+        member = pattern.match(text, end)
+        if not member:
+            raise ValueError(f"the JSON text can't be walked at {end}")
+        end = BODY_DECODER.raw_decode(text, member.end())[1]
         if json.loads(f'"{member[1]}"') == "model":
             return member.end(), end
-        position = expected(SEPARATOR, text, end).end()
-
-
-def expected(pattern: re.Pattern[str], text: str, position: int) -> re.Match[str]:
-    """The match of what must stand there in a text that `json` has read. Raises ValueError."""
-    match = pattern.match(text, position)
-    if not match:
-        raise ValueError(f"the JSON text can't be walked at {position}")
-    return match
 
 
 def decompressed(body: bytes, coding: str, limit: int) -> bytes:
@@ -2067,10 +2055,10 @@ def decompressed(body: bytes, coding: str, limit: int) -> bytes:
 # nothing else, so they are cut as bytes (str would also break at U+2028, which JSON may hold). Lines are
 # forwarded whole, so that an error can be told at the end of a stream that broke within a line.
 
-STREAM_ENDS = re.compile(
+STREAM_ENDS = (
     rb"(?:^|[\r\n])(?:event: ?(?:message_stop|error|response\.(?:completed|incomplete|failed))|data: ?\[DONE\])"
 )
-FIRST_EVENT_IS_ERROR = re.compile(rb'event: ?error[\r\n]|data: ?\{ ?"(?:error"|type" ?: ?"error")')
+FIRST_EVENT_IS_ERROR = rb'event: ?error[\r\n]|data: ?\{ ?"(?:error"|type" ?: ?"error")'
 USAGE = re.compile(rb'"(input|prompt|output|completion)_tokens" ?: ?([0-9]{1,12})')
 
 
@@ -2914,7 +2902,7 @@ Steps = Generator[float, None, Result]  # what a task is made of, and what it co
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-INTERIM_HEADS = re.compile(rb"(?:HTTP/1\.[0-9] 1[0-9][0-9][^\n]*\r\n(?:[^\r\n][^\n]*\r\n)*\r\n)+")
+INTERIM_HEADS = rb"(?:HTTP/1\.[0-9] 1[0-9][0-9][^\n]*\r\n(?:[^\r\n][^\n]*\r\n)*\r\n)+"
 # What Linux tells of a connection first is its state (tcp(7), and include/net/tcp_states.h).
 TCP_INFO = getattr(socket, "TCP_INFO", 0)
 TCP_CLOSE, TCP_CLOSE_WAIT = 7, 8
@@ -3056,7 +3044,7 @@ class Channel:
         """Whether the provider has begun its final answer, or closed. Interim answers are kept for later."""
         if self.ended or self.is_ahead:
             return True
-        match = INTERIM_HEADS.match(self.received)
+        match = re.match(INTERIM_HEADS, self.received)
         rest = self.received[match.end() :] if match else self.received
         return len(rest) >= len(b"HTTP/1.1 2") and rest[9:10] != b"1"
 
@@ -3917,7 +3905,7 @@ class Relay:
         """Whether another candidate should be tried; tells the key pool how this one fared."""
         candidate = answer.candidate
         provider, status = candidate.target.provider, answer.head.status
-        if answer.is_stream and FIRST_EVENT_IS_ERROR.match(answer.content):
+        if answer.is_stream and re.match(FIRST_EVENT_IS_ERROR, answer.content):
             status = 529  # overloaded, told in a stream that was opened too early
         if provider.format != "echo":
             if status < 400:
@@ -4058,7 +4046,7 @@ class Transfer:
         if content:
             self._record.bytes_sent += len(content)
             self._record.usage.read(content)
-            if self._awaits_end and STREAM_ENDS.search(content):
+            if self._awaits_end and re.search(STREAM_ENDS, content):
                 self._sees_end = True
         if not self._chunked:
             return content
@@ -5005,14 +4993,38 @@ def with_run_secrets(config: Config, old: Config | None) -> Config:
 # ==== Command line ===============================================================================
 
 
+HELP = """usage: monorelay.py [COMMAND] [--config FILE] [--host HOST] [--port PORT]
+
+One address for Claude Code, the Anthropic and OpenAI SDKs and curl. Without a command it serves.
+
+commands:
+  check           validate the configuration and print what would be served
+  hash-password   read a password and print its hash for relay.json
+  token USER      print a JWT for a user of relay.json
+
+options:
+  --config FILE   the configuration (default: ./relay.json, or the one beside monorelay.py)
+  --host HOST     listen there instead of server.host
+  --port PORT     listen there instead of server.port
+  --expires TIME  how long a token is valid, such as 30d, 12h, 90m or 60s (default: 30d)
+  --version       print the version
+  --help          print this
+"""
+
+
+class UsageError(Exception):
+    """A command line that asks for nothing that there is."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command that the arguments name; the exit status."""
     gc.freeze()
     gc.enable()
-    options = parse_arguments(arguments)
-    commands = {"check": run_check, "hash-password": run_hash_password, "token": run_token}
     try:
-        return commands.get(options.command or "", run_serve)(options)
+        return run_command(sys.argv[1:] if arguments is None else arguments)
+    except UsageError as error:
+        print(f"monorelay: {error}; see --help", file=sys.stderr)
+        return 2
     except ConfigError as error:
         print(error, file=sys.stderr)
     except OSError as error:
@@ -5025,73 +5037,75 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, taken apart."""
-    import argparse
-
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument(
-        "--config", metavar="FILE", help="the configuration (default: ./relay.json, or the one beside monorelay.py)"
-    )
-    listening = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    listening.add_argument("--host", help="listen there instead of server.host")
-    listening.add_argument("--port", type=int, help="listen there instead of server.port")
-    parser = argparse.ArgumentParser(
-        prog="monorelay.py",
-        description="One address for Claude Code, the Anthropic and OpenAI SDKs and curl. Without a command it serves.",
-        parents=[common, listening],
-    )
-    parser.add_argument("--version", action="version", version=f"MonoRelay {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser(
-        "check", parents=[common, listening], help="validate the configuration and print what would be served"
-    )
-    commands.add_parser("hash-password", help="read a password and print its hash for relay.json")
-    token = commands.add_parser("token", parents=[common], help="print a JWT for a user of relay.json")
-    token.add_argument("user", metavar="USER")
-    token.add_argument(
-        "--expires",
-        metavar="TIME",
-        type=lifetime,
-        default=30 * 86400,
-        help="such as 30d, 12h, 90m or 60s (default: 30d)",
-    )
-    return parser.parse_args(arguments)
+def run_command(arguments: Sequence[str]) -> int:
+    """Takes the command line apart and does what it says; the exit status. Raises UsageError."""
+    known = [f"{name}=" for name in OPTIONS]
+    try:
+        given, words = getopt.gnu_getopt(arguments, "h", [*known, "version", "help"])
+    except getopt.GetoptError as error:
+        meant = "" if error.opt in OPTIONS else suggestion(f"--{error.opt}", [f"--{name}" for name in OPTIONS])
+        raise UsageError(f"{error.msg}{meant}") from None
+    asked = dict(given)
+    if "--help" in asked or "-h" in asked:
+        print(HELP, end="")
+        return 0
+    if "--version" in asked:
+        print(f"MonoRelay {__version__}")
+        return 0
+    command, *operands = words or ["serve"]
+    if command not in COMMANDS:
+        raise UsageError(f"there is no command {command}{suggestion(command, COMMANDS)}")
+    run, takes = COMMANDS[command]
+    if len(operands) != (command == "token"):
+        raise UsageError("token takes one USER" if command == "token" else f"{command} takes nothing but options")
+    return run(read_options(asked, command, takes), *operands)
 
 
-def lifetime(given: str) -> int:
-    """The seconds of a time such as 30d. Raises ValueError."""
-    match = re.fullmatch(r"([1-9][0-9]{0,8})([smhd])", given)
+def read_options(asked: Mapping[str, str], command: str, takes: Sequence[str]) -> JsonDict:
+    """The options by their names without the dashes, each as its check returns it. Raises UsageError."""
+    options = {}
+    for option, value in asked.items():
+        name = option[len("--") :]
+        if name not in takes:
+            raise UsageError(f"{command} takes no {option}")
+        try:
+            options[name] = OPTIONS[name](FromEnvironment(value))
+        except ValueError as error:
+            raise UsageError(f"{option} {error}") from None
+    return options
+
+
+def lifetime(value: Any) -> int:
+    """The seconds of a time such as 30d."""
+    match = re.fullmatch(r"([1-9][0-9]{0,8})([smhd])", value)
     if not match:
-        raise ValueError(given)
+        raise ValueError("must be a time such as 30d, 12h, 90m or 60s")
     return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
-def config_path(options: argparse.Namespace) -> str:
+def config_path(options: JsonDict) -> str:
     """The file to serve: the one named, ./relay.json, or the one beside this file; empty if there is none."""
     if "config" in options:
-        return str(options.config)
+        return str(options["config"])
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "relay.json")
     return next((path for path in ("relay.json", beside) if os.path.exists(path)), "")
 
 
-def load_config(path: str, options: argparse.Namespace) -> Config:
+def load_config(path: str, options: JsonDict) -> Config:
     """The configuration in a file, with the address of the command line. Raises ConfigError and OSError."""
     name = os.path.basename(path) or "built-in configuration"
     if path:
         with open(path, "rb") as file:
             data = file.read()
         try:
-            source = data.decode("utf-8-sig")
+            source = data.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             raise ConfigError([f"{name}: byte {error.start} is not UTF-8"]) from None
     else:
         source = BUILT_IN_CONFIG
     config = parse_config(source, os.environ, name)
-    changes = {key: getattr(options, key) for key in ("host", "port") if key in options}
-    config = config._replace(server=config.server._replace(**changes))
-    if not 0 <= config.server.port <= 65535:
-        raise ConfigError([f"--port: must be a whole number from 0 to 65535, not {config.server.port}"])
+    address = {name: options[name] for name in ("host", "port") if name in options}
+    config = config._replace(server=config.server._replace(**address))
     if config.server.workers > 1 and not hasattr(os, "fork"):
         raise ConfigError([f"{name}: server.workers: must be 1 on this system"])
     obstacle = start_obstacle(config)
@@ -5100,7 +5114,7 @@ def load_config(path: str, options: argparse.Namespace) -> Config:
     return config
 
 
-def run_check(options: argparse.Namespace) -> int:
+def run_check(options: JsonDict) -> int:
     """Prints what would be served."""
     path = config_path(options)
     config = load_config(path, options)
@@ -5111,7 +5125,7 @@ def run_check(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_hash_password(options: argparse.Namespace) -> int:
+def run_hash_password(options: JsonDict) -> int:
     """Prints the hash of a password that is typed, or comes on stdin."""
     if not sys.stdin:
         raise OSError(errno.EBADF, "there is no stdin to read the password from")
@@ -5128,20 +5142,20 @@ def run_hash_password(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_token(options: argparse.Namespace) -> int:
+def run_token(options: JsonDict, username: str) -> int:
     """Prints an access token for a user."""
     config = load_config(config_path(options), options)
     if not config.server.jwt_secret:
         raise ConfigError(["relay.json: server.jwt_secret: is not set, so there is nothing to sign a token with"])
-    if config.users and options.user not in config.users:
-        raise ConfigError([f"relay.json: users: there is no {options.user}{suggestion(options.user, config.users)}"])
+    if config.users and username not in config.users:
+        raise ConfigError([f"relay.json: users: there is no {username}{suggestion(username, config.users)}"])
     now = int(time.time())
-    claims = {"sub": options.user, "type": "access", "iat": now, "exp": now + options.expires}
+    claims = {"sub": username, "type": "access", "iat": now, "exp": now + options.get("expires", 30 * 86400)}
     print(sign_token(claims, config.server.jwt_secret.reveal()))
     return 0
 
 
-def run_serve(options: argparse.Namespace) -> int:
+def run_serve(options: JsonDict) -> int:
     """Serves until a signal says otherwise, alone or as the supervisor of several workers."""
     path = config_path(options)
     given = load_config(path, options)
@@ -5169,7 +5183,6 @@ def outlast_script(serve: Callable[[], int]) -> int:
         status = 1  # should it end by a defect
         try:
             threading.main_thread().join()
-            time.sleep(SETTLE_SECONDS)
             return_memory()
             status = serve()
         finally:
@@ -5179,6 +5192,7 @@ def outlast_script(serve: Callable[[], int]) -> int:
     if sys.version_info[:3] in ((3, 12, 0), (3, 12, 1)):
         os._exit(serve())  # these start no thread any more when the script has ended (CPython issue 113964)
     threading.Thread(target=run, name="operator").start()
+    time.sleep(SETTLE_SECONDS)
     return 0
 
 
@@ -5226,7 +5240,7 @@ class Signals:
 class Operator:
     """What is left to do while the others serve: it waits for signals and for edits of relay.json."""
 
-    def __init__(self, server: RelayServer, path: str, options: argparse.Namespace) -> None:
+    def __init__(self, server: RelayServer, path: str, options: JsonDict) -> None:
         self._server = server
         self._path = path
         self._options = options
@@ -5272,7 +5286,7 @@ class Supervisor:
     """The parent of several workers, which share its listening socket: it replaces one that dies, and
     passes signals on. Each worker is a relay of its own, with its own limits, kept connections and log thread."""
 
-    def __init__(self, config: Config, path: str, options: argparse.Namespace, listener: socket.socket) -> None:
+    def __init__(self, config: Config, path: str, options: JsonDict, listener: socket.socket) -> None:
         self._config = config
         self._path = path
         self._options = options
@@ -5375,7 +5389,7 @@ def file_state(path: str) -> tuple[int, ...]:
 def file_warnings(path: str, config: Config) -> Iterator[str]:
     """What is unsafe about the file itself: secrets written into it that others may read."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8") as file:
             source = file.read()
         mode = os.stat(path).st_mode
     except OSError:
@@ -5462,6 +5476,21 @@ def curl_line(config: Config, url: str, token: str) -> str:
         return f'curl {url}/v1/models -H "x-api-key: {token}"'
     body = '{"model":"echo","max_tokens":64,"messages":[{"role":"user","content":"Hello, relay!"}]}'
     return f"curl {url}/v1/messages -H \"x-api-key: {token}\" -H 'content-type: application/json' -d '{body}'"
+
+
+# The options of the command line with what checks each, and the commands: what runs them, the options they take.
+OPTIONS: Mapping[str, Check] = {
+    "config": text,
+    "host": some_text,
+    "port": whole(0, 65535),
+    "expires": lifetime,
+}
+COMMANDS: Mapping[str, tuple[Callable[..., int], Sequence[str]]] = {
+    "serve": (run_serve, ("config", "host", "port")),
+    "check": (run_check, ("config", "host", "port")),
+    "hash-password": (run_hash_password, ()),
+    "token": (run_token, ("config", "expires")),
+}
 
 
 if __name__ == "__main__":
