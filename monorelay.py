@@ -127,7 +127,7 @@ LOG_LAST_SECONDS = 1.0
 LOG_VALUE_CHARACTERS = 200
 LOG_BACKLOG_LINES = 10_000  # more than that waiting for a blocked stderr is dropped, and counted
 
-# From the start until memory is tidied: the first requests need not wait for that.
+# From the start until the banner is written and memory tidied: those who wait for the relay to serve come first.
 SETTLE_SECONDS = 0.1
 
 ECHO_MODELS = ("echo", "echo-slow", "echo-cut", "echo-tool", "echo-error-529")
@@ -3133,7 +3133,7 @@ class Task:
     """Steps that the loop takes care of; `client` is the channel to the one they are for. Where there is a `shortcut`,
     it is called when something has happened, and the steps need not be resumed if it has dealt with that."""
 
-    __slots__ = ("_loop", "_steps", "_waiting", "client", "deadline", "done", "shortcut")
+    __slots__ = ("_loop", "_steps", "awaited_by", "client", "deadline", "done", "shortcut")
 
     def __init__(self, steps: Steps[None], loop: EventLoop) -> None:
         self.client: Channel | None = None
@@ -3142,7 +3142,7 @@ class Task:
         self.done = False
         self._loop = loop
         self._steps = steps
-        self._waiting = loop.running  # resumed when this one is done
+        self.awaited_by = {loop.running} if loop.running else set()  # tasks to resume when this one is done
 
     def notice(self, error: Exception | None) -> None:
         """Takes note that something has happened on a channel."""
@@ -3178,12 +3178,12 @@ class Task:
         self._steps.close()
 
     def _end(self) -> None:
-        """Notes that it is over, and has the task that started it see that."""
+        """Notes that it is over, and has those see that who wait for it."""
         self.done = True
         self.deadline = math.inf
         self._loop.tasks.discard(self)
-        if self._waiting:
-            self._loop.post(self._waiting.resume)
+        for task in self.awaited_by:
+            self._loop.post(task.resume)
 
 
 class EventLoop:
@@ -3310,17 +3310,27 @@ def pause(loop: EventLoop, seconds: float) -> Steps[None]:
         pass
 
 
+def start_thread(run: Callable[[], None]) -> None:
+    """Calls it in a thread of its own. Raises RuntimeError when the system gives out no more threads."""
+    threading.Thread(target=run, name="errand", daemon=True).start()
+
+
 def in_thread(
-    loop: EventLoop, work: Callable[[], Result], discard: Callable[[Result], object] | None = None
+    loop: EventLoop,
+    work: Callable[[], Result],
+    discard: Callable[[Result], object] | None = None,
+    start: Callable[[Callable[[], None]], object] = start_thread,
 ) -> Steps[Result]:
-    """What work() returns, called in a thread of its own. Raises what it raises, and Unavailable when the system
-    gives out no more threads. `discard` gets the result if nobody waits for it any more."""
+    """What work() returns, called in the thread that `start` finds for it. Raises what it raises, and Unavailable
+    when there is no thread. `discard` gets the result if nobody waits for it any more."""
     task = loop.current
     outcome: list[tuple[Result | None, Exception | None]] = []
     abandoned = False
 
     def run() -> None:
         result, fault = None, None
+        if abandoned:
+            return
         try:
             result = work()
         except Exception as error:
@@ -3335,7 +3345,7 @@ def in_thread(
             discard(result)
 
     try:
-        threading.Thread(target=run, name="errand", daemon=True).start()
+        start(run)
     except RuntimeError:
         raise Unavailable("this relay has no thread left for this", "no_threads") from None
     try:
@@ -4124,6 +4134,7 @@ class Catalogue:
         self._relay = relay
         self._loop = loop
         self._lists: dict[Provider, tuple[float, list[JsonDict]]] = {}  # fetched when, and what
+        self._fetches: dict[Provider, Task] = {}  # those that run, each for all who wait for it
 
     def entries(self, config: Config) -> Steps[list[JsonDict]]:
         """One entry a name, as the provider describes it; aliases and echo's come first."""
@@ -4143,7 +4154,11 @@ class Catalogue:
             for provider in providers
             if self._lists.get(provider, (-math.inf, []))[0] < now - CATALOGUE_FRESH_SECONDS
         ]
-        fetches = [self._loop.start(self._fetch(provider)) for provider in stale]
+        self._fetches = {provider: fetch for provider, fetch in self._fetches.items() if not fetch.done}
+        fetches = [self._fetches.get(provider) or self._loop.start(self._fetch(provider)) for provider in stale]
+        self._fetches.update(zip(stale, fetches))
+        for fetch in fetches:
+            fetch.awaited_by.add(self._loop.current)
         try:
             while not all(fetch.done for fetch in fetches):
                 yield now + CATALOGUE_WAIT_SECONDS
@@ -4316,7 +4331,6 @@ class Service:
         self.catalogue = Catalogue(self.relay, self.loop)
         self.requests = Throttle()
         self.logins = Throttle()
-        self.hashing = threading.BoundedSemaphore(4)  # each scrypt takes 16 MiB
 
     def use(self, config: Config) -> None:
         """Serves by this configuration from the next request on. The targets of models are worked out once for each."""
@@ -4327,6 +4341,21 @@ class Service:
     def config(self) -> Config:
         """The configuration in force."""
         return self.routing[0]
+
+    @functools.cached_property
+    def hash_in_turn(self) -> Callable[[Callable[[], None]], None]:
+        """Starts what hashes a password, in the one thread for that: scrypt takes 16 MiB, and glibc would keep as much
+        for every thread that has ever called it."""
+        import queue
+
+        waiting: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+        def work() -> None:
+            while True:
+                waiting.get()()
+
+        start_thread(work)
+        return waiting.put
 
 
 class Request(NamedTuple):
@@ -4545,13 +4574,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # Somebody unknown costs the same time as a wrong password.
         hashed = user.password if user and user.password else DUMMY_HASH
 
-        def is_right() -> bool:
-            with self.service.hashing:
-                right = check_password(given["password"], hashed)
-            return_memory()  # scrypt takes 16 MiB, which glibc would rather keep
-            return right
-
-        right = yield from in_thread(self.loop, is_right)
+        check = functools.partial(check_password, given["password"], hashed)
+        right = yield from in_thread(self.loop, check, start=lambda run: self.service.hash_in_turn(run))
         secret = self.config.server.jwt_secret
         if not (right and user and user.password and secret):
             raise Unauthenticated("the username or the password is wrong", "login_failed")
@@ -5163,15 +5187,16 @@ def run_serve(options: JsonDict) -> int:
     raise_descriptor_limit()
     listener = listen(config.server)
     host, port = listener.getsockname()[:2]
-    lines = "\n".join(
-        banner(config, path, relay_url(host, port), config.server.access_keys != given.server.access_keys)
-    )
+    made_up = config.server.access_keys != given.server.access_keys
+    lines = banner(config, path, relay_url(host, port), made_up)
     if config.server.workers > 1:
-        return Supervisor(config, path, options, listener).run(lines)
+        return Supervisor(config, path, options, listener).run("\n".join(lines))
     server = RelayServer(config, None, listener)
-    server.log.write(lines)
     server.start()
     operator, signals = Operator(server, path, options), Signals(*OPERATOR_SIGNALS)
+    time.sleep(SETTLE_SECONDS)
+    server.log.write("\n".join(lines))
+    server.log.flush()
     return outlast_script(lambda: operator.run(signals))
 
 
@@ -5192,7 +5217,6 @@ def outlast_script(serve: Callable[[], int]) -> int:
     if sys.version_info[:3] in ((3, 12, 0), (3, 12, 1)):
         os._exit(serve())  # these start no thread any more when the script has ended (CPython issue 113964)
     threading.Thread(target=run, name="operator").start()
-    time.sleep(SETTLE_SECONDS)
     return 0
 
 

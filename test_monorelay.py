@@ -3558,6 +3558,28 @@ def test_the_catalogue_has_each_usable_name_once_and_pages(upstream, relay):
     assert it.ask("GET", "/v1/models/fast", None, ANTHROPIC_VERSION).json["type"] == "model"
 
 
+def test_clients_that_ask_for_the_catalogue_together_have_the_provider_asked_once(upstream, relay):
+    gate = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.wait(gate)
+        connection.send(catalogue_answer("claude-a"))
+
+    provider = upstream(script)
+    it = relay({"anthropic": provider})
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(it.client()) for _ in range(9)]
+        assert {client.ask("GET", "/health").status for client in clients} == {200}
+        for client in clients[1:]:
+            client.send(request("GET", "/v1/models"))
+        # What was sent before this has been read when this is answered.
+        assert clients[0].ask("GET", "/health").status == 200 and provider.called.wait(TIMEOUT_SECONDS)
+        gate.set()
+        answers = [client.answer() for client in clients[1:]]
+    assert {answer.json["data"][0]["id"] for answer in answers} == {"claude-a"} and len(provider.requests) == 1
+
+
 def test_an_odd_entry_of_a_provider_does_not_spoil_the_catalogue(upstream, relay):
     odd = json.dumps({"data": [{"id": ["x"]}, {"id": 5}, {"nope": 1}, 7, {"id": "claude-a"}]}).encode()
     it = relay({"anthropic": upstream(answer(200, odd))})
@@ -4232,6 +4254,10 @@ class Program:
     def text(self) -> str:
         return "".join(self.lines)
 
+    def resident_bytes(self) -> int:
+        found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())
+        return int(found[1]) << 10
+
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
@@ -4274,6 +4300,25 @@ def test_the_banner_never_shows_a_key_of_the_owner(program):
 def test_hash_password_reads_stdin(tmp_path):
     done = run("hash-password", cwd=tmp_path, text="pässword\n")
     assert done.returncode == 0 and monorelay.check_password("pässword", done.stdout.strip())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["chek"], "there is no command chek, did you mean check?"),
+        (["--prot", "80"], "option --prot not recognized, did you mean --port?"),
+        (["--port"], "option --port requires argument"),
+        (["--port", "high"], "--port must be a number"),
+        (["check", "--expires", "3d"], "check takes no --expires"),
+        (["check", "this"], "check takes nothing but options"),
+        (["token"], "token takes one USER"),
+        (["token", "alice", "--expires", "soon"], "--expires must be a time such as 30d"),
+    ],
+)
+def test_a_command_line_that_is_wrong_gets_one_line_that_says_so(tmp_path, arguments, told):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and told in done.stderr and "--help" in done.stderr
 
 
 def test_token_makes_a_jwt_for_a_user(tmp_path):
@@ -4490,19 +4535,28 @@ def test_out_of_descriptors_is_survived_without_spinning_or_flooding(program):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_idle_connections_cost_little(program):
     it = program(settings({"echo": {}}))
-
-    def resident() -> int:
-        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{it.process.pid}/status").read_text())[1]) << 10
-
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(Client(it.url))
         assert first.ask("GET", "/health").status == 200
-        before = resident()
+        before = it.resident_bytes()
         clients = [stack.enter_context(Client(it.url)) for _ in range(1000)]
         for client in clients:
             client.send(request("GET", "/health"))
         assert {client.answer().status for client in clients} == {200}
-        assert resident() - before < 20 << 20
+        assert it.resident_bytes() - before < 20 << 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_logins_at_the_same_time_take_the_memory_of_one(program):
+    it = program(settings({"echo": {}}, server={"jwt_secret": JWT_SECRET}, users=USERS))
+    before = it.resident_bytes()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(it.url)) for _ in range(24)]
+        for number, client in enumerate(clients):
+            tried = {"username": f"user{number}", "password": "wrong"}
+            client.send(request("POST", "/api/auth/login", json.dumps(tried).encode()))
+        assert {client.answer().status for client in clients} == {401}
+    assert it.resident_bytes() - before < 40 << 20
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4628,8 +4682,7 @@ def test_thousands_of_idle_clients_and_quiet_streams_at_a_time(many_descriptors,
         started = time.monotonic()
         assert all(client.ask("GET", "/health").status == 200 for client in idle[::100])
         assert time.monotonic() - started < 1
-        memory = int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{it.process.pid}/status").read_text())[1])
-        print(f"{CROWD} idle clients and {CROWD} quiet streams: {memory // 1024} MB")
+        print(f"{CROWD} idle clients and {CROWD} quiet streams: {it.resident_bytes() >> 20} MB")
         for client in idle + streams:
             client.close()
         eventually(lambda: len(os.listdir(f"/proc/{it.process.pid}/fd")) < 100)
