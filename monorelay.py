@@ -24,14 +24,13 @@ What happens to a request:
     Delivery.run                  the answer goes out as it arrives
 """
 
-from __future__ import annotations
-
 import gc
 
 if __name__ == "__main__":
     gc.disable()  # until all is loaded: none of that is garbage
 
 import base64
+import codecs
 import collections
 import errno
 import fnmatch
@@ -58,7 +57,7 @@ import threading
 import time
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any, Callable, NamedTuple, NoReturn, TypeVar, Union
+from typing import IO, Any, Callable, NamedTuple, NoReturn, Optional, TypeVar, Union
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
 __version__ = "1.0.0"
@@ -375,13 +374,13 @@ class Provider(NamedTuple):
     port: int
     authority: str  # host[:port] as it stands in URLs and Host
     prefix: str  # stands before the part of the path that follows /v1
-    keys: tuple[ProviderKey, ...] | None  # None: takes no key at all, like a local model server
+    keys: Optional[tuple[ProviderKey, ...]]  # None: takes no key at all, like a local model server
     enabled: bool
     timeout: float
     connect_timeout: float
     cooldown: float
     key_strategy: str
-    headers: tuple[tuple[str, str | None], ...]
+    headers: tuple[tuple[str, Optional[str]], ...]
     auth_header: str
     models: tuple[str, ...]
 
@@ -415,7 +414,7 @@ class ServerSettings(NamedTuple):
     host: str
     port: int
     access_keys: tuple[Secret, ...]
-    jwt_secret: Secret | None
+    jwt_secret: Optional[Secret]
     workers: int
     max_body_mb: float
     max_upload_mb: float
@@ -474,7 +473,7 @@ class Problems:
             raise ConfigError(self.lines)
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: Union[str, bytes]) -> Any:
     """The value of a JSON text, stricter than `json.loads`: NaN and infinities are refused too, and
     objects come as JsonObject. Raises ValueError with the place."""
     try:
@@ -634,7 +633,7 @@ def access_keys(value: Any) -> tuple[Secret, ...]:
     return tuple(Secret(str(item)) for item in items if item)
 
 
-def jwt_secret(value: Any) -> Secret | None:
+def jwt_secret(value: Any) -> Optional[Secret]:
     """The secret, long enough to be one; None when it is empty."""
     found = text(value)
     try:
@@ -669,7 +668,7 @@ def base_url(value: Any) -> str:
     return found
 
 
-def upstream_headers_setting(value: Any) -> tuple[tuple[str, str | None], ...]:
+def upstream_headers_setting(value: Any) -> tuple[tuple[str, Optional[str]], ...]:
     """The headers to set upstream, None for those to remove."""
     if not isinstance(value, dict):
         raise ValueError(f"must be an object of headers, not {kind_of(value)}")
@@ -690,7 +689,7 @@ def listed(value: Any) -> list[Any]:
     return value
 
 
-def provider_key(value: Any, number_in_list: int) -> ProviderKey | None:
+def provider_key(value: Any, number_in_list: int) -> Optional[ProviderKey]:
     """The key that an entry of `keys` stands for; None when it is empty. Raises ValueError."""
     entry = {"key": value} if isinstance(value, str) else value
     if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
@@ -839,7 +838,7 @@ def read_provider(name: str, given: Any, problems: Problems) -> Provider:
     )
 
 
-def read_keys(value: Any, place: str, problems: Problems) -> tuple[ProviderKey, ...] | None:
+def read_keys(value: Any, place: str, problems: Problems) -> Optional[tuple[ProviderKey, ...]]:
     """The keys of a provider that aren't empty; None when it has no `keys` at all."""
     if value is None:
         return None
@@ -922,7 +921,7 @@ class Caller(NamedTuple):
 
     name: str
     admin: bool  # shows an access key of the owner
-    user: User | None  # the entry of relay.json, when there is one
+    user: Optional[User]  # the entry of relay.json, when there is one
 
 
 class TokenError(Unauthenticated):
@@ -1038,7 +1037,7 @@ def subject(claims: JsonDict, kind: str, users: Mapping[str, User]) -> str:
 
 def identify(tokens: Sequence[str], config: Config, now: float) -> Caller:
     """The caller that shows these tokens, one of which must be valid. Raises Unauthenticated."""
-    problem: Unauthenticated | None = None
+    problem: Optional[Unauthenticated] = None
     for token in tokens:
         if is_access_key(token, config.server.access_keys):
             return Caller("admin", True, None)
@@ -1248,7 +1247,7 @@ class Candidate(NamedTuple):
     """A target with the key to use; `key` is None for a provider that takes none."""
 
     target: Target
-    key: ProviderKey | None
+    key: Optional[ProviderKey]
 
     @property
     def label(self) -> str:
@@ -1296,7 +1295,7 @@ class KeyPool:
         back = {candidate: self._back_at(candidate) for candidate in candidates}
         return sorted(candidates, key=lambda candidate: max(back[candidate], now))
 
-    def _keys_in_turn(self, provider: Provider, session: Callable[[], str]) -> Sequence[ProviderKey | None]:
+    def _keys_in_turn(self, provider: Provider, session: Callable[[], str]) -> Sequence[Optional[ProviderKey]]:
         """The keys of a provider in the order of its strategy."""
         keys = provider.keys
         if keys is None:
@@ -1332,7 +1331,7 @@ class KeyPool:
         for name in cooling_names(candidate) if self._cooling else ():
             self._cooling.pop(name, None)
 
-    def failed(self, candidate: Candidate, status: int, retry_after: float | None, now: float) -> None:
+    def failed(self, candidate: Candidate, status: int, retry_after: Optional[float], now: float) -> None:
         """Notes an answer with a status of failure."""
         cooldown = candidate.target.provider.cooldown
         _, key, key_and_model = cooling_names(candidate)
@@ -1446,7 +1445,7 @@ class RequestHead(NamedTuple):
     query: str
     version: int  # the minor version: 1 of HTTP/1.1
     fields: Headers
-    body_length: int | None  # None: chunked
+    body_length: Optional[int]  # None: chunked
 
     @property
     def headers(self) -> Pairs:
@@ -1510,7 +1509,7 @@ def parse_request_head(data: bytes) -> RequestHead:
     return RequestHead(method, path, query, version, fields, request_body_length(fields, version))
 
 
-def parse_fields(block: str) -> Pairs | None:
+def parse_fields(block: str) -> Optional[Pairs]:
     """Names and values of the fields in a block of lines that each end in CRLF; None unless all are well-formed."""
     pairs: Pairs = FIELD_LINE.findall(block)
     if block.count("\n") != len(pairs):
@@ -1552,7 +1551,7 @@ def check_spellings(fields: Headers) -> None:
             raise MalformedRequest(f"the header {name} could be mistaken for another; spell it with -")
 
 
-def request_body_length(fields: Headers, version: int) -> int | None:
+def request_body_length(fields: Headers, version: int) -> Optional[int]:
     """The length of a request's body, None when it is chunked (RFC 9112 §6). Raises MalformedRequest."""
     if "transfer-encoding" in fields:
         if "content-length" in fields:
@@ -1741,7 +1740,7 @@ def end_to_end(fields: Headers, kept_back: frozenset[str]) -> Pairs:
 
 
 def upstream_fields(
-    head: RequestHead, provider: Provider, key: ProviderKey | None, body_length: int | None, recoded: bool
+    head: RequestHead, provider: Provider, key: Optional[ProviderKey], body_length: Optional[int], recoded: bool
 ) -> Pairs:
     """The header fields for the provider: the client's, with the relay's credential in place of its own.
 
@@ -1800,7 +1799,7 @@ def header_text(value: str) -> str:
     )
 
 
-def retry_after_seconds(value: str, now: float) -> float | None:
+def retry_after_seconds(value: str, now: float) -> Optional[float]:
     """What `retry-after` asks for: seconds, fractions too, or an HTTP date (RFC 9110 §10.2.3), compared
     with `now` (seconds since 1970). None when it is absent, malformed, or not within an hour."""
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
@@ -2100,8 +2099,8 @@ class Usage:
     __slots__ = ("_tail", "input_tokens", "output_tokens")
 
     def __init__(self) -> None:
-        self.input_tokens: int | None = None
-        self.output_tokens: int | None = None
+        self.input_tokens: Optional[int] = None
+        self.output_tokens: Optional[int] = None
         self._tail = b""
 
     def read(self, data: bytes) -> None:
@@ -2152,7 +2151,7 @@ class AccessRecord:
     def __init__(self, when: float, started: float) -> None:
         self.when = when  # seconds since 1970
         self.started = started  # on the monotonic clock, like first_byte
-        self.first_byte: float | None = None
+        self.first_byte: Optional[float] = None
         self.request_id = new_request_id()
         self.caller = self.method = self.path = self.model = self.sent_model = ""
         self.provider = self.key = self.error = ""
@@ -2268,7 +2267,7 @@ class Reply(NamedTuple):
     tool: str  # the name of a tool to call, or empty
     tool_input: JsonDict
     stop_reason: str
-    stop_sequence: str | None
+    stop_sequence: Optional[str]
     input_tokens: int
 
     @property
@@ -2402,7 +2401,7 @@ def said(content: Any) -> str:
     return "\n".join(texts) if texts else " ".join(f"[{block.get('type')}]" for block in blocks)
 
 
-def shorten(words: list[str], max_tokens: int | None, stops: Sequence[str]) -> tuple[list[str], str, str | None]:
+def shorten(words: list[str], max_tokens: Optional[int], stops: Sequence[str]) -> tuple[list[str], str, Optional[str]]:
     """The words up to the first stop sequence or the limit, why they end, and at which sequence."""
     text = "".join(words)
     found = [(text.find(stop), stop) for stop in stops if stop and stop in text]
@@ -2693,7 +2692,7 @@ def echo_chat(request: JsonDict, identity: str, now: int) -> EchoAnswer:
     function = {"name": reply.tool, "arguments": json.dumps(reply.tool_input)}
     finish = OPENAI_STOPS[reply.stop_reason]
 
-    def choices(name: str, content: JsonDict, reason: str | None) -> list[JsonDict]:
+    def choices(name: str, content: JsonDict, reason: Optional[str]) -> list[JsonDict]:
         return [{"index": 0, name: content, "logprobs": None, "finish_reason": reason}]
 
     if not request.get("stream"):
@@ -2716,7 +2715,7 @@ def echo_completion(request: JsonDict, identity: str, now: int) -> EchoAnswer:
     text = prompt if isinstance(prompt, str) else str(prompt[0])
     reply = openai_reply(request, f"cmpl-{identity}", text, {})
 
-    def choices(text: str, reason: str | None) -> list[JsonDict]:
+    def choices(text: str, reason: Optional[str]) -> list[JsonDict]:
         return [{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}]
 
     finish = OPENAI_STOPS[reply.stop_reason]
@@ -2858,7 +2857,7 @@ def openai_usage(reply: Reply) -> JsonDict:
     return {"prompt_tokens": reply.input_tokens, "completion_tokens": reply.output_tokens, "total_tokens": total}
 
 
-def openai_object(reply: Reply, kind: str, now: int, choices: list[JsonDict], usage: JsonDict | None) -> JsonDict:
+def openai_object(reply: Reply, kind: str, now: int, choices: list[JsonDict], usage: Optional[JsonDict]) -> JsonDict:
     """A completion, or a chunk of one."""
     return {"id": reply.id, "object": kind, "created": now, "model": reply.model, "choices": choices, "usage": usage}
 
@@ -2920,7 +2919,7 @@ class Channel:
         "opening", "received", "send_failed", "sock", "target_prefix", "task",
     )  # fmt: skip
 
-    def __init__(self, sock: socket.socket, loop: EventLoop) -> None:
+    def __init__(self, sock: socket.socket, loop: "EventLoop") -> None:
         sock.setblocking(False)
         self.sock = sock
         self.task = loop.running
@@ -2967,7 +2966,7 @@ class Channel:
         if not self._watched & READABLE:
             self._watch()
 
-    def send_now(self, data: bytes | memoryview) -> int:
+    def send_now(self, data: Union[bytes, memoryview]) -> int:
         """How many of the bytes could be sent at once; the task is resumed when there is room for more.
         Raises OSError."""
         if self._outgoing and not self.flush():
@@ -3135,16 +3134,16 @@ class Task:
 
     __slots__ = ("_loop", "_steps", "awaited_by", "client", "deadline", "done", "shortcut")
 
-    def __init__(self, steps: Steps[None], loop: EventLoop) -> None:
-        self.client: Channel | None = None
-        self.shortcut: Callable[[], bool] | None = None
+    def __init__(self, steps: Steps[None], loop: "EventLoop") -> None:
+        self.client: Optional[Channel] = None
+        self.shortcut: Optional[Callable[[], bool]] = None
         self.deadline = math.inf
         self.done = False
         self._loop = loop
         self._steps = steps
         self.awaited_by = {loop.running} if loop.running else set()  # tasks to resume when this one is done
 
-    def notice(self, error: Exception | None) -> None:
+    def notice(self, error: Optional[Exception]) -> None:
         """Takes note that something has happened on a channel."""
         if self.shortcut and not error:
             try:
@@ -3154,7 +3153,7 @@ class Task:
                 error = fault
         self.resume(error)
 
-    def resume(self, error: Exception | None = None) -> None:
+    def resume(self, error: Optional[Exception] = None) -> None:
         """Goes on until it must wait again. A defect costs this task only."""
         if self.done:
             return
@@ -3193,7 +3192,7 @@ class EventLoop:
         self.warn = warn
         self.selector = selectors.DefaultSelector()
         self.now = time.monotonic()
-        self.running: Task | None = None
+        self.running: Optional[Task] = None
         self.tasks: set[Task] = set()
         self.sweep_at = 0.0
         self.crowded = False  # whether there is more than one to serve in this turn
@@ -3318,13 +3317,13 @@ def start_thread(run: Callable[[], None]) -> None:
 def in_thread(
     loop: EventLoop,
     work: Callable[[], Result],
-    discard: Callable[[Result], object] | None = None,
+    discard: Optional[Callable[[Result], object]] = None,
     start: Callable[[Callable[[], None]], object] = start_thread,
 ) -> Steps[Result]:
     """What work() returns, called in the thread that `start` finds for it. Raises what it raises, and Unavailable
     when there is no thread. `discard` gets the result if nobody waits for it any more."""
     task = loop.current
-    outcome: list[tuple[Result | None, Exception | None]] = []
+    outcome: list[tuple[Optional[Result], Optional[Exception]]] = []
     abandoned = False
 
     def run() -> None:
@@ -3337,7 +3336,7 @@ def in_thread(
             fault = error
         loop.post(functools.partial(come_back, result, fault))
 
-    def come_back(result: Any, fault: Exception | None) -> None:
+    def come_back(result: Any, fault: Optional[Exception]) -> None:
         if not abandoned:
             outcome.append((result, fault))
             task.resume()
@@ -3392,7 +3391,7 @@ class RequestBody:
         """Whether it has been read to its end."""
         return self._decoder.finished
 
-    def read(self, upstream: Channel | None = None) -> Steps[bytes]:
+    def read(self, upstream: Optional[Channel] = None) -> Steps[bytes]:
         """The next piece, b"" at the end. Raises ClientGone, TooLarge, MalformedRequest, and EarlyAnswer
         when the provider speaks before there is one."""
         piece = self._arrived()
@@ -3434,7 +3433,7 @@ class RequestBody:
             raise self._too_large()
         return piece
 
-    def _arrival(self, upstream: Channel | None) -> Steps[None]:
+    def _arrival(self, upstream: Optional[Channel]) -> Steps[None]:
         """Waits for more of the body."""
         channel, deadline = self._channel, self._loop.now + self._pause
         if self._invite:
@@ -3464,10 +3463,10 @@ class UpstreamPool:
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
         self._idle: dict[tuple[str, str, int], list[Channel]] = {}
-        self._tls: ssl.SSLContext | None = None
+        self._tls: Optional[ssl.SSLContext] = None
         self._lock = threading.Lock()  # guards _tls, which is made in the thread that first needs it
 
-    def take(self, provider: Provider) -> Channel | None:
+    def take(self, provider: Provider) -> Optional[Channel]:
         """A kept connection, the one used last: it is the least likely to be closed soon."""
         idle = self._idle.get((provider.scheme, provider.host, provider.port))
         while idle:
@@ -3752,7 +3751,7 @@ class ReadBody(NamedTuple):
 
     sent: bytes  # as the client sent it
     content: bytes  # the same without its content-encoding
-    model: str | None  # the one that it names
+    model: Optional[str]  # the one that it names
 
     def with_model(self, model: str) -> tuple[bytes, bool]:
         """The body that asks for this model, and whether it lost its content-encoding."""
@@ -3766,7 +3765,7 @@ class Job(NamedTuple):
 
     head: RequestHead
     endpoint: Endpoint
-    body: ReadBody | RequestBody
+    body: Union[ReadBody, RequestBody]
     candidates: Sequence[Candidate]
     record: AccessRecord
 
@@ -3791,7 +3790,7 @@ class Relay:
     def obtain(self, job: Job) -> Steps[Answer]:
         """The answer to deliver: the first that isn't a failure, else the last one there was. Raises
         UpstreamFailed, UpstreamSilent, Unavailable, ClientGone, and what reading the body raises."""
-        last: Answer | None = None
+        last: Optional[Answer] = None
         failure: UpstreamFailure = Unreachable("there is no provider to try")
         only_once_more = False
         try:
@@ -3978,7 +3977,7 @@ class Transfer:
         record: AccessRecord,
         request: RequestHead,
         dialect: str,
-        rewriter: ResultsUrlRewriter | None,
+        rewriter: Optional[ResultsUrlRewriter],
     ) -> None:
         self.keep_alive = request.keep_alive
         self.ended = False
@@ -3987,7 +3986,7 @@ class Transfer:
         self._record = record
         self._request = request
         self._dialect = dialect
-        self._filter: LineSplitter | ResultsUrlRewriter | None = LineSplitter() if answer.is_stream else rewriter
+        self._filter: Union[LineSplitter, ResultsUrlRewriter, None] = LineSplitter() if answer.is_stream else rewriter
         self._chunked = False
         # Whether a stream has to say that it is over, since its framing won't, and whether it has.
         self._awaits_end = answer.is_stream and isinstance(answer.decoder, CloseDecoder)
@@ -4244,7 +4243,7 @@ def model_page(entries: Sequence[JsonDict], query: str, dialect: str) -> JsonDic
 class LogWriter:
     """Writes lines to stderr from a thread of its own: a log that is slow, or gone, holds up nobody."""
 
-    def __init__(self, stream: IO[str] | None) -> None:
+    def __init__(self, stream: Optional[IO[str]]) -> None:
         self._stream = stream
         self._lines: collections.deque[str] = collections.deque()
         self._wanted = threading.Event()
@@ -4387,7 +4386,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     Each answer_… method is for one kind of endpoint; what its steps come to is whether the connection can be used
     for another request."""
 
-    server: RelayServer
+    server: "RelayServer"
 
     def setup(self) -> None:
         """Prepares to serve a connection that was just accepted; called in the thread that accepts."""
@@ -4399,8 +4398,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.handlers.add(self)
         self.idle = False  # between two requests
         self.busy = False  # with a request that isn't answered yet
-        self.fault: MalformedRequest | None = None  # why no head can come any more
-        self.task: Task | None = None
+        self.fault: Optional[MalformedRequest] = None  # why no head can come any more
+        self.task: Optional[Task] = None
 
     def handle(self) -> None:
         """Has the event loop serve the connection."""
@@ -4479,8 +4478,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.busy = True
         self.config, self.targets_for = self.service.routing
         self.record = AccessRecord(time.time(), self.loop.now)
-        self.body: RequestBody | None = None
-        self.head: RequestHead | None = None
+        self.body: Optional[RequestBody] = None
+        self.head: Optional[RequestHead] = None
         self.dialect = ""
         try:
             return (yield from self._answer_request(data))
@@ -4665,7 +4664,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         session = functools.partial(self._session, request, body)
         return self._relay(request, body, self.service.relay.keys.order(targets, session, self.loop.now))
 
-    def _relay_to_first(self, request: Request, body: ReadBody | RequestBody) -> Steps[bool]:
+    def _relay_to_first(self, request: Request, body: Union[ReadBody, RequestBody]) -> Steps[bool]:
         """Relays to the first provider's first key. Raises Forbidden for users who may use some models only, where
         models may stand out of sight."""
         provider = first_provider(self.config, request.endpoint.dialect)
@@ -4713,7 +4712,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise
             return ReadBody(sent, content, None)
 
-    def _relay(self, request: Request, body: ReadBody | RequestBody, candidates: Sequence[Candidate]) -> Steps[bool]:
+    def _relay(
+        self, request: Request, body: Union[ReadBody, RequestBody], candidates: Sequence[Candidate]
+    ) -> Steps[bool]:
         """Gets the answer, and passes it on as it comes."""
         relay = self.service.relay
         answer = yield from relay.obtain(Job(request.head, request.endpoint, body, candidates, self.record))
@@ -4741,7 +4742,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fields.append(("x-monorelay-attempts", str(self.record.attempts)))
         return fields + cors
 
-    def _rewriter(self, request: Request, answer: Answer) -> ResultsUrlRewriter | None:
+    def _rewriter(self, request: Request, answer: Answer) -> Optional[ResultsUrlRewriter]:
         """What keeps the client from following a batch's results_url to the provider; where it matters."""
         head, provider = request.head, answer.candidate.target.provider
         if not request.endpoint.batches or provider.format != "anthropic":
@@ -4818,7 +4819,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     For callers: start(), url, reload(), stop(). Everything else belongs to socketserver's protocol."""
 
-    def __init__(self, config: Config, log: IO[str] | None = None, listener: socket.socket | None = None) -> None:
+    def __init__(self, config: Config, log: Optional[IO[str]] = None, listener: Optional[socket.socket] = None) -> None:
         super().__init__(("", 0), Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener or listen(config.server)
@@ -4849,10 +4850,10 @@ class RelayServer(http.server.ThreadingHTTPServer):
         return min(limit, 150) if os.name == "nt" else limit
 
     def start(self) -> None:
-        """Starts its threads: one accepts, one serves, one writes the log."""
-        self.log.start()
+        """Starts its threads: one serves, one accepts, one writes the log."""
         threading.Thread(target=self.service.loop.run, name="event loop", daemon=True).start()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+        self.log.start()
         self._started = True
 
     def reload(self, config: Config) -> None:
@@ -5001,7 +5002,7 @@ def relay_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def with_run_secrets(config: Config, old: Config | None) -> Config:
+def with_run_secrets(config: Config, old: Optional[Config]) -> Config:
     """The configuration with what it leaves out made up for this run: an access key if there is no
     credential at all, and a secret for tokens if somebody can log in."""
     server = config.server
@@ -5040,7 +5041,7 @@ class UsageError(Exception):
     """A command line that asks for nothing that there is."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Runs the command that the arguments name; the exit status."""
     gc.freeze()
     gc.enable()
@@ -5194,6 +5195,7 @@ def run_serve(options: JsonDict) -> int:
     server = RelayServer(config, None, listener)
     server.start()
     operator, signals = Operator(server, path, options), Signals(*OPERATOR_SIGNALS)
+    codecs.lookup("idna")  # slow to load, and needed for the first connection to a provider
     time.sleep(SETTLE_SECONDS)
     server.log.write("\n".join(lines))
     server.log.flush()
@@ -5503,12 +5505,7 @@ def curl_line(config: Config, url: str, token: str) -> str:
 
 
 # The options of the command line with what checks each, and the commands: what runs them, the options they take.
-OPTIONS: Mapping[str, Check] = {
-    "config": text,
-    "host": some_text,
-    "port": whole(0, 65535),
-    "expires": lifetime,
-}
+OPTIONS: Mapping[str, Check] = {"config": text, "host": some_text, "port": whole(0, 65535), "expires": lifetime}
 COMMANDS: Mapping[str, tuple[Callable[..., int], Sequence[str]]] = {
     "serve": (run_serve, ("config", "host", "port")),
     "check": (run_check, ("config", "host", "port")),
