@@ -185,6 +185,7 @@ BUILT_IN_CONFIG = """{
 # Overdue                   no fault either: a task's time is over, and it decides what that means
 # ClientGone                nobody is left to be told anything
 # ConfigError               everything that is wrong with relay.json
+# UsageError                a command line that asks for what there isn't
 
 
 class RelayError(Exception):
@@ -3327,9 +3328,9 @@ def in_thread(
     abandoned = False
 
     def run() -> None:
-        result, fault = None, None
         if abandoned:
             return
+        result, fault = None, None
         try:
             result = work()
         except Exception as error:
@@ -5038,7 +5039,7 @@ options:
 
 
 class UsageError(Exception):
-    """A command line that asks for nothing that there is."""
+    """A command line that asks for what there isn't."""
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -5186,15 +5187,18 @@ def run_serve(options: JsonDict) -> int:
     given = load_config(path, options)
     config = with_run_secrets(given, None)
     raise_descriptor_limit()
+    supervised = config.server.workers > 1
+    # Whoever can connect must be able to count on an end in good order.
+    signals = Signals(*OPERATOR_SIGNALS, "SIGCHLD") if supervised else Signals(*OPERATOR_SIGNALS)
     listener = listen(config.server)
     host, port = listener.getsockname()[:2]
     made_up = config.server.access_keys != given.server.access_keys
     lines = banner(config, path, relay_url(host, port), made_up)
-    if config.server.workers > 1:
-        return Supervisor(config, path, options, listener).run("\n".join(lines))
+    if supervised:
+        return Supervisor(config, path, options, listener).run(signals, "\n".join(lines))
     server = RelayServer(config, None, listener)
     server.start()
-    operator, signals = Operator(server, path, options), Signals(*OPERATOR_SIGNALS)
+    operator = Operator(server, path, options)
     codecs.lookup("idna")  # slow to load, and needed for the first connection to a provider
     time.sleep(SETTLE_SECONDS)
     server.log.write("\n".join(lines))
@@ -5319,12 +5323,11 @@ class Supervisor:
         self._listener = listener
         self._workers: dict[int, float] = {}  # process id: when it was started
 
-    def run(self, lines: str) -> int:
+    def run(self, signals: Signals, lines: str) -> int:
         """Serves until SIGTERM or SIGINT; the exit status."""
         log = LogWriter(sys.stderr)
         log.write(lines)
         log.flush()
-        signals = Signals(*OPERATOR_SIGNALS, "SIGCHLD")
         while True:
             while len(self._workers) < self._config.server.workers:
                 self._start_worker()
