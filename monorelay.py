@@ -5508,7 +5508,7 @@ def curl_line(config: Config, url: str, token: str) -> str:
 
 
 # The options of the command line with what checks each, and the commands: what runs them, the options they take.
-OPTIONS: Mapping[str, Check] = {"config": text, "host": some_text, "port": whole(0, 65535), "expires": lifetime}
+OPTIONS: Mapping[str, Check] = {"config": some_text, "host": some_text, "port": whole(0, 65535), "expires": lifetime}
 COMMANDS: Mapping[str, tuple[Callable[..., int], Sequence[str]]] = {
     "serve": (run_serve, ("config", "host", "port")),
     "check": (run_check, ("config", "host", "port")),

@@ -4309,6 +4309,7 @@ def test_hash_password_reads_stdin(tmp_path):
         (["--prot", "80"], "option --prot not recognized, did you mean --port?"),
         (["--port"], "option --port requires argument"),
         (["--port", "high"], "--port must be a number"),
+        (["--config", ""], "--config must not be empty"),
         (["check", "--expires", "3d"], "check takes no --expires"),
         (["check", "this"], "check takes nothing but options"),
         (["token"], "token takes one USER"),
