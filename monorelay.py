@@ -2282,8 +2282,10 @@ class Reply(NamedTuple):
         )
 
 
-def echo_answer(method: str, path: str, body: bytes, now: float, request_id: str) -> EchoAnswer:
-    """The answer to a request in either format; `path` tells which."""
+def echo_answer(
+    method: str, path: str, body: bytes, now: float, request_id: str, betas: Sequence[str] = ()
+) -> EchoAnswer:
+    """The answer to a request in either format; `path` tells which. `betas` are those of anthropic-beta."""
     dialect = "anthropic" if path.startswith("/v1/messages") or path.startswith("/v1/anthropic") else "openai"
     try:
         if method == "GET":
@@ -2300,6 +2302,8 @@ def echo_answer(method: str, path: str, body: bytes, now: float, request_id: str
         require(request, "model", is_text, "Input should be a valid string")
         asked_error(request["model"])
         try:
+            if any(beta.startswith("mid-conversation-system-") for beta in betas):
+                request["messages"] = without_system_turns(request.get("messages"))
             return compose(request, hashlib.sha256(body).hexdigest()[:24], int(now))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
             raise EchoFault(400, "a field of the request has the wrong type") from None
@@ -2307,6 +2311,13 @@ def echo_answer(method: str, path: str, body: bytes, now: float, request_id: str
         kind = ERROR_KINDS.get(fault.status, "api_error" if fault.status >= 500 else "invalid_request_error")
         document = error_body(dialect, kind, str(fault), kind, request_id)
         return EchoAnswer(fault.status, "application/json", [(0.0, document)])
+
+
+def without_system_turns(messages: Any) -> Any:
+    """The turns but those of the system, which Claude Code puts between the others where a beta allows it."""
+    if not isinstance(messages, list):
+        return messages
+    return [turn for turn in messages if not (isinstance(turn, dict) and turn.get("role") == "system")]
 
 
 def asked_error(model: str) -> None:
@@ -3624,7 +3635,8 @@ def serve_echo(loop: EventLoop, sock: socket.socket) -> Steps[None]:
         head = parse_request_head(channel.use(head_length(channel.received)))
         body = yield from RequestBody(channel, head, sys.maxsize, loop).read_all()
         request_id = new_request_id()
-        answer = echo_answer(head.method, head.path, body, time.time(), request_id)
+        betas = head.fields.elements("anthropic-beta")
+        answer = echo_answer(head.method, head.path, body, time.time(), request_id, betas)
         yield from send_echo(loop, channel, answer, request_id)
         yield from channel.finish_sending(STALLED_CLIENT_SECONDS)
     except (OSError, ClientGone, Overdue, RelayError):

@@ -1885,6 +1885,24 @@ def test_echo_counts_tokens_and_lists_models(echo):
         assert all({"type", "id", "display_name", "created_at"} <= model.keys() for model in listed["data"])
 
 
+def test_echo_takes_system_turns_only_with_their_beta(echo):
+    turns = [
+        {"role": "user", "content": "Say this."},
+        {"role": "system", "content": "Be brief."},
+        {"role": "assistant", "content": "This."},
+        {"role": "user", "content": "And that."},
+    ]
+    asked = json.dumps(prompt("echo", messages=turns)).encode()
+    beta = "anthropic-beta: claude-code-20250219,mid-conversation-system-2026-04-07"
+    taken = echo.ask("POST", "/v1/messages", asked, ANTHROPIC_VERSION, beta)
+    assert (taken.status, taken.json["content"][0]["text"]) == (200, "And that.")
+    refusal = echo.ask("POST", "/v1/messages", asked, ANTHROPIC_VERSION)
+    assert refusal.status == 400 and refusal.json["error"]["message"].startswith("messages.1.role: ")
+    nobody = json.dumps(prompt("echo", messages=None)).encode()
+    refusal = echo.ask("POST", "/v1/messages", nobody, ANTHROPIC_VERSION, beta)
+    assert refusal.status == 400 and refusal.json["error"]["message"].startswith("messages: ")
+
+
 def test_echo_speaks_openai(echo):
     got = echo.post("/v1/chat/completions", chat("echo")).json
     assert (got["object"], got["choices"][0]["message"]["content"]) == ("chat.completion", "Hello there")
