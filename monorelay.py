@@ -32,6 +32,9 @@ if __name__ == "__main__":
 import base64
 import codecs
 import collections
+import datetime
+import difflib
+import email.utils
 import errno
 import fnmatch
 import functools
@@ -41,13 +44,16 @@ import hmac
 import http.client
 import http.server
 import io
+import ipaddress
 import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
 import selectors
+import shlex
 import signal
 import socket
 import ssl
@@ -55,12 +61,15 @@ import struct
 import sys
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, Callable, NamedTuple, NoReturn, Optional, TypeVar, Union
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
 __version__ = "1.0.0"
+
+MEGABYTE = 1024 * 1024
 
 Pairs = list[tuple[str, str]]  # header fields in their order, repetitions kept
 JsonDict = dict[str, Any]
@@ -80,21 +89,35 @@ REQUEST_HEAD_FIELDS = 200
 ANSWER_HEAD_BYTES = 256 * 1024
 # A 103 or a 102 now and then is normal; an endless row of them is not.
 INTERIM_ANSWERS = 20
+INTERIM_SECONDS = 60.0  # within so long: some send a 102 every 15 seconds while they work
+# Trailer fields of a request, which are checked and dropped: nobody needs them to be long.
+TRAILER_BYTES = 8 * 1024
 # The size line of a chunk with its extensions; h11 stops at a line of 20 hex digits and 4 KiB.
 CHUNK_LINE_BYTES = 4096
 # A line of a stream that is longer goes out in pieces: memory stays bounded whatever arrives.
 STREAM_LINE_BYTES = 64 * 1024
 # One recv: a TLS record is 16 KiB, four of them make system calls rare.
 RECEIVE_BYTES = 64 * 1024
+# A JSON body of more values takes a second to walk; the largest conversations have some 100,000.
+JSON_VALUES = 1_000_000
+INFLATED_BYTES = 64 * 1024  # at a time
 # What is held of a side that sends faster than the other takes it, or of a client that sends ahead.
 HELD_BYTES = 256 * 1024
+# The same of a client that hasn't shown a token: a head's worth, and mostly far less.
+UNKNOWN_HELD_BYTES = 16 * 1024
+TRIMMED_BYTES = 16 * 1024 * 1024  # when bodies have left so much, free memory goes back to the system
 AHEAD_SECONDS = 0.5  # how often it is looked whether a client that has sent so much is still there
 SWEEP_SECONDS = 5.0  # deadlines that are further off are looked at this often
 TICK_SECONDS = 0.005  # and near ones not more often than this
+PATIENT_SECONDS = 0.005  # of a turn of the event loop, for work that is done in steps
+# Of an error's body so much is looked at before it is passed on, and waited for no longer than this.
+PEEKED_BYTES = 64 * 1024
+PEEK_SECONDS = 5.0
 # An unread body up to this size is read and dropped to keep the connection; nginx closes lingering.
 DISCARDED_BODY_BYTES = 64 * 1024
 DISCARD_SECONDS = 0.5  # and no longer: what is short and was sent is here by then
 
+SLOW_HEAD_SECONDS = 1.0  # a head that takes longer may have to make room for others
 HEAD_SECONDS = 20.0  # Apache's RequestReadTimeout header=20
 BODY_PAUSE_SECONDS = 60.0  # nginx's client_body_timeout
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout
@@ -103,7 +126,7 @@ LINGER_SECONDS = 5.0  # nginx's lingering_timeout
 LINGER_LONGEST_SECONDS = 30.0  # nginx's lingering_time
 # A kept upstream connection; shorter than the 60 s after which common balancers drop theirs.
 UPSTREAM_IDLE_SECONDS = 50.0
-FRESH_SECONDS = 1.0  # used so recently, it is taken to be in order without a look
+CONNECTED_ADDRESSES = 16  # of a host that has more, these are tried
 # How many connections to a provider wait for their next use; nginx needs as many for the same load.
 UPSTREAM_IDLE_CONNECTIONS = 512
 # Connections over max_connections are taken to be told so, in the dialect of their path; these few only.
@@ -115,21 +138,34 @@ LEEWAY_SECONDS = 60.0  # clocks of token issuers differ; RFC 7519 §4.1.4 allows
 ACCESS_TOKEN_SECONDS = 3600
 REFRESH_TOKEN_SECONDS = 30 * 86400
 JWT_SECRET_BYTES = 32  # RFC 7518 §3.2: a key at least as long as the hash
+JWT_BYTES = 8 * 1024  # as long as a header line may be for nginx; claims are read before anybody is known
+SHOWN_TOKENS = 2  # one in `Authorization`, one in `x-api-key`
 OPEN_ACCESS_KEY_CHARACTERS = 16  # the least for a relay that listens beyond this machine
+CATALOGUE_BYTES = 8 * 1024 * 1024  # of a provider's list; the longest known has 1 MB
+CATALOGUE_VALUES = 200_000  # which `json` reads in some 20 ms
+LISTED_MODELS = 5000  # of a provider
 CATALOGUE_WAIT_SECONDS = 2.0  # Claude Code gives up after 3
 CATALOGUE_FRESH_SECONDS = 300.0
 CATALOGUE_RETRY_SECONDS = 30.0  # until a provider that didn't list its models is asked again
-LOGINS_PER_USER = 10  # a minute
+LOGINS_PER_USER = 10  # a minute, for each address: nobody can lock a user out from elsewhere
 LOGINS_PER_ADDRESS = 30  # a minute
+LOGINS_WAITING = 8  # for their password to be hashed, which takes 50 ms each
+LOGIN_BODY_BYTES = 16 * 1024  # who logs in hasn't shown a token yet
+LOGIN_BODY_SECONDS = 20.0  # as for a head
+TRUSTED_ADDRESSES = 1000
+THROTTLED_NAMES = 4096
+COMPARED_NAMES = 500  # for "did you mean"
+COMPARED_CHARACTERS = 64
+REMEMBERED_PATH_CHARACTERS = 200
+MODEL_CHARACTERS = 256  # of a model's name; the longest known ones, ARNs of inference profiles, have some 120
 LOG_PAUSE_SECONDS = 0.1  # lines are written together, so that a busy relay wakes its log thread rarely
 LOG_LAST_SECONDS = 1.0
 LOG_VALUE_CHARACTERS = 200
-LOG_BACKLOG_LINES = 10_000  # more than that waiting for a blocked stderr is dropped, and counted
-
-# From the start until the banner is written and memory tidied: those who wait for the relay to serve come first.
-SETTLE_SECONDS = 0.1
+LOG_BACKLOG_LINES = 4000  # more than that waiting for a blocked stderr is dropped, and counted
 
 ECHO_MODELS = ("echo", "echo-slow", "echo-cut", "echo-tool", "echo-error-529")
+ECHO_BODY_BYTES = 1024 * 1024  # echo reads no more
+ECHO_AT_ONCE_BYTES = 64 * 1024  # it answers more in a thread
 DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
 
 # What a relay serves when there is no relay.json at all: the same as the shipped file.
@@ -171,6 +207,7 @@ BUILT_IN_CONFIG = """{
 #  ├─ NotFound              404
 #  ├─ MethodNotAllowed      405
 #  ├─ TooLarge              413
+#  ├─ UnsupportedCoding     415
 #  ├─ RateLimited           429
 #  ├─ Unavailable           503
 #  ├─ UpstreamFailed        502
@@ -246,6 +283,12 @@ class MethodNotAllowed(RelayError):
     def __init__(self, method: str, path: str, allowed: Sequence[str]) -> None:
         super().__init__(f"{method} is not allowed for {path}; use {' or '.join(allowed)}")
         self.headers = [("allow", ", ".join(allowed))]
+
+
+class UnsupportedCoding(RelayError):
+    """The body is in an encoding that can't be read here."""
+
+    status, kind, code = 415, "invalid_request_error", "unsupported_coding"
 
 
 class TooLarge(RelayError):
@@ -405,8 +448,9 @@ class User(NamedTuple):
 
     name: str
     password: str  # a hash as hash_password makes it, or empty: can't log in
-    models: tuple[str, ...]
+    models: Optional[tuple[str, ...]]  # None: all of them
     requests_per_minute: int  # 0: no limit
+    tokens_since: float  # tokens issued before are refused; seconds since 1970
 
 
 class ServerSettings(NamedTuple):
@@ -419,6 +463,7 @@ class ServerSettings(NamedTuple):
     workers: int
     max_body_mb: float
     max_upload_mb: float
+    max_held_mb: float
     max_connections: int
     drain_seconds: float
     cors_origins: tuple[str, ...]
@@ -430,6 +475,7 @@ class Config(NamedTuple):
 
     server: ServerSettings
     users: Mapping[str, User]
+    any_subject: bool  # there is no section `users`: tokens of any subject are taken
     providers: Mapping[str, Provider]
     aliases: Mapping[str, tuple[str, ...]]
     routes: Mapping[str, tuple[str, ...]]
@@ -441,6 +487,8 @@ VARIABLE = r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\}"
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.6.2
 FIELD_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")  # RFC 9110 §5.5, obs-text included
 SCRYPT_HASH = r"scrypt\$([0-9]{1,7})\$([0-9]{1,2})\$([0-9]{1,2})\$([A-Za-z0-9_-]{16,})\$([A-Za-z0-9_-]{22,})"
+SCRYPT_MEMORY_BYTES = 64 * 1024 * 1024
+SCRYPT_WORK = 2**20  # N * r * p: eight times what hash_password() takes, some 0.4 s
 # Framing is between two neighbours; no configuration may change it.
 FRAMING_HEADERS = frozenset(
     {"connection", "content-length", "transfer-encoding", "upgrade", "te", "trailer", "keep-alive"}
@@ -452,7 +500,10 @@ class JsonObject(dict[str, Any]):
 
     def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
         super().__init__(pairs)
-        self.repeated = [key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1]
+        self.repeated: list[str] = []
+        if len(self) < len(pairs):
+            counts = collections.Counter(key for key, _ in pairs)
+            self.repeated = [key for key, count in counts.items() if count > 1]
 
 
 class FromEnvironment(str):
@@ -492,16 +543,22 @@ def refuse_constant(name: str) -> NoReturn:
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """ ", did you mean X?" when something known is close to `name`, else nothing."""
-    # difflib is slow to import and needed only for a mistake.
-    import difflib
-
-    close = difflib.get_close_matches(name, list(known), 1)
+    close = close_matches(name, known, 1)
     return f", did you mean {close[0]}?" if close else ""
 
 
+def close_matches(name: str, known: Iterable[str], count: int) -> list[str]:
+    """At most `count` of the known names, those closest to `name`, the best first. Long names have none, and of
+    many only the first are compared: a comparison takes up to a tenth of a millisecond."""
+    short = (other for other in known if len(other) <= COMPARED_CHARACTERS)
+    compared = list(itertools.islice(short, COMPARED_NAMES))
+    return difflib.get_close_matches(name, compared, count) if len(name) <= COMPARED_CHARACTERS else []
+
+
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
-    """Whether the name matches one of the shell patterns, case-sensitively."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    """Whether the name equals one of the shell patterns, whatever characters it has, or matches it,
+    case-sensitively."""
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def expand(value: Any, place: str, environ: Mapping[str, str], problems: Problems) -> Any:
@@ -649,9 +706,30 @@ def jwt_secret(value: Any) -> Optional[Secret]:
 def password(value: Any) -> str:
     """The scrypt hash of a password, or nothing."""
     found = text(value)
-    if found and not re.fullmatch(SCRYPT_HASH, found):
+    if not found:
+        return ""
+    match = re.fullmatch(SCRYPT_HASH, found)
+    if not match:
         raise ValueError("must be a hash as `monorelay.py hash-password` prints it")
+    cost, block, parallel = int(match[1]), int(match[2]), int(match[3])
+    # RFC 7914 §2 and §6; what goes beyond the limits could never be computed, or would keep others waiting.
+    possible = cost > 1 and cost & (cost - 1) == 0 and block and parallel and cost < 2 ** (16 * block)
+    memory = 128 * block * (cost + parallel + 2)
+    if not possible or memory > SCRYPT_MEMORY_BYTES or cost * block * parallel > SCRYPT_WORK:
+        raise ValueError("is a hash that this relay doesn't compute; make one with `monorelay.py hash-password`")
     return found
+
+
+def moment(value: Any) -> float:
+    """The seconds since 1970 of a time in ISO 8601 that names its zone."""
+    try:
+        # Python before 3.11 knows no Z.
+        found = datetime.datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text(value)))
+    except ValueError:
+        found = datetime.datetime.min
+    if not found.tzinfo:
+        raise ValueError("must be a time such as 2026-01-31T12:00:00Z")
+    return found.timestamp()
 
 
 def base_url(value: Any) -> str:
@@ -720,6 +798,7 @@ SERVER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "workers": (whole(1, 64), 1),
     "max_body_mb": (positive, 32.0),  # Anthropic's limit for messages
     "max_upload_mb": (positive, 512.0),  # Anthropic's limit for files is 500
+    "max_held_mb": (positive, 1024.0),  # all bodies together that are held to be sent again if need be
     "max_connections": (whole(1, 1_000_000), 4096),
     "drain_seconds": (positive, 30.0),
     "cors_origins": (texts, ()),
@@ -727,8 +806,9 @@ SERVER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
 }
 USER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "password": (password, ""),
-    "models": (texts, ()),
+    "models": (texts, None),
     "requests_per_minute": (whole(1, 1_000_000), 0),
+    "tokens_since": (moment, 0.0),
 }
 PROVIDER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "format": (one_of("anthropic", "openai", "echo"), ""),
@@ -768,6 +848,7 @@ def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.jso
             user: User(user, **read_settings(USER_SETTINGS, given, f"users.{user}", problems))
             for user, given in sections["users"].items()
         },
+        "users" not in document,
         {provider: read_provider(provider, given, problems) for provider, given in sections["providers"].items()},
         read_lists(sections["aliases"], "aliases", problems),
         read_lists(sections["routes"], "routes", problems),
@@ -901,9 +982,6 @@ def is_loopback(host: str) -> bool:
     """Whether the host can be reached from this machine only."""
     if host in ("127.0.0.1", "::1", "localhost"):
         return True
-    # Slow to load, and needed for other spellings only.
-    import ipaddress
-
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -953,6 +1031,10 @@ class BadClaim(TokenError):
     """A claim is of the wrong type, or not for this use."""
 
 
+class RevokedToken(TokenError):
+    """Its user has another password now, or refuses tokens that are so old."""
+
+
 # The cost that RFC 7914 §2 calls interactive: 16 MiB and some 50 ms for each try.
 SCRYPT_COST, SCRYPT_BLOCK, SCRYPT_PARALLEL = 2**14, 8, 1
 # Nobody's password; checking it takes as long as checking a real one.
@@ -974,7 +1056,7 @@ def from_base64url(part: str) -> bytes:
 
 def signature(signed: str, secret: str) -> bytes:
     """HS256 of RFC 7518 §3.2 over the first two parts of a token."""
-    return hmac.new(secret.encode("utf-8", "surrogateescape"), signed.encode("ascii"), hashlib.sha256).digest()
+    return hmac.new(secret.encode("utf-8", "surrogateescape"), signed.encode("ascii"), "sha256").digest()
 
 
 def sign_token(claims: Mapping[str, Any], secret: str) -> str:
@@ -989,6 +1071,8 @@ def verify_token(token: str, secret: str, now: float) -> JsonDict:
     TokenError that says why it isn't."""
     signed, _, given = token.rpartition(".")
     try:
+        if len(token) > JWT_BYTES:
+            raise ValueError("too long")
         header, claims = (parse_json(from_base64url(part).decode("utf-8")) for part in signed.split("."))
         signature_given = from_base64url(given)
     except ValueError:
@@ -1026,18 +1110,44 @@ def numeric_date(claims: JsonDict, name: str, default: float) -> float:
     return value
 
 
-def subject(claims: JsonDict, kind: str, users: Mapping[str, User]) -> str:
+def subject(claims: JsonDict, kind: str, config: Config) -> str:
     """Whom a token of this type ("access" or "refresh") stands for; a token without type is for access."""
     name = claims.get("sub")
     if claims.get("type", "access") != kind:
         raise BadClaim(f"this needs a token of the type {kind}")
-    if not isinstance(name, str) or not name or (users and name not in users):
+    if not isinstance(name, str) or not name or not (config.any_subject or name in config.users):
         raise BadClaim("the token's `sub` is not a user of this relay")
+    if name in config.users:
+        check_not_revoked(claims, config.users[name], config.server.jwt_secret)
     return name
 
 
+def check_not_revoked(claims: JsonDict, user: User, secret: Optional[Secret]) -> None:
+    """A token ends with the password that its user had when this relay issued it, and at `tokens_since`."""
+    if secret and claims.get("pwd", password_mark(user, secret)) != password_mark(user, secret):
+        raise RevokedToken("the user's password has changed since the token was issued; log in again")
+    if user.tokens_since and numeric_date(claims, "iat", 0) < user.tokens_since:
+        raise RevokedToken("the token was issued before the user's `tokens_since`; get a new one")
+
+
+def password_mark(user: User, secret: Secret) -> str:
+    """What tells a user's password hash from another one, and nothing else about it."""
+    return base64url(signature(f"password {user.password}", secret.reveal()))[:16]
+
+
+def token_claims(name: str, kind: str, lifetime_seconds: int, config: Config, now: float) -> JsonDict:
+    """The claims of a token that this relay issues."""
+    claims = {"sub": name, "type": kind, "iat": int(now), "exp": int(now) + lifetime_seconds}
+    if name in config.users and config.server.jwt_secret:
+        claims["pwd"] = password_mark(config.users[name], config.server.jwt_secret)
+    return {**claims, "jti": os.urandom(9).hex()}
+
+
 def identify(tokens: Sequence[str], config: Config, now: float) -> Caller:
-    """The caller that shows these tokens, one of which must be valid. Raises Unauthenticated."""
+    """The caller that shows these tokens, one of which must be valid. Raises Unauthenticated, and BadRequest for
+    more tokens than a client has places for."""
+    if len(tokens) > SHOWN_TOKENS:
+        raise BadRequest("show one token, in `Authorization` or in `x-api-key`, or one in each of them")
     problem: Optional[Unauthenticated] = None
     for token in tokens:
         if is_access_key(token, config.server.access_keys):
@@ -1047,7 +1157,7 @@ def identify(tokens: Sequence[str], config: Config, now: float) -> Caller:
             continue
         try:
             claims = verify_token(token, config.server.jwt_secret.reveal(), now)
-            name = subject(claims, "access", config.users)
+            name = subject(claims, "access", config)
             return Caller(name, False, config.users.get(name))
         except TokenError as error:
             problem = error
@@ -1060,12 +1170,11 @@ def is_access_key(token: str, keys: Sequence[Secret]) -> bool:
     return any([hmac.compare_digest(given, key.reveal().encode("ascii")) for key in keys])
 
 
-def issue_tokens(name: str, secret: str, now: float) -> JsonDict:
+def issue_tokens(name: str, config: Config, secret: Secret, now: float) -> JsonDict:
     """What a login answers: a token pair in the shape of OAuth 2.0 (RFC 6749 §5.1), and the user."""
 
     def token(kind: str, seconds: int) -> str:
-        claims = {"sub": name, "type": kind, "iat": int(now), "exp": int(now) + seconds, "jti": os.urandom(9).hex()}
-        return sign_token(claims, secret)
+        return sign_token(token_claims(name, kind, seconds, config, now), secret.reveal())
 
     return {
         "access_token": token("access", ACCESS_TOKEN_SECONDS),
@@ -1086,7 +1195,7 @@ def scrypt(password: str, salt: bytes, cost: int, block: int, parallel: int) -> 
         n=cost,
         r=block,
         p=parallel,
-        maxmem=64 * 1024 * 1024,
+        maxmem=SCRYPT_MEMORY_BYTES,
         dklen=32,
     )
 
@@ -1111,28 +1220,37 @@ def check_password(password: str, hashed: str) -> bool:
     return hmac.compare_digest(found, digest)
 
 
+def network_of(address: str) -> str:
+    """As whom an address counts: an IPv6 one as its /64, which is the least that one customer gets (RFC 6177)."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv4Address):
+        return str(found)
+    return str(found.ipv4_mapped or ipaddress.IPv6Network((int(found) >> 64 << 64, 64)))
+
+
 class Throttle:
-    """At most so many events within any `period_seconds`, for each name."""
+    """At most so many events within any `period_seconds`, for each name. Remembers THROTTLED_NAMES names, those
+    last asked for: invented ones must not fill the memory."""
 
     def __init__(self, period_seconds: float = 60.0) -> None:
         self._period = period_seconds
-        self._times: dict[str, collections.deque[float]] = {}
+        self._times: collections.OrderedDict[str, collections.deque[float]] = collections.OrderedDict()
 
     def wait_seconds(self, name: str, limit: int, now: float) -> float:
         """0.0 if the event may happen, which counts it; else the seconds until the next one may."""
         times = self._times.setdefault(name, collections.deque())
+        self._times.move_to_end(name)
+        if len(self._times) > THROTTLED_NAMES:
+            self._times.popitem(last=False)
         while times and times[0] <= now - self._period:
             times.popleft()
         if len(times) >= limit:
             return times[0] + self._period - now
         times.append(now)
-        if len(self._times) > 10_000:
-            self._forget(now)
         return 0.0
-
-    def _forget(self, now: float) -> None:
-        """Drops the names of which nothing happened lately: invented ones must not fill the memory."""
-        self._times = {name: times for name, times in self._times.items() if times and times[-1] > now - self._period}
 
 
 # ==== Routing ====================================================================================
@@ -1150,10 +1268,8 @@ def resolve(config: Config, name: str) -> list[Target]:
     that matches. Raises NotFound with the names that are close, and Unavailable for a disabled provider."""
     targets = follow(config, name, ())
     if not targets:
-        import difflib
-
         known = [*config.aliases, *(pattern for pattern in config.routes if "*" not in pattern), *ECHO_MODELS]
-        close = difflib.get_close_matches(name, known, 3) or sorted([*config.aliases, *config.routes])[:8]
+        close = close_matches(name, known, 3) or sorted([*config.aliases, *config.routes])[:8]
         raise NotFound(f"no route for the model {name!r}; this relay knows {', '.join(close)}", "no_route")
     serving = [target for target in targets if target.provider.serves(target.model)]
     if not serving:
@@ -1237,11 +1353,14 @@ def not_usable(provider: Provider) -> Unavailable:
 # cooling come first, then the one that is back soonest, so that a relay with one key answers exactly as
 # its provider would.
 #
-#   429                             the key, until retry-after or for `cooldown`
+#   429                             the key with this model, until retry-after or for `cooldown`
 #   401, 402                        the key, for ten times `cooldown`
 #   403, 5xx (529 among them)       the key with this model, for a second, doubling up to `cooldown`
 #   no connection, or a broken one  the provider, for a second, doubling up to `cooldown`
-#   anything else                   says nothing about a key; the first success clears all of it
+#   anything else                   says nothing about a key
+#
+# A success proves the connection, and the key for its own model: it ends what these had, but no retry-after
+# before its time. What a request without a model proves of a key is not enough to end a quarantine.
 
 
 class Candidate(NamedTuple):
@@ -1256,13 +1375,14 @@ class Candidate(NamedTuple):
 
 
 class Cooling:
-    """Until when something is avoided, and how often in a row it failed."""
+    """Until when something is avoided, how often in a row it failed, and whether a success ends that."""
 
-    __slots__ = ("failures", "until")
+    __slots__ = ("failures", "fixed", "until")
 
     def __init__(self) -> None:
         self.until = 0.0
         self.failures = 0
+        self.fixed = False  # the provider has named the time
 
     def back_off(self, cooldown: float, now: float) -> None:
         """Doubles the pause; failures of requests that were under way together count once."""
@@ -1273,8 +1393,8 @@ class Cooling:
 
 QUARANTINE_FACTOR = 10  # times `cooldown`: its owner has to do something first
 QUARANTINED = frozenset({401, 402})
-# Cooling entries name models, which clients may invent.
-COOLING_ENTRIES = 10_000
+# Cooling entries name models, which clients may invent: beyond this many, the one begun first is forgotten.
+COOLING_ENTRIES = 4096
 
 
 class KeyPool:
@@ -1282,12 +1402,12 @@ class KeyPool:
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
-        self._cooling: dict[tuple[object, ...], Cooling] = {}
+        self._cooling: collections.OrderedDict[tuple[object, ...], Cooling] = collections.OrderedDict()
         self._turns: collections.Counter[str] = collections.Counter()
 
-    def order(self, targets: Iterable[Target], session: Callable[[], str], now: float) -> list[Candidate]:
-        """All candidates of the targets, the one to try first at the head. `session` is asked for what shall stay
-        with one key, where there is a choice."""
+    def order(self, targets: Iterable[Target], session: str, now: float) -> list[Candidate]:
+        """All candidates of the targets, the one to try first at the head. What has the same `session` stays with one
+        key, where the strategy says so."""
         candidates = [
             Candidate(target, key) for target in targets for key in self._keys_in_turn(target.provider, session)
         ]
@@ -1296,7 +1416,7 @@ class KeyPool:
         back = {candidate: self._back_at(candidate) for candidate in candidates}
         return sorted(candidates, key=lambda candidate: max(back[candidate], now))
 
-    def _keys_in_turn(self, provider: Provider, session: Callable[[], str]) -> Sequence[Optional[ProviderKey]]:
+    def _keys_in_turn(self, provider: Provider, session: str) -> Sequence[Optional[ProviderKey]]:
         """The keys of a provider in the order of its strategy."""
         keys = provider.keys
         if keys is None:
@@ -1307,8 +1427,7 @@ class KeyPool:
             turn = self._turns[provider.name] % len(keys)
             self._turns[provider.name] += 1
             return (*keys[turn:], *keys[:turn])
-        name = session() if provider.key_strategy == "sticky" else ""
-        return sorted(keys, key=lambda key: self._lot(provider, key, name), reverse=True)
+        return sorted(keys, key=lambda key: self._lot(provider, key, session), reverse=True)
 
     def _lot(self, provider: Provider, key: ProviderKey, session: str) -> float:
         """What a key draws, the largest lot being tried first: lot**(1/weight) favours by weight (Efraimidis and
@@ -1327,29 +1446,39 @@ class KeyPool:
             (self._cooling[name].until for name in cooling_names(candidate) if name in self._cooling), default=0.0
         )
 
-    def succeeded(self, candidate: Candidate) -> None:
-        """Forgets what was held against the candidate."""
-        for name in cooling_names(candidate) if self._cooling else ():
-            self._cooling.pop(name, None)
+    def succeeded(self, candidate: Candidate, now: float) -> None:
+        """Forgets what was held against the candidate, as far as a success disproves it."""
+        if not self._cooling:
+            return
+        provider, key, key_and_model = cooling_names(candidate)
+        self._cooling.pop(provider, None)
+        if candidate.target.model:
+            self._cooling.pop(key, None)
+        entry = self._cooling.get(key_and_model)
+        if entry and not (entry.fixed and entry.until > now):
+            del self._cooling[key_and_model]
 
     def failed(self, candidate: Candidate, status: int, retry_after: Optional[float], now: float) -> None:
         """Notes an answer with a status of failure."""
         cooldown = candidate.target.provider.cooldown
         _, key, key_and_model = cooling_names(candidate)
         if status == 429:
-            self._entry(key, now).until = now + (cooldown if retry_after is None else retry_after)
+            entry = self._entry(key_and_model)
+            if retry_after is not None or not (entry.fixed and entry.until > now):
+                entry.until = now + (cooldown if retry_after is None else retry_after)
+                entry.fixed = retry_after is not None
         elif status in QUARANTINED:
-            self._entry(key, now).until = now + QUARANTINE_FACTOR * cooldown
+            self._entry(key).until = now + QUARANTINE_FACTOR * cooldown
         elif status == 403 or status >= 500:
-            self._entry(key_and_model, now).back_off(cooldown, now)
+            self._entry(key_and_model).back_off(cooldown, now)
 
     def unreachable(self, provider: Provider, now: float) -> None:
         """Notes a connection that failed."""
-        self._entry((provider.name,), now).back_off(provider.cooldown, now)
+        self._entry((provider.name,)).back_off(provider.cooldown, now)
 
-    def _entry(self, name: tuple[object, ...], now: float) -> Cooling:
-        if len(self._cooling) > COOLING_ENTRIES:
-            self._cooling = {other: entry for other, entry in self._cooling.items() if entry.until > now}
+    def _entry(self, name: tuple[object, ...]) -> Cooling:
+        if name not in self._cooling and len(self._cooling) >= COOLING_ENTRIES:
+            self._cooling.popitem(last=False)
         return self._cooling.setdefault(name, Cooling())
 
 
@@ -1366,14 +1495,17 @@ def cooling_names(candidate: Candidate) -> tuple[tuple[object, ...], ...]:
 # the other is refused. Lines end in CRLF and in nothing else; no name, length or chunk size is guessed.
 # Heads are text in Latin-1, which maps every byte to one character and back; bodies stay bytes.
 
-# One header field a line: no space before the colon, no folded line, no control byte but the tab. The
-# expression can't backtrack: each part ends where the next can begin. (^ follows LF only, and neither a bare
-# LF nor a bare CR is part of a field, so as many matches as there are LFs prove that every line is one.)
-FIELD_LINE = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
+# One header field a line: no space before the colon, no folded line, no control byte but the tab. Each part
+# ends where the next can begin, so that a line is read in time proportional to its length; blanks around the
+# value are taken off afterwards. (^ follows LF only, and neither a bare LF nor a bare CR is part of a field,
+# so as many matches as there are LFs prove that every line is one.)
+FIELD_LINE = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
 AUTHORITY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = r"(?i)^https?://[^/?]*/?"
+# A percent-encoded letter, digit, hyphen, dot, underscore or tilde.
+UNRESERVED_ESCAPED = r"%(2[DdEe]|3[0-9]|4[1-9A-Fa-f]|5[0-9AaFf]|6[1-9A-Fa-f]|7[0-9AaEe])"
 PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
@@ -1472,11 +1604,12 @@ class ResponseHead(NamedTuple):
         return self.fields.pairs
 
 
-def head_length(data: bytes) -> int:
-    """How many bytes at the start of `data` are a whole request head; 0 while it isn't whole.
+def head_length(data: bytes, seen: int = 0) -> int:
+    """How many bytes at the start of `data` are a whole request head; 0 while it isn't whole. The first `seen`
+    bytes were looked at before, and aren't looked at again.
 
     Raises MalformedRequest as soon as it can't become one: too long, or with a line end that isn't CRLF."""
-    end = data.find(b"\r\n\r\n")
+    end = data.find(b"\r\n\r\n", max(0, seen - 3))
     size = end + 4 if end >= 0 else len(data)
     if size > REQUEST_LINE_BYTES:
         line_end = data.find(b"\r\n", 0, REQUEST_LINE_BYTES + 2)
@@ -1484,7 +1617,8 @@ def head_length(data: bytes) -> int:
             raise MalformedRequest(f"the request line is longer than {REQUEST_LINE_BYTES} bytes", 414)
     if size > REQUEST_HEAD_BYTES:
         raise MalformedRequest(f"the request head is longer than {REQUEST_HEAD_BYTES} bytes", 431)
-    if end < 0 and data.count(b"\n") != data.count(b"\r\n"):
+    start = seen - data.startswith(b"\r", seen - 1) if seen else 0
+    if end < 0 and data.count(b"\n", start) != data.count(b"\r\n", start):
         raise MalformedRequest("a line of the request head ends in LF alone")
     return size if end >= 0 else 0
 
@@ -1515,9 +1649,7 @@ def parse_fields(block: str) -> Optional[Pairs]:
     pairs: Pairs = FIELD_LINE.findall(block)
     if block.count("\n") != len(pairs):
         return None
-    if " \r" in block or "\t\r" in block:
-        pairs = [(name, value.rstrip(" \t")) for name, value in pairs]
-    return pairs
+    return [(name, value.strip(" \t")) for name, value in pairs]
 
 
 def split_target(method: str, target: str) -> tuple[str, str]:
@@ -1614,19 +1746,32 @@ class CloseDecoder:
 class ChunkedDecoder:
     """Reads a chunked body (RFC 9112 §7.1). Extensions and trailer fields are checked and dropped."""
 
-    __slots__ = ("_buffer", "_chunk", "_limit", "finished", "rest")
+    __slots__ = ("_buffer", "_chunk", "_in_trailers", "_trailer_bytes", "finished", "rest")
 
-    def __init__(self, trailer_bytes: int = REQUEST_HEAD_BYTES) -> None:
+    def __init__(self, trailer_bytes: int = TRAILER_BYTES) -> None:
         self._buffer = b""  # framing that isn't whole yet
         self._chunk = 0  # bytes still to come of the current chunk, with the CRLF behind it
-        self._limit = trailer_bytes
+        self._in_trailers = False
+        self._trailer_bytes = trailer_bytes  # how many more the trailer section may have
         self.finished = False
         self.rest = b""
+
+    @property
+    def announced(self) -> int:
+        """How many bytes of content are still to come of the chunk that has begun."""
+        return max(0, self._chunk - len(b"\r\n"))
 
     def feed(self, data: bytes) -> bytes:
         """The content in the next bytes of the body. Raises FramingError."""
         if self._buffer:
             data, self._buffer = self._buffer + data, b""
+        if self._in_trailers:
+            self._feed_trailers(data)
+            return b""
+        return self._feed_chunks(data)
+
+    def _feed_chunks(self, data: bytes) -> bytes:
+        """The content in the next bytes, which begin with framing or within a chunk."""
         size, position, end = len(data), 0, self._chunk
         match = None if end else CHUNK_SIZE.match(data)
         length = int(match[1], 16) if match else 0
@@ -1650,7 +1795,8 @@ class ChunkedDecoder:
                 break
             length = int(match[1], 16)
             if not length:
-                self._end(data, end, match.end())
+                self._in_trailers = True
+                self._feed_trailers(data[match.end() :])
                 break
             position = match.end()
             end = position + length + 2
@@ -1673,21 +1819,18 @@ class ChunkedDecoder:
             raise FramingError("a chunk size is malformed")
         return line
 
-    def _end(self, data: bytes, start: int, position: int) -> None:
-        """Looks for the end of the trailer section that begins at `position`."""
-        if data.startswith(b"\r\n", position):
-            self.finished, self.rest = True, data[position + 2 :]
-            return
-        end = data.find(b"\r\n\r\n", position)
-        trailers = data[position : end + 2 if end >= 0 else len(data)]
-        whole = trailers[: trailers.rfind(b"\n") + 1].decode("latin-1")
-        lines = whole.count("\n")
-        if len(trailers) > self._limit or len(FIELD_LINE.findall(whole)) != lines or whole.count("\r") != lines:
-            raise FramingError("the trailer section is malformed")
+    def _feed_trailers(self, data: bytes) -> None:
+        """Checks the trailer fields whose lines are whole, and looks for the empty line that ends them."""
+        end = (b"\r\n" + data).find(b"\r\n\r\n")  # where the empty line stands
+        size = end if end >= 0 else data.rfind(b"\n") + 1
+        fields, rest = data[:size], data[size:]
+        self._trailer_bytes -= size
+        if self._trailer_bytes < (0 if end >= 0 else len(rest)) or parse_fields(fields.decode("latin-1")) is None:
+            raise FramingError("the trailer section is malformed, or too long")
         if end >= 0:
-            self.finished, self.rest = True, data[end + 4 :]
+            self.finished, self.rest = True, rest[len(b"\r\n") :]
         else:
-            self._buffer = data[start:]
+            self._buffer = rest
 
 
 Decoder = Union[LengthDecoder, CloseDecoder, ChunkedDecoder]
@@ -1727,7 +1870,8 @@ def is_safe_path(path: str) -> bool:
     for form in (path.encode("latin-1"), once, unquote_to_bytes(once)):
         if b"//" in form or b"\\" in form or re.search(rb"[\x00-\x20\x7f]", form):
             return False
-        if {b".", b".."} & set(form.split(b"/")):
+        # Some servers take what follows a semicolon for a parameter, and the segment for what is before it.
+        if {b".", b".."} & {segment.partition(b";")[0] for segment in form.split(b"/")}:
             return False
     return True
 
@@ -1750,7 +1894,8 @@ def upstream_fields(
     fields = [("Host", provider.authority)]
     fields += end_to_end(head.fields, kept_back)
     fields.append(("Accept-Encoding", "identity"))
-    if provider.format == "anthropic" and "anthropic-version" not in head.fields:
+    # Looked for in what is passed on: Connection may have taken it away.
+    if provider.format == "anthropic" and not any(name.lower() == "anthropic-version" for name, _ in fields):
         fields.append(("anthropic-version", DEFAULT_ANTHROPIC_VERSION))
     if key:
         secret = key.secret.reveal()
@@ -1790,7 +1935,6 @@ def reason_of(status: int) -> str:
     return http.client.responses.get(status, "Overloaded" if status == 529 else "Unknown")
 
 
-@functools.lru_cache(maxsize=256)
 def header_text(value: str) -> str:
     """Text from outside made fit for a header value: what isn't printable ASCII is percent-encoded."""
     return (
@@ -1806,8 +1950,6 @@ def retry_after_seconds(value: str, now: float) -> Optional[float]:
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
         seconds = float(value)
     else:
-        import email.utils
-
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
         except (TypeError, ValueError, IndexError, OverflowError):
@@ -1864,6 +2006,16 @@ ENDPOINTS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "/v1/embeddings": (("POST",), "by_model"),
 }
 OPEN_ENDPOINTS = frozenset({"alive", "health", "login", "refresh"})
+# Where the top-level `model` of a JSON body is what decides which model works, and nothing is created.
+MODEL_PATHS = frozenset(path for path, (_, name) in ENDPOINTS.items() if name == "by_model") | {
+    "/v1/audio/speech", "/v1/images/generations", "/v1/moderations", "/v1/responses/compact",
+    "/v1/responses/input_tokens",
+}  # fmt: skip
+# What is stored here belongs to one account: to the first provider, whatever it is about.
+STORED_PATHS = ("/v1/messages/batches", "/v1/files")
+CREATING_PATHS = ("/batches", "/files", "/messages/batches")  # behind /v1; what is sent here is never sent twice
+# By these some servers take a request for one of another method.
+METHOD_OVERRIDES = ("x-http-method-override", "x-http-method", "x-method-override")
 # Bodies that are read for a model on paths of which the relay knows nothing: JSON, and what curl and
 # careless clients call JSON. All others stream through.
 READ_TYPES = frozenset({"application/json", "text/plain", "text/json", "application/x-www-form-urlencoded", ""})
@@ -1876,6 +2028,7 @@ class Endpoint(NamedTuple):
     name: str
     dialect: str  # anthropic or openai: the shape of errors, and the format of the providers
     path: str  # behind /v1, as it goes upstream
+    by_model: bool = False  # whether the body's top-level `model` is what decides which model works
     beta: bool = False  # whether the path stands for `beta=true` in the query
     batches: bool = False  # whether what it answers may hold a batch's results_url
 
@@ -1886,11 +2039,10 @@ class Endpoint(NamedTuple):
         return f"{self.path}?{query}" if query else self.path
 
 
-@functools.lru_cache(maxsize=256)
 def dialect_of(path: str, names_version: bool) -> str:
     """The API that a request speaks; `names_version`: it has an anthropic-version."""
-    path = decoded(path)
-    if path.startswith(("/v1/messages", "/v1/anthropic/")):
+    path = known_form(path)
+    if path == "/v1/messages" or path.startswith(("/v1/messages/", "/v1/anthropic/")):
         return "anthropic"
     by_name = ENDPOINTS.get(path, ((), ""))[1]
     return "anthropic" if names_version and by_name != "by_model" else "openai"
@@ -1902,151 +2054,362 @@ def likely_dialect(data: bytes) -> str:
     return "anthropic" if anthropic else "openai"
 
 
-@functools.lru_cache(maxsize=256)  # the same few come again and again
 def find_endpoint(method: str, path: str, dialect: str) -> Endpoint:
     """The endpoint of a request. Raises NotFound and MethodNotAllowed."""
-    # An escaped letter must not lead past the rules for a path: decoded, it is found as well.
-    plain = decoded(path)
     if method not in METHODS:
-        raise MethodNotAllowed(method[:20], header_text(plain)[:200], ENDPOINTS.get(plain, (METHODS, ""))[0])
+        known = ENDPOINTS.get(known_form(path), (METHODS, ""))[0]
+        raise MethodNotAllowed(method[:20], header_text(path[:200]), known)
+    # The same few come again and again; long ones are not worth the memory.
+    find = remembered_endpoint if len(path) <= REMEMBERED_PATH_CHARACTERS else remembered_endpoint.__wrapped__
+    return find(method, path, dialect)
+
+
+@functools.lru_cache(maxsize=256)
+def remembered_endpoint(method: str, path: str, dialect: str) -> Endpoint:
+    """As find_endpoint(), for a method of METHODS."""
     if not is_safe_path(path):
         raise NotFound("the path has empty, . or .. segments, a backslash, spaces or control characters")
-    if plain.startswith("/v1/v1/") or plain == "/v1/v1":
+    known = known_form(path)
+    if known.startswith("/v1/v1/") or known == "/v1/v1":
         raise NotFound("the path begins with /v1/v1: leave /v1 out of the client's base_url", "doubled_v1")
-    methods, name = ENDPOINTS.get(plain) or fallback(method, plain, dialect)
+    methods, name = ENDPOINTS.get(known) or fallback(method, known, dialect)
     if method not in methods:
-        raise MethodNotAllowed(method, header_text(plain)[:200], methods)
+        raise MethodNotAllowed(method, header_text(known[:200]), methods)
+    if known == "/v1/messages/beta":
+        return Endpoint(name, dialect, "/messages", by_model=True, beta=True)
     if name == "by_model" and method != "POST":
-        name = "any_openai"
-    if plain == "/v1/messages/beta":
-        return Endpoint(name, dialect, "/messages", beta=True)
-    upstream_path = path[len("/v1") :]
+        name = "any"
+    is_known = name != "any" or known in ENDPOINTS or any(is_within(known, place) for place in STORED_PATHS)
+    upstream_path = (known if is_known else unreserved(path))[len("/v1") :]
     if upstream_path.startswith("/anthropic/"):
         upstream_path = upstream_path[len("/anthropic") :]
-    return Endpoint(name, dialect, upstream_path, batches=plain.startswith("/v1/messages/batches"))
+    return Endpoint(name, dialect, upstream_path, known in MODEL_PATHS, batches=is_within(known, STORED_PATHS[0]))
 
 
 def fallback(method: str, path: str, dialect: str) -> tuple[tuple[str, ...], str]:
     """What serves a path that is no endpoint of its own, as in ENDPOINTS. Raises NotFound."""
     if path.startswith("/v1/anthropic/models/"):
         return READING, "first_provider"
-    if not path.startswith("/v1/") or path == "/v1/" or path.startswith("/v1/anthropic/"):
-        raise NotFound(f"there is nothing at {header_text(path)[:200]}")
+    if not path.startswith("/v1/") or path.startswith("/v1/anthropic/"):
+        raise NotFound(f"there is nothing at {header_text(path[:200])}")
     if path.startswith("/v1/models/") and method in READING:
         return READING, "catalogue"
-    return METHODS, "first_provider" if dialect == "anthropic" else "any_openai"
+    stored = dialect == "anthropic" and any(is_within(path, place) for place in STORED_PATHS)
+    return METHODS, "first_provider" if stored else "any"
 
 
-def decoded(path: str) -> str:
-    """The path as servers understand it."""
-    return unquote(path) if "%" in path else path
+def is_within(path: str, place: str) -> bool:
+    """Whether the path is the place, or stands below it."""
+    return path == place or path.startswith(f"{place}/")
 
 
-# ==== Model splice ===============================================================================
+def known_form(path: str) -> str:
+    """The path as the rules here name it: its letters not escaped, and without the one / at its end that is ignored."""
+    path = unreserved(path)
+    return path[:-1] if path.endswith("/") and path != "/" else path
+
+
+def unreserved(path: str) -> str:
+    """The path with the characters not escaped that need not be: both spellings are one path (RFC 3986 §6.2.2.2)."""
+    return re.sub(UNRESERVED_ESCAPED, lambda match: chr(int(match[1], 16)), path) if "%" in path else path
+
+
+# ==== JSON bodies ================================================================================
 #
-# A JSON body is passed on byte for byte; only the value of the top-level "model" may change. `json` reads
-# the body once, to know that it is one object and what its model is. Where a route gives the model another
-# name, the outer object is walked member by member to find the bytes to replace. Long strings without an
-# escape (images, documents) are taken out before: they prove nothing, and would cost more than all the rest.
+# A JSON body is passed on byte for byte; only the value of the top-level "model" may change. To know that it is
+# one object, and what its model is, `json` reads a short body at once. A long one, which would keep `json` busy
+# for too long, is walked token by token, in steps between which others are served. The walk builds nothing: it
+# notes where the model stands, and a few short strings. Either reads what RFC 8259 allows and nothing else, with
+# one exception: long strings without an escape (images, documents) are passed over unread. They prove nothing,
+# and would cost more than all the rest.
 
-# What stands before a value: { or a comma, the name, a colon.
-MEMBER = r'[ \t\n\r]*[{,][ \t\n\r]*"([^"\\]*(?:\\.[^"\\]*)*)"[ \t\n\r]*:[ \t\n\r]*'
 JSON_BLANKS = " \t\n\r"
-STRING_START = re.compile(rb"[A-Za-z0-9/]")
+JSON_AT_ONCE_BYTES = 256 * 1024  # `json` takes up to 8 ms for as much
+SPLICED_AT_ONCE_BYTES = 16 * 1024  # and model_span() up to 5
 LONG_STRING_BYTES = 4096
-QUOTE_SPACING_BYTES = 200  # closer together than this on the average, quotes are dense
+QUOTE_SPACING_BYTES = 200  # further apart than this on the average, quotes are few
+WALK_STEPS = 500  # tokens at a time, or
+WALK_BYTES = 64 * 1024  # so much of strings: 1 ms, at the worst 3
+# What stands before a value: { or a comma, the name, a colon.
+MEMBER = re.compile(r'[ \t\n\r]*[{,][ \t\n\r]*"([^"\\]*(?:\\.[^"\\]*)*)"[ \t\n\r]*:[ \t\n\r]*')
 # float() takes integers of any length, where int() refuses those over 4,300 digits; objects come as tuples
 # of pairs, which keep what is given twice and can't be mistaken for lists.
 BODY_DECODER = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant, object_pairs_hook=tuple)
 
+# A token of the walk, with blanks behind it; its group tells its kind. A string is a token when it is short, plain
+# and ASCII, else its first quote is one. A token is looked for within LONG_STRING_BYTES.
+JSON_TOKEN = re.compile(
+    rb'(?:("[^"\\\x00-\x1f\x80-\xff]*")|(")|(,)|(:)|(\[)|({)|(\])|(})'
+    rb"|(-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false|null))[ \t\n\r]*"
+)
+STRING, QUOTE, COMMA, COLON, OPEN_LIST, OPEN_OBJECT, CLOSE_LIST, CLOSE_OBJECT, SCALAR = range(1, 10)
+STRING_PART = re.compile(rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*')
+BLANKS = re.compile(rb"[ \t\n\r]*")
+# What each kind of token adds to the count of values: a name was counted as a string, and isn't one of them.
+VALUES_OF_KIND = (0, 1, 1, 0, -1, 1, 1, 0, 0, 1)
+# Which tokens may come where, and what comes next. Where a list or an object ends, that is told by what it stands in.
+ITEM = {kind: "after item" for kind in (STRING, QUOTE, SCALAR)}
+OPENED = {OPEN_LIST: "first item", OPEN_OBJECT: "first name"}
+GRAMMAR: Mapping[str, Mapping[int, str]] = {
+    "start": {OPEN_OBJECT: "first name"},
+    "first name": {STRING: "colon", QUOTE: "colon", CLOSE_OBJECT: "end"},
+    "name": {STRING: "colon", QUOTE: "colon"},
+    "colon": {COLON: "value"},
+    "value": {**dict.fromkeys((STRING, QUOTE, SCALAR), "after member"), **OPENED},
+    "after member": {COMMA: "name", CLOSE_OBJECT: "end"},
+    "first item": {**ITEM, **OPENED, CLOSE_LIST: "end"},
+    "item": {**ITEM, **OPENED},
+    "after item": {COMMA: "item", CLOSE_LIST: "end"},
+    "end": {},
+}
 
-def find_model(body: bytes) -> str:
-    """The top-level `model` of a JSON object. Raises BadRequest unless there is exactly one, a string."""
-    try:
-        text = without_long_strings(body)[0].decode("utf-8").strip(JSON_BLANKS)
-        document, end = BODY_DECODER.raw_decode(text)
-        if end < len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
-    except json.JSONDecodeError as error:
-        raise BadRequest(f"the body is not valid JSON: {error.msg}", "not_json") from None
-    except (ValueError, RecursionError):
-        raise BadRequest("the body is not valid JSON in UTF-8, or nested too deeply", "not_json") from None
-    if not isinstance(document, tuple):
-        raise BadRequest("the body must be a JSON object", "not_json")
-    return only_model([member[1] for member in document if member[0] == "model"])
+
+class BodyFacts(NamedTuple):
+    """What a JSON body says that matters here."""
+
+    model: str
+    lookalike: bool  # whether another top-level name is `model` but for its case
+    user_id: str  # the one in `metadata`, or empty
+    span: Optional[tuple[int, int]] = None  # where the value of `model` stands, if that is known
 
 
-def only_model(values: Sequence[Any]) -> str:
-    """The one value of `model`. Raises BadRequest."""
+def facts_of(models: Sequence[tuple[str, Any]], user_id: str, span: Optional[tuple[int, int]] = None) -> BodyFacts:
+    """The facts of a body with these top-level members, of which those called `model` in any case count. Raises
+    BadRequest unless exactly one is called `model`, and names one."""
+    values = [value for name, value in models if name == "model"]
     if not values:
         raise BadRequest("model: Field required", "no_model")
     if len(values) > 1:
         raise BadRequest("model: given more than once")
-    if not isinstance(values[0], str):
-        raise BadRequest("model: Input should be a valid string")
-    return values[0]
+    if not isinstance(values[0], str) or not values[0]:
+        raise BadRequest("model: Input should be a valid string that isn't empty")
+    if len(values[0]) > MODEL_CHARACTERS:
+        raise BadRequest(f"model: Input should have at most {MODEL_CHARACTERS} characters")
+    lookalike = any(name != "model" and is_model_name(name) for name, _ in models)
+    return BodyFacts(values[0], lookalike, user_id, span)
 
 
-def without_long_strings(body: bytes) -> tuple[bytes, list[tuple[int, int]]]:
-    """The JSON text with its long strings emptied, and where how many bytes are missing from it. Between
-    two quotes, only the inside of a string begins with a letter, a digit or a slash, so nothing else goes."""
-    pieces: list[bytes] = []
-    gaps: list[tuple[int, int]] = []
-    kept = missing = 0
-    quote = body.find(b'"') if len(body) > LONG_STRING_BYTES else -1
-    # Where quotes stand dense there is little to gain, and much to look at: not all of them are, then.
-    steps = len(body) // QUOTE_SPACING_BYTES
-    while quote >= 0 and steps:
-        steps -= 1
-        start, quote = quote + 1, body.find(b'"', quote + 1)
-        if quote - start > LONG_STRING_BYTES and STRING_START.match(body, start) and body.find(b"\\", start, quote) < 0:
-            pieces.append(body[kept:start])
-            gaps.append((start - missing, quote - start))
-            kept, missing = quote, missing + quote - start
-    pieces.append(body[kept:])
-    return b"".join(pieces), gaps
+def is_model_name(name: str) -> bool:
+    """Whether a name is `model` for servers that don't heed its case."""
+    return len(name) == len("model") and name.lower() == "model"
 
 
-def splice_model(body: bytes, name: str) -> bytes:
-    """A body that find_model() has read, with another name for its model, and every other byte as it was."""
-    short, gaps = without_long_strings(body)
-    text = short.decode("utf-8")
+def read_at_once(body: bytes) -> BodyFacts:
+    """The facts of a short JSON body. Raises BadRequest."""
+    try:
+        text = body.decode("utf-8").strip(JSON_BLANKS)
+        document, end = BODY_DECODER.raw_decode(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+    except json.JSONDecodeError as error:
+        raise not_json(error.msg) from None
+    except (ValueError, RecursionError):
+        raise not_json("it is not in UTF-8, or nested too deeply") from None
+    if not isinstance(document, tuple):
+        raise BadRequest("the body must be a JSON object", "not_json")
+    metadata = [value for name, value in document if name == "metadata" and isinstance(value, tuple)]
+    user_ids = [value for pairs in metadata for name, value in pairs if name == "user_id" and isinstance(value, str)]
+    return facts_of(document, user_ids[-1] if user_ids else "")
 
-    def place_in_body(position: int) -> int:
-        place = len(text[:position].encode("utf-8"))
-        return place + sum(length for gap, length in gaps if gap <= place)
 
-    start, end = model_span(text)
-    return b"%b%b%b" % (body[: place_in_body(start)], json.dumps(name).encode("ascii"), body[place_in_body(end) :])
+def not_json(problem: str) -> BadRequest:
+    """The error for a body that can't be read."""
+    return BadRequest(f"the body is not valid JSON: {problem}", "not_json")
 
 
-def model_span(text: str) -> tuple[int, int]:
-    """Where the value of `model` stands in the text of a JSON object that has one, quotes included."""
-    pattern, end = re.compile(MEMBER), 0
+def takes_long(body: bytes) -> bool:
+    """Whether a JSON body is to be walked: it is long, or it is quick to walk since it has few strings."""
+    if len(body) > JSON_AT_ONCE_BYTES:
+        return True
+    position = 0
+    for _ in range(len(body) // QUOTE_SPACING_BYTES if len(body) > LONG_STRING_BYTES else 0):
+        position = body.find(b'"', position) + 1
+        if not position:
+            return True
+    return False
+
+
+class JsonWalk:
+    """Walks a JSON body that is an object; `facts` are there when it is `finished`."""
+
+    def __init__(self, body: bytes) -> None:
+        self.finished = False
+        self._body = body
+        self._at = 0
+        self._state = "start"
+        self._values = 0
+        self._around = bytearray()  # of each list and object that is open: whether it stands in an object
+        self._decoder: Optional[codecs.IncrementalDecoder] = None  # of the long string that is being read
+        self._names = ["", ""]  # the last name in the outer object, and in an object within it
+        self._models: list[tuple[str, Any]] = []
+        self._span = 0, 0
+        self._user_id = ""
+
+    @property
+    def facts(self) -> BodyFacts:
+        """What the body says. Raises BadRequest."""
+        return facts_of(self._models, self._user_id, self._span)
+
+    def go_on(self) -> None:
+        """Takes the next tokens, or parts of a long string. Raises BadRequest."""
+        body, state, at, around = self._body, self._state, self._at, self._around
+        stop = at + WALK_BYTES
+        for _ in range(WALK_STEPS):
+            if at > stop or self.finished:
+                break
+            if self._decoder:
+                at = self._read_string(self._decoder, at)
+                continue
+            match = JSON_TOKEN.match(body, at, at + LONG_STRING_BYTES)
+            if not match:
+                at = self._pass_blanks(at, state)
+                continue
+            kind = match.lastindex or 0
+            following = GRAMMAR[state].get(kind)
+            start, at, end = at, match.end(), match.end(kind)
+            if not following or end - start == LONG_STRING_BYTES:
+                raise self._malformed(start)
+            self._values += VALUES_OF_KIND[kind]
+            if kind == QUOTE:
+                at = end = self._begin_string(end)
+            if len(around) <= 2:
+                self._notice(kind, state, start, end)
+            state = self._nest(kind, state) if OPEN_LIST <= kind <= CLOSE_OBJECT else following
+        self._state, self._at = state, at
+        if self._values > JSON_VALUES:
+            raise BadRequest(f"the body has more than {JSON_VALUES} values")
+
+    def _nest(self, kind: int, state: str) -> str:
+        """The state after a token that opens or closes a list or an object."""
+        if kind in OPENED:
+            self._around.append(state == "value")
+            return OPENED[kind]
+        in_object = self._around.pop()
+        return "end" if not self._around else "after member" if in_object else "after item"
+
+    def _pass_blanks(self, at: int, state: str) -> int:
+        """Where the next token may begin; notes the end of the body."""
+        end = matched(BLANKS, self._body, at)
+        if end == at:
+            if at < len(self._body) or state != "end":
+                raise self._malformed(at)
+            self.finished = True
+        return end
+
+    def _begin_string(self, at: int) -> int:
+        """Reads a string whose content begins here to its end, or begins to when it is long."""
+        body = self._body
+        end = matched(STRING_PART, body, at)
+        if body.startswith(b'"', end):
+            self._decode(UTF_8(), body[at:end], True)
+            return end + 1
+        quote = body.find(b'"', at)
+        if quote - at > LONG_STRING_BYTES and body.find(b"\\", at, quote) < 0:
+            return quote + 1
+        self._decoder = UTF_8()
+        return at
+
+    def _read_string(self, decoder: codecs.IncrementalDecoder, at: int) -> int:
+        """Reads the next part of a long string."""
+        end = matched(STRING_PART, self._body, at)
+        ends = self._body.startswith(b'"', end)
+        self._decode(decoder, self._body[at:end], ends)
+        if ends:
+            self._decoder = None
+            return end + 1
+        if end == at:
+            raise self._malformed(at)
+        return end
+
+    def _decode(self, decoder: codecs.IncrementalDecoder, part: bytes, final: bool) -> None:
+        """Makes sure that a part of a string is UTF-8."""
+        try:
+            decoder.decode(part, final)
+        except UnicodeDecodeError:
+            raise not_json("it is not in UTF-8") from None
+
+    def _notice(self, kind: int, state: str, start: int, end: int) -> None:
+        """Looks at a token of the outer object, or of an object that it holds."""
+        depth, is_string = len(self._around), kind in (STRING, QUOTE)
+        if GRAMMAR[state].get(kind) == "colon":
+            self._names[depth - 1 :] = [self._text(start, end), ""][: 3 - depth]
+        elif state == "value" and depth == 1 and is_model_name(self._names[0]):
+            self._models.append((self._names[0], self._text(start, end) if is_string else None))
+            if self._names[0] == "model":
+                self._span = start, end
+        elif state == "value" and is_string and self._names == ["metadata", "user_id"]:
+            self._user_id = self._text(start, end)
+
+    def _text(self, start: int, end: int) -> str:
+        """The string that stands there; of a long one its beginning, unread."""
+        string = self._body[start : min(end, start + 6 * MODEL_CHARACTERS)]
+        is_plain = b"\\" not in string and string.isascii()
+        if is_plain or self._decoder or start + len(string) < end:
+            return string.strip(b'"').decode("latin-1")
+        return str(json.loads(string))
+
+    def _malformed(self, at: int) -> BadRequest:
+        return not_json(f"unexpected byte at {at}" if at < len(self._body) else "it is cut off")
+
+
+UTF_8 = codecs.getincrementaldecoder("utf-8")
+
+
+def matched(pattern: re.Pattern[bytes], body: bytes, at: int) -> int:
+    """Where a match that begins here ends, within LONG_STRING_BYTES."""
+    match = pattern.match(body, at, at + LONG_STRING_BYTES)
+    return match.end() if match else at
+
+
+def splice_model(body: bytes, facts: BodyFacts, name: str) -> bytes:
+    """The body with another name for its model, and every other byte as it was."""
+    start, end = facts.span or model_span(body)
+    return b"%b%b%b" % (body[:start], json.dumps(name).encode("ascii"), body[end:])
+
+
+def model_span(body: bytes) -> tuple[int, int]:
+    """Where the value of `model` stands, quotes included, in a short body that read_at_once() has read."""
+    text, end = body.decode("utf-8"), 0
     while True:
-        member = pattern.match(text, end)
+        member = MEMBER.match(text, end)
         if not member:
             raise ValueError(f"the JSON text can't be walked at {end}")
         end = BODY_DECODER.raw_decode(text, member.end())[1]
         if json.loads(f'"{member[1]}"') == "model":
-            return member.end(), end
+            return len(text[: member.end()].encode("utf-8")), len(text[:end].encode("utf-8"))
 
 
-def decompressed(body: bytes, coding: str, limit: int) -> bytes:
-    """The content of a gzip or deflate body. Raises TooLarge beyond `limit` bytes, and BadRequest."""
-    if coding not in ("gzip", "x-gzip", "deflate"):
-        raise BadRequest(f"the content-encoding {header_text(coding)} can't be read here; send gzip or none")
-    # 32 lets zlib tell gzip and zlib headers apart (zlib manual, inflateInit2).
-    inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)
-    try:
-        content = inflater.decompress(body, limit + 1)
-    except zlib.error:
-        content = b""
-    if len(content) > limit:
-        raise TooLarge(f"the decompressed body is over the limit of {limit} bytes (server.max_body_mb)")
-    if not inflater.eof or inflater.unused_data:
-        raise BadRequest(f"the body is not what its content-encoding {coding} says")
-    return content
+class Inflater:
+    """Decompresses a gzip or deflate body in steps. Raises UnsupportedCoding for any other."""
+
+    def __init__(self, body: bytes, coding: str) -> None:
+        if coding not in ("gzip", "x-gzip", "deflate"):
+            name = header_text(coding[:100])
+            raise UnsupportedCoding(f"the content-encoding {name} can't be read here; send gzip or none")
+        self._body = body
+        self._at = 0
+        self._coding = coding
+        # 32 lets zlib tell gzip and zlib headers apart (zlib manual, inflateInit2).
+        self._inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the content is whole."""
+        return self._inflater.eof
+
+    def go_on(self) -> bytes:
+        """The next piece of the content, INFLATED_BYTES at most. Raises BadRequest."""
+        data = self._inflater.unconsumed_tail
+        if not data:
+            data = self._body[self._at : self._at + INFLATED_BYTES]
+            self._at += len(data)
+        try:
+            piece = self._inflater.decompress(data, INFLATED_BYTES)
+        except zlib.error:
+            piece, data = b"", b""
+        if (not data and not piece) or (self.finished and (self._inflater.unused_data or self._at < len(self._body))):
+            raise BadRequest(f"the body is not what its content-encoding {self._coding} says")
+        return piece
 
 
 # ==== Server-sent events =========================================================================
@@ -2055,8 +2418,12 @@ def decompressed(body: bytes, coding: str, limit: int) -> bytes:
 # nothing else, so they are cut as bytes (str would also break at U+2028, which JSON may hold). Lines are
 # forwarded whole, so that an error can be told at the end of a stream that broke within a line.
 
-STREAM_ENDS = (
-    rb"(?:^|[\r\n])(?:event: ?(?:message_stop|error|response\.(?:completed|incomplete|failed))|data: ?\[DONE\])"
+# A line that says that the stream is over: an event's name, or its data where there are no names; an error; the
+# last chunk of OpenAI's chat format, which some servers follow up by [DONE] and some don't.
+STREAM_ENDS = re.compile(
+    rb'(?:^|[\r\n])(?:data: ?(?:\[DONE\]|\{ ?"error")|(?:event: ?|data: ?\{ ?"type" ?: ?")'
+    rb"(?:message_stop|error|response\.(?:completed|incomplete|failed)))"
+    rb'|"finish_reason" ?: ?"'
 )
 FIRST_EVENT_IS_ERROR = rb'event: ?error[\r\n]|data: ?\{ ?"(?:error"|type" ?: ?"error")'
 USAGE = re.compile(rb'"(input|prompt|output|completion)_tokens" ?: ?([0-9]{1,12})')
@@ -2192,7 +2559,7 @@ NAMED = ("caller", "method", "path", "model", "sent", "provider", "key")
 PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]*")  # printable ASCII but space, quote, = and backslash
 
 
-@functools.lru_cache(maxsize=1024)  # the same come together again and again
+@functools.lru_cache(maxsize=256)  # the same come together again and again; AccessRecord keeps them short
 def log_names(*values: str) -> str:
     """Who asked for what and where it went, as a part of a line."""
     return "".join([f" {name}={plain(value)}" for name, value in zip(NAMED, values) if value])
@@ -2208,6 +2575,11 @@ def plain(value: str) -> str:
     """Text that can't break its line or its field: cut when long, quoted and escaped where it isn't plain."""
     value = shortened(value)
     return value if PLAIN_VALUE.fullmatch(value) else json.dumps(value)
+
+
+def logged(value: str) -> str:
+    """So much of a text from outside as the log shows of it: what remembers lines must not keep more."""
+    return value[: LOG_VALUE_CHARACTERS + 1]
 
 
 def shortened(value: str) -> str:
@@ -2231,6 +2603,12 @@ def shortened(value: str) -> str:
 #   echo-error-N    answers with the HTTP status N, 400 to 599
 
 ECHO_WORD_SECONDS = 0.05
+ECHO_STOPS, ECHO_STOP_CHARACTERS = 16, 256
+ECHO_INPUTS = 2048  # OpenAI's limit for embeddings
+ECHO_NUMBERS = 2**18  # in all vectors of an answer
+BLANK_CHARACTERS = " \t\n\r\x0b\x0c"
+WORD = re.compile(r"\s*\S+", re.ASCII)
+WORD_MARKS = bytes(ord(" ") if chr(byte) in BLANK_CHARACTERS else ord("w") for byte in range(256))
 ECHO_CREATED = "2025-01-01T00:00:00Z"
 ECHO_CREATED_UNIX = 1735689600
 ERROR_KINDS = {
@@ -2250,11 +2628,13 @@ class EchoFault(Exception):
 
 
 class EchoAnswer(NamedTuple):
-    """An answer in parts: each is sent when its seconds have passed. A cut one ends too early."""
+    """An answer in parts, which are made as they are sent: each when its seconds have passed. A cut one ends too
+    early."""
 
     status: int
     content_type: str
-    parts: Sequence[tuple[float, bytes]]
+    parts: Iterable[tuple[float, bytes]]
+    size: Optional[int] = None  # of all parts, where it is known beforehand
     cut: bool = False
 
 
@@ -2264,7 +2644,7 @@ class Reply(NamedTuple):
     id: str
     model: str
     thinking: str
-    words: list[str]
+    text: str
     tool: str  # the name of a tool to call, or empty
     tool_input: JsonDict
     stop_reason: str
@@ -2272,21 +2652,18 @@ class Reply(NamedTuple):
     input_tokens: int
 
     @property
-    def text(self) -> str:
-        return "".join(self.words)
+    def words(self) -> Iterator[str]:
+        return split_words(self.text)
 
     @property
     def output_tokens(self) -> int:
-        return (
-            len(self.words) + len(split_words(self.thinking)) + count_words(self.tool_input) + (1 if self.tool else 0)
-        )
+        return count_words([self.text, self.thinking, self.tool_input]) + (1 if self.tool else 0)
 
 
 def echo_answer(
     method: str, path: str, body: bytes, now: float, request_id: str, betas: Sequence[str] = ()
 ) -> EchoAnswer:
     """The answer to a request in either format; `path` tells which. `betas` are those of anthropic-beta."""
-    dialect = "anthropic" if path.startswith("/v1/messages") or path.startswith("/v1/anthropic") else "openai"
     try:
         if method == "GET":
             return echo_models(path)
@@ -2308,9 +2685,15 @@ def echo_answer(
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
             raise EchoFault(400, "a field of the request has the wrong type") from None
     except EchoFault as fault:
-        kind = ERROR_KINDS.get(fault.status, "api_error" if fault.status >= 500 else "invalid_request_error")
-        document = error_body(dialect, kind, str(fault), kind, request_id)
-        return EchoAnswer(fault.status, "application/json", [(0.0, document)])
+        return echo_error(path, fault, request_id)
+
+
+def echo_error(path: str, fault: EchoFault, request_id: str) -> EchoAnswer:
+    """The answer that tells what is wrong, in the format of the path."""
+    dialect = "anthropic" if path.startswith(("/v1/messages", "/v1/anthropic")) else "openai"
+    kind = ERROR_KINDS.get(fault.status, "api_error" if fault.status >= 500 else "invalid_request_error")
+    document = error_body(dialect, kind, str(fault), kind, request_id)
+    return EchoAnswer(fault.status, "application/json", [(0.0, document)], len(document))
 
 
 def without_system_turns(messages: Any) -> Any:
@@ -2354,7 +2737,8 @@ def echo_models(path: str) -> EchoAnswer:
 
 def echo_json(document: Any) -> EchoAnswer:
     """A whole answer."""
-    return EchoAnswer(200, "application/json", [(0.0, json.dumps(document).encode("ascii"))])
+    body = json.dumps(document).encode("ascii")
+    return EchoAnswer(200, "application/json", [(0.0, body)], len(body))
 
 
 # -- what both formats check and say
@@ -2386,18 +2770,22 @@ def require(section: JsonDict, name: str, holds: Callable[[Any], bool], otherwis
         raise EchoFault(400, f"{place}{name}: {otherwise}")
 
 
-def split_words(text: str) -> list[str]:
-    """The words of a text, each with the white space before it; together they are the text."""
+def split_words(text: str) -> Iterator[str]:
+    """The words of a text, each with the white space before it, the last with that behind it too; together they are
+    the text."""
     # Without rstrip() the expression would try in vain from every blank behind the last word.
-    words = re.findall(r"\s*\S+", text.rstrip())
-    rest = text[sum(map(len, words)) :]
-    return [*words[:-1], words[-1] + rest] if words else [text] if text else []
+    end = len(text.rstrip(BLANK_CHARACTERS))
+    for match in WORD.finditer(text, 0, end):
+        yield text[match.start() :] if match.end() == end else match[0]
+    if text and not end:
+        yield text
 
 
 def count_words(value: Any) -> int:
     """How many words all strings in a JSON value have: echo's idea of a token."""
     if isinstance(value, str):
-        return len(value.split())
+        marks = value.encode("utf-8", "surrogatepass").translate(WORD_MARKS)
+        return marks.count(b" w") + marks.startswith(b"w")
     if isinstance(value, dict):
         return sum(map(count_words, value.values()))
     return sum(map(count_words, value)) if isinstance(value, list) else 0
@@ -2413,17 +2801,33 @@ def said(content: Any) -> str:
     return "\n".join(texts) if texts else " ".join(f"[{block.get('type')}]" for block in blocks)
 
 
-def shorten(words: list[str], max_tokens: Optional[int], stops: Sequence[str]) -> tuple[list[str], str, Optional[str]]:
-    """The words up to the first stop sequence or the limit, why they end, and at which sequence."""
-    text = "".join(words)
-    found = [(text.find(stop), stop) for stop in stops if stop and stop in text]
+def shorten(text: str, max_tokens: Optional[int], stops: Sequence[str]) -> tuple[str, str, Optional[str]]:
+    """The text up to the first stop sequence or the limit, why it ends, and at which sequence."""
+    if len(stops) > ECHO_STOPS or any(len(stop) > ECHO_STOP_CHARACTERS for stop in stops):
+        raise EchoFault(
+            400, f"stop_sequences: echo takes at most {ECHO_STOPS}, of at most {ECHO_STOP_CHARACTERS} characters"
+        )
     reason, sequence = "end_turn", None
+    found = first_stop(text, [stop for stop in stops if stop])
     if found:
-        end, sequence = min(found)
-        words, reason = split_words(text[:end]), "stop_sequence"
-    if max_tokens is not None and len(words) > max_tokens:
-        words, reason, sequence = words[:max_tokens], "max_tokens", None
-    return words, reason, sequence
+        end, sequence = found
+        text, reason = text[:end], "stop_sequence"
+    if max_tokens is not None and count_words(text) > max_tokens:
+        last = next(itertools.islice(WORD.finditer(text), max_tokens - 1, None))
+        text, reason, sequence = text[: last.end()], "max_tokens", None
+    return text, reason, sequence
+
+
+def first_stop(text: str, stops: Sequence[str]) -> Optional[tuple[int, str]]:
+    """Where the first of the stop sequences begins, and which it is."""
+    # In pieces, since Python before 3.10 may take time in proportion to the product of both lengths.
+    for start in range(0, len(text) if stops else 0, ECHO_AT_ONCE_BYTES):
+        end = start + ECHO_AT_ONCE_BYTES
+        found = [(text.find(stop, start, end + len(stop) - 1), stop) for stop in stops]
+        begun = [(position, stop) for position, stop in found if position >= 0]
+        if begun:
+            return min(begun)
+    return None
 
 
 def sample(schema: Any) -> Any:
@@ -2437,25 +2841,29 @@ def sample(schema: Any) -> Any:
         return schema["enum"][0]
     if schema.get("type") == "object" or "properties" in schema:
         properties = schema.get("properties") or {}
-        return {name: sample(properties.get(name)) for name in schema.get("required") or [] if isinstance(name, str)}
+        # Each name once, however often it is given: so each part of the schema is looked at once.
+        names = dict.fromkeys(name for name in schema.get("required") or [] if isinstance(name, str))
+        return {name: sample(properties.get(name)) for name in names}
     return {"integer": 1, "number": 1.0, "boolean": True, "array": [], "null": None}.get(
         str(schema.get("type")), "echo"
     )
 
 
-def paced(request: JsonDict, events: Sequence[bytes]) -> EchoAnswer:
-    """The events as a stream, at the pace and up to the end that the model's name asks for."""
+def paced(request: JsonDict, reply: Reply, events: Iterator[bytes]) -> EchoAnswer:
+    """The events of a reply as a stream, at the pace and up to the end that the model's name asks for."""
     pause = ECHO_WORD_SECONDS if request["model"].startswith("echo-slow") else 0.0
     cut = request["model"].startswith("echo-cut")
     if cut:
-        events = events[: max(2, len(events) // 2)]
-    return EchoAnswer(200, "text/event-stream; charset=utf-8", [(pause, event) for event in events], cut)
+        events = itertools.islice(events, 2 + reply.output_tokens // 2)
+    return EchoAnswer(200, "text/event-stream; charset=utf-8", ((pause, event) for event in events), cut=cut)
 
 
 def at_once(request: JsonDict, document: JsonDict) -> EchoAnswer:
     """The document as a whole answer; half of it if the model's name asks for that."""
     body = json.dumps(document).encode("ascii")
-    return EchoAnswer(200, "application/json", [(0.0, body)], request["model"].startswith("echo-cut"))
+    cut = request["model"].startswith("echo-cut")
+    sent = body[: len(body) // 2] if cut else body
+    return EchoAnswer(200, "application/json", [(0.0, sent)], len(body), cut)
 
 
 # -- the Anthropic format: https://docs.anthropic.com/en/api/messages and …/messages-streaming
@@ -2468,9 +2876,9 @@ def echo_messages(request: JsonDict, identity: str, now: int) -> EchoAnswer:
     check_sampling(request)
     check_tools(request)
     reply = anthropic_reply(request, identity)
-    return (
-        paced(request, anthropic_events(reply)) if request.get("stream") else at_once(request, anthropic_message(reply))
-    )
+    if request.get("stream"):
+        return paced(request, reply, anthropic_events(reply))
+    return at_once(request, anthropic_message(reply))
 
 
 def echo_count_tokens(request: JsonDict, identity: str, now: int) -> EchoAnswer:
@@ -2580,15 +2988,15 @@ def anthropic_reply(request: JsonDict, identity: str) -> Reply:
     blocks = content if isinstance(content, list) else []
     results = any(block["type"] == "tool_result" for block in blocks)
     tool = {} if results else called_tool(request)
-    words, reason, sequence = shorten(
-        [] if tool else split_words(said(content)), request["max_tokens"], request.get("stop_sequences") or ()
+    text, reason, sequence = shorten(
+        "" if tool else said(content), request["max_tokens"], request.get("stop_sequences") or ()
     )
     thinks = (request.get("thinking") or {}).get("type") in ("enabled", "adaptive")
     return Reply(
         id=f"msg_{identity}",
         model=request["model"],
         thinking="The user's last text is to be repeated." if thinks else "",
-        words=words,
+        text=text,
         tool=tool.get("name", ""),
         tool_input=sample(tool["input_schema"]) if "input_schema" in tool else {},
         stop_reason="tool_use" if tool else reason,
@@ -2651,29 +3059,33 @@ def anthropic_message(reply: Reply) -> JsonDict:
     }
 
 
-def anthropic_events(reply: Reply) -> list[bytes]:
+def anthropic_events(reply: Reply) -> Iterator[bytes]:
     """A reply as the documented sequence of events."""
     opened = {**anthropic_message(reply), "content": [], "stop_reason": None, "stop_sequence": None}
-    events = [anthropic_event("message_start", message={**opened, "usage": anthropic_usage(reply, 1)})]
+    yield anthropic_event("message_start", message={**opened, "usage": anthropic_usage(reply, 1)})
     for index, block in enumerate(anthropic_blocks(reply)):
-        kind = block["type"]
         empty: JsonDict = {"text": "", "thinking": "", "signature": "", "input": {}}
         opening = {name: empty.get(name, value) for name, value in block.items()}
-        events.append(anthropic_event("content_block_start", index=index, content_block=opening))
-        deltas: list[JsonDict]
-        if kind == "text":
-            deltas = [{"type": "text_delta", "text": word} for word in reply.words]
-        elif kind == "thinking":
-            deltas = [{"type": "thinking_delta", "thinking": word} for word in split_words(reply.thinking)]
-            deltas.append({"type": "signature_delta", "signature": block["signature"]})
-        else:
-            deltas = [{"type": "input_json_delta", "partial_json": json.dumps(reply.tool_input)}]
-        events += [anthropic_event("content_block_delta", index=index, delta=delta) for delta in deltas]
-        events.append(anthropic_event("content_block_stop", index=index))
+        yield anthropic_event("content_block_start", index=index, content_block=opening)
+        for delta in anthropic_deltas(reply, block):
+            yield anthropic_event("content_block_delta", index=index, delta=delta)
+        yield anthropic_event("content_block_stop", index=index)
     stop = {"stop_reason": reply.stop_reason, "stop_sequence": reply.stop_sequence}
-    events.append(anthropic_event("message_delta", delta=stop, usage=anthropic_usage(reply, reply.output_tokens)))
-    events.append(anthropic_event("message_stop"))
-    return events
+    yield anthropic_event("message_delta", delta=stop, usage=anthropic_usage(reply, reply.output_tokens))
+    yield anthropic_event("message_stop")
+
+
+def anthropic_deltas(reply: Reply, block: JsonDict) -> Iterator[JsonDict]:
+    """A content block piece by piece."""
+    if block["type"] == "text":
+        for word in reply.words:
+            yield {"type": "text_delta", "text": word}
+    elif block["type"] == "thinking":
+        for word in split_words(reply.thinking):
+            yield {"type": "thinking_delta", "thinking": word}
+        yield {"type": "signature_delta", "signature": block["signature"]}
+    else:
+        yield {"type": "input_json_delta", "partial_json": json.dumps(reply.tool_input)}
 
 
 def anthropic_event(name: str, **fields: Any) -> bytes:
@@ -2712,12 +3124,16 @@ def echo_chat(request: JsonDict, identity: str, now: int) -> EchoAnswer:
         if reply.tool:
             spoken["tool_calls"] = [{**call, "function": function}]
         return at_once(request, openai_object(reply, "chat.completion", now, choices("message", spoken, finish), usage))
-    deltas: list[JsonDict] = [{"role": "assistant", "content": None if reply.tool else ""}]
-    deltas += [{"content": word} for word in reply.words]
-    if reply.tool:
-        deltas.append({"tool_calls": [{"index": 0, **call, "function": function}]})
-    chunks = [choices("delta", delta, None) for delta in deltas] + [choices("delta", {}, finish)]
-    return openai_stream(request, reply, "chat.completion.chunk", now, chunks)
+
+    def chunks() -> Iterator[list[JsonDict]]:
+        yield choices("delta", {"role": "assistant", "content": None if reply.tool else ""}, None)
+        for word in reply.words:
+            yield choices("delta", {"content": word}, None)
+        if reply.tool:
+            yield choices("delta", {"tool_calls": [{"index": 0, **call, "function": function}]}, None)
+        yield choices("delta", {}, finish)
+
+    return openai_stream(request, reply, "chat.completion.chunk", now, chunks())
 
 
 def echo_completion(request: JsonDict, identity: str, now: int) -> EchoAnswer:
@@ -2735,7 +3151,7 @@ def echo_completion(request: JsonDict, identity: str, now: int) -> EchoAnswer:
         return at_once(
             request, openai_object(reply, "text_completion", now, choices(reply.text, finish), openai_usage(reply))
         )
-    chunks = [choices(word, None) for word in reply.words] + [choices("", finish)]
+    chunks = itertools.chain((choices(word, None) for word in reply.words), [choices("", finish)])
     return openai_stream(request, reply, "text_completion", now, chunks)
 
 
@@ -2746,19 +3162,30 @@ def echo_embeddings(request: JsonDict, identity: str, now: int) -> EchoAnswer:
     inputs = given if isinstance(given, list) and not is_whole(given[0]) else [given]
     wanted = request.get("dimensions")
     size = wanted if isinstance(wanted, int) and 1 <= wanted <= 4096 else 64
-    data = []
-    for index, item in enumerate(inputs):
-        # A text's own generator: the same numbers for the same text, on every machine.
-        numbers = random.Random(json.dumps(item))
-        vector = [numbers.uniform(-1, 1) for _ in range(size)]
-        length = math.sqrt(sum(number * number for number in vector))
-        vector = [number / length for number in vector]
-        packed = base64.b64encode(struct.pack(f"<{size}f", *vector)).decode("ascii")
-        embedding = packed if request.get("encoding_format") == "base64" else vector
-        data.append({"object": "embedding", "index": index, "embedding": embedding})
+    if len(inputs) > ECHO_INPUTS or len(inputs) * size > ECHO_NUMBERS:
+        raise EchoFault(400, f"input: echo takes at most {ECHO_INPUTS}, and makes {ECHO_NUMBERS} numbers of them")
     tokens = max(1, count_words(inputs))
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return echo_json({"object": "list", "data": data, "model": request["model"], "usage": usage})
+    rest = {"model": request["model"], "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+    as_text = request.get("encoding_format") == "base64"
+
+    def parts() -> Iterator[tuple[float, bytes]]:
+        opening = '{"object": "list", "data": ['
+        for index, item in enumerate(inputs):
+            document = {"object": "embedding", "index": index, "embedding": embedding(item, size, as_text)}
+            yield 0.0, f"{opening}{json.dumps(document)}".encode("ascii")
+            opening = ", "
+        yield 0.0, f"], {json.dumps(rest)[1:]}".encode("ascii")
+
+    return EchoAnswer(200, "application/json", parts())
+
+
+def embedding(item: Any, size: int, as_text: bool) -> Union[str, list[float]]:
+    """A vector of length one, the same for the same input on every machine; as base64 of floats, or as numbers."""
+    numbers = random.Random(json.dumps(item))
+    vector = [numbers.uniform(-1, 1) for _ in range(size)]
+    length = math.sqrt(sum(number * number for number in vector))
+    vector = [number / length for number in vector]
+    return base64.b64encode(struct.pack(f"<{size}f", *vector)).decode("ascii") if as_text else vector
 
 
 def echo_response(request: JsonDict, identity: str, now: int) -> EchoAnswer:
@@ -2790,33 +3217,38 @@ def echo_response(request: JsonDict, identity: str, now: int) -> EchoAnswer:
         "parallel_tool_calls": True, "temperature": 1.0, "tool_choice": "auto", "tools": [], "top_p": 1.0,
         "usage": usage,
     }  # fmt: skip
-    return paced(request, response_events(reply, whole)) if request.get("stream") else at_once(request, whole)
+    if not request.get("stream"):
+        return at_once(request, whole)
+    events = (
+        f"event: response.{name}\ndata: "
+        f"{json.dumps({'type': f'response.{name}', 'sequence_number': number, **fields})}\n\n".encode("ascii")
+        for number, (name, fields) in enumerate(response_events(reply, whole))
+    )
+    return paced(request, reply, events)
 
 
-def response_events(reply: Reply, whole: JsonDict) -> list[bytes]:
-    """A response as its sequence of events."""
+def response_events(reply: Reply, whole: JsonDict) -> Iterator[tuple[str, JsonDict]]:
+    """A response as its sequence of events, each by its name behind `response.` and its fields."""
     item, opened = whole["output"][0], {**whole, "status": "in_progress", "output": [], "usage": None}
     place = {"item_id": item["id"], "output_index": 0}
-    steps: list[tuple[str, JsonDict]] = [("created", {"response": opened}), ("in_progress", {"response": opened})]
+    yield "created", {"response": opened}
+    yield "in_progress", {"response": opened}
     if reply.tool:
         begun = {**item, "arguments": "", "status": "in_progress"}
-        steps.append(("output_item.added", {"output_index": 0, "item": begun}))
-        steps.append(("function_call_arguments.delta", {**place, "delta": item["arguments"]}))
-        steps.append(("function_call_arguments.done", {**place, "name": reply.tool, "arguments": item["arguments"]}))
+        yield "output_item.added", {"output_index": 0, "item": begun}
+        yield "function_call_arguments.delta", {**place, "delta": item["arguments"]}
+        yield "function_call_arguments.done", {**place, "name": reply.tool, "arguments": item["arguments"]}
     else:
         part, place = item["content"][0], {**place, "content_index": 0}
         begun = {**item, "content": [], "status": "in_progress"}
-        steps.append(("output_item.added", {"output_index": 0, "item": begun}))
-        steps.append(("content_part.added", {**place, "part": {**part, "text": ""}}))
-        steps += [("output_text.delta", {**place, "delta": word, "logprobs": []}) for word in reply.words]
-        steps.append(("output_text.done", {**place, "text": reply.text, "logprobs": []}))
-        steps.append(("content_part.done", {**place, "part": part}))
-    steps += [("output_item.done", {"output_index": 0, "item": item}), (whole["status"], {"response": whole})]
-    return [
-        f"event: response.{name}\ndata: "
-        f"{json.dumps({'type': f'response.{name}', 'sequence_number': number, **fields})}\n\n".encode("ascii")
-        for number, (name, fields) in enumerate(steps)
-    ]
+        yield "output_item.added", {"output_index": 0, "item": begun}
+        yield "content_part.added", {**place, "part": {**part, "text": ""}}
+        for word in reply.words:
+            yield "output_text.delta", {**place, "delta": word, "logprobs": []}
+        yield "output_text.done", {**place, "text": reply.text, "logprobs": []}
+        yield "content_part.done", {**place, "part": part}
+    yield "output_item.done", {"output_index": 0, "item": item}
+    yield whole["status"], {"response": whole}
 
 
 def openai_tool(request: JsonDict) -> JsonDict:
@@ -2848,13 +3280,13 @@ def openai_reply(request: JsonDict, identity: str, text: str, tool: JsonDict) ->
     stops = [stop] if isinstance(stop, str) else stop
     if not is_texts(stops):
         raise EchoFault(400, "stop: Input should be a string or a list of strings")
-    words, reason, sequence = shorten([] if tool else split_words(text), limit, stops)
+    text, reason, sequence = shorten("" if tool else text, limit, stops)
     texts = [said(message.get("content")) for message in request.get("messages") or ()]
     return Reply(
         id=identity,
         model=request["model"],
         thinking="",
-        words=words,
+        text=text,
         tool=tool.get("name", ""),
         tool_input=sample(tool.get("input_schema") or {"type": "object"}) if tool else {},
         stop_reason="tool_use" if tool else reason,
@@ -2874,14 +3306,18 @@ def openai_object(reply: Reply, kind: str, now: int, choices: list[JsonDict], us
     return {"id": reply.id, "object": kind, "created": now, "model": reply.model, "choices": choices, "usage": usage}
 
 
-def openai_stream(request: JsonDict, reply: Reply, kind: str, now: int, chunks: list[list[JsonDict]]) -> EchoAnswer:
+def openai_stream(request: JsonDict, reply: Reply, kind: str, now: int, chunks: Iterable[list[JsonDict]]) -> EchoAnswer:
     """The chunks as a stream, with the usage at its end if that was asked for."""
-    documents = [openai_object(reply, kind, now, choices, None) for choices in chunks]
-    if (request.get("stream_options") or {}).get("include_usage"):
-        documents.append(openai_object(reply, kind, now, [], openai_usage(reply)))
-    return paced(
-        request, [f"data: {json.dumps(document)}\n\n".encode("ascii") for document in documents] + [b"data: [DONE]\n\n"]
-    )
+    asks_usage = (request.get("stream_options") or {}).get("include_usage")
+
+    def events() -> Iterator[bytes]:
+        documents = (openai_object(reply, kind, now, choices, None) for choices in chunks)
+        last = [openai_object(reply, kind, now, [], openai_usage(reply))] if asks_usage else []
+        for document in itertools.chain(documents, last):
+            yield f"data: {json.dumps(document)}\n\n".encode("ascii")
+        yield b"data: [DONE]\n\n"
+
+    return paced(request, reply, events())
 
 
 ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoAnswer]] = {
@@ -2906,17 +3342,33 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoAnswer]] = {
 #
 # The loop goes round in turns: it waits for sockets, has their channels receive and their tasks go on, and in
 # the end sends what was put off in that turn. A channel tells its task; the task tries its shortcut, if it
-# has one, before its steps are resumed.
+# has one, before its steps are resumed. Work that would take long is done in steps of a few milliseconds, after
+# each of which its task gives way: all who do so share PATIENT_SECONDS of a turn.
 
 Result = TypeVar("Result")
 Steps = Generator[float, None, Result]  # what a task is made of, and what it comes to
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
+CONNECTING = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
 BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-INTERIM_HEADS = rb"(?:HTTP/1\.[0-9] 1[0-9][0-9][^\n]*\r\n(?:[^\r\n][^\n]*\r\n)*\r\n)+"
+# When the first probe of a silent connection is sent, and the next; macOS calls the first TCP_KEEPALIVE.
+PROBES = [
+    (getattr(socket, name), seconds)
+    for name, seconds in (("TCP_KEEPIDLE", 60), ("TCP_KEEPALIVE", 60), ("TCP_KEEPINTVL", 30))
+    if hasattr(socket, name)
+]
 # What Linux tells of a connection first is its state (tcp(7), and include/net/tcp_states.h).
 TCP_INFO = getattr(socket, "TCP_INFO", 0)
 TCP_CLOSE, TCP_CLOSE_WAIT = 7, 8
+
+
+def tune(sock: socket.socket) -> None:
+    """Has a TCP connection send at once, and have the system ask now and then whether the other side is there: what is
+    silent for some minutes is forgotten by NATs on the way."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, seconds in PROBES:
+        sock.setsockopt(socket.IPPROTO_TCP, option, seconds)
 
 
 class Channel:
@@ -2927,11 +3379,12 @@ class Channel:
     as soon as the other side closes it or speaks unasked."""
 
     __slots__ = (
-        "_blocked", "_loop", "_outgoing", "_watched", "answered", "closed", "ended", "extra_fields", "idle_since",
-        "opening", "received", "send_failed", "sock", "target_prefix", "task",
+        "_blocked", "_loop", "_outgoing", "_watched", "_window", "answered", "broken", "closed", "ended",
+        "extra_fields", "idle_since", "kept_in_turn", "opening", "received", "send_failed", "sock", "target_prefix",
+        "task",
     )  # fmt: skip
 
-    def __init__(self, sock: socket.socket, loop: "EventLoop") -> None:
+    def __init__(self, sock: socket.socket, loop: "EventLoop", window: int = HELD_BYTES) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.task = loop.running
@@ -2939,26 +3392,35 @@ class Channel:
         self.answered = False  # whether anything has come since the last request was begun
         self.send_failed = False  # whether what was put off could not be sent
         self.ended = False  # whether the other side has closed, or the connection is broken
+        self.broken = False  # whether it ended otherwise than by a FIN, over TLS by a close_notify
         self.closed = False  # whether this side has
-        self.opening = False  # whether the TLS handshake is still being made
+        self.opening = False  # whether the connection, or its TLS handshake, is still being made
         self.idle_since = 0.0
+        self.kept_in_turn = 0  # in which turn of the loop it came into a pool; 0 once it is used again
         self.target_prefix = ""  # what an HTTP proxy wants before the path
         self.extra_fields: Pairs = []  # and the credential it wants
         self._outgoing = b""  # put off until the end of the loop's turn, or until there is room
         self._blocked = False  # whether it took less than was to be sent
         self._loop = loop
+        self._window = window
         self._watched = READABLE
         loop.selector.register(sock, READABLE, self._ready)
 
     @property
     def is_ahead(self) -> bool:
         """Whether so much waits to be used that no more is received for now."""
-        return len(self.received) > HELD_BYTES
+        return len(self.received) >= self._window
 
     @property
     def is_sending(self) -> bool:
         """Whether something that was put off is still to be sent."""
         return bool(self._outgoing) and not self.closed
+
+    def set_window(self, window: int) -> None:
+        """Lets so many bytes wait to be used."""
+        if window != self._window:
+            self._window = window
+            self._watch()
 
     def take(self) -> bytes:
         """What has arrived."""
@@ -2983,6 +3445,8 @@ class Channel:
         Raises OSError."""
         if self._outgoing and not self.flush():
             return 0
+        if self.kept_in_turn:
+            self._look_before_use()
         try:
             sent = self.sock.send(data)
         except ssl.SSLWantReadError:
@@ -2993,10 +3457,10 @@ class Channel:
             self._await_room()
         return sent
 
-    def send(self, data: bytes, pause_seconds: float, heed_answer: bool = False) -> Steps[None]:
+    def send(self, data: bytes, pause_seconds: float, has_answered: Optional[Callable[[], bool]] = None) -> Steps[None]:
         """Sends all of it, or puts off what is short until the end of the turn; that it can't be sent is seen by its
-        task then. Raises Overdue when nothing was taken for the pause, OSError, and EarlyAnswer for a provider that
-        speaks meanwhile, if that is to be heeded."""
+        task then. Raises Overdue when nothing was taken for the pause, OSError, and EarlyAnswer as soon as
+        `has_answered` says that the provider speaks meanwhile."""
         if self._loop.crowded and len(data) < RECEIVE_BYTES and not self._outgoing:
             # Sent one right after the other, messages wake those who wait for them less often.
             self._outgoing = data
@@ -3008,17 +3472,21 @@ class Channel:
             deadline = self._loop.now + pause_seconds
             sent = 0
             while not sent:
-                if heed_answer and self.has_answered():
+                if has_answered and has_answered():
                     raise EarlyAnswer
                 yield deadline
                 sent = self.send_now(rest)
             rest = rest[sent:]
 
-    def finish_sending(self, pause_seconds: float) -> Steps[None]:
-        """Sends what was put off, and closes this side. Raises Overdue and OSError."""
+    def send_rest(self, pause_seconds: float) -> Steps[None]:
+        """Sends what was put off. Raises Overdue and OSError."""
         deadline = self._loop.now + pause_seconds
         while not self.flush():
             yield deadline
+
+    def finish_sending(self, pause_seconds: float) -> Steps[None]:
+        """Sends what was put off, and closes this side. Raises Overdue and OSError."""
+        yield from self.send_rest(pause_seconds)
         self.sock.shutdown(socket.SHUT_WR)
 
     def flush(self) -> bool:
@@ -3034,16 +3502,34 @@ class Channel:
                 self.flush()
         except OSError:
             self.send_failed = True
-            self.receive()  # the other side may have spoken before it broke off
+            if not self.ended:
+                self.receive()  # the other side may have spoken before it broke off
             self._tell()
 
-    def handshake(self, deadline: float) -> Steps[None]:
-        """Makes the TLS handshake that its socket was prepared for. Raises Overdue, ClientGone and OSError."""
-        assert isinstance(self.sock, ssl.SSLSocket)
+    def connected(self, deadline: float) -> Steps[None]:
+        """Waits for the connection that its socket has begun to make. Raises Overdue, ClientGone and OSError."""
+        self.opening = True
+        self._await_room()
+        while self._blocked:
+            yield deadline
+        error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
+        self.opening = False
+
+    def secure(self, context: ssl.SSLContext, host: str, deadline: float) -> Steps[None]:
+        """Makes the connection one of TLS. Raises Overdue, ClientGone and OSError."""
+        self._loop.selector.unregister(self.sock)
+        self._watched = 0
+        # An end without a close_notify must be seen: anybody on the way can make one.
+        tls = self.sock = context.wrap_socket(
+            self.sock, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False
+        )
+        self._watch()
         self.opening = True
         while self.opening:
             try:
-                self.sock.do_handshake()
+                tls.do_handshake()
                 self.opening = False
             except ssl.SSLWantReadError:
                 yield deadline
@@ -3051,13 +3537,15 @@ class Channel:
                 self._await_room()
                 yield deadline
 
-    def has_answered(self) -> bool:
-        """Whether the provider has begun its final answer, or closed. Interim answers are kept for later."""
-        if self.ended or self.is_ahead:
-            return True
-        match = re.match(INTERIM_HEADS, self.received)
-        rest = self.received[match.end() :] if match else self.received
-        return len(rest) >= len(b"HTTP/1.1 2") and rest[9:10] != b"1"
+    def _look_before_use(self) -> None:
+        """Makes sure, right before the next request is sent, that a kept connection is in order: what came unasked
+        must not be taken for the answer. Raises OSError."""
+        self.kept_in_turn = 0
+        self.receive()
+        if self.received or self.ended:
+            self.received, self.answered, self.ended = b"", False, True
+            self._watch()
+            raise ConnectionResetError(errno.ECONNRESET, "the kept connection was closed, or spoke unasked")
 
     def has_hung_up(self) -> bool:
         """Whether the other side has closed behind bytes that are not received yet. Linux tells; elsewhere
@@ -3067,6 +3555,14 @@ class Channel:
         except OSError:
             return False
         return state in (TCP_CLOSE, TCP_CLOSE_WAIT)
+
+    def reset(self) -> None:
+        """Closes the connection by a reset, which can't be taken for the end of an answer."""
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        except OSError:
+            pass  # it is broken already
+        self.close()
 
     def close(self) -> None:
         """Closes the connection."""
@@ -3102,21 +3598,23 @@ class Channel:
 
     def receive(self) -> None:
         """Takes what has arrived, or the end of it."""
+        # A small window is kept exactly. Of TLS whole records must be taken: what is left of one is not seen again.
+        room = RECEIVE_BYTES if self._window >= HELD_BYTES else max(1, self._window - len(self.received))
         try:
-            data = self.sock.recv(RECEIVE_BYTES)
+            data = self.sock.recv(room)
         except ssl.SSLWantWriteError:
             self._await_room()
             return
         except BLOCKED:
             return
         except OSError:
-            data = b""
+            data, self.broken = b"", True
         if data:
             self.received = self.received + data if self.received else data
             self.answered = True
         else:
             self.ended = True
-        if not data or len(self.received) > HELD_BYTES:
+        if not data or self.is_ahead:
             self._watch()
             self._loop.sweep_at = min(self._loop.sweep_at, self._loop.now + AHEAD_SECONDS)
 
@@ -3207,8 +3705,11 @@ class EventLoop:
         self.running: Optional[Task] = None
         self.tasks: set[Task] = set()
         self.sweep_at = 0.0
+        self.turn = 1
+        self.patient: collections.deque[Callable[[], object]] = collections.deque()  # what those wait for who gave way
         self.crowded = False  # whether there is more than one to serve in this turn
         self.outbox: collections.deque[Channel] = collections.deque()  # those with something to send at its end
+        self.worker = Worker()
         self._stopped = False
         self._posted: collections.deque[Callable[[], object]] = collections.deque()
         self._bell, self._ringer = socket.socketpair()
@@ -3254,9 +3755,10 @@ class EventLoop:
 
     def _turn(self) -> None:
         """Waits until there is something to do, and does it."""
-        waiting = self._posted or self.outbox
+        waiting = self._posted or self.outbox or self.patient
         ready = self.selector.select(0 if waiting else max(0.0, self.sweep_at - time.monotonic()))
         self.now = time.monotonic()
+        self.turn += 1
         self.crowded = len(ready) > 1
         for key, events in ready:
             key.data(events)
@@ -3264,7 +3766,16 @@ class EventLoop:
             self._posted.popleft()()
         if self.now >= self.sweep_at:
             self._sweep()
+        if self.patient:
+            self._serve_patient()
         self._end_turn()
+
+    def _serve_patient(self) -> None:
+        """Lets those who gave way go on, as many as there is time for."""
+        for _ in range(len(self.patient)):
+            self.patient.popleft()()
+            if time.monotonic() - self.now > PATIENT_SECONDS:
+                break
 
     def _end_turn(self) -> None:
         """Sends what was put off in this turn."""
@@ -3307,7 +3818,7 @@ def describe(error: BaseException) -> str:
 
 def give_way(loop: EventLoop) -> Steps[None]:
     """Lets all others that can go on do so first."""
-    loop.post(loop.current.resume)
+    loop.patient.append(loop.current.resume)
     yield math.inf
 
 
@@ -3319,6 +3830,25 @@ def pause(loop: EventLoop, seconds: float) -> Steps[None]:
             yield deadline
     except Overdue:
         pass
+
+
+class Worker:
+    """A thread that calls one thing after another; it begins with the first."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._begun = False
+
+    def call(self, run: Callable[[], None]) -> None:
+        """Has it call this in its turn. Raises RuntimeError when the system gives out no more threads."""
+        if not self._begun:
+            start_thread(self._run)
+            self._begun = True
+        self._calls.put(run)
+
+    def _run(self) -> None:
+        while True:
+            self._calls.get()()
 
 
 def start_thread(run: Callable[[], None]) -> None:
@@ -3370,17 +3900,40 @@ def in_thread(
     return result  # type: ignore[return-value]
 
 
-def return_memory() -> None:
-    """Gives what is free back to the system. glibc would keep it; other C libraries have their own habits."""
+def find_malloc_trim() -> Callable[[int], object]:
+    """What gives free memory back to the system. glibc would keep it; other C libraries have their own habits."""
     try:
         import ctypes
 
-        ctypes.CDLL(None).malloc_trim(0)
+        return ctypes.CDLL(None).malloc_trim
     except (ImportError, OSError, AttributeError, TypeError):
-        pass
+        return lambda kept: None
 
 
 # ==== Request body ===============================================================================
+
+
+class HeldBodies:
+    """How many bytes of request bodies are held to be sent, all together."""
+
+    def __init__(self) -> None:
+        self.limit = 0
+        self.bytes = 0
+        self.released = 0  # since this was last set to 0
+
+    def claim(self, count: int) -> None:
+        """Takes room for so many bytes more. Raises Unavailable."""
+        if self.bytes + count > self.limit:
+            raise Unavailable(
+                "this relay holds as many bytes of request bodies as it may (server.max_held_mb); try again",
+                "bodies_full",
+            )
+        self.bytes += count
+
+    def release(self, count: int) -> None:
+        """Gives the room back."""
+        self.bytes -= count
+        self.released += count
 
 
 class RequestBody:
@@ -3388,12 +3941,13 @@ class RequestBody:
 
     def __init__(self, channel: Channel, head: RequestHead, limit: int, loop: EventLoop) -> None:
         self.length = head.body_length
-        self._decoder: Decoder = ChunkedDecoder() if head.body_length is None else LengthDecoder(head.body_length)
+        self._chunks = ChunkedDecoder() if head.body_length is None else None
+        self._decoder: Decoder = self._chunks or LengthDecoder(head.body_length or 0)
         self._channel = channel
         self._loop = loop
         self._limit = limit
         self._taken = 0
-        self._pause = BODY_PAUSE_SECONDS
+        self._latest = math.inf  # when it must have come
         self._invite = head.version >= 1 and head.fields.get("expect").lower() == "100-continue"
         if (self.length or 0) > limit:
             raise self._too_large()
@@ -3403,29 +3957,37 @@ class RequestBody:
         """Whether it has been read to its end."""
         return self._decoder.finished
 
-    def read(self, upstream: Optional[Channel] = None) -> Steps[bytes]:
+    def read(self, has_answered: Optional[Callable[[], bool]] = None) -> Steps[bytes]:
         """The next piece, b"" at the end. Raises ClientGone, TooLarge, MalformedRequest, and EarlyAnswer
-        when the provider speaks before there is one."""
+        when `has_answered` says that the provider speaks before there is one."""
         piece = self._arrived()
         while not piece and not self._decoder.finished:
-            yield from self._arrival(upstream)
+            yield from self._arrival(has_answered)
             piece = self._arrived()
         return piece
 
-    def read_all(self) -> Steps[bytes]:
-        """The whole rest."""
-        pieces = [self._arrived()]
-        while not self._decoder.finished:
-            pieces.append((yield from self.read()))
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    def read_all(self, claim: Callable[[int], None]) -> Steps[bytes]:
+        """The whole rest; `claim` is told of each piece before it is kept, and may raise."""
+        pieces = []
+        while True:
+            piece = self._arrived() or (yield from self.read())
+            claim(len(piece))
+            pieces.append(piece)
+            if self._decoder.finished:
+                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def must_come_within(self, seconds: float) -> None:
+        """Gives all of it so much time."""
+        self._latest = self._loop.now + seconds
 
     def discard(self) -> Steps[bool]:
         """Reads away a short rest that is surely coming soon; False when the connection can't be used on."""
         if not self.finished and (self._invite or self.length is None or self.length > DISCARDED_BODY_BYTES):
             return False
-        self._pause = DISCARD_SECONDS
+        self.must_come_within(DISCARD_SECONDS)
         try:
-            yield from self.read_all()
+            while not self.finished:
+                yield from self.read()
         except RelayError:
             return False
         return True
@@ -3441,13 +4003,13 @@ class RequestBody:
             raise MalformedRequest(f"the chunked body is malformed: {error}") from None
         channel.put_back(decoder.rest)
         self._taken += len(piece)
-        if self._taken > self._limit:
+        if self._taken + (self._chunks.announced if self._chunks else 0) > self._limit:
             raise self._too_large()
         return piece
 
-    def _arrival(self, upstream: Optional[Channel]) -> Steps[None]:
+    def _arrival(self, has_answered: Optional[Callable[[], bool]]) -> Steps[None]:
         """Waits for more of the body."""
-        channel, deadline = self._channel, self._loop.now + self._pause
+        channel, deadline = self._channel, min(self._loop.now + BODY_PAUSE_SECONDS, self._latest)
         if self._invite:
             self._invite = False
             try:
@@ -3456,11 +4018,11 @@ class RequestBody:
                 raise ClientGone from None
         try:
             while not channel.received:
-                if upstream and upstream.has_answered():
+                if has_answered and has_answered():
                     raise EarlyAnswer
                 yield deadline
         except Overdue:
-            raise MalformedRequest(f"the body paused for more than {self._pause:g} seconds", 408) from None
+            raise MalformedRequest("the body takes too long", 408) from None
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"the body is over this relay's limit of {self._limit} bytes")
@@ -3469,24 +4031,42 @@ class RequestBody:
 # ==== Upstream ===================================================================================
 
 
+class Lookup:
+    """A host name that is being looked up, by one thread for all who wait for its addresses."""
+
+    def __init__(self) -> None:
+        self.addresses: list[Any] = []  # as getaddrinfo() returns them
+        self.fault: Optional[Exception] = None
+        self.task: Optional[Task] = None
+
+
 class UpstreamPool:
     """Connects to providers, and keeps connections that can be used again."""
 
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
         self._idle: dict[tuple[str, str, int], list[Channel]] = {}
+        self._lookups: dict[tuple[str, int], Lookup] = {}  # those that run
         self._tls: Optional[ssl.SSLContext] = None
-        self._lock = threading.Lock()  # guards _tls, which is made in the thread that first needs it
+
+    def prepare(self, providers: Iterable[Provider]) -> None:
+        """Loads and opens what connecting to these will need: while it serves, there may be no descriptor for it."""
+        codecs.lookup("idna")
+        for provider in providers:
+            proxy_for(provider)
+            if provider.scheme == "https" and self._tls is None:
+                self._tls = ssl.create_default_context()
+                self._tls.set_alpn_protocols(["http/1.1"])
 
     def take(self, provider: Provider) -> Optional[Channel]:
-        """A kept connection, the one used last: it is the least likely to be closed soon."""
-        idle = self._idle.get((provider.scheme, provider.host, provider.port))
-        while idle:
-            channel = idle.pop()
-            # What came unasked, if only just now, must not be taken for the next answer.
-            if not channel.closed and self._loop.now - channel.idle_since > FRESH_SECONDS:
-                channel.receive()
-            if self._is_good(channel) and not channel.received and not channel.ended:
+        """A kept connection, the one used last: it is the least likely to be closed soon. One that came back just now
+        is left: what its provider sends behind its answer, if anything, has yet to be seen."""
+        idle = self._idle.get((provider.scheme, provider.host, provider.port), [])
+        for index in range(len(idle) - 1, -1, -1):
+            if idle[index].kept_in_turn == self._loop.turn:
+                continue
+            channel = idle.pop(index)
+            if self._is_good(channel):
                 channel.task = self._loop.running
                 return channel
             channel.close()
@@ -3499,6 +4079,7 @@ class UpstreamPool:
             channel.close()
             return
         channel.idle_since = self._loop.now
+        channel.kept_in_turn = self._loop.turn
         channel.task = None
         idle.append(channel)
 
@@ -3508,7 +4089,7 @@ class UpstreamPool:
             if provider.format == "echo":
                 return echo_channel(self._loop)
             return (yield from self._dial(provider))
-        except (OSError, ValueError, http.client.HTTPException, Overdue) as error:
+        except (OSError, ValueError, FramingError, Overdue) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise Unavailable("this relay has no file descriptor left for a connection", "no_descriptors") from None
             raise Unreachable(connect_problem(error, provider)) from None
@@ -3519,28 +4100,34 @@ class UpstreamPool:
             channel.close()
         self._idle.clear()
 
-    def tidy(self) -> Steps[None]:
-        """Closes what is idle for too long, now and then, for as long as the loop runs."""
-        while True:
-            for place, channels in self._idle.items():
-                for channel in channels:
-                    if not self._is_good(channel):
-                        channel.close()
-                self._idle[place] = [channel for channel in channels if not channel.closed]
-            yield from pause(self._loop, SWEEP_SECONDS)
+    def drop_stale(self) -> None:
+        """Closes what is idle for too long."""
+        for place, channels in self._idle.items():
+            for channel in channels:
+                if not self._is_good(channel):
+                    channel.close()
+            self._idle[place] = [channel for channel in channels if not channel.closed]
 
     def _is_good(self, channel: Channel) -> bool:
         """Whether it is open, and hasn't been idle for too long."""
         return not channel.closed and self._loop.now - channel.idle_since < UPSTREAM_IDLE_SECONDS
 
     def _dial(self, provider: Provider) -> Steps[Channel]:
-        """A connection over the network, its TLS handshake made."""
-        proxy = proxy_for(provider)
-        sock = yield from in_thread(self._loop, lambda: self._connected(provider, proxy), socket.socket.close)
-        channel = Channel(sock, self._loop)
+        """A connection over the network, through a proxy where the environment names one, its TLS handshake made; all
+        of it within `connect_timeout`."""
+        proxy, deadline = proxy_for(provider), self._loop.now + provider.connect_timeout
+        host, port = provider.host, provider.port
+        if proxy:
+            host, port = proxy.hostname or "", proxy.port or DEFAULT_PORTS["http"]
+        addresses = yield from self._addresses(host, port, deadline)
+        channel = yield from connect_any(self._loop, addresses, deadline)
         try:
-            if isinstance(sock, ssl.SSLSocket):
-                yield from channel.handshake(self._loop.now + provider.connect_timeout)
+            if provider.scheme == "https":
+                if proxy:
+                    yield from open_tunnel(self._loop, channel, provider, proxy, deadline)
+                self.prepare([provider])
+                assert self._tls
+                yield from channel.secure(self._tls, provider.host, deadline)
             elif proxy:
                 channel.target_prefix = provider.origin
                 channel.extra_fields = proxy_credential(proxy)
@@ -3549,35 +4136,93 @@ class UpstreamPool:
             raise
         return channel
 
-    def _connected(self, provider: Provider, proxy: Any) -> socket.socket:
-        """A socket that is connected, directly or through a proxy; the TLS handshake is still to be made, in the
-        loop, where it is noticed when the client leaves meanwhile. Runs in a thread of its own."""
-        host, port = provider.host, provider.port
-        secure = provider.scheme == "https"
-        if proxy:
-            host, port = proxy.hostname or "", proxy.port or DEFAULT_PORTS["http"]
-        connection = http.client.HTTPConnection(host, port, timeout=provider.connect_timeout)
-        if proxy and secure:
-            connection.set_tunnel(provider.host, provider.port, dict(proxy_credential(proxy)))
+    def _addresses(self, host: str, port: int, deadline: float) -> Steps[list[Any]]:
+        """The addresses of a host, as getaddrinfo() returns them. Raises OSError, Overdue and ClientGone."""
         try:
-            connection.connect()
-            sock: socket.socket = connection.sock
-            if secure:
-                sock.setblocking(False)
-                sock = self._tls_context().wrap_socket(
-                    sock, server_hostname=provider.host, do_handshake_on_connect=False
-                )
-        except BaseException:
-            connection.close()
-            raise
-        return sock
+            return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        except socket.gaierror:
+            pass  # it is a name
+        lookup = self._lookups.get((host, port))
+        if not lookup:
+            lookup = self._lookups[host, port] = Lookup()
+            lookup.task = self._loop.start(self._look_up(host, port, lookup))
+        assert lookup.task
+        lookup.task.awaited_by.add(self._loop.current)
+        while not lookup.task.done:
+            yield deadline
+        if lookup.fault:
+            raise lookup.fault
+        return lookup.addresses
 
-    def _tls_context(self) -> ssl.SSLContext:
-        with self._lock:
-            if self._tls is None:
-                self._tls = ssl.create_default_context()
-                self._tls.set_alpn_protocols(["http/1.1"])
-            return self._tls
+    def _look_up(self, host: str, port: int, lookup: Lookup) -> Steps[None]:
+        """Looks a name up, in a thread."""
+        try:
+            lookup.addresses = yield from in_thread(self._loop, lambda: looked_up(host, port))
+        except (OSError, ValueError, Unavailable) as error:
+            lookup.fault = error
+        finally:
+            del self._lookups[host, port]
+
+
+def looked_up(host: str, port: int) -> list[Any]:
+    """The addresses of a host name. Raises OSError."""
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:CONNECTED_ADDRESSES]
+    except socket.gaierror:
+        socket.socket().close()  # tells by its error when it was a descriptor that was missing
+        raise
+
+
+def connect_any(loop: EventLoop, addresses: Sequence[Any], deadline: float) -> Steps[Channel]:
+    """A connection to the first address that takes one; those left share the time. Raises OSError, Overdue and
+    ClientGone."""
+    problem: Exception = OSError(errno.EADDRNOTAVAIL, "its host has no address")
+    for index, (family, _, _, _, address) in enumerate(addresses):
+        until = loop.now + (deadline - loop.now) / (len(addresses) - index)
+        try:
+            return (yield from connect_one(loop, family, address, until))
+        except (OSError, Overdue) as error:
+            problem = error
+    raise problem
+
+
+def connect_one(loop: EventLoop, family: int, address: Any, deadline: float) -> Steps[Channel]:
+    """A connection to this address. Raises OSError, Overdue and ClientGone."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        tune(sock)
+        sock.setblocking(False)
+        code = sock.connect_ex(address)
+        if code not in CONNECTING:
+            raise OSError(code, os.strerror(code))
+        channel = Channel(sock, loop)
+    except BaseException:
+        sock.close()
+        raise
+    try:
+        yield from channel.connected(deadline)
+    except BaseException:
+        channel.close()
+        raise
+    return channel
+
+
+def open_tunnel(loop: EventLoop, channel: Channel, provider: Provider, proxy: Any, deadline: float) -> Steps[None]:
+    """Has an HTTP proxy connect through to the provider (RFC 9110 §9.3.6). Raises OSError, FramingError, Overdue and
+    ClientGone."""
+    host = f"[{provider.host}]" if ":" in provider.host else provider.host
+    place = f"{host}:{provider.port}"
+    head = head_bytes(f"CONNECT {place} HTTP/1.1", [("Host", place), *proxy_credential(proxy)])
+    yield from channel.send(head, deadline - loop.now)
+    heads = AnswerHeads(loop, channel)
+    answer = heads.take_final()
+    while not answer:
+        if channel.ended:
+            raise ConnectionError("the proxy closed the connection without an answer")
+        yield deadline
+        answer = heads.take_final()
+    if answer.status // 100 != 2:
+        raise ConnectionError(f"the proxy answered with {answer.status}")
 
 
 def connect_problem(error: Exception, provider: Provider) -> str:
@@ -3633,10 +4278,17 @@ def serve_echo(loop: EventLoop, sock: socket.socket) -> Steps[None]:
         while not head_length(channel.received):
             yield math.inf
         head = parse_request_head(channel.use(head_length(channel.received)))
-        body = yield from RequestBody(channel, head, sys.maxsize, loop).read_all()
         request_id = new_request_id()
-        betas = head.fields.elements("anthropic-beta")
-        answer = echo_answer(head.method, head.path, body, time.time(), request_id, betas)
+        try:
+            body = yield from RequestBody(channel, head, ECHO_BODY_BYTES, loop).read_all(lambda count: None)
+        except TooLarge:
+            fault = EchoFault(413, f"echo reads at most {ECHO_BODY_BYTES} bytes")
+            answer = echo_error(head.path, fault, request_id)
+        else:
+            betas = head.fields.elements("anthropic-beta")
+            compose = functools.partial(echo_answer, head.method, head.path, body, time.time(), request_id, betas)
+            slow = len(body) > ECHO_AT_ONCE_BYTES
+            answer = (yield from in_thread(loop, compose, start=loop.worker.call)) if slow else compose()
         yield from send_echo(loop, channel, answer, request_id)
         yield from channel.finish_sending(STALLED_CLIENT_SECONDS)
     except (OSError, ClientGone, Overdue, RelayError):
@@ -3646,12 +4298,11 @@ def serve_echo(loop: EventLoop, sock: socket.socket) -> Steps[None]:
 
 
 def send_echo(loop: EventLoop, channel: Channel, answer: EchoAnswer, request_id: str) -> Steps[None]:
-    """Sends the answer; one that is cut lacks half of its content, and its end."""
-    streamed = answer.content_type.startswith("text/event-stream")
-    size = sum(len(part) for _, part in answer.parts)
-    framing = ("transfer-encoding", "chunked") if streamed else ("content-length", str(size))
+    """Sends the answer as it is made; one that is cut lacks its end."""
+    chunked = answer.size is None
+    framing = ("transfer-encoding", "chunked") if chunked else ("content-length", str(answer.size))
     fields = [("content-type", answer.content_type), framing, ("connection", "close")]
-    if streamed:
+    if answer.content_type.startswith("text/event-stream"):
         fields += [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
     fields.append(("request-id", request_id))
     head = head_bytes(f"HTTP/1.1 {answer.status} {reason_of(answer.status)}", fields)
@@ -3659,10 +4310,54 @@ def send_echo(loop: EventLoop, channel: Channel, answer: EchoAnswer, request_id:
     for seconds, part in answer.parts:
         if seconds:
             yield from pause(loop, seconds)
-        part = part[: len(part) // 2] if answer.cut and not streamed else part
-        yield from channel.send(chunk(part) if streamed else part, STALLED_CLIENT_SECONDS)
-    if streamed and not answer.cut:
+        yield from channel.send(chunk(part) if chunked else part, STALLED_CLIENT_SECONDS)
+    if chunked and not answer.cut:
         yield from channel.send(LAST_CHUNK, STALLED_CLIENT_SECONDS)
+
+
+class AnswerHeads:
+    """Finds the head of the final answer in what has come from a provider, and passes over interim ones."""
+
+    def __init__(self, loop: EventLoop, channel: Channel) -> None:
+        self._loop = loop
+        self._channel = channel
+        self._seen = 0  # how much of what has come was searched in vain
+        self._interim = 0
+        self._since = loop.now
+
+    def has_begun(self) -> bool:
+        """Whether the final answer has begun to arrive, or the provider has closed. Raises FramingError."""
+        self._pass_interim()
+        received = self._channel.received
+        return self._channel.ended or (len(received) >= len(b"HTTP/1.1 2") and received[9:10] != b"1")
+
+    def take_final(self) -> Optional[ResponseHead]:
+        """The head of the final answer, once it is whole. Raises FramingError."""
+        size = self._pass_interim()
+        return parse_response_head(self._channel.use(size)) if size else None
+
+    def _pass_interim(self) -> int:
+        """Drops whole interim heads; the size of the final one, 0 while it isn't whole."""
+        channel = self._channel
+        while True:
+            end = channel.received.find(b"\r\n\r\n", max(0, self._seen - 3))
+            if end < 0:
+                if len(channel.received) >= ANSWER_HEAD_BYTES:
+                    raise FramingError(f"its head is longer than {ANSWER_HEAD_BYTES} bytes")
+                self._seen = len(channel.received)
+                return 0
+            self._seen = 0
+            size = end + len(b"\r\n\r\n")
+            if channel.received[9:10] != b"1":
+                return size
+            self._count_interim(parse_response_head(channel.use(size)))
+
+    def _count_interim(self, head: ResponseHead) -> None:
+        if self._loop.now - self._since > INTERIM_SECONDS:
+            self._interim, self._since = 0, self._loop.now
+        self._interim += 1
+        if self._interim > INTERIM_ANSWERS or head.status == 101:
+            raise FramingError("it sends too many interim answers, or switches protocols unasked")
 
 
 class Answer:
@@ -3697,10 +4392,20 @@ class Answer:
             and "close" not in self.head.fields.elements("connection")
         )
 
-    def absorb(self, data: bytes) -> None:
-        """Decodes the next bytes from upstream into `content`. Raises FramingError."""
+    @property
+    def quotes_key(self) -> bool:
+        """Whether the key that was sent stands in the head, or in what has come of the content."""
+        key = self.candidate.key
+        secret = key.secret.reveal() if key else ""
+        return bool(secret) and (
+            secret.encode("ascii") in self.content or any(secret in value for _, value in self.head.headers)
+        )
+
+    def absorb(self, data: bytes) -> bytes:
+        """Decodes the next bytes from upstream into `content`, and returns what they add. Raises FramingError."""
         decoded = self.decoder.feed(data)
         self.content = self.content + decoded if self.content else decoded
+        return decoded
 
     def release(self, pool: UpstreamPool) -> None:
         """Gives the connection back for reuse where that is possible, else closes it."""
@@ -3712,25 +4417,18 @@ class Answer:
             self.channel.close()
 
 
-def read_answer(loop: EventLoop, channel: Channel, candidate: Candidate, method: str) -> Steps[Answer]:
+def read_answer(
+    loop: EventLoop, channel: Channel, heads: AnswerHeads, candidate: Candidate, method: str
+) -> Steps[Answer]:
     """Waits for the head of the final answer. Raises BrokenExchange, NoAnswer and FramingError."""
-    interim = 0
-    while True:
-        end = channel.received.find(b"\r\n\r\n") + 4
-        if end < 4:
-            if len(channel.received) > ANSWER_HEAD_BYTES:
-                raise FramingError(f"its head is longer than {ANSWER_HEAD_BYTES} bytes")
-            yield from arrival(loop, channel, candidate)
-            continue
-        head = parse_response_head(channel.use(end))
-        if head.status >= 200:
-            answer = Answer(candidate, channel, head, answer_decoder(head, method))
-            if channel.received:
-                answer.absorb(channel.take())
-            return answer
-        interim += 1
-        if interim > INTERIM_ANSWERS or head.status == 101:
-            raise FramingError("it sends too many interim answers, or switches protocols unasked")
+    head = heads.take_final()
+    while not head:
+        yield from arrival(loop, channel, candidate)
+        head = heads.take_final()
+    answer = Answer(candidate, channel, head, answer_decoder(head, method))
+    if channel.received:
+        answer.absorb(channel.take())
+    return answer
 
 
 def arrival(loop: EventLoop, channel: Channel, candidate: Candidate) -> Steps[None]:
@@ -3755,22 +4453,32 @@ def arrival(loop: EventLoop, channel: Channel, candidate: Candidate) -> Steps[No
 
 
 LINE_END = re.compile(rb"[\r\n]")
+# Headers by which a client names an account at OpenAI; a 401 may be about these.
+ACCOUNT_HEADERS = ("openai-organization", "openai-project")
+ABOUT_ACCOUNT = re.compile(rb"(?i)organization|project")
 # What keeps nginx and its like, in front of the relay, from holding a stream back.
 UNBUFFERED = (("x-accel-buffering", "no"), ("cache-control", "no-cache"))
 
 
-class ReadBody(NamedTuple):
-    """A request body that was read for its model."""
+class ReadBody:
+    """A request body that was read for its model. It is held until an answer has begun."""
 
-    sent: bytes  # as the client sent it
-    content: bytes  # the same without its content-encoding
-    model: Optional[str]  # the one that it names
+    __slots__ = ("content", "facts", "sent")
+
+    def __init__(self, sent: bytes, content: bytes, facts: Optional[BodyFacts]) -> None:
+        self.sent = sent  # as the client sent it
+        self.content = content  # the same without its content-encoding
+        self.facts = facts  # None for one that isn't JSON with a model
 
     def with_model(self, model: str) -> tuple[bytes, bool]:
         """The body that asks for this model, and whether it lost its content-encoding."""
-        if self.model is None or self.model == model:
+        if self.facts is None or self.facts.model == model:
             return self.sent, False
-        return splice_model(self.content, model), self.sent is not self.content
+        return splice_model(self.content, self.facts, model), self.sent is not self.content
+
+    def drop(self) -> None:
+        """Lets go of the bytes: nothing will be sent again."""
+        self.sent = self.content = b""
 
 
 class Job(NamedTuple):
@@ -3784,11 +4492,21 @@ class Job(NamedTuple):
 
     @property
     def only_once(self) -> bool:
-        """Whether it must not be sent twice: what streams through is gone then, and what is created
-        without naming a model (a batch, a file) would exist twice."""
+        """Whether it must not be sent twice: what streams through is gone then, and what creates something (a batch,
+        a file) would do so twice."""
         if isinstance(self.body, RequestBody):
             return self.head.method == "POST" or self.body.length != 0
-        return self.head.method == "POST" and self.body.model is None
+        return self.head.method == "POST" and not self.endpoint.by_model
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether the client has sent all of it."""
+        return isinstance(self.body, ReadBody) or self.body.finished
+
+    @property
+    def names_account(self) -> bool:
+        """Whether a provider's 401 may be about a header of the client."""
+        return any(name in self.head.fields for name in ACCOUNT_HEADERS)
 
 
 class Relay:
@@ -3813,7 +4531,7 @@ class Relay:
                     answer = yield from self._attempt(job, candidate)
                 except (Unreachable, BrokenExchange) as error:
                     failure = error
-                    self._blame(candidate.target.provider)
+                    self._blame(job, candidate.target.provider, error)
                     if isinstance(error, BrokenExchange):
                         if only_once_more or job.only_once:
                             break
@@ -3822,7 +4540,7 @@ class Relay:
                 if last:
                     last.release(self.connections)
                 last = answer
-                if not self._is_failure(answer) or only_once_more:
+                if not self._is_failure(job, answer) or only_once_more:
                     break
         except BaseException:
             if last:
@@ -3832,11 +4550,12 @@ class Relay:
             code = "upstream_unreachable" if isinstance(failure, Unreachable) else "upstream_broken"
             raise UpstreamFailed(str(failure), code)
         self._note(job.record, last.candidate, 0)
-        return self._presentable(last)
+        return self._presentable(job, last)
 
-    def _blame(self, provider: Provider) -> None:
-        """Has a provider that could not be reached come later for a while; echo's faults are made to order."""
-        if provider.format != "echo":
+    def _blame(self, job: Job, provider: Provider, error: UpstreamFailure) -> None:
+        """Has a provider that could not be reached come later for a while; not one that gave up on a slow upload.
+        Echo's faults are made to order."""
+        if provider.format != "echo" and (isinstance(error, Unreachable) or job.is_sent):
             self.keys.unreachable(provider, self._loop.now)
 
     def _note(self, record: AccessRecord, candidate: Candidate, attempts: int = 1) -> None:
@@ -3862,15 +4581,15 @@ class Relay:
         """Sends the request on a connection and reads the head of the answer, of a stream its first line too."""
         provider = candidate.target.provider
         channel.answered = whole = False
+        heads = AnswerHeads(self._loop, channel)
         try:
-            whole = yield from self._send(job, candidate, channel)
-            answer = yield from read_answer(self._loop, channel, candidate, job.head.method)
+            whole = yield from self._send(job, candidate, channel, heads)
+            answer = yield from read_answer(self._loop, channel, heads, candidate, job.head.method)
             answer.whole_request = whole
-            while answer.is_stream and not LINE_END.search(answer.content) and not answer.decoder.finished:
-                yield from arrival(self._loop, channel, candidate)
-                answer.absorb(channel.take())
-                if len(answer.content) > STREAM_LINE_BYTES:
-                    break
+            if answer.is_stream:
+                yield from self._read_first_line(answer)
+            elif 400 <= answer.head.status < 500:
+                yield from self._peek(answer)
             return answer
         except FramingError as error:
             channel.close()
@@ -3887,7 +4606,27 @@ class Relay:
             channel.close()
             raise
 
-    def _send(self, job: Job, candidate: Candidate, channel: Channel) -> Steps[bool]:
+    def _read_first_line(self, answer: Answer) -> Steps[None]:
+        """Waits for the first line of a stream, which tells whether it is an error. Raises BrokenExchange, NoAnswer and
+        FramingError."""
+        news = answer.content
+        while not LINE_END.search(news) and not answer.decoder.finished and len(answer.content) <= STREAM_LINE_BYTES:
+            yield from arrival(self._loop, answer.channel, answer.candidate)
+            news = answer.absorb(answer.channel.take())
+
+    def _peek(self, answer: Answer) -> Steps[None]:
+        """Reads so much of an error that can be judged; what goes wrong meanwhile is seen when it is passed on."""
+        channel, deadline = answer.channel, self._loop.now + PEEK_SECONDS
+        try:
+            while not answer.decoder.finished and len(answer.content) < PEEKED_BYTES and not channel.ended:
+                if channel.received:
+                    answer.absorb(channel.take())
+                else:
+                    yield deadline
+        except Overdue:
+            pass
+
+    def _send(self, job: Job, candidate: Candidate, channel: Channel, heads: AnswerHeads) -> Steps[bool]:
         """Sends the request; False when the provider answered, or broke off, before it had all of it.
         Raises NoAnswer, ClientGone, and what reading the body raises."""
         provider, body = candidate.target.provider, job.body
@@ -3901,12 +4640,12 @@ class Relay:
         try:
             # Two sends are cheaper than a copy of a large body; for a small one, one send is.
             if len(data) < RECEIVE_BYTES:
-                yield from channel.send(head + data, provider.timeout, heed_answer=True)
+                yield from channel.send(head + data, provider.timeout, heads.has_begun)
             else:
-                yield from channel.send(head, provider.timeout, heed_answer=True)
-                yield from channel.send(data, provider.timeout, heed_answer=True)
+                yield from channel.send(head, provider.timeout, heads.has_begun)
+                yield from channel.send(data, provider.timeout, heads.has_begun)
             if isinstance(body, RequestBody):
-                yield from self._stream_body(body, channel, provider.timeout)
+                yield from self._stream_body(body, channel, heads, provider.timeout)
         except Overdue:
             raise NoAnswer(f"the provider {provider.name} took nothing for {provider.timeout:g} seconds") from None
         except (OSError, EarlyAnswer):
@@ -3914,24 +4653,27 @@ class Relay:
             return False
         return True
 
-    def _stream_body(self, body: RequestBody, channel: Channel, timeout: float) -> Steps[None]:
+    def _stream_body(self, body: RequestBody, channel: Channel, heads: AnswerHeads, timeout: float) -> Steps[None]:
         """Sends a body piece by piece as it comes from the client. Raises EarlyAnswer and what both sides raise."""
         chunked = body.length is None
         while not body.finished:
-            piece = yield from body.read(upstream=channel)
-            yield from channel.send(chunk(piece) if chunked else piece, timeout, heed_answer=True)
+            piece = yield from body.read(heads.has_begun)
+            yield from channel.send(chunk(piece) if chunked else piece, timeout, heads.has_begun)
         if chunked:
-            yield from channel.send(LAST_CHUNK, timeout, heed_answer=True)
+            yield from channel.send(LAST_CHUNK, timeout, heads.has_begun)
 
-    def _is_failure(self, answer: Answer) -> bool:
+    def _is_failure(self, job: Job, answer: Answer) -> bool:
         """Whether another candidate should be tried; tells the key pool how this one fared."""
         candidate = answer.candidate
         provider, status = candidate.target.provider, answer.head.status
         if answer.is_stream and re.match(FIRST_EVENT_IS_ERROR, answer.content):
             status = 529  # overloaded, told in a stream that was opened too early
-        if provider.format != "echo":
+        # What the client itself has caused says nothing about a key: an account that it named, an upload that it
+        # didn't finish.
+        own_fault = (status == 401 and job.names_account) or (status >= 500 and not job.is_sent)
+        if provider.format != "echo" and not own_fault:
             if status < 400:
-                self.keys.succeeded(candidate)
+                self.keys.succeeded(candidate, self._loop.now)
             else:
                 wait = retry_after_seconds(answer.head.fields.get("retry-after"), time.time())
                 self.keys.failed(candidate, status, wait, self._loop.now)
@@ -3941,14 +4683,35 @@ class Relay:
                 )
         return status in RETRIED_STATUSES
 
-    def _presentable(self, answer: Answer) -> Answer:
-        """The answer, unless it is about the relay's own key. Raises UpstreamFailed for that."""
-        provider = answer.candidate.target.provider
-        if answer.head.status != 401 or provider.format == "echo":
+    def _presentable(self, job: Job, answer: Answer) -> Answer:
+        """The answer, unless it is about the relay's own key, shows it, or would lead the client away with its token.
+        Raises UpstreamFailed for these."""
+        provider, status = answer.candidate.target.provider, answer.head.status
+        name, problem = f"the provider {provider.name}", ("", "")
+        if provider.format == "echo":
             return answer
-        answer.release(self.connections)
-        key = f"key {answer.candidate.label}" if answer.candidate.key else "lack of a key"
-        raise UpstreamFailed(f"the provider {provider.name} refused this relay's {key} (401)", "upstream_refused_key")
+        if 300 <= status < 400 and "location" in answer.head.fields:
+            problem = f"{name} answered with a redirect ({status}): correct its base_url in relay.json", "redirect"
+        elif status == 401 and not (job.names_account and ABOUT_ACCOUNT.search(answer.content)):
+            key = f"key {answer.candidate.label}" if answer.candidate.key else "lack of a key"
+            reason = f"401 {error_code(answer.content)}".strip()
+            problem = f"{name} refused this relay's {key} ({reason})", "refused_key"
+        elif 400 <= status < 500 and answer.quotes_key:
+            problem = f"{name} answered with {status}, and quoted this relay's key in that", "quoted_key"
+        if any(problem):
+            answer.release(self.connections)
+            raise UpstreamFailed(problem[0], f"upstream_{problem[1]}")
+        return answer
+
+
+def error_code(content: bytes) -> str:
+    """The code, or else the type, of a provider's error; empty if it has none."""
+    try:
+        error = json.loads(content)["error"]
+        code = error.get("code") or error.get("type")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ""
+    return code if isinstance(code, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", code) else ""
 
 
 class ResultsUrlRewriter:
@@ -3994,13 +4757,14 @@ class Transfer:
     ) -> None:
         self.keep_alive = request.keep_alive
         self.ended = False
+        self.must_reset = False  # whether only a reset shows the client that the answer isn't whole
         self._answer = answer
         self._decoder = answer.decoder
         self._record = record
         self._request = request
         self._dialect = dialect
         self._filter: Union[LineSplitter, ResultsUrlRewriter, None] = LineSplitter() if answer.is_stream else rewriter
-        self._chunked = False
+        self._chunked = self._until_close = False
         # Whether a stream has to say that it is over, since its framing won't, and whether it has.
         self._awaits_end = answer.is_stream and isinstance(answer.decoder, CloseDecoder)
         self._sees_end = False
@@ -4010,7 +4774,7 @@ class Transfer:
         be closed behind it."""
         request, answer, head = self._request, self._answer, self._answer.head
         bodyless = request.method == "HEAD" or head.status in (204, 304)
-        length = head.fields.get("content-length")
+        length = head.fields.get("content-length") if head.status != 204 else ""  # RFC 9110 §8.6
         if answer.is_stream:
             fields += [pair for pair in UNBUFFERED if pair[0] not in head.fields]
         if length and self._filter is None:
@@ -4019,7 +4783,7 @@ class Transfer:
             self._chunked = True
             fields.append(("transfer-encoding", "chunked"))
         elif not bodyless:
-            closing = True  # HTTP/1.0 knows the end of such a body by the end of the connection
+            closing = self._until_close = True  # HTTP/1.0 knows the end of such a body by the end of the connection
         if closing or not self.keep_alive:
             self.keep_alive = False
             fields.append(("connection", "close"))
@@ -4036,10 +4800,10 @@ class Transfer:
         except FramingError:
             return self.fail("the provider broke the framing of its answer", "upstream_broken")
 
-    def close(self) -> bytes:
-        """What goes out when upstream has closed: rightly where nothing else marks the end, and for a stream if
-        it has said that it is over."""
-        if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not self._awaits_end):
+    def close(self, broken: bool) -> bytes:
+        """What goes out when upstream has closed: rightly where nothing else marks the end, unless the connection is
+        broken; and for a stream if it has said that it is over."""
+        if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not (self._awaits_end or broken)):
             self._decoder.finished = True
             return self._passed(b"")
         return self.fail("the provider broke off its answer", "upstream_broken")
@@ -4051,6 +4815,7 @@ class Transfer:
         record.error = code
         self.keep_alive = False
         self.ended = True
+        self.must_reset = self._until_close
         if not isinstance(self._filter, LineSplitter):
             return b""
         kind = "timeout_error" if code == "upstream_timeout" else "api_error"
@@ -4068,7 +4833,7 @@ class Transfer:
         if content:
             self._record.bytes_sent += len(content)
             self._record.usage.read(content)
-            if self._awaits_end and re.search(STREAM_ENDS, content):
+            if self._awaits_end and STREAM_ENDS.search(content):
                 self._sees_end = True
         if not self._chunked:
             return content
@@ -4102,10 +4867,13 @@ class Delivery:
                 yield from self._client.send(self._unsent, STALLED_CLIENT_SECONDS)
                 self._unsent = b""
                 if self._transfer.ended:
-                    return
+                    break
                 self._task.shortcut = self._forward
                 yield from self._wait()
                 self._task.shortcut = None
+            if self._transfer.must_reset:
+                yield from self._client.send_rest(STALLED_CLIENT_SECONDS)
+                self._client.reset()
         except SENDING_FAILED:
             raise ClientGone from None
         finally:
@@ -4130,7 +4898,7 @@ class Delivery:
                 return True
             data = transfer.feed(upstream.take()) if upstream.received else b""
             if upstream.ended and not transfer.ended:
-                data += transfer.close()
+                data += transfer.close(upstream.broken)
             self._task.deadline = self._loop.now + self._timeout
             self._unsent = data[self._client.send_now(data) :] if data else b""
         return not self._unsent and not transfer.ended
@@ -4195,10 +4963,11 @@ class Catalogue:
         try:
             answer = yield from self._relay.obtain(job)
             try:
-                document = json.loads((yield from read_rest(self._loop, answer, 8 * 1024 * 1024)))
+                document = json.loads((yield from read_rest(self._loop, answer)))
             finally:
                 answer.release(self._relay.connections)
-            listed = [entry for entry in document["data"] if isinstance(entry, dict) and is_text(entry.get("id"))]
+            found = [entry for entry in document["data"] if isinstance(entry, dict) and is_text(entry.get("id"))]
+            listed = [entry for entry in found[:LISTED_MODELS] if len(entry["id"]) <= MODEL_CHARACTERS]
             entries = [entry for entry in listed if provider.serves(entry["id"])]
         except (RelayError, UpstreamFailure, FramingError, ValueError, KeyError, TypeError, RecursionError):
             asked += CATALOGUE_RETRY_SECONDS - CATALOGUE_FRESH_SECONDS
@@ -4206,14 +4975,20 @@ class Catalogue:
         self._lists[provider] = (asked, entries)
 
 
-def read_rest(loop: EventLoop, answer: Answer, limit: int) -> Steps[bytes]:
-    """The whole body of an answer. Raises BrokenExchange, NoAnswer and FramingError, also beyond the limit."""
+def read_rest(loop: EventLoop, answer: Answer) -> Steps[bytes]:
+    """The whole body of a list of models. Raises BrokenExchange, NoAnswer and FramingError, also for one that is too
+    long, or that would take `json` long."""
+    pieces, size = [answer.content], len(answer.content)
     while not answer.decoder.finished:
-        if len(answer.content) > limit:
-            raise FramingError("the answer is too long")
         yield from arrival(loop, answer.channel, answer.candidate)
-        answer.absorb(answer.channel.take())
-    return answer.content
+        pieces.append(answer.decoder.feed(answer.channel.take()))
+        size += len(pieces[-1])
+        if size > CATALOGUE_BYTES:
+            raise FramingError("the list of models is too long")
+    body = b"".join(pieces)
+    if sum(map(body.count, (b"[", b"{", b","))) > CATALOGUE_VALUES:
+        raise FramingError("the list of models has too many values")
+    return body
 
 
 def model_entry(entry: JsonDict, dialect: str) -> JsonDict:
@@ -4297,7 +5072,7 @@ class LogWriter:
         if self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
             self._lock.release()
 
-    def flush(self) -> None:
+    def _flush(self) -> None:
         """Writes what is waiting."""
         with self._lock:
             lines = [self._lines.popleft() for _ in range(len(self._lines))]
@@ -4306,8 +5081,7 @@ class LogWriter:
                 self.dropped = 0
             if self._stream and lines:
                 try:
-                    self._stream.write("\n".join(lines) + "\n")
-                    self._stream.flush()
+                    write_text(self._stream, "\n".join(lines) + "\n")
                 except (OSError, ValueError):
                     pass  # a closed or full log must not stop the serving
 
@@ -4322,9 +5096,22 @@ class LogWriter:
     def _run(self) -> None:
         while True:
             self._wanted.wait()
-            time.sleep(LOG_PAUSE_SECONDS)
             self._wanted.clear()
-            self.flush()
+            self._flush()
+            time.sleep(LOG_PAUSE_SECONDS)
+
+
+def write_text(stream: IO[str], text: str) -> None:
+    """Writes the whole text, past the stream's own buffer and lock where it is a file: a thread that is held up in
+    there must hold up neither the end of the process nor a fork of it. Raises OSError and ValueError."""
+    try:
+        descriptor = stream.fileno()
+    except OSError:
+        stream.write(text)
+        return
+    data = text.encode(getattr(stream, "encoding", None) or "ascii", "backslashreplace")
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 # ==== Handler ====================================================================================
@@ -4334,18 +5121,22 @@ class Service:
     """What all requests share. `routing`, the configuration with its targets, is replaced as a whole by a reload."""
 
     def __init__(self, config: Config, log: LogWriter) -> None:
-        self.use(config)
         self.log = log
         self.draining = False
         self.loop = EventLoop(log.warn)
         self.relay = Relay(self.loop, log.warn)
-        self.loop.post(lambda: self.loop.start(self.relay.connections.tidy()))
         self.catalogue = Catalogue(self.relay, self.loop)
+        self.bodies = HeldBodies()
         self.requests = Throttle()
-        self.logins = Throttle()
+        self.logins = LoginGate(self.loop)
+        self.use(config)
+        self.return_memory = find_malloc_trim()
+        self.loop.post(lambda: self.loop.start(self._tidy()))
 
     def use(self, config: Config) -> None:
         """Serves by this configuration from the next request on. The targets of models are worked out once for each."""
+        self.relay.connections.prepare(config.providers.values())
+        self.bodies.limit = int(config.server.max_held_mb * MEGABYTE)
         targets = functools.lru_cache(maxsize=1024)(functools.partial(targets_for, config))
         self.routing: tuple[Config, Callable[[str, str], list[Target]]] = config, targets
 
@@ -4354,20 +5145,53 @@ class Service:
         """The configuration in force."""
         return self.routing[0]
 
-    @functools.cached_property
-    def hash_in_turn(self) -> Callable[[Callable[[], None]], None]:
-        """Starts what hashes a password, in the one thread for that: scrypt takes 16 MiB, and glibc would keep as much
-        for every thread that has ever called it."""
-        import queue
+    def _tidy(self) -> Steps[None]:
+        """Closes what is idle for too long, and gives back the memory that large bodies have left; now and then, for
+        as long as the loop runs."""
+        while True:
+            self.relay.connections.drop_stale()
+            if self.bodies.released > max(TRIMMED_BYTES, self.bodies.bytes):
+                self.bodies.released = 0
+                self.return_memory(0)
+            yield from pause(self.loop, SWEEP_SECONDS)
 
-        waiting: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
-        def work() -> None:
-            while True:
-                waiting.get()()
+class LoginGate:
+    """Slows down who guesses passwords, and computes few of their hashes at a time, in one thread: scrypt takes 16 MiB,
+    and glibc would keep as much for every thread that has ever called it."""
 
-        start_thread(work)
-        return waiting.put
+    def __init__(self, loop: EventLoop) -> None:
+        self._loop = loop
+        self._attempts = Throttle()
+        self._worker = Worker()
+        self._waiting = 0
+        # Addresses from which somebody has logged in have places that others can't take from them.
+        self._trusted: collections.OrderedDict[str, None] = collections.OrderedDict()
+
+    def admit(self, username: str, address: str) -> None:
+        """Counts an attempt. Raises RateLimited for one too many from the address, or for the user from there."""
+        network = network_of(address)
+        for name, limit in ((network, LOGINS_PER_ADDRESS), (f"{network} {username[:100]}", LOGINS_PER_USER)):
+            wait = self._attempts.wait_seconds(name, limit, self._loop.now)
+            if wait:
+                raise RateLimited("too many logins; wait a while", wait)
+
+    def check(self, given: str, hashed: str, address: str) -> Steps[bool]:
+        """Whether the hash is that of the password. Raises RateLimited while too many wait for that."""
+        network = network_of(address)
+        if self._waiting >= LOGINS_WAITING * (2 if network in self._trusted else 1):
+            raise RateLimited("too many logins at a time; try again in a moment", 1)
+        self._waiting += 1
+        try:
+            right = yield from in_thread(self._loop, lambda: check_password(given, hashed), start=self._worker.call)
+        finally:
+            self._waiting -= 1
+        if right:
+            self._trusted[network] = None
+            self._trusted.move_to_end(network)
+            if len(self._trusted) > TRUSTED_ADDRESSES:
+                self._trusted.popitem(last=False)
+        return right
 
 
 class Request(NamedTuple):
@@ -4379,6 +5203,11 @@ class Request(NamedTuple):
 
 
 NOBODY = Caller("", False, None)
+
+
+def hidden_model(caller: Caller) -> Forbidden:
+    """The error for a user who may use some models only, where others may be named out of sight."""
+    return Forbidden(f"{caller.name} may use some models only, and what this request would use can't be seen here")
 
 
 def shutting_down() -> Unavailable:
@@ -4406,10 +5235,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.service = self.server.service
         self.loop = self.service.loop
         self.address = str(self.client_address[0])
-        # Beyond max_connections it gets one answer, which says so.
-        self.surplus = len(self.server.handlers) >= self.server.connection_limit
         self.server.handlers.add(self)
+        self.surplus = False  # beyond max_connections: it gets one answer, which says so
+        self.known = False  # whether it has shown a valid token
         self.idle = False  # between two requests
+        self.held = 0  # bytes of the body that are held
         self.busy = False  # with a request that isn't answered yet
         self.fault: Optional[MalformedRequest] = None  # why no head can come any more
         self.task: Optional[Task] = None
@@ -4438,18 +5268,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _serve(self) -> Steps[None]:
         """Serves request after request, and closes the connection in the end."""
         try:
-            self.channel = Channel(self.request, self.loop)
+            self.channel = Channel(self.request, self.loop, UNKNOWN_HELD_BYTES)
         except OSError:  # the system watches no more sockets
-            self.server.handlers.discard(self)
+            self.server.release(self)
             self.request.close()
             return
         self.task = self.loop.current
         self.task.client = self.channel
+        self.surplus = not self.server.admit(self)
         try:
             while True:
                 self.idle = True
+                self.server.waiting[self] = self.loop.now
                 data = yield from self._next_head()
                 self.idle = False
+                self.server.waiting.pop(self, None)
                 if not data:
                     break
                 goes_on = yield from self._serve_request(data)
@@ -4461,24 +5294,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ClientGone:
             pass
         finally:
-            self.server.handlers.discard(self)
+            self.server.release(self)
             self.channel.close()
 
     def _next_head(self) -> Steps[bytes]:
         """The head of the next request, or what can't become one; empty when none has come for too long."""
         channel = self.channel
+        channel.set_window(HELD_BYTES if self.known else UNKNOWN_HELD_BYTES)
         deadline = self.loop.now + (SURPLUS_SECONDS if self.surplus else IDLE_SECONDS)
-        begun = False
+        seen, begun = 0, False
         try:
             while True:
-                if channel.received.startswith(b"\r\n"):
+                if not seen and channel.received.startswith(b"\r\n"):
                     channel.use(2)  # RFC 9112 §2.2: an empty line before it is ignored
-                size = head_length(channel.received)
+                size = head_length(channel.received, seen)
                 if size:
                     return channel.use(size)
-                if channel.received and not begun:
+                seen = len(channel.received)
+                if seen and not begun:
                     begun = True
                     deadline = self.loop.now + HEAD_SECONDS
+                if channel.is_ahead:
+                    channel.set_window(REQUEST_HEAD_BYTES + 1)
                 yield deadline
         except MalformedRequest as fault:
             self.fault = fault
@@ -4508,6 +5345,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return (yield from self._answer_error(RelayError("an internal error; the relay's log has its place")))
         finally:
             self.busy = False
+            self._let_go()
             self.service.log.record(self.record)
 
     def _farewell(self) -> Steps[None]:
@@ -4525,7 +5363,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _answer_request(self, data: bytes) -> Steps[bool]:
         """Reads the head, finds out who asks for what, and answers."""
         head = self.head = self._read_head(data)
-        self.record.method, self.record.path = head.method, head.path
+        self.record.method, self.record.path = logged(head.method), logged(head.path)
         self.dialect = dialect_of(head.path, "anthropic-version" in head.fields)
         if self.surplus:
             raise Unavailable(
@@ -4551,14 +5389,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise
 
     def _authenticate(self, head: RequestHead) -> Caller:
-        """The caller, who is within the limit of requests. Raises Unauthenticated and RateLimited."""
+        """The caller. Raises Unauthenticated."""
         caller = identify(shown_tokens(head.fields), self.config, self.record.when)
-        self.record.caller = caller.name
+        self.record.caller = logged(caller.name)
+        self.known = True
+        self.channel.set_window(HELD_BYTES)
+        return caller
+
+    def _count(self, caller: Caller) -> None:
+        """Counts a request that is let through to a model. Raises RateLimited."""
         if caller.user and caller.user.requests_per_minute:
             wait = self.service.requests.wait_seconds(caller.name, caller.user.requests_per_minute, self.loop.now)
             if wait:
                 raise RateLimited(f"{caller.name} is over {caller.user.requests_per_minute} requests a minute", wait)
-        return caller
 
     # -- the relay's own endpoints
 
@@ -4572,7 +5415,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer_telemetry(self, request: Request) -> Steps[bool]:
         """Takes Claude Code's telemetry, and forgets it."""
-        body = self._open_body(request, self.config.server.max_body_mb)
+        body = self._open_body(request, self.body_limit)
         while not body.finished:
             yield from body.read()
         return (yield from self._answer(204, [], b""))
@@ -4580,14 +5423,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer_login(self, request: Request) -> Steps[bool]:
         """Exchanges a user's name and password for tokens."""
         given = yield from self._read_login(request, "username", "password")
-        username = given["username"]
-        self._throttle_login(username)
-        user = self.config.users.get(username)
-        # Somebody unknown costs the same time as a wrong password.
-        hashed = user.password if user and user.password else DUMMY_HASH
-
-        check = functools.partial(check_password, given["password"], hashed)
-        right = yield from in_thread(self.loop, check, start=lambda run: self.service.hash_in_turn(run))
+        username, users, gate = given["username"], self.config.users, self.service.logins
+        gate.admit(username, self.address)
+        user = users.get(username)
+        # Somebody unknown costs the same time as a wrong password of the others.
+        usual = next((other.password for other in users.values() if other.password), DUMMY_HASH)
+        hashed = user.password if user and user.password else usual
+        right = yield from gate.check(given["password"], hashed, self.address)
         secret = self.config.server.jwt_secret
         if not (right and user and user.password and secret):
             raise Unauthenticated("the username or the password is wrong", "login_failed")
@@ -4600,17 +5442,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not secret:
             raise Unauthenticated("this relay issues no tokens: server.jwt_secret is not set")
         claims = verify_token(given["refresh_token"], secret.reveal(), time.time())
-        return (yield from self._answer_tokens(subject(claims, "refresh", self.config.users), secret))
+        return (yield from self._answer_tokens(subject(claims, "refresh", self.config), secret))
 
     def _answer_tokens(self, username: str, secret: Secret) -> Steps[bool]:
-        self.record.caller = username
-        return self._answer_json(issue_tokens(username, secret.reveal(), time.time()), [("cache-control", "no-store")])
+        self.record.caller = logged(username)
+        tokens = issue_tokens(username, self.config, secret, time.time())
+        return self._answer_json(tokens, [("cache-control", "no-store")])
 
     def _read_login(self, request: Request, *names: str) -> Steps[dict[str, str]]:
         """The strings of a small JSON object. Raises BadRequest."""
-        body = yield from self._open_body(request, 0.0625).read_all()
+        body = self._open_body(request, LOGIN_BODY_BYTES)
+        body.must_come_within(LOGIN_BODY_SECONDS)
         try:
-            given = parse_json(body)
+            given = parse_json((yield from body.read_all(lambda count: None)))
         except ValueError as error:
             raise BadRequest(f"the body is not valid JSON: {error}") from None
         if not isinstance(given, JsonObject) or given.repeated:
@@ -4620,32 +5464,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise BadRequest(f"{name}: a string is required")
         return {name: given[name] for name in names}
 
-    def _throttle_login(self, username: str) -> None:
-        """Slows down who guesses passwords, by name and by address. Raises RateLimited."""
-        for name, limit in (
-            (f"address {self.address}", LOGINS_PER_ADDRESS),
-            (f"user {username[:100]}", LOGINS_PER_USER),
-        ):
-            wait = self.service.logins.wait_seconds(name, limit, self.loop.now)
-            if wait:
-                raise RateLimited("too many logins; wait a while", wait)
-
     def answer_me(self, request: Request) -> Steps[bool]:
         """Tells whose token it is."""
         return self._answer_json({"username": request.caller.name, "admin": request.caller.admin})
 
     def answer_catalogue(self, request: Request) -> Steps[bool]:
         """The relay's models, or one of them."""
-        head = request.head
         listed = yield from self.service.catalogue.entries(self.config)
         entries = [entry for entry in listed if self._may_use(request, entry["id"])]
-        wanted = unquote(head.path)[len("/v1/models/") :]
+        wanted = unquote(request.endpoint.path[len("/models/") :])
         if not wanted:
-            return (yield from self._answer_json(model_page(entries, head.query, self.dialect)))
+            return (yield from self._answer_json(model_page(entries, request.head.query, self.dialect)))
         for entry in entries:
             if entry["id"] == wanted:
                 return (yield from self._answer_json(model_entry(entry, self.dialect)))
-        raise NotFound(f"there is no model {wanted!r}{suggestion(wanted, [entry['id'] for entry in entries])}")
+        meant = suggestion(wanted, (entry["id"] for entry in entries))
+        raise NotFound(f"there is no model {wanted[:MODEL_CHARACTERS]!r}{meant}")
 
     # -- what is relayed
 
@@ -4654,76 +5488,122 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = yield from self._read_body(request, required=True)
         return (yield from self._relay_by_model(request, body))
 
-    def answer_any_openai(self, request: Request) -> Steps[bool]:
-        """Relays any other OpenAI request: by its model if it is JSON that has one, else to the first provider."""
+    def answer_any(self, request: Request) -> Steps[bool]:
+        """Relays any other request: by its model if it is JSON that has one, else to the first provider."""
         if media_type(request.head.fields) not in READ_TYPES:
             return (yield from self.answer_first_provider(request))
         body = yield from self._read_body(request, required=False)
-        if body.model is None:
+        if not body.facts:
             return (yield from self._relay_to_first(request, body))
         return (yield from self._relay_by_model(request, body))
 
     def answer_first_provider(self, request: Request) -> Steps[bool]:
         """Relays what belongs to one account at a provider: files, batches, the list of models."""
-        return self._relay_to_first(request, self._open_body(request, self.config.server.max_upload_mb))
+        limit = int(self.config.server.max_upload_mb * MEGABYTE)
+        return self._relay_to_first(request, self._open_body(request, limit))
 
     def _relay_by_model(self, request: Request, body: ReadBody) -> Steps[bool]:
-        """Relays to the targets of the model. Raises Forbidden, NotFound and Unavailable."""
-        asked = body.model or ""
-        self.record.model = asked
+        """Relays to the targets of the model. Raises Forbidden, NotFound, Unavailable and RateLimited."""
+        assert body.facts
+        asked = self.record.model = body.facts.model
         if not self._may_use(request, asked):
             raise Forbidden(f"{self.record.caller} may not use the model {asked!r}")
+        if self._is_restricted(request) and (body.facts.lookalike or not request.endpoint.by_model):
+            raise hidden_model(request.caller)
         targets = self.targets_for(asked, request.endpoint.dialect)
-        session = functools.partial(self._session, request, body)
-        return self._relay(request, body, self.service.relay.keys.order(targets, session, self.loop.now))
+        is_long = len(body.content) > SPLICED_AT_ONCE_BYTES and not body.facts.span
+        if is_long and any(target.model != asked for target in targets):
+            body.facts = yield from self._walk(body.content)
+        self._count(request.caller)
+        session = request.head.fields.get("x-claude-code-session-id") or body.facts.user_id or self.record.caller
+        candidates = self.service.relay.keys.order(targets, session, self.loop.now)
+        creates = any(is_within(request.endpoint.path, place) for place in CREATING_PATHS)
+        return (yield from self._relay(request, body, candidates[:1] if creates else candidates))
 
     def _relay_to_first(self, request: Request, body: Union[ReadBody, RequestBody]) -> Steps[bool]:
         """Relays to the first provider's first key. Raises Forbidden for users who may use some models only, where
         models may stand out of sight."""
         provider = first_provider(self.config, request.endpoint.dialect)
-        caller = request.caller
-        hidden_model = request.head.method == "POST" and not request.endpoint.path.startswith("/files")
-        if caller.user and caller.user.models and hidden_model:
-            raise Forbidden(
-                f"{caller.name} may use some models only, and what this request would use can't be seen here"
-            )
+        method, path = request.head.method, request.endpoint.path
+        names_model = method in ("POST", "PUT", "PATCH") and not (method == "POST" and path == "/files")
+        if self._is_restricted(request) and names_model:
+            raise hidden_model(request.caller)
         key = provider.keys[0] if provider.keys else None
         return self._relay(request, body, [Candidate(Target(provider, ""), key)])
+
+    def _is_restricted(self, request: Request) -> bool:
+        """Whether the caller may use some models only. Raises Forbidden for such a one who names another method than
+        the request has: a server behind may heed that."""
+        user = request.caller.user
+        restricted = user is not None and user.models is not None
+        if restricted and any(name in request.head.fields for name in METHOD_OVERRIDES):
+            raise Forbidden(f"{request.caller.name} may use some models only, and no header that names another method")
+        return restricted
 
     def _may_use(self, request: Request, model: str) -> bool:
         """Whether the caller's `models` admit the name."""
         user = request.caller.user
-        return not (user and user.models) or matches_any(asked_name(self.config, model), user.models)
+        return user is None or user.models is None or matches_any(asked_name(self.config, model), user.models)
 
-    def _session(self, request: Request, body: ReadBody) -> str:
-        """What stays on one key: Claude Code's session, the end user that the request names, or the caller."""
-        session = request.head.fields.get("x-claude-code-session-id")
-        if not session:
-            try:
-                user_id = json.loads(body.content)["metadata"]["user_id"]
-                session = user_id if isinstance(user_id, str) else ""
-            except (ValueError, KeyError, TypeError, RecursionError):
-                pass  # it names nobody
-        return session or self.record.caller
+    @property
+    def body_limit(self) -> int:
+        """How many bytes a body may have that is read for its model."""
+        return int(self.config.server.max_body_mb * MEGABYTE)
 
-    def _open_body(self, request: Request, limit_mb: float) -> RequestBody:
+    def _open_body(self, request: Request, limit: int) -> RequestBody:
         """The request's body, still to be read. Raises TooLarge."""
-        self.body = RequestBody(self.channel, request.head, int(limit_mb * 1024 * 1024), self.loop)
+        self.body = RequestBody(self.channel, request.head, limit, self.loop)
         return self.body
 
     def _read_body(self, request: Request, required: bool) -> Steps[ReadBody]:
-        """The body, read for its model, which must be there if it is required. Raises BadRequest and TooLarge."""
-        sent = content = yield from self._open_body(request, self.config.server.max_body_mb).read_all()
+        """The body, read for its model, which must be there if it is required. Raises BadRequest, TooLarge,
+        UnsupportedCoding and Unavailable."""
+        sent = content = yield from self._open_body(request, self.body_limit).read_all(self._hold)
+        if self.service.config is not self.config:
+            # Whoever was taken away while the body came isn't served any more.
+            identify(shown_tokens(request.head.fields), self.service.config, time.time())
         coding = request.head.fields.get("content-encoding", "identity").lower()
         if coding != "identity" and sent:
-            limit = int(self.config.server.max_body_mb * 1024 * 1024)
-            content = yield from in_thread(self.loop, lambda: decompressed(sent, coding, limit))
+            content = yield from self._inflate(sent, coding)
         try:
-            return ReadBody(sent, content, find_model(content))
+            facts = (yield from self._walk(content)) if takes_long(content) else read_at_once(content)
         except BadRequest as error:
             if required or error.code == "bad_request":
                 raise
-            return ReadBody(sent, content, None)
+            facts = None
+        return ReadBody(sent, content, facts)
+
+    def _inflate(self, body: bytes, coding: str) -> Steps[bytes]:
+        """The content of a compressed body. Raises BadRequest, TooLarge, UnsupportedCoding and Unavailable."""
+        inflater, pieces, size = Inflater(body, coding), [], 0
+        while not inflater.finished:
+            piece = inflater.go_on()
+            self._hold(len(piece))
+            pieces.append(piece)
+            size += len(piece)
+            if size > self.body_limit:
+                raise TooLarge(f"the decompressed body is over this relay's limit of {self.body_limit} bytes")
+            yield from give_way(self.loop)
+        return b"".join(pieces)
+
+    def _walk(self, content: bytes) -> Steps[BodyFacts]:
+        """The facts of a JSON body that takes long to read. Raises BadRequest."""
+        walk = JsonWalk(content)
+        walk.go_on()
+        while not walk.finished:
+            yield from give_way(self.loop)
+            walk.go_on()
+        return walk.facts
+
+    def _hold(self, count: int) -> None:
+        """Takes room for bytes of the body. Raises Unavailable."""
+        self.service.bodies.claim(count)
+        self.held += count
+
+    def _let_go(self) -> None:
+        """Gives the room back."""
+        self.service.bodies.release(self.held)
+        self.held = 0
 
     def _relay(
         self, request: Request, body: Union[ReadBody, RequestBody], candidates: Sequence[Candidate]
@@ -4731,6 +5611,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Gets the answer, and passes it on as it comes."""
         relay = self.service.relay
         answer = yield from relay.obtain(Job(request.head, request.endpoint, body, candidates, self.record))
+        if isinstance(body, ReadBody):
+            body.drop()
+            self._let_go()
         try:
             rewriter = self._rewriter(request, answer)
             transfer = Transfer(answer, self.record, request.head, request.endpoint.dialect, rewriter)
@@ -4764,7 +5647,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return None
         coding = answer.head.fields.get("content-encoding", "identity").lower()
         if coding != "identity":
-            message = f"the provider {provider.name} sent a batch as {header_text(coding)} unasked; it can't be checked"
+            coding = header_text(coding[:100])
+            message = f"the provider {provider.name} sent a batch as {coding} unasked; it can't be checked"
             raise UpstreamFailed(message, "upstream_broken")
         scheme = "https" if head.fields.get("x-forwarded-proto").lower() == "https" else "http"
         host = head.fields.get("host") or f"{self.config.server.host}:{self.config.server.port}"
@@ -4843,7 +5727,9 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self.log = LogWriter(sys.stderr if log is None else log)
         self.log.style = config.server.log
         self.service = Service(config, self.log)
-        self.handlers: set[Handler] = set()
+        self.handlers: set[Handler] = set()  # of all connections; the thread that accepts adds to it
+        self.served: set[Handler] = set()  # those that max_connections admits
+        self.waiting: dict[Handler, float] = {}  # those that wait for a head, and since when; the longest first
         # Given up for a moment when there is no other descriptor left, to be able to refuse a connection.
         self._spare = io.FileIO(os.devnull)
         self._refusal_logged = -math.inf
@@ -4861,6 +5747,35 @@ class RelayServer(http.server.ThreadingHTTPServer):
         limit = self.service.config.server.max_connections
         # select(), which is all there is on Windows, looks after 512 sockets: each client may need three.
         return min(limit, 150) if os.name == "nt" else limit
+
+    def admit(self, handler: "Handler") -> bool:
+        """Whether a new connection is served: beyond max_connections another one has to make room."""
+        if len(self.served) >= self.connection_limit and not self.make_room():
+            return False
+        self.served.add(handler)
+        return True
+
+    def make_room(self) -> bool:
+        """Closes the connection that has been idle for longest; where there is none, the one that has kept the relay
+        waiting for the rest of its first head, if that takes long. Whether there was one."""
+        slow: Optional[Handler] = None
+        for handler, since in self.waiting.items():
+            if handler not in self.served or not handler.task:
+                continue
+            if not handler.channel.received:
+                handler.task.abandon()
+                return True
+            if not slow and not handler.known and since < self.service.loop.now - SLOW_HEAD_SECONDS:
+                slow = handler
+        if slow and slow.task:
+            slow.task.abandon()
+        return slow is not None
+
+    def release(self, handler: "Handler") -> None:
+        """Forgets a connection that is closed."""
+        self.handlers.discard(handler)
+        self.served.discard(handler)
+        self.waiting.pop(handler, None)
 
     def start(self) -> None:
         """Starts its threads: one serves, one accepts, one writes the log."""
@@ -4938,7 +5853,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self._refuse_without_descriptor()
             raise
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tune(sock)
         return sock, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -4961,6 +5876,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         if now - self._refusal_logged > 10:
             self._refusal_logged = now
             self.log.warn("no file descriptor is left for another connection; raise `ulimit -n`")
+        self.service.loop.post(self.make_room)
         try:
             self._spare.close()
             refuse(self.socket.accept()[0])
@@ -5185,10 +6101,9 @@ def run_token(options: JsonDict, username: str) -> int:
     config = load_config(config_path(options), options)
     if not config.server.jwt_secret:
         raise ConfigError(["relay.json: server.jwt_secret: is not set, so there is nothing to sign a token with"])
-    if config.users and username not in config.users:
+    if not config.any_subject and username not in config.users:
         raise ConfigError([f"relay.json: users: there is no {username}{suggestion(username, config.users)}"])
-    now = int(time.time())
-    claims = {"sub": username, "type": "access", "iat": now, "exp": now + options.get("expires", 30 * 86400)}
+    claims = token_claims(username, "access", options.get("expires", 30 * 86400), config, time.time())
     print(sign_token(claims, config.server.jwt_secret.reveal()))
     return 0
 
@@ -5196,6 +6111,7 @@ def run_token(options: JsonDict, username: str) -> int:
 def run_serve(options: JsonDict) -> int:
     """Serves until a signal says otherwise, alone or as the supervisor of several workers."""
     path = config_path(options)
+    seen = file_state(path)  # as it was before it is read: an edit meanwhile is taken up
     given = load_config(path, options)
     config = with_run_secrets(given, None)
     raise_descriptor_limit()
@@ -5205,16 +6121,14 @@ def run_serve(options: JsonDict) -> int:
     listener = listen(config.server)
     host, port = listener.getsockname()[:2]
     made_up = config.server.access_keys != given.server.access_keys
-    lines = banner(config, path, relay_url(host, port), made_up)
+    lines = "\n".join(banner(config, path, relay_url(host, port), made_up))
     if supervised:
-        return Supervisor(config, path, options, listener).run(signals, "\n".join(lines))
+        # Python's own way out would wait for a log that nobody reads.
+        os._exit(Supervisor(config, path, options, listener).run(signals, lines))
     server = RelayServer(config, None, listener)
+    server.log.write(lines)
     server.start()
-    operator = Operator(server, path, options)
-    codecs.lookup("idna")  # slow to load, and needed for the first connection to a provider
-    time.sleep(SETTLE_SECONDS)
-    server.log.write("\n".join(lines))
-    server.log.flush()
+    operator = Operator(server, path, options, seen)
     return outlast_script(lambda: operator.run(signals))
 
 
@@ -5222,11 +6136,13 @@ def outlast_script(serve: Callable[[], int]) -> int:
     """Serves in a thread for which Python waits, and lets the script end: until then CPython keeps the syntax tree
     of this file, a third of the whole process."""
 
+    return_memory = find_malloc_trim()
+
     def run() -> None:
         status = 1  # should it end by a defect
         try:
             threading.main_thread().join()
-            return_memory()
+            return_memory(0)
             status = serve()
         finally:
             # Python's own way out would wait for a thread that writes to a log which nobody reads.
@@ -5282,11 +6198,11 @@ class Signals:
 class Operator:
     """What is left to do while the others serve: it waits for signals and for edits of relay.json."""
 
-    def __init__(self, server: RelayServer, path: str, options: JsonDict) -> None:
+    def __init__(self, server: RelayServer, path: str, options: JsonDict, seen: tuple[int, ...]) -> None:
         self._server = server
         self._path = path
         self._options = options
-        self._seen = file_state(path)
+        self._seen = seen  # the state of the file that was read
 
     def run(self, signals: Signals, supervisor: int = 0) -> int:
         """Serves until SIGTERM, SIGINT or the death of the supervising process; the exit status."""
@@ -5305,6 +6221,9 @@ class Operator:
         try:
             config = load_config(self._path, self._options)
         except (ConfigError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                self._seen = ()  # there is no descriptor to read it with: the next try is in a second
+                return
             for line in str(error).splitlines():
                 log.warn(line)
             log.warn("the configuration was not reloaded; the one before stays in force")
@@ -5333,60 +6252,74 @@ class Supervisor:
         self._path = path
         self._options = options
         self._listener = listener
+        self._log = LogWriter(sys.stderr)
+        self._log.style = config.server.log
         self._workers: dict[int, float] = {}  # process id: when it was started
 
     def run(self, signals: Signals, lines: str) -> int:
         """Serves until SIGTERM or SIGINT; the exit status."""
-        log = LogWriter(sys.stderr)
-        log.write(lines)
-        log.flush()
+        # Python warns of forks beside threads. The one here writes the log, and holds nothing that a worker needs.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        self._log.write(lines)
+        self._log.start()
         while True:
-            while len(self._workers) < self._config.server.workers:
-                self._start_worker()
+            while len(self._workers) < self._config.server.workers and self._start_worker():
+                pass
             name = signals.next(1.0)
             if name in ("SIGTERM", "SIGINT"):
                 return self._stop(signals)
             if name == "SIGHUP":
                 self._pass_on(signal.SIGHUP)
             for pid, started in self._reap():
-                log.warn(f"the worker {pid} has ended; another one takes its place")
-                log.flush()
+                self._log.warn(f"the worker {pid} has ended; another one takes its place")
                 if time.monotonic() - started < 1.0:
                     time.sleep(1.0)  # one that can't even start must not be started without end
 
-    def _start_worker(self) -> None:
+    def _start_worker(self) -> bool:
+        """Starts a worker; False when the system gives out no more processes."""
         parent = os.getpid()
         # What comes between the fork and the worker's own handlers has to wait for these.
         held = {getattr(signal, name) for name in OPERATOR_SIGNALS}
         signal.pthread_sigmask(signal.SIG_BLOCK, held)
-        pid = os.fork()
-        if not pid:
-            try:
-                # Out of the terminal's process group: Ctrl-C is for the parent, which passes it on once.
-                os.setpgid(0, 0)
-                signals = Signals(*OPERATOR_SIGNALS)
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
-                status = self._work(signals, parent)
-            except BaseException as error:
-                log = LogWriter(sys.stderr)
-                log.warn(f"internal error: {describe(error)}")
-                log.flush()
-                status = 1
-            os._exit(status)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+        try:
+            pid = os.fork()
+            if not pid:
+                self._be_worker(parent, held)
+        except OSError as error:
+            self._log.warn(f"a worker can't be started, another try follows: {error.strerror}")
+            return False
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
         self._workers[pid] = time.monotonic()
+        return True
+
+    def _be_worker(self, parent: int, held: set[int]) -> NoReturn:
+        """What a worker does from its start to its end."""
+        status = 1
+        try:
+            # Out of the terminal's process group: Ctrl-C is for the parent, which passes it on once.
+            os.setpgid(0, 0)
+            signals = Signals(*OPERATOR_SIGNALS)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+            status = self._work(signals, parent)
+        except BaseException as error:
+            log = LogWriter(sys.stderr)
+            log.warn(f"internal error: {describe(error)}")
+            log.start()
+            log.finish()
+        os._exit(status)
 
     def _work(self, signals: Signals, parent: int) -> int:
         """What a worker does: it serves until it is told to stop; the exit status."""
-        config = self._config
+        config, seen = self._config, file_state(self._path)
         try:
             config = with_run_secrets(load_config(self._path, self._options), config)
         except (ConfigError, OSError):
             pass  # the file is broken at the moment: the configuration of the start still holds
         server = RelayServer(config, None, self._listener)
         server.start()
-        return Operator(server, self._path, self._options).run(signals, parent)
+        return Operator(server, self._path, self._options, seen).run(signals, parent)
 
     def _reap(self) -> Iterator[tuple[int, float]]:
         """The workers that have ended, and when each was started."""
@@ -5407,15 +6340,16 @@ class Supervisor:
         """Has all workers drain; a second signal ends them at once."""
         self._listener.close()
         self._pass_on(signal.SIGTERM)
-        while self._workers:
+        status = 0
+        while self._workers and not status:
             if signals.next(1.0) in ("SIGTERM", "SIGINT"):
                 self._pass_on(signal.SIGKILL)
-                signals.close()
-                return 1
+                status = 1
             for _ in self._reap():
                 pass
         signals.close()
-        return 0
+        self._log.finish()
+        return status
 
 
 def file_state(path: str) -> tuple[int, ...]:
@@ -5477,8 +6411,6 @@ def banner(config: Config, path: str, url: str, made_up: bool) -> Iterator[str]:
 
 def token_expression(config: Config, path: str) -> str:
     """What a shell replaces by a token of this relay, so that none is ever printed; empty if there is none."""
-    import shlex
-
     for key in config.server.access_keys:
         for name, value in os.environ.items():
             if value == key.reveal() and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
@@ -5490,7 +6422,8 @@ def token_expression(config: Config, path: str) -> str:
                 code += f";print(k if isinstance(k,str) else k[{index}])"
                 return f"$(python3 -c {shlex.quote(code)} {shlex.quote(path)})"
         return ""
-    user = next((user.name for user in config.users.values() if not user.models), "" if config.users else "me")
+    anybody = "me" if config.any_subject else ""
+    user = next((user.name for user in config.users.values() if user.models is None), anybody)
     command = ["python3", os.path.abspath(__file__), "token", user, "--config", path]
     return f"$({' '.join(map(shlex.quote, command))})" if user else ""
 
