@@ -105,11 +105,13 @@ INFLATED_BYTES = 64 * 1024  # at a time
 HELD_BYTES = 256 * 1024
 # The same of a client that hasn't shown a token: a head's worth, and mostly far less.
 UNKNOWN_HELD_BYTES = 16 * 1024
-TRIMMED_BYTES = 16 * 1024 * 1024  # when bodies have left so much, free memory goes back to the system
+TRIMMED_BYTES = 16 * 1024 * 1024  # when bodies have left so much, free memory goes back to the system,
+TRIM_SECONDS = 30.0  # and else after so long: it takes some milliseconds
 AHEAD_SECONDS = 0.5  # how often it is looked whether a client that has sent so much is still there
 SWEEP_SECONDS = 5.0  # deadlines that are further off are looked at this often
 TICK_SECONDS = 0.005  # and near ones not more often than this
 PATIENT_SECONDS = 0.005  # of a turn of the event loop, for work that is done in steps
+OTHER_THREADS_SECONDS = 0.0001  # after which other threads have their turn
 # Of an error's body so much is looked at before it is passed on, and waited for no longer than this.
 PEEKED_BYTES = 64 * 1024
 PEEK_SECONDS = 5.0
@@ -2118,18 +2120,17 @@ def unreserved(path: str) -> str:
 #
 # A JSON body is passed on byte for byte; only the value of the top-level "model" may change. To know that it is
 # one object, and what its model is, `json` reads a short body at once. A long one, which would keep `json` busy
-# for too long, is walked token by token, in steps between which others are served. The walk builds nothing: it
-# notes where the model stands, and a few short strings. Either reads what RFC 8259 allows and nothing else, with
-# one exception: long strings without an escape (images, documents) are passed over unread. They prove nothing,
-# and would cost more than all the rest.
+# for too long, is walked token by token, as it comes and in steps between which others are served. The walk builds
+# nothing: it notes where the model stands, and a few short strings. Either reads what RFC 8259 allows and nothing
+# else, with one exception: long stretches of a string without an escape (images, documents) are passed over unread.
+# They prove nothing, and would cost more than all the rest.
 
 JSON_BLANKS = " \t\n\r"
 JSON_AT_ONCE_BYTES = 256 * 1024  # `json` takes up to 8 ms for as much
 SPLICED_AT_ONCE_BYTES = 16 * 1024  # and model_span() up to 5
 LONG_STRING_BYTES = 4096
 QUOTE_SPACING_BYTES = 200  # further apart than this on the average, quotes are few
-WALK_STEPS = 500  # tokens at a time, or
-WALK_BYTES = 64 * 1024  # so much of strings: 1 ms, at the worst 3
+WALK_STEPS = 500  # tokens, or parts of a string, at a time; of a piece of 64 KiB that takes 3 ms at the most
 # What stands before a value: { or a comma, the name, a colon.
 MEMBER = re.compile(r'[ \t\n\r]*[{,][ \t\n\r]*"([^"\\]*(?:\\.[^"\\]*)*)"[ \t\n\r]*:[ \t\n\r]*')
 # float() takes integers of any length, where int() refuses those over 4,300 digits; objects come as tuples
@@ -2230,12 +2231,15 @@ def takes_long(body: bytes) -> bool:
 
 
 class JsonWalk:
-    """Walks a JSON body that is an object; `facts` are there when it is `finished`."""
+    """Walks a JSON object piece by piece: feed() it, then go_on() while it is `behind`; after finish(), once it isn't
+    behind any more, the facts are there."""
 
-    def __init__(self, body: bytes) -> None:
-        self.finished = False
-        self._body = body
-        self._at = 0
+    def __init__(self) -> None:
+        self.behind = False  # whether it has not yet walked over what it was fed with
+        self._last = False  # whether nothing follows
+        self._body = b""  # what has come and isn't done with
+        self._at = 0  # how much of that is
+        self._before = 0  # how many bytes were before it
         self._state = "start"
         self._values = 0
         self._around = bytearray()  # of each list and object that is open: whether it stands in an object
@@ -2250,19 +2254,34 @@ class JsonWalk:
         """What the body says. Raises BadRequest."""
         return facts_of(self._models, self._user_id, self._span)
 
+    def feed(self, piece: bytes) -> None:
+        """Takes the next piece."""
+        self._before += self._at
+        self._body, self._at = self._body[self._at :] + piece, 0
+        self.behind = True
+
+    def finish(self) -> None:
+        """Takes note that nothing follows."""
+        self._last = self.behind = True
+
     def go_on(self) -> None:
-        """Takes the next tokens, or parts of a long string. Raises BadRequest."""
-        body, state, at, around = self._body, self._state, self._at, self._around
-        stop = at + WALK_BYTES
+        """Takes some more tokens, or parts of a long string. Raises BadRequest."""
+        body, state, at = self._body, self._state, self._at
+        # A token begins where all of it must have come.
+        limit = len(body) if self._last else len(body) - LONG_STRING_BYTES
         for _ in range(WALK_STEPS):
-            if at > stop or self.finished:
-                break
             if self._decoder:
-                at = self._read_string(self._decoder, at)
+                begun, at = at, self._read_string(self._decoder, at)
+                if at == begun:
+                    self.behind = False
+                    break
                 continue
+            if at >= limit:
+                self.behind = False
+                break
             match = JSON_TOKEN.match(body, at, at + LONG_STRING_BYTES)
             if not match:
-                at = self._pass_blanks(at, state)
+                at = self._pass_blanks(at)
                 continue
             kind = match.lastindex or 0
             following = GRAMMAR[state].get(kind)
@@ -2272,12 +2291,18 @@ class JsonWalk:
             self._values += VALUES_OF_KIND[kind]
             if kind == QUOTE:
                 at = end = self._begin_string(end)
-            if len(around) <= 2:
+            if len(self._around) <= 2:
                 self._notice(kind, state, start, end)
             state = self._nest(kind, state) if OPEN_LIST <= kind <= CLOSE_OBJECT else following
         self._state, self._at = state, at
+        self._check()
+
+    def _check(self) -> None:
+        """Raises BadRequest for too many values, or an end that comes too early."""
         if self._values > JSON_VALUES:
             raise BadRequest(f"the body has more than {JSON_VALUES} values")
+        if self._last and not self.behind and (self._decoder or self._state != "end"):
+            raise not_json("it is cut off")
 
     def _nest(self, kind: int, state: str) -> str:
         """The state after a token that opens or closes a list or an object."""
@@ -2287,46 +2312,46 @@ class JsonWalk:
         in_object = self._around.pop()
         return "end" if not self._around else "after member" if in_object else "after item"
 
-    def _pass_blanks(self, at: int, state: str) -> int:
-        """Where the next token may begin; notes the end of the body."""
+    def _pass_blanks(self, at: int) -> int:
+        """Where the next token may begin."""
         end = matched(BLANKS, self._body, at)
-        if end == at:
-            if at < len(self._body) or state != "end":
-                raise self._malformed(at)
-            self.finished = True
-        return end
-
-    def _begin_string(self, at: int) -> int:
-        """Reads a string whose content begins here to its end, or begins to when it is long."""
-        body = self._body
-        end = matched(STRING_PART, body, at)
-        if body.startswith(b'"', end):
-            self._decode(UTF_8(), body[at:end], True)
-            return end + 1
-        quote = body.find(b'"', at)
-        if quote - at > LONG_STRING_BYTES and body.find(b"\\", at, quote) < 0:
-            return quote + 1
-        self._decoder = UTF_8()
-        return at
-
-    def _read_string(self, decoder: codecs.IncrementalDecoder, at: int) -> int:
-        """Reads the next part of a long string."""
-        end = matched(STRING_PART, self._body, at)
-        ends = self._body.startswith(b'"', end)
-        self._decode(decoder, self._body[at:end], ends)
-        if ends:
-            self._decoder = None
-            return end + 1
         if end == at:
             raise self._malformed(at)
         return end
 
-    def _decode(self, decoder: codecs.IncrementalDecoder, part: bytes, final: bool) -> None:
-        """Makes sure that a part of a string is UTF-8."""
+    def _begin_string(self, at: int) -> int:
+        """Reads a string whose content begins here to its end, or begins to when it is long."""
+        end = matched(STRING_PART, self._body, at)
+        self._decoder = UTF_8()
+        return self._read_part(self._decoder, at, end) if self._body.startswith(b'"', end) else at
+
+    def _read_string(self, decoder: codecs.IncrementalDecoder, at: int) -> int:
+        """Reads the next part of a long string, or passes over it where it is long and has no escape. Where that ends
+        is where it began when more has to come first."""
+        body = self._body
+        quote = body.find(b'"', at)
+        stretch = quote if quote >= 0 else len(body)
+        if stretch - at > LONG_STRING_BYTES:
+            escape = body.find(b"\\", at, stretch)
+            stretch = escape if escape >= 0 else stretch
+            if stretch - at > LONG_STRING_BYTES:
+                decoder.reset()
+                return stretch
+        end = matched(STRING_PART, body, at)
+        if end == at and not body.startswith(b'"', at) and len(body) - at >= len(rb"\u0000"):
+            raise self._malformed(at)
+        return self._read_part(decoder, at, end)
+
+    def _read_part(self, decoder: codecs.IncrementalDecoder, at: int, end: int) -> int:
+        """Reads a part of a string, which must be UTF-8; where it ends, with the quote behind it."""
+        ends = self._body.startswith(b'"', end)
         try:
-            decoder.decode(part, final)
+            decoder.decode(self._body[at:end], ends)
         except UnicodeDecodeError:
             raise not_json("it is not in UTF-8") from None
+        if ends:
+            self._decoder = None
+        return end + ends
 
     def _notice(self, kind: int, state: str, start: int, end: int) -> None:
         """Looks at a token of the outer object, or of an object that it holds."""
@@ -2336,20 +2361,20 @@ class JsonWalk:
         elif state == "value" and depth == 1 and is_model_name(self._names[0]):
             self._models.append((self._names[0], self._text(start, end) if is_string else None))
             if self._names[0] == "model":
-                self._span = start, end
+                self._span = self._before + start, self._before + end
         elif state == "value" and is_string and self._names == ["metadata", "user_id"]:
             self._user_id = self._text(start, end)
 
     def _text(self, start: int, end: int) -> str:
         """The string that stands there; of a long one its beginning, unread."""
-        string = self._body[start : min(end, start + 6 * MODEL_CHARACTERS)]
-        is_plain = b"\\" not in string and string.isascii()
-        if is_plain or self._decoder or start + len(string) < end:
-            return string.strip(b'"').decode("latin-1")
-        return str(json.loads(string))
+        longest = 6 * MODEL_CHARACTERS
+        if self._decoder or end - start > longest:
+            return self._body[start : start + longest].decode("latin-1")
+        string = self._body[start:end]
+        return str(json.loads(string)) if b"\\" in string or not string.isascii() else string[1:-1].decode("ascii")
 
     def _malformed(self, at: int) -> BadRequest:
-        return not_json(f"unexpected byte at {at}" if at < len(self._body) else "it is cut off")
+        return not_json(f"unexpected byte at {self._before + at}" if at < len(self._body) else "it is cut off")
 
 
 UTF_8 = codecs.getincrementaldecoder("utf-8")
@@ -2361,10 +2386,19 @@ def matched(pattern: re.Pattern[bytes], body: bytes, at: int) -> int:
     return match.end() if match else at
 
 
-def splice_model(body: bytes, facts: BodyFacts, name: str) -> bytes:
-    """The body with another name for its model, and every other byte as it was."""
-    start, end = facts.span or model_span(body)
-    return b"%b%b%b" % (body[:start], json.dumps(name).encode("ascii"), body[end:])
+def splice_model(pieces: Sequence[bytes], span: tuple[int, int], name: str) -> list[bytes]:
+    """The pieces of a body with another name where its model stands, and every other byte as it was."""
+    (start, end), spliced, before = span, [], 0
+    for piece in pieces:
+        after = before + len(piece)
+        if before <= start < after:
+            spliced += [piece[: start - before], json.dumps(name).encode("ascii"), piece[end - before :]]
+        elif not start < before < end:
+            spliced.append(piece)
+        else:
+            spliced.append(piece[end - before :])
+        before = after
+    return spliced
 
 
 def model_span(body: bytes) -> tuple[int, int]:
@@ -2382,12 +2416,11 @@ def model_span(body: bytes) -> tuple[int, int]:
 class Inflater:
     """Decompresses a gzip or deflate body in steps. Raises UnsupportedCoding for any other."""
 
-    def __init__(self, body: bytes, coding: str) -> None:
+    def __init__(self, pieces: Iterable[bytes], coding: str) -> None:
         if coding not in ("gzip", "x-gzip", "deflate"):
             name = header_text(coding[:100])
             raise UnsupportedCoding(f"the content-encoding {name} can't be read here; send gzip or none")
-        self._body = body
-        self._at = 0
+        self._pieces = iter(pieces)
         self._coding = coding
         # 32 lets zlib tell gzip and zlib headers apart (zlib manual, inflateInit2).
         self._inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)
@@ -2398,18 +2431,16 @@ class Inflater:
         return self._inflater.eof
 
     def go_on(self) -> bytes:
-        """The next piece of the content, INFLATED_BYTES at most. Raises BadRequest."""
-        data = self._inflater.unconsumed_tail
-        if not data:
-            data = self._body[self._at : self._at + INFLATED_BYTES]
-            self._at += len(data)
+        """The next piece of the content, of INFLATED_BYTES at most. Raises BadRequest."""
+        data = self._inflater.unconsumed_tail or next(self._pieces, b"")
         try:
-            piece = self._inflater.decompress(data, INFLATED_BYTES)
+            content = self._inflater.decompress(data, INFLATED_BYTES)
         except zlib.error:
-            piece, data = b"", b""
-        if (not data and not piece) or (self.finished and (self._inflater.unused_data or self._at < len(self._body))):
+            content, data = b"", b""
+        surplus = self.finished and (self._inflater.unused_data or any(self._pieces))
+        if surplus or not (data or content or self.finished):
             raise BadRequest(f"the body is not what its content-encoding {self._coding} says")
-        return piece
+        return content
 
 
 # ==== Server-sent events =========================================================================
@@ -3351,6 +3382,7 @@ Steps = Generator[float, None, Result]  # what a task is made of, and what it co
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 CONNECTING = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
 BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+M_ARENA_MAX = -8  # mallopt(3)
 # When the first probe of a silent connection is sent, and the next; macOS calls the first TCP_KEEPALIVE.
 PROBES = [
     (getattr(socket, name), seconds)
@@ -3689,6 +3721,7 @@ class Task:
     def _end(self) -> None:
         """Notes that it is over, and has those see that who wait for it."""
         self.done = True
+        self.client = None
         self.deadline = math.inf
         self._loop.tasks.discard(self)
         for task in self.awaited_by:
@@ -3771,11 +3804,13 @@ class EventLoop:
         self._end_turn()
 
     def _serve_patient(self) -> None:
-        """Lets those who gave way go on, as many as there is time for."""
-        for _ in range(len(self.patient)):
+        """Lets those who gave way go on, in turns, for as long as there is time."""
+        deadline = time.monotonic() + PATIENT_SECONDS
+        while self.patient and time.monotonic() < deadline:
             self.patient.popleft()()
-            if time.monotonic() - self.now > PATIENT_SECONDS:
-                break
+        # The thread that accepts, and the log's: one that lets go of CPython's lock for a moment more often than every
+        # 5 ms would get it back before any of them has woken up.
+        time.sleep(OTHER_THREADS_SECONDS)
 
     def _end_turn(self) -> None:
         """Sends what was put off in this turn."""
@@ -3817,9 +3852,17 @@ def describe(error: BaseException) -> str:
 
 
 def give_way(loop: EventLoop) -> Steps[None]:
-    """Lets all others that can go on do so first."""
-    loop.patient.append(loop.current.resume)
-    yield math.inf
+    """Lets all others that can go on do so first. What happens on the task's channels meanwhile doesn't end that."""
+    task, its_turn = loop.current, False
+
+    def go_on() -> None:
+        nonlocal its_turn
+        its_turn = True
+        task.resume()
+
+    loop.patient.append(go_on)
+    while not its_turn:
+        yield math.inf
 
 
 def pause(loop: EventLoop, seconds: float) -> Steps[None]:
@@ -3901,11 +3944,15 @@ def in_thread(
 
 
 def find_malloc_trim() -> Callable[[int], object]:
-    """What gives free memory back to the system. glibc would keep it; other C libraries have their own habits."""
+    """What gives free memory back to the system, which glibc would keep; other C libraries have their own habits.
+    To be called before other threads begin."""
     try:
         import ctypes
 
-        return ctypes.CDLL(None).malloc_trim
+        c_library = ctypes.CDLL(None)
+        # malloc_trim() doesn't shrink the arenas that glibc gives to other threads than the first; so there are none.
+        c_library.mallopt(M_ARENA_MAX, 1)
+        return c_library.malloc_trim
     except (ImportError, OSError, AttributeError, TypeError):
         return lambda kept: None
 
@@ -3966,15 +4013,12 @@ class RequestBody:
             piece = self._arrived()
         return piece
 
-    def read_all(self, claim: Callable[[int], None]) -> Steps[bytes]:
-        """The whole rest; `claim` is told of each piece before it is kept, and may raise."""
-        pieces = []
-        while True:
-            piece = self._arrived() or (yield from self.read())
-            claim(len(piece))
-            pieces.append(piece)
-            if self._decoder.finished:
-                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    def read_all(self) -> Steps[bytes]:
+        """The whole rest of a body that is short."""
+        pieces = [(yield from self.read())]
+        while not self.finished:
+            pieces.append((yield from self.read()))
+        return b"".join(pieces)
 
     def must_come_within(self, seconds: float) -> None:
         """Gives all of it so much time."""
@@ -4026,6 +4070,83 @@ class RequestBody:
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"the body is over this relay's limit of {self._limit} bytes")
+
+
+class JsonReader:
+    """Reads a JSON body whose pieces come one by one: a short one at once when it is whole, a long one as it comes,
+    giving way to others. Keeps the pieces."""
+
+    def __init__(self, loop: EventLoop, pieces: Iterable[bytes] = ()) -> None:
+        self.pieces = list(pieces)
+        self.size = sum(map(len, self.pieces))
+        self._loop = loop
+        self._walk: Optional[JsonWalk] = None
+        self._problem = ("", "")  # what is wrong, and its code; told when all of it has come
+
+    def add(self, piece: bytes) -> Steps[None]:
+        """Takes the next piece."""
+        self.pieces.append(piece)
+        self.size += len(piece)
+        if self._walk:
+            yield from self._walk_over(self._walk, [piece])
+        elif self.size > JSON_AT_ONCE_BYTES:
+            self._walk = JsonWalk()
+            yield from self._walk_over(self._walk, self.pieces)
+
+    def facts(self) -> Steps[BodyFacts]:
+        """What the whole body says. Raises BadRequest."""
+        if not self._walk:
+            text = b"".join(self.pieces)
+            if not takes_long(text):
+                return read_at_once(text)
+        return (yield from self.walked_facts())
+
+    def walked_facts(self) -> Steps[BodyFacts]:
+        """What the whole body says, and where its model stands. Raises BadRequest."""
+        walk = self._walk
+        if not walk:
+            walk = self._walk = JsonWalk()
+            yield from self._walk_over(walk, self.pieces)
+        walk.finish()
+        yield from self._walk_over(walk, [b""])
+        if any(self._problem):
+            raise BadRequest(*self._problem)
+        return walk.facts
+
+    def _walk_over(self, walk: JsonWalk, pieces: Sequence[bytes]) -> Steps[None]:
+        """Walks over these pieces, too."""
+        try:
+            for piece in pieces if not any(self._problem) else ():
+                walk.feed(piece)
+                walk.go_on()
+                while walk.behind:
+                    yield from give_way(self._loop)
+                    walk.go_on()
+        except BadRequest as error:
+            self._problem = error.message, error.code
+
+
+class ReadBody:
+    """A request body that was read for its model. It is held until an answer has begun."""
+
+    __slots__ = ("content", "facts", "sent")
+
+    def __init__(self, sent: list[bytes], content: list[bytes], facts: Optional[BodyFacts]) -> None:
+        self.sent = sent  # as the client sent it
+        self.content = content  # the same without its content-encoding
+        self.facts = facts  # None for one that isn't JSON with a model
+
+    def with_model(self, model: str) -> tuple[list[bytes], bool]:
+        """The body that asks for this model, in pieces, and whether it lost its content-encoding. To ask for another one
+        than the client did, the place of the model must be known."""
+        if self.facts is None or self.facts.model == model:
+            return self.sent, False
+        assert self.facts.span
+        return splice_model(self.content, self.facts.span, model), self.sent is not self.content
+
+    def drop(self) -> None:
+        """Lets go of the bytes: nothing will be sent again."""
+        self.sent = self.content = []
 
 
 # ==== Upstream ===================================================================================
@@ -4280,7 +4401,7 @@ def serve_echo(loop: EventLoop, sock: socket.socket) -> Steps[None]:
         head = parse_request_head(channel.use(head_length(channel.received)))
         request_id = new_request_id()
         try:
-            body = yield from RequestBody(channel, head, ECHO_BODY_BYTES, loop).read_all(lambda count: None)
+            body = yield from RequestBody(channel, head, ECHO_BODY_BYTES, loop).read_all()
         except TooLarge:
             fault = EchoFault(413, f"echo reads at most {ECHO_BODY_BYTES} bytes")
             answer = echo_error(head.path, fault, request_id)
@@ -4460,27 +4581,6 @@ ABOUT_ACCOUNT = re.compile(rb"(?i)organization|project")
 UNBUFFERED = (("x-accel-buffering", "no"), ("cache-control", "no-cache"))
 
 
-class ReadBody:
-    """A request body that was read for its model. It is held until an answer has begun."""
-
-    __slots__ = ("content", "facts", "sent")
-
-    def __init__(self, sent: bytes, content: bytes, facts: Optional[BodyFacts]) -> None:
-        self.sent = sent  # as the client sent it
-        self.content = content  # the same without its content-encoding
-        self.facts = facts  # None for one that isn't JSON with a model
-
-    def with_model(self, model: str) -> tuple[bytes, bool]:
-        """The body that asks for this model, and whether it lost its content-encoding."""
-        if self.facts is None or self.facts.model == model:
-            return self.sent, False
-        return splice_model(self.content, self.facts, model), self.sent is not self.content
-
-    def drop(self) -> None:
-        """Lets go of the bytes: nothing will be sent again."""
-        self.sent = self.content = b""
-
-
 class Job(NamedTuple):
     """A request to be relayed."""
 
@@ -4530,7 +4630,7 @@ class Relay:
                 try:
                     answer = yield from self._attempt(job, candidate)
                 except (Unreachable, BrokenExchange) as error:
-                    failure = error
+                    failure = error.with_traceback(None)  # which would keep the body, and be kept by it
                     self._blame(job, candidate.target.provider, error)
                     if isinstance(error, BrokenExchange):
                         if only_once_more or job.only_once:
@@ -4630,19 +4730,16 @@ class Relay:
         """Sends the request; False when the provider answered, or broke off, before it had all of it.
         Raises NoAnswer, ClientGone, and what reading the body raises."""
         provider, body = candidate.target.provider, job.body
-        data, recoded = b"", False
-        if isinstance(body, ReadBody):
-            data, recoded = body.with_model(candidate.target.model)
-        length = body.length if isinstance(body, RequestBody) else len(data)
+        pieces, recoded = body.with_model(candidate.target.model) if isinstance(body, ReadBody) else ([], False)
+        length = body.length if isinstance(body, RequestBody) else sum(map(len, pieces))
         fields = upstream_fields(job.head, provider, candidate.key, length, recoded) + channel.extra_fields
         target = f"{channel.target_prefix}{provider.prefix}{job.endpoint.target(job.head.query)}"
         head = head_bytes(f"{job.head.method} {target} HTTP/1.1", fields)
         try:
-            # Two sends are cheaper than a copy of a large body; for a small one, one send is.
-            if len(data) < RECEIVE_BYTES:
-                yield from channel.send(head + data, provider.timeout, heads.has_begun)
-            else:
-                yield from channel.send(head, provider.timeout, heads.has_begun)
+            # Many sends are cheaper than a copy of a large body; for a small one, one send is.
+            if (length or 0) < RECEIVE_BYTES:
+                head, pieces = b"".join([head, *pieces]), []
+            for data in (head, *pieces):
                 yield from channel.send(data, provider.timeout, heads.has_begun)
             if isinstance(body, RequestBody):
                 yield from self._stream_body(body, channel, heads, provider.timeout)
@@ -4957,7 +5054,7 @@ class Catalogue:
         head = RequestHead("GET", "/v1/models", query, 1, Headers([]), 0)
         candidate = Candidate(Target(hasty, ""), provider.keys[0] if provider.keys else None)
         record = AccessRecord(time.time(), self._loop.now)
-        job = Job(head, Endpoint("catalogue", "", "/models"), ReadBody(b"", b"", None), [candidate], record)
+        job = Job(head, Endpoint("catalogue", "", "/models"), ReadBody([], [], None), [candidate], record)
         entries: list[JsonDict] = []
         asked = self._loop.now
         try:
@@ -5146,12 +5243,14 @@ class Service:
         return self.routing[0]
 
     def _tidy(self) -> Steps[None]:
-        """Closes what is idle for too long, and gives back the memory that large bodies have left; now and then, for
-        as long as the loop runs."""
+        """Closes what is idle for too long, and gives free memory back to the system: soon when large bodies have left
+        it, else now and then; for as long as the loop runs."""
+        trimmed_at = self.loop.now
         while True:
             self.relay.connections.drop_stale()
-            if self.bodies.released > max(TRIMMED_BYTES, self.bodies.bytes):
-                self.bodies.released = 0
+            much = self.bodies.released > max(TRIMMED_BYTES, self.bodies.bytes)
+            if much or self.loop.now - trimmed_at > TRIM_SECONDS:
+                self.bodies.released, trimmed_at = 0, self.loop.now
                 self.return_memory(0)
             yield from pause(self.loop, SWEEP_SECONDS)
 
@@ -5239,7 +5338,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.surplus = False  # beyond max_connections: it gets one answer, which says so
         self.known = False  # whether it has shown a valid token
         self.idle = False  # between two requests
-        self.held = 0  # bytes of the body that are held
+        self.held_body: Optional[ReadBody] = None
+        self.held = 0  # how many bytes of it
         self.busy = False  # with a request that isn't answered yet
         self.fault: Optional[MalformedRequest] = None  # why no head can come any more
         self.task: Optional[Task] = None
@@ -5454,7 +5554,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self._open_body(request, LOGIN_BODY_BYTES)
         body.must_come_within(LOGIN_BODY_SECONDS)
         try:
-            given = parse_json((yield from body.read_all(lambda count: None)))
+            given = parse_json((yield from body.read_all()))
         except ValueError as error:
             raise BadRequest(f"the body is not valid JSON: {error}") from None
         if not isinstance(given, JsonObject) or given.repeated:
@@ -5511,9 +5611,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self._is_restricted(request) and (body.facts.lookalike or not request.endpoint.by_model):
             raise hidden_model(request.caller)
         targets = self.targets_for(asked, request.endpoint.dialect)
-        is_long = len(body.content) > SPLICED_AT_ONCE_BYTES and not body.facts.span
-        if is_long and any(target.model != asked for target in targets):
-            body.facts = yield from self._walk(body.content)
+        if not body.facts.span and any(target.model != asked for target in targets):
+            yield from self._locate_model(body, body.facts)
         self._count(request.caller)
         session = request.head.fields.get("x-claude-code-session-id") or body.facts.user_id or self.record.caller
         candidates = self.service.relay.keys.order(targets, session, self.loop.now)
@@ -5558,52 +5657,67 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _read_body(self, request: Request, required: bool) -> Steps[ReadBody]:
         """The body, read for its model, which must be there if it is required. Raises BadRequest, TooLarge,
         UnsupportedCoding and Unavailable."""
-        sent = content = yield from self._open_body(request, self.body_limit).read_all(self._hold)
+        coding = request.head.fields.get("content-encoding", "identity").lower()
+        reader = JsonReader(self.loop)
+        sent = yield from self._receive(
+            self._open_body(request, self.body_limit), reader if coding == "identity" else None
+        )
         if self.service.config is not self.config:
             # Whoever was taken away while the body came isn't served any more.
             identify(shown_tokens(request.head.fields), self.service.config, time.time())
-        coding = request.head.fields.get("content-encoding", "identity").lower()
         if coding != "identity" and sent:
-            content = yield from self._inflate(sent, coding)
+            yield from self._inflate(Inflater(sent, coding), reader)
         try:
-            facts = (yield from self._walk(content)) if takes_long(content) else read_at_once(content)
+            facts = yield from reader.facts()
         except BadRequest as error:
             if required or error.code == "bad_request":
                 raise
             facts = None
-        return ReadBody(sent, content, facts)
+        self.held_body = ReadBody(sent, reader.pieces, facts)
+        return self.held_body
 
-    def _inflate(self, body: bytes, coding: str) -> Steps[bytes]:
-        """The content of a compressed body. Raises BadRequest, TooLarge, UnsupportedCoding and Unavailable."""
-        inflater, pieces, size = Inflater(body, coding), [], 0
+    def _receive(self, body: RequestBody, reader: Optional[JsonReader]) -> Steps[list[bytes]]:
+        """The pieces of the body as the client sends it, which the reader takes, too."""
+        pieces = reader.pieces if reader else []
+        while not body.finished:
+            piece = yield from body.read()
+            self._hold(piece)
+            if reader:
+                yield from reader.add(piece)
+            else:
+                pieces.append(piece)
+        return pieces
+
+    def _inflate(self, inflater: Inflater, reader: JsonReader) -> Steps[None]:
+        """Has the reader take the content of a compressed body. Raises BadRequest, TooLarge and Unavailable."""
         while not inflater.finished:
             piece = inflater.go_on()
-            self._hold(len(piece))
-            pieces.append(piece)
-            size += len(piece)
-            if size > self.body_limit:
+            self._hold(piece)
+            yield from reader.add(piece)
+            if reader.size > self.body_limit:
                 raise TooLarge(f"the decompressed body is over this relay's limit of {self.body_limit} bytes")
             yield from give_way(self.loop)
-        return b"".join(pieces)
 
-    def _walk(self, content: bytes) -> Steps[BodyFacts]:
-        """The facts of a JSON body that takes long to read. Raises BadRequest."""
-        walk = JsonWalk(content)
-        walk.go_on()
-        while not walk.finished:
-            yield from give_way(self.loop)
-            walk.go_on()
-        return walk.facts
+    def _locate_model(self, body: ReadBody, facts: BodyFacts) -> Steps[None]:
+        """Finds out where the model stands in a body that was read at once."""
+        text = b"".join(body.content)
+        if len(text) <= SPLICED_AT_ONCE_BYTES:
+            body.facts = facts._replace(span=model_span(text))
+        else:
+            body.facts = yield from JsonReader(self.loop, body.content).walked_facts()
 
-    def _hold(self, count: int) -> None:
-        """Takes room for bytes of the body. Raises Unavailable."""
-        self.service.bodies.claim(count)
-        self.held += count
+    def _hold(self, piece: bytes) -> None:
+        """Takes room for a piece of the body. Raises Unavailable."""
+        self.service.bodies.claim(len(piece))
+        self.held += len(piece)
 
     def _let_go(self) -> None:
-        """Gives the room back."""
+        """Drops the body: nothing of it is sent any more."""
         self.service.bodies.release(self.held)
         self.held = 0
+        if self.held_body:
+            self.held_body.drop()
+            self.held_body = None
 
     def _relay(
         self, request: Request, body: Union[ReadBody, RequestBody], candidates: Sequence[Candidate]
@@ -5611,9 +5725,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Gets the answer, and passes it on as it comes."""
         relay = self.service.relay
         answer = yield from relay.obtain(Job(request.head, request.endpoint, body, candidates, self.record))
-        if isinstance(body, ReadBody):
-            body.drop()
-            self._let_go()
+        self._let_go()
         try:
             rewriter = self._rewriter(request, answer)
             transfer = Transfer(answer, self.record, request.head, request.endpoint.dialect, rewriter)
