@@ -163,6 +163,7 @@ MODEL_CHARACTERS = 256  # of a model's name; the longest known ones, ARNs of inf
 LOG_PAUSE_SECONDS = 0.1  # lines are written together, so that a busy relay wakes its log thread rarely
 LOG_LAST_SECONDS = 1.0
 LOG_VALUE_CHARACTERS = 200
+LOGGED_CHARACTERS = LOG_VALUE_CHARACTERS + 1  # of a text from outside so much is kept, which shows that it was longer
 LOG_BACKLOG_LINES = 4000  # more than that waiting for a blocked stderr is dropped, and counted
 
 ECHO_MODELS = ("echo", "echo-slow", "echo-cut", "echo-tool", "echo-error-529")
@@ -1497,11 +1498,11 @@ def cooling_names(candidate: Candidate) -> tuple[tuple[object, ...], ...]:
 # the other is refused. Lines end in CRLF and in nothing else; no name, length or chunk size is guessed.
 # Heads are text in Latin-1, which maps every byte to one character and back; bodies stay bytes.
 
-# One header field a line: no space before the colon, no folded line, no control byte but the tab. Each part
-# ends where the next can begin, so that a line is read in time proportional to its length; blanks around the
-# value are taken off afterwards. (^ follows LF only, and neither a bare LF nor a bare CR is part of a field,
-# so as many matches as there are LFs prove that every line is one.)
-FIELD_LINE = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
+# One header field a line: no space before the colon, no folded line, no control byte but the tab. At most one part
+# can give something back to another, and that a single blank, so that a line is read in time proportional to its
+# length; more blanks around the value are taken off afterwards. (^ follows LF only, and neither a bare LF nor a
+# bare CR is part of a field, so as many matches as there are LFs prove that every line is one.)
+FIELD_LINE = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+): ?([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
 AUTHORITY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
@@ -1535,19 +1536,15 @@ EXPOSED_HEADERS = (
 class Headers:
     """Header fields as they stood in a head, to be looked up by their names in lower case."""
 
-    __slots__ = ("_first", "names", "pairs")
+    __slots__ = ("_first", "has_repeated", "names", "pairs")
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
         self.names = [pair[0].lower() for pair in pairs]
         self._first = dict(zip(self.names, pairs))
+        self.has_repeated = len(self._first) < len(pairs)  # whether a name stands there more than once
         if self.has_repeated:  # then the last one of a name has taken the place of the first
             self._first = dict(zip(reversed(self.names), reversed(pairs)))
-
-    @property
-    def has_repeated(self) -> bool:
-        """Whether a name stands there more than once."""
-        return len(self._first) < len(self.pairs)
 
     def get(self, name: str, default: str = "") -> str:
         """The first value of a field."""
@@ -1556,10 +1553,8 @@ class Headers:
 
     def all(self, name: str) -> list[str]:
         """Every value of a field."""
-        if name not in self._first:
-            return []
         if not self.has_repeated:
-            return [self._first[name][1]]
+            return [self._first[name][1]] if name in self._first else []
         return [pair[1] for known, pair in zip(self.names, self.pairs) if known == name]
 
     def __contains__(self, name: str) -> bool:
@@ -1569,7 +1564,8 @@ class Headers:
         """The comma-separated elements of all fields of the name, in lower case."""
         if name not in self._first:
             return []
-        return [element for element in map(str.strip, ",".join(self.all(name)).lower().split(",")) if element]
+        values = ",".join(self.all(name)).lower()
+        return [element for element in map(str.strip, values.split(",")) if element] if "," in values else [values]
 
 
 class RequestHead(NamedTuple):
@@ -1611,7 +1607,7 @@ def head_length(data: bytes, seen: int = 0) -> int:
     bytes were looked at before, and aren't looked at again.
 
     Raises MalformedRequest as soon as it can't become one: too long, or with a line end that isn't CRLF."""
-    end = data.find(b"\r\n\r\n", max(0, seen - 3))
+    end = data.find(b"\r\n\r\n", seen - 3 if seen > 3 else 0)
     size = end + 4 if end >= 0 else len(data)
     if size > REQUEST_LINE_BYTES:
         line_end = data.find(b"\r\n", 0, REQUEST_LINE_BYTES + 2)
@@ -1651,7 +1647,9 @@ def parse_fields(block: str) -> Optional[Pairs]:
     pairs: Pairs = FIELD_LINE.findall(block)
     if block.count("\n") != len(pairs):
         return None
-    return [(name, value.strip(" \t")) for name, value in pairs]
+    if "\t" in block or " \r" in block or ":  " in block:
+        pairs = [(name, value.strip(" \t")) for name, value in pairs]
+    return pairs
 
 
 def split_target(method: str, target: str) -> tuple[str, str]:
@@ -1688,7 +1686,7 @@ def check_spellings(fields: Headers) -> None:
 
 def request_body_length(fields: Headers, version: int) -> Optional[int]:
     """The length of a request's body, None when it is chunked (RFC 9112 §6). Raises MalformedRequest."""
-    if "transfer-encoding" in fields:
+    if "transfer-encoding" in fields.names:
         if "content-length" in fields:
             raise MalformedRequest("Content-Length and Transfer-Encoding exclude each other")
         if [coding.lower() for coding in fields.all("transfer-encoding")] != ["chunked"] or version == 0:
@@ -1843,12 +1841,12 @@ def answer_decoder(head: ResponseHead, method: str) -> Decoder:
     if method == "HEAD" or head.status in (204, 304):
         return LengthDecoder(0)
     fields = head.fields
-    if "transfer-encoding" in fields:
+    if "transfer-encoding" in fields.names:
         codings = [coding.lower() for coding in fields.all("transfer-encoding")]
         if "content-length" in fields or codings != ["chunked"] or head.version == 0:
             raise FramingError("the framing is contradictory")
         return ChunkedDecoder(ANSWER_HEAD_BYTES)
-    if "content-length" not in fields:
+    if "content-length" not in fields.names:
         return CloseDecoder()
     lengths = fields.all("content-length")
     if not CONTENT_LENGTH.fullmatch(lengths[0]) or lengths.count(lengths[0]) < len(lengths):
@@ -1880,9 +1878,8 @@ def is_safe_path(path: str) -> bool:
 
 def end_to_end(fields: Headers, kept_back: frozenset[str]) -> Pairs:
     """The fields to pass on: neither kept back, nor declared hop-by-hop by Connection."""
-    options = fields.elements("connection")
-    if options and options != ["keep-alive"]:
-        kept_back = kept_back.union(options)
+    if "connection" in fields.names:
+        kept_back = kept_back.union(fields.elements("connection"))
     return list(itertools.compress(fields.pairs, [name not in kept_back for name in fields.names]))
 
 
@@ -1896,8 +1893,8 @@ def upstream_fields(
     fields = [("Host", provider.authority)]
     fields += end_to_end(head.fields, kept_back)
     fields.append(("Accept-Encoding", "identity"))
-    # Looked for in what is passed on: Connection may have taken it away.
-    if provider.format == "anthropic" and not any(name.lower() == "anthropic-version" for name, _ in fields):
+    names, version = head.fields.names, "anthropic-version"
+    if provider.format == "anthropic" and (version not in names or version in head.fields.elements("connection")):
         fields.append(("anthropic-version", DEFAULT_ANTHROPIC_VERSION))
     if key:
         secret = key.secret.reveal()
@@ -1937,8 +1934,10 @@ def reason_of(status: int) -> str:
     return http.client.responses.get(status, "Overloaded" if status == 529 else "Unknown")
 
 
+@functools.lru_cache(maxsize=256)
 def header_text(value: str) -> str:
-    """Text from outside made fit for a header value: what isn't printable ASCII is percent-encoded."""
+    """Text from outside made fit for a header value: what isn't printable ASCII is percent-encoded. To be called with
+    short texts only, since it remembers them."""
     return (
         value
         if value.isascii() and value.isprintable()
@@ -1967,7 +1966,7 @@ RETRIED_STATUSES = frozenset({401, 403, 429, 500, 502, 503, 504, 529})
 def cors_fields(origins: Sequence[str], request: Headers, answer: Iterable[tuple[str, str]] = ()) -> Pairs:
     """What lets a browser's script read an answer (https://fetch.spec.whatwg.org/#http-cors-protocol);
     nothing unless the origin is one of the allowed ones."""
-    origin = request.get("origin")
+    origin = request.get("origin") if origins else ""
     if not origin or not ("*" in origins or origin in origins):
         return []
     exposed = [*EXPOSED_HEADERS, *(name for name, _ in answer if name.lower().startswith("anthropic-ratelimit-"))]
@@ -2015,7 +2014,7 @@ MODEL_PATHS = frozenset(path for path, (_, name) in ENDPOINTS.items() if name ==
 }  # fmt: skip
 # What is stored here belongs to one account: to the first provider, whatever it is about.
 STORED_PATHS = ("/v1/messages/batches", "/v1/files")
-CREATING_PATHS = ("/batches", "/files", "/messages/batches")  # behind /v1; what is sent here is never sent twice
+CREATING_PATHS = ("/v1/batches", "/v1/files", "/v1/messages/batches")  # what is sent here is never sent twice
 # By these some servers take a request for one of another method.
 METHOD_OVERRIDES = ("x-http-method-override", "x-http-method", "x-method-override")
 # Bodies that are read for a model on paths of which the relay knows nothing: JSON, and what curl and
@@ -2031,6 +2030,7 @@ class Endpoint(NamedTuple):
     dialect: str  # anthropic or openai: the shape of errors, and the format of the providers
     path: str  # behind /v1, as it goes upstream
     by_model: bool = False  # whether the body's top-level `model` is what decides which model works
+    creates: bool = False  # whether what is sent there must never be sent twice
     beta: bool = False  # whether the path stands for `beta=true` in the query
     batches: bool = False  # whether what it answers may hold a batch's results_url
 
@@ -2041,8 +2041,10 @@ class Endpoint(NamedTuple):
         return f"{self.path}?{query}" if query else self.path
 
 
+@functools.lru_cache(maxsize=256)
 def dialect_of(path: str, names_version: bool) -> str:
-    """The API that a request speaks; `names_version`: it has an anthropic-version."""
+    """The API that a request speaks; `names_version`: it has an anthropic-version. The first
+    REMEMBERED_PATH_CHARACTERS of its path tell."""
     path = known_form(path)
     if path == "/v1/messages" or path.startswith(("/v1/messages/", "/v1/anthropic/")):
         return "anthropic"
@@ -2085,7 +2087,14 @@ def remembered_endpoint(method: str, path: str, dialect: str) -> Endpoint:
     upstream_path = (known if is_known else unreserved(path))[len("/v1") :]
     if upstream_path.startswith("/anthropic/"):
         upstream_path = upstream_path[len("/anthropic") :]
-    return Endpoint(name, dialect, upstream_path, known in MODEL_PATHS, batches=is_within(known, STORED_PATHS[0]))
+    return Endpoint(
+        name,
+        dialect,
+        upstream_path,
+        by_model=known in MODEL_PATHS,
+        creates=any(is_within(known, place) for place in CREATING_PATHS),
+        batches=is_within(known, STORED_PATHS[0]),
+    )
 
 
 def fallback(method: str, path: str, dialect: str) -> tuple[tuple[str, ...], str]:
@@ -2175,8 +2184,8 @@ class BodyFacts(NamedTuple):
 
 
 def facts_of(models: Sequence[tuple[str, Any]], user_id: str, span: Optional[tuple[int, int]] = None) -> BodyFacts:
-    """The facts of a body with these top-level members, of which those called `model` in any case count. Raises
-    BadRequest unless exactly one is called `model`, and names one."""
+    """The facts of a body with these members called `model`, in whatever case. Raises BadRequest unless exactly one
+    has that very name, and names a model."""
     values = [value for name, value in models if name == "model"]
     if not values:
         raise BadRequest("model: Field required", "no_model")
@@ -2186,8 +2195,7 @@ def facts_of(models: Sequence[tuple[str, Any]], user_id: str, span: Optional[tup
         raise BadRequest("model: Input should be a valid string that isn't empty")
     if len(values[0]) > MODEL_CHARACTERS:
         raise BadRequest(f"model: Input should have at most {MODEL_CHARACTERS} characters")
-    lookalike = any(name != "model" and is_model_name(name) for name, _ in models)
-    return BodyFacts(values[0], lookalike, user_id, span)
+    return BodyFacts(values[0], len(models) > 1, user_id, span)
 
 
 def is_model_name(name: str) -> bool:
@@ -2208,9 +2216,10 @@ def read_at_once(body: bytes) -> BodyFacts:
         raise not_json("it is not in UTF-8, or nested too deeply") from None
     if not isinstance(document, tuple):
         raise BadRequest("the body must be a JSON object", "not_json")
+    models = [member for member in document if member[0].lower() == "model"]
     metadata = [value for name, value in document if name == "metadata" and isinstance(value, tuple)]
     user_ids = [value for pairs in metadata for name, value in pairs if name == "user_id" and isinstance(value, str)]
-    return facts_of(document, user_ids[-1] if user_ids else "")
+    return facts_of(models, user_ids[-1] if user_ids else "")
 
 
 def not_json(problem: str) -> BadRequest:
@@ -2223,7 +2232,7 @@ def takes_long(body: bytes) -> bool:
     if len(body) > JSON_AT_ONCE_BYTES:
         return True
     position = 0
-    for _ in range(len(body) // QUOTE_SPACING_BYTES if len(body) > LONG_STRING_BYTES else 0):
+    for _ in range(len(body) // QUOTE_SPACING_BYTES):
         position = body.find(b'"', position) + 1
         if not position:
             return True
@@ -2248,6 +2257,11 @@ class JsonWalk:
         self._models: list[tuple[str, Any]] = []
         self._span = 0, 0
         self._user_id = ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has walked over all of the body."""
+        return self._last and not self.behind
 
     @property
     def facts(self) -> BodyFacts:
@@ -2301,7 +2315,7 @@ class JsonWalk:
         """Raises BadRequest for too many values, or an end that comes too early."""
         if self._values > JSON_VALUES:
             raise BadRequest(f"the body has more than {JSON_VALUES} values")
-        if self._last and not self.behind and (self._decoder or self._state != "end"):
+        if self.finished and (self._decoder or self._state != "end"):
             raise not_json("it is cut off")
 
     def _nest(self, kind: int, state: str) -> str:
@@ -2384,6 +2398,91 @@ def matched(pattern: re.Pattern[bytes], body: bytes, at: int) -> int:
     """Where a match that begins here ends, within LONG_STRING_BYTES."""
     match = pattern.match(body, at, at + LONG_STRING_BYTES)
     return match.end() if match else at
+
+
+class ReadBody:
+    """A request body that is read for its model: a short one at once when it is whole, a long one as it comes. Behind
+    add(), finish() and locate_model() it wants go_on() for as long as it is `behind`. It is held until an answer has
+    begun."""
+
+    __slots__ = ("_walk", "behind", "content", "facts", "problem", "sent", "size")
+
+    def __init__(self) -> None:
+        self.content: list[bytes] = []  # in pieces, without its content-encoding
+        self.sent = self.content  # as the client sent it
+        self.size = 0  # of the content
+        self.facts: Optional[BodyFacts] = None  # of one that is JSON with a model
+        self.problem = ("", "")  # why it isn't that, and the code of the error
+        self.behind = False  # whether there is work to do that takes long
+        self._walk: Optional[JsonWalk] = None
+
+    def add(self, piece: bytes) -> None:
+        """Takes the next piece of the content."""
+        self.content.append(piece)
+        self.size += len(piece)
+        if self._walk:
+            self._walk.feed(piece)
+            self.go_on()
+        elif self.size > JSON_AT_ONCE_BYTES and not self.problem[0]:
+            self._begin_walk()
+
+    def finish(self) -> None:
+        """Takes note that the content is whole."""
+        if self._walk or self.problem[0]:
+            self._finish_walk()
+            return
+        text = b"".join(self.content)
+        if len(text) > LONG_STRING_BYTES and takes_long(text):
+            self._begin_walk()
+            self._finish_walk()
+            return
+        try:
+            self.facts = read_at_once(text)
+        except BadRequest as error:
+            self.problem = error.message, error.code
+
+    def locate_model(self) -> None:
+        """Finds out where the model stands in a body that was read at once."""
+        if self.facts and not self.facts.span:
+            if self.size <= SPLICED_AT_ONCE_BYTES:
+                self.facts = self.facts._replace(span=model_span(b"".join(self.content)))
+            else:
+                self._begin_walk()
+                self._finish_walk()
+
+    def go_on(self) -> None:
+        """Does a part of the work."""
+        walk = self._walk
+        try:
+            if walk:
+                walk.go_on()
+                self.behind = walk.behind
+                if walk.finished:
+                    self.facts, self._walk = walk.facts, None
+        except BadRequest as error:
+            self.problem, self.behind, self._walk = (error.message, error.code), False, None
+
+    def with_model(self, model: str) -> tuple[list[bytes], bool]:
+        """The body that asks for this model, in pieces, and whether it lost its content-encoding. To ask for another
+        one than the client did, the place of the model must be known."""
+        if self.facts is None or self.facts.model == model:
+            return self.sent, False
+        assert self.facts.span
+        return splice_model(self.content, self.facts.span, model), self.sent is not self.content
+
+    def drop(self) -> None:
+        """Lets go of the bytes: nothing will be sent again."""
+        self.sent = self.content = []
+
+    def _begin_walk(self) -> None:
+        self._walk = JsonWalk()
+        self._walk.feed(b"".join(self.content))
+        self.go_on()
+
+    def _finish_walk(self) -> None:
+        if self._walk:
+            self._walk.finish()
+            self.go_on()
 
 
 def splice_model(pieces: Sequence[bytes], span: tuple[int, int], name: str) -> list[bytes]:
@@ -2606,11 +2705,6 @@ def plain(value: str) -> str:
     """Text that can't break its line or its field: cut when long, quoted and escaped where it isn't plain."""
     value = shortened(value)
     return value if PLAIN_VALUE.fullmatch(value) else json.dumps(value)
-
-
-def logged(value: str) -> str:
-    """So much of a text from outside as the log shows of it: what remembers lines must not keep more."""
-    return value[: LOG_VALUE_CHARACTERS + 1]
 
 
 def shortened(value: str) -> str:
@@ -3456,14 +3550,17 @@ class Channel:
 
     def take(self) -> bytes:
         """What has arrived."""
-        data = self.received
-        self.put_back(b"")
+        data, self.received = self.received, b""
+        if not self._watched & READABLE:
+            self._watch()
         return data
 
     def use(self, count: int) -> bytes:
         """The first bytes of what has arrived."""
         data = self.received
-        self.put_back(data[count:])
+        self.received = data[count:]
+        if not self._watched & READABLE:
+            self._watch()
         return data[:count]
 
     def put_back(self, rest: bytes) -> None:
@@ -3646,7 +3743,7 @@ class Channel:
             self.answered = True
         else:
             self.ended = True
-        if not data or self.is_ahead:
+        if not data or len(self.received) >= self._window:
             self._watch()
             self._loop.sweep_at = min(self._loop.sweep_at, self._loop.now + AHEAD_SECONDS)
 
@@ -4007,10 +4104,10 @@ class RequestBody:
     def read(self, has_answered: Optional[Callable[[], bool]] = None) -> Steps[bytes]:
         """The next piece, b"" at the end. Raises ClientGone, TooLarge, MalformedRequest, and EarlyAnswer
         when `has_answered` says that the provider speaks before there is one."""
-        piece = self._arrived()
+        piece = self.arrived()
         while not piece and not self._decoder.finished:
             yield from self._arrival(has_answered)
-            piece = self._arrived()
+            piece = self.arrived()
         return piece
 
     def read_all(self) -> Steps[bytes]:
@@ -4036,7 +4133,7 @@ class RequestBody:
             return False
         return True
 
-    def _arrived(self) -> bytes:
+    def arrived(self) -> bytes:
         """What has come of the body and not been read yet. Raises TooLarge and MalformedRequest."""
         channel, decoder = self._channel, self._decoder
         if not channel.received or decoder.finished:
@@ -4070,83 +4167,6 @@ class RequestBody:
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"the body is over this relay's limit of {self._limit} bytes")
-
-
-class JsonReader:
-    """Reads a JSON body whose pieces come one by one: a short one at once when it is whole, a long one as it comes,
-    giving way to others. Keeps the pieces."""
-
-    def __init__(self, loop: EventLoop, pieces: Iterable[bytes] = ()) -> None:
-        self.pieces = list(pieces)
-        self.size = sum(map(len, self.pieces))
-        self._loop = loop
-        self._walk: Optional[JsonWalk] = None
-        self._problem = ("", "")  # what is wrong, and its code; told when all of it has come
-
-    def add(self, piece: bytes) -> Steps[None]:
-        """Takes the next piece."""
-        self.pieces.append(piece)
-        self.size += len(piece)
-        if self._walk:
-            yield from self._walk_over(self._walk, [piece])
-        elif self.size > JSON_AT_ONCE_BYTES:
-            self._walk = JsonWalk()
-            yield from self._walk_over(self._walk, self.pieces)
-
-    def facts(self) -> Steps[BodyFacts]:
-        """What the whole body says. Raises BadRequest."""
-        if not self._walk:
-            text = b"".join(self.pieces)
-            if not takes_long(text):
-                return read_at_once(text)
-        return (yield from self.walked_facts())
-
-    def walked_facts(self) -> Steps[BodyFacts]:
-        """What the whole body says, and where its model stands. Raises BadRequest."""
-        walk = self._walk
-        if not walk:
-            walk = self._walk = JsonWalk()
-            yield from self._walk_over(walk, self.pieces)
-        walk.finish()
-        yield from self._walk_over(walk, [b""])
-        if any(self._problem):
-            raise BadRequest(*self._problem)
-        return walk.facts
-
-    def _walk_over(self, walk: JsonWalk, pieces: Sequence[bytes]) -> Steps[None]:
-        """Walks over these pieces, too."""
-        try:
-            for piece in pieces if not any(self._problem) else ():
-                walk.feed(piece)
-                walk.go_on()
-                while walk.behind:
-                    yield from give_way(self._loop)
-                    walk.go_on()
-        except BadRequest as error:
-            self._problem = error.message, error.code
-
-
-class ReadBody:
-    """A request body that was read for its model. It is held until an answer has begun."""
-
-    __slots__ = ("content", "facts", "sent")
-
-    def __init__(self, sent: list[bytes], content: list[bytes], facts: Optional[BodyFacts]) -> None:
-        self.sent = sent  # as the client sent it
-        self.content = content  # the same without its content-encoding
-        self.facts = facts  # None for one that isn't JSON with a model
-
-    def with_model(self, model: str) -> tuple[list[bytes], bool]:
-        """The body that asks for this model, in pieces, and whether it lost its content-encoding. To ask for another one
-        than the client did, the place of the model must be known."""
-        if self.facts is None or self.facts.model == model:
-            return self.sent, False
-        assert self.facts.span
-        return splice_model(self.content, self.facts.span, model), self.sent is not self.content
-
-    def drop(self) -> None:
-        """Lets go of the bytes: nothing will be sent again."""
-        self.sent = self.content = []
 
 
 # ==== Upstream ===================================================================================
@@ -4461,7 +4481,7 @@ class AnswerHeads:
         """Drops whole interim heads; the size of the final one, 0 while it isn't whole."""
         channel = self._channel
         while True:
-            end = channel.received.find(b"\r\n\r\n", max(0, self._seen - 3))
+            end = channel.received.find(b"\r\n\r\n", self._seen - 3 if self._seen > 3 else 0)
             if end < 0:
                 if len(channel.received) >= ANSWER_HEAD_BYTES:
                     raise FramingError(f"its head is longer than {ANSWER_HEAD_BYTES} bytes")
@@ -4542,7 +4562,7 @@ def read_answer(
     loop: EventLoop, channel: Channel, heads: AnswerHeads, candidate: Candidate, method: str
 ) -> Steps[Answer]:
     """Waits for the head of the final answer. Raises BrokenExchange, NoAnswer and FramingError."""
-    head = heads.take_final()
+    head = heads.take_final() if channel.received else None
     while not head:
         yield from arrival(loop, channel, candidate)
         head = heads.take_final()
@@ -4784,9 +4804,9 @@ class Relay:
         """The answer, unless it is about the relay's own key, shows it, or would lead the client away with its token.
         Raises UpstreamFailed for these."""
         provider, status = answer.candidate.target.provider, answer.head.status
-        name, problem = f"the provider {provider.name}", ("", "")
-        if provider.format == "echo":
+        if status < 300 or provider.format == "echo":
             return answer
+        name, problem = f"the provider {provider.name}", ("", "")
         if 300 <= status < 400 and "location" in answer.head.fields:
             problem = f"{name} answered with a redirect ({status}): correct its base_url in relay.json", "redirect"
         elif status == 401 and not (job.names_account and ABOUT_ACCOUNT.search(answer.content)):
@@ -5054,7 +5074,7 @@ class Catalogue:
         head = RequestHead("GET", "/v1/models", query, 1, Headers([]), 0)
         candidate = Candidate(Target(hasty, ""), provider.keys[0] if provider.keys else None)
         record = AccessRecord(time.time(), self._loop.now)
-        job = Job(head, Endpoint("catalogue", "", "/models"), ReadBody([], [], None), [candidate], record)
+        job = Job(head, Endpoint("catalogue", "", "/models"), ReadBody(), [candidate], record)
         entries: list[JsonDict] = []
         asked = self._loop.now
         try:
@@ -5400,7 +5420,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _next_head(self) -> Steps[bytes]:
         """The head of the next request, or what can't become one; empty when none has come for too long."""
         channel = self.channel
-        channel.set_window(HELD_BYTES if self.known else UNKNOWN_HELD_BYTES)
+        if not self.known:
+            channel.set_window(UNKNOWN_HELD_BYTES)
         deadline = self.loop.now + (SURPLUS_SECONDS if self.surplus else IDLE_SECONDS)
         seen, begun = 0, False
         try:
@@ -5414,7 +5435,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if seen and not begun:
                     begun = True
                     deadline = self.loop.now + HEAD_SECONDS
-                if channel.is_ahead:
+                if seen and channel.is_ahead:
                     channel.set_window(REQUEST_HEAD_BYTES + 1)
                 yield deadline
         except MalformedRequest as fault:
@@ -5445,7 +5466,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return (yield from self._answer_error(RelayError("an internal error; the relay's log has its place")))
         finally:
             self.busy = False
-            self._let_go()
+            if self.held:
+                self._let_go()
             self.service.log.record(self.record)
 
     def _farewell(self) -> Steps[None]:
@@ -5463,8 +5485,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _answer_request(self, data: bytes) -> Steps[bool]:
         """Reads the head, finds out who asks for what, and answers."""
         head = self.head = self._read_head(data)
-        self.record.method, self.record.path = logged(head.method), logged(head.path)
-        self.dialect = dialect_of(head.path, "anthropic-version" in head.fields)
+        self.record.method, self.record.path = head.method[:LOGGED_CHARACTERS], head.path[:LOGGED_CHARACTERS]
+        self.dialect = dialect_of(head.path[:REMEMBERED_PATH_CHARACTERS], "anthropic-version" in head.fields.names)
         if self.surplus:
             raise Unavailable(
                 "this relay serves as many connections as it may (server.max_connections)", "too_many_connections"
@@ -5491,17 +5513,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _authenticate(self, head: RequestHead) -> Caller:
         """The caller. Raises Unauthenticated."""
         caller = identify(shown_tokens(head.fields), self.config, self.record.when)
-        self.record.caller = logged(caller.name)
-        self.known = True
-        self.channel.set_window(HELD_BYTES)
+        self.record.caller = caller.name[:LOGGED_CHARACTERS]
+        if not self.known:
+            self.known = True
+            self.channel.set_window(HELD_BYTES)
         return caller
 
-    def _count(self, caller: Caller) -> None:
+    def _count(self, user: User) -> None:
         """Counts a request that is let through to a model. Raises RateLimited."""
-        if caller.user and caller.user.requests_per_minute:
-            wait = self.service.requests.wait_seconds(caller.name, caller.user.requests_per_minute, self.loop.now)
-            if wait:
-                raise RateLimited(f"{caller.name} is over {caller.user.requests_per_minute} requests a minute", wait)
+        limit = user.requests_per_minute
+        wait = self.service.requests.wait_seconds(user.name, limit, self.loop.now) if limit else 0.0
+        if wait:
+            raise RateLimited(f"{user.name} is over {limit} requests a minute", wait)
 
     # -- the relay's own endpoints
 
@@ -5545,7 +5568,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return (yield from self._answer_tokens(subject(claims, "refresh", self.config), secret))
 
     def _answer_tokens(self, username: str, secret: Secret) -> Steps[bool]:
-        self.record.caller = logged(username)
+        self.record.caller = username[:LOGGED_CHARACTERS]
         tokens = issue_tokens(username, self.config, secret, time.time())
         return self._answer_json(tokens, [("cache-control", "no-store")])
 
@@ -5608,16 +5631,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = self.record.model = body.facts.model
         if not self._may_use(request, asked):
             raise Forbidden(f"{self.record.caller} may not use the model {asked!r}")
-        if self._is_restricted(request) and (body.facts.lookalike or not request.endpoint.by_model):
+        hidden = body.facts.lookalike or not request.endpoint.by_model
+        if request.caller.user and self._is_restricted(request) and hidden:
             raise hidden_model(request.caller)
         targets = self.targets_for(asked, request.endpoint.dialect)
-        if not body.facts.span and any(target.model != asked for target in targets):
-            yield from self._locate_model(body, body.facts)
-        self._count(request.caller)
+        if [target for target in targets if target.model != asked]:
+            body.locate_model()
+            yield from self._catch_up(body)
+        if request.caller.user:
+            self._count(request.caller.user)
         session = request.head.fields.get("x-claude-code-session-id") or body.facts.user_id or self.record.caller
         candidates = self.service.relay.keys.order(targets, session, self.loop.now)
-        creates = any(is_within(request.endpoint.path, place) for place in CREATING_PATHS)
-        return (yield from self._relay(request, body, candidates[:1] if creates else candidates))
+        return (yield from self._relay(request, body, candidates[:1] if request.endpoint.creates else candidates))
 
     def _relay_to_first(self, request: Request, body: Union[ReadBody, RequestBody]) -> Steps[bool]:
         """Relays to the first provider's first key. Raises Forbidden for users who may use some models only, where
@@ -5658,58 +5683,51 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The body, read for its model, which must be there if it is required. Raises BadRequest, TooLarge,
         UnsupportedCoding and Unavailable."""
         coding = request.head.fields.get("content-encoding", "identity").lower()
-        reader = JsonReader(self.loop)
-        sent = yield from self._receive(
-            self._open_body(request, self.body_limit), reader if coding == "identity" else None
-        )
-        if self.service.config is not self.config:
+        incoming, body, bodies = self._open_body(request, self.body_limit), ReadBody(), self.service.bodies
+        encoded: list[bytes] = []
+        while True:
+            piece = incoming.arrived() or (yield from incoming.read())
+            bodies.claim(len(piece))
+            self.held += len(piece)
+            if coding == "identity":
+                body.add(piece)
+                if body.behind:
+                    yield from self._catch_up(body)
+            else:
+                encoded.append(piece)
+            if incoming.finished:
+                break
+        if self.service.routing[0] is not self.config:
             # Whoever was taken away while the body came isn't served any more.
             identify(shown_tokens(request.head.fields), self.service.config, time.time())
-        if coding != "identity" and sent:
-            yield from self._inflate(Inflater(sent, coding), reader)
-        try:
-            facts = yield from reader.facts()
-        except BadRequest as error:
-            if required or error.code == "bad_request":
-                raise
-            facts = None
-        self.held_body = ReadBody(sent, reader.pieces, facts)
-        return self.held_body
+        if any(encoded):
+            body.sent = encoded
+            yield from self._inflate(Inflater(encoded, coding), body)
+        body.finish()
+        if body.behind:
+            yield from self._catch_up(body)
+        if not body.facts and (required or body.problem[1] == "bad_request"):
+            raise BadRequest(*body.problem)
+        self.held_body = body
+        return body
 
-    def _receive(self, body: RequestBody, reader: Optional[JsonReader]) -> Steps[list[bytes]]:
-        """The pieces of the body as the client sends it, which the reader takes, too."""
-        pieces = reader.pieces if reader else []
-        while not body.finished:
-            piece = yield from body.read()
-            self._hold(piece)
-            if reader:
-                yield from reader.add(piece)
-            else:
-                pieces.append(piece)
-        return pieces
-
-    def _inflate(self, inflater: Inflater, reader: JsonReader) -> Steps[None]:
-        """Has the reader take the content of a compressed body. Raises BadRequest, TooLarge and Unavailable."""
+    def _inflate(self, inflater: Inflater, body: ReadBody) -> Steps[None]:
+        """Adds the content of a compressed body. Raises BadRequest, TooLarge and Unavailable."""
         while not inflater.finished:
             piece = inflater.go_on()
-            self._hold(piece)
-            yield from reader.add(piece)
-            if reader.size > self.body_limit:
+            self.service.bodies.claim(len(piece))
+            self.held += len(piece)
+            body.add(piece)
+            if body.size > self.body_limit:
                 raise TooLarge(f"the decompressed body is over this relay's limit of {self.body_limit} bytes")
             yield from give_way(self.loop)
+            yield from self._catch_up(body)
 
-    def _locate_model(self, body: ReadBody, facts: BodyFacts) -> Steps[None]:
-        """Finds out where the model stands in a body that was read at once."""
-        text = b"".join(body.content)
-        if len(text) <= SPLICED_AT_ONCE_BYTES:
-            body.facts = facts._replace(span=model_span(text))
-        else:
-            body.facts = yield from JsonReader(self.loop, body.content).walked_facts()
-
-    def _hold(self, piece: bytes) -> None:
-        """Takes room for a piece of the body. Raises Unavailable."""
-        self.service.bodies.claim(len(piece))
-        self.held += len(piece)
+    def _catch_up(self, body: ReadBody) -> Steps[None]:
+        """Has the body do its work, and lets others do theirs."""
+        while body.behind:
+            yield from give_way(self.loop)
+            body.go_on()
 
     def _let_go(self) -> None:
         """Drops the body: nothing of it is sent any more."""
