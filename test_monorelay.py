@@ -6,7 +6,7 @@
 
 The block above names everything the tests need beyond the standard library. A plain run installs that into
 .venv/ (one folder per Python version) and starts pytest there; `uv run test_monorelay.py` brings its own
-environment. `-m slow` runs the soak instead of the rest.
+environment. `-m slow` runs the soak, the crowd and all that is tried at full size instead of the rest.
 
 Three things talk to each other in most tests: a raw client, a relay started in this process, and a provider
 whose every byte is scripted. Streaming and cancelling are proved by gates (`threading.Event`), never by
@@ -72,12 +72,14 @@ def run_pytest(arguments: list[str]) -> None:
 if __name__ == "__main__":
     run_pytest(sys.argv[1:])
 
+import ast
 import asyncio
 import base64
 import concurrent.futures
 import configparser
 import contextlib
 import email.utils
+import gc
 import gzip
 import hmac
 import io
@@ -96,6 +98,7 @@ import struct
 import subprocess
 import threading
 import time
+import tracemalloc
 import urllib.parse
 import zlib
 from collections import Counter
@@ -270,9 +273,11 @@ class Wire:
 class Client(Wire):
     """A client of the relay that sends exactly what it is told to."""
 
-    def __init__(self, url: str, **options: int) -> None:
+    def __init__(self, url: str, source: str = "", **options: int) -> None:
         address = urllib.parse.urlsplit(url)
         sock = socket.socket()
+        if source:
+            sock.bind((source, 0))
         for name, value in options.items():
             sock.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
         sock.settimeout(TIMEOUT_SECONDS)
@@ -524,8 +529,9 @@ class Relay:
         self.url = self.server.url
         self.stopping = threading.Thread(target=self.server.stop)
 
-    def client(self, **options: int) -> Client:
-        return Client(self.url, **options)
+    def client(self, source: str = "", **options: int) -> Client:
+        """A client of this relay, at another address of this machine if need be."""
+        return Client(self.url, source, **options)
 
     def ask(
         self, method: str, path: str, body: bytes | None = None, *headers: str, token: str = TOKEN
@@ -663,6 +669,32 @@ def assert_died(client: Client, after: bytes = b"", anthropic: bool = True) -> N
         assert b"event: error" in last and data["type"] == "error"
 
 
+def bytes_grown(event: Callable[[], object], count: int) -> int:
+    """How much more Python's own memory holds when the event has happened so often, within 20 seconds."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before, begin = tracemalloc.get_traced_memory()[0], time.process_time()
+        for number in range(count):
+            event()
+            assert time.process_time() - begin < 20, f"{number} of {count} events took so long"
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+
+
+def seconds_each(event: Callable[[], object], count: int = 200) -> float:
+    """The processor time of one event: the best of several rounds, as noise only ever adds to it."""
+    rounds = []
+    for _ in range(5):
+        begin = time.process_time()
+        for _ in range(count):
+            event()
+        rounds.append((time.process_time() - begin) / count)
+    return min(rounds)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Config
 # ------------------------------------------------------------------------------------------------------------
@@ -673,10 +705,11 @@ FULL_CONFIG = """{
   "server": {
     "host": "127.0.0.1", "port": 8800, "access_key": ["${KEY}", "another-access-key"],
     "jwt_secret": "${JWT:-0123456789abcdef0123456789abcdef}", "workers": 1, "max_body_mb": 1.5,
-    "max_upload_mb": 64, "max_connections": 128, "drain_seconds": 2.5,
+    "max_upload_mb": 64, "max_held_mb": 512, "max_connections": 128, "drain_seconds": 2.5,
     "cors_origins": ["https://app.example"], "log": "json"
   },
-  "users": { "alice": { "password": "", "models": ["claude-*"], "requests_per_minute": 60, "// a": 1 } },
+  "users": { "alice": { "password": "", "models": ["claude-*"], "requests_per_minute": 60,
+             "tokens_since": "2026-11-26T12:00:00Z", "// a": 1 } },
   "providers": {
     "one": { "format": "anthropic", "base_url": "https://one.example", "enabled": false, "timeout": 0.5,
              "keys": [{"key": "k1", "label": "first", "weight": 3}, "k2", ""], "connect_timeout": 0.25,
@@ -759,6 +792,8 @@ def test_config_reports_all_problems_at_once():
         ("server/workers", 1.5, "server.workers"),
         ("server/max_body_mb", 0, "server.max_body_mb"),
         ("server/max_upload_mb", -1, "server.max_upload_mb"),
+        ("server/max_held_mb", 0, "server.max_held_mb"),
+        ("server/max_held_mb", "64", "server.max_held_mb"),
         ("server/max_connections", 0, "server.max_connections"),
         ("server/drain_seconds", 0, "server.drain_seconds"),
         ("server/drain_seconds", -0.5, "server.drain_seconds"),
@@ -774,6 +809,9 @@ def test_config_reports_all_problems_at_once():
         ("users/alice/requests_per_minute", 0, "users.alice.requests_per_minute"),
         ("users/alice/requests_per_minute", "9", "users.alice.requests_per_minute"),
         ("users/alice/rpm", 9, "users.alice.rpm"),
+        ("users/alice/tokens_since", "yesterday", "users.alice.tokens_since"),
+        ("users/alice/tokens_since", 1700000000, "users.alice.tokens_since"),
+        ("users/alice/tokens_since", "2026-02-30T12:00:00Z", "users.alice.tokens_since"),
         ("providers", [], "providers"),
         ("providers/one", "https://x.example", "providers.one"),
         ("providers/one/format", "antropic", "providers.one.format"),
@@ -836,6 +874,22 @@ def test_config_never_prints_a_secret():
         changed("providers/one/keys", ["sk-live-secret"]), {"KEY": "an-access-key-here"}
     )
     assert "sk-live-secret" not in repr(good) and "an-access-key-here" not in repr(good)
+
+
+SALT_AND_DIGEST = f"{'s' * 22}${'d' * 43}"
+
+
+@pytest.mark.parametrize(
+    "cost", ["131072$8$1", "16383$8$1", "0$8$1", "1$8$1", "16384$0$1", "16384$8$0", "16384$99$99"]
+)
+def test_config_refuses_a_hash_that_the_relay_never_computes(cost):
+    (problem,) = problems(changed("users/alice/password", f"scrypt${cost}${SALT_AND_DIGEST}"))
+    assert problem.startswith("relay.json: users.alice.password")
+
+
+def test_config_takes_every_hash_that_it_makes():
+    assert PASSWORD_HASH.startswith("scrypt$")
+    monorelay.parse_config(changed("users/alice/password", PASSWORD_HASH), {"KEY": "an-access-key-here"})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -987,6 +1041,29 @@ def test_password_never_matches_a_malformed_hash(hashed):
     assert not monorelay.check_password("", hashed) and not monorelay.check_password("plain", hashed)
 
 
+@pytest.mark.parametrize(("count", "length"), [(50_000, 40), (50_000, 1000), (2_000, 16_000)])
+def test_a_throttle_stays_small_and_quick_whatever_names_are_invented(count, length):
+    throttle = monorelay.Throttle()
+    numbers = itertools.count()
+
+    def event() -> None:
+        throttle.wait_seconds(f"{next(numbers)}".ljust(length, "x"), 10, 0.001 * next(numbers))
+
+    alone = seconds_each(event)
+    assert bytes_grown(event, count) < 20 << 20
+    # Timed without tracemalloc, which makes whatever allocates slower.
+    assert seconds_each(event) < 5 * alone + 50e-6
+
+
+def test_a_throttle_that_was_filled_with_invented_names_goes_on_to_count():
+    throttle = monorelay.Throttle()
+    for number in range(12_000):
+        throttle.wait_seconds(f"invented{number}", 2, 0)
+    waits = [throttle.wait_seconds("alice", 2, second) for second in (1, 2, 3)]
+    assert waits[:2] == [0, 0] and 0 < waits[2] <= 60
+    assert throttle.wait_seconds("alice", 2, 62) == 0
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Routing
 # ------------------------------------------------------------------------------------------------------------
@@ -1030,6 +1107,20 @@ def test_model_becomes_its_targets_in_order_of_preference(name, expected):
         assert [f"{it.model}@{it.provider.name}" for it in monorelay.resolve(config, name)] == expected
 
 
+@pytest.mark.parametrize("name", ["opus-4-8[1m]", "what?", "a*b", "[", "[!x]", "x]"])
+def test_a_pattern_that_equals_a_name_matches_it_whatever_characters_it_has(name):
+    config = parse(
+        {"anthropic": {"base_url": "http://127.0.0.1:9", "models": [name]}}, routes={name: "anthropic"}
+    )
+    assert [it.model for it in monorelay.resolve(config, name)] == [name]
+    assert monorelay.matches_any(name, [name])
+
+
+def test_a_pattern_with_brackets_goes_on_to_be_a_pattern():
+    assert monorelay.matches_any("opus-4-8m", ["opus-4-8[1m]"])
+    assert not monorelay.matches_any("opus-4-8x", ["opus-4-8[1m]"])
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Key pool
 # ------------------------------------------------------------------------------------------------------------
@@ -1055,6 +1146,12 @@ class Pool:
 
     def first(self, **wanted: Any) -> Any:
         return self.order(**wanted)[0]
+
+    def failed(self, candidate: Any, status: int, retry_after: float | None, now: float) -> None:
+        self.pool.failed(candidate, status, retry_after, now)
+
+    def succeeded(self, candidate: Any, now: float) -> None:
+        self.pool.succeeded(candidate, now)
 
 
 def test_keys_fill_first_in_the_order_of_the_config():
@@ -1086,7 +1183,7 @@ def test_a_sticky_session_moves_only_while_its_own_key_cools():
     pool = Pool("sticky")
     before = {session: pool.labels(session=session)[:2] for session in map(str, range(30))}
     broken = pool.first(session="0")
-    pool.pool.failed(broken, 429, 10.0, 0)
+    pool.failed(broken, 429, 10.0, 0)
     during = {session: pool.labels(1, session)[:2] for session in before}
     assert all(during[session] == key for session, key in before.items() if key != broken.key.label)
     assert broken.key.label not in during.values()
@@ -1108,7 +1205,7 @@ def test_a_sticky_session_moves_only_while_its_own_key_cools():
 )
 def test_a_failed_key_cools_as_long_as_its_status_says(status, retry_after, cool_at, well_at):
     pool = Pool()
-    pool.pool.failed(pool.first(), status, retry_after, 0)
+    pool.failed(pool.first(), status, retry_after, 0)
     assert pool.labels(cool_at) == "k1 k2 k0"
     assert pool.labels(well_at) == "k0 k1 k2"
 
@@ -1116,16 +1213,16 @@ def test_a_failed_key_cools_as_long_as_its_status_says(status, retry_after, cool
 @pytest.mark.parametrize("status", [400, 404, 413, 422])
 def test_a_bad_request_says_nothing_about_a_key(status):
     pool = Pool()
-    pool.pool.failed(pool.first(), status, None, 0)
+    pool.failed(pool.first(), status, None, 0)
     assert pool.labels() == "k0 k1 k2"
 
 
 @pytest.mark.parametrize(
-    ("status", "other_model"), [(529, "k0 k1 k2"), (403, "k0 k1 k2"), (429, "k1 k2 k0"), (401, "k1 k2 k0")]
+    ("status", "other_model"), [(529, "k0 k1 k2"), (403, "k0 k1 k2"), (429, "k0 k1 k2"), (401, "k1 k2 k0"), (402, "k1 k2 k0")]
 )
-def test_an_overload_counts_for_the_model_and_a_spent_key_for_all(status, other_model):
+def test_a_limit_or_an_overload_counts_for_the_model_and_a_refused_key_for_all(status, other_model):
     pool = Pool()
-    pool.pool.failed(pool.first(), status, None, 0)
+    pool.failed(pool.first(), status, None, 0)
     assert pool.labels(0.5) == "k1 k2 k0"
     assert pool.labels(0.5, name="claude-b@anthropic") == other_model
 
@@ -1134,34 +1231,36 @@ def test_repeated_overloads_double_the_cooling_up_to_cooldown_and_a_success_clea
     pool, now, seen = Pool(weights=(1, 1)), 0.0, []
     for _ in range(7):
         candidate = next(it for it in pool.order(now) if it.key.label == "k0")
-        pool.pool.failed(candidate, 529, None, now)
+        pool.failed(candidate, 529, None, now)
         step = next(seconds for seconds in range(1, 99) if pool.labels(now + seconds + 0.01) == "k0 k1")
         seen.append(step)
         now += step + 0.02
     assert seen == [1, 2, 4, 8, 16, 30, 30]
-    pool.pool.succeeded(candidate)
-    pool.pool.failed(candidate, 529, None, now)
+    pool.succeeded(candidate, now)
+    pool.failed(candidate, 529, None, now)
     assert pool.labels(now + 1.01) == "k0 k1"
 
 
-def test_success_ends_the_cooling():
+@pytest.mark.parametrize("status", [429, 403, 500, 529])
+def test_success_ends_the_cooling_that_no_retry_after_asked_for(status):
     pool = Pool()
     candidate = pool.first()
-    pool.pool.failed(candidate, 429, 3600.0, 0)
-    pool.pool.succeeded(candidate)
-    assert pool.labels() == "k0 k1 k2"
+    pool.failed(candidate, status, None, 0)
+    assert pool.labels(0.5) == "k1 k2 k0"
+    pool.succeeded(candidate, 0.5)
+    assert pool.labels(0.5) == "k0 k1 k2"
 
 
 def test_when_all_keys_cool_the_one_back_soonest_comes_first():
     pool = Pool()
     for candidate, seconds in zip(pool.order(), (30.0, 10.0, 20.0)):
-        pool.pool.failed(candidate, 429, seconds, 0)
+        pool.failed(candidate, 429, seconds, 0)
     assert pool.labels(1) == "k1 k2 k0"
 
 
 def test_a_lone_key_is_never_banned():
     pool = Pool(weights=(1,))
-    pool.pool.failed(pool.first(), 401, None, 0)
+    pool.failed(pool.first(), 401, None, 0)
     assert pool.labels(1) == "k0"
 
 
@@ -1170,8 +1269,47 @@ def test_an_unreachable_provider_lets_the_next_target_go_first():
     assert pool.labels(name="claude-a") == "k0 k1 k2 other"
     pool.pool.unreachable(pool.first().target.provider, 0)
     assert pool.labels(0.5, name="claude-a").startswith("other")
-    pool.pool.succeeded(pool.first(now=0.5))
+    pool.succeeded(pool.first(now=0.5), 0.5)
     assert pool.labels(0.5, name="claude-a") == "k0 k1 k2 other"
+
+
+def test_a_429_leaves_the_key_to_other_models_and_waits_for_its_own_time():
+    pool = Pool()
+    candidate = pool.first()
+    pool.failed(candidate, 429, 3600.0, 0)
+    assert pool.labels(1) == "k1 k2 k0" and pool.labels(1, name="claude-b@anthropic") == "k0 k1 k2"
+    pool.succeeded(pool.first(now=1, name="claude-b@anthropic"), 1)
+    assert pool.labels(3599) == "k1 k2 k0"
+    pool.succeeded(candidate, 2)
+    assert pool.labels(3599) == "k1 k2 k0", "a request that was under way says nothing about the limit"
+    assert pool.labels(3601) == "k0 k1 k2"
+
+
+def test_a_success_ends_what_its_own_model_had_and_no_other():
+    pool = Pool()
+    overloaded, other = pool.first(), pool.first(name="claude-b@anthropic")
+    for candidate in (overloaded, other):
+        pool.failed(candidate, 529, None, 0)
+    pool.succeeded(overloaded, 0.1)
+    assert pool.labels(0.5) == "k0 k1 k2" and pool.labels(0.5, name="claude-b@anthropic") == "k1 k2 k0"
+
+
+@pytest.mark.parametrize(("count", "length"), [(30_000, 20), (12_000, 256)])
+@pytest.mark.parametrize("status", [429, 529])
+def test_what_a_pool_remembers_is_bounded_whatever_models_are_invented(status, count, length):
+    pool = Pool()
+    provider = pool.first().target.provider
+    numbers = itertools.count()
+
+    def fail() -> None:
+        number = next(numbers)
+        target = monorelay.Target(provider, f"claude-{number}".ljust(length, "x"))
+        pool.failed(monorelay.Candidate(target, provider.keys[0]), status, 3600.0, 0.001 * number)
+
+    alone = seconds_each(fail)
+    assert bytes_grown(fail, count) < 20 << 20
+    assert seconds_each(fail) < 5 * alone + 50e-6
+    assert len(pool.pool._cooling) <= 10_000
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1517,6 +1655,146 @@ def test_model_is_found_in_any_json_object(fields, name, ascii_only, indent):
     ], ids=brief)  # fmt: skip
 def test_retry_after_is_seconds_or_a_date_within_the_hour(value, seconds):
     assert monorelay.retry_after_seconds(value, UNIX_TIME) == seconds
+
+
+def patterns_in_use() -> dict[tuple[Any, int], set[str]]:
+    """The source and flags of every regular expression in monorelay.py, and by which methods it is used.
+
+    Those that are built while it runs are missing; they have tests of their own."""
+    found: dict[tuple[Any, int], set[str]] = {}
+    for node in ast.walk(ast.parse(Path(monorelay.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            value = getattr(monorelay, node.value.id, None)
+            if isinstance(value, re.Pattern):
+                found.setdefault((value.pattern, value.flags), set()).add(node.attr)
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or not node.args:
+            continue
+        if isinstance(node.func.value, ast.Name) and node.func.value.id == "re":
+            first = node.args[0]
+            source = (
+                getattr(monorelay, first.id, None)
+                if isinstance(first, ast.Name)
+                else getattr(first, "value", None)
+            )
+            if isinstance(source, (str, bytes)):
+                found.setdefault((source, re.compile(source).flags), set()).add(node.func.attr)
+    for value in vars(monorelay).values():
+        if isinstance(value, re.Pattern):
+            found.setdefault((value.pattern, value.flags), {"match", "search"})
+    return found
+
+
+PATTERNS_IN_USE = patterns_in_use()
+# What the code makes sure of before it lets a pattern see a text.
+PREPARED: dict[Any, Callable[[Any], Any]] = {r"\s*\S+": str.rstrip, rb"\s*\S+": bytes.rstrip}
+FILLINGS = [" ", "\t", '"', "\\", '\\"', "[", "]", "{", "}", ",", ":", "/", "%", ".", ";", "=", "@", "$", "0", "9f", "a",
+            "a:", "é", "\r", "\n", "\r\n", " \t", '"a":', '{"', '",', "a,", "[],", "\\u0041", "x\r\n", "x: y\r\n"]  # fmt: skip
+OPENINGS = ["", "a:", '"', '{"', '{"a":', "1;", "/", "GET /", "http://", "HTTP/1.1 200 ", "event:", "data: {"]
+
+
+def near_misses(source: Any) -> list[str]:
+    """The words of a pattern, and each without its end: what it matches almost."""
+    text = source.decode("latin-1") if isinstance(source, bytes) else source
+    words = re.findall(r'[A-Za-z_"-][A-Za-z0-9_"/: .-]{2,}', re.sub(r"\[[^\]]*\]|\\[a-z]", " ", text))
+    return [piece for word in words for piece in (word, word[:-1], word + " ")]
+
+
+def adversaries(source: Any, size: int) -> Iterator[Any]:
+    """Texts of a size that make a pattern try as much as it can, each followed by what doesn't fit."""
+    words = near_misses(source)
+    for opening in (*OPENINGS, *words):
+        for filling in (*FILLINGS, *words):
+            for end in ("", "\x01", "~\n"):
+                text = opening + filling * (size // len(filling)) + end
+                yield text.encode("latin-1") if isinstance(source, bytes) else text
+
+
+def assert_linear(use: Callable[[Any], object], texts: Iterator[Any], seconds: float) -> None:
+    """Each text is done with within the time; the best of three counts, as noise only ever adds to it."""
+    for text in texts:
+        spent = []
+        while len(spent) < 3 and min(spent, default=seconds) >= seconds:
+            begin = time.process_time()
+            use(text)
+            spent.append(time.process_time() - begin)
+        assert min(spent) < seconds, (text[:40], text[-9:], len(text))
+
+
+METHODS = {"match", "search", "fullmatch", "findall", "finditer", "split", "sub"}
+
+
+def uses_of(source: Any, flags: int) -> list[Callable[[Any], object]]:
+    """What the program does with a pattern."""
+    pattern, prepare = re.compile(source, flags), PREPARED.get(source, lambda text: text)
+    names = {"match" if name == "compile" else name for name in PATTERNS_IN_USE[source, flags]} & METHODS
+    if "sub" in names:
+        return [lambda text: pattern.sub(text[:0], prepare(text))]
+    return [
+        lambda text, name=name: (
+            [found for found in getattr(pattern, name)(prepare(text)) or ()]
+            if name in ("findall", "finditer", "split")
+            else getattr(pattern, name)(prepare(text))
+        )
+        for name in sorted(names)
+    ]
+
+
+@pytest.mark.parametrize(("source", "flags"), PATTERNS_IN_USE, ids=brief)
+def test_no_pattern_takes_long_over_what_almost_fits(source, flags):
+    # 2 and 8 kB find those that grow faster than their text in no time; a linear one takes 0.1 ms.
+    for size, seconds in ((2_000, 0.02), (8_000, 0.02)):
+        for use in uses_of(source, flags):
+            assert_linear(use, adversaries(source, size), seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "flags"), PATTERNS_IN_USE, ids=brief)
+def test_no_pattern_takes_long_over_the_most_that_is_let_in(source, flags):
+    # Heads are text and at most 64 KiB for a client's; the rest is bytes, and 256 KiB of it are held at a time.
+    for size in (8_000, 1 << 16 if isinstance(source, str) else 1 << 18):
+        for use in uses_of(source, flags):
+            assert_linear(use, adversaries(source, size), 0.05)
+
+
+HEADS = {
+    "request head": lambda text: monorelay.parse_request_head(
+        b"GET / HTTP/1.1\r\nHost: a\r\n" + text + b"\r\n\r\n"
+    ),
+    "response head": lambda text: monorelay.parse_response_head(b"HTTP/1.1 200 OK\r\n" + text + b"\r\n\r\n"),
+    "request trailer": lambda text: monorelay.ChunkedDecoder().feed(b"0\r\n" + text + b"\r\n\r\n"),
+    "chunk size": lambda text: monorelay.ChunkedDecoder().feed(b"1;" + text + b"\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_no_head_takes_long_to_be_read_or_refused(name):
+    def read(text: bytes) -> None:
+        with contextlib.suppress(monorelay.FramingError, monorelay.MalformedRequest):
+            HEADS[name](text)
+
+    for size, seconds in ((4_000, 0.02), (64_000, 0.05)):
+        assert_linear(read, adversaries(b'x: "', size), seconds)
+
+
+@pytest.mark.parametrize(
+    ("opening", "piece"),
+    [(b"0\r\n", b"a:\r\n"), (b"0\r\n", b"a: b"), (b"1;", b"a"), (b"0\r\na:", b" ")],
+    ids=brief,
+)
+def test_chunks_cost_the_same_whether_they_come_whole_or_a_byte_at_a_time(opening, piece):
+    data = opening + piece * (8_000 // len(piece))
+
+    def read(size: int) -> float:
+        decoder = monorelay.ChunkedDecoder()
+        begin = time.process_time()
+        with contextlib.suppress(monorelay.FramingError):
+            for start in range(0, len(data), size):
+                decoder.feed(data[start : start + size])
+        return time.process_time() - begin
+
+    # A call takes about a microsecond; looking again at all that came before would take seconds.
+    assert min(read(1) for _ in range(3)) < 0.2
+    assert min(read(len(data)) for _ in range(3)) < 0.02
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1959,6 +2237,62 @@ def test_echo_of_much_white_space_holds_up_nobody(echo):
     started = time.monotonic()
     got = echo.post("/v1/messages", prompt("echo", messages=[{"role": "user", "content": "x" + "\n" * 200_000}]))
     assert got.status == 200 and time.monotonic() - started < 2
+
+
+def test_echo_reads_a_megabyte_and_no_more(echo):
+    assert (
+        echo.post(
+            "/v1/messages", prompt("echo", messages=[{"role": "user", "content": "a " * 200_000}])
+        ).status
+        == 200
+    )
+    for path, body in (("/v1/messages", prompt), ("/v1/chat/completions", chat), ("/v1/embeddings", chat)):
+        got = echo.post(path, body("echo", padding="x" * (1 << 20)))
+        refused(got, 413, "request_too_large", openai_shape=path != "/v1/messages")
+    assert echo.ask("GET", "/health").status == 200
+
+
+def nested_tool(depth: int, **more: Any) -> dict[str, Any]:
+    """A tool whose schema asks for the same property twelve times on each level."""
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a" * 12: schema}, "required": ["a" * 12] * 12}
+    return {"name": "look", "input_schema": schema, **more}
+
+
+@pytest.mark.parametrize("depth", [3, 7, 10, 300])
+def test_echo_takes_each_required_property_once_and_schemas_of_some_depth(echo, depth):
+    begin = time.process_time()
+    got = echo.post("/v1/messages", prompt("echo-tool", tools=[nested_tool(depth)]))
+    assert time.process_time() - begin < 0.5
+    if depth == 3:
+        (block,) = (block for block in got.json["content"] if block["type"] == "tool_use")
+        assert list(block["input"]) == ["a" * 12]
+    assert got.status in (200, 400)
+
+
+@pytest.mark.parametrize("width", [2000])
+def test_echo_tool_answers_are_bounded_however_wide_a_schema_is(echo, width):
+    names = [f"property{number}" for number in range(width)]
+    inner = {
+        "type": "object",
+        "properties": {name: {"type": "string"} for name in names[:40]},
+        "required": names[:40],
+    }
+    schema = {"type": "object", "properties": {name: inner for name in names}, "required": names}
+    schema["properties"] = {name: {"type": "object", "required": names} for name in names[:20]}
+    begin = time.process_time()
+    got = echo.post("/v1/messages", prompt("echo-tool", tools=[{"name": "look", "input_schema": schema}]))
+    assert got.status in (200, 400) and len(got.body) < 4 << 20
+    assert time.process_time() - begin < 0.5
+
+
+def test_echo_cuts_or_refuses_an_answer_far_larger_than_its_request(echo):
+    body = {"model": "echo", "input": ["a"] * 50, "dimensions": 4096}
+    got = echo.post("/v1/embeddings", body)
+    assert got.status == 400 or [len(item["embedding"]) for item in got.json["data"]] == [4096] * 50
+    got = echo.post("/v1/embeddings", {"model": "echo", "input": ["a"] * 200_000, "dimensions": 4096})
+    refused(got, 400, "invalid_request_error", openai_shape=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3447,6 +3781,227 @@ def test_a_user_over_its_limit_waits(upstream, relay):
     )
 
 
+def bearer(**changes: Any) -> str:
+    """A token that was minted elsewhere with the secret."""
+    return jwt.encode(claims(**changes), JWT_SECRET, "HS256")
+
+
+def log_in(it: Relay, username: str = "alice", password: str = PASSWORD, source: str = "") -> Message:
+    with it.client(source) as client:
+        body = json.dumps({"username": username, "password": password}).encode()
+        return client.ask("POST", "/api/auth/login", body, token="")
+
+
+def is_let_in(it: Relay, token: str) -> bool:
+    status = it.ask("GET", "/api/auth/me", token=token).status
+    assert status in (200, 401)
+    return status == 200
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["x-api-key: a", "x-api-key: b", f"x-api-key: {TOKEN}"],
+        [f"x-api-key: {TOKEN}", "x-api-key: b", "x-api-key: c"],
+        ["Authorization: Bearer a", "x-api-key: b", f"x-api-key: {TOKEN}"],
+        ["Authorization: Bearer a", f"Authorization: Bearer {TOKEN}", "x-api-key: b"],
+        [f"x-api-key: {TOKEN}", *["x-api-key: guess"] * 190],
+    ],
+    ids=brief,
+)
+def test_more_than_two_tokens_are_a_bad_request(upstream, relay, lines):
+    provider = upstream(answer())
+    it = relay({"anthropic": provider})
+    refused(it.post("/v1/messages", prompt(), *lines, token=""), 400, "invalid_request_error")
+    assert not provider.connections
+
+
+@pytest.mark.parametrize("lines", [["x-api-key: a", f"x-api-key: {TOKEN}"],
+                                   ["Authorization: Bearer a", f"Authorization: Bearer {TOKEN}"]])  # fmt: skip
+def test_one_valid_token_of_two_suffices_wherever_they_stand(relay, lines):
+    assert relay({"echo": {}}).post("/v1/messages", prompt("echo"), *lines, token="").status == 200
+
+
+def test_guesses_from_one_address_lock_nobody_out_at_another(relay):
+    it = relay({"echo": {}}, **GUARDED)
+    got = next(
+        got for _ in range(100) if (got := log_in(it, password="wrong", source="127.0.0.2")).status != 401
+    )
+    refused(got, 429, "rate_limit_error", openai_shape=True)
+    assert log_in(it, source="127.0.0.2").status == 429
+    assert log_in(it, source="127.0.0.3").status == 200
+    assert log_in(it, username="bob", source="127.0.0.2").status == 200, "another user of the same house"
+
+
+def test_addresses_of_one_ipv6_network_count_as_one():
+    def same(first: str, second: str) -> bool:
+        return monorelay.network_of(first) == monorelay.network_of(second)
+
+    assert same("2001:db8:1:2::1", "2001:db8:1:2:ffff:ffff:ffff:ffff")
+    assert same("fe80::1%eth0", "fe80::2%eth0") and same("::ffff:192.0.2.1", "192.0.2.1")
+    assert not same("2001:db8:1:2::1", "2001:db8:1:3::1")
+    assert not same("192.0.2.1", "192.0.2.2") and not same("::ffff:192.0.2.1", "::ffff:192.0.2.2")
+
+
+def test_few_passwords_wait_to_be_hashed_and_the_others_are_told_so_at_once(relay):
+    it = relay({"echo": {}}, **GUARDED)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(it.client(f"127.0.2.{number}")) for number in range(1, 61)]
+        for number, client in enumerate(clients):
+            body = json.dumps({"username": f"user{number}", "password": "wrong"}).encode()
+            client.send(request("POST", "/api/auth/login", body, token=""))
+        got = [client.answer() for client in clients]
+    assert {one.status for one in got} == {401, 429}
+    for one in got:
+        if one.status == 429:
+            refused(one, 429, "rate_limit_error", openai_shape=True)
+            assert int(one.get("retry-after")) > 0
+    assert log_in(it, source="127.0.2.99").status == 200
+
+
+def test_an_empty_section_of_users_lets_no_token_in_and_a_missing_one_any(relay):
+    server = {"jwt_secret": JWT_SECRET}
+    assert is_let_in(relay({"echo": {}}, server=server), bearer(sub="anyone"))
+    assert not is_let_in(relay({"echo": {}}, server=server, users={}), bearer(sub="anyone"))
+
+
+def test_the_last_user_to_be_removed_is_locked_out_too(relay):
+    it = relay({"echo": {}}, server={"jwt_secret": JWT_SECRET}, users={"alice": {"password": PASSWORD_HASH}})
+    tokens = log_in(it).json
+    foreign = bearer()
+    assert is_let_in(it, tokens["access_token"]) and is_let_in(it, foreign)
+    it.server.reload(parse({"echo": {}}, server={"jwt_secret": JWT_SECRET}, users={}))
+    assert not is_let_in(it, tokens["access_token"]) and not is_let_in(it, foreign)
+    got = it.post("/api/auth/refresh", {"refresh_token": tokens["refresh_token"]}, token="")
+    refused(got, 401, "authentication_error", openai_shape=True)
+
+
+@pytest.mark.parametrize("password", ["changed", "removed"])
+def test_a_new_password_hash_ends_what_was_issued_here_and_nothing_else(relay, password):
+    it = relay({"echo": {}}, **GUARDED)
+    tokens, foreign = log_in(it).json, bearer()
+    refreshed = it.post("/api/auth/refresh", {"refresh_token": tokens["refresh_token"]}, token="").json
+    bobs = log_in(it, "bob").json["access_token"]
+    users = {**USERS, "alice": {"models": ["claude-*"]}}
+    if password == "changed":
+        users["alice"]["password"] = monorelay.hash_password("a new one")
+    it.server.reload(parse({"echo": {}}, server={"jwt_secret": JWT_SECRET}, users=users))
+    for issued in (tokens, refreshed):
+        assert not is_let_in(it, issued["access_token"])
+        got = it.post("/api/auth/refresh", {"refresh_token": issued["refresh_token"]}, token="")
+        refused(got, 401, "authentication_error", openai_shape=True)
+    assert is_let_in(it, foreign) and is_let_in(it, bobs)
+    if password == "changed":
+        assert is_let_in(it, log_in(it, password="a new one").json["access_token"])
+
+
+def test_a_reload_that_leaves_the_password_alone_ends_no_token(relay):
+    it = relay({"echo": {}}, **GUARDED)
+    token = log_in(it).json["access_token"]
+    users = {**USERS, "alice": {**USERS["alice"], "requests_per_minute": 9}}
+    it.server.reload(parse({"echo": {}}, server={"jwt_secret": JWT_SECRET}, users=users))
+    assert is_let_in(it, token)
+
+
+@pytest.mark.parametrize(
+    ("issued", "is_taken"), [({"iat": UNIX_TIME - 1}, False), ({}, False), ({"iat": UNIX_TIME + 1}, True)]
+)
+def test_tokens_since_ends_what_was_issued_before_or_does_not_say_when(relay, issued, is_taken):
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(UNIX_TIME))
+    users = {"alice": {"password": PASSWORD_HASH, "tokens_since": since}, "bob": {}}
+    it = relay({"echo": {}}, server={"jwt_secret": JWT_SECRET}, users=users)
+    assert is_let_in(it, bearer(**issued)) == is_taken
+    assert is_let_in(it, bearer(sub="bob", **issued)), "of another user"
+    got = it.post("/api/auth/refresh", {"refresh_token": bearer(type="refresh", **issued)}, token="")
+    assert got.status == (200 if is_taken else 401)
+    assert is_let_in(it, log_in(it).json["access_token"])
+
+
+def test_only_requests_to_models_that_were_let_through_count(upstream, relay):
+    provider = upstream(answer())
+    users = {"alice": {"models": ["claude-*"], "requests_per_minute": 2}}
+    it = relay({"anthropic": provider}, server={"jwt_secret": JWT_SECRET}, users=users)
+    token = bearer()
+    for _ in range(3):
+        assert it.ask("GET", "/v1/models", token=token).status == 200
+        assert it.ask("GET", "/api/auth/me", token=token).status == 200
+        assert it.post("/v1/messages", prompt("gpt-5"), token=token).status == 403
+        assert it.post("/v1/messages", b"{", token=token).status == 400
+    assert [it.post("/v1/messages", prompt(), token=token).status for _ in range(3)] == [200, 200, 429]
+
+
+def limited(upstream, relay, **sections: Any) -> tuple[Relay, Upstream, str]:
+    """A relay whose user alice may use claude-* only, its provider of both formats, and her token."""
+    provider = upstream(answer())
+    it = relay({"anthropic": provider, "openai": provider}, **GUARDED, **sections)
+    return it, provider, bearer()
+
+
+@pytest.mark.parametrize("name", ["Model", "MODEL", "mOdel", "\\u004dodel", "MODE\\u004c", "mode\\u006C"])
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions", "/v1/embeddings"])
+def test_a_second_model_in_another_case_is_refused_to_whom_models_are_set(upstream, relay, name, path):
+    it, provider, token = limited(upstream, relay)
+    for body in ('{"model":"claude-a","%s":"claude-opus"}', '{"%s":"claude-opus","model":"claude-a"}'):
+        got = it.post(path, (body % name).encode(), token=token)
+        # Twice the very same name is a bad request of anybody.
+        status = 400 if json.loads(f'"{name}"') == "model" else 403
+        kind = "invalid_request_error" if status == 400 else "permission_error"
+        refused(got, status, kind, openai_shape=path != "/v1/messages")
+    assert not provider.requests
+    assert it.post(path, b'{"model":"claude-a","x":{"Model":"y"},"modelx":1}', token=token).status == 200
+    assert it.post(path, (body % "Model").encode()).status == 200, "an owner's body is the owner's business"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/batches", "/v1/threads", "/v1/threads/runs", "/v1/evals", "/v1/realtime/sessions", "/v1/fine_tuning/jobs",
+     "/v1/unknown", "/v1/filesX", "/v1/files/x/y", "/v1/batches/", "/v1/%62atches", "/v1/messages/batches",
+     "/v1/assistants", "/v1/chat/completions/x"],
+)  # fmt: skip
+@pytest.mark.parametrize("version", [[], [ANTHROPIC_VERSION]], ids=["", "with version"])
+def test_a_model_at_the_top_opens_no_path_where_it_decides_nothing(upstream, relay, path, version):
+    it, provider, token = limited(upstream, relay)
+    got = it.post(path, {"model": "claude-a", "input_file_id": "file-1"}, *version, token=token)
+    refused(got, 403, "permission_error", openai_shape="type" not in got.json)
+    assert not provider.requests
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"]
+)
+def test_a_model_at_the_top_decides_where_it_is_the_model(upstream, relay, path):
+    it, provider, token = limited(upstream, relay)
+    assert it.post(path, {"model": "claude-a"}, token=token).status == 200
+    assert it.post(path, {"model": "gpt-5"}, token=token).status == 403
+    assert len(provider.requests) == 1
+
+
+def test_files_may_be_sent_by_whom_models_are_set(upstream, relay):
+    it, provider, token = limited(upstream, relay)
+    for version in ([], [ANTHROPIC_VERSION]):
+        got = it.post(
+            "/v1/files", b"--b", "Content-Type: multipart/form-data; boundary=b", *version, token=token
+        )
+        assert got.status == 200
+    assert it.ask("GET", "/v1/files/file-1", token=token).status == 200
+    assert len(provider.requests) == 3
+
+
+@pytest.mark.parametrize("name", ["x-http-method-override", "X-HTTP-Method", "x-method-override"])
+def test_no_header_makes_another_method_of_a_get(upstream, relay, name):
+    it, provider, token = limited(upstream, relay)
+    got = it.ask("GET", "/v1/files/file-1", None, f"{name}: POST", token=token)
+    refused(got, 403, "permission_error", openai_shape=True)
+    assert not provider.requests
+
+
+def test_a_batch_with_a_model_beside_it_is_never_sent_twice(upstream, relay):
+    provider = upstream(answer(500))
+    it = relay({"openai": two_keys(provider)})
+    assert it.post("/v1/batches", {"model": "gpt-test", "input_file_id": "f"}).status == 500
+    assert len(provider.requests) == 1
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Handler: the relay's own answers
 # ------------------------------------------------------------------------------------------------------------
@@ -3657,6 +4212,297 @@ def test_cors_is_on_every_answer_or_on_none(upstream, relay, origins, origin, al
         )
 
 
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [
+        ("/v1/messages/", "/v1/messages"),
+        ("/v1/%6dessages", "/v1/messages"),
+        ("/v1/%6Dessage%73/", "/v1/messages"),
+        ("/%76%31/messages", "/v1/messages"),
+        ("/v%31/messages", "/v1/messages"),
+        ("/v1/messages/?beta=true", "/v1/messages?beta=true"),
+        ("/v1/messages/beta/", "/v1/messages?beta=true"),
+        ("/v1/messages/count_tokens/", "/v1/messages/count_tokens"),
+        ("/v1/messages/count%5ftokens", "/v1/messages/count_tokens"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("/v1/ch%61t/completions", "/v1/chat/completions"),
+        ("/v%31/chat/completions", "/v1/chat/completions"),
+        ("/v1/embeddings/", "/v1/embeddings"),
+        ("/v1/%72esponses", "/v1/responses"),
+    ],
+)
+@pytest.mark.parametrize("base", ["", "/base"])
+def test_every_spelling_of_a_path_takes_its_route(upstream, relay, path, target, base):
+    cloud, house = upstream(answer(500)), upstream(answer())
+    providers: dict[str, Any] = {}
+    for name, provider in (("cloud", cloud), ("house", house)):
+        for kind, version in (("anthropic", ""), ("openai", "/v1")):
+            providers[f"{kind}-{name}"] = {"format": kind, "base_url": provider.url + base + version}
+    routes = {"house-*": ["anthropic-house", "openai-house"], "*": ["anthropic-cloud", "openai-cloud"]}
+    it = relay(providers, routes=routes, aliases={"best": "house-model"})
+    for name in ("house-model", "best"):
+        got = it.post(path, {"model": name})
+        assert (got.status, got.get("x-monorelay-model")) == (200, "house-model"), got
+        assert house.requests[-1].target == base + target and house.requests[-1].json == {
+            "model": "house-model"
+        }
+    assert not cloud.requests
+    refused(it.post(path, b"{"), 400, "invalid_request_error", openai_shape="messages" not in target)
+
+
+def test_spelling_of_a_path_outside_the_known_ones_stays_below_the_base_url(upstream, relay):
+    provider = upstream(answer())
+    it = relay({"openai": provider, "anthropic": provider})
+    for path in ("/%76%31/files/f", "/v%31/files/f", "/v1/files/f"):
+        for version in ([], [ANTHROPIC_VERSION]):
+            assert it.ask("GET", path, None, *version).status == 200
+            assert provider.requests[-1].target == "/v1/files/f"
+    for path in ("/v1/%61nthropic/models", "/v1/anthropic/models/", "/v1/anthropic/models"):
+        assert it.ask("GET", path).status == 200
+        assert provider.requests[-1].target == "/v1/models"
+
+
+def test_an_unknown_path_goes_by_its_model_with_anthropic_version_too(upstream, relay):
+    cloud, house = upstream(answer(500)), upstream(answer())
+    it = relay(
+        {"anthropic": cloud, "anthropic2": house}, routes={"house-*": "anthropic2", "*": "anthropic"},
+        aliases={"best": "house-model"},
+    )  # fmt: skip
+    for name in ("house-model", "best"):
+        got = it.post("/v1/new/thing", {"model": name}, ANTHROPIC_VERSION, "Content-Type: application/json")
+        assert got.status == 200 and house.requests[-1].json == {"model": "house-model"}
+        assert house.requests[-1].target == "/v1/new/thing"
+    assert not cloud.requests
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/files/..;/messages", "/v1/files/.;/x", "/v1/files/..;a=b/messages", "/v1/files/%2e%2e;/messages",
+     "/v1/files/..%3b/messages", "/v1/files/%252e.%253bx/m", "/v1/files/..;", "/..;/v1/files/f"],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_paths_that_climb_before_a_semicolon_are_404(upstream, relay, method, path):
+    it, provider, token = limited(upstream, relay)
+    for credential in (TOKEN, token):
+        got = it.ask(method, path, b"{}" if method == "POST" else None, ANTHROPIC_VERSION, token=credential)
+        assert (got.status, got.json["error"]["type"]) == (404, "not_found_error")
+    assert not provider.connections
+
+
+@pytest.mark.parametrize("coding", ["", "gzip"])
+@pytest.mark.parametrize("length", [257, 4_097, 100_000, 8_000_000])
+def test_a_models_name_over_256_characters_is_a_bad_request(upstream, relay, length, coding):
+    provider = upstream(answer())
+    it = relay({"anthropic": provider, "openai": provider})
+    headers = ["Content-Encoding: gzip"] if coding else []
+    for path, version in (
+        ("/v1/messages", []),
+        ("/v1/chat/completions", []),
+        ("/v1/new", [ANTHROPIC_VERSION]),
+    ):
+        body = json.dumps(prompt("x" * length)).encode()
+        got = it.post(path, gzip.compress(body) if coding else body, *headers, *version)
+        message = refused(got, 400, "invalid_request_error", openai_shape=not version and "chat" in path)
+        assert len(message) < 500
+    assert not provider.connections
+    for name in ("x" * 256, "\U0001f600" * 256):
+        assert it.post("/v1/messages", prompt(name)).status == 200
+
+
+def test_a_models_name_is_counted_in_characters_and_not_in_escapes(upstream, relay):
+    it = relay({"anthropic": upstream(answer())})
+    for name, status in (("\\u0041" * 256, 200), ("\\u0041" * 257, 400), ("\\ud83d\\ude00" * 256, 200)):
+        assert it.post("/v1/messages", b'{"model":"%s"}' % name.encode()).status == status
+
+
+def many_values(count: int) -> bytes:
+    """A JSON body of so many values, the outer object counted."""
+    return b'{"model":"claude-test","x":[' + b",".join([b"0"] * (count - 3)) + b"]}"
+
+
+def test_a_body_has_a_million_values_at_most(upstream, relay):
+    provider = upstream(answer())
+    it = relay({"anthropic": provider}, aliases={"fast": "claude-test"})
+    for body in (many_values(1_000_010), b'{"model":"claude-test","x":[' + b"[]," * 999_999 + b"[]]}"):
+        refused(it.post("/v1/messages", body), 400, "invalid_request_error")
+        refused(
+            it.post("/v1/messages", gzip.compress(body), "Content-Encoding: gzip"),
+            400,
+            "invalid_request_error",
+        )
+    assert not provider.connections
+    assert it.post("/v1/messages", many_values(1_000_000)).status == 200
+    assert provider.requests[0].body == many_values(1_000_000)
+
+
+@pytest.mark.parametrize(
+    "text", ["a,b;" * 2_000_000, "[{" * 1_500_000, '\\",' * 1_200_000, "\\\\," * 1_200_000], ids=brief
+)
+def test_what_stands_in_a_string_is_no_value(upstream, relay, text):
+    provider = upstream(answer())
+    it = relay({"anthropic": provider}, aliases={"fast": "claude-test"})
+    for model in ("claude-test", "fast"):
+        body = '{"x":"%s","model":"%s","y":1}' % (text, model)
+        assert it.post("/v1/messages", body.encode()).status == 200
+        assert provider.requests[-1].body == body.replace('"fast"', '"claude-test"').encode()
+
+
+# Members of an object, as JSON and not: what a body over 64 kB may hold besides its model.
+ODD_VALUES = ["-0", "1.0e+2", "12345678901234567890123", "[ ]", "{\t}", '{"model":"x","model":"y"}', '"\\ud800"', '"\\/\\u00e9é"',
+              "[[[[[[1]]]]]]", '"\\\\\\""', "true", '{"a":[{"model":[]}]}', "01", "1.", "[1,]", "tru", "NaN", '"\x01"', '"\\x"',
+              "{'a':1}", "", '{"a" 1}', "[1 2]", "-", "1e", '"\\ud8"', "Infinity", "[}", '"a']  # fmt: skip
+ODD_NAMES = ['"a"', '"model"', '"\\u006dodel"', '"Model"', '""', '"mod\\"el"', '"é\\n"', "a", '"padding"']
+BLANKS = st.sampled_from(["", "", " ", "\r\n\t "])
+
+
+class Members(tuple):
+    """A JSON object as its pairs, which keep what is given twice."""
+
+
+def one_model(body: bytes) -> str | None:
+    """The model of a JSON object that has exactly one; None for every other body."""
+    try:
+        document = json.loads(body.decode("utf-8"), object_pairs_hook=Members, parse_constant=int)
+    except (ValueError, RecursionError):
+        return None
+    found = [value for name, value in document if name == "model"] if isinstance(document, Members) else []
+    return found[0] if len(found) == 1 and isinstance(found[0], str) and 0 < len(found[0]) <= 256 else None
+
+
+@st.composite
+def large_bodies(draw) -> tuple[bytes, bytes]:
+    """A body over 64 kB with its model anywhere, often twice or not quite JSON; and the same with another model."""
+    pad = draw(st.sampled_from(['"%s"' % ("x" * 70_000), '"%s"' % ('\\"é, [' * 9_000), "[%s0]" % ("0," * 35_000),
+                                '{"a":[%s]}' % ",".join(['{"role":"user","content":"a\\nb"}'] * 2_500)]))  # fmt: skip
+    fields = draw(st.lists(st.tuples(st.sampled_from(ODD_NAMES), st.sampled_from(ODD_VALUES)), max_size=2))
+    fields += draw(
+        st.lists(st.tuples(st.sampled_from(ODD_NAMES[4:]), JSON_VALUES.map(json.dumps)), max_size=3)
+    )
+    for member in (('"padding"', pad), ('"model"', "MODEL")):
+        fields.insert(draw(st.integers(0, len(fields))), member)
+    blank = draw(BLANKS)
+    text = (
+        blank
+        + "{"
+        + f"{blank},".join(f"{blank}{name}{blank}:{blank}{value}" for name, value in fields)
+        + "}"
+        + blank
+    )
+    models = draw(
+        st.sampled_from(
+            [('"fast"', '"claude-test"')] * 4 + [('"f\\u0061st"', '"claude-test"'), ("7", "7"), ('""', '""')]
+        )
+    )
+    return tuple(text.replace("MODEL", model, 1).encode() for model in models)
+
+
+def test_a_large_body_is_read_as_json_is_and_only_its_model_changes(upstream, relay):
+    provider = upstream(answer())
+    it = relay({"anthropic": provider}, aliases={"fast": "claude-test"}, routes={"claude-*": "anthropic"})
+
+    @hypothesis.settings(max_examples=150)
+    @hypothesis.given(large_bodies(), st.none() | st.tuples(st.floats(0, 1), st.binary(max_size=2)))
+    def check(bodies: tuple[bytes, bytes], damage: tuple[float, bytes] | None) -> None:
+        body, spliced = bodies
+        if damage:
+            at = int(damage[0] * (len(body) - 1))
+            body = body[:at] + damage[1] + body[at + 1 :]
+        count, expected = len(provider.requests), one_model(body)
+        got = it.post("/v1/messages", body)
+        if expected is None:
+            refused(got, 400, "invalid_request_error")
+        elif expected not in ("fast", "claude-test"):
+            assert got.status == 404
+        else:
+            assert got.status == 200
+            sent = provider.requests[-1].body
+            assert one_model(sent) == "claude-test" and (damage or sent == spliced)
+        assert len(provider.requests) - count == (got.status == 200)
+
+    check()
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/files", "/api/auth/login"])
+def test_trailers_over_8_kib_are_a_bad_request(upstream, relay, path):
+    provider = upstream(lambda connection: (connection.read_request(), connection.send(answer())))
+    it = relay({"anthropic": provider}, **GUARDED)
+    body = (
+        STREAMED
+        if path != "/api/auth/login"
+        else json.dumps({"username": "alice", "password": PASSWORD}).encode()
+    )
+    for size, status in ((7_000, 200), (9_000, 400)):
+        trailers = b"".join(b"x-%04d: %s\r\n" % (number, b"a" * 90) for number in range(size // 100))
+        data = chunk(body) + b"0\r\n" + trailers + b"\r\n"
+        with it.client() as client:
+            client.send(request("POST", path, data, ANTHROPIC_VERSION, "Transfer-Encoding: chunked"))
+            assert client.answer().status == status
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/files", "/api/auth/login"])
+def test_a_chunk_whose_size_alone_breaks_the_limit_is_refused_before_it_comes(upstream, relay, path):
+    provider = upstream(lambda connection: connection.rest())
+    it = relay({"anthropic": provider}, server={"max_body_mb": 1, "max_upload_mb": 1})
+    for size in (b"200000\r\n", b"fffffffffffff\r\n", chunk(b"{")[:-2] + b"\r\nfffff0\r\n"):
+        with it.client() as client:
+            client.send(request("POST", path, size, ANTHROPIC_VERSION, "Transfer-Encoding: chunked"))
+            got = client.answer()
+            refused(got, 413, "request_too_large", openai_shape="type" not in got.json)
+
+
+def test_bodies_held_together_beyond_their_bound_are_a_503_until_the_others_are_answered(upstream, relay):
+    gate = threading.Event()
+    provider = upstream(gated_stream(gate))
+    it = relay({"anthropic": provider}, server={"max_held_mb": 4})
+    body = json.dumps(prompt(stream=True, padding="x" * 1_500_000)).encode()
+    answering = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.wait(answering)
+        connection.send(STREAM_HEAD, chunk(ANTHROPIC_EVENTS[0]))
+        connection.wait(gate)
+        connection.send(chunked(*ANTHROPIC_EVENTS[1:]))
+
+    provider.script = script
+    with it.client() as first, it.client() as second, it.client() as third:
+        for client in (first, second):
+            client.send(request("POST", "/v1/messages", body))
+        eventually(lambda: len(provider.requests) == 2)
+        got = it.post("/v1/messages", body)
+        refused(got, 503, "api_error")
+        assert got.get("x-monorelay-error") == "bodies_full" and int(got.get("retry-after")) > 0
+        assert it.post("/v1/messages", prompt("nowhere@nobody") | {"model": 1}).status == 400, (
+            "small ones fit"
+        )
+        answering.set()
+        for client in (first, second):
+            client.until(b"message_start")
+        # Both streams still run, and hold their bodies no more.
+        third.send(request("POST", "/v1/messages", body))
+        third.until(b"message_start")
+        gate.set()
+        for client in (first, second, third):
+            client.until(b"message_stop")
+    assert len(provider.requests) == 3
+
+
+def test_an_upload_that_streams_through_is_not_held(upstream, relay):
+    provider = upstream(answer())
+    it = relay({"anthropic": provider}, server={"max_held_mb": 1})
+    assert it.post("/v1/files", b"x" * 5_000_000, ANTHROPIC_VERSION).status == 200
+    assert len(provider.requests[0].body) == 5_000_000
+
+
+def test_an_inflated_body_counts_as_what_it_is(upstream, relay):
+    provider = upstream(answer())
+    it = relay({"anthropic": provider}, server={"max_held_mb": 2})
+    body = gzip.compress(json.dumps(prompt(padding="x" * 5_000_000)).encode())
+    got = it.post("/v1/messages", body, "Content-Encoding: gzip")
+    refused(got, 503, "api_error")
+    assert got.get("x-monorelay-error") == "bodies_full" and not provider.connections
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Handler: bodies and connections
 # ------------------------------------------------------------------------------------------------------------
@@ -3822,6 +4668,66 @@ def test_what_is_held_of_pipelined_requests_is_bounded(relay):
             most = max([most, *(len(handler.channel.received) for handler in list(it.server.handlers))])
         sender.join()
     assert most <= monorelay.HELD_BYTES + monorelay.RECEIVE_BYTES
+
+
+INVENTED = {
+    "paths": lambda n: (f"/v1/files/{n}-" + "x" * 15_000, None, []),
+    "escaped paths": lambda n: (f"/v1/files/{n}-" + "%41" * 5_000, None, []),
+    "unknown paths": lambda n: (f"/{n}-" + "x" * 15_000, None, []),
+    "queries": lambda n: (f"/v1/models?limit={n}&after_id=" + "x" * 15_000, None, []),
+    "models": lambda n: ("/v1/messages", {"model": f"claude-{n}-".ljust(256, "\u20ac")}, []),
+    "long models": lambda n: ("/v1/messages", {"model": f"claude-{n}-".ljust(15_000, "x")}, []),
+    "sessions": lambda n: ("/v1/messages", prompt(), [f"x-claude-code-session-id: {n}-" + "x" * 15_000]),
+    "tokens": lambda n: ("/v1/messages", prompt(), [f"authorization: Bearer {n}-" + "x" * 15_000]),
+    "names of users": lambda n: ("/api/auth/refresh", {"refresh_token": f"{n}".ljust(15_000, "x")}, []),
+}
+
+
+@pytest.mark.parametrize("name", INVENTED)
+def test_what_clients_invent_is_not_kept(upstream, relay, name):
+    keys = {"keys": ["sk-a", "sk-b"], "key_strategy": "sticky"}
+    provider = upstream(replies(answer(529)))
+    it = relay(
+        {"anthropic": {"upstream": provider, **keys}}, server={"log": "text", "jwt_secret": JWT_SECRET}
+    )
+    numbers = itertools.count()
+
+    def ask() -> None:
+        path, body, headers = INVENTED[name](next(numbers))
+        method, data = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
+        client.ask(method, path, data, ANTHROPIC_VERSION, *headers)
+        # What the log and the provider of this test keep is theirs.
+        provider.requests.clear()
+        it.log.truncate(0)
+        it.log.seek(0)
+
+    with it.client() as client:
+        for _ in range(20):
+            ask()
+        assert bytes_grown(ask, 1_200) < 6 << 20
+
+
+def test_no_cache_is_without_bound():
+    caches = [value for value in vars(monorelay).values() if hasattr(value, "cache_parameters")]
+    assert caches and all(cache.cache_parameters()["maxsize"] is not None for cache in caches)
+
+
+def test_lines_that_wait_for_a_log_that_takes_nothing_are_bounded_in_number_and_bytes():
+    class Stuck(io.StringIO):
+        def write(self, text: str) -> int:
+            gate.wait(4 * TIMEOUT_SECONDS)
+            return len(text)
+
+    gate = threading.Event()
+    writer = monorelay.LogWriter(Stuck())
+    writer.start()
+    try:
+        assert bytes_grown(lambda: writer.write("x" * 10_000), 20_000) < 20 << 20
+        assert bytes_grown(lambda: writer.write("x"), 50_000) < 5 << 20
+        assert seconds_each(lambda: writer.write("x")) < 50e-6
+    finally:
+        gate.set()
+        writer.finish()
 
 
 # ------------------------------------------------------------------------------------------------------------
