@@ -4906,6 +4906,16 @@ def test_a_large_body_is_read_as_json_is_and_only_its_model_changes(upstream, re
     check()
 
 
+@pytest.mark.parametrize("odd", [b"\x00", b"\n", b"\x1f", b"\xff", b"\xed\xa0\x80", b"\\x", b"\\"], ids=brief)
+def test_a_string_of_100_kilobytes_is_checked_like_a_short_one(upstream, relay, odd):
+    provider = upstream(answer())
+    it = relay({"anthropic": provider}, aliases={"fast": "claude-test"})
+    for model in (b"claude-test", b"fast"):
+        body = b'{"model":"%s","x":"%s"}' % (model, b"x" * 50_000 + odd + b"x" * 50_000)
+        refused(it.post("/v1/messages", body), 400, "invalid_request_error")
+    assert not provider.connections
+
+
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/files", "/api/auth/login"])
 def test_trailers_over_8_kib_are_a_bad_request(upstream, relay, path):
     provider = upstream(lambda connection: (connection.read_request(), connection.send(answer())))
