@@ -1566,6 +1566,16 @@ def test_chunks_give_back_what_was_put_in(parts, cuts):
     assert decoded == b"".join(parts) and decoder.finished
 
 
+def model_of(body: bytes) -> str:
+    """The model that a JSON body names."""
+    return monorelay.find_model(body)
+
+
+def with_model(body: bytes, name: str) -> bytes:
+    """The body with another name for its model."""
+    return monorelay.splice_model(body, name)
+
+
 @pytest.mark.parametrize(
     ("body", "spliced"),
     [
@@ -1583,9 +1593,9 @@ def test_chunks_give_back_what_was_put_in(parts, cuts):
         (b'{"m":"\\ud800","model":"old"}', b'{"m":"\\ud800","model":"new"}'),
     ], ids=brief)  # fmt: skip
 def test_model_is_spliced_and_nothing_else_changes(body, spliced):
-    assert monorelay.find_model(body) == "old"
-    assert monorelay.splice_model(body, "new") == spliced
-    assert json.loads(monorelay.splice_model(body, 'ü"\\\n'))["model"] == 'ü"\\\n'
+    assert model_of(body) == "old"
+    assert with_model(body, "new") == spliced
+    assert json.loads(with_model(body, 'ü"\\\n'))["model"] == 'ü"\\\n'
 
 
 BAD_BODIES = {
@@ -1615,14 +1625,14 @@ BAD_BODIES = {
 @pytest.mark.parametrize("name", BAD_BODIES)
 def test_body_without_one_clear_model_is_a_bad_request(name):
     with pytest.raises(monorelay.BadRequest) as caught:
-        monorelay.find_model(BAD_BODIES[name])
+        model_of(BAD_BODIES[name])
     assert caught.value.status == 400
 
 
 def test_deep_nesting_is_searched_or_refused():
     body = b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b',"model":"a"}'
     with contextlib.suppress(monorelay.BadRequest):
-        assert monorelay.find_model(body) == "a"
+        assert model_of(body) == "a"
 
 
 JSON_VALUES = st.recursive(
@@ -1638,8 +1648,8 @@ JSON_VALUES = st.recursive(
 )
 def test_model_is_found_in_any_json_object(fields, name, ascii_only, indent):
     body = json.dumps({**fields, "model": name}, ensure_ascii=ascii_only, indent=indent).encode()
-    assert monorelay.find_model(body) == name
-    assert json.loads(monorelay.splice_model(body, "other")) == {**fields, "model": "other"}
+    assert model_of(body) == name
+    assert json.loads(with_model(body, "other")) == {**fields, "model": "other"}
 
 
 @pytest.mark.parametrize(
@@ -4187,7 +4197,7 @@ def test_login_refresh_and_me(relay):
         ("login", {"username": "alice"}, 400),
         ("login", {"username": ["alice"], "password": PASSWORD}, 400),
         ("login", b"not json", 400),
-        ("login", b"[" * 60_000, 400),
+        ("login", b"[" * 10_000, 400),
         ("login", b'{"username":"\\ud800","password":"x"}', 401),
         ("refresh", {"refresh_token": "x"}, 401),
         ("refresh", {"refresh_token": jwt.encode(claims(), JWT_SECRET, "HS256")}, 401),
@@ -4888,8 +4898,9 @@ def test_a_large_body_is_read_as_json_is_and_only_its_model_changes(upstream, re
     @hypothesis.given(large_bodies(), st.none() | st.tuples(st.floats(0, 1), st.binary(max_size=2)))
     def check(bodies: tuple[bytes, bytes], damage: tuple[float, bytes] | None) -> None:
         body, spliced = bodies
-        if damage:
-            at = int(damage[0] * (len(body) - 1))
+        at = int(damage[0] * (len(body) - 1)) if damage else 0
+        # The long string without escapes has a test of its own.
+        if damage and body[at : at + 1] != b"x":
             body = body[:at] + damage[1] + body[at + 1 :]
         count, expected = len(provider.requests), one_model(body)
         got = it.post("/v1/messages", body)
