@@ -156,6 +156,7 @@ LOGIN_BODY_BYTES = 16 * 1024  # who logs in hasn't shown a token yet
 LOGIN_BODY_SECONDS = 20.0  # as for a head
 TRUSTED_ADDRESSES = 1000
 THROTTLED_NAMES = 4096
+THROTTLED_CHARACTERS = 200  # of each
 COMPARED_NAMES = 500  # for "did you mean"
 COMPARED_CHARACTERS = 64
 REMEMBERED_PATH_CHARACTERS = 200
@@ -164,7 +165,8 @@ LOG_PAUSE_SECONDS = 0.1  # lines are written together, so that a busy relay wake
 LOG_LAST_SECONDS = 1.0
 LOG_VALUE_CHARACTERS = 200
 LOGGED_CHARACTERS = LOG_VALUE_CHARACTERS + 1  # of a text from outside so much is kept, which shows that it was longer
-LOG_BACKLOG_LINES = 4000  # more than that waiting for a blocked stderr is dropped, and counted
+LOG_BACKLOG_LINES = 4000  # more than that waiting for a blocked stderr is dropped, and counted,
+LOG_BACKLOG_CHARACTERS = 4 * 1024 * 1024  # and so is what comes when so much waits
 
 ECHO_MODELS = ("echo", "echo-slow", "echo-cut", "echo-tool", "echo-error-529")
 ECHO_BODY_BYTES = 1024 * 1024  # echo reads no more
@@ -1244,6 +1246,7 @@ class Throttle:
 
     def wait_seconds(self, name: str, limit: int, now: float) -> float:
         """0.0 if the event may happen, which counts it; else the seconds until the next one may."""
+        name = name[:THROTTLED_CHARACTERS]
         times = self._times.setdefault(name, collections.deque())
         self._times.move_to_end(name)
         if len(self._times) > THROTTLED_NAMES:
@@ -4807,7 +4810,7 @@ class Relay:
         if status < 300 or provider.format == "echo":
             return answer
         name, problem = f"the provider {provider.name}", ("", "")
-        if 300 <= status < 400 and "location" in answer.head.fields:
+        if 300 <= status < 400 and status != 304 and "location" in answer.head.fields:
             problem = f"{name} answered with a redirect ({status}): correct its base_url in relay.json", "redirect"
         elif status == 401 and not (job.names_account and ABOUT_ACCOUNT.search(answer.content)):
             key = f"key {answer.candidate.label}" if answer.candidate.key else "lack of a key"
@@ -5151,6 +5154,7 @@ class LogWriter:
     def __init__(self, stream: Optional[IO[str]]) -> None:
         self._stream = stream
         self._lines: collections.deque[str] = collections.deque()
+        self._size = 0  # of the lines, about: several threads add to it
         self._wanted = threading.Event()
         self._lock = threading.Lock()  # guards the order of writes
         self.style = "text"
@@ -5193,6 +5197,7 @@ class LogWriter:
         """Writes what is waiting."""
         with self._lock:
             lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            self._size = 0
             if self.dropped:
                 lines.append(f"{self.dropped} lines of the log were dropped: it was not taken fast enough")
                 self.dropped = 0
@@ -5203,8 +5208,9 @@ class LogWriter:
                     pass  # a closed or full log must not stop the serving
 
     def _put(self, line: str) -> None:
-        if len(self._lines) < LOG_BACKLOG_LINES:
+        if len(self._lines) < LOG_BACKLOG_LINES and self._size < LOG_BACKLOG_CHARACTERS:
             self._lines.append(line)
+            self._size += len(line)
         else:
             self.dropped += 1
         if not self._wanted.is_set():

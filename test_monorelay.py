@@ -1139,7 +1139,7 @@ class Pool:
         self.pool = monorelay.KeyPool(random.Random(1))
 
     def order(self, now: float = 0, session: str = "s", name: str = "claude-a@anthropic") -> list[Any]:
-        return self.pool.order(monorelay.resolve(self.config, name), lambda: session, now)
+        return self.pool.order(monorelay.resolve(self.config, name), session, now)
 
     def labels(self, now: float = 0, session: str = "s", name: str = "claude-a@anthropic") -> str:
         return " ".join(candidate.key.label for candidate in self.order(now, session, name))
@@ -1566,14 +1566,44 @@ def test_chunks_give_back_what_was_put_in(parts, cuts):
     assert decoded == b"".join(parts) and decoder.finished
 
 
+def walked(pieces: list[bytes]) -> Any:
+    """What a walk over a JSON body says that comes in these pieces."""
+    walk = monorelay.JsonWalk()
+    for piece in pieces:
+        walk.feed(piece)
+        while walk.behind:
+            walk.go_on()
+    walk.finish()
+    while walk.behind:
+        walk.go_on()
+    return walk.facts
+
+
+def bytewise(body: bytes) -> list[bytes]:
+    return [body[at : at + 1] for at in range(len(body))]
+
+
 def model_of(body: bytes) -> str:
-    """The model that a JSON body names."""
-    return monorelay.find_model(body)
+    """The model that a JSON body names: read at once, walked whole and walked byte by byte, with the same result."""
+
+    def outcome(read: Callable[[Any], Any], given: Any) -> Any:
+        try:
+            return read(given)._replace(span=None)
+        except monorelay.BadRequest as error:
+            return error.code, "" if error.code == "not_json" else error.message
+
+    at_once = outcome(monorelay.read_at_once, body)
+    assert outcome(walked, [body]) == outcome(walked, bytewise(body)) == at_once
+    return monorelay.read_at_once(body).model
 
 
 def with_model(body: bytes, name: str) -> bytes:
-    """The body with another name for its model."""
-    return monorelay.splice_model(body, name)
+    """The body with another name for its model, the same however that was found and the body is cut."""
+    span = walked([body]).span
+    assert span == walked(bytewise(body)).span == monorelay.model_span(body)
+    spliced = b"".join(monorelay.splice_model([body], span, name))
+    assert b"".join(monorelay.splice_model(bytewise(body), span, name)) == spliced
+    return spliced
 
 
 @pytest.mark.parametrize(
@@ -1631,8 +1661,9 @@ def test_body_without_one_clear_model_is_a_bad_request(name):
 
 def test_deep_nesting_is_searched_or_refused():
     body = b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b',"model":"a"}'
+    assert walked([body]).model == "a"
     with contextlib.suppress(monorelay.BadRequest):
-        assert model_of(body) == "a"
+        assert monorelay.read_at_once(body).model == "a"
 
 
 JSON_VALUES = st.recursive(
@@ -1644,7 +1675,10 @@ JSON_VALUES = st.recursive(
 
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(
-    st.dictionaries(st.text(), JSON_VALUES), st.text(), st.booleans(), st.sampled_from([None, 1])
+    st.dictionaries(st.text(), JSON_VALUES),
+    st.text(min_size=1, max_size=256),
+    st.booleans(),
+    st.sampled_from([None, 1]),
 )
 def test_model_is_found_in_any_json_object(fields, name, ascii_only, indent):
     body = json.dumps({**fields, "model": name}, ensure_ascii=ascii_only, indent=indent).encode()
@@ -4917,8 +4951,8 @@ def test_a_large_body_is_read_as_json_is_and_only_its_model_changes(upstream, re
     check()
 
 
-@pytest.mark.parametrize("odd", [b"\x00", b"\n", b"\x1f", b"\xff", b"\xed\xa0\x80", b"\\x", b"\\"], ids=brief)
-def test_a_string_of_100_kilobytes_is_checked_like_a_short_one(upstream, relay, odd):
+@pytest.mark.parametrize("odd", [b"\\x", b"\\u00g0", b"\\"], ids=brief)
+def test_the_escapes_of_a_string_of_100_kilobytes_are_checked_like_a_short_ones(upstream, relay, odd):
     provider = upstream(answer())
     it = relay({"anthropic": provider}, aliases={"fast": "claude-test"})
     for model in (b"claude-test", b"fast"):
