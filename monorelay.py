@@ -8,7 +8,7 @@
 
 Rooms, top to bottom; each knows only those above it, and down to the echo provider none does I/O:
 
-    limits · errors · config · auth · routing · key pool · wire rules · model splice · server-sent events ·
+    limits · errors · config · auth · routing · key pool · wire rules · json bodies · server-sent events ·
     access log · echo provider · event loop · request body · upstream · relay · catalogue · log writer · handler ·
     server · command line
 
@@ -18,7 +18,7 @@ What happens to a request:
     Handler._next_head            a whole head is waited for
     Handler._answer_request       the head is parsed strictly, the endpoint is found
     Handler._authenticate         access key or JWT becomes a Caller
-    Handler._read_body            the body is read for its model, or will stream through
+    Handler._read_body            the body is read for its model as it comes, or will stream through
     targets_for → KeyPool.order   the model becomes targets, the targets candidates (target, key)
     Relay.obtain                  candidate after candidate: connect → send → read the head → judge
     Delivery.run                  the answer goes out as it arrives
