@@ -1061,7 +1061,7 @@ def from_base64url(part: str) -> bytes:
 
 def signature(signed: str, secret: str) -> bytes:
     """HS256 of RFC 7518 §3.2 over the first two parts of a token."""
-    return hmac.new(secret.encode("utf-8", "surrogateescape"), signed.encode("ascii"), "sha256").digest()
+    return hmac.new(secret.encode("utf-8", "surrogateescape"), signed.encode("ascii"), hashlib.sha256).digest()
 
 
 def sign_token(claims: Mapping[str, Any], secret: str) -> str:
@@ -1568,7 +1568,8 @@ class Headers:
         if name not in self._first:
             return []
         values = ",".join(self.all(name)).lower()
-        return [element for element in map(str.strip, values.split(",")) if element] if "," in values else [values]
+        elements = map(str.strip, values.split(",")) if "," in values else [values]
+        return [element for element in elements if element]
 
 
 class RequestHead(NamedTuple):
@@ -4198,9 +4199,11 @@ class UpstreamPool:
         codecs.lookup("idna")
         for provider in providers:
             proxy_for(provider)
-            if provider.scheme == "https" and self._tls is None:
-                self._tls = ssl.create_default_context()
-                self._tls.set_alpn_protocols(["http/1.1"])
+            if provider.scheme == "https":
+                try:
+                    self._tls_context()
+                except OSError:
+                    pass  # certificates that can't be read; each request will say so
 
     def take(self, provider: Provider) -> Optional[Channel]:
         """A kept connection, the one used last: it is the least likely to be closed soon. One that came back just now
@@ -4269,9 +4272,7 @@ class UpstreamPool:
             if provider.scheme == "https":
                 if proxy:
                     yield from open_tunnel(self._loop, channel, provider, proxy, deadline)
-                self.prepare([provider])
-                assert self._tls
-                yield from channel.secure(self._tls, provider.host, deadline)
+                yield from channel.secure(self._tls_context(), provider.host, deadline)
             elif proxy:
                 channel.target_prefix = provider.origin
                 channel.extra_fields = proxy_credential(proxy)
@@ -4279,6 +4280,13 @@ class UpstreamPool:
             channel.close()
             raise
         return channel
+
+    def _tls_context(self) -> ssl.SSLContext:
+        """What all TLS connections have in common. Raises OSError."""
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+            self._tls.set_alpn_protocols(["http/1.1"])
+        return self._tls
 
     def _addresses(self, host: str, port: int, deadline: float) -> Steps[list[Any]]:
         """The addresses of a host, as getaddrinfo() returns them. Raises OSError, Overdue and ClientGone."""
