@@ -3481,6 +3481,7 @@ READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 CONNECTING = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
 BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 M_ARENA_MAX = -8  # mallopt(3)
+IGNORE_UNEXPECTED_EOF = 0x80  # SSL_CTX_set_options(3); Python has no name for it before 3.10
 # When the first probe of a silent connection is sent, and the next; macOS calls the first TCP_KEEPALIVE.
 PROBES = [
     (getattr(socket, name), seconds)
@@ -4286,6 +4287,8 @@ class UpstreamPool:
         if self._tls is None:
             self._tls = ssl.create_default_context()
             self._tls.set_alpn_protocols(["http/1.1"])
+            # Some Pythons set it, which makes an end without a close_notify look like one with it.
+            self._tls.options &= ~IGNORE_UNEXPECTED_EOF
         return self._tls
 
     def _addresses(self, host: str, port: int, deadline: float) -> Steps[list[Any]]:
