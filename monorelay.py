@@ -5443,8 +5443,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         seen, begun = 0, False
         try:
             while True:
-                if not seen and channel.received.startswith(b"\r\n"):
+                if seen < 2 and channel.received.startswith(b"\r\n"):
                     channel.use(2)  # RFC 9112 §2.2: an empty line before it is ignored
+                    seen = 0
                 size = head_length(channel.received, seen)
                 if size:
                     return channel.use(size)
