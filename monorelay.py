@@ -1360,7 +1360,7 @@ def not_usable(provider: Provider) -> Unavailable:
 # its provider would.
 #
 #   429                             the key with this model, until retry-after or for `cooldown`
-#   401, 402                        the key, for ten times `cooldown`
+#   401, 402                        the key, for ten times `cooldown`; for requests without a model, if it was one
 #   403, 5xx (529 among them)       the key with this model, for a second, doubling up to `cooldown`
 #   no connection, or a broken one  the provider, for a second, doubling up to `cooldown`
 #   anything else                   says nothing about a key
@@ -1474,7 +1474,8 @@ class KeyPool:
                 entry.until = now + (cooldown if retry_after is None else retry_after)
                 entry.fixed = retry_after is not None
         elif status in QUARANTINED:
-            self._entry(key).until = now + QUARANTINE_FACTOR * cooldown
+            # Of a request without a model it may be the path that the key is not good for.
+            self._entry(key if candidate.target.model else key_and_model).until = now + QUARANTINE_FACTOR * cooldown
         elif status == 403 or status >= 500:
             self._entry(key_and_model).back_off(cooldown, now)
 
@@ -2024,6 +2025,8 @@ METHOD_OVERRIDES = ("x-http-method-override", "x-http-method", "x-method-overrid
 # Bodies that are read for a model on paths of which the relay knows nothing: JSON, and what curl and
 # careless clients call JSON. All others stream through.
 READ_TYPES = frozenset({"application/json", "text/plain", "text/json", "application/x-www-form-urlencoded", ""})
+# What no server behind can take for another kind of body, or another alphabet, than the relay has read.
+PLAIN_JSON_TYPE = re.compile(r"(?i)(?:(?!multipart)[^;,]*(?:; *charset=\"?utf-8\"?)?)")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -2182,13 +2185,13 @@ class BodyFacts(NamedTuple):
     """What a JSON body says that matters here."""
 
     model: str
-    lookalike: bool  # whether another top-level name is `model` but for its case
+    lookalike: bool  # whether another top-level name may be taken for `model`
     user_id: str  # the one in `metadata`, or empty
     span: Optional[tuple[int, int]] = None  # where the value of `model` stands, if that is known
 
 
 def facts_of(models: Sequence[tuple[str, Any]], user_id: str, span: Optional[tuple[int, int]] = None) -> BodyFacts:
-    """The facts of a body with these members called `model`, in whatever case. Raises BadRequest unless exactly one
+    """The facts of a body with these members whose names may be taken for `model`. Raises BadRequest unless exactly one
     has that very name, and names a model."""
     values = [value for name, value in models if name == "model"]
     if not values:
@@ -2203,8 +2206,9 @@ def facts_of(models: Sequence[tuple[str, Any]], user_id: str, span: Optional[tup
 
 
 def is_model_name(name: str) -> bool:
-    """Whether a name is `model` for servers that don't heed its case."""
-    return len(name) == len("model") and name.lower() == "model"
+    """Whether a name is `model` for servers that don't heed its case, or end it at a NUL; or the `models` by which some
+    are told what else may be used."""
+    return name[:5].lower() == "model" and name[5:].lower().partition("\0")[0] in ("", "s")
 
 
 def read_at_once(body: bytes) -> BodyFacts:
@@ -2220,7 +2224,7 @@ def read_at_once(body: bytes) -> BodyFacts:
         raise not_json("it is not in UTF-8, or nested too deeply") from None
     if not isinstance(document, tuple):
         raise BadRequest("the body must be a JSON object", "not_json")
-    models = [member for member in document if member[0].lower() == "model"]
+    models = [member for member in document if member[0] == "model" or is_model_name(member[0])]
     metadata = [value for name, value in document if name == "metadata" and isinstance(value, tuple)]
     user_ids = [value for pairs in metadata for name, value in pairs if name == "user_id" and isinstance(value, str)]
     return facts_of(models, user_ids[-1] if user_ids else "")
@@ -2304,7 +2308,7 @@ class JsonWalk:
             kind = match.lastindex or 0
             following = GRAMMAR[state].get(kind)
             start, at, end = at, match.end(), match.end(kind)
-            if not following or end - start == LONG_STRING_BYTES:
+            if not following or (kind == SCALAR and end - start == LONG_STRING_BYTES):
                 raise self._malformed(start)
             self._values += VALUES_OF_KIND[kind]
             if kind == QUOTE:
@@ -2555,27 +2559,27 @@ class Inflater:
 # A line that says that the stream is over: an event's name, or its data where there are no names; an error; the
 # last chunk of OpenAI's chat format, which some servers follow up by [DONE] and some don't.
 STREAM_ENDS = re.compile(
-    rb'(?:^|[\r\n])(?:data: ?(?:\[DONE\]|\{ ?"error")|(?:event: ?|data: ?\{ ?"type" ?: ?")'
+    rb'(?:^|[\r\n])(?:data: ?(?:\[DONE\]|\{ ?"error" ?: ?[{"])|(?:event: ?|data: ?\{ ?"type" ?: ?")'
     rb"(?:message_stop|error|response\.(?:completed|incomplete|failed)))"
     rb'|"finish_reason" ?: ?"'
 )
-FIRST_EVENT_IS_ERROR = rb'event: ?error[\r\n]|data: ?\{ ?"(?:error"|type" ?: ?"error")'
+FIRST_EVENT_IS_ERROR = rb'event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error")'
 USAGE = re.compile(rb'"(input|prompt|output|completion)_tokens" ?: ?([0-9]{1,12})')
 
 
 class LineSplitter:
     """Cuts a stream of bytes where its lines end."""
 
-    __slots__ = ("_held", "mid_line")
+    __slots__ = ("held", "mid_line")
 
     def __init__(self) -> None:
-        self._held = b""
+        self.held = b""  # the beginning of a line
         self.mid_line = False  # whether what was given out last didn't end a line
 
     def feed(self, data: bytes) -> bytes:
         """All whole lines up to now; of a line over the limit, also what has come of it."""
-        if self._held:
-            data, self._held = self._held + data, b""
+        if self.held:
+            data, self.held = self.held + data, b""
         if data.endswith(b"\n"):
             self.mid_line = False
             return data
@@ -2585,13 +2589,13 @@ class LineSplitter:
         if len(data) - cut > STREAM_LINE_BYTES:
             self.mid_line = True
             return data
-        self._held = data[cut:]
+        self.held = data[cut:]
         self.mid_line = self.mid_line and not cut
         return data[:cut]
 
     def flush(self) -> bytes:
         """What is left of a stream that ended properly without ending its last line."""
-        held, self._held = self._held, b""
+        held, self.held = self.held, b""
         return held
 
 
@@ -3677,7 +3681,7 @@ class Channel:
         self.kept_in_turn = 0
         self.receive()
         if self.received or self.ended:
-            self.received, self.answered, self.ended = b"", False, True
+            self.received, self._outgoing, self.answered, self.ended = b"", b"", False, True
             self._watch()
             raise ConnectionResetError(errno.ECONNRESET, "the kept connection was closed, or spoke unasked")
 
@@ -3719,8 +3723,18 @@ class Channel:
             self.end_turn()
         # TLS may have waited for room to be able to read on.
         if not self.opening and self._watched & READABLE:
-            self.receive()
+            if self.kept_in_turn and self.task:
+                self._refuse_early_bytes()
+            else:
+                self.receive()
         self._tell()
+
+    def _refuse_early_bytes(self) -> None:
+        """Receives on a kept connection whose next request is put off: what comes before it is no answer to it."""
+        try:
+            self._look_before_use()
+        except OSError:
+            self.send_failed = True
 
     def _tell(self) -> None:
         """Has the task see what has happened; a connection that belongs to none is of no use any more."""
@@ -4518,7 +4532,7 @@ class AnswerHeads:
 class Answer:
     """An answer whose head has been read; its body may still be coming."""
 
-    __slots__ = ("candidate", "channel", "content", "decoder", "head", "is_stream", "whole_request")
+    __slots__ = ("candidate", "channel", "content", "decoder", "has_body", "head", "is_stream", "whole_request")
 
     def __init__(self, candidate: Candidate, channel: Channel, head: ResponseHead, decoder: Decoder) -> None:
         self.candidate = candidate
@@ -4527,6 +4541,7 @@ class Answer:
         self.decoder = decoder
         self.content = b""  # of the body, decoded and not passed on yet
         self.whole_request = True  # False when it came before the request had been sent
+        self.has_body = True  # False for one that must not have any: a provider may send one nevertheless
         # What came encoded has no lines to be told apart.
         self.is_stream = (
             media_type(head.fields) == "text/event-stream"
@@ -4538,6 +4553,7 @@ class Answer:
         """Whether the connection can carry another request."""
         return (
             self.decoder.finished
+            and self.has_body
             and not isinstance(self.decoder, CloseDecoder)
             and not self.decoder.rest
             and not self.channel.received
@@ -4552,9 +4568,8 @@ class Answer:
         """Whether the key that was sent stands in the head, or in what has come of the content."""
         key = self.candidate.key
         secret = key.secret.reveal() if key else ""
-        return bool(secret) and (
-            secret.encode("ascii") in self.content or any(secret in value for _, value in self.head.headers)
-        )
+        told = [self.head.reason, *itertools.chain.from_iterable(self.head.headers)]
+        return bool(secret) and (secret.encode("ascii") in self.content or any(secret in text for text in told))
 
     def absorb(self, data: bytes) -> bytes:
         """Decodes the next bytes from upstream into `content`, and returns what they add. Raises FramingError."""
@@ -4581,6 +4596,7 @@ def read_answer(
         yield from arrival(loop, channel, candidate)
         head = heads.take_final()
     answer = Answer(candidate, channel, head, answer_decoder(head, method))
+    answer.has_body = method != "HEAD" and head.status not in (204, 304)
     if channel.received:
         answer.absorb(channel.take())
     return answer
@@ -4623,6 +4639,7 @@ class Job(NamedTuple):
     body: Union[ReadBody, RequestBody]
     candidates: Sequence[Candidate]
     record: AccessRecord
+    blames: bool = True  # whether what goes wrong with it says something about keys and providers
 
     @property
     def only_once(self) -> bool:
@@ -4689,7 +4706,7 @@ class Relay:
     def _blame(self, job: Job, provider: Provider, error: UpstreamFailure) -> None:
         """Has a provider that could not be reached come later for a while; not one that gave up on a slow upload.
         Echo's faults are made to order."""
-        if provider.format != "echo" and (isinstance(error, Unreachable) or job.is_sent):
+        if provider.format != "echo" and job.blames and (isinstance(error, Unreachable) or job.is_sent):
             self.keys.unreachable(provider, self._loop.now)
 
     def _note(self, record: AccessRecord, candidate: Candidate, attempts: int = 1) -> None:
@@ -4720,10 +4737,10 @@ class Relay:
             whole = yield from self._send(job, candidate, channel, heads)
             answer = yield from read_answer(self._loop, channel, heads, candidate, job.head.method)
             answer.whole_request = whole
-            if answer.is_stream:
-                yield from self._read_first_line(answer)
-            elif 400 <= answer.head.status < 500:
+            if answer.head.status >= 400:
                 yield from self._peek(answer)
+            elif answer.is_stream:
+                yield from self._read_first_line(answer)
             return answer
         except FramingError as error:
             channel.close()
@@ -4802,7 +4819,7 @@ class Relay:
         # What the client itself has caused says nothing about a key: an account that it named, an upload that it
         # didn't finish.
         own_fault = (status == 401 and job.names_account) or (status >= 500 and not job.is_sent)
-        if provider.format != "echo" and not own_fault:
+        if provider.format != "echo" and job.blames and not own_fault:
             if status < 400:
                 self.keys.succeeded(candidate, self._loop.now)
             else:
@@ -4825,9 +4842,9 @@ class Relay:
             problem = f"{name} answered with a redirect ({status}): correct its base_url in relay.json", "redirect"
         elif status == 401 and not (job.names_account and ABOUT_ACCOUNT.search(answer.content)):
             key = f"key {answer.candidate.label}" if answer.candidate.key else "lack of a key"
-            reason = f"401 {error_code(answer.content)}".strip()
+            reason = "401" if answer.quotes_key else f"401 {error_code(answer.content)}".strip()
             problem = f"{name} refused this relay's {key} ({reason})", "refused_key"
-        elif 400 <= status < 500 and answer.quotes_key:
+        elif status >= 400 and answer.quotes_key:
             problem = f"{name} answered with {status}, and quoted this relay's key in that", "quoted_key"
         if any(problem):
             answer.release(self.connections)
@@ -4934,6 +4951,8 @@ class Transfer:
     def close(self, broken: bool) -> bytes:
         """What goes out when upstream has closed: rightly where nothing else marks the end, unless the connection is
         broken; and for a stream if it has said that it is over."""
+        if isinstance(self._filter, LineSplitter) and self._filter.held:
+            self._sees_end = bool(STREAM_ENDS.search(self._filter.held))
         if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not (self._awaits_end or broken)):
             self._decoder.finished = True
             return self._passed(b"")
@@ -5088,7 +5107,7 @@ class Catalogue:
         head = RequestHead("GET", "/v1/models", query, 1, Headers([]), 0)
         candidate = Candidate(Target(hasty, ""), provider.keys[0] if provider.keys else None)
         record = AccessRecord(time.time(), self._loop.now)
-        job = Job(head, Endpoint("catalogue", "", "/models"), ReadBody(), [candidate], record)
+        job = Job(head, Endpoint("catalogue", "", "/models"), ReadBody(), [candidate], record, blames=False)
         entries: list[JsonDict] = []
         asked = self._loop.now
         try:
@@ -5649,13 +5668,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = self.record.model = body.facts.model
         if not self._may_use(request, asked):
             raise Forbidden(f"{self.record.caller} may not use the model {asked!r}")
-        hidden = body.facts.lookalike or not request.endpoint.by_model
+        is_plain = PLAIN_JSON_TYPE.fullmatch(request.head.fields.get("content-type"))
+        hidden = body.facts.lookalike or not request.endpoint.by_model or not is_plain
         if request.caller.user and self._is_restricted(request) and hidden:
             raise hidden_model(request.caller)
         targets = self.targets_for(asked, request.endpoint.dialect)
         if [target for target in targets if target.model != asked]:
             body.locate_model()
             yield from self._catch_up(body)
+            if body.problem[0]:  # the one thing that `json` takes and a walk doesn't: a number of thousands of digits
+                raise BadRequest(*body.problem)
         if request.caller.user:
             self._count(request.caller.user)
         session = request.head.fields.get("x-claude-code-session-id") or body.facts.user_id or self.record.caller

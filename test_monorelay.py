@@ -1659,6 +1659,19 @@ def test_body_without_one_clear_model_is_a_bad_request(name):
     assert caught.value.status == 400
 
 
+@pytest.mark.parametrize("size", range(4090, 4100))
+def test_a_string_of_any_length_is_a_string(size):
+    for body in (b'{"model":"a","%s":1}' % (b"z" * size), b'{"x":["%s"],"model":"a"}' % (b"z" * size)):
+        assert model_of(body) == "a"
+
+
+def test_a_number_too_long_for_an_alias_is_a_bad_request(upstream, relay):
+    it = relay({"anthropic": upstream(answer())}, aliases={"fast": "claude-test"})
+    dense = b'"x":[' + b'"abcd",' * 8000 + b"9" * 5000 + b"]}"
+    assert it.post("/v1/messages", b'{"model":"claude-test",' + dense).status == 200
+    refused(it.post("/v1/messages", b'{"model":"fast",' + dense), 400, "invalid_request_error")
+
+
 def test_deep_nesting_is_searched_or_refused():
     body = b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b',"model":"a"}'
     assert walked([body]).model == "a"
@@ -3421,11 +3434,12 @@ def test_a_3xx_that_leads_nowhere_passes(upstream, relay, raw):
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 422, 429])
-@pytest.mark.parametrize("place", ["body", "header", "far in the body", "chunks", "close"])
+@pytest.mark.parametrize("place", ["body", "header", "name", "reason", "far in the body", "chunks", "close"])
 def test_an_answer_that_quotes_the_providers_key_is_a_502(upstream, relay, status, place):
     key = "sk-proj-very-secret-0123456789"
     told = b'{"error":{"message":"%sIncorrect API key provided: %s."}}' % (
-        b"x" * (30_000 if place == "far in the body" else 0), b"another" if place == "header" else key.encode()
+        b"x" * (30_000 if place == "far in the body" else 0),
+        b"another" if place in ("header", "name", "reason") else key.encode(),
     )  # fmt: skip
     if place in ("chunks", "close"):
         at = told.index(b"very")
@@ -3435,7 +3449,9 @@ def test_an_answer_that_quotes_the_providers_key_is_a_502(upstream, relay, statu
             b"transfer-encoding: chunked\r\n\r\n" + chunked(*pieces) if place == "chunks" else b"\r\n" + told
         )
     else:
-        raw = answer(status, told, *([f"x-debug: key {key}"] if place == "header" else []))
+        raw = answer(status, told, *([f"x-debug: key {key}"] if place in ("header", "name") else []))
+        raw = raw.replace(b"x-debug: key", key.encode() + b":") if place == "name" else raw
+        raw = raw.replace(b"Whatever", key.encode()) if place == "reason" else raw
     provider = upstream(replies_then_closes(raw))
     got = relay({"anthropic": {"upstream": provider, "keys": [key]}}).post("/v1/messages", prompt())
     message = refused(got, 502, "api_error")
@@ -4002,9 +4018,19 @@ def test_a_stream_that_says_in_its_data_that_it_ends_gets_no_error_event(upstrea
     assert (got.status, got.body) == (200, text)
 
 
+def test_an_error_that_is_null_is_none(upstream, relay):
+    first = b'data: {"error":null,"choices":[{"index":0,"delta":{"content":"hi"}}]}\n\n'
+    provider = upstream(STREAM_HEAD + chunked(first, *OPENAI_EVENTS))
+    it = relay({"openai": provider, "openai2": provider})
+    got = it.post("/v1/chat/completions", chat(stream=True))
+    assert (got.body, got.get("x-monorelay-attempts")) == (first + b"".join(OPENAI_EVENTS), "1")
+
+
 @pytest.mark.parametrize(
     ("path", "text"),
     [
+        ("/v1/chat/completions", b'data: {"error":null,"choices":[]}\n\n'),
+        ("/v1/chat/completions", OPENAI_EVENTS[1] + b'data: {"choices":[{"index":1'),
         ("/v1/chat/completions", OPENAI_EVENTS[0]),
         (
             "/v1/chat/completions",
@@ -4462,7 +4488,8 @@ def limited(upstream, relay, **sections: Any) -> tuple[Relay, Upstream, str]:
     return it, provider, bearer()
 
 
-@pytest.mark.parametrize("name", ["Model", "MODEL", "mOdel", "\\u004dodel", "MODE\\u004c", "mode\\u006C"])
+@pytest.mark.parametrize("name", ["Model", "MODEL", "mOdel", "\\u004dodel", "MODE\\u004c", "mode\\u006C",
+                                  "models", "model\\u0000", "MODELS"])  # fmt: skip
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions", "/v1/embeddings"])
 def test_a_second_model_in_another_case_is_refused_to_whom_models_are_set(upstream, relay, name, path):
     it, provider, token = limited(upstream, relay)
@@ -4676,6 +4703,57 @@ def test_clients_that_ask_for_the_catalogue_together_have_the_provider_asked_onc
         gate.set()
         answers = [client.answer() for client in clients[1:]]
     assert {answer.json["data"][0]["id"] for answer in answers} == {"claude-a"} and len(provider.requests) == 1
+
+
+@pytest.mark.parametrize("fault", [answer(401), answer(402), b""], ids=brief)
+def test_a_provider_that_lists_no_models_serves_on(upstream, relay, fault):
+    def script(connection: Connection) -> None:
+        while (asked := connection.read_request()).method == "POST" or fault:
+            connection.send(answer() if asked.method == "POST" else fault)
+
+    first, second = upstream(script), upstream(answer())
+    it = relay({"anthropic": first, "anthropic2": second})
+    assert it.ask("GET", "/v1/models").status == 200
+    assert it.post("/v1/messages", prompt()).get("x-monorelay-provider") == "anthropic"
+
+
+@pytest.mark.parametrize("status", [401, 402])
+def test_a_path_that_a_key_is_not_good_for_spoils_it_for_no_model(upstream, relay, status):
+    def script(connection: Connection) -> None:
+        while asked := connection.read_request():
+            connection.send(answer(status if asked.method == "GET" else 200))
+
+    provider = upstream(script)
+    it = relay({"anthropic": two_keys(provider)})
+    it.ask("GET", "/v1/organizations/users", None, ANTHROPIC_VERSION)
+    assert it.post("/v1/messages", prompt()).status == 200
+    assert provider.requests[-1].get("x-api-key") == "sk-a"
+
+
+@pytest.mark.parametrize("kind", ["application/json; charset=utf-7", "multipart/form-data; boundary=x"])
+def test_a_body_that_may_be_read_otherwise_is_refused_to_whom_models_are_set(upstream, relay, kind):
+    it, provider, token = limited(upstream, relay)
+    body = b'{"model":"claude-a","x":"+ACI-,+ACI-model+ACI-:+ACI-claude-opus"}'
+    refused(it.post("/v1/messages", body, f"Content-Type: {kind}", token=token), 403, "permission_error")
+    assert not provider.requests
+    plain = "Content-Type: application/json; charset=UTF-8"
+    assert it.post("/v1/messages", body, plain, token=token).status == 200
+
+
+@pytest.mark.parametrize("status", [204, 304, 200])
+def test_what_follows_an_answer_that_has_no_body_reaches_nobody(upstream, relay, status):
+    def script(connection: Connection) -> None:
+        asked = connection.read_request()
+        if asked.method == "POST":
+            connection.send(answer(200, b'"mine"'))
+        else:
+            connection.send(b"HTTP/1.1 %d Fine\r\nx-a: 1\r\n\r\n" % status)
+            connection.read_request()
+            connection.send(answer(200, b'"stray"'))
+
+    it = relay({"anthropic": upstream(script)})
+    it.ask("HEAD" if status == 200 else "GET", "/v1/files/f", None, ANTHROPIC_VERSION)
+    assert it.post("/v1/messages", prompt()).body == b'"mine"'
 
 
 def test_an_odd_entry_of_a_provider_does_not_spoil_the_catalogue(upstream, relay):
