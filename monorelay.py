@@ -87,6 +87,7 @@ REQUEST_HEAD_BYTES = 64 * 1024
 REQUEST_HEAD_FIELDS = 200
 # Providers are trusted more than clients: http.client allows 100 lines of 64 KiB, curl 300 KiB.
 ANSWER_HEAD_BYTES = 256 * 1024
+ANSWER_HEAD_FIELDS = 1000
 # A 103 or a 102 now and then is normal; an endless row of them is not.
 INTERIM_ANSWERS = 20
 INTERIM_SECONDS = 60.0  # within so long: some send a 102 every 15 seconds while they work
@@ -143,9 +144,10 @@ JWT_SECRET_BYTES = 32  # RFC 7518 §3.2: a key at least as long as the hash
 JWT_BYTES = 8 * 1024  # as long as a header line may be for nginx; claims are read before anybody is known
 SHOWN_TOKENS = 2  # one in `Authorization`, one in `x-api-key`
 OPEN_ACCESS_KEY_CHARACTERS = 16  # the least for a relay that listens beyond this machine
-CATALOGUE_BYTES = 8 * 1024 * 1024  # of a provider's list; the longest known has 1 MB
+CATALOGUE_BYTES = 4 * 1024 * 1024  # of a provider's list; the longest known has 1 MB
 CATALOGUE_VALUES = 200_000  # which `json` reads in some 20 ms
-LISTED_MODELS = 5000  # of a provider
+LISTED_MODELS = 1000  # of a provider; the longest known list has some 500
+LISTED_ENTRY_CHARACTERS = 2048  # as JSON; the usual ones have 100 to 1,500
 CATALOGUE_WAIT_SECONDS = 2.0  # Claude Code gives up after 3
 CATALOGUE_FRESH_SECONDS = 300.0
 CATALOGUE_RETRY_SECONDS = 30.0  # until a provider that didn't list its models is asked again
@@ -1635,11 +1637,11 @@ def parse_request_head(data: bytes) -> RequestHead:
     method, target, major, minor = match.groups()
     if major != "1":
         raise MalformedRequest(f"HTTP/{major}.{minor} is not spoken here; use HTTP/1.1")
+    if block.count("\n") > REQUEST_HEAD_FIELDS + 1:
+        raise MalformedRequest(f"the request has more than {REQUEST_HEAD_FIELDS} header fields", 431)
     pairs = parse_fields(block[:-2])
     if pairs is None:
         raise MalformedRequest("a header line must read NAME: VALUE, without control bytes and ended by CRLF")
-    if len(pairs) > REQUEST_HEAD_FIELDS:
-        raise MalformedRequest(f"the request has more than {REQUEST_HEAD_FIELDS} header fields", 431)
     fields, version = Headers(pairs), int(minor)
     check_host(fields, version)
     check_spellings(fields)
@@ -1709,9 +1711,9 @@ def parse_response_head(data: bytes) -> ResponseHead:
     match = STATUS_LINE.fullmatch(line)
     if not match:
         raise FramingError("the status line is malformed")
-    pairs = parse_fields(block[:-2])
+    pairs = parse_fields(block[:-2]) if block.count("\n") <= ANSWER_HEAD_FIELDS else None
     if pairs is None:
-        raise FramingError("a header line is malformed")
+        raise FramingError("a header line is malformed, or there are too many")
     return ResponseHead(int(match[2]), match[3] or "", int(match[1]), Headers(pairs))
 
 
@@ -2144,6 +2146,7 @@ def unreserved(path: str) -> str:
 JSON_BLANKS = " \t\n\r"
 JSON_AT_ONCE_BYTES = 256 * 1024  # `json` takes up to 8 ms for as much
 SPLICED_AT_ONCE_BYTES = 16 * 1024  # and model_span() up to 5
+AT_ONCE_BYTES = 32 * 1024  # a longer body waits for the turn of others before it is read
 LONG_STRING_BYTES = 4096
 QUOTE_SPACING_BYTES = 200  # further apart than this on the average, quotes are few
 WALK_STEPS = 500  # tokens, or parts of a string, at a time; of a piece of 64 KiB that takes 3 ms at the most
@@ -2381,11 +2384,20 @@ class JsonWalk:
         if GRAMMAR[state].get(kind) == "colon":
             self._names[depth - 1 :] = [self._text(start, end), ""][: 3 - depth]
         elif state == "value" and depth == 1 and is_model_name(self._names[0]):
-            self._models.append((self._names[0], self._text(start, end) if is_string else None))
-            if self._names[0] == "model":
-                self._span = self._before + start, self._before + end
+            self._notice_model(self._names[0], start, end, is_string)
         elif state == "value" and is_string and self._names == ["metadata", "user_id"]:
             self._user_id = self._text(start, end)
+
+    def _notice_model(self, name: str, start: int, end: int, is_string: bool) -> None:
+        """Notes the member called `model`, and of those that may be taken for it the first. Raises BadRequest for a
+        second one of that very name."""
+        if name == "model":
+            if self._span[1]:
+                raise BadRequest("model: given more than once")
+            self._span = self._before + start, self._before + end
+            self._models.append((name, self._text(start, end) if is_string else None))
+        elif not self._models or self._models[-1][0] == "model":
+            self._models.append((name, None))
 
     def _text(self, start: int, end: int) -> str:
         """The string that stands there; of a long one its beginning, unread."""
@@ -2426,7 +2438,7 @@ class ReadBody:
 
     def add(self, piece: bytes) -> None:
         """Takes the next piece of the content."""
-        self.content.append(piece)
+        append_piece(self.content, piece)
         self.size += len(piece)
         if self._walk:
             self._walk.feed(piece)
@@ -2491,6 +2503,14 @@ class ReadBody:
         if self._walk:
             self._walk.finish()
             self.go_on()
+
+
+def append_piece(pieces: list[bytes], piece: bytes) -> None:
+    """Appends a piece of a body. Small ones become one: each has a cost of its own, in memory and when it is sent."""
+    if pieces and len(pieces[-1]) + len(piece) <= RECEIVE_BYTES:
+        pieces[-1] += piece
+    else:
+        pieces.append(piece)
 
 
 def splice_model(pieces: Sequence[bytes], span: tuple[int, int], name: str) -> list[bytes]:
@@ -3855,7 +3875,9 @@ class EventLoop:
         self.tasks: set[Task] = set()
         self.sweep_at = 0.0
         self.turn = 1
-        self.patient: collections.deque[Callable[[], object]] = collections.deque()  # what those wait for who gave way
+        # What those wait for who gave way: some to go on with their work, some to be served once more.
+        self.patient: collections.deque[Callable[[], object]] = collections.deque()
+        self.pipelined: collections.deque[Callable[[], object]] = collections.deque()
         self.crowded = False  # whether there is more than one to serve in this turn
         self.outbox: collections.deque[Channel] = collections.deque()  # those with something to send at its end
         self.worker = Worker()
@@ -3904,7 +3926,7 @@ class EventLoop:
 
     def _turn(self) -> None:
         """Waits until there is something to do, and does it."""
-        waiting = self._posted or self.outbox or self.patient
+        waiting = self._posted or self.outbox or self.patient or self.pipelined
         ready = self.selector.select(0 if waiting else max(0.0, self.sweep_at - time.monotonic()))
         self.now = time.monotonic()
         self.turn += 1
@@ -3915,15 +3937,17 @@ class EventLoop:
             self._posted.popleft()()
         if self.now >= self.sweep_at:
             self._sweep()
-        if self.patient:
+        if self.patient or self.pipelined:
             self._serve_patient()
         self._end_turn()
 
     def _serve_patient(self) -> None:
-        """Lets those who gave way go on, in turns, for as long as there is time."""
+        """Lets those who gave way go on, in turns and as many of one kind as of the other, while there is time."""
         deadline = time.monotonic() + PATIENT_SECONDS
-        while self.patient and time.monotonic() < deadline:
-            self.patient.popleft()()
+        while (self.patient or self.pipelined) and time.monotonic() < deadline:
+            for queued in (self.patient, self.pipelined):
+                if queued:
+                    queued.popleft()()
         # The thread that accepts, and the log's: one that lets go of CPython's lock for a moment more often than every
         # 5 ms would get it back before any of them has woken up.
         time.sleep(OTHER_THREADS_SECONDS)
@@ -3967,8 +3991,9 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__} in line {place.tb_lineno if place else 0}"
 
 
-def give_way(loop: EventLoop) -> Steps[None]:
-    """Lets all others that can go on do so first. What happens on the task's channels meanwhile doesn't end that."""
+def give_way(loop: EventLoop, pipelined: bool = False) -> Steps[None]:
+    """Lets all others that can go on do so first. What happens on the task's channels meanwhile doesn't end that.
+    `pipelined`: it is the next of several requests that were sent at once."""
     task, its_turn = loop.current, False
 
     def go_on() -> None:
@@ -3976,7 +4001,7 @@ def give_way(loop: EventLoop) -> Steps[None]:
         its_turn = True
         task.resume()
 
-    loop.patient.append(go_on)
+    (loop.pipelined if pipelined else loop.patient).append(go_on)
     while not its_turn:
         yield math.inf
 
@@ -5116,9 +5141,7 @@ class Catalogue:
                 document = json.loads((yield from read_rest(self._loop, answer)))
             finally:
                 answer.release(self._relay.connections)
-            found = [entry for entry in document["data"] if isinstance(entry, dict) and is_text(entry.get("id"))]
-            listed = [entry for entry in found[:LISTED_MODELS] if len(entry["id"]) <= MODEL_CHARACTERS]
-            entries = [entry for entry in listed if provider.serves(entry["id"])]
+            entries = [entry for entry in listed_entries(document["data"]) if provider.serves(entry["id"])]
         except (RelayError, UpstreamFailure, FramingError, ValueError, KeyError, TypeError, RecursionError):
             asked += CATALOGUE_RETRY_SECONDS - CATALOGUE_FRESH_SECONDS
         self._lists = {other: listed for other, listed in self._lists.items() if other.name != provider.name}
@@ -5139,6 +5162,14 @@ def read_rest(loop: EventLoop, answer: Answer) -> Steps[bytes]:
     if sum(map(body.count, (b"[", b"{", b","))) > CATALOGUE_VALUES:
         raise FramingError("the list of models has too many values")
     return body
+
+
+def listed_entries(given: Any) -> list[JsonDict]:
+    """The entries of a provider's list that name a model; of one that tells much about it, only the name. Raises
+    TypeError for what is no list."""
+    found = [entry for entry in given if isinstance(entry, dict) and is_text(entry.get("id"))]
+    entries = [entry for entry in found[:LISTED_MODELS] if len(entry["id"]) <= MODEL_CHARACTERS]
+    return [entry if len(json.dumps(entry)) <= LISTED_ENTRY_CHARACTERS else {"id": entry["id"]} for entry in entries]
 
 
 def model_entry(entry: JsonDict, dialect: str) -> JsonDict:
@@ -5394,6 +5425,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.surplus = False  # beyond max_connections: it gets one answer, which says so
         self.known = False  # whether it has shown a valid token
         self.idle = False  # between two requests
+        self.lingering = False  # behind the last one
         self.held_body: Optional[ReadBody] = None
         self.held = 0  # how many bytes of it
         self.busy = False  # with a request that isn't answered yet
@@ -5412,14 +5444,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Whether a request isn't answered yet, or its answer isn't all sent."""
         return self.busy or (self.task is not None and self.channel.is_sending)
 
+    def may_be_closed(self) -> bool:
+        """Whether nothing would be lost: the last answer is sent, and no other request has begun to come."""
+        if self.lingering:
+            return True
+        if not self.idle or self.channel.received or self.channel.is_sending:
+            return False
+        self.channel.receive()
+        if self.channel.received and self.task:
+            self.loop.post(self.task.resume)
+        return not self.channel.received
+
     def dismiss(self) -> None:
         """Closes the connection unless a request has come, which then gets its answer."""
-        if self.task and self.idle:
-            self.channel.receive()
-            if self.channel.received:
-                self.task.resume()
-            elif not self.channel.is_sending:
-                self.task.abandon()
+        if self.task and self.idle and self.may_be_closed():
+            self.task.abandon()
 
     def _serve(self) -> Steps[None]:
         """Serves request after request, and closes the connection in the end."""
@@ -5446,7 +5485,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     yield from self._farewell()
                     break
                 if self.channel.received:  # one who sends many requests at once waits for the others' turn
-                    yield from give_way(self.loop)
+                    yield from give_way(self.loop, pipelined=True)
         except ClientGone:
             pass
         finally:
@@ -5512,6 +5551,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         answer could be lost with what the client is still sending (RFC 9112 §9.6)."""
         try:
             yield from self.channel.finish_sending(STALLED_CLIENT_SECONDS)
+            self.lingering = True
+            self.server.waiting[self] = self.loop.now
             latest = self.loop.now + LINGER_LONGEST_SECONDS
             while True:
                 self.channel.take()
@@ -5613,8 +5654,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The strings of a small JSON object. Raises BadRequest."""
         body = self._open_body(request, LOGIN_BODY_BYTES)
         body.must_come_within(LOGIN_BODY_SECONDS)
+        self.server.waiting[self] = self.loop.now
+        content = yield from body.read_all()
+        self.server.waiting.pop(self, None)
         try:
-            given = parse_json((yield from body.read_all()))
+            given = parse_json(content)
         except ValueError as error:
             raise BadRequest(f"the body is not valid JSON: {error}") from None
         if not isinstance(given, JsonObject) or given.repeated:
@@ -5734,7 +5778,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if body.behind:
                     yield from self._catch_up(body)
             else:
-                encoded.append(piece)
+                append_piece(encoded, piece)
             if incoming.finished:
                 break
         if self.service.routing[0] is not self.config:
@@ -5743,6 +5787,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if any(encoded):
             body.sent = encoded
             yield from self._inflate(Inflater(encoded, coding), body)
+        if body.size > AT_ONCE_BYTES:
+            yield from give_way(self.loop)
         body.finish()
         if body.behind:
             yield from self._catch_up(body)
@@ -5899,7 +5945,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self.service = Service(config, self.log)
         self.handlers: set[Handler] = set()  # of all connections; the thread that accepts adds to it
         self.served: set[Handler] = set()  # those that max_connections admits
-        self.waiting: dict[Handler, float] = {}  # those that wait for a head, and since when; the longest first
+        # Those that wait for a head, a login or their client's end, and since when; the one longest at it first.
+        self.waiting: dict[Handler, float] = {}
         # Given up for a moment when there is no other descriptor left, to be able to refuse a connection.
         self._spare = io.FileIO(os.devnull)
         self._refusal_logged = -math.inf
@@ -5926,13 +5973,13 @@ class RelayServer(http.server.ThreadingHTTPServer):
         return True
 
     def make_room(self) -> bool:
-        """Closes the connection that has been idle for longest; where there is none, the one that has kept the relay
-        waiting for the rest of its first head, if that takes long. Whether there was one."""
+        """Closes the connection that has been idle for longest; where there is none, one that has shown no token and
+        lets the relay wait for the rest of a head or of a login for too long. Whether there was one."""
         slow: Optional[Handler] = None
-        for handler, since in self.waiting.items():
+        for handler, since in list(self.waiting.items()):
             if handler not in self.served or not handler.task:
                 continue
-            if not handler.channel.received:
+            if handler.may_be_closed():
                 handler.task.abandon()
                 return True
             if not slow and not handler.known and since < self.service.loop.now - SLOW_HEAD_SECONDS:

@@ -1665,6 +1665,26 @@ def test_a_string_of_any_length_is_a_string(size):
         assert model_of(body) == "a"
 
 
+@pytest.mark.parametrize("name", ["model", "MODEL"])
+def test_a_walk_keeps_no_members_however_many_are_called_model(name):
+    walk = monorelay.JsonWalk()
+
+    def attempt() -> None:
+        with contextlib.suppress(monorelay.BadRequest):
+            walk.feed(b"{" + b'"%s":1,' % name.encode() * 100_000 + b'"x":1}')
+            while walk.behind:
+                walk.go_on()
+
+    assert bytes_grown(attempt, 1) < 2 << 20
+
+
+def test_small_pieces_of_a_body_become_large_ones():
+    body = monorelay.ReadBody()
+    for _ in range(200_000):
+        body.add(b"ab")
+    assert b"".join(body.content) == b"ab" * 200_000 and len(body.content) < 10
+
+
 def test_a_number_too_long_for_an_alias_is_a_bad_request(upstream, relay):
     it = relay({"anthropic": upstream(answer())}, aliases={"fast": "claude-test"})
     dense = b'"x":[' + b'"abcd",' * 8000 + b"9" * 5000 + b"]}"
@@ -5562,6 +5582,21 @@ def test_over_max_connections_is_an_answer_and_never_a_hang(upstream, relay, pat
         gate.set()
         first.until(b"message_stop")
     assert eventually(lambda: it.ask("GET", "/health").status == 200)
+
+
+def test_making_room_loses_no_answer(relay):
+    it = relay({"echo": {}}, server={"max_connections": 8})
+    answered = [0] * 12
+
+    def ask_again_and_again(number: int) -> None:
+        for _ in range(40):
+            with contextlib.suppress(ConnectionError, EOFError), it.client() as client:
+                for _ in range(5):
+                    answered[number] += client.ask("GET", "/health").status == 200
+
+    in_threads(ask_again_and_again, len(answered))
+    it.ask("GET", "/health")
+    eventually(lambda: it.log.getvalue().count("path=/health status=200") <= sum(answered) + 1)
 
 
 def test_a_burst_of_300_connections_is_served_within_two_seconds(relay):
