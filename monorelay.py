@@ -113,6 +113,8 @@ SWEEP_SECONDS = 5.0  # deadlines that are further off are looked at this often
 TICK_SECONDS = 0.005  # and near ones not more often than this
 PATIENT_SECONDS = 0.005  # of a turn of the event loop, for work that is done in steps
 OTHER_THREADS_SECONDS = 0.0001  # after which other threads have their turn
+SLOW_EVENT_SECONDS = 0.002  # a connection whose last event took longer shares that time, too,
+LATE_SECONDS = 0.05  # and so do all that aren't served so early in a turn
 # Of an error's body so much is looked at before it is passed on, and waited for no longer than this.
 PEEKED_BYTES = 64 * 1024
 PEEK_SECONDS = 5.0
@@ -3534,9 +3536,9 @@ class Channel:
     as soon as the other side closes it or speaks unasked."""
 
     __slots__ = (
-        "_blocked", "_loop", "_outgoing", "_watched", "_window", "answered", "broken", "closed", "ended",
-        "extra_fields", "idle_since", "kept_in_turn", "opening", "received", "send_failed", "sock", "target_prefix",
-        "task",
+        "_blocked", "_loop", "_outgoing", "_queued", "_slow", "_watched", "_window", "answered", "broken", "closed",
+        "ended", "extra_fields", "idle_since", "kept_in_turn", "opening", "received", "send_failed", "sock",
+        "target_prefix", "task",
     )  # fmt: skip
 
     def __init__(self, sock: socket.socket, loop: "EventLoop", window: int = HELD_BYTES) -> None:
@@ -3556,6 +3558,8 @@ class Channel:
         self.extra_fields: Pairs = []  # and the credential it wants
         self._outgoing = b""  # put off until the end of the loop's turn, or until there is room
         self._blocked = False  # whether it took less than was to be sent
+        self._slow = False  # whether the last event took long
+        self._queued = False  # whether the next one waits for its turn
         self._loop = loop
         self._window = window
         self._watched = READABLE
@@ -3734,9 +3738,19 @@ class Channel:
                 pass  # closed is closed
 
     def _ready(self, events: int) -> None:
-        """Takes part in what the selector has seen."""
+        """Takes part in what the selector has seen; later, where that took long the last time, or the turn is long
+        already: whatever is cheap to serve must not wait for what isn't."""
+        if not self._slow and time.monotonic() - self._loop.now < LATE_SECONDS:
+            self._act(events)
+        elif not self._queued:
+            self._queued = True
+            self._loop.patient.append(lambda: self._act(events))
+
+    def _act(self, events: int) -> None:
+        """Does what the selector's events ask for."""
+        self._queued, begun = False, time.monotonic()
         if self.closed:
-            return  # by what was seen before it in the same round
+            return  # by what was seen before it
         if events & WRITABLE:
             self._blocked = False
             self._watch()
@@ -3748,6 +3762,7 @@ class Channel:
             else:
                 self.receive()
         self._tell()
+        self._slow = time.monotonic() - begun > SLOW_EVENT_SECONDS
 
     def _refuse_early_bytes(self) -> None:
         """Receives on a kept connection whose next request is put off: what comes before it is no answer to it."""
@@ -4766,6 +4781,8 @@ class Relay:
                 yield from self._peek(answer)
             elif answer.is_stream:
                 yield from self._read_first_line(answer)
+                if re.match(FIRST_EVENT_IS_ERROR, answer.content):
+                    yield from self._peek(answer)
             return answer
         except FramingError as error:
             channel.close()
@@ -4840,7 +4857,8 @@ class Relay:
         candidate = answer.candidate
         provider, status = candidate.target.provider, answer.head.status
         if answer.is_stream and re.match(FIRST_EVENT_IS_ERROR, answer.content):
-            status = 529  # overloaded, told in a stream that was opened too early
+            # Told in a stream that was opened too early: overloaded, unless it is the request's own fault.
+            status = 400 if b"invalid_request_error" in answer.content else 529
         # What the client itself has caused says nothing about a key: an account that it named, an upload that it
         # didn't finish.
         own_fault = (status == 401 and job.names_account) or (status >= 500 and not job.is_sent)

@@ -4038,6 +4038,15 @@ def test_a_stream_that_says_in_its_data_that_it_ends_gets_no_error_event(upstrea
     assert (got.status, got.body) == (200, text)
 
 
+def test_a_requests_own_fault_that_a_stream_tells_is_tried_nowhere_else(upstream, relay):
+    told = b'event: error\ndata: {"type":"error","error":{"type":"invalid_request_error","message":"no"}}\n\n'
+    first, second = upstream(STREAM_HEAD + chunked(told)), upstream(ANTHROPIC_STREAM)
+    it = relay({"anthropic": first, "anthropic2": second})
+    for _ in range(2):
+        assert it.post("/v1/messages", prompt(stream=True)).body == told
+    assert len(first.requests) == 2 and not second.requests
+
+
 def test_an_error_that_is_null_is_none(upstream, relay):
     first = b'data: {"error":null,"choices":[{"index":0,"delta":{"content":"hi"}}]}\n\n'
     provider = upstream(STREAM_HEAD + chunked(first, *OPENAI_EVENTS))
