@@ -147,7 +147,8 @@ JWT_BYTES = 8 * 1024  # as long as a header line may be for nginx; claims are re
 SHOWN_TOKENS = 2  # one in `Authorization`, one in `x-api-key`
 OPEN_ACCESS_KEY_CHARACTERS = 16  # the least for a relay that listens beyond this machine
 CATALOGUE_BYTES = 4 * 1024 * 1024  # of a provider's list; the longest known has 1 MB
-CATALOGUE_VALUES = 200_000  # which `json` reads in some 20 ms
+CATALOGUE_VALUES = 100_000  # which `json` reads in some 10 ms
+LISTED_DIGITS = 20  # of an integer in it
 LISTED_MODELS = 1000  # of a provider; the longest known list has some 500
 LISTED_ENTRY_CHARACTERS = 2048  # as JSON; the usual ones have 100 to 1,500
 CATALOGUE_WAIT_SECONDS = 2.0  # Claude Code gives up after 3
@@ -2030,7 +2031,7 @@ METHOD_OVERRIDES = ("x-http-method-override", "x-http-method", "x-method-overrid
 # careless clients call JSON. All others stream through.
 READ_TYPES = frozenset({"application/json", "text/plain", "text/json", "application/x-www-form-urlencoded", ""})
 # What no server behind can take for another kind of body, or another alphabet, than the relay has read.
-PLAIN_JSON_TYPE = re.compile(r"(?i)(?:(?!multipart)[^;,]*(?:; *charset=\"?utf-8\"?)?)")
+PLAIN_JSON_TYPE = re.compile(r"(?i)(?!multipart)[^;,]*(?:; *(?:charset=\"?utf-?8\"?)?)*")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -2229,7 +2230,7 @@ def read_at_once(body: bytes) -> BodyFacts:
         raise not_json("it is not in UTF-8, or nested too deeply") from None
     if not isinstance(document, tuple):
         raise BadRequest("the body must be a JSON object", "not_json")
-    models = [member for member in document if member[0] == "model" or is_model_name(member[0])]
+    models = [member for member in document if member[0][:5].lower() == "model" and is_model_name(member[0])]
     metadata = [value for name, value in document if name == "metadata" and isinstance(value, tuple)]
     user_ids = [value for pairs in metadata for name, value in pairs if name == "user_id" and isinstance(value, str)]
     return facts_of(models, user_ids[-1] if user_ids else "")
@@ -2266,6 +2267,7 @@ class JsonWalk:
         self._values = 0
         self._around = bytearray()  # of each list and object that is open: whether it stands in an object
         self._decoder: Optional[codecs.IncrementalDecoder] = None  # of the long string that is being read
+        self._within_character = False  # whether what was passed over of it may have ended within a character
         self._names = ["", ""]  # the last name in the outer object, and in an object within it
         self._models: list[tuple[str, Any]] = []
         self._span = 0, 0
@@ -2363,6 +2365,7 @@ class JsonWalk:
             stretch = escape if escape >= 0 else stretch
             if stretch - at > LONG_STRING_BYTES:
                 decoder.reset()
+                self._within_character = True
                 return stretch
         end = matched(STRING_PART, body, at)
         if end == at and not body.startswith(b'"', at) and len(body) - at >= len(rb"\u0000"):
@@ -2372,8 +2375,12 @@ class JsonWalk:
     def _read_part(self, decoder: codecs.IncrementalDecoder, at: int, end: int) -> int:
         """Reads a part of a string, which must be UTF-8; where it ends, with the quote behind it."""
         ends = self._body.startswith(b'"', end)
+        part = self._body[at:end]
+        if self._within_character:
+            part = part.lstrip(CONTINUATION_BYTES)
+            self._within_character = not (part or ends)
         try:
-            decoder.decode(self._body[at:end], ends)
+            decoder.decode(part, ends)
         except UnicodeDecodeError:
             raise not_json("it is not in UTF-8") from None
         if ends:
@@ -2414,6 +2421,7 @@ class JsonWalk:
 
 
 UTF_8 = codecs.getincrementaldecoder("utf-8")
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8
 
 
 def matched(pattern: re.Pattern[bytes], body: bytes, at: int) -> int:
@@ -3737,18 +3745,16 @@ class Channel:
             except OSError:
                 pass  # closed is closed
 
-    def _ready(self, events: int) -> None:
-        """Takes part in what the selector has seen; later, where that took long the last time, or the turn is long
-        already: whatever is cheap to serve must not wait for what isn't."""
-        if not self._slow and time.monotonic() - self._loop.now < LATE_SECONDS:
-            self._act(events)
-        elif not self._queued:
-            self._queued = True
-            self._loop.patient.append(lambda: self._act(events))
-
-    def _act(self, events: int) -> None:
-        """Does what the selector's events ask for."""
-        self._queued, begun = False, time.monotonic()
+    def _ready(self, events: int, patient: bool = False) -> None:
+        """Takes part in what the selector has seen; later and `patient`, where that took long the last time, or the
+        turn is long already: whatever is cheap to serve must not wait for what isn't."""
+        loop = self._loop
+        if not patient and (self._slow or loop.clock - loop.now > LATE_SECONDS):
+            if not self._queued:
+                self._queued = True
+                loop.patient.append(lambda: self._ready(events, patient=True))
+            return
+        self._queued, begun = False, loop.clock
         if self.closed:
             return  # by what was seen before it
         if events & WRITABLE:
@@ -3762,7 +3768,8 @@ class Channel:
             else:
                 self.receive()
         self._tell()
-        self._slow = time.monotonic() - begun > SLOW_EVENT_SECONDS
+        loop.clock = time.monotonic()
+        self._slow = loop.clock - begun > SLOW_EVENT_SECONDS
 
     def _refuse_early_bytes(self) -> None:
         """Receives on a kept connection whose next request is put off: what comes before it is no answer to it."""
@@ -3885,7 +3892,8 @@ class EventLoop:
     def __init__(self, warn: Callable[[str], None]) -> None:
         self.warn = warn
         self.selector = selectors.DefaultSelector()
-        self.now = time.monotonic()
+        self.now = time.monotonic()  # when the turn began
+        self.clock = self.now  # the same, or when one of its events was dealt with
         self.running: Optional[Task] = None
         self.tasks: set[Task] = set()
         self.sweep_at = 0.0
@@ -3943,7 +3951,7 @@ class EventLoop:
         """Waits until there is something to do, and does it."""
         waiting = self._posted or self.outbox or self.patient or self.pipelined
         ready = self.selector.select(0 if waiting else max(0.0, self.sweep_at - time.monotonic()))
-        self.now = time.monotonic()
+        self.now = self.clock = time.monotonic()
         self.turn += 1
         self.crowded = len(ready) > 1
         for key, events in ready:
@@ -3958,11 +3966,13 @@ class EventLoop:
 
     def _serve_patient(self) -> None:
         """Lets those who gave way go on, in turns and as many of one kind as of the other, while there is time."""
-        deadline = time.monotonic() + PATIENT_SECONDS
-        while (self.patient or self.pipelined) and time.monotonic() < deadline:
+        self.clock = time.monotonic()
+        deadline = self.clock + PATIENT_SECONDS
+        while (self.patient or self.pipelined) and self.clock < deadline:
             for queued in (self.patient, self.pipelined):
                 if queued:
                     queued.popleft()()
+                    self.clock = time.monotonic()
         # The thread that accepts, and the log's: one that lets go of CPython's lock for a moment more often than every
         # 5 ms would get it back before any of them has woken up.
         time.sleep(OTHER_THREADS_SECONDS)
@@ -4502,6 +4512,8 @@ def serve_echo(loop: EventLoop, sock: socket.socket) -> Steps[None]:
         yield from channel.finish_sending(STALLED_CLIENT_SECONDS)
     except (OSError, ClientGone, Overdue, RelayError):
         pass  # the relay has closed its end: the client left, or is being answered already
+    except RecursionError:
+        pass  # what is to be echoed is nested deeper than what this thread can tell: the answer is cut
     finally:
         channel.close()
 
@@ -4664,6 +4676,7 @@ def arrival(loop: EventLoop, channel: Channel, candidate: Candidate) -> Steps[No
 
 
 LINE_END = re.compile(rb"[\r\n]")
+EVENT_END = re.compile(rb"\n\n|\r\r|\r\n\r\n")
 # Headers by which a client names an account at OpenAI; a 401 may be about these.
 ACCOUNT_HEADERS = ("openai-organization", "openai-project")
 ABOUT_ACCOUNT = re.compile(rb"(?i)organization|project")
@@ -4741,7 +4754,17 @@ class Relay:
             code = "upstream_unreachable" if isinstance(failure, Unreachable) else "upstream_broken"
             raise UpstreamFailed(str(failure), code)
         self._note(job.record, last.candidate, 0)
+        yield from self._peek_at_error(last)
         return self._presentable(job, last)
+
+    def _peek_at_error(self, answer: Answer) -> Steps[None]:
+        """Reads so much of an error that is to be delivered as tells whether it may be."""
+        if answer.head.status >= 400:
+            try:
+                yield from self._peek(answer)
+            except BaseException:
+                answer.release(self.connections)
+                raise
 
     def _blame(self, job: Job, provider: Provider, error: UpstreamFailure) -> None:
         """Has a provider that could not be reached come later for a while; not one that gave up on a slow upload.
@@ -4777,12 +4800,10 @@ class Relay:
             whole = yield from self._send(job, candidate, channel, heads)
             answer = yield from read_answer(self._loop, channel, heads, candidate, job.head.method)
             answer.whole_request = whole
-            if answer.head.status >= 400:
-                yield from self._peek(answer)
-            elif answer.is_stream:
+            if answer.is_stream:
                 yield from self._read_first_line(answer)
                 if re.match(FIRST_EVENT_IS_ERROR, answer.content):
-                    yield from self._peek(answer)
+                    yield from self._peek(answer, event_only=True)
             return answer
         except FramingError as error:
             channel.close()
@@ -4802,22 +4823,34 @@ class Relay:
     def _read_first_line(self, answer: Answer) -> Steps[None]:
         """Waits for the first line of a stream, which tells whether it is an error. Raises BrokenExchange, NoAnswer and
         FramingError."""
-        news = answer.content
+        news, channel = answer.content, answer.channel
         while not LINE_END.search(news) and not answer.decoder.finished and len(answer.content) <= STREAM_LINE_BYTES:
-            yield from arrival(self._loop, answer.channel, answer.candidate)
-            news = answer.absorb(answer.channel.take())
+            try:
+                yield from arrival(self._loop, channel, answer.candidate)
+            except BrokenExchange:
+                if isinstance(answer.decoder, CloseDecoder) and STREAM_ENDS.search(answer.content):
+                    break  # the only line is the end of the stream, though it has none itself
+                raise
+            news = answer.absorb(channel.take())
 
-    def _peek(self, answer: Answer) -> Steps[None]:
-        """Reads so much of an error that can be judged; what goes wrong meanwhile is seen when it is passed on."""
+    def _peek(self, answer: Answer, event_only: bool = False) -> Steps[None]:
+        """Reads so much of an error that can be judged, of a stream perhaps only its first event; what goes wrong
+        meanwhile is seen when it is passed on."""
         channel, deadline = answer.channel, self._loop.now + PEEK_SECONDS
         try:
-            while not answer.decoder.finished and len(answer.content) < PEEKED_BYTES and not channel.ended:
+            while not answer.decoder.finished and len(answer.content) < PEEKED_BYTES:
+                if event_only and EVENT_END.search(answer.content):
+                    break
                 if channel.received:
                     answer.absorb(channel.take())
+                elif channel.ended:
+                    break
                 else:
                     yield deadline
         except Overdue:
             pass
+        except FramingError:
+            channel.ended = channel.broken = True
 
     def _send(self, job: Job, candidate: Candidate, channel: Channel, heads: AnswerHeads) -> Steps[bool]:
         """Sends the request; False when the provider answered, or broke off, before it had all of it.
@@ -5156,7 +5189,7 @@ class Catalogue:
         try:
             answer = yield from self._relay.obtain(job)
             try:
-                document = json.loads((yield from read_rest(self._loop, answer)))
+                document = json.loads((yield from read_rest(self._loop, answer)), parse_int=short_integer)
             finally:
                 answer.release(self._relay.connections)
             entries = [entry for entry in listed_entries(document["data"]) if provider.serves(entry["id"])]
@@ -5180,6 +5213,13 @@ def read_rest(loop: EventLoop, answer: Answer) -> Steps[bytes]:
     if sum(map(body.count, (b"[", b"{", b","))) > CATALOGUE_VALUES:
         raise FramingError("the list of models has too many values")
     return body
+
+
+def short_integer(digits: str) -> int:
+    """The integer. Raises ValueError for a long one, which takes time in proportion to the square of its length."""
+    if len(digits) > LISTED_DIGITS:
+        raise ValueError("an integer is too long")
+    return int(digits)
 
 
 def listed_entries(given: Any) -> list[JsonDict]:
@@ -5673,8 +5713,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self._open_body(request, LOGIN_BODY_BYTES)
         body.must_come_within(LOGIN_BODY_SECONDS)
         self.server.waiting[self] = self.loop.now
-        content = yield from body.read_all()
-        self.server.waiting.pop(self, None)
+        try:
+            content = yield from body.read_all()
+        finally:
+            self.server.waiting.pop(self, None)
         try:
             given = parse_json(content)
         except ValueError as error:
@@ -5923,11 +5965,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields = [pair for pair in fields if pair[0] != "content-length"]
         if head and head.method == "HEAD":
             body = b""
+        if len(body) > RECEIVE_BYTES:  # a long list of models, held for as long as its client takes it
+            self.service.bodies.claim(len(body))
+            self.held += len(body)
         record.status, record.bytes_sent, record.first_byte = status, len(body), self.loop.now
+        whole, body = head_bytes(f"HTTP/1.1 {status} {reason_of(status)}", fields) + body, b""
         try:
-            yield from self.channel.send(
-                head_bytes(f"HTTP/1.1 {status} {reason_of(status)}", fields) + body, STALLED_CLIENT_SECONDS
-            )
+            yield from self.channel.send(whole, STALLED_CLIENT_SECONDS)
         except SENDING_FAILED:
             raise ClientGone from None
         return not closing

@@ -1678,6 +1678,14 @@ def test_a_walk_keeps_no_members_however_many_are_called_model(name):
     assert bytes_grown(attempt, 1) < 2 << 20
 
 
+@pytest.mark.parametrize("letter", ["é", "語", "😀"])
+def test_a_long_string_may_be_cut_within_any_character(letter):
+    body = json.dumps({"model": "a", "x": letter * 6000 + "\n" + letter * 3000}, ensure_ascii=False).encode()
+    for cut in (*range(5000, 5016), *range(11_990, 12_010), *range(len(body) - 12, len(body))):
+        assert walked([body[:cut], body[cut:]]).model == "a"
+        assert walked([body[: cut - 4200], body[cut - 4200 : cut], body[cut:]]).model == "a"
+
+
 def test_small_pieces_of_a_body_become_large_ones():
     body = monorelay.ReadBody()
     for _ in range(200_000):
@@ -4047,6 +4055,40 @@ def test_a_requests_own_fault_that_a_stream_tells_is_tried_nowhere_else(upstream
     assert len(first.requests) == 2 and not second.requests
 
 
+def test_an_error_that_opens_a_stream_is_not_held_back(upstream, relay):
+    told = b'data: {"error":{"message":"overloaded"}}\n\n'
+    gate = threading.Event()
+    it = relay({"openai": upstream(gated_pieces([told], [gate]))})
+    with it.client() as client:
+        client.send(request("POST", "/v1/chat/completions", json.dumps(chat(stream=True)).encode()))
+        client.sock.settimeout(2)
+        client.until(b"\r\n\r\n")
+        assert client.chunk() == told
+        gate.set()
+
+
+def test_failing_over_waits_for_no_body(upstream, relay):
+    gate = threading.Event()
+    stuck = b"HTTP/1.1 500 Oh\r\ncontent-length: 9\r\n\r\nab"
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(stuck)
+        connection.wait(gate)
+
+    it = relay({"anthropic": upstream(script), "anthropic2": upstream(answer())})
+    begin = time.monotonic()
+    assert it.post("/v1/messages", prompt()).status == 200 and time.monotonic() - begin < 2
+    gate.set()
+
+
+def test_a_stream_whose_only_line_has_no_end_is_whole(upstream, relay):
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+    it = relay({"openai": upstream(replies_then_closes(head, b"data: [DONE]"))})
+    got = it.post("/v1/chat/completions", chat(stream=True))
+    assert (got.status, got.body) == (200, b"data: [DONE]")
+
+
 def test_an_error_that_is_null_is_none(upstream, relay):
     first = b'data: {"error":null,"choices":[{"index":0,"delta":{"content":"hi"}}]}\n\n'
     provider = upstream(STREAM_HEAD + chunked(first, *OPENAI_EVENTS))
@@ -4744,6 +4786,11 @@ def test_a_provider_that_lists_no_models_serves_on(upstream, relay, fault):
     it = relay({"anthropic": first, "anthropic2": second})
     assert it.ask("GET", "/v1/models").status == 200
     assert it.post("/v1/messages", prompt()).get("x-monorelay-provider") == "anthropic"
+
+
+def test_a_list_with_an_endless_integer_is_none(upstream, relay):
+    it = relay({"anthropic": upstream(answer(200, b'{"data":[{"id":"claude-a","n":%s}]}' % (b"9" * 4000)))})
+    assert it.ask("GET", "/v1/models").json["data"] == []
 
 
 @pytest.mark.parametrize("status", [401, 402])
