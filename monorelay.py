@@ -2448,7 +2448,10 @@ class ReadBody:
 
     def add(self, piece: bytes) -> None:
         """Takes the next piece of the content."""
-        append_piece(self.content, piece)
+        if self.content:
+            append_piece(self.content, piece)
+        else:
+            self.content.append(piece)
         self.size += len(piece)
         if self._walk:
             self._walk.feed(piece)
@@ -4754,17 +4757,7 @@ class Relay:
             code = "upstream_unreachable" if isinstance(failure, Unreachable) else "upstream_broken"
             raise UpstreamFailed(str(failure), code)
         self._note(job.record, last.candidate, 0)
-        yield from self._peek_at_error(last)
-        return self._presentable(job, last)
-
-    def _peek_at_error(self, answer: Answer) -> Steps[None]:
-        """Reads so much of an error that is to be delivered as tells whether it may be."""
-        if answer.head.status >= 400:
-            try:
-                yield from self._peek(answer)
-            except BaseException:
-                answer.release(self.connections)
-                raise
+        return (yield from self._presented(job, last))
 
     def _blame(self, job: Job, provider: Provider, error: UpstreamFailure) -> None:
         """Has a provider that could not be reached come later for a while; not one that gave up on a slow upload.
@@ -4907,25 +4900,35 @@ class Relay:
                 )
         return status in RETRIED_STATUSES
 
-    def _presentable(self, job: Job, answer: Answer) -> Answer:
+    def _presented(self, job: Job, answer: Answer) -> Steps[Answer]:
         """The answer, unless it is about the relay's own key, shows it, or would lead the client away with its token.
         Raises UpstreamFailed for these."""
-        provider, status = answer.candidate.target.provider, answer.head.status
-        if status < 300 or provider.format == "echo":
+        if answer.head.status < 300 or answer.candidate.target.provider.format == "echo":
             return answer
-        name, problem = f"the provider {provider.name}", ("", "")
-        if 300 <= status < 400 and status != 304 and "location" in answer.head.fields:
-            problem = f"{name} answered with a redirect ({status}): correct its base_url in relay.json", "redirect"
-        elif status == 401 and not (job.names_account and ABOUT_ACCOUNT.search(answer.content)):
-            key = f"key {answer.candidate.label}" if answer.candidate.key else "lack of a key"
-            reason = "401" if answer.quotes_key else f"401 {error_code(answer.content)}".strip()
-            problem = f"{name} refused this relay's {key} ({reason})", "refused_key"
-        elif status >= 400 and answer.quotes_key:
-            problem = f"{name} answered with {status}, and quoted this relay's key in that", "quoted_key"
-        if any(problem):
+        try:
+            if answer.head.status >= 400:
+                yield from self._peek(answer)
+            problem, code = problem_of(job, answer)
+            if problem:
+                raise UpstreamFailed(problem, code)
+        except BaseException:
             answer.release(self.connections)
-            raise UpstreamFailed(problem[0], f"upstream_{problem[1]}")
+            raise
         return answer
+
+
+def problem_of(job: Job, answer: Answer) -> tuple[str, str]:
+    """Why an answer that tells of an error isn't for the client, and a short code for that; empty if it is."""
+    status, name = answer.head.status, f"the provider {answer.candidate.target.provider.name}"
+    if 300 <= status < 400 and status != 304 and "location" in answer.head.fields:
+        return f"{name} answered with a redirect ({status}): correct its base_url in relay.json", "upstream_redirect"
+    if status == 401 and not (job.names_account and ABOUT_ACCOUNT.search(answer.content)):
+        key = f"key {answer.candidate.label}" if answer.candidate.key else "lack of a key"
+        reason = "401" if answer.quotes_key else f"401 {error_code(answer.content)}".strip()
+        return f"{name} refused this relay's {key} ({reason})", "upstream_refused_key"
+    if status >= 400 and answer.quotes_key:
+        return f"{name} answered with {status}, and quoted this relay's key in that", "upstream_quoted_key"
+    return "", ""
 
 
 def error_code(content: bytes) -> str:
@@ -5772,9 +5775,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = self.record.model = body.facts.model
         if not self._may_use(request, asked):
             raise Forbidden(f"{self.record.caller} may not use the model {asked!r}")
-        is_plain = PLAIN_JSON_TYPE.fullmatch(request.head.fields.get("content-type"))
-        hidden = body.facts.lookalike or not request.endpoint.by_model or not is_plain
-        if request.caller.user and self._is_restricted(request) and hidden:
+        if request.caller.user and self._is_restricted(request) and self._is_ambiguous(request, body.facts):
             raise hidden_model(request.caller)
         targets = self.targets_for(asked, request.endpoint.dialect)
         if [target for target in targets if target.model != asked]:
@@ -5807,6 +5808,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if restricted and any(name in request.head.fields for name in METHOD_OVERRIDES):
             raise Forbidden(f"{request.caller.name} may use some models only, and no header that names another method")
         return restricted
+
+    def _is_ambiguous(self, request: Request, facts: BodyFacts) -> bool:
+        """Whether a server behind may take another model from the request than the relay does."""
+        is_plain = PLAIN_JSON_TYPE.fullmatch(request.head.fields.get("content-type"))
+        return facts.lookalike or not request.endpoint.by_model or not is_plain
 
     def _may_use(self, request: Request, model: str) -> bool:
         """Whether the caller's `models` admit the name."""
