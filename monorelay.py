@@ -4242,6 +4242,10 @@ class RequestBody:
 
 
 # ==== Upstream ===================================================================================
+#
+# Connections to providers are made in the loop: an attempt costs no thread, and ends when its client leaves. Only
+# names are looked up in threads, one for each name that is asked for, whoever waits for it. A kept connection is
+# looked at right before its next request: what it holds then is no answer to that.
 
 
 class Lookup:
@@ -4466,7 +4470,7 @@ def proxy_for(provider: Provider) -> Any:
     """The proxy to use, as urlsplit takes it apart, or None: HTTPS_PROXY, HTTP_PROXY and NO_PROXY tell."""
     if is_loopback(provider.host) or not any(name.lower().endswith("_proxy") for name in os.environ):
         return None
-    # Heavy, and seldom needed.
+    # Heavy, and seldom needed; UpstreamPool.prepare() has it loaded before anybody is served.
     import urllib.request
 
     address = urllib.request.getproxies_environment().get(provider.scheme, "")
