@@ -1013,6 +1013,10 @@ class Caller(NamedTuple):
     user: Optional[User]  # the entry of relay.json, when there is one
 
 
+ADMIN = Caller("admin", True, None)
+NOBODY = Caller("", False, None)
+
+
 class TokenError(Unauthenticated):
     """A JWT that isn't accepted."""
 
@@ -1161,7 +1165,7 @@ def identify(tokens: Sequence[str], config: Config, now: float) -> Caller:
     problem: Optional[Unauthenticated] = None
     for token in tokens:
         if is_access_key(token, config.server.access_keys):
-            return Caller("admin", True, None)
+            return ADMIN
         if config.server.jwt_secret is None:
             problem = Unauthenticated("the token is not an access key of this relay")
             continue
@@ -1545,7 +1549,7 @@ EXPOSED_HEADERS = (
 class Headers:
     """Header fields as they stood in a head, to be looked up by their names in lower case."""
 
-    __slots__ = ("_first", "has_repeated", "names", "pairs")
+    __slots__ = ("_first", "connection", "has_repeated", "names", "pairs")
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
@@ -1554,6 +1558,7 @@ class Headers:
         self.has_repeated = len(self._first) < len(pairs)  # whether a name stands there more than once
         if self.has_repeated:  # then the last one of a name has taken the place of the first
             self._first = dict(zip(reversed(self.names), reversed(pairs)))
+        self.connection = self.elements("connection") if "connection" in self._first else ()  # its options
 
     def get(self, name: str, default: str = "") -> str:
         """The first value of a field."""
@@ -1595,7 +1600,7 @@ class RequestHead(NamedTuple):
     @property
     def keep_alive(self) -> bool:
         """Whether the client wants to use the connection again (RFC 9112 §9.3)."""
-        options = self.fields.elements("connection")
+        options = self.fields.connection
         return "close" not in options and (self.version >= 1 or "keep-alive" in options)
 
 
@@ -1625,10 +1630,12 @@ def head_length(data: bytes, seen: int = 0) -> int:
             raise MalformedRequest(f"the request line is longer than {REQUEST_LINE_BYTES} bytes", 414)
     if size > REQUEST_HEAD_BYTES:
         raise MalformedRequest(f"the request head is longer than {REQUEST_HEAD_BYTES} bytes", 431)
+    if end >= 0:
+        return size
     start = seen - data.startswith(b"\r", seen - 1) if seen else 0
-    if end < 0 and data.count(b"\n", start) != data.count(b"\r\n", start):
+    if data.count(b"\n", start) != data.count(b"\r\n", start):
         raise MalformedRequest("a line of the request head ends in LF alone")
-    return size if end >= 0 else 0
+    return 0
 
 
 def parse_request_head(data: bytes) -> RequestHead:
@@ -1888,8 +1895,8 @@ def is_safe_path(path: str) -> bool:
 
 def end_to_end(fields: Headers, kept_back: frozenset[str]) -> Pairs:
     """The fields to pass on: neither kept back, nor declared hop-by-hop by Connection."""
-    if "connection" in fields.names:
-        kept_back = kept_back.union(fields.elements("connection"))
+    if fields.connection:
+        kept_back = kept_back.union(fields.connection)
     return list(itertools.compress(fields.pairs, [name not in kept_back for name in fields.names]))
 
 
@@ -1904,7 +1911,7 @@ def upstream_fields(
     fields += end_to_end(head.fields, kept_back)
     fields.append(("Accept-Encoding", "identity"))
     names, version = head.fields.names, "anthropic-version"
-    if provider.format == "anthropic" and (version not in names or version in head.fields.elements("connection")):
+    if provider.format == "anthropic" and (version not in names or version in head.fields.connection):
         fields.append(("anthropic-version", DEFAULT_ANTHROPIC_VERSION))
     if key:
         secret = key.secret.reveal()
@@ -2204,17 +2211,22 @@ def facts_of(models: Sequence[tuple[str, Any]], user_id: str, span: Optional[tup
         raise BadRequest("model: Field required", "no_model")
     if len(values) > 1:
         raise BadRequest("model: given more than once")
-    if not isinstance(values[0], str) or not values[0]:
+    return BodyFacts(model_name(values[0]), len(models) > 1, user_id, span)
+
+
+def model_name(value: Any) -> str:
+    """The value of `model`. Raises BadRequest unless it can name one."""
+    if not isinstance(value, str) or not value:
         raise BadRequest("model: Input should be a valid string that isn't empty")
-    if len(values[0]) > MODEL_CHARACTERS:
+    if len(value) > MODEL_CHARACTERS:
         raise BadRequest(f"model: Input should have at most {MODEL_CHARACTERS} characters")
-    return BodyFacts(values[0], len(models) > 1, user_id, span)
+    return value
 
 
 def is_model_name(name: str) -> bool:
     """Whether a name is `model` for servers that don't heed its case, or end it at a NUL; or the `models` by which some
     are told what else may be used."""
-    return name[:5].lower() == "model" and name[5:].lower().partition("\0")[0] in ("", "s")
+    return name.casefold().partition("\0")[0] in ("model", "models")
 
 
 def read_at_once(body: bytes) -> BodyFacts:
@@ -2230,10 +2242,14 @@ def read_at_once(body: bytes) -> BodyFacts:
         raise not_json("it is not in UTF-8, or nested too deeply") from None
     if not isinstance(document, tuple):
         raise BadRequest("the body must be a JSON object", "not_json")
-    models = [member for member in document if member[0][:5].lower() == "model" and is_model_name(member[0])]
-    metadata = [value for name, value in document if name == "metadata" and isinstance(value, tuple)]
-    user_ids = [value for pairs in metadata for name, value in pairs if name == "user_id" and isinstance(value, str)]
-    return facts_of(models, user_ids[-1] if user_ids else "")
+    members = dict(document)
+    metadata = members.get("metadata")
+    user_id = dict(metadata).get("user_id") if isinstance(metadata, tuple) else ""
+    if not isinstance(user_id, str):
+        user_id = ""
+    if "model" in members and len(members) == len(document) and "".join(members).casefold().count("model") == 1:
+        return BodyFacts(model_name(members["model"]), False, user_id)  # as nearly always
+    return facts_of([member for member in document if is_model_name(member[0])], user_id)
 
 
 def not_json(problem: str) -> BadRequest:
@@ -2392,10 +2408,12 @@ class JsonWalk:
         depth, is_string = len(self._around), kind in (STRING, QUOTE)
         if GRAMMAR[state].get(kind) == "colon":
             self._names[depth - 1 :] = [self._text(start, end), ""][: 3 - depth]
+            if self._names[0] == "metadata" and depth == 1:
+                self._user_id = ""  # the last one counts
         elif state == "value" and depth == 1 and is_model_name(self._names[0]):
             self._notice_model(self._names[0], start, end, is_string)
-        elif state == "value" and is_string and self._names == ["metadata", "user_id"]:
-            self._user_id = self._text(start, end)
+        elif state == "value" and self._names == ["metadata", "user_id"]:
+            self._user_id = self._text(start, end) if is_string else ""
 
     def _notice_model(self, name: str, start: int, end: int, is_string: bool) -> None:
         """Notes the member called `model`, and of those that may be taken for it the first. Raises BadRequest for a
@@ -2702,22 +2720,27 @@ class AccessRecord:
         whole = int(self.when)
         clock = f"{utc_time(whole)}.{int((self.when - whole) * 1000):03}Z"
         names = (self.caller, self.method, self.path, self.model, self.sent_model, self.provider, self.key)
-        figures = {
-            "status": str(self.status),
-            "bytes": str(self.bytes_sent),
-            "ttfb": "" if self.first_byte is None else f"{self.first_byte - self.started:.4f}",
-            "duration": f"{now - self.started:.4f}",
-            "attempts": str(self.attempts or ""),
-            "input": "" if self.usage.input_tokens is None else str(self.usage.input_tokens),
-            "output": "" if self.usage.output_tokens is None else str(self.usage.output_tokens),
-        }
+        figures = self._figures(now)
         if style == "json":
-            numbers = {name: json.loads(figure) for name, figure in figures.items() if figure}
+            numbers = {name: json.loads(figure) for name, figure in (told.split("=") for told in figures.split())}
             known = dict(zip(NAMED, names))
             return log_json({"time": clock, "id": self.request_id, **known, **numbers, "error": self.error})
-        told = "".join([f" {name}={figure}" for name, figure in figures.items() if figure])
         error = f" error={self.error}" if self.error else ""
-        return f"time={clock} id={self.request_id}{log_names(*names)}{told}{error}"
+        return f"time={clock} id={self.request_id}{log_names(*names)}{figures}{error}"
+
+    def _figures(self, now: float) -> str:
+        """The numbers that are known, as they stand in a line."""
+        figures, usage = f" status={self.status} bytes={self.bytes_sent}", self.usage
+        if self.first_byte is not None:
+            figures += f" ttfb={self.first_byte - self.started:.4f}"
+        figures += f" duration={now - self.started:.4f}"
+        if self.attempts:
+            figures += f" attempts={self.attempts}"
+        if usage.input_tokens is not None:
+            figures += f" input={usage.input_tokens}"
+        if usage.output_tokens is not None:
+            figures += f" output={usage.output_tokens}"
+        return figures
 
 
 @functools.lru_cache(maxsize=4)
@@ -3714,11 +3737,16 @@ class Channel:
         """Makes sure, right before the next request is sent, that a kept connection is in order: what came unasked
         must not be taken for the answer. Raises OSError."""
         self.kept_in_turn = 0
-        self.receive()
-        if self.received or self.ended:
-            self.received, self._outgoing, self.answered, self.ended = b"", b"", False, True
-            self._watch()
-            raise ConnectionResetError(errno.ECONNRESET, "the kept connection was closed, or spoke unasked")
+        try:
+            if not (self.received or self.ended):
+                self.sock.recv(1)
+        except BLOCKED:
+            return
+        except OSError:
+            pass  # it is closed
+        self.received, self._outgoing, self.answered, self.ended = b"", b"", False, True
+        self._watch()
+        raise ConnectionResetError(errno.ECONNRESET, "the kept connection was closed, or spoke unasked")
 
     def has_hung_up(self) -> bool:
         """Whether the other side has closed behind bytes that are not received yet. Linux tells; elsewhere
@@ -3752,12 +3780,14 @@ class Channel:
         """Takes part in what the selector has seen; later and `patient`, where that took long the last time, or the
         turn is long already: whatever is cheap to serve must not wait for what isn't."""
         loop = self._loop
-        if not patient and (self._slow or loop.clock - loop.now > LATE_SECONDS):
+        if patient:
+            self._queued = False
+        elif self._slow or loop.clock > loop.late_at:
             if not self._queued:
                 self._queued = True
                 loop.patient.append(lambda: self._ready(events, patient=True))
             return
-        self._queued, begun = False, loop.clock
+        begun = loop.clock
         if self.closed:
             return  # by what was seen before it
         if events & WRITABLE:
@@ -3897,6 +3927,7 @@ class EventLoop:
         self.selector = selectors.DefaultSelector()
         self.now = time.monotonic()  # when the turn began
         self.clock = self.now  # the same, or when one of its events was dealt with
+        self.late_at = self.now  # when it is late in the turn
         self.running: Optional[Task] = None
         self.tasks: set[Task] = set()
         self.sweep_at = 0.0
@@ -3955,6 +3986,7 @@ class EventLoop:
         waiting = self._posted or self.outbox or self.patient or self.pipelined
         ready = self.selector.select(0 if waiting else max(0.0, self.sweep_at - time.monotonic()))
         self.now = self.clock = time.monotonic()
+        self.late_at = self.now + LATE_SECONDS
         self.turn += 1
         self.crowded = len(ready) > 1
         for key, events in ready:
@@ -4216,7 +4248,7 @@ class RequestBody:
             raise MalformedRequest(f"the chunked body is malformed: {error}") from None
         channel.put_back(decoder.rest)
         self._taken += len(piece)
-        if self._taken + (self._chunks.announced if self._chunks else 0) > self._limit:
+        if self._taken > self._limit or (self._chunks and self._taken + self._chunks.announced > self._limit):
             raise self._too_large()
         return piece
 
@@ -4619,7 +4651,7 @@ class Answer:
             and not self.channel.is_sending
             and self.whole_request
             and self.head.version >= 1
-            and "close" not in self.head.fields.elements("connection")
+            and "close" not in self.head.fields.connection
         )
 
     @property
@@ -4760,7 +4792,8 @@ class Relay:
         if not last:
             code = "upstream_unreachable" if isinstance(failure, Unreachable) else "upstream_broken"
             raise UpstreamFailed(str(failure), code)
-        self._note(job.record, last.candidate, 0)
+        if job.record.attempts > 1:
+            self._note(job.record, last.candidate, 0)
         return (yield from self._presented(job, last))
 
     def _blame(self, job: Job, provider: Provider, error: UpstreamFailure) -> None:
@@ -4853,8 +4886,12 @@ class Relay:
         """Sends the request; False when the provider answered, or broke off, before it had all of it.
         Raises NoAnswer, ClientGone, and what reading the body raises."""
         provider, body = candidate.target.provider, job.body
-        pieces, recoded = body.with_model(candidate.target.model) if isinstance(body, ReadBody) else ([], False)
-        length = body.length if isinstance(body, RequestBody) else sum(map(len, pieces))
+        length: Optional[int]
+        if isinstance(body, ReadBody):
+            pieces, recoded = body.with_model(candidate.target.model)
+            length = sum(map(len, pieces))
+        else:
+            pieces, recoded, length = [], False, body.length
         fields = upstream_fields(job.head, provider, candidate.key, length, recoded) + channel.extra_fields
         target = f"{channel.target_prefix}{provider.prefix}{job.endpoint.target(job.head.query)}"
         head = head_bytes(f"{job.head.method} {target} HTTP/1.1", fields)
@@ -5453,9 +5490,6 @@ class Request(NamedTuple):
     caller: Caller
 
 
-NOBODY = Caller("", False, None)
-
-
 def hidden_model(caller: Caller) -> Forbidden:
     """The error for a user who may use some models only, where others may be named out of sight."""
     return Forbidden(f"{caller.name} may use some models only, and what this request would use can't be seen here")
@@ -5569,7 +5603,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if seen < 2 and channel.received.startswith(b"\r\n"):
                     channel.use(2)  # RFC 9112 §2.2: an empty line before it is ignored
                     seen = 0
-                size = head_length(channel.received, seen)
+                size = head_length(channel.received, seen) if channel.received else 0
                 if size:
                     return channel.use(size)
                 seen = len(channel.received)
