@@ -41,6 +41,7 @@ import functools
 import getopt
 import hashlib
 import hmac
+import html
 import http.client
 import http.server
 import io
@@ -480,6 +481,13 @@ class ServerSettings(NamedTuple):
     log: str
 
 
+class RunSecrets(NamedTuple):
+    """What is made up for one run, to be used where relay.json has nothing."""
+
+    access_key: Secret
+    jwt_secret: Secret
+
+
 class Config(NamedTuple):
     """A whole relay.json, checked."""
 
@@ -489,6 +497,7 @@ class Config(NamedTuple):
     providers: Mapping[str, Provider]
     aliases: Mapping[str, tuple[str, ...]]
     routes: Mapping[str, tuple[str, ...]]
+    run_secrets: Optional[RunSecrets] = None
 
 
 DEFAULT_PORTS = {"http": 80, "https": 443, "echo": 0}
@@ -1473,8 +1482,10 @@ class KeyPool:
         if entry and not (entry.fixed and entry.until > now):
             del self._cooling[key_and_model]
 
-    def failed(self, candidate: Candidate, status: int, retry_after: Optional[float], now: float) -> None:
-        """Notes an answer with a status of failure."""
+    def failed(
+        self, candidate: Candidate, status: int, retry_after: Optional[float], now: float, by_model: bool = True
+    ) -> None:
+        """Notes an answer with a status of failure; `by_model`: to a request that went where its model belongs."""
         cooldown = candidate.target.provider.cooldown
         _, key, key_and_model = cooling_names(candidate)
         if status == 429:
@@ -1483,8 +1494,9 @@ class KeyPool:
                 entry.until = now + (cooldown if retry_after is None else retry_after)
                 entry.fixed = retry_after is not None
         elif status in QUARANTINED:
-            # Of a request without a model it may be the path that the key is not good for.
-            self._entry(key if candidate.target.model else key_and_model).until = now + QUARANTINE_FACTOR * cooldown
+            # Of another request it may be the path that the key is not good for.
+            whole_key = by_model and candidate.target.model
+            self._entry(key if whole_key else key_and_model).until = now + QUARANTINE_FACTOR * cooldown
         elif status == 403 or status >= 500:
             self._entry(key_and_model).back_off(cooldown, now)
 
@@ -1527,14 +1539,18 @@ CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 
 HOP_BY_HOP = FRAMING_HEADERS | {"proxy-connection", "proxy-authorization", "proxy-authenticate"}
+# Under another spelling these would slip past a rule here and be understood by a server behind (a CGI-style server
+# reads _ as -). Some providers take a key in `api-key` or `x-goog-api-key`: it must be the relay's, or none.
+GUARDED_HEADERS = HOP_BY_HOP | {
+    "host", "authorization", "x-api-key", "api-key", "x-goog-api-key", "x-monorelay-key", "cookie", "cookie2", "expect",
+}  # fmt: skip
 # What the relay sets itself, or keeps to itself.
-REQUEST_HEADERS_KEPT_BACK = HOP_BY_HOP | {"host", "authorization", "x-api-key", "cookie", "expect", "accept-encoding"}
-# Under another spelling these would slip past a rule here and be understood by a server behind
-# (a CGI-style server reads _ as -).
-GUARDED_HEADERS = HOP_BY_HOP | {"host", "authorization", "x-api-key", "cookie", "expect"}
+REQUEST_HEADERS_KEPT_BACK = GUARDED_HEADERS | {"accept-encoding"}
 # A cookie of the provider is of no use to a client of the relay; its x-monorelay-* would be mistaken for ours.
 ANSWER_HEADERS_KEPT_BACK = HOP_BY_HOP | {
-    "set-cookie", "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts", "x-monorelay-error",
+    "set-cookie", "set-cookie2", "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts",
+    "x-monorelay-error", "x-monorelay-request-id", "x-monorelay-translated", "x-monorelay-dropped",
+    "x-monorelay-estimated",
 }  # fmt: skip
 CORS_HEADERS = frozenset(
     {"access-control-allow-origin", "access-control-allow-credentials", "access-control-expose-headers"}
@@ -2033,12 +2049,12 @@ MODEL_PATHS = frozenset(path for path, (_, name) in ENDPOINTS.items() if name ==
 STORED_PATHS = ("/v1/messages/batches", "/v1/files")
 CREATING_PATHS = ("/v1/batches", "/v1/files", "/v1/messages/batches")  # what is sent here is never sent twice
 # By these some servers take a request for one of another method.
-METHOD_OVERRIDES = ("x-http-method-override", "x-http-method", "x-method-override")
+METHOD_OVERRIDES = frozenset({"x-http-method-override", "x-http-method", "x-method-override", "x-http-override"})
 # Bodies that are read for a model on paths of which the relay knows nothing: JSON, and what curl and
 # careless clients call JSON. All others stream through.
 READ_TYPES = frozenset({"application/json", "text/plain", "text/json", "application/x-www-form-urlencoded", ""})
 # What no server behind can take for another kind of body, or another alphabet, than the relay has read.
-PLAIN_JSON_TYPE = re.compile(r"(?i)(?!multipart)[^;,]*(?:; *(?:charset=\"?utf-?8\"?)?)*")
+PLAIN_JSON_TYPE = re.compile(r"(?i)(?!multipart|application/x-www-form)[^;,]*(?:; *(?:charset=\"?utf-?8\"?)?)*")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -2081,7 +2097,9 @@ def find_endpoint(method: str, path: str, dialect: str) -> Endpoint:
     """The endpoint of a request. Raises NotFound and MethodNotAllowed."""
     if method not in METHODS:
         known = ENDPOINTS.get(known_form(path), (METHODS, ""))[0]
-        raise MethodNotAllowed(method[:20], header_text(path[:200]), known)
+        error = MethodNotAllowed(method[:20], header_text(path[:200]), known)
+        error.close = True  # what comes behind CONNECT is no request
+        raise error
     # The same few come again and again; long ones are not worth the memory.
     find = remembered_endpoint if len(path) <= REMEMBERED_PATH_CHARACTERS else remembered_endpoint.__wrapped__
     return find(method, path, dialect)
@@ -2198,7 +2216,9 @@ class BodyFacts(NamedTuple):
     """What a JSON body says that matters here."""
 
     model: str
-    lookalike: bool  # whether another top-level name may be taken for `model`
+    # Whether another top-level name may be taken for `model`, or a tool has one of its own; it matters for those only
+    # who may use some models only.
+    lookalike: bool
     user_id: str  # the one in `metadata`, or empty
     span: Optional[tuple[int, int]] = None  # where the value of `model` stands, if that is known
 
@@ -2224,13 +2244,18 @@ def model_name(value: Any) -> str:
 
 
 def is_model_name(name: str) -> bool:
-    """Whether a name is `model` for servers that don't heed its case, or end it at a NUL; or the `models` by which some
-    are told what else may be used."""
-    return name.casefold().partition("\0")[0] in ("model", "models")
+    """Whether a name is `model` for servers that don't heed its case, or end it at a NUL; or the `models` or
+    `fallbacks` by which some are told what else may be used. One too long to be read is taken for that, too."""
+    return len(name) > MODEL_CHARACTERS or name.casefold().partition("\0")[0] in ("model", "models", "fallbacks")
 
 
-def read_at_once(body: bytes) -> BodyFacts:
-    """The facts of a short JSON body. Raises BadRequest."""
+def has_model(tool: Any) -> bool:
+    """Whether a tool works by a model of its own."""
+    return isinstance(tool, tuple) and any(is_model_name(name) and isinstance(value, str) for name, value in tool)
+
+
+def read_at_once(body: bytes, restricted: bool = True) -> BodyFacts:
+    """The facts of a short JSON body; `restricted`: of one whose sender may use some models only. Raises BadRequest."""
     try:
         text = body.decode("utf-8").strip(JSON_BLANKS)
         document, end = BODY_DECODER.raw_decode(text)
@@ -2247,9 +2272,11 @@ def read_at_once(body: bytes) -> BodyFacts:
     user_id = dict(metadata).get("user_id") if isinstance(metadata, tuple) else ""
     if not isinstance(user_id, str):
         user_id = ""
-    if "model" in members and len(members) == len(document) and "".join(members).casefold().count("model") == 1:
-        return BodyFacts(model_name(members["model"]), False, user_id)  # as nearly always
-    return facts_of([member for member in document if is_model_name(member[0])], user_id)
+    if not restricted and "model" in members and len(members) == len(document):
+        return BodyFacts(model_name(members["model"]), False, user_id)
+    models = [member for member in document if is_model_name(member[0])]
+    tools = [tool for name, tools in document if name == "tools" and isinstance(tools, list) for tool in tools]
+    return facts_of([*models, ("", None)] if any(map(has_model, tools)) else models, user_id)
 
 
 def not_json(problem: str) -> BadRequest:
@@ -2287,6 +2314,7 @@ class JsonWalk:
         self._names = ["", ""]  # the last name in the outer object, and in an object within it
         self._models: list[tuple[str, Any]] = []
         self._span = 0, 0
+        self._has_model = False  # whether a tool has one
         self._user_id = ""
 
     @property
@@ -2297,7 +2325,8 @@ class JsonWalk:
     @property
     def facts(self) -> BodyFacts:
         """What the body says. Raises BadRequest."""
-        return facts_of(self._models, self._user_id, self._span)
+        models = [*self._models, ("", None)] if self._has_model else self._models
+        return facts_of(models, self._user_id, self._span)
 
     def feed(self, piece: bytes) -> None:
         """Takes the next piece."""
@@ -2336,7 +2365,7 @@ class JsonWalk:
             self._values += VALUES_OF_KIND[kind]
             if kind == QUOTE:
                 at = end = self._begin_string(end)
-            if len(self._around) <= 2:
+            if len(self._around) <= 2 or self._names[0] == "tools":
                 self._notice(kind, state, start, end)
             state = self._nest(kind, state) if OPEN_LIST <= kind <= CLOSE_OBJECT else following
         self._state, self._at = state, at
@@ -2406,7 +2435,9 @@ class JsonWalk:
     def _notice(self, kind: int, state: str, start: int, end: int) -> None:
         """Looks at a token of the outer object, or of an object that it holds."""
         depth, is_string = len(self._around), kind in (STRING, QUOTE)
-        if GRAMMAR[state].get(kind) == "colon":
+        if depth > 2:
+            self._notice_tool(kind, state, start, end)
+        elif GRAMMAR[state].get(kind) == "colon":
             self._names[depth - 1 :] = [self._text(start, end), ""][: 3 - depth]
             if self._names[0] == "metadata" and depth == 1:
                 self._user_id = ""  # the last one counts
@@ -2414,6 +2445,13 @@ class JsonWalk:
             self._notice_model(self._names[0], start, end, is_string)
         elif state == "value" and self._names == ["metadata", "user_id"]:
             self._user_id = self._text(start, end) if is_string else ""
+
+    def _notice_tool(self, kind: int, state: str, start: int, end: int) -> None:
+        """Looks at a token of a tool, which has a model of its own when a string follows that name."""
+        if len(self._around) == 3 and GRAMMAR[state].get(kind) == "colon":
+            self._names[1] = self._text(start, end)
+        elif len(self._around) == 3 and state == "value" and kind in (STRING, QUOTE) and is_model_name(self._names[1]):
+            self._has_model = True
 
     def _notice_model(self, name: str, start: int, end: int, is_string: bool) -> None:
         """Notes the member called `model`, and of those that may be taken for it the first. Raises BadRequest for a
@@ -2453,9 +2491,10 @@ class ReadBody:
     add(), finish() and locate_model() it wants go_on() for as long as it is `behind`. It is held until an answer has
     begun."""
 
-    __slots__ = ("_walk", "behind", "content", "facts", "problem", "sent", "size")
+    __slots__ = ("_restricted", "_walk", "behind", "content", "facts", "problem", "sent", "size")
 
-    def __init__(self) -> None:
+    def __init__(self, restricted: bool = True) -> None:
+        self._restricted = restricted  # whether its sender may use some models only
         self.content: list[bytes] = []  # in pieces, without its content-encoding
         self.sent = self.content  # as the client sent it
         self.size = 0  # of the content
@@ -2488,7 +2527,7 @@ class ReadBody:
             self._finish_walk()
             return
         try:
-            self.facts = read_at_once(text)
+            self.facts = read_at_once(text, self._restricted)
         except BadRequest as error:
             self.problem = error.message, error.code
 
@@ -2616,6 +2655,18 @@ STREAM_ENDS = re.compile(
 )
 FIRST_EVENT_IS_ERROR = rb'event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error")'
 USAGE = re.compile(rb'"(input|prompt|output|completion)_tokens" ?: ?([0-9]{1,12})')
+
+
+def is_cut_off(line: bytes) -> bool:
+    """Whether the last line of a stream, which has no end, is data that was to be a JSON object."""
+    name, _, data = line.partition(b":")
+    if name != b"data" or not data.lstrip().startswith(b"{"):
+        return False
+    try:
+        BODY_DECODER.decode(data.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 class LineSplitter:
@@ -4575,6 +4626,9 @@ def send_echo(loop: EventLoop, channel: Channel, answer: EchoAnswer, request_id:
         yield from channel.send(LAST_CHUNK, STALLED_CLIENT_SECONDS)
 
 
+BARE_LF = re.compile(rb"(?:^|[^\r])\n")
+
+
 class AnswerHeads:
     """Finds the head of the final answer in what has come from a provider, and passes over interim ones."""
 
@@ -4602,6 +4656,8 @@ class AnswerHeads:
         while True:
             end = channel.received.find(b"\r\n\r\n", self._seen - 3 if self._seen > 3 else 0)
             if end < 0:
+                if BARE_LF.search(channel.received, max(0, self._seen - 1)):
+                    raise FramingError("a line of its head ends in LF alone")
                 if len(channel.received) >= ANSWER_HEAD_BYTES:
                     raise FramingError(f"its head is longer than {ANSWER_HEAD_BYTES} bytes")
                 self._seen = len(channel.received)
@@ -4618,6 +4674,15 @@ class AnswerHeads:
         self._interim += 1
         if self._interim > INTERIM_ANSWERS or head.status == 101:
             raise FramingError("it sends too many interim answers, or switches protocols unasked")
+
+
+SECRET_NAME = re.compile(r"(?i)auth|key|token|secret")
+
+
+def unescaped(text: str) -> str:
+    """The text with what JSON, HTML and URLs have for a character in its place."""
+    text = re.sub(r"\\u00([0-9a-fA-F]{2})", lambda match: chr(int(match[1], 16)), text.replace("\\/", "/"))
+    return unquote(html.unescape(text))
 
 
 class Answer:
@@ -4656,11 +4721,14 @@ class Answer:
 
     @property
     def quotes_key(self) -> bool:
-        """Whether the key that was sent stands in the head, or in what has come of the content."""
-        key = self.candidate.key
-        secret = key.secret.reveal() if key else ""
-        told = [self.head.reason, *itertools.chain.from_iterable(self.head.headers)]
-        return bool(secret) and (secret.encode("ascii") in self.content or any(secret in text for text in told))
+        """Whether the key that was sent, or another secret among the provider's headers, stands in the head or in what
+        has come of the content, however it is escaped there."""
+        key, provider = self.candidate.key, self.candidate.target.provider
+        sent = [key.secret.reveal()] if key else []
+        sent += [value for name, value in provider.headers if value and SECRET_NAME.search(name)]
+        told = [self.head.reason, *itertools.chain.from_iterable(self.head.headers), self.content.decode("latin-1")]
+        text = "\n".join(told)
+        return any(secret in text or secret in unescaped(text) for secret in sent)
 
     def absorb(self, data: bytes) -> bytes:
         """Decodes the next bytes from upstream into `content`, and returns what they add. Raises FramingError."""
@@ -4771,10 +4839,10 @@ class Relay:
             for candidate in job.candidates:
                 self._note(job.record, candidate)
                 try:
-                    answer = yield from self._attempt(job, candidate)
+                    answer = yield from self._attempt(job, candidate, fresh=job.only_once or only_once_more)
                 except (Unreachable, BrokenExchange) as error:
                     failure = error.with_traceback(None)  # which would keep the body, and be kept by it
-                    self._blame(job, candidate.target.provider, error)
+                    self._blame(job, candidate, error)
                     if isinstance(error, BrokenExchange):
                         if only_once_more or job.only_once:
                             break
@@ -4792,15 +4860,18 @@ class Relay:
         if not last:
             code = "upstream_unreachable" if isinstance(failure, Unreachable) else "upstream_broken"
             raise UpstreamFailed(str(failure), code)
-        if job.record.attempts > 1:
-            self._note(job.record, last.candidate, 0)
+        self._note(job.record, last.candidate, 0)
         return (yield from self._presented(job, last))
 
-    def _blame(self, job: Job, provider: Provider, error: UpstreamFailure) -> None:
-        """Has a provider that could not be reached come later for a while; not one that gave up on a slow upload.
-        Echo's faults are made to order."""
-        if provider.format != "echo" and job.blames and (isinstance(error, Unreachable) or job.is_sent):
-            self.keys.unreachable(provider, self._loop.now)
+    def _blame(self, job: Job, candidate: Candidate, error: UpstreamFailure) -> None:
+        """Has a provider that could not be reached come later for a while, or a key with the model where it broke off;
+        not one that gave up on a slow upload. Echo's faults are made to order."""
+        if candidate.target.provider.format == "echo" or not job.blames:
+            return
+        if isinstance(error, Unreachable):
+            self.keys.unreachable(candidate.target.provider, self._loop.now)
+        elif job.is_sent:
+            self.keys.failed(candidate, 502, None, self._loop.now)
 
     def _note(self, record: AccessRecord, candidate: Candidate, attempts: int = 1) -> None:
         """Writes down which candidate the request is with."""
@@ -4808,10 +4879,11 @@ class Relay:
         record.provider = candidate.target.provider.name
         record.sent_model, record.key = candidate.target.model, candidate.label
 
-    def _attempt(self, job: Job, candidate: Candidate) -> Steps[Answer]:
-        """One try with a candidate. A kept connection that turns out to be closed is replaced."""
+    def _attempt(self, job: Job, candidate: Candidate, fresh: bool) -> Steps[Answer]:
+        """One try with a candidate. A kept connection that turns out to be closed is replaced; where that would be once
+        too often, a `fresh` one is made at once."""
         provider = candidate.target.provider
-        kept = None if job.only_once else self.connections.take(provider)
+        kept = None if fresh else self.connections.take(provider)
         if kept:
             try:
                 return (yield from self._exchange(job, candidate, kept))
@@ -4934,7 +5006,7 @@ class Relay:
                 self.keys.succeeded(candidate, self._loop.now)
             else:
                 wait = retry_after_seconds(answer.head.fields.get("retry-after"), time.time())
-                self.keys.failed(candidate, status, wait, self._loop.now)
+                self.keys.failed(candidate, status, wait, self._loop.now, job.endpoint.by_model)
             if status in QUARANTINED:
                 self._warn(
                     f"the provider {provider.name} refuses the key {candidate.label} ({status}); it comes last now"
@@ -5071,8 +5143,8 @@ class Transfer:
     def close(self, broken: bool) -> bytes:
         """What goes out when upstream has closed: rightly where nothing else marks the end, unless the connection is
         broken; and for a stream if it has said that it is over."""
-        if isinstance(self._filter, LineSplitter) and self._filter.held:
-            self._sees_end = bool(STREAM_ENDS.search(self._filter.held))
+        if isinstance(self._filter, LineSplitter) and STREAM_ENDS.search(self._filter.held):
+            self._sees_end = self._sees_end or not is_cut_off(self._filter.held)
         if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not (self._awaits_end or broken)):
             self._decoder.finished = True
             return self._passed(b"")
@@ -5098,16 +5170,24 @@ class Transfer:
         if self._filter:
             content = self._filter.feed(content)
             if self._decoder.finished:
-                content += self._filter.flush()
+                rest = self._filter.flush()
+                if isinstance(self._filter, LineSplitter) and is_cut_off(rest):
+                    # What a proxy ends in good order when the server behind it has died.
+                    whole = self._counted(content)
+                    return whole + self.fail("the provider's stream ends within a line", "upstream_broken")
+                content += rest
         self.ended = self._decoder.finished
+        framed = self._counted(content)
+        return framed + LAST_CHUNK if self.ended and self._chunked else framed
+
+    def _counted(self, content: bytes) -> bytes:
+        """The content, framed, after a look at what it tells."""
         if content:
             self._record.bytes_sent += len(content)
             self._record.usage.read(content)
             if self._awaits_end and STREAM_ENDS.search(content):
                 self._sees_end = True
-        if not self._chunked:
-            return content
-        return chunk(content) + LAST_CHUNK if self.ended else chunk(content)
+        return chunk(content) if self._chunked else content
 
 
 # The client has left, takes nothing for too long, or is held up by it when the relay shuts down: no more can be said.
@@ -5492,7 +5572,10 @@ class Request(NamedTuple):
 
 def hidden_model(caller: Caller) -> Forbidden:
     """The error for a user who may use some models only, where others may be named out of sight."""
-    return Forbidden(f"{caller.name} may use some models only, and what this request would use can't be seen here")
+    return Forbidden(
+        f"{caller.name} may use some models only, and what this request would use can't be seen here; "
+        "send application/json with one `model`, and no other in the query, `fallbacks` or `tools`"
+    )
 
 
 def shutting_down() -> Unavailable:
@@ -5795,10 +5878,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer_any(self, request: Request) -> Steps[bool]:
         """Relays any other request: by its model if it is JSON that has one, else to the first provider."""
-        if media_type(request.head.fields) not in READ_TYPES:
+        kind = media_type(request.head.fields)
+        if not (request.endpoint.by_model or kind in READ_TYPES or kind.endswith("+json")):
             return (yield from self.answer_first_provider(request))
         body = yield from self._read_body(request, required=False)
         if not body.facts:
+            if request.endpoint.by_model and body.size and body.problem[1] == "not_json":
+                raise BadRequest(*body.problem)
             return (yield from self._relay_to_first(request, body))
         return (yield from self._relay_by_model(request, body))
 
@@ -5832,7 +5918,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         models may stand out of sight."""
         provider = first_provider(self.config, request.endpoint.dialect)
         method, path = request.head.method, request.endpoint.path
-        names_model = method in ("POST", "PUT", "PATCH") and not (method == "POST" and path == "/files")
+        names_model = method in ("POST", "PUT", "PATCH") or request.head.body_length != 0
+        names_model = names_model and not (method == "POST" and path == "/files")
         if self._is_restricted(request) and names_model:
             raise hidden_model(request.caller)
         key = provider.keys[0] if provider.keys else None
@@ -5843,14 +5930,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         the request has: a server behind may heed that."""
         user = request.caller.user
         restricted = user is not None and user.models is not None
-        if restricted and any(name in request.head.fields for name in METHOD_OVERRIDES):
+        names = (name.replace("_", "-").replace(".", "-") for name in request.head.fields.names)
+        if restricted and not METHOD_OVERRIDES.isdisjoint(names):
             raise Forbidden(f"{request.caller.name} may use some models only, and no header that names another method")
         return restricted
 
     def _is_ambiguous(self, request: Request, facts: BodyFacts) -> bool:
         """Whether a server behind may take another model from the request than the relay does."""
-        is_plain = PLAIN_JSON_TYPE.fullmatch(request.head.fields.get("content-type"))
-        return facts.lookalike or not request.endpoint.by_model or not is_plain
+        fields, query = request.head.fields, unquote(request.head.query).casefold()
+        is_plain = PLAIN_JSON_TYPE.fullmatch(fields.get("content-type")) and not any(
+            len(fields.all(name)) > 1 for name in ("content-type", "content-encoding")
+        )
+        # Some servers take a list with commas, and what the query says, as well.
+        named_elsewhere = facts.lookalike or "," in facts.model or "model" in query or "_method" in query
+        return named_elsewhere or not request.endpoint.by_model or not is_plain
 
     def _may_use(self, request: Request, model: str) -> bool:
         """Whether the caller's `models` admit the name."""
@@ -5871,7 +5964,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The body, read for its model, which must be there if it is required. Raises BadRequest, TooLarge,
         UnsupportedCoding and Unavailable."""
         coding = request.head.fields.get("content-encoding", "identity").lower()
-        incoming, body, bodies = self._open_body(request, self.body_limit), ReadBody(), self.service.bodies
+        incoming, bodies = self._open_body(request, self.body_limit), self.service.bodies
+        user = request.caller.user
+        body = ReadBody(restricted=user is not None and user.models is not None)
         encoded: list[bytes] = []
         while True:
             piece = incoming.arrived() or (yield from incoming.read())
@@ -6111,6 +6206,11 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Serves new requests by another configuration; those that run finish with the one they began with."""
         old = self.service.config
         config = with_run_secrets(config, old)
+        if (
+            config.run_secrets
+            and config.server.access_keys == (config.run_secrets.access_key,) != old.server.access_keys
+        ):
+            self.log.warn("relay.json has no credential any more; a restart makes up an access key, and shows it")
         for name in ("host", "port", "workers"):
             if getattr(config.server, name) != getattr(old.server, name):
                 self.log.warn(f"server.{name} has changed, which takes effect with a restart")
@@ -6257,14 +6357,14 @@ def relay_url(host: str, port: int) -> str:
 def with_run_secrets(config: Config, old: Optional[Config]) -> Config:
     """The configuration with what it leaves out made up for this run: an access key if there is no
     credential at all, and a secret for tokens if somebody can log in."""
-    server = config.server
-    before = old.server if old else server
+    server, made = config.server, config.run_secrets or (old.run_secrets if old else None)
+    if made is None:
+        made = RunSecrets(Secret(f"mr-{base64url(os.urandom(24))}"), Secret(base64url(os.urandom(32))))
     if not server.access_keys and not server.jwt_secret:
-        made = before.access_keys if old else ()
-        server = server._replace(access_keys=made or (Secret(f"mr-{base64url(os.urandom(24))}"),))
+        server = server._replace(access_keys=(made.access_key,))
     if not server.jwt_secret and any(user.password for user in config.users.values()):
-        server = server._replace(jwt_secret=before.jwt_secret or Secret(base64url(os.urandom(32))))
-    return config._replace(server=server)
+        server = server._replace(jwt_secret=made.jwt_secret)
+    return config._replace(server=server, run_secrets=made)
 
 
 # ==== Command line ===============================================================================
@@ -6380,7 +6480,10 @@ def load_config(path: str, options: JsonDict) -> Config:
             raise ConfigError([f"{name}: byte {error.start} is not UTF-8"]) from None
     else:
         source = BUILT_IN_CONFIG
-    config = parse_config(source, os.environ, name)
+    try:
+        config = parse_config(source, os.environ, name)
+    except RecursionError:
+        raise ConfigError([f"{name}: it is nested, or its aliases are chained, too deeply"]) from None
     address = {name: options[name] for name in ("host", "port") if name in options}
     config = config._replace(server=config.server._replace(**address))
     if config.server.workers > 1 and not hasattr(os, "fork"):
