@@ -1911,7 +1911,7 @@ def is_safe_path(path: str) -> bool:
 
 def end_to_end(fields: Headers, kept_back: frozenset[str]) -> Pairs:
     """The fields to pass on: neither kept back, nor declared hop-by-hop by Connection."""
-    if fields.connection:
+    if not kept_back.issuperset(fields.connection):
         kept_back = kept_back.union(fields.connection)
     return list(itertools.compress(fields.pairs, [name not in kept_back for name in fields.names]))
 
@@ -5902,7 +5902,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if request.caller.user and self._is_restricted(request) and self._is_ambiguous(request, body.facts):
             raise hidden_model(request.caller)
         targets = self.targets_for(asked, request.endpoint.dialect)
-        if [target for target in targets if target.model != asked]:
+        if any(target.model != asked for target in targets):
             body.locate_model()
             yield from self._catch_up(body)
             if body.problem[0]:  # the one thing that `json` takes and a walk doesn't: a number of thousands of digits
