@@ -62,9 +62,10 @@ import struct
 import sys
 import threading
 import time
+import types
 import warnings
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, Callable, NamedTuple, NoReturn, Optional, TypeVar, Union
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
@@ -3572,21 +3573,22 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoAnswer]] = {
 
 # ==== Event loop =================================================================================
 #
-# One thread serves everybody. What it serves are tasks: a task is a generator that yields where it would
-# have to wait, and what it yields is the time, on the monotonic clock, until which it is ready to. It is
-# resumed when something may have happened: on one of its channels, or to what it has started. That promises
-# nothing, so it looks again and yields again if need be. At its time Overdue is raised in it, and ClientGone
-# as soon as its client has left. Between two yields a task has everything to itself, so what tasks share needs
-# no lock. What would block in the system (looking up a name, connecting, hashing a password) is done by a
-# thread of its own, see in_thread().
+# One thread serves everybody. What it serves are tasks: a task is a coroutine, and where it would have to wait, it
+# awaits wakeup(), with a deadline on the monotonic clock. It is resumed when something may have happened: on one of its
+# channels, or to what it has started. That promises nothing, so it looks again and waits again if need be. At its
+# deadline Overdue is raised in it, and ClientGone as soon as its client has left. Between two waits a task has
+# everything to itself, so what tasks share needs no lock. What would block in the system (looking up a name, hashing a
+# password) is done by a thread of its own, see in_thread().
 #
 # The loop goes round in turns: it waits for sockets, has their channels receive and their tasks go on, and in
 # the end sends what was put off in that turn. A channel tells its task; the task tries its shortcut, if it
-# has one, before its steps are resumed. Work that would take long is done in steps of a few milliseconds, after
+# has one, before its coroutine is resumed. Work that would take long is done in steps of a few milliseconds, after
 # each of which its task gives way: all who do so share PATIENT_SECONDS of a turn.
+#
+# Why the loop is this file's own, and not asyncio's: a stream costs no transport, protocol, future and callback for
+# each event; a client's departure is seen while nothing is read from it; and a deadline is a number, not a timer.
 
 Result = TypeVar("Result")
-Steps = Generator[float, None, Result]  # what a task is made of, and what it comes to
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 CONNECTING = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
@@ -3704,7 +3706,7 @@ class Channel:
             self._await_room()
         return sent
 
-    def send(self, data: bytes, pause_seconds: float, has_answered: Optional[Callable[[], bool]] = None) -> Steps[None]:
+    async def send(self, data: bytes, pause_seconds: float, has_answered: Optional[Callable[[], bool]] = None) -> None:
         """Sends all of it, or puts off what is short until the end of the turn; that it can't be sent is seen by its
         task then. Raises Overdue when nothing was taken for the pause, OSError, and EarlyAnswer as soon as
         `has_answered` says that the provider speaks meanwhile."""
@@ -3721,19 +3723,32 @@ class Channel:
             while not sent:
                 if has_answered and has_answered():
                     raise EarlyAnswer
-                yield deadline
+                await wakeup(deadline)
                 sent = self.send_now(rest)
             rest = rest[sent:]
 
-    def send_rest(self, pause_seconds: float) -> Steps[None]:
+    async def arrival(self, deadline: float) -> None:
+        """Waits until more has arrived than waits to be used, or the other side has closed. Raises Overdue and
+        ClientGone."""
+        before = len(self.received)
+        while len(self.received) == before and not self.ended:
+            await wakeup(deadline)
+
+    async def room(self, deadline: float) -> None:
+        """Waits until there is room to send more. Raises Overdue and ClientGone."""
+        self._await_room()
+        while self._blocked:
+            await wakeup(deadline)
+
+    async def send_rest(self, pause_seconds: float) -> None:
         """Sends what was put off. Raises Overdue and OSError."""
         deadline = self._loop.now + pause_seconds
         while not self.flush():
-            yield deadline
+            await wakeup(deadline)
 
-    def finish_sending(self, pause_seconds: float) -> Steps[None]:
+    async def finish_sending(self, pause_seconds: float) -> None:
         """Sends what was put off, and closes this side. Raises Overdue and OSError."""
-        yield from self.send_rest(pause_seconds)
+        await self.send_rest(pause_seconds)
         self.sock.shutdown(socket.SHUT_WR)
 
     def flush(self) -> bool:
@@ -3753,18 +3768,16 @@ class Channel:
                 self.receive()  # the other side may have spoken before it broke off
             self._tell()
 
-    def connected(self, deadline: float) -> Steps[None]:
+    async def connected(self, deadline: float) -> None:
         """Waits for the connection that its socket has begun to make. Raises Overdue, ClientGone and OSError."""
         self.opening = True
-        self._await_room()
-        while self._blocked:
-            yield deadline
+        await self.room(deadline)
         error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             raise OSError(error, os.strerror(error))
         self.opening = False
 
-    def secure(self, context: ssl.SSLContext, host: str, deadline: float) -> Steps[None]:
+    async def secure(self, context: ssl.SSLContext, host: str, deadline: float) -> None:
         """Makes the connection one of TLS. Raises Overdue, ClientGone and OSError."""
         self._loop.selector.unregister(self.sock)
         self._watched = 0
@@ -3779,10 +3792,9 @@ class Channel:
                 tls.do_handshake()
                 self.opening = False
             except ssl.SSLWantReadError:
-                yield deadline
+                await wakeup(deadline)  # what arrives is for the handshake
             except ssl.SSLWantWriteError:
-                self._await_room()
-                yield deadline
+                await self.room(deadline)
 
     def _look_before_use(self) -> None:
         """Makes sure, right before the next request is sent, that a kept connection is in order: what came unasked
@@ -3913,19 +3925,19 @@ class Channel:
 
 
 class Task:
-    """Steps that the loop takes care of; `client` is the channel to the one they are for. Where there is a `shortcut`,
-    it is called when something has happened, and the steps need not be resumed if it has dealt with that."""
+    """A coroutine that the loop runs; `client` is the channel to the one it is for. Where there is a `shortcut`, it is
+    called when something has happened, and the coroutine need not be resumed if it has dealt with that."""
 
-    __slots__ = ("_loop", "_steps", "awaited_by", "client", "deadline", "done", "shortcut")
+    __slots__ = ("_coroutine", "_loop", "_waiting", "client", "deadline", "done", "shortcut")
 
-    def __init__(self, steps: Steps[None], loop: "EventLoop") -> None:
+    def __init__(self, coroutine: Coroutine[float, None, None], loop: "EventLoop") -> None:
         self.client: Optional[Channel] = None
         self.shortcut: Optional[Callable[[], bool]] = None
         self.deadline = math.inf
         self.done = False
         self._loop = loop
-        self._steps = steps
-        self.awaited_by = {loop.running} if loop.running else set()  # tasks to resume when this one is done
+        self._coroutine = coroutine
+        self._waiting: set[Task] = set()  # those to resume when this one is done
 
     def notice(self, error: Optional[Exception]) -> None:
         """Takes note that something has happened on a channel."""
@@ -3944,7 +3956,7 @@ class Task:
         loop = self._loop
         outer, loop.running = loop.running, self
         try:
-            self.deadline = self._steps.throw(error) if error else next(self._steps)
+            self.deadline = self._coroutine.throw(error) if error else self._coroutine.send(None)
         except StopIteration:
             self._end()
         except Exception as fault:
@@ -3955,10 +3967,16 @@ class Task:
         if self.deadline < loop.sweep_at:
             loop.sweep_at = self.deadline
 
-    def abandon(self) -> None:
-        """Ends it where it is."""
+    def cancel(self) -> None:
+        """Stops it at the await where it is, running its `finally` blocks."""
         self._end()
-        self._steps.close()
+        self._coroutine.close()
+
+    async def finished(self, deadline: float) -> None:
+        """Waits until it is done. Raises Overdue and ClientGone."""
+        while not self.done:
+            self._waiting.add(self._loop.current)
+            await wakeup(deadline)
 
     def _end(self) -> None:
         """Notes that it is over, and has those see that who wait for it."""
@@ -3966,7 +3984,7 @@ class Task:
         self.client = None
         self.deadline = math.inf
         self._loop.tasks.discard(self)
-        for task in self.awaited_by:
+        for task in self._waiting:
             self._loop.post(task.resume)
 
 
@@ -3999,7 +4017,7 @@ class EventLoop:
 
     @property
     def current(self) -> Task:
-        """The task whose steps these are."""
+        """The task that is running."""
         assert self.running, "not called from a task"
         return self.running
 
@@ -4013,9 +4031,9 @@ class EventLoop:
             except OSError:
                 pass  # the loop has just ended
 
-    def start(self, steps: Steps[None]) -> Task:
-        """Begins a task; the one that is running is resumed at its end."""
-        task = Task(steps, self)
+    def start(self, coroutine: Coroutine[float, None, None]) -> Task:
+        """Begins a task, and runs it until it waits for the first time."""
+        task = Task(coroutine, self)
         self.tasks.add(task)
         task.resume()
         return task
@@ -4072,7 +4090,7 @@ class EventLoop:
         """Ends all tasks, and the loop."""
         self._end_turn()
         for task in list(self.tasks):
-            task.abandon()
+            task.cancel()
         self._stopped = True
 
     def _answer_bell(self, events: int) -> None:
@@ -4102,7 +4120,14 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__} in line {place.tb_lineno if place else 0}"
 
 
-def give_way(loop: EventLoop, pipelined: bool = False) -> Steps[None]:
+@types.coroutine
+def wakeup(deadline: float = math.inf) -> Generator[float, None, None]:
+    """Waits until something may have happened to what the running task waits for. Raises Overdue at the deadline, on
+    the monotonic clock, and ClientGone when its client has left."""
+    yield deadline
+
+
+async def give_way(loop: EventLoop, pipelined: bool = False) -> None:
     """Lets all others that can go on do so first. What happens on the task's channels meanwhile doesn't end that.
     `pipelined`: it is the next of several requests that were sent at once."""
     task, its_turn = loop.current, False
@@ -4114,15 +4139,15 @@ def give_way(loop: EventLoop, pipelined: bool = False) -> Steps[None]:
 
     (loop.pipelined if pipelined else loop.patient).append(go_on)
     while not its_turn:
-        yield math.inf
+        await wakeup()
 
 
-def pause(loop: EventLoop, seconds: float) -> Steps[None]:
+async def pause(loop: EventLoop, seconds: float) -> None:
     """Lets the time pass."""
     deadline = loop.now + seconds
     try:
         while True:
-            yield deadline
+            await wakeup(deadline)
     except Overdue:
         pass
 
@@ -4151,12 +4176,12 @@ def start_thread(run: Callable[[], None]) -> None:
     threading.Thread(target=run, name="errand", daemon=True).start()
 
 
-def in_thread(
+async def in_thread(
     loop: EventLoop,
     work: Callable[[], Result],
     discard: Optional[Callable[[Result], object]] = None,
     start: Callable[[Callable[[], None]], object] = start_thread,
-) -> Steps[Result]:
+) -> Result:
     """What work() returns, called in the thread that `start` finds for it. Raises what it raises, and Unavailable
     when there is no thread. `discard` gets the result if nobody waits for it any more."""
     task = loop.current
@@ -4186,7 +4211,7 @@ def in_thread(
         raise Unavailable("this relay has no thread left for this", "no_threads") from None
     try:
         while not outcome:
-            yield math.inf
+            await wakeup()
     finally:
         abandoned = True
     result, fault = outcome[0]
@@ -4256,34 +4281,34 @@ class RequestBody:
         """Whether it has been read to its end."""
         return self._decoder.finished
 
-    def read(self, has_answered: Optional[Callable[[], bool]] = None) -> Steps[bytes]:
+    async def read(self, has_answered: Optional[Callable[[], bool]] = None) -> bytes:
         """The next piece, b"" at the end. Raises ClientGone, TooLarge, MalformedRequest, and EarlyAnswer
         when `has_answered` says that the provider speaks before there is one."""
         piece = self.arrived()
         while not piece and not self._decoder.finished:
-            yield from self._arrival(has_answered)
+            await self._arrival(has_answered)
             piece = self.arrived()
         return piece
 
-    def read_all(self) -> Steps[bytes]:
+    async def read_all(self) -> bytes:
         """The whole rest of a body that is short."""
-        pieces = [(yield from self.read())]
+        pieces = [await self.read()]
         while not self.finished:
-            pieces.append((yield from self.read()))
+            pieces.append(await self.read())
         return b"".join(pieces)
 
     def must_come_within(self, seconds: float) -> None:
         """Gives all of it so much time."""
         self._latest = self._loop.now + seconds
 
-    def discard(self) -> Steps[bool]:
+    async def discard(self) -> bool:
         """Reads away a short rest that is surely coming soon; False when the connection can't be used on."""
         if not self.finished and (self._invite or self.length is None or self.length > DISCARDED_BODY_BYTES):
             return False
         self.must_come_within(DISCARD_SECONDS)
         try:
             while not self.finished:
-                yield from self.read()
+                await self.read()
         except RelayError:
             return False
         return True
@@ -4303,20 +4328,20 @@ class RequestBody:
             raise self._too_large()
         return piece
 
-    def _arrival(self, has_answered: Optional[Callable[[], bool]]) -> Steps[None]:
+    async def _arrival(self, has_answered: Optional[Callable[[], bool]]) -> None:
         """Waits for more of the body."""
         channel, deadline = self._channel, min(self._loop.now + BODY_PAUSE_SECONDS, self._latest)
         if self._invite:
             self._invite = False
             try:
-                yield from channel.send(b"HTTP/1.1 100 Continue\r\n\r\n", STALLED_CLIENT_SECONDS)
+                await channel.send(b"HTTP/1.1 100 Continue\r\n\r\n", STALLED_CLIENT_SECONDS)
             except (OSError, Overdue):
                 raise ClientGone from None
         try:
             while not channel.received:
                 if has_answered and has_answered():
                     raise EarlyAnswer
-                yield deadline
+                await wakeup(deadline)
         except Overdue:
             raise MalformedRequest("the body takes too long", 408) from None
 
@@ -4385,12 +4410,12 @@ class UpstreamPool:
         channel.task = None
         idle.append(channel)
 
-    def connect(self, provider: Provider) -> Steps[Channel]:
+    async def connect(self, provider: Provider) -> Channel:
         """A new connection. Raises Unreachable, ClientGone, and Unavailable when descriptors have run out."""
         try:
             if provider.format == "echo":
                 return echo_channel(self._loop)
-            return (yield from self._dial(provider))
+            return await self._dial(provider)
         except (OSError, ValueError, FramingError, Overdue) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise Unavailable("this relay has no file descriptor left for a connection", "no_descriptors") from None
@@ -4414,20 +4439,20 @@ class UpstreamPool:
         """Whether it is open, and hasn't been idle for too long."""
         return not channel.closed and self._loop.now - channel.idle_since < UPSTREAM_IDLE_SECONDS
 
-    def _dial(self, provider: Provider) -> Steps[Channel]:
+    async def _dial(self, provider: Provider) -> Channel:
         """A connection over the network, through a proxy where the environment names one, its TLS handshake made; all
         of it within `connect_timeout`."""
         proxy, deadline = proxy_for(provider), self._loop.now + provider.connect_timeout
         host, port = provider.host, provider.port
         if proxy:
             host, port = proxy.hostname or "", proxy.port or DEFAULT_PORTS["http"]
-        addresses = yield from self._addresses(host, port, deadline)
-        channel = yield from connect_any(self._loop, addresses, deadline)
+        addresses = await self._addresses(host, port, deadline)
+        channel = await connect_any(self._loop, addresses, deadline)
         try:
             if provider.scheme == "https":
                 if proxy:
-                    yield from open_tunnel(self._loop, channel, provider, proxy, deadline)
-                yield from channel.secure(self._tls_context(), provider.host, deadline)
+                    await open_tunnel(self._loop, channel, provider, proxy, deadline)
+                await channel.secure(self._tls_context(), provider.host, deadline)
             elif proxy:
                 channel.target_prefix = provider.origin
                 channel.extra_fields = proxy_credential(proxy)
@@ -4445,7 +4470,7 @@ class UpstreamPool:
             self._tls.options &= ~IGNORE_UNEXPECTED_EOF
         return self._tls
 
-    def _addresses(self, host: str, port: int, deadline: float) -> Steps[list[Any]]:
+    async def _addresses(self, host: str, port: int, deadline: float) -> list[Any]:
         """The addresses of a host, as getaddrinfo() returns them. Raises OSError, Overdue and ClientGone."""
         try:
             return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
@@ -4456,17 +4481,15 @@ class UpstreamPool:
             lookup = self._lookups[host, port] = Lookup()
             lookup.task = self._loop.start(self._look_up(host, port, lookup))
         assert lookup.task
-        lookup.task.awaited_by.add(self._loop.current)
-        while not lookup.task.done:
-            yield deadline
+        await lookup.task.finished(deadline)
         if lookup.fault:
             raise lookup.fault
         return lookup.addresses
 
-    def _look_up(self, host: str, port: int, lookup: Lookup) -> Steps[None]:
+    async def _look_up(self, host: str, port: int, lookup: Lookup) -> None:
         """Looks a name up, in a thread."""
         try:
-            lookup.addresses = yield from in_thread(self._loop, lambda: looked_up(host, port))
+            lookup.addresses = await in_thread(self._loop, lambda: looked_up(host, port))
         except (OSError, ValueError, Unavailable) as error:
             lookup.fault = error
         finally:
@@ -4482,20 +4505,20 @@ def looked_up(host: str, port: int) -> list[Any]:
         raise
 
 
-def connect_any(loop: EventLoop, addresses: Sequence[Any], deadline: float) -> Steps[Channel]:
+async def connect_any(loop: EventLoop, addresses: Sequence[Any], deadline: float) -> Channel:
     """A connection to the first address that takes one; those left share the time. Raises OSError, Overdue and
     ClientGone."""
     problem: Exception = OSError(errno.EADDRNOTAVAIL, "its host has no address")
     for index, (family, _, _, _, address) in enumerate(addresses):
         until = loop.now + (deadline - loop.now) / (len(addresses) - index)
         try:
-            return (yield from connect_one(loop, family, address, until))
+            return await connect_one(loop, family, address, until)
         except (OSError, Overdue) as error:
             problem = error
     raise problem
 
 
-def connect_one(loop: EventLoop, family: int, address: Any, deadline: float) -> Steps[Channel]:
+async def connect_one(loop: EventLoop, family: int, address: Any, deadline: float) -> Channel:
     """A connection to this address. Raises OSError, Overdue and ClientGone."""
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -4509,26 +4532,26 @@ def connect_one(loop: EventLoop, family: int, address: Any, deadline: float) -> 
         sock.close()
         raise
     try:
-        yield from channel.connected(deadline)
+        await channel.connected(deadline)
     except BaseException:
         channel.close()
         raise
     return channel
 
 
-def open_tunnel(loop: EventLoop, channel: Channel, provider: Provider, proxy: Any, deadline: float) -> Steps[None]:
+async def open_tunnel(loop: EventLoop, channel: Channel, provider: Provider, proxy: Any, deadline: float) -> None:
     """Has an HTTP proxy connect through to the provider (RFC 9110 §9.3.6). Raises OSError, FramingError, Overdue and
     ClientGone."""
     host = f"[{provider.host}]" if ":" in provider.host else provider.host
     place = f"{host}:{provider.port}"
     head = head_bytes(f"CONNECT {place} HTTP/1.1", [("Host", place), *proxy_credential(proxy)])
-    yield from channel.send(head, deadline - loop.now)
+    await channel.send(head, deadline - loop.now)
     heads = AnswerHeads(loop, channel)
     answer = heads.take_final()
     while not answer:
         if channel.ended:
             raise ConnectionError("the proxy closed the connection without an answer")
-        yield deadline
+        await channel.arrival(deadline)
         answer = heads.take_final()
     if answer.status // 100 != 2:
         raise ConnectionError(f"the proxy answered with {answer.status}")
@@ -4579,17 +4602,17 @@ def echo_channel(loop: EventLoop) -> Channel:
     return channel
 
 
-def serve_echo(loop: EventLoop, sock: socket.socket) -> Steps[None]:
+async def serve_echo(loop: EventLoop, sock: socket.socket) -> None:
     """Reads one request as HTTP, and answers it at the pace that its model's name asks for."""
     channel = Channel(sock, loop)
     loop.current.client = channel
     try:
         while not head_length(channel.received):
-            yield math.inf
+            await wakeup()
         head = parse_request_head(channel.use(head_length(channel.received)))
         request_id = new_request_id()
         try:
-            body = yield from RequestBody(channel, head, ECHO_BODY_BYTES, loop).read_all()
+            body = await RequestBody(channel, head, ECHO_BODY_BYTES, loop).read_all()
         except TooLarge:
             fault = EchoFault(413, f"echo reads at most {ECHO_BODY_BYTES} bytes")
             answer = echo_error(head.path, fault, request_id)
@@ -4597,9 +4620,9 @@ def serve_echo(loop: EventLoop, sock: socket.socket) -> Steps[None]:
             betas = head.fields.elements("anthropic-beta")
             compose = functools.partial(echo_answer, head.method, head.path, body, time.time(), request_id, betas)
             slow = len(body) > ECHO_AT_ONCE_BYTES
-            answer = (yield from in_thread(loop, compose, start=loop.worker.call)) if slow else compose()
-        yield from send_echo(loop, channel, answer, request_id)
-        yield from channel.finish_sending(STALLED_CLIENT_SECONDS)
+            answer = (await in_thread(loop, compose, start=loop.worker.call)) if slow else compose()
+        await send_echo(loop, channel, answer, request_id)
+        await channel.finish_sending(STALLED_CLIENT_SECONDS)
     except (OSError, ClientGone, Overdue, RelayError):
         pass  # the relay has closed its end: the client left, or is being answered already
     except RecursionError:
@@ -4608,7 +4631,7 @@ def serve_echo(loop: EventLoop, sock: socket.socket) -> Steps[None]:
         channel.close()
 
 
-def send_echo(loop: EventLoop, channel: Channel, answer: EchoAnswer, request_id: str) -> Steps[None]:
+async def send_echo(loop: EventLoop, channel: Channel, answer: EchoAnswer, request_id: str) -> None:
     """Sends the answer as it is made; one that is cut lacks its end."""
     chunked = answer.size is None
     framing = ("transfer-encoding", "chunked") if chunked else ("content-length", str(answer.size))
@@ -4617,13 +4640,13 @@ def send_echo(loop: EventLoop, channel: Channel, answer: EchoAnswer, request_id:
         fields += [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
     fields.append(("request-id", request_id))
     head = head_bytes(f"HTTP/1.1 {answer.status} {reason_of(answer.status)}", fields)
-    yield from channel.send(head, STALLED_CLIENT_SECONDS)
+    await channel.send(head, STALLED_CLIENT_SECONDS)
     for seconds, part in answer.parts:
         if seconds:
-            yield from pause(loop, seconds)
-        yield from channel.send(chunk(part) if chunked else part, STALLED_CLIENT_SECONDS)
+            await pause(loop, seconds)
+        await channel.send(chunk(part) if chunked else part, STALLED_CLIENT_SECONDS)
     if chunked and not answer.cut:
-        yield from channel.send(LAST_CHUNK, STALLED_CLIENT_SECONDS)
+        await channel.send(LAST_CHUNK, STALLED_CLIENT_SECONDS)
 
 
 BARE_LF = re.compile(rb"(?:^|[^\r])\n")
@@ -4746,13 +4769,13 @@ class Answer:
             self.channel.close()
 
 
-def read_answer(
+async def read_answer(
     loop: EventLoop, channel: Channel, heads: AnswerHeads, candidate: Candidate, method: str
-) -> Steps[Answer]:
+) -> Answer:
     """Waits for the head of the final answer. Raises BrokenExchange, NoAnswer and FramingError."""
     head = heads.take_final() if channel.received else None
     while not head:
-        yield from arrival(loop, channel, candidate)
+        await arrival(loop, channel, candidate)
         head = heads.take_final()
     answer = Answer(candidate, channel, head, answer_decoder(head, method))
     answer.has_body = method != "HEAD" and head.status not in (204, 304)
@@ -4761,13 +4784,12 @@ def read_answer(
     return answer
 
 
-def arrival(loop: EventLoop, channel: Channel, candidate: Candidate) -> Steps[None]:
+async def arrival(loop: EventLoop, channel: Channel, candidate: Candidate) -> None:
     """Waits for more of an answer. Raises BrokenExchange and NoAnswer."""
     provider = candidate.target.provider
-    before, deadline = len(channel.received), loop.now + provider.timeout
+    before = len(channel.received)
     try:
-        while len(channel.received) == before and not channel.ended:
-            yield deadline
+        await channel.arrival(loop.now + provider.timeout)
     except Overdue:
         raise NoAnswer(f"the provider {provider.name} sent nothing for {provider.timeout:g} seconds") from None
     if len(channel.received) == before:
@@ -4829,7 +4851,7 @@ class Relay:
         self._loop = loop
         self._warn = warn
 
-    def obtain(self, job: Job) -> Steps[Answer]:
+    async def obtain(self, job: Job) -> Answer:
         """The answer to deliver: the first that isn't a failure, else the last one there was. Raises
         UpstreamFailed, UpstreamSilent, Unavailable, ClientGone, and what reading the body raises."""
         last: Optional[Answer] = None
@@ -4839,7 +4861,7 @@ class Relay:
             for candidate in job.candidates:
                 self._note(job.record, candidate)
                 try:
-                    answer = yield from self._attempt(job, candidate, fresh=job.only_once or only_once_more)
+                    answer = await self._attempt(job, candidate, fresh=job.only_once or only_once_more)
                 except (Unreachable, BrokenExchange) as error:
                     failure = error.with_traceback(None)  # which would keep the body, and be kept by it
                     self._blame(job, candidate, error)
@@ -4861,7 +4883,7 @@ class Relay:
             code = "upstream_unreachable" if isinstance(failure, Unreachable) else "upstream_broken"
             raise UpstreamFailed(str(failure), code)
         self._note(job.record, last.candidate, 0)
-        return (yield from self._presented(job, last))
+        return await self._presented(job, last)
 
     def _blame(self, job: Job, candidate: Candidate, error: UpstreamFailure) -> None:
         """Has a provider that could not be reached come later for a while, or a key with the model where it broke off;
@@ -4879,33 +4901,33 @@ class Relay:
         record.provider = candidate.target.provider.name
         record.sent_model, record.key = candidate.target.model, candidate.label
 
-    def _attempt(self, job: Job, candidate: Candidate, fresh: bool) -> Steps[Answer]:
+    async def _attempt(self, job: Job, candidate: Candidate, fresh: bool) -> Answer:
         """One try with a candidate. A kept connection that turns out to be closed is replaced; where that would be once
         too often, a `fresh` one is made at once."""
         provider = candidate.target.provider
         kept = None if fresh else self.connections.take(provider)
         if kept:
             try:
-                return (yield from self._exchange(job, candidate, kept))
+                return await self._exchange(job, candidate, kept)
             except BrokenExchange as error:
                 if error.answer_begun:
                     raise
-        channel = yield from self.connections.connect(provider)
-        return (yield from self._exchange(job, candidate, channel))
+        channel = await self.connections.connect(provider)
+        return await self._exchange(job, candidate, channel)
 
-    def _exchange(self, job: Job, candidate: Candidate, channel: Channel) -> Steps[Answer]:
+    async def _exchange(self, job: Job, candidate: Candidate, channel: Channel) -> Answer:
         """Sends the request on a connection and reads the head of the answer, of a stream its first line too."""
         provider = candidate.target.provider
         channel.answered = whole = False
         heads = AnswerHeads(self._loop, channel)
         try:
-            whole = yield from self._send(job, candidate, channel, heads)
-            answer = yield from read_answer(self._loop, channel, heads, candidate, job.head.method)
+            whole = await self._send(job, candidate, channel, heads)
+            answer = await read_answer(self._loop, channel, heads, candidate, job.head.method)
             answer.whole_request = whole
             if answer.is_stream:
-                yield from self._read_first_line(answer)
+                await self._read_first_line(answer)
                 if re.match(FIRST_EVENT_IS_ERROR, answer.content):
-                    yield from self._peek(answer, event_only=True)
+                    await self._peek(answer, event_only=True)
             return answer
         except FramingError as error:
             channel.close()
@@ -4922,20 +4944,20 @@ class Relay:
             channel.close()
             raise
 
-    def _read_first_line(self, answer: Answer) -> Steps[None]:
+    async def _read_first_line(self, answer: Answer) -> None:
         """Waits for the first line of a stream, which tells whether it is an error. Raises BrokenExchange, NoAnswer and
         FramingError."""
         news, channel = answer.content, answer.channel
         while not LINE_END.search(news) and not answer.decoder.finished and len(answer.content) <= STREAM_LINE_BYTES:
             try:
-                yield from arrival(self._loop, channel, answer.candidate)
+                await arrival(self._loop, channel, answer.candidate)
             except BrokenExchange:
                 if isinstance(answer.decoder, CloseDecoder) and STREAM_ENDS.search(answer.content):
                     break  # the only line is the end of the stream, though it has none itself
                 raise
             news = answer.absorb(channel.take())
 
-    def _peek(self, answer: Answer, event_only: bool = False) -> Steps[None]:
+    async def _peek(self, answer: Answer, event_only: bool = False) -> None:
         """Reads so much of an error that can be judged, of a stream perhaps only its first event; what goes wrong
         meanwhile is seen when it is passed on."""
         channel, deadline = answer.channel, self._loop.now + PEEK_SECONDS
@@ -4948,13 +4970,13 @@ class Relay:
                 elif channel.ended:
                     break
                 else:
-                    yield deadline
+                    await channel.arrival(deadline)
         except Overdue:
             pass
         except FramingError:
             channel.ended = channel.broken = True
 
-    def _send(self, job: Job, candidate: Candidate, channel: Channel, heads: AnswerHeads) -> Steps[bool]:
+    async def _send(self, job: Job, candidate: Candidate, channel: Channel, heads: AnswerHeads) -> bool:
         """Sends the request; False when the provider answered, or broke off, before it had all of it.
         Raises NoAnswer, ClientGone, and what reading the body raises."""
         provider, body = candidate.target.provider, job.body
@@ -4972,9 +4994,9 @@ class Relay:
             if (length or 0) < RECEIVE_BYTES:
                 head, pieces = b"".join([head, *pieces]), []
             for data in (head, *pieces):
-                yield from channel.send(data, provider.timeout, heads.has_begun)
+                await channel.send(data, provider.timeout, heads.has_begun)
             if isinstance(body, RequestBody):
-                yield from self._stream_body(body, channel, heads, provider.timeout)
+                await self._stream_body(body, channel, heads, provider.timeout)
         except Overdue:
             raise NoAnswer(f"the provider {provider.name} took nothing for {provider.timeout:g} seconds") from None
         except (OSError, EarlyAnswer):
@@ -4982,14 +5004,14 @@ class Relay:
             return False
         return True
 
-    def _stream_body(self, body: RequestBody, channel: Channel, heads: AnswerHeads, timeout: float) -> Steps[None]:
+    async def _stream_body(self, body: RequestBody, channel: Channel, heads: AnswerHeads, timeout: float) -> None:
         """Sends a body piece by piece as it comes from the client. Raises EarlyAnswer and what both sides raise."""
         chunked = body.length is None
         while not body.finished:
-            piece = yield from body.read(heads.has_begun)
-            yield from channel.send(chunk(piece) if chunked else piece, timeout, heads.has_begun)
+            piece = await body.read(heads.has_begun)
+            await channel.send(chunk(piece) if chunked else piece, timeout, heads.has_begun)
         if chunked:
-            yield from channel.send(LAST_CHUNK, timeout, heads.has_begun)
+            await channel.send(LAST_CHUNK, timeout, heads.has_begun)
 
     def _is_failure(self, job: Job, answer: Answer) -> bool:
         """Whether another candidate should be tried; tells the key pool how this one fared."""
@@ -5013,14 +5035,14 @@ class Relay:
                 )
         return status in RETRIED_STATUSES
 
-    def _presented(self, job: Job, answer: Answer) -> Steps[Answer]:
+    async def _presented(self, job: Job, answer: Answer) -> Answer:
         """The answer, unless it is about the relay's own key, shows it, or would lead the client away with its token.
         Raises UpstreamFailed for these."""
         if answer.head.status < 300 or answer.candidate.target.provider.format == "echo":
             return answer
         try:
             if answer.head.status >= 400:
-                yield from self._peek(answer)
+                await self._peek(answer)
             problem, code = problem_of(job, answer)
             if problem:
                 raise UpstreamFailed(problem, code)
@@ -5209,31 +5231,31 @@ class Delivery:
         self._timeout = answer.candidate.target.provider.timeout
         self._unsent = b""
 
-    def run(self, data: bytes) -> Steps[None]:
+    async def run(self, data: bytes) -> None:
         """Sends the data, then the rest of the answer as it comes. Raises ClientGone."""
         self._unsent = data
         try:
             while True:
-                yield from self._client.send(self._unsent, STALLED_CLIENT_SECONDS)
+                await self._client.send(self._unsent, STALLED_CLIENT_SECONDS)
                 self._unsent = b""
                 if self._transfer.ended:
                     break
                 self._task.shortcut = self._forward
-                yield from self._wait()
+                await self._wait()
                 self._task.shortcut = None
             if self._transfer.must_reset:
-                yield from self._client.send_rest(STALLED_CLIENT_SECONDS)
+                await self._client.send_rest(STALLED_CLIENT_SECONDS)
                 self._client.reset()
         except SENDING_FAILED:
             raise ClientGone from None
         finally:
             self._task.shortcut = None
 
-    def _wait(self) -> Steps[None]:
+    async def _wait(self) -> None:
         """Lets the shortcut do its work until there is something left to do."""
         try:
             while self._forward():
-                yield self._loop.now + self._timeout
+                await wakeup(self._loop.now + self._timeout)
         except Overdue:
             message = f"the provider sent nothing for {self._timeout:g} seconds"
             self._unsent = self._transfer.fail(message, "upstream_timeout")
@@ -5266,17 +5288,17 @@ class Catalogue:
         self._lists: dict[Provider, tuple[float, list[JsonDict]]] = {}  # fetched when, and what
         self._fetches: dict[Provider, Task] = {}  # those that run, each for all who wait for it
 
-    def entries(self, config: Config) -> Steps[list[JsonDict]]:
+    async def entries(self, config: Config) -> list[JsonDict]:
         """One entry a name, as the provider describes it; aliases and echo's come first."""
         usable = [provider for provider in config.providers.values() if provider.usable]
         entries: list[JsonDict] = [{"id": name} for name in config.aliases]
         if any(provider.format == "echo" for provider in usable):
             entries += [{"id": name, "created_at": ECHO_CREATED, "created": ECHO_CREATED_UNIX} for name in ECHO_MODELS]
-        for listed in (yield from self._listed([provider for provider in usable if provider.format != "echo"])):
+        for listed in await self._listed([provider for provider in usable if provider.format != "echo"]):
             entries += listed
         return list({entry["id"]: entry for entry in reversed(entries)}.values())[::-1]
 
-    def _listed(self, providers: Sequence[Provider]) -> Steps[list[list[JsonDict]]]:
+    async def _listed(self, providers: Sequence[Provider]) -> list[list[JsonDict]]:
         """What each provider lists: remembered, or asked for now, all at once and not for long."""
         now = self._loop.now
         stale = [
@@ -5287,11 +5309,9 @@ class Catalogue:
         self._fetches = {provider: fetch for provider, fetch in self._fetches.items() if not fetch.done}
         fetches = [self._fetches.get(provider) or self._loop.start(self._fetch(provider)) for provider in stale]
         self._fetches.update(zip(stale, fetches))
-        for fetch in fetches:
-            fetch.awaited_by.add(self._loop.current)
         try:
-            while not all(fetch.done for fetch in fetches):
-                yield now + CATALOGUE_WAIT_SECONDS
+            for fetch in fetches:
+                await fetch.finished(now + CATALOGUE_WAIT_SECONDS)
         except Overdue:
             pass
         for provider in stale:
@@ -5300,7 +5320,7 @@ class Catalogue:
             self._lists[provider] = (max(asked, now - CATALOGUE_FRESH_SECONDS + CATALOGUE_RETRY_SECONDS), entries)
         return [self._lists[provider][1] for provider in providers if provider in self._lists]
 
-    def _fetch(self, provider: Provider) -> Steps[None]:
+    async def _fetch(self, provider: Provider) -> None:
         """Asks a provider, and remembers what it says; of one that fails, that it lists nothing for a while."""
         hasty = provider._replace(timeout=CATALOGUE_WAIT_SECONDS, connect_timeout=CATALOGUE_WAIT_SECONDS)
         query = "limit=1000" if provider.format == "anthropic" else ""
@@ -5311,9 +5331,9 @@ class Catalogue:
         entries: list[JsonDict] = []
         asked = self._loop.now
         try:
-            answer = yield from self._relay.obtain(job)
+            answer = await self._relay.obtain(job)
             try:
-                document = json.loads((yield from read_rest(self._loop, answer)), parse_int=short_integer)
+                document = json.loads((await read_rest(self._loop, answer)), parse_int=short_integer)
             finally:
                 answer.release(self._relay.connections)
             entries = [entry for entry in listed_entries(document["data"]) if provider.serves(entry["id"])]
@@ -5323,12 +5343,12 @@ class Catalogue:
         self._lists[provider] = (asked, entries)
 
 
-def read_rest(loop: EventLoop, answer: Answer) -> Steps[bytes]:
+async def read_rest(loop: EventLoop, answer: Answer) -> bytes:
     """The whole body of a list of models. Raises BrokenExchange, NoAnswer and FramingError, also for one that is too
     long, or that would take `json` long."""
     pieces, size = [answer.content], len(answer.content)
     while not answer.decoder.finished:
-        yield from arrival(loop, answer.channel, answer.candidate)
+        await arrival(loop, answer.channel, answer.candidate)
         pieces.append(answer.decoder.feed(answer.channel.take()))
         size += len(pieces[-1])
         if size > CATALOGUE_BYTES:
@@ -5511,7 +5531,7 @@ class Service:
         """The configuration in force."""
         return self.routing[0]
 
-    def _tidy(self) -> Steps[None]:
+    async def _tidy(self) -> None:
         """Closes what is idle for too long, and gives free memory back to the system: soon when large bodies have left
         it, else now and then; for as long as the loop runs."""
         trimmed_at = self.loop.now
@@ -5521,7 +5541,7 @@ class Service:
             if much or self.loop.now - trimmed_at > TRIM_SECONDS:
                 self.bodies.released, trimmed_at = 0, self.loop.now
                 self.return_memory(0)
-            yield from pause(self.loop, SWEEP_SECONDS)
+            await pause(self.loop, SWEEP_SECONDS)
 
 
 class LoginGate:
@@ -5544,14 +5564,14 @@ class LoginGate:
             if wait:
                 raise RateLimited("too many logins; wait a while", wait)
 
-    def check(self, given: str, hashed: str, address: str) -> Steps[bool]:
+    async def check(self, given: str, hashed: str, address: str) -> bool:
         """Whether the hash is that of the password. Raises RateLimited while too many wait for that."""
         network = network_of(address)
         if self._waiting >= LOGINS_WAITING * (2 if network in self._trusted else 1):
             raise RateLimited("too many logins at a time; try again in a moment", 1)
         self._waiting += 1
         try:
-            right = yield from in_thread(self._loop, lambda: check_password(given, hashed), start=self._worker.call)
+            right = await in_thread(self._loop, lambda: check_password(given, hashed), start=self._worker.call)
         finally:
             self._waiting -= 1
         if right:
@@ -5640,9 +5660,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def dismiss(self) -> None:
         """Closes the connection unless a request has come, which then gets its answer."""
         if self.task and self.idle and self.may_be_closed():
-            self.task.abandon()
+            self.task.cancel()
 
-    def _serve(self) -> Steps[None]:
+    async def _serve(self) -> None:
         """Serves request after request, and closes the connection in the end."""
         try:
             self.channel = Channel(self.request, self.loop, UNKNOWN_HELD_BYTES)
@@ -5657,24 +5677,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
             while True:
                 self.idle = True
                 self.server.waiting[self] = self.loop.now
-                data = yield from self._next_head()
+                data = await self._next_head()
                 self.idle = False
                 self.server.waiting.pop(self, None)
                 if not data:
                     break
-                goes_on = yield from self._serve_request(data)
+                goes_on = await self._serve_request(data)
                 if not goes_on:
-                    yield from self._farewell()
+                    await self._farewell()
                     break
                 if self.channel.received:  # one who sends many requests at once waits for the others' turn
-                    yield from give_way(self.loop, pipelined=True)
+                    await give_way(self.loop, pipelined=True)
         except ClientGone:
             pass
         finally:
             self.server.release(self)
             self.channel.close()
 
-    def _next_head(self) -> Steps[bytes]:
+    async def _next_head(self) -> bytes:
         """The head of the next request, or what can't become one; empty when none has come for too long."""
         channel = self.channel
         if not self.known:
@@ -5695,14 +5715,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     deadline = self.loop.now + HEAD_SECONDS
                 if seen and channel.is_ahead:
                     channel.set_window(REQUEST_HEAD_BYTES + 1)
-                yield deadline
+                await wakeup(deadline)
         except MalformedRequest as fault:
             self.fault = fault
         except Overdue:
             self.fault = MalformedRequest(f"the head took more than {HEAD_SECONDS:.0f} seconds", 408)
         return channel.take()
 
-    def _serve_request(self, data: bytes) -> Steps[bool]:
+    async def _serve_request(self, data: bytes) -> bool:
         """Serves the request that begins with this head; whether the connection can be used for another one."""
         self.busy = True
         self.config, self.targets_for = self.service.routing
@@ -5711,9 +5731,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.head: Optional[RequestHead] = None
         self.dialect = ""
         try:
-            return (yield from self._answer_request(data))
+            return await self._answer_request(data)
         except RelayError as error:
-            return (yield from self._answer_error(error))
+            return await self._answer_error(error)
         except (ClientGone, GeneratorExit):
             self.record.error = self.record.error or "client_gone"
             raise
@@ -5721,28 +5741,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.service.log.warn(f"internal error: {describe(error)}, request {self.record.request_id}")
             if self.record.first_byte is not None:
                 raise ClientGone from None  # an answer has begun, and can only be broken off
-            return (yield from self._answer_error(RelayError("an internal error; the relay's log has its place")))
+            return await self._answer_error(RelayError("an internal error; the relay's log has its place"))
         finally:
             self.busy = False
             if self.held:
                 self._let_go()
             self.service.log.record(self.record)
 
-    def _farewell(self) -> Steps[None]:
+    async def _farewell(self) -> None:
         """Closes our side at once, the rest when the client has read and closed, too. Closed outright, the
         answer could be lost with what the client is still sending (RFC 9112 §9.6)."""
         try:
-            yield from self.channel.finish_sending(STALLED_CLIENT_SECONDS)
+            await self.channel.finish_sending(STALLED_CLIENT_SECONDS)
             self.lingering = True
             self.server.waiting[self] = self.loop.now
             latest = self.loop.now + LINGER_LONGEST_SECONDS
             while True:
                 self.channel.take()
-                yield min(self.loop.now + LINGER_SECONDS, latest)
+                await wakeup(min(self.loop.now + LINGER_SECONDS, latest))
         except (OSError, Overdue):
             pass
 
-    def _answer_request(self, data: bytes) -> Steps[bool]:
+    async def _answer_request(self, data: bytes) -> bool:
         """Reads the head, finds out who asks for what, and answers."""
         head = self.head = self._read_head(data)
         self.record.method, self.record.path = head.method[:LOGGED_CHARACTERS], head.path[:LOGGED_CHARACTERS]
@@ -5754,11 +5774,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.service.draining:
             raise shutting_down()
         if head.method == "OPTIONS" and cors_fields(self.config.server.cors_origins, head.fields):
-            return (yield from self._answer(204, preflight_fields(head.fields), b""))
+            return await self._answer(204, preflight_fields(head.fields), b"")
         endpoint = find_endpoint(head.method, head.path, self.dialect)
         caller = NOBODY if endpoint.name in OPEN_ENDPOINTS else self._authenticate(head)
-        answer: Callable[[Request], Steps[bool]] = getattr(self, f"answer_{endpoint.name}")
-        return (yield from answer(Request(head, endpoint, caller)))
+        answer: Callable[[Request], Coroutine[float, None, bool]] = getattr(self, f"answer_{endpoint.name}")
+        return await answer(Request(head, endpoint, caller))
 
     def _read_head(self, data: bytes) -> RequestHead:
         """The head, strictly parsed. Raises MalformedRequest, to be told in the dialect that the bytes look like."""
@@ -5788,57 +5808,57 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- the relay's own endpoints
 
-    def answer_alive(self, request: Request) -> Steps[bool]:
+    async def answer_alive(self, request: Request) -> bool:
         """Says nothing, which is what Claude Code's probes want to hear."""
-        return self._answer(200, [], b"")
+        return await self._answer(200, [], b"")
 
-    def answer_health(self, request: Request) -> Steps[bool]:
+    async def answer_health(self, request: Request) -> bool:
         """Tells a monitor that the relay serves."""
-        return self._answer_json({"status": "ok", "version": __version__})
+        return await self._answer_json({"status": "ok", "version": __version__})
 
-    def answer_telemetry(self, request: Request) -> Steps[bool]:
+    async def answer_telemetry(self, request: Request) -> bool:
         """Takes Claude Code's telemetry, and forgets it."""
         body = self._open_body(request, self.body_limit)
         while not body.finished:
-            yield from body.read()
-        return (yield from self._answer(204, [], b""))
+            await body.read()
+        return await self._answer(204, [], b"")
 
-    def answer_login(self, request: Request) -> Steps[bool]:
+    async def answer_login(self, request: Request) -> bool:
         """Exchanges a user's name and password for tokens."""
-        given = yield from self._read_login(request, "username", "password")
+        given = await self._read_login(request, "username", "password")
         username, users, gate = given["username"], self.config.users, self.service.logins
         gate.admit(username, self.address)
         user = users.get(username)
         # Somebody unknown costs the same time as a wrong password of the others.
         usual = next((other.password for other in users.values() if other.password), DUMMY_HASH)
         hashed = user.password if user and user.password else usual
-        right = yield from gate.check(given["password"], hashed, self.address)
+        right = await gate.check(given["password"], hashed, self.address)
         secret = self.config.server.jwt_secret
         if not (right and user and user.password and secret):
             raise Unauthenticated("the username or the password is wrong", "login_failed")
-        return (yield from self._answer_tokens(username, secret))
+        return await self._answer_tokens(username, secret)
 
-    def answer_refresh(self, request: Request) -> Steps[bool]:
+    async def answer_refresh(self, request: Request) -> bool:
         """Exchanges a refresh token for new tokens."""
-        given = yield from self._read_login(request, "refresh_token")
+        given = await self._read_login(request, "refresh_token")
         secret = self.config.server.jwt_secret
         if not secret:
             raise Unauthenticated("this relay issues no tokens: server.jwt_secret is not set")
         claims = verify_token(given["refresh_token"], secret.reveal(), time.time())
-        return (yield from self._answer_tokens(subject(claims, "refresh", self.config), secret))
+        return await self._answer_tokens(subject(claims, "refresh", self.config), secret)
 
-    def _answer_tokens(self, username: str, secret: Secret) -> Steps[bool]:
+    async def _answer_tokens(self, username: str, secret: Secret) -> bool:
         self.record.caller = username[:LOGGED_CHARACTERS]
         tokens = issue_tokens(username, self.config, secret, time.time())
-        return self._answer_json(tokens, [("cache-control", "no-store")])
+        return await self._answer_json(tokens, [("cache-control", "no-store")])
 
-    def _read_login(self, request: Request, *names: str) -> Steps[dict[str, str]]:
+    async def _read_login(self, request: Request, *names: str) -> dict[str, str]:
         """The strings of a small JSON object. Raises BadRequest."""
         body = self._open_body(request, LOGIN_BODY_BYTES)
         body.must_come_within(LOGIN_BODY_SECONDS)
         self.server.waiting[self] = self.loop.now
         try:
-            content = yield from body.read_all()
+            content = await body.read_all()
         finally:
             self.server.waiting.pop(self, None)
         try:
@@ -5852,48 +5872,48 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise BadRequest(f"{name}: a string is required")
         return {name: given[name] for name in names}
 
-    def answer_me(self, request: Request) -> Steps[bool]:
+    async def answer_me(self, request: Request) -> bool:
         """Tells whose token it is."""
-        return self._answer_json({"username": request.caller.name, "admin": request.caller.admin})
+        return await self._answer_json({"username": request.caller.name, "admin": request.caller.admin})
 
-    def answer_catalogue(self, request: Request) -> Steps[bool]:
+    async def answer_catalogue(self, request: Request) -> bool:
         """The relay's models, or one of them."""
-        listed = yield from self.service.catalogue.entries(self.config)
+        listed = await self.service.catalogue.entries(self.config)
         entries = [entry for entry in listed if self._may_use(request, entry["id"])]
         wanted = unquote(request.endpoint.path[len("/models/") :])
         if not wanted:
-            return (yield from self._answer_json(model_page(entries, request.head.query, self.dialect)))
+            return await self._answer_json(model_page(entries, request.head.query, self.dialect))
         for entry in entries:
             if entry["id"] == wanted:
-                return (yield from self._answer_json(model_entry(entry, self.dialect)))
+                return await self._answer_json(model_entry(entry, self.dialect))
         meant = suggestion(wanted, (entry["id"] for entry in entries))
         raise NotFound(f"there is no model {wanted[:MODEL_CHARACTERS]!r}{meant}")
 
     # -- what is relayed
 
-    def answer_by_model(self, request: Request) -> Steps[bool]:
+    async def answer_by_model(self, request: Request) -> bool:
         """Relays a request whose model tells where to."""
-        body = yield from self._read_body(request, required=True)
-        return (yield from self._relay_by_model(request, body))
+        body = await self._read_body(request, required=True)
+        return await self._relay_by_model(request, body)
 
-    def answer_any(self, request: Request) -> Steps[bool]:
+    async def answer_any(self, request: Request) -> bool:
         """Relays any other request: by its model if it is JSON that has one, else to the first provider."""
         kind = media_type(request.head.fields)
         if not (request.endpoint.by_model or kind in READ_TYPES or kind.endswith("+json")):
-            return (yield from self.answer_first_provider(request))
-        body = yield from self._read_body(request, required=False)
+            return await self.answer_first_provider(request)
+        body = await self._read_body(request, required=False)
         if not body.facts:
             if request.endpoint.by_model and body.size and body.problem[1] == "not_json":
                 raise BadRequest(*body.problem)
-            return (yield from self._relay_to_first(request, body))
-        return (yield from self._relay_by_model(request, body))
+            return await self._relay_to_first(request, body)
+        return await self._relay_by_model(request, body)
 
-    def answer_first_provider(self, request: Request) -> Steps[bool]:
+    async def answer_first_provider(self, request: Request) -> bool:
         """Relays what belongs to one account at a provider: files, batches, the list of models."""
         limit = int(self.config.server.max_upload_mb * MEGABYTE)
-        return self._relay_to_first(request, self._open_body(request, limit))
+        return await self._relay_to_first(request, self._open_body(request, limit))
 
-    def _relay_by_model(self, request: Request, body: ReadBody) -> Steps[bool]:
+    async def _relay_by_model(self, request: Request, body: ReadBody) -> bool:
         """Relays to the targets of the model. Raises Forbidden, NotFound, Unavailable and RateLimited."""
         assert body.facts
         asked = self.record.model = body.facts.model
@@ -5904,16 +5924,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         targets = self.targets_for(asked, request.endpoint.dialect)
         if any(target.model != asked for target in targets):
             body.locate_model()
-            yield from self._catch_up(body)
+            await self._catch_up(body)
             if body.problem[0]:  # the one thing that `json` takes and a walk doesn't: a number of thousands of digits
                 raise BadRequest(*body.problem)
         if request.caller.user:
             self._count(request.caller.user)
         session = request.head.fields.get("x-claude-code-session-id") or body.facts.user_id or self.record.caller
         candidates = self.service.relay.keys.order(targets, session, self.loop.now)
-        return (yield from self._relay(request, body, candidates[:1] if request.endpoint.creates else candidates))
+        return await self._relay(request, body, candidates[:1] if request.endpoint.creates else candidates)
 
-    def _relay_to_first(self, request: Request, body: Union[ReadBody, RequestBody]) -> Steps[bool]:
+    async def _relay_to_first(self, request: Request, body: Union[ReadBody, RequestBody]) -> bool:
         """Relays to the first provider's first key. Raises Forbidden for users who may use some models only, where
         models may stand out of sight."""
         provider = first_provider(self.config, request.endpoint.dialect)
@@ -5923,7 +5943,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self._is_restricted(request) and names_model:
             raise hidden_model(request.caller)
         key = provider.keys[0] if provider.keys else None
-        return self._relay(request, body, [Candidate(Target(provider, ""), key)])
+        return await self._relay(request, body, [Candidate(Target(provider, ""), key)])
 
     def _is_restricted(self, request: Request) -> bool:
         """Whether the caller may use some models only. Raises Forbidden for such a one who names another method than
@@ -5960,7 +5980,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.body = RequestBody(self.channel, request.head, limit, self.loop)
         return self.body
 
-    def _read_body(self, request: Request, required: bool) -> Steps[ReadBody]:
+    async def _read_body(self, request: Request, required: bool) -> ReadBody:
         """The body, read for its model, which must be there if it is required. Raises BadRequest, TooLarge,
         UnsupportedCoding and Unavailable."""
         coding = request.head.fields.get("content-encoding", "identity").lower()
@@ -5969,13 +5989,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = ReadBody(restricted=user is not None and user.models is not None)
         encoded: list[bytes] = []
         while True:
-            piece = incoming.arrived() or (yield from incoming.read())
+            piece = incoming.arrived() or (await incoming.read())
             bodies.claim(len(piece))
             self.held += len(piece)
             if coding == "identity":
                 body.add(piece)
                 if body.behind:
-                    yield from self._catch_up(body)
+                    await self._catch_up(body)
             else:
                 append_piece(encoded, piece)
             if incoming.finished:
@@ -5985,18 +6005,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             identify(shown_tokens(request.head.fields), self.service.config, time.time())
         if any(encoded):
             body.sent = encoded
-            yield from self._inflate(Inflater(encoded, coding), body)
+            await self._inflate(Inflater(encoded, coding), body)
         if body.size > AT_ONCE_BYTES:
-            yield from give_way(self.loop)
+            await give_way(self.loop)
         body.finish()
         if body.behind:
-            yield from self._catch_up(body)
+            await self._catch_up(body)
         if not body.facts and (required or body.problem[1] == "bad_request"):
             raise BadRequest(*body.problem)
         self.held_body = body
         return body
 
-    def _inflate(self, inflater: Inflater, body: ReadBody) -> Steps[None]:
+    async def _inflate(self, inflater: Inflater, body: ReadBody) -> None:
         """Adds the content of a compressed body. Raises BadRequest, TooLarge and Unavailable."""
         while not inflater.finished:
             piece = inflater.go_on()
@@ -6005,13 +6025,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body.add(piece)
             if body.size > self.body_limit:
                 raise TooLarge(f"the decompressed body is over this relay's limit of {self.body_limit} bytes")
-            yield from give_way(self.loop)
-            yield from self._catch_up(body)
+            await give_way(self.loop)
+            await self._catch_up(body)
 
-    def _catch_up(self, body: ReadBody) -> Steps[None]:
+    async def _catch_up(self, body: ReadBody) -> None:
         """Has the body do its work, and lets others do theirs."""
         while body.behind:
-            yield from give_way(self.loop)
+            await give_way(self.loop)
             body.go_on()
 
     def _let_go(self) -> None:
@@ -6022,12 +6042,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.held_body.drop()
             self.held_body = None
 
-    def _relay(
+    async def _relay(
         self, request: Request, body: Union[ReadBody, RequestBody], candidates: Sequence[Candidate]
-    ) -> Steps[bool]:
+    ) -> bool:
         """Gets the answer, and passes it on as it comes."""
         relay = self.service.relay
-        answer = yield from relay.obtain(Job(request.head, request.endpoint, body, candidates, self.record))
+        answer = await relay.obtain(Job(request.head, request.endpoint, body, candidates, self.record))
         self._let_go()
         try:
             rewriter = self._rewriter(request, answer)
@@ -6036,7 +6056,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             closing = self.service.draining or not body_read
             data = transfer.begin(self._relay_fields(request, answer), closing)
             self.record.first_byte = self.loop.now
-            yield from Delivery(self.loop, self.channel, answer, transfer).run(data)
+            await Delivery(self.loop, self.channel, answer, transfer).run(data)
         finally:
             answer.release(relay.connections)
         return transfer.keep_alive
@@ -6071,10 +6091,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- answers that the relay makes
 
-    def _answer_json(self, document: JsonDict, fields: Sequence[tuple[str, str]] = ()) -> Steps[bool]:
-        return self._answer(200, list(fields), json.dumps(document).encode("ascii"))
+    async def _answer_json(self, document: JsonDict, fields: Sequence[tuple[str, str]] = ()) -> bool:
+        return await self._answer(200, list(fields), json.dumps(document).encode("ascii"))
 
-    def _answer_error(self, error: RelayError) -> Steps[bool]:
+    async def _answer_error(self, error: RelayError) -> bool:
         """Tells the client what went wrong, in the shape of its API."""
         record = self.record
         record.error = error.code
@@ -6085,14 +6105,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 ("x-monorelay-attempts", str(record.attempts)),
             ]
         body = error_body(self.dialect, error.kind, error.message, error.code, record.request_id)
-        return (yield from self._answer(error.status, fields, body, error.close))
+        return await self._answer(error.status, fields, body, error.close)
 
-    def _answer(self, status: int, fields: Pairs, body: bytes, closing: bool = False) -> Steps[bool]:
+    async def _answer(self, status: int, fields: Pairs, body: bytes, closing: bool = False) -> bool:
         """Sends an answer of the relay's own; whether the connection can be used for another request."""
         head, record = self.head, self.record
         fields = [("request-id", record.request_id), ("x-request-id", record.request_id), *fields]
         closing = closing or head is None or not head.keep_alive or self.service.draining or self.surplus
-        closing = closing or not (yield from self._skip_body())
+        closing = closing or not (await self._skip_body())
         if closing:
             fields.append(("connection", "close"))
         elif head and head.version == 0:
@@ -6110,19 +6130,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         record.status, record.bytes_sent, record.first_byte = status, len(body), self.loop.now
         whole, body = head_bytes(f"HTTP/1.1 {status} {reason_of(status)}", fields) + body, b""
         try:
-            yield from self.channel.send(whole, STALLED_CLIENT_SECONDS)
+            await self.channel.send(whole, STALLED_CLIENT_SECONDS)
         except SENDING_FAILED:
             raise ClientGone from None
         return not closing
 
-    def _skip_body(self) -> Steps[bool]:
+    async def _skip_body(self) -> bool:
         """Reads away a short body that nobody wanted; False when the connection can't be used on."""
         if not self.body and self.head:
             try:
                 self.body = RequestBody(self.channel, self.head, DISCARDED_BODY_BYTES, self.loop)
             except TooLarge:
                 return False
-        return bool(self.body and (yield from self.body.discard()))
+        return bool(self.body and (await self.body.discard()))
 
 
 # ==== Server =====================================================================================
@@ -6181,12 +6201,12 @@ class RelayServer(http.server.ThreadingHTTPServer):
             if handler not in self.served or not handler.task:
                 continue
             if handler.may_be_closed():
-                handler.task.abandon()
+                handler.task.cancel()
                 return True
             if not slow and not handler.known and since < self.service.loop.now - SLOW_HEAD_SECONDS:
                 slow = handler
         if slow and slow.task:
-            slow.task.abandon()
+            slow.task.cancel()
         return slow is not None
 
     def release(self, handler: "Handler") -> None:
