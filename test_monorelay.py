@@ -1388,6 +1388,9 @@ BAD_HEADS = {
     "dotted coding": host(b"Transfer.Encoding: chunked"),
     "underscored key": host(b"X_Api_Key: k"),
     "dotted key": host(b"x-api.key: k"),
+    "underscored api-key": host(b"Api_Key: k"),
+    "underscored google key": host(b"X-Goog-Api_Key: k"),
+    "underscored relay key": host(b"X_MonoRelay_Key: k"),
     "no version": b"GET /\r\nHost: a\r\n\r\n",
     "version 0.9": b"GET / HTTP/0.9\r\nHost: a\r\n\r\n",
     "version 2": b"GET / HTTP/2.0\r\nHost: a\r\n\r\n",
@@ -1657,6 +1660,25 @@ def test_body_without_one_clear_model_is_a_bad_request(name):
     with pytest.raises(monorelay.BadRequest) as caught:
         model_of(BAD_BODIES[name])
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("tools", "is_seen"),
+    [
+        (b'[{"type":"advisor_20260301","name":"advisor","model":"b"}]', True),
+        (b'[1,{"x":[{}],"y":{"z":"a"}},{"x":{"y":"z"},"Mod\\u0065l":"b"}]', True),
+        (b'[{"models":"%s"}]' % (b"b" * 5000), True),
+        (b'[{"input_schema":{"type":"object","properties":{"model":{"type":"string"}}}}]', False),
+        (b'[{"name":"model","x":["model","b"],"y":{"model":"b"}},"model",["model","b"]]', False),
+        (b'[{"model":null},{"model":{"x":"y"}},{"model":["b"]}]', False),
+        (b'{"model":"b"}', False),
+    ],
+    ids=brief,
+)
+def test_a_tool_with_a_model_of_its_own_is_seen_however_a_body_is_read(tools, is_seen):
+    for body in (b'{"model":"a","tools":%s}', b'{"tools":%s,"model":"a"}'):
+        assert model_of(body % tools) == "a"
+        assert monorelay.read_at_once(body % tools).lookalike == is_seen
 
 
 @pytest.mark.parametrize("size", range(4090, 4100))
@@ -1951,6 +1973,23 @@ def test_every_line_reaches_the_client_before_upstream_has_sent_the_next(upstrea
             gate.set()
         assert client.chunk() == b""
     assert received == b"".join(lines)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"", b": bye", b"event: message_stop", b"data: [DONE]", b"data: [DO", b"data: words {", b'id: {"a"', b'{"a":',
+     b"data: {}", b'data:{"a":"\xc3\xa9"} ', b'data: {"a":%s}' % (b"9" * 5000)],
+    ids=brief,
+)  # fmt: skip
+def test_a_last_line_that_is_whole_or_no_json_object_is_not_cut_off(line):
+    assert not monorelay.is_cut_off(line)
+
+
+@pytest.mark.parametrize("line", [b'data: {"a":"\xc3\xa9","b":[1.5e3,{"c":null}]}', b'data:{"a":%s' % (b"[" * 100_000)],
+                         ids=brief)  # fmt: skip
+def test_a_last_line_is_cut_off_wherever_its_object_ends_too_early(line):
+    for end in {*range(line.index(b"{") + 1, min(len(line), 60)), len(line) - 1}:
+        assert monorelay.is_cut_off(line[:end])
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
@@ -2850,6 +2889,25 @@ def test_a_stale_upstream_connection_is_replaced_unnoticed_and_cools_no_key(upst
     assert [message.get("x-api-key") for message in provider.requests] == ["sk-a"] * 3
 
 
+def test_a_request_that_meets_stale_and_broken_connections_goes_out_three_times_at_most(upstream, relay):
+    together, warm = threading.Barrier(4), threading.Event()
+
+    def script(connection: Connection) -> None:
+        if not warm.is_set():
+            connection.read_request()
+            together.wait(TIMEOUT_SECONDS)
+            connection.send(answer())
+        connection.read_request()
+
+    provider = upstream(script)
+    it = relay({"anthropic": {"upstream": provider, "keys": ["sk-a", "sk-b", "sk-c", "sk-d"]}})
+    in_threads(lambda number: it.post("/v1/messages", prompt()), 4)
+    warm.set()
+    refused(it.post("/v1/messages", prompt()), 502, "api_error")
+    # On a kept connection, on a fresh one instead, and on a fresh one elsewhere.
+    assert len(provider.requests) - 4 == 3 and len(provider.connections) - 4 == 2
+
+
 def test_an_answer_with_connection_close_ends_only_that_connection(upstream, relay):
     provider = upstream(answer(200, b"{}", "connection: close"))
     it = relay({"anthropic": provider})
@@ -3129,6 +3187,23 @@ def test_a_kept_connection_is_looked_at_right_before_a_request_goes_out_on_it(up
         assert client.answer().body == b"victim"
 
 
+@pytest.mark.parametrize("pieces", [lambda raw: [raw], bytewise], ids=["whole", "a byte at a time"])
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [(answer(), 200), (answer().replace(b"\r\n", b"\n"), 502), (b"HTTP/1.1 200 OK\r\ncontent-length: 2\n\r\n{}", 502)],
+    ids=["CRLF", "LF", "one LF"],
+)
+def test_a_head_with_a_line_that_ends_in_lf_is_a_502_at_once(upstream, relay, raw, status, pieces):
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        for piece in pieces(raw):
+            connection.send(piece)
+        connection.ended_within(TIMEOUT_SECONDS)
+
+    got = relay({"anthropic": upstream(script)}).post("/v1/messages", prompt())
+    assert got.status == status and (status == 200 or "LF" in refused(got, 502, "api_error"))
+
+
 def test_connection_may_name_anthropic_version_and_the_default_takes_its_place(upstream, relay):
     provider = upstream(answer())
     it = relay({"anthropic": provider})
@@ -3259,7 +3334,8 @@ def test_request_headers_go_up_as_sent_but_for_what_is_the_relays_business(upstr
     "User-Agent: claude-cli/2 (x)",
             "X-Claude-Code-Session-Id: s", "x-stainless-retry-count: 0", "idempotency-key: i",
             "X-Odd: caf\xe9", "x-empty:"]  # fmt: skip
-    dropped = [f"Authorization: Bearer {TOKEN}", "Cookie: a=b", "Accept-Encoding: gzip, br",
+    dropped = [f"Authorization: Bearer {TOKEN}", "Cookie: a=b", "Cookie2: $Version=1", "Accept-Encoding: gzip, br",
+               "Api-Key: client", "X-Goog-Api-Key: client", "X-MonoRelay-Key: client",
     "Connection: keep-alive, x-hop",
                "X-Hop: 1", "Keep-Alive: 5", "TE: trailers", "Proxy-Authorization: Basic x",
                "Upgrade: h2c"]  # fmt: skip
@@ -3374,14 +3450,16 @@ def test_response_comes_back_as_the_provider_sent_it(upstream, relay):
                "x-many: 1", "X-Many: 2", "vary: x", "x-hop: gone", "connection: x-hop",
                "x-odd: caf\xe9"]  # fmt: skip
     provider = upstream(
-        answer(418, b'\xff\x00 not JSON\r\n{"model":"claude-test"}', *headers, "set-cookie: session=secret")
-    )
+        answer(418, b'\xff\x00 not JSON\r\n{"model":"claude-test"}', *headers, "set-cookie: session=secret",
+               "Set-Cookie2: session=secret", "x-monorelay-request-id: theirs")
+    )  # fmt: skip
     got = relay({"anthropic": provider}).post("/v1/messages", prompt())
     assert (got.status, got.start.split(" ", 2)[2]) == (418, "Whatever")
     assert got.body == b'\xff\x00 not JSON\r\n{"model":"claude-test"}'
     kept = [tuple(line.lower().split(": ")) for line in headers if "hop" not in line]
     assert [pair for pair in got.headers if pair in kept] == kept
-    assert got.get("set-cookie") is None and got.get("x-hop") is None and got.get("x-monorelay-error") is None
+    for name in ("set-cookie", "set-cookie2", "x-hop", "x-monorelay-error", "x-monorelay-request-id"):
+        assert got.get(name) is None
 
 
 @pytest.mark.parametrize("status", [400, 402, 404, 408, 409, 413, 422, 501])
@@ -3485,6 +3563,47 @@ def test_an_answer_that_quotes_the_providers_key_is_a_502(upstream, relay, statu
     message = refused(got, 502, "api_error")
     assert got.get("x-monorelay-error") == "upstream_quoted_key" and "anthropic" in message
     assert b"very-secret" not in got.head + got.body
+
+
+SLASHED_KEY = "ab/cd+ef=very-secret-0123456789"
+SPELLINGS = {
+    "as it is": SLASHED_KEY,
+    "JSON, slash": SLASHED_KEY.replace("/", "\\/"),
+    "JSON, number": SLASHED_KEY.replace("+", "\\u002B").replace("=", "\\u003d"),
+    "HTML": SLASHED_KEY.replace("/", "&#x2F;").replace("+", "&#43;"),
+    "URL": urllib.parse.quote(SLASHED_KEY, safe=""),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize(
+    "given",
+    [{"keys": [SLASHED_KEY]}, {"headers": {"api-key": SLASHED_KEY}}, {"headers": {"X-Auth-Token": SLASHED_KEY}},
+     {"headers": {"Authorization": f"Bearer {SLASHED_KEY}"}}],
+    ids=["key", "api-key", "token", "bearer"],
+)  # fmt: skip
+def test_an_answer_that_quotes_a_secret_in_another_spelling_is_a_502(upstream, relay, given, spelling):
+    told = b'{"error":{"message":"Incorrect API key provided: %s"}}' % SPELLINGS[spelling].encode()
+    it = relay({"anthropic": {"upstream": upstream(answer(403, told)), **given}})
+    got = it.post("/v1/messages", prompt())
+    refused(got, 502, "api_error")
+    assert got.get("x-monorelay-error") == "upstream_quoted_key" and b"very-secret" not in got.head + got.body
+
+
+def test_the_code_of_a_401_is_not_told_when_it_is_the_key(upstream, relay):
+    told = b'{"error":{"code":"sk\\u002danthropic\\u002dsecret"}}'
+    got = relay({"anthropic": upstream(answer(401, told))}).post("/v1/messages", prompt())
+    assert "secret" not in refused(got, 502, "api_error")
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [("a\\/b", "a/b"), ("\\u002B\\u002b\\u003D", "++="), ("&#43;&#x2f;&amp;&equals;", "+/&="), ("%2B%2f%3D", "+/="),
+     ("\\u0026#43;", "+"), ("&#37;2B", "+"), ("plain + 100 % & \\u12", "plain + 100 % & \\u12"), ("", "")],
+    ids=brief,
+)  # fmt: skip
+def test_a_text_is_unescaped_as_json_html_and_urls_escape(text, plain):
+    assert monorelay.unescaped(text) == plain
 
 
 def test_an_error_that_quotes_no_key_comes_back_as_it_is(upstream, relay):
@@ -3807,6 +3926,35 @@ def test_a_401_about_the_clients_own_organization_cools_nothing(upstream, relay,
     assert {message.get("authorization") for message in provider.requests[tried:]} == {"Bearer sk-a"}
 
 
+@pytest.mark.parametrize("model", ["gpt-test", "gpt-other"])
+def test_a_401_on_a_path_of_which_nothing_is_known_rests_the_key_for_no_other_request(upstream, relay, model):
+    def script(connection: Connection) -> None:
+        while asked := connection.read_request():
+            connection.send(answer(401 if "organization" in asked.target else 200))
+
+    provider = upstream(script)
+    it = relay({"openai": two_keys(provider), "openai2": upstream(answer())})
+    it.post("/v1/organization/admin_api_keys", chat("gpt-test"), "Content-Type: application/json")
+    got = it.post("/v1/chat/completions", chat(model))
+    assert (got.get("x-monorelay-provider"), got.get("x-monorelay-attempts")) == ("openai", "1")
+    assert provider.requests[-1].get("authorization") == "Bearer sk-a"
+
+
+def test_a_provider_that_breaks_off_cools_that_key_with_that_model_only(upstream, relay):
+    def script(connection: Connection) -> None:
+        while connection.read_request().json["model"] != "bad" or len(provider.requests) > 1:
+            connection.send(answer())
+
+    provider, other = upstream(script), upstream(answer())
+    it = relay({"anthropic": two_keys(provider), "anthropic2": other})
+    for model in ("bad", "good", "bad"):
+        assert it.post("/v1/messages", prompt(model)).status == 200
+    assert [(message.json["model"], message.get("x-api-key")) for message in provider.requests] == [
+        ("bad", "sk-a"), ("bad", "sk-b"), ("good", "sk-a"), ("bad", "sk-b"),
+    ]  # fmt: skip
+    assert not other.requests
+
+
 def test_a_429_for_one_model_leaves_the_key_to_the_others_and_is_heeded_until_its_time(upstream, relay):
     def script(connection: Connection) -> None:
         while True:
@@ -3863,6 +4011,33 @@ def test_a_stream_that_dies_ends_in_an_error_event_and_a_cut_connection(upstream
             assert client.fill()
         gate.set()
         assert_died(client, after=data)
+
+
+BEGUN = {
+    "/v1/messages": (ANTHROPIC_EVENTS[:3], b'event: content_block_delta\ndata: {"delta":{"text":"ha'),
+    "/v1/chat/completions": (OPENAI_EVENTS[:1], b'data: {"choices":[{"index":0,"delta":{"content":"ha'),
+}
+
+
+@pytest.mark.parametrize("size", [0, 100_000])
+@pytest.mark.parametrize("path", BEGUN)
+def test_a_chunked_stream_that_ends_within_a_line_ends_in_an_error_event(upstream, relay, path, size):
+    whole, cut = BEGUN[path]
+    provider = upstream(STREAM_HEAD + chunked(*whole, cut + b"x" * size))
+    it = relay({"anthropic": provider, "openai": provider})
+    with it.client() as client:
+        client.send(request("POST", path, STREAMED))
+        assert_died(client, after=b"".join(whole) + cut, anthropic=path == "/v1/messages")
+    it.logged(path, "upstream_broken")
+
+
+@pytest.mark.parametrize("path", BEGUN)
+def test_a_chunked_stream_whose_last_line_only_lacks_its_end_is_whole(upstream, relay, path):
+    text = b"".join(BEGUN[path][0]) + b'data: {"half":false}'
+    provider = upstream(STREAM_HEAD + chunked(text))
+    it = relay({"anthropic": provider, "openai": provider})
+    assert it.post(path, STREAMED).body == text
+    assert "upstream_broken" not in it.logged(path)
 
 
 def test_an_openai_stream_that_dies_says_so_in_its_own_format(upstream, relay):
@@ -4032,6 +4207,8 @@ ENDINGS = {
         b'data: {"choices": [{"index": 0, "finish_reason": "length"}]}\n\n',
     ),
     "an error of its own": ("/v1/chat/completions", b'data: {"error":{"message":"overloaded"}}\n\n'),
+    "finish_reason without a line end": ("/v1/chat/completions", b"".join(OPENAI_EVENTS[:2]).rstrip(b"\n")),
+    "a comment behind [DONE] without a line end": ("/v1/chat/completions", b"".join(OPENAI_EVENTS) + b": bye"),
 }
 
 
@@ -4044,6 +4221,46 @@ def test_a_stream_that_says_in_its_data_that_it_ends_gets_no_error_event(upstrea
     it = relay({"anthropic": provider, "openai": provider})
     got = it.post(path, prompt(stream=True))
     assert (got.status, got.body) == (200, text)
+
+
+LAST_EVENTS = {
+    "message_stop": ("/v1/messages", b"".join(ANTHROPIC_EVENTS)),
+    "data-only message_stop": ENDINGS["data-only message_stop"],
+    "finish_reason": ENDINGS["finish_reason"],
+    "finish_reason and usage": ENDINGS["finish_reason and usage"],
+    "response.completed": (
+        "/v1/responses",
+        sse("response.created") + sse("response.completed", response={"output": [{"text": "Grüße"}]}),
+    ),
+}
+
+
+@pytest.mark.parametrize("part", ["data: ", "{"])
+@pytest.mark.parametrize("name", LAST_EVENTS)
+def test_a_stream_without_length_cut_anywhere_in_its_last_data_line_is_never_whole(upstream, relay, name, part):
+    path, text = LAST_EVENTS[name]
+    last, brace = text.rindex(b"data: "), text.index(b"{", text.rindex(b"data: "))
+    cuts = range(last + 1, brace + 1) if part == "data: " else range(brace + 1, len(text.rstrip(b"\n")))
+    pieces = iter([text[:cut] for cut in cuts])
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(CLOSE_DELIMITED["events"], next(pieces))
+
+    provider = upstream(script)
+    it = relay({"anthropic": provider, "openai": provider})
+    for cut in cuts:
+        with it.client() as client:
+            client.send(request("POST", path, STREAMED))
+            assert_died(client, after=text[:cut], anthropic=path == "/v1/messages")
+
+
+def test_a_stream_without_length_cut_in_a_last_line_over_64_kib_is_never_whole(upstream, relay):
+    text = sse("response.created") + sse("response.completed", response={"text": "x" * 100_000})[:-20]
+    it = relay({"openai": upstream(replies_then_closes(CLOSE_DELIMITED["events"], text))})
+    with it.client() as client:
+        client.send(request("POST", "/v1/responses", STREAMED))
+        assert_died(client, after=text, anthropic=False)
 
 
 def test_a_requests_own_fault_that_a_stream_tells_is_tried_nowhere_else(upstream, relay):
@@ -4539,6 +4756,47 @@ def test_tokens_since_ends_what_was_issued_before_or_does_not_say_when(relay, is
     assert is_let_in(it, log_in(it).json["access_token"])
 
 
+@pytest.mark.parametrize("left", [{}, {"jwt_secret": JWT_SECRET}], ids=["nothing", "a jwt_secret"])
+def test_an_access_key_that_was_removed_lets_nobody_in(relay, left):
+    it = relay({"echo": {}}, server=left)
+    assert is_let_in(it, TOKEN)
+    it.server.reload(parse({"echo": {}}, server={"access_key": "", **left}))
+    assert not is_let_in(it, TOKEN)
+    assert it.logged("/api/auth/me", "401")
+    assert ("no credential any more" in it.log.getvalue()) == (not left)
+    assert not left or is_let_in(it, bearer(sub="anyone"))
+
+
+def test_a_jwt_secret_that_was_removed_makes_no_more_tokens(relay):
+    users = {"alice": {"password": PASSWORD_HASH}}
+    it = relay({"echo": {}}, server={"jwt_secret": JWT_SECRET}, users=users)
+    tokens = [bearer(), log_in(it).json["access_token"]]
+    assert [is_let_in(it, token) for token in tokens] == [True, True]
+    it.server.reload(parse({"echo": {}}, users=users))
+    assert [is_let_in(it, token) for token in tokens] == [False, False] and is_let_in(it, TOKEN)
+    token = log_in(it).json["access_token"]
+    it.server.reload(parse({"echo": {}}, users={**users, "bob": {}}))
+    assert is_let_in(it, token), "what was made up for this run stays"
+    it.server.reload(parse({"echo": {}}, server={"access_key": ""}, users=users))
+    assert not is_let_in(it, TOKEN) and is_let_in(it, token)
+    it.logged("warning", "no credential any more")
+
+
+def test_a_key_made_up_for_the_run_survives_reloads(relay):
+    nothing = {"access_key": ""}
+    it = relay({"echo": {}}, server=nothing)
+    (made,) = it.server.service.config.server.access_keys
+    it.server.reload(parse({"echo": {}}, server=nothing, aliases={"fast": "echo"}))
+    assert is_let_in(it, made.reveal())
+    it.server.reload(parse({"echo": {}}))
+    assert is_let_in(it, TOKEN) and not is_let_in(it, made.reveal())
+    assert it.logged("status=401", "/api/auth/me") and "credential" not in it.log.getvalue()
+    it.server.reload(parse({"echo": {}}, server=nothing))
+    assert is_let_in(it, made.reveal()) and not is_let_in(it, TOKEN)
+    it.logged("warning", "no credential any more")
+    assert made.reveal() not in it.log.getvalue()
+
+
 def test_only_requests_to_models_that_were_let_through_count(upstream, relay):
     provider = upstream(answer())
     users = {"alice": {"models": ["claude-*"], "requests_per_minute": 2}}
@@ -4560,7 +4818,7 @@ def limited(upstream, relay, **sections: Any) -> tuple[Relay, Upstream, str]:
 
 
 @pytest.mark.parametrize("name", ["Model", "MODEL", "mOdel", "\\u004dodel", "MODE\\u004c", "mode\\u006C",
-                                  "models", "model\\u0000", "MODELS"])  # fmt: skip
+                                  "models", "model\\u0000", "MODELS", "model\u017f", "model\\u017f"])  # fmt: skip
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions", "/v1/embeddings"])
 def test_a_second_model_in_another_case_is_refused_to_whom_models_are_set(upstream, relay, name, path):
     it, provider, token = limited(upstream, relay)
@@ -4573,6 +4831,70 @@ def test_a_second_model_in_another_case_is_refused_to_whom_models_are_set(upstre
     assert not provider.requests
     assert it.post(path, b'{"model":"claude-a","x":{"Model":"y"},"modelx":1}', token=token).status == 200
     assert it.post(path, (body % "Model").encode()).status == 200, "an owner's body is the owner's business"
+
+
+NAMED_ELSEWHERE = {
+    "a tool": ("/v1/messages", '"model":"claude-a","tools":[{"type":"advisor_20260301","model":"claude-opus"}]'),
+    "an image tool": ("/v1/responses", '"model":"claude-a","tools":[{"type":"image_generation","model":"gpt-image"}]'),
+    "fallbacks": ("/v1/messages", '"fallbacks":[{"model":"claude-opus"}],"model":"claude-a"'),
+    "fallbacks, a list of names": ("/v1/chat/completions", '"model":"claude-a","fallbacks":["claude-opus"]'),
+    "a list of models": ("/v1/chat/completions", '"model":"claude-a,claude-opus"'),
+    "a name too long to be read": ("/v1/chat/completions", f'"{"n" * 2000}":"claude-opus","model":"claude-a"'),
+}
+
+
+def padded(members: str, size: int) -> bytes:
+    """A JSON object with these members and one of so many bytes."""
+    return f'{{{members},"x":"{"y" * size}"}}'.encode()
+
+
+# A body is read at once, after the others' turn, or walked.
+@pytest.mark.parametrize("size", [1, 70_000, 300_000])
+@pytest.mark.parametrize("name", NAMED_ELSEWHERE)
+def test_a_model_named_elsewhere_is_refused_to_whom_models_are_set(upstream, relay, name, size):
+    it, provider, token = limited(upstream, relay)
+    path, members = NAMED_ELSEWHERE[name]
+    got = it.post(path, padded(members, size), token=token)
+    refused(got, 403, "permission_error", openai_shape=path != "/v1/messages")
+    assert not provider.requests
+    assert it.post(path, padded(members, size), token=bearer(sub="bob")).status == 200
+
+
+@pytest.mark.parametrize("size", [1, 70_000, 300_000])
+@pytest.mark.parametrize(
+    "tool",
+    ['{"name":"model","input_schema":{"type":"object","properties":{"model":{"type":"string"}},"required":["model"]}}',
+     '{"type":"function","function":{"name":"x","parameters":{"properties":{"model":{"enum":["claude-opus"]}}}}}'],
+    ids=["input_schema", "function"],
+)  # fmt: skip
+def test_a_tool_may_ask_for_a_model_of_its_own_kind(upstream, relay, tool, size):
+    it, provider, token = limited(upstream, relay)
+    assert it.post("/v1/messages", padded(f'"model":"claude-a","tools":[{tool}]', size), token=token).status == 200
+    assert len(provider.requests) == 1
+
+
+AMBIGUOUS = {
+    "query": ("POST", "/v1/chat/completions?model=gpt-5", []),
+    "escaped query": ("POST", "/v1/embeddings?a=1&%6dodel=gpt-5", []),
+    "form": ("POST", "/v1/chat/completions", ["Content-Type: application/x-www-form-urlencoded"]),
+    "two types": ("POST", "/v1/chat/completions",
+                  ["Content-Type: application/json", "Content-Type: multipart/form-data; boundary=b"]),
+    "two alphabets": ("POST", "/v1/responses",
+                      ["Content-Type: application/json", "content-type: application/json; charset=utf-16"]),
+    "GET with a body": ("GET", "/v1/batches", ["Content-Type: application/octet-stream"]),
+    "GET with JSON": ("GET", "/v1/batches", ["Content-Type: application/json"]),
+    "DELETE with a body": ("DELETE", "/v1/files/file-1", ["Content-Type: application/octet-stream"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_a_request_that_may_name_another_model_is_refused_to_whom_models_are_set(upstream, relay, name):
+    it, provider, token = limited(upstream, relay)
+    method, path, headers = AMBIGUOUS[name]
+    body = b'{"model":"claude-a","x":"&model=gpt-5&"}'
+    refused(it.ask(method, path, body, *headers, token=token), 403, "permission_error", openai_shape=True)
+    assert not provider.requests
+    assert it.ask(method, path, body, *headers, token=bearer(sub="bob")).status == 200
 
 
 @pytest.mark.parametrize(
@@ -4610,12 +4932,15 @@ def test_files_may_be_sent_by_whom_models_are_set(upstream, relay):
     assert len(provider.requests) == 3
 
 
-@pytest.mark.parametrize("name", ["x-http-method-override", "X-HTTP-Method", "x-method-override"])
+@pytest.mark.parametrize("name", ["x-http-method-override", "X-HTTP-Method", "x-method-override", "X-HTTP-Override",
+                                  "X_HTTP_Method_Override", "X-HTTP-Method_Override",
+                                  "x.http.override"])  # fmt: skip
 def test_no_header_makes_another_method_of_a_get(upstream, relay, name):
     it, provider, token = limited(upstream, relay)
     got = it.ask("GET", "/v1/files/file-1", None, f"{name}: POST", token=token)
     refused(got, 403, "permission_error", openai_shape=True)
     assert not provider.requests
+    assert it.ask("GET", "/v1/files/file-1", None, f"{name}: POST", token=bearer(sub="bob")).status == 200
 
 
 def test_a_batch_with_a_model_beside_it_is_never_sent_twice(upstream, relay):
@@ -4842,11 +5167,25 @@ def test_an_odd_entry_of_a_provider_does_not_spoil_the_catalogue(upstream, relay
 def test_a_model_is_found_whatever_curl_calls_the_body(upstream, relay):
     first, second = upstream(answer()), upstream(answer())
     it = relay({"openai": first, "openai2": second}, routes={"second": "openai2", "*": "openai"})
-    for kind in ("application/json", "text/plain", "application/x-www-form-urlencoded"):
+    for kind in ("application/json", "text/plain", "application/x-www-form-urlencoded", "application/x+json"):
         assert it.ask("POST", "/v1/audio/speech", b'{"model": "second"}', f"Content-Type: {kind}").status == 200
-    assert (len(first.requests), len(second.requests)) == (0, 3)
+    assert (len(first.requests), len(second.requests)) == (0, 4)
     got = it.ask("POST", "/v1/audio/speech", b'{"model": "a", "model": "b"}', "Content-Type: application/json")
     refused(got, 400, "invalid_request_error", openai_shape=True)
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/x+json", "application/octet-stream"])
+@pytest.mark.parametrize("path", ["/v1/audio/speech", "/v1/images/generations", "/v1/moderations"])
+def test_what_is_not_json_is_a_400_where_the_model_decides(upstream, relay, path, kind):
+    first, second = upstream(answer()), upstream(answer())
+    it = relay({"openai": first, "openai2": second}, routes={"second": "openai2", "*": "openai"})
+    body = b'{"model":"second"}'
+    for odd in (b"\xef\xbb\xbf" + body, body.replace(b"}", b',"speed":NaN}'), body.decode().encode("utf-16"), b"x"):
+        refused(it.post(path, odd, f"Content-Type: {kind}"), 400, "invalid_request_error", openai_shape=True)
+    assert not first.requests and not second.requests
+    for without in (b'{"input":"Hi"}', b"{}", b""):
+        assert it.post(path, without, f"Content-Type: {kind}").status == 200
+    assert (len(first.requests), len(second.requests)) == (3, 0)
 
 
 CORS = {"server": {"cors_origins": ["https://app.example"]}}
@@ -5493,6 +5832,15 @@ def test_a_head_or_body_that_ends_early_is_no_request(upstream, relay):
     assert not provider.requests
 
 
+@pytest.mark.parametrize("line", [b"CONNECT elsewhere.example:443", b"TRACE /v1/messages"])
+def test_a_method_behind_which_no_request_may_come_is_a_405_and_the_end(upstream, relay, line):
+    provider = upstream(answer())
+    with relay({"anthropic": provider}).client() as client:
+        client.send(line, b" HTTP/1.1\r\nHost: a\r\nx-api-key: %s\r\n\r\n" % TOKEN.encode(), SMUGGLED)
+        assert_turned_away(client, 405)
+    assert not provider.connections
+
+
 FUZZ_PIECES = [*HEAD_PIECES, GOOD_HEADS["least"], GOOD_HEADS["chunked"], SMUGGLED, b"0\r\n\r\n"]
 
 
@@ -6129,6 +6477,31 @@ def test_relay_json_is_reloaded_and_a_broken_one_keeps_the_old(program, how):
     rewrite({**config, "server": {**config["server"], "workers": 2}, "aliases": {"newer": "echo"}})
     assert eventually(lambda: status("newer") == 200) and status("new") == 404
     assert eventually(lambda: "workers" in it.text() and "restart" in it.text())
+
+
+TOO_DEEP = {
+    "brackets": '{"server":{"cors_origins":%s}}' % ("[" * 1000 + "]" * 1000),
+    "brackets that can be read": '{"server":{"cors_origins":%s}}' % ("[" * 800 + "]" * 800),
+    "aliases": json.dumps({"aliases": {f"a{number}": f"a{number + 1}" for number in range(1200)}}),
+}
+
+
+@pytest.mark.parametrize("name", TOO_DEEP)
+def test_a_config_that_is_too_deep_is_reported_in_a_line_with_exit_1(tmp_path, name):
+    (tmp_path / "relay.json").write_text(TOO_DEEP[name])
+    done = run("check", cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "relay.json" in done.stderr and "deep" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", TOO_DEEP)
+def test_a_config_that_is_too_deep_keeps_the_old(program, name):
+    it = program(settings({"echo": {}}))
+    it.write(TOO_DEEP[name])
+    it.signal(signal.SIGHUP)
+    assert eventually(lambda: "not reloaded" in it.text()) and "deep" in it.text()
+    with Client(it.url) as client:
+        assert client.ask("POST", "/v1/messages", json.dumps(prompt("echo")).encode()).status == 200
 
 
 @pytest.mark.parametrize("workers", [1, 2])
