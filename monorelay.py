@@ -83,6 +83,7 @@ JsonDict = dict[str, Any]
 
 # nginx's large_client_header_buffers allows 8 KiB a line; long ids and queries get twice that.
 REQUEST_LINE_BYTES = 16 * 1024
+PATH_ESCAPES = 512  # percent-encoded characters in a path: each is looked at several times
 # Tomcat and gunicorn stop at 8 KiB, h11 at 16; a cookie-laden browser and long beta lists need more.
 REQUEST_HEAD_BYTES = 64 * 1024
 # Apache's LimitRequestFields is 100; http.client's own limit, 100, has bitten users of other relays.
@@ -2020,149 +2021,6 @@ def preflight_fields(request: Headers) -> Pairs:
     ]
 
 
-READING = ("GET", "HEAD")
-# What stands at which path: the methods, and what it is for (the Handler has an answer_… for each).
-ENDPOINTS: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "/": (("HEAD",), "alive"),
-    "/api/hello": (("HEAD",), "alive"),
-    "/health": (READING, "health"),
-    "/api/auth/login": (("POST",), "login"),
-    "/api/auth/refresh": (("POST",), "refresh"),
-    "/api/auth/me": (READING, "me"),
-    "/api/event_logging/batch": (("POST",), "telemetry"),
-    "/v1/messages": (("POST",), "by_model"),
-    "/v1/messages/beta": (("POST",), "by_model"),
-    "/v1/messages/count_tokens": (("POST",), "by_model"),
-    "/v1/anthropic/models": (READING, "first_provider"),
-    "/v1/models": (READING, "catalogue"),
-    "/v1/chat/completions": (("POST", "GET"), "by_model"),
-    "/v1/completions": (("POST",), "by_model"),
-    "/v1/responses": (("POST",), "by_model"),
-    "/v1/embeddings": (("POST",), "by_model"),
-}
-OPEN_ENDPOINTS = frozenset({"alive", "health", "login", "refresh"})
-# Where the top-level `model` of a JSON body is what decides which model works, and nothing is created.
-MODEL_PATHS = frozenset(path for path, (_, name) in ENDPOINTS.items() if name == "by_model") | {
-    "/v1/audio/speech", "/v1/images/generations", "/v1/moderations", "/v1/responses/compact",
-    "/v1/responses/input_tokens",
-}  # fmt: skip
-# What is stored here belongs to one account: to the first provider, whatever it is about.
-STORED_PATHS = ("/v1/messages/batches", "/v1/files")
-CREATING_PATHS = ("/v1/batches", "/v1/files", "/v1/messages/batches")  # what is sent here is never sent twice
-# By these some servers take a request for one of another method.
-METHOD_OVERRIDES = frozenset({"x-http-method-override", "x-http-method", "x-method-override", "x-http-override"})
-# Bodies that are read for a model on paths of which the relay knows nothing: JSON, and what curl and
-# careless clients call JSON. All others stream through.
-READ_TYPES = frozenset({"application/json", "text/plain", "text/json", "application/x-www-form-urlencoded", ""})
-# What no server behind can take for another kind of body, or another alphabet, than the relay has read.
-PLAIN_JSON_TYPE = re.compile(r"(?i)(?!multipart|application/x-www-form)[^;,]*(?:; *(?:charset=\"?utf-?8\"?)?)*")
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-
-
-class Endpoint(NamedTuple):
-    """What a request is for."""
-
-    name: str
-    dialect: str  # anthropic or openai: the shape of errors, and the format of the providers
-    path: str  # behind /v1, as it goes upstream
-    by_model: bool = False  # whether the body's top-level `model` is what decides which model works
-    creates: bool = False  # whether what is sent there must never be sent twice
-    beta: bool = False  # whether the path stands for `beta=true` in the query
-    batches: bool = False  # whether what it answers may hold a batch's results_url
-
-    def target(self, query: str) -> str:
-        """Path and query upstream, behind /v1, for the query of a request."""
-        if self.beta and "beta=true" not in query.split("&"):
-            query = f"{query}&beta=true" if query else "beta=true"
-        return f"{self.path}?{query}" if query else self.path
-
-
-@functools.lru_cache(maxsize=256)
-def dialect_of(path: str, names_version: bool) -> str:
-    """The API that a request speaks; `names_version`: it has an anthropic-version. The first
-    REMEMBERED_PATH_CHARACTERS of its path tell."""
-    path = known_form(path)
-    if path == "/v1/messages" or path.startswith(("/v1/messages/", "/v1/anthropic/")):
-        return "anthropic"
-    by_name = ENDPOINTS.get(path, ((), ""))[1]
-    return "anthropic" if names_version and by_name != "by_model" else "openai"
-
-
-def likely_dialect(data: bytes) -> str:
-    """The API that a head speaks which can't be read, or hasn't been."""
-    anthropic = re.match(rb"\S{1,20} /v1/(?:messages|anthropic/)", data) or b"\nanthropic-version:" in data.lower()
-    return "anthropic" if anthropic else "openai"
-
-
-def find_endpoint(method: str, path: str, dialect: str) -> Endpoint:
-    """The endpoint of a request. Raises NotFound and MethodNotAllowed."""
-    if method not in METHODS:
-        known = ENDPOINTS.get(known_form(path), (METHODS, ""))[0]
-        error = MethodNotAllowed(method[:20], header_text(path[:200]), known)
-        error.close = True  # what comes behind CONNECT is no request
-        raise error
-    # The same few come again and again; long ones are not worth the memory.
-    find = remembered_endpoint if len(path) <= REMEMBERED_PATH_CHARACTERS else remembered_endpoint.__wrapped__
-    return find(method, path, dialect)
-
-
-@functools.lru_cache(maxsize=256)
-def remembered_endpoint(method: str, path: str, dialect: str) -> Endpoint:
-    """As find_endpoint(), for a method of METHODS."""
-    if not is_safe_path(path):
-        raise NotFound("the path has empty, . or .. segments, a backslash, spaces or control characters")
-    known = known_form(path)
-    if known.startswith("/v1/v1/") or known == "/v1/v1":
-        raise NotFound("the path begins with /v1/v1: leave /v1 out of the client's base_url", "doubled_v1")
-    methods, name = ENDPOINTS.get(known) or fallback(method, known, dialect)
-    if method not in methods:
-        raise MethodNotAllowed(method, header_text(known[:200]), methods)
-    if known == "/v1/messages/beta":
-        return Endpoint(name, dialect, "/messages", by_model=True, beta=True)
-    if name == "by_model" and method != "POST":
-        name = "any"
-    is_known = name != "any" or known in ENDPOINTS or any(is_within(known, place) for place in STORED_PATHS)
-    upstream_path = (known if is_known else unreserved(path))[len("/v1") :]
-    if upstream_path.startswith("/anthropic/"):
-        upstream_path = upstream_path[len("/anthropic") :]
-    return Endpoint(
-        name,
-        dialect,
-        upstream_path,
-        by_model=known in MODEL_PATHS,
-        creates=any(is_within(known, place) for place in CREATING_PATHS),
-        batches=is_within(known, STORED_PATHS[0]),
-    )
-
-
-def fallback(method: str, path: str, dialect: str) -> tuple[tuple[str, ...], str]:
-    """What serves a path that is no endpoint of its own, as in ENDPOINTS. Raises NotFound."""
-    if path.startswith("/v1/anthropic/models/"):
-        return READING, "first_provider"
-    if not path.startswith("/v1/") or path.startswith("/v1/anthropic/"):
-        raise NotFound(f"there is nothing at {header_text(path[:200])}")
-    if path.startswith("/v1/models/") and method in READING:
-        return READING, "catalogue"
-    stored = dialect == "anthropic" and any(is_within(path, place) for place in STORED_PATHS)
-    return METHODS, "first_provider" if stored else "any"
-
-
-def is_within(path: str, place: str) -> bool:
-    """Whether the path is the place, or stands below it."""
-    return path == place or path.startswith(f"{place}/")
-
-
-def known_form(path: str) -> str:
-    """The path as the rules here name it: its letters not escaped, and without the one / at its end that is ignored."""
-    path = unreserved(path)
-    return path[:-1] if path.endswith("/") and path != "/" else path
-
-
-def unreserved(path: str) -> str:
-    """The path with the characters not escaped that need not be: both spellings are one path (RFC 3986 §6.2.2.2)."""
-    return re.sub(UNRESERVED_ESCAPED, lambda match: chr(int(match[1], 16)), path) if "%" in path else path
-
-
 # ==== JSON bodies ================================================================================
 #
 # A JSON body is passed on byte for byte; only the value of the top-level "model" may change. To know that it is
@@ -3574,7 +3432,7 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoAnswer]] = {
 # ==== Event loop =================================================================================
 #
 # One thread serves everybody. What it serves are tasks: a task is a coroutine, and where it would have to wait, it
-# awaits wakeup(), with a deadline on the monotonic clock. It is resumed when something may have happened: on one of its
+# awaits until(), with a deadline on the monotonic clock. It is resumed when something may have happened: on one of its
 # channels, or to what it has started. That promises nothing, so it looks again and waits again if need be. At its
 # deadline Overdue is raised in it, and ClientGone as soon as its client has left. Between two waits a task has
 # everything to itself, so what tasks share needs no lock. What would block in the system (looking up a name, hashing a
@@ -3723,7 +3581,7 @@ class Channel:
             while not sent:
                 if has_answered and has_answered():
                     raise EarlyAnswer
-                await wakeup(deadline)
+                await until(deadline)
                 sent = self.send_now(rest)
             rest = rest[sent:]
 
@@ -3732,19 +3590,19 @@ class Channel:
         ClientGone."""
         before = len(self.received)
         while len(self.received) == before and not self.ended:
-            await wakeup(deadline)
+            await until(deadline)
 
     async def room(self, deadline: float) -> None:
         """Waits until there is room to send more. Raises Overdue and ClientGone."""
         self._await_room()
         while self._blocked:
-            await wakeup(deadline)
+            await until(deadline)
 
     async def send_rest(self, pause_seconds: float) -> None:
         """Sends what was put off. Raises Overdue and OSError."""
         deadline = self._loop.now + pause_seconds
         while not self.flush():
-            await wakeup(deadline)
+            await until(deadline)
 
     async def finish_sending(self, pause_seconds: float) -> None:
         """Sends what was put off, and closes this side. Raises Overdue and OSError."""
@@ -3792,7 +3650,7 @@ class Channel:
                 tls.do_handshake()
                 self.opening = False
             except ssl.SSLWantReadError:
-                await wakeup(deadline)  # what arrives is for the handshake
+                await until(deadline)  # what arrives is for the handshake
             except ssl.SSLWantWriteError:
                 await self.room(deadline)
 
@@ -3976,7 +3834,7 @@ class Task:
         """Waits until it is done. Raises Overdue and ClientGone."""
         while not self.done:
             self._waiting.add(self._loop.current)
-            await wakeup(deadline)
+            await until(deadline)
 
     def _end(self) -> None:
         """Notes that it is over, and has those see that who wait for it."""
@@ -4121,7 +3979,7 @@ def describe(error: BaseException) -> str:
 
 
 @types.coroutine
-def wakeup(deadline: float = math.inf) -> Generator[float, None, None]:
+def until(deadline: float = math.inf) -> Generator[float, None, None]:
     """Waits until something may have happened to what the running task waits for. Raises Overdue at the deadline, on
     the monotonic clock, and ClientGone when its client has left."""
     yield deadline
@@ -4139,7 +3997,7 @@ async def give_way(loop: EventLoop, pipelined: bool = False) -> None:
 
     (loop.pipelined if pipelined else loop.patient).append(go_on)
     while not its_turn:
-        await wakeup()
+        await until()
 
 
 async def pause(loop: EventLoop, seconds: float) -> None:
@@ -4147,7 +4005,7 @@ async def pause(loop: EventLoop, seconds: float) -> None:
     deadline = loop.now + seconds
     try:
         while True:
-            await wakeup(deadline)
+            await until(deadline)
     except Overdue:
         pass
 
@@ -4211,7 +4069,7 @@ async def in_thread(
         raise Unavailable("this relay has no thread left for this", "no_threads") from None
     try:
         while not outcome:
-            await wakeup()
+            await until()
     finally:
         abandoned = True
     result, fault = outcome[0]
@@ -4341,7 +4199,7 @@ class RequestBody:
             while not channel.received:
                 if has_answered and has_answered():
                     raise EarlyAnswer
-                await wakeup(deadline)
+                await until(deadline)
         except Overdue:
             raise MalformedRequest("the body takes too long", 408) from None
 
@@ -4608,7 +4466,7 @@ async def serve_echo(loop: EventLoop, sock: socket.socket) -> None:
     loop.current.client = channel
     try:
         while not head_length(channel.received):
-            await wakeup()
+            await until()
         head = parse_request_head(channel.use(head_length(channel.received)))
         request_id = new_request_id()
         try:
@@ -4759,6 +4617,11 @@ class Answer:
         self.content = self.content + decoded if self.content else decoded
         return decoded
 
+    def take_content(self) -> bytes:
+        """What has come of the content."""
+        content, self.content = self.content, b""
+        return content
+
     def release(self, pool: UpstreamPool) -> None:
         """Gives the connection back for reuse where that is possible, else closes it."""
         if self.channel.task is None:
@@ -4809,15 +4672,14 @@ EVENT_END = re.compile(rb"\n\n|\r\r|\r\n\r\n")
 # Headers by which a client names an account at OpenAI; a 401 may be about these.
 ACCOUNT_HEADERS = ("openai-organization", "openai-project")
 ABOUT_ACCOUNT = re.compile(rb"(?i)organization|project")
-# What keeps nginx and its like, in front of the relay, from holding a stream back.
-UNBUFFERED = (("x-accel-buffering", "no"), ("cache-control", "no-cache"))
 
 
-class Job(NamedTuple):
+class UpstreamRequest(NamedTuple):
     """A request to be relayed."""
 
     head: RequestHead
-    endpoint: Endpoint
+    target: str  # path and query upstream, behind /v1
+    by_model: bool  # whether it went where its model belongs, and creates nothing
     body: Union[ReadBody, RequestBody]
     candidates: Sequence[Candidate]
     record: AccessRecord
@@ -4829,7 +4691,7 @@ class Job(NamedTuple):
         a file) would do so twice."""
         if isinstance(self.body, RequestBody):
             return self.head.method == "POST" or self.body.length != 0
-        return self.head.method == "POST" and not self.endpoint.by_model
+        return self.head.method == "POST" and not self.by_model
 
     @property
     def is_sent(self) -> bool:
@@ -4851,29 +4713,29 @@ class Relay:
         self._loop = loop
         self._warn = warn
 
-    async def obtain(self, job: Job) -> Answer:
+    async def obtain(self, request: UpstreamRequest) -> Answer:
         """The answer to deliver: the first that isn't a failure, else the last one there was. Raises
         UpstreamFailed, UpstreamSilent, Unavailable, ClientGone, and what reading the body raises."""
         last: Optional[Answer] = None
         failure: UpstreamFailure = Unreachable("there is no provider to try")
         only_once_more = False
         try:
-            for candidate in job.candidates:
-                self._note(job.record, candidate)
+            for candidate in request.candidates:
+                self._note(request.record, candidate)
                 try:
-                    answer = await self._attempt(job, candidate, fresh=job.only_once or only_once_more)
+                    answer = await self._attempt(request, candidate, fresh=request.only_once or only_once_more)
                 except (Unreachable, BrokenExchange) as error:
                     failure = error.with_traceback(None)  # which would keep the body, and be kept by it
-                    self._blame(job, candidate, error)
+                    self._blame(request, candidate, error)
                     if isinstance(error, BrokenExchange):
-                        if only_once_more or job.only_once:
+                        if only_once_more or request.only_once:
                             break
                         only_once_more = error.whole_request
                     continue
                 if last:
                     last.release(self.connections)
                 last = answer
-                if not self._is_failure(job, answer) or only_once_more:
+                if not self._is_failure(request, answer) or only_once_more:
                     break
         except BaseException:
             if last:
@@ -4882,17 +4744,17 @@ class Relay:
         if not last:
             code = "upstream_unreachable" if isinstance(failure, Unreachable) else "upstream_broken"
             raise UpstreamFailed(str(failure), code)
-        self._note(job.record, last.candidate, 0)
-        return await self._presented(job, last)
+        self._note(request.record, last.candidate, 0)
+        return await self._presented(request, last)
 
-    def _blame(self, job: Job, candidate: Candidate, error: UpstreamFailure) -> None:
+    def _blame(self, request: UpstreamRequest, candidate: Candidate, error: UpstreamFailure) -> None:
         """Has a provider that could not be reached come later for a while, or a key with the model where it broke off;
         not one that gave up on a slow upload. Echo's faults are made to order."""
-        if candidate.target.provider.format == "echo" or not job.blames:
+        if candidate.target.provider.format == "echo" or not request.blames:
             return
         if isinstance(error, Unreachable):
             self.keys.unreachable(candidate.target.provider, self._loop.now)
-        elif job.is_sent:
+        elif request.is_sent:
             self.keys.failed(candidate, 502, None, self._loop.now)
 
     def _note(self, record: AccessRecord, candidate: Candidate, attempts: int = 1) -> None:
@@ -4901,28 +4763,28 @@ class Relay:
         record.provider = candidate.target.provider.name
         record.sent_model, record.key = candidate.target.model, candidate.label
 
-    async def _attempt(self, job: Job, candidate: Candidate, fresh: bool) -> Answer:
+    async def _attempt(self, request: UpstreamRequest, candidate: Candidate, fresh: bool) -> Answer:
         """One try with a candidate. A kept connection that turns out to be closed is replaced; where that would be once
         too often, a `fresh` one is made at once."""
         provider = candidate.target.provider
         kept = None if fresh else self.connections.take(provider)
         if kept:
             try:
-                return await self._exchange(job, candidate, kept)
+                return await self._exchange(request, candidate, kept)
             except BrokenExchange as error:
                 if error.answer_begun:
                     raise
         channel = await self.connections.connect(provider)
-        return await self._exchange(job, candidate, channel)
+        return await self._exchange(request, candidate, channel)
 
-    async def _exchange(self, job: Job, candidate: Candidate, channel: Channel) -> Answer:
+    async def _exchange(self, request: UpstreamRequest, candidate: Candidate, channel: Channel) -> Answer:
         """Sends the request on a connection and reads the head of the answer, of a stream its first line too."""
         provider = candidate.target.provider
         channel.answered = whole = False
         heads = AnswerHeads(self._loop, channel)
         try:
-            whole = await self._send(job, candidate, channel, heads)
-            answer = await read_answer(self._loop, channel, heads, candidate, job.head.method)
+            whole = await self._send(request, candidate, channel, heads)
+            answer = await read_answer(self._loop, channel, heads, candidate, request.head.method)
             answer.whole_request = whole
             if answer.is_stream:
                 await self._read_first_line(answer)
@@ -4976,19 +4838,19 @@ class Relay:
         except FramingError:
             channel.ended = channel.broken = True
 
-    async def _send(self, job: Job, candidate: Candidate, channel: Channel, heads: AnswerHeads) -> bool:
+    async def _send(self, request: UpstreamRequest, candidate: Candidate, channel: Channel, heads: AnswerHeads) -> bool:
         """Sends the request; False when the provider answered, or broke off, before it had all of it.
         Raises NoAnswer, ClientGone, and what reading the body raises."""
-        provider, body = candidate.target.provider, job.body
+        provider, body = candidate.target.provider, request.body
         length: Optional[int]
         if isinstance(body, ReadBody):
             pieces, recoded = body.with_model(candidate.target.model)
             length = sum(map(len, pieces))
         else:
             pieces, recoded, length = [], False, body.length
-        fields = upstream_fields(job.head, provider, candidate.key, length, recoded) + channel.extra_fields
-        target = f"{channel.target_prefix}{provider.prefix}{job.endpoint.target(job.head.query)}"
-        head = head_bytes(f"{job.head.method} {target} HTTP/1.1", fields)
+        fields = upstream_fields(request.head, provider, candidate.key, length, recoded) + channel.extra_fields
+        target = f"{channel.target_prefix}{provider.prefix}{request.target}"
+        head = head_bytes(f"{request.head.method} {target} HTTP/1.1", fields)
         try:
             # Many sends are cheaper than a copy of a large body; for a small one, one send is.
             if (length or 0) < RECEIVE_BYTES:
@@ -5013,7 +4875,7 @@ class Relay:
         if chunked:
             await channel.send(LAST_CHUNK, timeout, heads.has_begun)
 
-    def _is_failure(self, job: Job, answer: Answer) -> bool:
+    def _is_failure(self, request: UpstreamRequest, answer: Answer) -> bool:
         """Whether another candidate should be tried; tells the key pool how this one fared."""
         candidate = answer.candidate
         provider, status = candidate.target.provider, answer.head.status
@@ -5022,20 +4884,20 @@ class Relay:
             status = 400 if b"invalid_request_error" in answer.content else 529
         # What the client itself has caused says nothing about a key: an account that it named, an upload that it
         # didn't finish.
-        own_fault = (status == 401 and job.names_account) or (status >= 500 and not job.is_sent)
-        if provider.format != "echo" and job.blames and not own_fault:
+        own_fault = (status == 401 and request.names_account) or (status >= 500 and not request.is_sent)
+        if provider.format != "echo" and request.blames and not own_fault:
             if status < 400:
                 self.keys.succeeded(candidate, self._loop.now)
             else:
                 wait = retry_after_seconds(answer.head.fields.get("retry-after"), time.time())
-                self.keys.failed(candidate, status, wait, self._loop.now, job.endpoint.by_model)
+                self.keys.failed(candidate, status, wait, self._loop.now, request.by_model)
             if status in QUARANTINED:
                 self._warn(
                     f"the provider {provider.name} refuses the key {candidate.label} ({status}); it comes last now"
                 )
         return status in RETRIED_STATUSES
 
-    async def _presented(self, job: Job, answer: Answer) -> Answer:
+    async def _presented(self, request: UpstreamRequest, answer: Answer) -> Answer:
         """The answer, unless it is about the relay's own key, shows it, or would lead the client away with its token.
         Raises UpstreamFailed for these."""
         if answer.head.status < 300 or answer.candidate.target.provider.format == "echo":
@@ -5043,7 +4905,7 @@ class Relay:
         try:
             if answer.head.status >= 400:
                 await self._peek(answer)
-            problem, code = problem_of(job, answer)
+            problem, code = problem_of(request, answer)
             if problem:
                 raise UpstreamFailed(problem, code)
         except BaseException:
@@ -5052,12 +4914,12 @@ class Relay:
         return answer
 
 
-def problem_of(job: Job, answer: Answer) -> tuple[str, str]:
+def problem_of(request: UpstreamRequest, answer: Answer) -> tuple[str, str]:
     """Why an answer that tells of an error isn't for the client, and a short code for that; empty if it is."""
     status, name = answer.head.status, f"the provider {answer.candidate.target.provider.name}"
     if 300 <= status < 400 and status != 304 and "location" in answer.head.fields:
         return f"{name} answered with a redirect ({status}): correct its base_url in relay.json", "upstream_redirect"
-    if status == 401 and not (job.names_account and ABOUT_ACCOUNT.search(answer.content)):
+    if status == 401 and not (request.names_account and ABOUT_ACCOUNT.search(answer.content)):
         key = f"key {answer.candidate.label}" if answer.candidate.key else "lack of a key"
         reason = "401" if answer.quotes_key else f"401 {error_code(answer.content)}".strip()
         return f"{name} refused this relay's {key} ({reason})", "upstream_refused_key"
@@ -5074,206 +4936,6 @@ def error_code(content: bytes) -> str:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ""
     return code if isinstance(code, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", code) else ""
-
-
-class ResultsUrlRewriter:
-    """Rewrites a batch's results_url from the provider to the relay in a JSON body, as it streams: the SDKs
-    follow it with the relay's token, which must not leave. The body is otherwise left as it is."""
-
-    # Longer than any beginning of a match that could be cut in two.
-    _HELD_BYTES = 512
-
-    def __init__(self, provider: Provider, relay_url: str) -> None:
-        origin = re.escape(provider.origin.encode("ascii")).replace(b"/", rb"\\?/")
-        default = b"(?::%d)?" % DEFAULT_PORTS[provider.scheme] if provider.origin.count(":") == 1 else b""
-        path = re.escape(provider.prefix.encode("ascii")).replace(b"/", rb"\\?/")
-        self._pattern = re.compile(rb'("results_url"\s*:\s*")' + origin + default + path + rb"(?=\\?/)", re.IGNORECASE)
-        self._replacement = rb"\g<1>" + f"{relay_url}/v1".encode("ascii")
-        self._held = b""
-
-    def feed(self, data: bytes) -> bytes:
-        """What can be passed on of the body up to here."""
-        data = self._pattern.sub(self._replacement, self._held + data)
-        cut = data.rfind(b'"results_url"', max(0, len(data) - self._HELD_BYTES))
-        cut = cut if cut >= 0 else max(0, len(data) - len(b'"results_url"'))
-        self._held = data[cut:]
-        return data[:cut]
-
-    def flush(self) -> bytes:
-        """The rest, at the end of the body."""
-        held, self._held = self._held, b""
-        return self._pattern.sub(self._replacement, held)
-
-
-class Transfer:
-    """An answer as it goes to the client: what has arrived from upstream becomes what is to be sent, at once
-    and without waiting for more than the end of a line. Does no I/O."""
-
-    def __init__(
-        self,
-        answer: Answer,
-        record: AccessRecord,
-        request: RequestHead,
-        dialect: str,
-        rewriter: Optional[ResultsUrlRewriter],
-    ) -> None:
-        self.keep_alive = request.keep_alive
-        self.ended = False
-        self.must_reset = False  # whether only a reset shows the client that the answer isn't whole
-        self._answer = answer
-        self._decoder = answer.decoder
-        self._record = record
-        self._request = request
-        self._dialect = dialect
-        self._filter: Union[LineSplitter, ResultsUrlRewriter, None] = LineSplitter() if answer.is_stream else rewriter
-        self._chunked = self._until_close = False
-        # Whether a stream has to say that it is over, since its framing won't, and whether it has.
-        self._awaits_end = answer.is_stream and isinstance(answer.decoder, CloseDecoder)
-        self._sees_end = False
-
-    def begin(self, fields: Pairs, closing: bool) -> bytes:
-        """The head with these end-to-end fields, and what has come of the body. `closing`: the connection is to
-        be closed behind it."""
-        request, answer, head = self._request, self._answer, self._answer.head
-        bodyless = request.method == "HEAD" or head.status in (204, 304)
-        length = head.fields.get("content-length") if head.status != 204 else ""  # RFC 9110 §8.6
-        if answer.is_stream:
-            fields += [pair for pair in UNBUFFERED if pair[0] not in head.fields]
-        if length and self._filter is None:
-            fields.append(("content-length", length))
-        elif not bodyless and request.version >= 1:
-            self._chunked = True
-            fields.append(("transfer-encoding", "chunked"))
-        elif not bodyless:
-            closing = self._until_close = True  # HTTP/1.0 knows the end of such a body by the end of the connection
-        if closing or not self.keep_alive:
-            self.keep_alive = False
-            fields.append(("connection", "close"))
-        elif request.version == 0:
-            fields.append(("connection", "keep-alive"))
-        self._record.status = head.status
-        content, answer.content = answer.content, b""
-        return head_bytes(f"HTTP/1.1 {head.status} {head.reason}", fields) + self._passed(content)
-
-    def feed(self, data: bytes) -> bytes:
-        """What goes out for the next bytes from upstream."""
-        try:
-            return self._passed(self._decoder.feed(data))
-        except FramingError:
-            return self.fail("the provider broke the framing of its answer", "upstream_broken")
-
-    def close(self, broken: bool) -> bytes:
-        """What goes out when upstream has closed: rightly where nothing else marks the end, unless the connection is
-        broken; and for a stream if it has said that it is over."""
-        if isinstance(self._filter, LineSplitter) and STREAM_ENDS.search(self._filter.held):
-            self._sees_end = self._sees_end or not is_cut_off(self._filter.held)
-        if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not (self._awaits_end or broken)):
-            self._decoder.finished = True
-            return self._passed(b"")
-        return self.fail("the provider broke off its answer", "upstream_broken")
-
-    def fail(self, message: str, code: str) -> bytes:
-        """What goes out for an answer that can't be completed: for a stream a last event that says so, and in
-        any case not its proper end, so that nobody takes it for whole."""
-        record = self._record
-        record.error = code
-        self.keep_alive = False
-        self.ended = True
-        self.must_reset = self._until_close
-        if not isinstance(self._filter, LineSplitter):
-            return b""
-        kind = "timeout_error" if code == "upstream_timeout" else "api_error"
-        event = b"\n\n" if self._filter.mid_line else b"\n"
-        event += error_event(self._dialect, kind, message, code, record.request_id)
-        return chunk(event) if self._chunked else event
-
-    def _passed(self, content: bytes) -> bytes:
-        """The content as it goes out, whole lines of it in a stream, with its end if it has come."""
-        if self._filter:
-            content = self._filter.feed(content)
-            if self._decoder.finished:
-                rest = self._filter.flush()
-                if isinstance(self._filter, LineSplitter) and is_cut_off(rest):
-                    # What a proxy ends in good order when the server behind it has died.
-                    whole = self._counted(content)
-                    return whole + self.fail("the provider's stream ends within a line", "upstream_broken")
-                content += rest
-        self.ended = self._decoder.finished
-        framed = self._counted(content)
-        return framed + LAST_CHUNK if self.ended and self._chunked else framed
-
-    def _counted(self, content: bytes) -> bytes:
-        """The content, framed, after a look at what it tells."""
-        if content:
-            self._record.bytes_sent += len(content)
-            self._record.usage.read(content)
-            if self._awaits_end and STREAM_ENDS.search(content):
-                self._sees_end = True
-        return chunk(content) if self._chunked else content
-
-
-# The client has left, takes nothing for too long, or is held up by it when the relay shuts down: no more can be said.
-SENDING_FAILED = (OSError, Overdue, Unavailable)
-
-
-class Delivery:
-    """The way of an answer to its client. What comes is passed on by a shortcut, without resuming the task, where the
-    client takes all of it at once: with many streams, that is nearly all there is to do."""
-
-    __slots__ = ("_client", "_loop", "_task", "_timeout", "_transfer", "_unsent", "_upstream")
-
-    def __init__(self, loop: EventLoop, client: Channel, answer: Answer, transfer: Transfer) -> None:
-        self._loop = loop
-        self._task = loop.current
-        self._client = client
-        self._upstream = answer.channel
-        self._transfer = transfer
-        self._timeout = answer.candidate.target.provider.timeout
-        self._unsent = b""
-
-    async def run(self, data: bytes) -> None:
-        """Sends the data, then the rest of the answer as it comes. Raises ClientGone."""
-        self._unsent = data
-        try:
-            while True:
-                await self._client.send(self._unsent, STALLED_CLIENT_SECONDS)
-                self._unsent = b""
-                if self._transfer.ended:
-                    break
-                self._task.shortcut = self._forward
-                await self._wait()
-                self._task.shortcut = None
-            if self._transfer.must_reset:
-                await self._client.send_rest(STALLED_CLIENT_SECONDS)
-                self._client.reset()
-        except SENDING_FAILED:
-            raise ClientGone from None
-        finally:
-            self._task.shortcut = None
-
-    async def _wait(self) -> None:
-        """Lets the shortcut do its work until there is something left to do."""
-        try:
-            while self._forward():
-                await wakeup(self._loop.now + self._timeout)
-        except Overdue:
-            message = f"the provider sent nothing for {self._timeout:g} seconds"
-            self._unsent = self._transfer.fail(message, "upstream_timeout")
-        except Unavailable as error:
-            self._unsent = self._transfer.fail(error.message, error.code)
-
-    def _forward(self) -> bool:
-        """Passes on what has come. False when something is left to do: what the client hasn't taken, or the end."""
-        upstream, transfer = self._upstream, self._transfer
-        if not self._unsent and not transfer.ended:
-            if not upstream.received and not upstream.ended:
-                return True
-            data = transfer.feed(upstream.take()) if upstream.received else b""
-            if upstream.ended and not transfer.ended:
-                data += transfer.close(upstream.broken)
-            self._task.deadline = self._loop.now + self._timeout
-            self._unsent = data[self._client.send_now(data) :] if data else b""
-        return not self._unsent and not transfer.ended
 
 
 # ==== Catalogue ==================================================================================
@@ -5323,15 +4985,15 @@ class Catalogue:
     async def _fetch(self, provider: Provider) -> None:
         """Asks a provider, and remembers what it says; of one that fails, that it lists nothing for a while."""
         hasty = provider._replace(timeout=CATALOGUE_WAIT_SECONDS, connect_timeout=CATALOGUE_WAIT_SECONDS)
-        query = "limit=1000" if provider.format == "anthropic" else ""
-        head = RequestHead("GET", "/v1/models", query, 1, Headers([]), 0)
+        target = "/models?limit=1000" if provider.format == "anthropic" else "/models"
+        head = RequestHead("GET", "/v1/models", "", 1, Headers([]), 0)
         candidate = Candidate(Target(hasty, ""), provider.keys[0] if provider.keys else None)
         record = AccessRecord(time.time(), self._loop.now)
-        job = Job(head, Endpoint("catalogue", "", "/models"), ReadBody(), [candidate], record, blames=False)
+        request = UpstreamRequest(head, target, False, ReadBody(), [candidate], record, blames=False)
         entries: list[JsonDict] = []
         asked = self._loop.now
         try:
-            answer = await self._relay.obtain(job)
+            answer = await self._relay.obtain(request)
             try:
                 document = json.loads((await read_rest(self._loop, answer)), parse_int=short_integer)
             finally:
@@ -5500,7 +5162,205 @@ def write_text(stream: IO[str], text: str) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-# ==== Handler ====================================================================================
+# ==== Responses ==================================================================================
+#
+# What a client is sent goes out in one place, Handler._send, whether all of it is there or a provider is still sending
+# it. A Response says what; an Outgoing makes bytes of it, and decides there, once for all, whether the body has a
+# length, is chunked or ends with the connection, what HEAD, 204 and HTTP/1.0 leave out, and whether the connection is
+# kept. It holds back nothing but the beginning of a line, so that an error can be told between two lines.
+
+# What keeps nginx and its like, in front of the relay, from holding a stream back.
+UNBUFFERED = (("x-accel-buffering", "no"), ("cache-control", "no-cache"))
+
+
+class ResultsUrlRewriter:
+    """Rewrites a batch's results_url from the provider to the relay in a JSON body, as it streams: the SDKs
+    follow it with the relay's token, which must not leave. The body is otherwise left as it is."""
+
+    # Longer than any beginning of a match that could be cut in two.
+    _HELD_BYTES = 512
+
+    def __init__(self, provider: Provider, relay_url: str) -> None:
+        origin = re.escape(provider.origin.encode("ascii")).replace(b"/", rb"\\?/")
+        default = b"(?::%d)?" % DEFAULT_PORTS[provider.scheme] if provider.origin.count(":") == 1 else b""
+        path = re.escape(provider.prefix.encode("ascii")).replace(b"/", rb"\\?/")
+        self._pattern = re.compile(rb'("results_url"\s*:\s*")' + origin + default + path + rb"(?=\\?/)", re.IGNORECASE)
+        self._replacement = rb"\g<1>" + f"{relay_url}/v1".encode("ascii")
+        self._held = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """What can be passed on of the body up to here."""
+        data = self._pattern.sub(self._replacement, self._held + data)
+        cut = data.rfind(b'"results_url"', max(0, len(data) - self._HELD_BYTES))
+        cut = cut if cut >= 0 else max(0, len(data) - len(b'"results_url"'))
+        self._held = data[cut:]
+        return data[:cut]
+
+    def flush(self) -> bytes:
+        """The rest, at the end of the body."""
+        held, self._held = self._held, b""
+        return self._pattern.sub(self._replacement, held)
+
+
+class Passage:
+    """A provider's answer on its way to the client; the rest of its body may still be coming."""
+
+    __slots__ = ("answer", "rewriter")
+
+    def __init__(self, answer: Answer, rewriter: Optional[ResultsUrlRewriter]) -> None:
+        self.answer = answer
+        self.rewriter = rewriter
+
+
+class Response(NamedTuple):
+    """What a client is to be sent: a body of the relay's own, or a provider's."""
+
+    status: int
+    fields: Pairs  # but for those of the framing
+    body: Union[bytes, Passage] = b""
+    reason: str = ""
+    close: bool = False  # whether the connection can't be used for another request
+
+
+def own_response(
+    status: int, body: bytes, fields: Iterable[tuple[str, str]], request_id: str, close: bool = False
+) -> Response:
+    """A response that the relay itself makes."""
+    clock = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+    kind = [("content-type", "application/json")] if body else []
+    ids = [("request-id", request_id), ("x-request-id", request_id)]
+    return Response(status, [("date", clock), *kind, *ids, *fields], body, reason_of(status), close)
+
+
+class Outgoing:
+    """A response as bytes for its client: first begin(), then feed() with what comes from the provider, until it has
+    `ended`. Does no I/O."""
+
+    def __init__(self, response: Response, request: Optional[RequestHead], dialect: str, record: AccessRecord) -> None:
+        self.ended = False
+        self.keep_alive = False
+        self.must_reset = False  # whether only a reset shows the client that the body isn't whole
+        self._response = response
+        self._request = request  # None for one that can't be read
+        self._dialect = dialect
+        self._record = record
+        self._passage = response.body if isinstance(response.body, Passage) else None
+        self._chunked = self._until_close = False
+        self._filter: Union[LineSplitter, ResultsUrlRewriter, None] = None
+        self._lines: Optional[LineSplitter] = None  # of an event stream
+        # Whether a stream has to say that it is over, since its framing won't, and whether it has.
+        self._awaits_end = self._sees_end = False
+        if self._passage:
+            answer = self._passage.answer
+            self._decoder = answer.decoder
+            self._lines = LineSplitter() if answer.is_stream else None
+            self._filter = self._lines or self._passage.rewriter
+            self._awaits_end = answer.is_stream and isinstance(answer.decoder, CloseDecoder)
+
+    def begin(self, keep_alive: bool, now: float) -> bytes:
+        """The head, and what there is of the body. `keep_alive`: the connection may be kept."""
+        response, request, record = self._response, self._request, self._record
+        fields, version = list(response.fields), request.version if request else 1
+        bodyless = response.status in (204, 304) or (request is not None and request.method == "HEAD")
+        length = self._length()
+        if self._lines and self._passage:
+            fields += [pair for pair in UNBUFFERED if pair[0] not in self._passage.answer.head.fields]
+        if length:
+            fields.append(("content-length", length))
+        elif not bodyless and version >= 1:
+            self._chunked = True
+            fields.append(("transfer-encoding", "chunked"))
+        elif not bodyless:
+            self._until_close = True  # HTTP/1.0 knows the end of such a body by the end of the connection
+        self.keep_alive = keep_alive and not self._until_close
+        if not self.keep_alive:
+            fields.append(("connection", "close"))
+        elif version == 0:
+            fields.append(("connection", "keep-alive"))
+        record.status, record.first_byte = response.status, now
+        head = head_bytes(f"HTTP/1.1 {response.status} {response.reason}", fields)
+        return head + (self._passed(self._passage.answer.take_content()) if self._passage else self._own(bodyless))
+
+    def feed(self, data: bytes, closed: bool, broken: bool) -> bytes:
+        """What goes out for the next bytes from the provider; `closed`: for the last, since it has closed the
+        connection; `broken`: which was no end in good order."""
+        try:
+            sent = self._passed(self._decoder.feed(data)) if data else b""
+        except FramingError:
+            return self.fail("the provider broke the framing of its answer", "upstream_broken")
+        return sent + self._close(broken) if closed and not self.ended else sent
+
+    def fail(self, message: str, code: str) -> bytes:
+        """What goes out for a body that can't be completed: for a stream a last event that says so, and in any case
+        not its proper end, so that nobody takes it for whole."""
+        record = self._record
+        record.error = code
+        self.keep_alive = False
+        self.ended = True
+        self.must_reset = self._until_close
+        if not self._lines:
+            return b""
+        kind = "timeout_error" if code == "upstream_timeout" else "api_error"
+        event = b"\n\n" if self._lines.mid_line else b"\n"
+        event += error_event(self._dialect, kind, message, code, record.request_id)
+        return chunk(event) if self._chunked else event
+
+    def _length(self) -> str:
+        """The value of content-length; empty where there is none (RFC 9110 §8.6)."""
+        if self._response.status == 204:
+            return ""
+        if self._passage:
+            return "" if self._filter else self._passage.answer.head.fields.get("content-length")
+        return str(len(self._response.body)) if isinstance(self._response.body, bytes) else ""
+
+    def _own(self, bodyless: bool) -> bytes:
+        """The body of the relay's own."""
+        self.ended = True
+        body = self._response.body
+        if bodyless or not isinstance(body, bytes):
+            return b""
+        self._record.bytes_sent = len(body)
+        return body
+
+    def _close(self, broken: bool) -> bytes:
+        """What goes out when the provider has closed: rightly where nothing else marks the end, unless the connection
+        is broken; and for a stream if it has said that it is over."""
+        if self._lines and STREAM_ENDS.search(self._lines.held):
+            self._sees_end = self._sees_end or not is_cut_off(self._lines.held)
+        if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not (self._awaits_end or broken)):
+            self._decoder.finished = True
+            return self._passed(b"")
+        return self.fail("the provider broke off its answer", "upstream_broken")
+
+    def _passed(self, content: bytes) -> bytes:
+        """The content as it goes out, whole lines of it in a stream, with its end if it has come."""
+        if self._filter:
+            content = self._filter.feed(content)
+            if self._decoder.finished:
+                rest = self._filter.flush()
+                if self._lines and is_cut_off(rest):
+                    # What a proxy ends in good order when the server behind it has died.
+                    whole = self._counted(content)
+                    return whole + self.fail("the provider's stream ends within a line", "upstream_broken")
+                content += rest
+        self.ended = self._decoder.finished
+        framed = self._counted(content)
+        return framed + LAST_CHUNK if self.ended and self._chunked else framed
+
+    def _counted(self, content: bytes) -> bytes:
+        """The content, framed, after a look at what it tells."""
+        if content:
+            self._record.bytes_sent += len(content)
+            self._record.usage.read(content)
+            if self._awaits_end and STREAM_ENDS.search(content):
+                self._sees_end = True
+        return chunk(content) if self._chunked else content
+
+
+# ==== Endpoints ==================================================================================
+#
+# An Exchange is one request and what becomes of it; an endpoint is a function from an exchange to its Response, or to a
+# RelayError. ENDPOINTS, at the end, says what stands at which path.
 
 
 class Service:
@@ -5582,12 +5442,226 @@ class LoginGate:
         return right
 
 
-class Request(NamedTuple):
-    """A request that may be answered: what it asks for, and who asks."""
+# What is stored here belongs to one account: to the first provider, whatever it is about.
+STORED_PATHS = ("/v1/messages/batches", "/v1/files")
+CREATING_PATHS = ("/v1/batches", "/v1/files", "/v1/messages/batches")  # what is sent here is never sent twice
+# By these some servers take a request for one of another method.
+METHOD_OVERRIDES = frozenset({"x-http-method-override", "x-http-method", "x-method-override", "x-http-override"})
+# Bodies that are read for a model on paths of which the relay knows nothing: JSON, and what curl and
+# careless clients call JSON. All others stream through.
+READ_TYPES = frozenset({"application/json", "text/plain", "text/json", "application/x-www-form-urlencoded", ""})
+# What no server behind can take for another kind of body, or another alphabet, than the relay has read.
+PLAIN_JSON_TYPE = re.compile(r"(?i)(?!multipart|application/x-www-form)[^;,]*(?:; *(?:charset=\"?utf-?8\"?)?)*")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
-    head: RequestHead
-    endpoint: Endpoint
-    caller: Caller
+
+Answerer = Callable[["Exchange"], Coroutine[float, None, "Response"]]
+
+
+class Endpoint(NamedTuple):
+    """What a request is for: who answers it, and how."""
+
+    answer: Answerer
+    dialect: str  # anthropic or openai: the shape of errors, and the format of the providers
+    path: str  # behind /v1, as it goes upstream
+    by_model: bool = False  # whether the body's top-level `model` is what decides which model works
+    creates: bool = False  # whether what is sent there must never be sent twice
+    beta: bool = False  # whether the path stands for `beta=true` in the query
+    batches: bool = False  # whether what it answers may hold a batch's results_url
+
+    def target(self, query: str) -> str:
+        """Path and query upstream, behind /v1, for the query of a request."""
+        if self.beta and "beta=true" not in query.split("&"):
+            query = f"{query}&beta=true" if query else "beta=true"
+        return f"{self.path}?{query}" if query else self.path
+
+
+class Exchange:
+    """One request, and what becomes of it."""
+
+    def __init__(self, service: Service, channel: Channel, address: str) -> None:
+        self.service = service
+        self.loop = service.loop
+        self.channel = channel  # to the client
+        self.address = address
+        self.config, self.targets_of = service.routing
+        self.record = AccessRecord(time.time(), self.loop.now)
+        self.head: Optional[RequestHead] = None  # None for one that can't be read
+        self.dialect = ""
+        self.endpoint: Endpoint  # when it has been found
+        self.caller = NOBODY
+        self._incoming: Optional[RequestBody] = None  # its body, as far as it is being read
+        self._read: Optional[ReadBody] = None  # the same, when it has been read for its model
+        self._held = 0  # how many bytes of it
+
+    @property
+    def request(self) -> RequestHead:
+        """The head of a request that could be read."""
+        assert self.head
+        return self.head
+
+    # -- its response
+
+    def respond(
+        self, status: int, document: Optional[JsonDict] = None, fields: Iterable[tuple[str, str]] = ()
+    ) -> Response:
+        """A response of the relay's own. Raises Unavailable for a long one that there is no room for."""
+        body = b"" if document is None else json.dumps(document).encode("ascii")
+        if len(body) > RECEIVE_BYTES:  # a long list of models, held for as long as its client takes it
+            self._hold(len(body))
+        return own_response(status, body, [*fields, *self.cors()], self.record.request_id)
+
+    def error_response(self, error: RelayError) -> Response:
+        """The response that tells the client what went wrong, in the format of its API."""
+        record = self.record
+        record.error = error.code
+        fields = [*error.headers, ("x-monorelay-error", error.code)]
+        if record.attempts:
+            fields += [
+                ("x-monorelay-provider", header_text(record.provider)),
+                ("x-monorelay-attempts", str(record.attempts)),
+            ]
+        body = error_body(self.dialect, error.kind, error.message, error.code, record.request_id)
+        return own_response(error.status, body, [*fields, *self.cors()], record.request_id, error.close)
+
+    def cors(self, answer: Iterable[tuple[str, str]] = ()) -> Pairs:
+        """What lets a browser's script read the response, if it may."""
+        return cors_fields(self.config.server.cors_origins, self.head.fields, answer) if self.head else []
+
+    # -- what its caller may do
+
+    def may_use(self, model: str) -> bool:
+        """Whether the caller's `models` admit the name."""
+        user = self.caller.user
+        return user is None or user.models is None or matches_any(asked_name(self.config, model), user.models)
+
+    def check_model(self, facts: BodyFacts) -> None:
+        """Raises Forbidden unless the caller may use the model, and a server behind can't take another one from the
+        request than the relay does."""
+        if not self.may_use(facts.model):
+            raise Forbidden(f"{self.record.caller} may not use the model {facts.model!r}")
+        if self.is_restricted() and self._is_ambiguous(facts):
+            raise hidden_model(self.caller)
+
+    def is_restricted(self) -> bool:
+        """Whether the caller may use some models only. Raises Forbidden for such a one who names another method than
+        the request has: a server behind may heed that."""
+        user = self.caller.user
+        if user is None or user.models is None:
+            return False
+        names = (name.replace("_", "-").replace(".", "-") for name in self.request.fields.names)
+        if not METHOD_OVERRIDES.isdisjoint(names):
+            raise Forbidden(f"{self.caller.name} may use some models only, and no header that names another method")
+        return True
+
+    def _is_ambiguous(self, facts: BodyFacts) -> bool:
+        """Whether a server behind may take another model from the request than the relay does."""
+        fields, query = self.request.fields, unquote(self.request.query).casefold()
+        is_plain = PLAIN_JSON_TYPE.fullmatch(fields.get("content-type")) and not any(
+            len(fields.all(name)) > 1 for name in ("content-type", "content-encoding")
+        )
+        # Some servers take a list with commas, and what the query says, as well.
+        named_elsewhere = facts.lookalike or "," in facts.model or "model" in query or "_method" in query
+        return named_elsewhere or not self.endpoint.by_model or not is_plain
+
+    def count(self) -> None:
+        """Counts a request that is let through to a model. Raises RateLimited."""
+        user = self.caller.user
+        limit = user.requests_per_minute if user else None
+        wait = self.service.requests.wait_seconds(self.caller.name, limit, self.loop.now) if limit else 0.0
+        if wait:
+            raise RateLimited(f"{self.caller.name} is over {limit} requests a minute", wait)
+
+    # -- its body
+
+    @property
+    def body_limit(self) -> int:
+        """How many bytes a body may have that is read for its model."""
+        return int(self.config.server.max_body_mb * MEGABYTE)
+
+    @property
+    def body_ended(self) -> bool:
+        """Whether nothing of the body is still to come."""
+        return self._incoming is None or self._incoming.finished
+
+    def open_body(self, limit: int) -> RequestBody:
+        """The body, still to be read. Raises TooLarge."""
+        self._incoming = RequestBody(self.channel, self.request, limit, self.loop)
+        return self._incoming
+
+    async def read_body(self, required: bool) -> ReadBody:
+        """The body, read for its model, which must be there if it is required. Raises BadRequest, TooLarge,
+        UnsupportedCoding and Unavailable."""
+        fields, user = self.request.fields, self.caller.user
+        coding = fields.get("content-encoding", "identity").lower()
+        incoming, body = self.open_body(self.body_limit), ReadBody(user is not None and user.models is not None)
+        encoded: list[bytes] = []
+        while True:
+            piece = incoming.arrived() or await incoming.read()
+            self._hold(len(piece))
+            if coding == "identity":
+                body.add(piece)
+                if body.behind:
+                    await self.catch_up(body)
+            else:
+                append_piece(encoded, piece)
+            if incoming.finished:
+                break
+        if self.service.config is not self.config:
+            # Whoever was taken away while the body came isn't served any more.
+            identify(shown_tokens(fields), self.service.config, time.time())
+        if any(encoded):
+            body.sent = encoded
+            await self._inflate(Inflater(encoded, coding), body)
+        if body.size > AT_ONCE_BYTES:
+            await give_way(self.loop)
+        body.finish()
+        if body.behind:
+            await self.catch_up(body)
+        if not body.facts and (required or body.problem[1] == "bad_request"):
+            raise BadRequest(*body.problem)
+        self._read = body
+        return body
+
+    async def _inflate(self, inflater: Inflater, body: ReadBody) -> None:
+        """Adds the content of a compressed body. Raises BadRequest, TooLarge and Unavailable."""
+        while not inflater.finished:
+            piece = inflater.go_on()
+            self._hold(len(piece))
+            body.add(piece)
+            if body.size > self.body_limit:
+                raise TooLarge(f"the decompressed body is over this relay's limit of {self.body_limit} bytes")
+            await give_way(self.loop)
+            await self.catch_up(body)
+
+    async def catch_up(self, body: ReadBody) -> None:
+        """Has the body do its work, and lets others do theirs."""
+        while body.behind:
+            await give_way(self.loop)
+            body.go_on()
+
+    async def skip_body(self) -> bool:
+        """Reads away a short body that nobody wanted; False when the connection can't be used on."""
+        if not self._incoming:
+            try:
+                self.open_body(DISCARDED_BODY_BYTES)
+            except TooLarge:
+                return False
+        return self._incoming is not None and await self._incoming.discard()
+
+    def _hold(self, count: int) -> None:
+        """Takes room for so many bytes. Raises Unavailable."""
+        self.service.bodies.claim(count)
+        self._held += count
+
+    def let_go(self) -> None:
+        """Drops the body: nothing of it is sent any more."""
+        if self._held:
+            self.service.bodies.release(self._held)
+            self._held = 0
+        if self._read:
+            self._read.drop()
+            self._read = None
 
 
 def hidden_model(caller: Caller) -> Forbidden:
@@ -5603,18 +5677,331 @@ def shutting_down() -> Unavailable:
     return Unavailable("this relay is shutting down", "shutting_down")
 
 
-def own_fields(body: bytes, fields: Pairs) -> Pairs:
-    """The header fields of an answer that the relay itself makes."""
-    clock = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
-    kind = [("content-type", "application/json")] if body else []
-    return [("date", clock), *kind, *fields, ("content-length", str(len(body)))]
+# -- the relay's own endpoints
+
+
+async def answer_alive(exchange: Exchange) -> Response:
+    """Says nothing, which is what Claude Code's probes want to hear."""
+    return exchange.respond(200)
+
+
+async def answer_health(exchange: Exchange) -> Response:
+    """Tells a monitor that the relay serves."""
+    return exchange.respond(200, {"status": "ok", "version": __version__})
+
+
+async def answer_telemetry(exchange: Exchange) -> Response:
+    """Takes Claude Code's telemetry, and forgets it."""
+    body = exchange.open_body(exchange.body_limit)
+    while not body.finished:
+        await body.read()
+    return exchange.respond(204)
+
+
+async def answer_login(exchange: Exchange) -> Response:
+    """Exchanges a user's name and password for tokens."""
+    given = await read_login(exchange, "username", "password")
+    username, users, gate = given["username"], exchange.config.users, exchange.service.logins
+    gate.admit(username, exchange.address)
+    user = users.get(username)
+    # Somebody unknown costs the same time as a wrong password of the others.
+    usual = next((other.password for other in users.values() if other.password), DUMMY_HASH)
+    hashed = user.password if user and user.password else usual
+    right = await gate.check(given["password"], hashed, exchange.address)
+    secret = exchange.config.server.jwt_secret
+    if not (right and user and user.password and secret):
+        raise Unauthenticated("the username or the password is wrong", "login_failed")
+    return token_response(exchange, username, secret)
+
+
+async def answer_refresh(exchange: Exchange) -> Response:
+    """Exchanges a refresh token for new tokens."""
+    given = await read_login(exchange, "refresh_token")
+    secret = exchange.config.server.jwt_secret
+    if not secret:
+        raise Unauthenticated("this relay issues no tokens: server.jwt_secret is not set")
+    claims = verify_token(given["refresh_token"], secret.reveal(), time.time())
+    return token_response(exchange, subject(claims, "refresh", exchange.config), secret)
+
+
+def token_response(exchange: Exchange, username: str, secret: Secret) -> Response:
+    """The response that brings new tokens."""
+    exchange.record.caller = username[:LOGGED_CHARACTERS]
+    tokens = issue_tokens(username, exchange.config, secret, time.time())
+    return exchange.respond(200, tokens, [("cache-control", "no-store")])
+
+
+async def read_login(exchange: Exchange, *names: str) -> dict[str, str]:
+    """The strings of a small JSON object. Raises BadRequest."""
+    body = exchange.open_body(LOGIN_BODY_BYTES)
+    body.must_come_within(LOGIN_BODY_SECONDS)
+    content = await body.read_all()
+    try:
+        given = parse_json(content)
+    except ValueError as error:
+        raise BadRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(given, JsonObject) or given.repeated:
+        raise BadRequest("the body must be a JSON object without repeated names")
+    for name in names:
+        if not isinstance(given.get(name), str):
+            raise BadRequest(f"{name}: a string is required")
+    return {name: given[name] for name in names}
+
+
+async def answer_me(exchange: Exchange) -> Response:
+    """Tells whose token it is."""
+    return exchange.respond(200, {"username": exchange.caller.name, "admin": exchange.caller.admin})
+
+
+async def answer_catalogue(exchange: Exchange) -> Response:
+    """The relay's models, or one of them."""
+    listed = await exchange.service.catalogue.entries(exchange.config)
+    entries = [entry for entry in listed if exchange.may_use(entry["id"])]
+    wanted = unquote(exchange.endpoint.path[len("/models/") :])
+    if not wanted:
+        return exchange.respond(200, model_page(entries, exchange.request.query, exchange.dialect))
+    for entry in entries:
+        if entry["id"] == wanted:
+            return exchange.respond(200, model_entry(entry, exchange.dialect))
+    meant = suggestion(wanted, (entry["id"] for entry in entries))
+    raise NotFound(f"there is no model {wanted[:MODEL_CHARACTERS]!r}{meant}")
+
+
+# -- what is relayed
+
+
+async def answer_by_model(exchange: Exchange) -> Response:
+    """Relays a request whose model tells where to."""
+    body = await exchange.read_body(required=True)
+    return await relay_by_model(exchange, body)
+
+
+async def answer_any(exchange: Exchange) -> Response:
+    """Relays any other request: by its model if it is JSON that has one, else to the first provider."""
+    kind, by_model = media_type(exchange.request.fields), exchange.endpoint.by_model
+    if not (by_model or kind in READ_TYPES or kind.endswith("+json")):
+        return await answer_first_provider(exchange)
+    body = await exchange.read_body(required=False)
+    if body.facts:
+        return await relay_by_model(exchange, body)
+    if by_model and body.size and body.problem[1] == "not_json":
+        raise BadRequest(*body.problem)
+    return await relay_to_first(exchange, body)
+
+
+async def answer_first_provider(exchange: Exchange) -> Response:
+    """Relays what belongs to one account at a provider: files, batches, the list of models."""
+    limit = int(exchange.config.server.max_upload_mb * MEGABYTE)
+    return await relay_to_first(exchange, exchange.open_body(limit))
+
+
+async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
+    """Relays to the targets of the model. Raises Forbidden, NotFound, Unavailable and RateLimited."""
+    assert body.facts
+    asked = exchange.record.model = body.facts.model
+    exchange.check_model(body.facts)
+    targets = exchange.targets_of(asked, exchange.endpoint.dialect)
+    if any(target.model != asked for target in targets):
+        body.locate_model()
+        await exchange.catch_up(body)
+        if body.problem[0]:  # the one thing that `json` takes and a walk doesn't: a number of thousands of digits
+            raise BadRequest(*body.problem)
+    exchange.count()
+    session = exchange.request.fields.get("x-claude-code-session-id") or body.facts.user_id or exchange.record.caller
+    candidates = exchange.service.relay.keys.order(targets, session, exchange.loop.now)
+    return await relay(exchange, body, candidates[:1] if exchange.endpoint.creates else candidates)
+
+
+async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody]) -> Response:
+    """Relays to the first provider's first key. Raises Forbidden for users who may use some models only, where
+    models may stand out of sight."""
+    provider = first_provider(exchange.config, exchange.endpoint.dialect)
+    method, path = exchange.request.method, exchange.endpoint.path
+    names_model = method in ("POST", "PUT", "PATCH") or exchange.request.body_length != 0
+    names_model = names_model and not (method == "POST" and path == "/files")
+    if exchange.is_restricted() and names_model:
+        raise hidden_model(exchange.caller)
+    key = provider.keys[0] if provider.keys else None
+    return await relay(exchange, body, [Candidate(Target(provider, ""), key)])
+
+
+async def relay(exchange: Exchange, body: Union[ReadBody, RequestBody], candidates: Sequence[Candidate]) -> Response:
+    """The answer that one of the candidates gives, as the response."""
+    request, endpoint = exchange.request, exchange.endpoint
+    target = endpoint.target(request.query)
+    wanted = UpstreamRequest(request, target, endpoint.by_model, body, candidates, exchange.record)
+    answer = await exchange.service.relay.obtain(wanted)
+    exchange.let_go()
+    try:
+        passage = Passage(answer, results_url_rewriter(exchange, answer))
+        return Response(answer.head.status, relayed_fields(exchange, answer), passage, answer.head.reason)
+    except BaseException:
+        answer.release(exchange.service.relay.connections)
+        raise
+
+
+def relayed_fields(exchange: Exchange, answer: Answer) -> Pairs:
+    """The header of a provider's answer, and what the relay adds."""
+    target = answer.candidate.target
+    cors = exchange.cors(answer.head.headers)
+    kept_back = ANSWER_HEADERS_KEPT_BACK | CORS_HEADERS if cors else ANSWER_HEADERS_KEPT_BACK
+    fields = end_to_end(answer.head.fields, kept_back)
+    fields.append(("x-monorelay-provider", header_text(target.provider.name)))
+    if target.model:
+        fields.append(("x-monorelay-model", header_text(target.model)))
+    fields.append(("x-monorelay-attempts", str(exchange.record.attempts)))
+    return fields + cors
+
+
+def results_url_rewriter(exchange: Exchange, answer: Answer) -> Optional[ResultsUrlRewriter]:
+    """What keeps the client from following a batch's results_url to the provider; where it matters."""
+    request, provider = exchange.request, answer.candidate.target.provider
+    if not exchange.endpoint.batches or provider.format != "anthropic":
+        return None
+    if media_type(answer.head.fields) != "application/json" or request.method == "HEAD":
+        return None
+    coding = answer.head.fields.get("content-encoding", "identity").lower()
+    if coding != "identity":
+        coding = header_text(coding[:100])
+        message = f"the provider {provider.name} sent a batch as {coding} unasked; it can't be checked"
+        raise UpstreamFailed(message, "upstream_broken")
+    server = exchange.config.server
+    scheme = "https" if request.fields.get("x-forwarded-proto").lower() == "https" else "http"
+    return ResultsUrlRewriter(provider, f"{scheme}://{request.fields.get('host') or f'{server.host}:{server.port}'}")
+
+
+# -- what stands where
+
+
+READING = ("GET", "HEAD")
+ENDPOINTS: Mapping[str, tuple[tuple[str, ...], Answerer]] = {
+    "/": (("HEAD",), answer_alive),
+    "/api/hello": (("HEAD",), answer_alive),
+    "/health": (READING, answer_health),
+    "/api/auth/login": (("POST",), answer_login),
+    "/api/auth/refresh": (("POST",), answer_refresh),
+    "/api/auth/me": (READING, answer_me),
+    "/api/event_logging/batch": (("POST",), answer_telemetry),
+    "/v1/messages": (("POST",), answer_by_model),
+    "/v1/messages/beta": (("POST",), answer_by_model),
+    "/v1/messages/count_tokens": (("POST",), answer_by_model),
+    "/v1/anthropic/models": (READING, answer_first_provider),
+    "/v1/models": (READING, answer_catalogue),
+    "/v1/chat/completions": (("POST", "GET"), answer_by_model),
+    "/v1/completions": (("POST",), answer_by_model),
+    "/v1/responses": (("POST",), answer_by_model),
+    "/v1/embeddings": (("POST",), answer_by_model),
+}
+OPEN_ENDPOINTS = (answer_alive, answer_health, answer_login, answer_refresh)  # they need no token
+# Where the top-level `model` of a JSON body is what decides which model works, and nothing is created.
+MODEL_PATHS = frozenset(path for path, (_, answer) in ENDPOINTS.items() if answer is answer_by_model) | {
+    "/v1/audio/speech", "/v1/images/generations", "/v1/moderations", "/v1/responses/compact",
+    "/v1/responses/input_tokens",
+}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def dialect_of(path: str, names_version: bool) -> str:
+    """The API that a request speaks; `names_version`: it has an anthropic-version. The first
+    REMEMBERED_PATH_CHARACTERS of its path tell."""
+    path = known_form(path)
+    if path == "/v1/messages" or path.startswith(("/v1/messages/", "/v1/anthropic/")):
+        return "anthropic"
+    by_model = path in ENDPOINTS and ENDPOINTS[path][1] is answer_by_model
+    return "anthropic" if names_version and not by_model else "openai"
+
+
+def likely_dialect(data: bytes) -> str:
+    """The API that a head speaks which can't be read, or hasn't been."""
+    anthropic = re.match(rb"\S{1,20} /v1/(?:messages|anthropic/)", data) or b"\nanthropic-version:" in data.lower()
+    return "anthropic" if anthropic else "openai"
+
+
+def find_endpoint(method: str, path: str, dialect: str) -> Endpoint:
+    """The endpoint of a request. Raises NotFound and MethodNotAllowed."""
+    if method not in METHODS:
+        known = ENDPOINTS.get(known_form(path), (METHODS,))[0]
+        error = MethodNotAllowed(method[:20], header_text(path[:200]), known)
+        error.close = True  # what comes behind CONNECT is no request
+        raise error
+    if path.count("%") > PATH_ESCAPES:
+        raise NotFound(f"the path has more than {PATH_ESCAPES} percent-encoded characters")
+    # The same few come again and again; long ones are not worth the memory.
+    find = remembered_endpoint if len(path) <= REMEMBERED_PATH_CHARACTERS else remembered_endpoint.__wrapped__
+    return find(method, path, dialect)
+
+
+@functools.lru_cache(maxsize=256)
+def remembered_endpoint(method: str, path: str, dialect: str) -> Endpoint:
+    """As find_endpoint(), for a method of METHODS."""
+    if not is_safe_path(path):
+        raise NotFound("the path has empty, . or .. segments, a backslash, spaces or control characters")
+    known = known_form(path)
+    if known.startswith("/v1/v1/") or known == "/v1/v1":
+        raise NotFound("the path begins with /v1/v1: leave /v1 out of the client's base_url", "doubled_v1")
+    methods, answer = ENDPOINTS.get(known) or fallback(method, known, dialect)
+    if method not in methods:
+        raise MethodNotAllowed(method, header_text(known[:200]), methods)
+    if known == "/v1/messages/beta":
+        return Endpoint(answer, dialect, "/messages", by_model=True, beta=True)
+    if answer is answer_by_model and method != "POST":
+        answer = answer_any
+    is_known = answer is not answer_any or known in ENDPOINTS or any(is_within(known, place) for place in STORED_PATHS)
+    upstream_path = (known if is_known else unreserved(path))[len("/v1") :]
+    if upstream_path.startswith("/anthropic/"):
+        upstream_path = upstream_path[len("/anthropic") :]
+    decoded = re.sub("(?i)%2f", "/", known)  # as some servers read it
+    return Endpoint(
+        answer,
+        dialect,
+        upstream_path,
+        by_model=known in MODEL_PATHS,
+        creates=any(is_within(decoded, place) for place in CREATING_PATHS),
+        batches=is_within(known, STORED_PATHS[0]),
+    )
+
+
+def fallback(method: str, path: str, dialect: str) -> tuple[tuple[str, ...], Answerer]:
+    """What serves a path that is no endpoint of its own, as in ENDPOINTS. Raises NotFound."""
+    if path.startswith("/v1/anthropic/models/"):
+        return READING, answer_first_provider
+    if not path.startswith("/v1/") or path.startswith("/v1/anthropic/"):
+        raise NotFound(f"there is nothing at {header_text(path[:200])}")
+    if path.startswith("/v1/models/") and method in READING:
+        return READING, answer_catalogue
+    stored = dialect == "anthropic" and any(is_within(path, place) for place in STORED_PATHS)
+    return METHODS, answer_first_provider if stored else answer_any
+
+
+def is_within(path: str, place: str) -> bool:
+    """Whether the path is the place, or stands below it."""
+    return path == place or path.startswith(f"{place}/")
+
+
+def known_form(path: str) -> str:
+    """The path as the rules here name it: its letters not escaped, and without the one / at its end that is ignored."""
+    path = unreserved(path)
+    return path[:-1] if path.endswith("/") and path != "/" else path
+
+
+def unreserved(path: str) -> str:
+    """The path with the characters not escaped that need not be: both spellings are one path (RFC 3986 §6.2.2.2)."""
+    return re.sub(UNRESERVED_ESCAPED, lambda match: chr(int(match[1], 16)), path) if "%" in path else path
+
+
+# ==== Handler ====================================================================================
+#
+# A connection of a client, and no more than that: it waits for heads, has each request answered, sends the response,
+# and closes in such a way that what it has sent is read. RelayServer makes one for each connection that it accepts, as
+# http.server has it; the request protocol of BaseHTTPRequestHandler itself, which needs a thread for each connection
+# and is lenient where RFC 9112 is strict, is not used.
+
+# The client has left, takes nothing for too long, or is held up by it when the relay shuts down: no more can be said.
+SENDING_FAILED = (OSError, Overdue, Unavailable)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves one connection: request after request, as a task of the event loop.
-
-    Each answer_… method is for one kind of endpoint; what its steps come to is whether the connection can be used
-    for another request."""
+    """Serves one connection: request after request, as a task of the event loop."""
 
     server: "RelayServer"
 
@@ -5622,14 +6009,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Prepares to serve a connection that was just accepted; called in the thread that accepts."""
         self.service = self.server.service
         self.loop = self.service.loop
-        self.address = str(self.client_address[0])
         self.server.handlers.add(self)
-        self.surplus = False  # beyond max_connections: it gets one answer, which says so
+        self.surplus = False  # beyond max_connections: it gets one response, which says so
         self.known = False  # whether it has shown a valid token
         self.idle = False  # between two requests
         self.lingering = False  # behind the last one
-        self.held_body: Optional[ReadBody] = None
-        self.held = 0  # how many bytes of it
         self.busy = False  # with a request that isn't answered yet
         self.fault: Optional[MalformedRequest] = None  # why no head can come any more
         self.task: Optional[Task] = None
@@ -5643,11 +6027,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     @property
     def occupied(self) -> bool:
-        """Whether a request isn't answered yet, or its answer isn't all sent."""
+        """Whether a request isn't answered yet, or its response isn't all sent."""
         return self.busy or (self.task is not None and self.channel.is_sending)
 
     def may_be_closed(self) -> bool:
-        """Whether nothing would be lost: the last answer is sent, and no other request has begun to come."""
+        """Whether nothing would be lost: the last response is sent, and no other request has begun to come."""
         if self.lingering:
             return True
         if not self.idle or self.channel.received or self.channel.is_sending:
@@ -5675,16 +6059,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.surplus = not self.server.admit(self)
         try:
             while True:
-                self.idle = True
-                self.server.waiting[self] = self.loop.now
                 data = await self._next_head()
-                self.idle = False
-                self.server.waiting.pop(self, None)
-                if not data:
-                    break
-                goes_on = await self._serve_request(data)
-                if not goes_on:
-                    await self._farewell()
+                if not data or not await self._serve_request(data):
+                    await self._linger()
                     break
                 if self.channel.received:  # one who sends many requests at once waits for the others' turn
                     await give_way(self.loop, pipelined=True)
@@ -5697,6 +6074,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     async def _next_head(self) -> bytes:
         """The head of the next request, or what can't become one; empty when none has come for too long."""
         channel = self.channel
+        self.idle = True
+        self.server.waiting[self] = self.loop.now
         if not self.known:
             channel.set_window(UNKNOWN_HELD_BYTES)
         deadline = self.loop.now + (SURPLUS_SECONDS if self.surplus else IDLE_SECONDS)
@@ -5715,42 +6094,136 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     deadline = self.loop.now + HEAD_SECONDS
                 if seen and channel.is_ahead:
                     channel.set_window(REQUEST_HEAD_BYTES + 1)
-                await wakeup(deadline)
+                await until(deadline)
         except MalformedRequest as fault:
             self.fault = fault
         except Overdue:
             self.fault = MalformedRequest(f"the head took more than {HEAD_SECONDS:.0f} seconds", 408)
+        finally:
+            self.idle = False
+            self.server.waiting.pop(self, None)
         return channel.take()
 
     async def _serve_request(self, data: bytes) -> bool:
-        """Serves the request that begins with this head; whether the connection can be used for another one."""
+        """Answers the request that begins with this head; whether the connection can be used for another one."""
         self.busy = True
-        self.config, self.targets_for = self.service.routing
-        self.record = AccessRecord(time.time(), self.loop.now)
-        self.body: Optional[RequestBody] = None
-        self.head: Optional[RequestHead] = None
-        self.dialect = ""
+        exchange = Exchange(self.service, self.channel, str(self.client_address[0]))
         try:
-            return await self._answer_request(data)
-        except RelayError as error:
-            return await self._answer_error(error)
+            return await self._send(exchange, await self._respond(exchange, data))
         except (ClientGone, GeneratorExit):
-            self.record.error = self.record.error or "client_gone"
+            exchange.record.error = exchange.record.error or "client_gone"
             raise
         except Exception as error:
-            self.service.log.warn(f"internal error: {describe(error)}, request {self.record.request_id}")
-            if self.record.first_byte is not None:
-                raise ClientGone from None  # an answer has begun, and can only be broken off
-            return await self._answer_error(RelayError("an internal error; the relay's log has its place"))
+            self._warn_of_defect(error, exchange)
+            raise ClientGone from None  # the response has begun, and can only be broken off
         finally:
             self.busy = False
-            if self.held:
-                self._let_go()
-            self.service.log.record(self.record)
+            exchange.let_go()
+            self.service.log.record(exchange.record)
 
-    async def _farewell(self) -> None:
+    async def _respond(self, exchange: Exchange, data: bytes) -> Response:
+        """The response of the endpoint, or the error that stands in its way: the one place where errors become HTTP."""
+        try:
+            self._read_head(exchange, data)
+            self._admit(exchange)
+            request = exchange.request
+            if request.method == "OPTIONS" and exchange.cors():
+                return exchange.respond(204, fields=preflight_fields(request.fields))
+            endpoint = exchange.endpoint = find_endpoint(request.method, request.path, exchange.dialect)
+            if endpoint.answer not in OPEN_ENDPOINTS:
+                self._authenticate(exchange)
+            elif request.body_length != 0:
+                self.server.waiting[self] = self.loop.now
+            return await endpoint.answer(exchange)
+        except RelayError as error:
+            return exchange.error_response(error)
+        except (ClientGone, Overdue):
+            raise
+        except Exception as error:
+            self._warn_of_defect(error, exchange)
+            return exchange.error_response(RelayError("an internal error; the relay's log has its place"))
+        finally:
+            self.server.waiting.pop(self, None)
+
+    def _warn_of_defect(self, error: Exception, exchange: Exchange) -> None:
+        self.service.log.warn(f"internal error: {describe(error)}, request {exchange.record.request_id}")
+
+    def _read_head(self, exchange: Exchange, data: bytes) -> None:
+        """Reads the head, strictly. Raises MalformedRequest, to be told in the format that the bytes look like."""
+        try:
+            if self.fault:
+                raise self.fault
+            head = exchange.head = parse_request_head(data)
+        except MalformedRequest:
+            exchange.dialect = likely_dialect(data)
+            raise
+        record, path = exchange.record, head.path
+        record.method, record.path = head.method[:LOGGED_CHARACTERS], path[:LOGGED_CHARACTERS]
+        exchange.dialect = dialect_of(path[:REMEMBERED_PATH_CHARACTERS], "anthropic-version" in head.fields.names)
+
+    def _admit(self, exchange: Exchange) -> None:
+        """Raises Unavailable while the relay has too many connections, or shuts down."""
+        if self.surplus:
+            raise Unavailable(
+                "this relay serves as many connections as it may (server.max_connections)", "too_many_connections"
+            )
+        if self.service.draining:
+            raise shutting_down()
+
+    def _authenticate(self, exchange: Exchange) -> None:
+        """Finds out who calls. Raises Unauthenticated."""
+        record = exchange.record
+        exchange.caller = identify(shown_tokens(exchange.request.fields), exchange.config, record.when)
+        record.caller = exchange.caller.name[:LOGGED_CHARACTERS]
+        if not self.known:
+            self.known = True
+            self.channel.set_window(HELD_BYTES)
+
+    async def _send(self, exchange: Exchange, response: Response) -> bool:
+        """Sends a response as it comes: the one place from which responses go to clients. Whether the connection can be
+        used for another request. Raises ClientGone."""
+        outgoing = Outgoing(response, exchange.head, exchange.dialect, exchange.record)
+        passage = response.body if isinstance(response.body, Passage) else None
+        try:
+            keep_alive = await self._may_be_kept(exchange, response)
+            data = outgoing.begin(keep_alive, self.loop.now)
+            while True:
+                await self.channel.send(data, STALLED_CLIENT_SECONDS)
+                if outgoing.ended or not passage:
+                    break
+                data = await self._next_part(outgoing, passage.answer)
+            if outgoing.must_reset:
+                await self.channel.send_rest(STALLED_CLIENT_SECONDS)
+                self.channel.reset()
+        except SENDING_FAILED:
+            raise ClientGone from None
+        finally:
+            if passage:
+                passage.answer.release(self.service.relay.connections)
+        return outgoing.keep_alive
+
+    async def _may_be_kept(self, exchange: Exchange, response: Response) -> bool:
+        """Whether the connection can be kept behind the response, as far as the request decides that."""
+        head = exchange.head
+        if response.close or not head or not head.keep_alive or self.service.draining or self.surplus:
+            return False
+        return exchange.body_ended if isinstance(response.body, Passage) else await exchange.skip_body()
+
+    async def _next_part(self, outgoing: Outgoing, answer: Answer) -> bytes:
+        """What goes out next: what has come from the provider, or what tells the client why no more will."""
+        upstream, timeout = answer.channel, answer.candidate.target.provider.timeout
+        try:
+            if not upstream.received and not upstream.ended:
+                await upstream.arrival(self.loop.now + timeout)
+        except Overdue:
+            return outgoing.fail(f"the provider sent nothing for {timeout:g} seconds", "upstream_timeout")
+        except Unavailable as error:  # the relay shuts down
+            return outgoing.fail(error.message, error.code)
+        return outgoing.feed(upstream.take(), upstream.ended, upstream.broken)
+
+    async def _linger(self) -> None:
         """Closes our side at once, the rest when the client has read and closed, too. Closed outright, the
-        answer could be lost with what the client is still sending (RFC 9112 §9.6)."""
+        response could be lost with what the client is still sending (RFC 9112 §9.6)."""
         try:
             await self.channel.finish_sending(STALLED_CLIENT_SECONDS)
             self.lingering = True
@@ -5758,391 +6231,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             latest = self.loop.now + LINGER_LONGEST_SECONDS
             while True:
                 self.channel.take()
-                await wakeup(min(self.loop.now + LINGER_SECONDS, latest))
+                await until(min(self.loop.now + LINGER_SECONDS, latest))
         except (OSError, Overdue):
             pass
-
-    async def _answer_request(self, data: bytes) -> bool:
-        """Reads the head, finds out who asks for what, and answers."""
-        head = self.head = self._read_head(data)
-        self.record.method, self.record.path = head.method[:LOGGED_CHARACTERS], head.path[:LOGGED_CHARACTERS]
-        self.dialect = dialect_of(head.path[:REMEMBERED_PATH_CHARACTERS], "anthropic-version" in head.fields.names)
-        if self.surplus:
-            raise Unavailable(
-                "this relay serves as many connections as it may (server.max_connections)", "too_many_connections"
-            )
-        if self.service.draining:
-            raise shutting_down()
-        if head.method == "OPTIONS" and cors_fields(self.config.server.cors_origins, head.fields):
-            return await self._answer(204, preflight_fields(head.fields), b"")
-        endpoint = find_endpoint(head.method, head.path, self.dialect)
-        caller = NOBODY if endpoint.name in OPEN_ENDPOINTS else self._authenticate(head)
-        answer: Callable[[Request], Coroutine[float, None, bool]] = getattr(self, f"answer_{endpoint.name}")
-        return await answer(Request(head, endpoint, caller))
-
-    def _read_head(self, data: bytes) -> RequestHead:
-        """The head, strictly parsed. Raises MalformedRequest, to be told in the dialect that the bytes look like."""
-        try:
-            if self.fault:
-                raise self.fault
-            return parse_request_head(data)
-        except MalformedRequest:
-            self.dialect = likely_dialect(data)
-            raise
-
-    def _authenticate(self, head: RequestHead) -> Caller:
-        """The caller. Raises Unauthenticated."""
-        caller = identify(shown_tokens(head.fields), self.config, self.record.when)
-        self.record.caller = caller.name[:LOGGED_CHARACTERS]
-        if not self.known:
-            self.known = True
-            self.channel.set_window(HELD_BYTES)
-        return caller
-
-    def _count(self, user: User) -> None:
-        """Counts a request that is let through to a model. Raises RateLimited."""
-        limit = user.requests_per_minute
-        wait = self.service.requests.wait_seconds(user.name, limit, self.loop.now) if limit else 0.0
-        if wait:
-            raise RateLimited(f"{user.name} is over {limit} requests a minute", wait)
-
-    # -- the relay's own endpoints
-
-    async def answer_alive(self, request: Request) -> bool:
-        """Says nothing, which is what Claude Code's probes want to hear."""
-        return await self._answer(200, [], b"")
-
-    async def answer_health(self, request: Request) -> bool:
-        """Tells a monitor that the relay serves."""
-        return await self._answer_json({"status": "ok", "version": __version__})
-
-    async def answer_telemetry(self, request: Request) -> bool:
-        """Takes Claude Code's telemetry, and forgets it."""
-        body = self._open_body(request, self.body_limit)
-        while not body.finished:
-            await body.read()
-        return await self._answer(204, [], b"")
-
-    async def answer_login(self, request: Request) -> bool:
-        """Exchanges a user's name and password for tokens."""
-        given = await self._read_login(request, "username", "password")
-        username, users, gate = given["username"], self.config.users, self.service.logins
-        gate.admit(username, self.address)
-        user = users.get(username)
-        # Somebody unknown costs the same time as a wrong password of the others.
-        usual = next((other.password for other in users.values() if other.password), DUMMY_HASH)
-        hashed = user.password if user and user.password else usual
-        right = await gate.check(given["password"], hashed, self.address)
-        secret = self.config.server.jwt_secret
-        if not (right and user and user.password and secret):
-            raise Unauthenticated("the username or the password is wrong", "login_failed")
-        return await self._answer_tokens(username, secret)
-
-    async def answer_refresh(self, request: Request) -> bool:
-        """Exchanges a refresh token for new tokens."""
-        given = await self._read_login(request, "refresh_token")
-        secret = self.config.server.jwt_secret
-        if not secret:
-            raise Unauthenticated("this relay issues no tokens: server.jwt_secret is not set")
-        claims = verify_token(given["refresh_token"], secret.reveal(), time.time())
-        return await self._answer_tokens(subject(claims, "refresh", self.config), secret)
-
-    async def _answer_tokens(self, username: str, secret: Secret) -> bool:
-        self.record.caller = username[:LOGGED_CHARACTERS]
-        tokens = issue_tokens(username, self.config, secret, time.time())
-        return await self._answer_json(tokens, [("cache-control", "no-store")])
-
-    async def _read_login(self, request: Request, *names: str) -> dict[str, str]:
-        """The strings of a small JSON object. Raises BadRequest."""
-        body = self._open_body(request, LOGIN_BODY_BYTES)
-        body.must_come_within(LOGIN_BODY_SECONDS)
-        self.server.waiting[self] = self.loop.now
-        try:
-            content = await body.read_all()
-        finally:
-            self.server.waiting.pop(self, None)
-        try:
-            given = parse_json(content)
-        except ValueError as error:
-            raise BadRequest(f"the body is not valid JSON: {error}") from None
-        if not isinstance(given, JsonObject) or given.repeated:
-            raise BadRequest("the body must be a JSON object without repeated names")
-        for name in names:
-            if not isinstance(given.get(name), str):
-                raise BadRequest(f"{name}: a string is required")
-        return {name: given[name] for name in names}
-
-    async def answer_me(self, request: Request) -> bool:
-        """Tells whose token it is."""
-        return await self._answer_json({"username": request.caller.name, "admin": request.caller.admin})
-
-    async def answer_catalogue(self, request: Request) -> bool:
-        """The relay's models, or one of them."""
-        listed = await self.service.catalogue.entries(self.config)
-        entries = [entry for entry in listed if self._may_use(request, entry["id"])]
-        wanted = unquote(request.endpoint.path[len("/models/") :])
-        if not wanted:
-            return await self._answer_json(model_page(entries, request.head.query, self.dialect))
-        for entry in entries:
-            if entry["id"] == wanted:
-                return await self._answer_json(model_entry(entry, self.dialect))
-        meant = suggestion(wanted, (entry["id"] for entry in entries))
-        raise NotFound(f"there is no model {wanted[:MODEL_CHARACTERS]!r}{meant}")
-
-    # -- what is relayed
-
-    async def answer_by_model(self, request: Request) -> bool:
-        """Relays a request whose model tells where to."""
-        body = await self._read_body(request, required=True)
-        return await self._relay_by_model(request, body)
-
-    async def answer_any(self, request: Request) -> bool:
-        """Relays any other request: by its model if it is JSON that has one, else to the first provider."""
-        kind = media_type(request.head.fields)
-        if not (request.endpoint.by_model or kind in READ_TYPES or kind.endswith("+json")):
-            return await self.answer_first_provider(request)
-        body = await self._read_body(request, required=False)
-        if not body.facts:
-            if request.endpoint.by_model and body.size and body.problem[1] == "not_json":
-                raise BadRequest(*body.problem)
-            return await self._relay_to_first(request, body)
-        return await self._relay_by_model(request, body)
-
-    async def answer_first_provider(self, request: Request) -> bool:
-        """Relays what belongs to one account at a provider: files, batches, the list of models."""
-        limit = int(self.config.server.max_upload_mb * MEGABYTE)
-        return await self._relay_to_first(request, self._open_body(request, limit))
-
-    async def _relay_by_model(self, request: Request, body: ReadBody) -> bool:
-        """Relays to the targets of the model. Raises Forbidden, NotFound, Unavailable and RateLimited."""
-        assert body.facts
-        asked = self.record.model = body.facts.model
-        if not self._may_use(request, asked):
-            raise Forbidden(f"{self.record.caller} may not use the model {asked!r}")
-        if request.caller.user and self._is_restricted(request) and self._is_ambiguous(request, body.facts):
-            raise hidden_model(request.caller)
-        targets = self.targets_for(asked, request.endpoint.dialect)
-        if any(target.model != asked for target in targets):
-            body.locate_model()
-            await self._catch_up(body)
-            if body.problem[0]:  # the one thing that `json` takes and a walk doesn't: a number of thousands of digits
-                raise BadRequest(*body.problem)
-        if request.caller.user:
-            self._count(request.caller.user)
-        session = request.head.fields.get("x-claude-code-session-id") or body.facts.user_id or self.record.caller
-        candidates = self.service.relay.keys.order(targets, session, self.loop.now)
-        return await self._relay(request, body, candidates[:1] if request.endpoint.creates else candidates)
-
-    async def _relay_to_first(self, request: Request, body: Union[ReadBody, RequestBody]) -> bool:
-        """Relays to the first provider's first key. Raises Forbidden for users who may use some models only, where
-        models may stand out of sight."""
-        provider = first_provider(self.config, request.endpoint.dialect)
-        method, path = request.head.method, request.endpoint.path
-        names_model = method in ("POST", "PUT", "PATCH") or request.head.body_length != 0
-        names_model = names_model and not (method == "POST" and path == "/files")
-        if self._is_restricted(request) and names_model:
-            raise hidden_model(request.caller)
-        key = provider.keys[0] if provider.keys else None
-        return await self._relay(request, body, [Candidate(Target(provider, ""), key)])
-
-    def _is_restricted(self, request: Request) -> bool:
-        """Whether the caller may use some models only. Raises Forbidden for such a one who names another method than
-        the request has: a server behind may heed that."""
-        user = request.caller.user
-        restricted = user is not None and user.models is not None
-        names = (name.replace("_", "-").replace(".", "-") for name in request.head.fields.names)
-        if restricted and not METHOD_OVERRIDES.isdisjoint(names):
-            raise Forbidden(f"{request.caller.name} may use some models only, and no header that names another method")
-        return restricted
-
-    def _is_ambiguous(self, request: Request, facts: BodyFacts) -> bool:
-        """Whether a server behind may take another model from the request than the relay does."""
-        fields, query = request.head.fields, unquote(request.head.query).casefold()
-        is_plain = PLAIN_JSON_TYPE.fullmatch(fields.get("content-type")) and not any(
-            len(fields.all(name)) > 1 for name in ("content-type", "content-encoding")
-        )
-        # Some servers take a list with commas, and what the query says, as well.
-        named_elsewhere = facts.lookalike or "," in facts.model or "model" in query or "_method" in query
-        return named_elsewhere or not request.endpoint.by_model or not is_plain
-
-    def _may_use(self, request: Request, model: str) -> bool:
-        """Whether the caller's `models` admit the name."""
-        user = request.caller.user
-        return user is None or user.models is None or matches_any(asked_name(self.config, model), user.models)
-
-    @property
-    def body_limit(self) -> int:
-        """How many bytes a body may have that is read for its model."""
-        return int(self.config.server.max_body_mb * MEGABYTE)
-
-    def _open_body(self, request: Request, limit: int) -> RequestBody:
-        """The request's body, still to be read. Raises TooLarge."""
-        self.body = RequestBody(self.channel, request.head, limit, self.loop)
-        return self.body
-
-    async def _read_body(self, request: Request, required: bool) -> ReadBody:
-        """The body, read for its model, which must be there if it is required. Raises BadRequest, TooLarge,
-        UnsupportedCoding and Unavailable."""
-        coding = request.head.fields.get("content-encoding", "identity").lower()
-        incoming, bodies = self._open_body(request, self.body_limit), self.service.bodies
-        user = request.caller.user
-        body = ReadBody(restricted=user is not None and user.models is not None)
-        encoded: list[bytes] = []
-        while True:
-            piece = incoming.arrived() or (await incoming.read())
-            bodies.claim(len(piece))
-            self.held += len(piece)
-            if coding == "identity":
-                body.add(piece)
-                if body.behind:
-                    await self._catch_up(body)
-            else:
-                append_piece(encoded, piece)
-            if incoming.finished:
-                break
-        if self.service.routing[0] is not self.config:
-            # Whoever was taken away while the body came isn't served any more.
-            identify(shown_tokens(request.head.fields), self.service.config, time.time())
-        if any(encoded):
-            body.sent = encoded
-            await self._inflate(Inflater(encoded, coding), body)
-        if body.size > AT_ONCE_BYTES:
-            await give_way(self.loop)
-        body.finish()
-        if body.behind:
-            await self._catch_up(body)
-        if not body.facts and (required or body.problem[1] == "bad_request"):
-            raise BadRequest(*body.problem)
-        self.held_body = body
-        return body
-
-    async def _inflate(self, inflater: Inflater, body: ReadBody) -> None:
-        """Adds the content of a compressed body. Raises BadRequest, TooLarge and Unavailable."""
-        while not inflater.finished:
-            piece = inflater.go_on()
-            self.service.bodies.claim(len(piece))
-            self.held += len(piece)
-            body.add(piece)
-            if body.size > self.body_limit:
-                raise TooLarge(f"the decompressed body is over this relay's limit of {self.body_limit} bytes")
-            await give_way(self.loop)
-            await self._catch_up(body)
-
-    async def _catch_up(self, body: ReadBody) -> None:
-        """Has the body do its work, and lets others do theirs."""
-        while body.behind:
-            await give_way(self.loop)
-            body.go_on()
-
-    def _let_go(self) -> None:
-        """Drops the body: nothing of it is sent any more."""
-        self.service.bodies.release(self.held)
-        self.held = 0
-        if self.held_body:
-            self.held_body.drop()
-            self.held_body = None
-
-    async def _relay(
-        self, request: Request, body: Union[ReadBody, RequestBody], candidates: Sequence[Candidate]
-    ) -> bool:
-        """Gets the answer, and passes it on as it comes."""
-        relay = self.service.relay
-        answer = await relay.obtain(Job(request.head, request.endpoint, body, candidates, self.record))
-        self._let_go()
-        try:
-            rewriter = self._rewriter(request, answer)
-            transfer = Transfer(answer, self.record, request.head, request.endpoint.dialect, rewriter)
-            body_read = self.body is None or self.body.finished
-            closing = self.service.draining or not body_read
-            data = transfer.begin(self._relay_fields(request, answer), closing)
-            self.record.first_byte = self.loop.now
-            await Delivery(self.loop, self.channel, answer, transfer).run(data)
-        finally:
-            answer.release(relay.connections)
-        return transfer.keep_alive
-
-    def _relay_fields(self, request: Request, answer: Answer) -> Pairs:
-        """The header of an answer: the provider's, and what the relay adds."""
-        target = answer.candidate.target
-        cors = cors_fields(self.config.server.cors_origins, request.head.fields, answer.head.headers)
-        kept_back = ANSWER_HEADERS_KEPT_BACK | CORS_HEADERS if cors else ANSWER_HEADERS_KEPT_BACK
-        fields = end_to_end(answer.head.fields, kept_back)
-        fields.append(("x-monorelay-provider", header_text(target.provider.name)))
-        if target.model:
-            fields.append(("x-monorelay-model", header_text(target.model)))
-        fields.append(("x-monorelay-attempts", str(self.record.attempts)))
-        return fields + cors
-
-    def _rewriter(self, request: Request, answer: Answer) -> Optional[ResultsUrlRewriter]:
-        """What keeps the client from following a batch's results_url to the provider; where it matters."""
-        head, provider = request.head, answer.candidate.target.provider
-        if not request.endpoint.batches or provider.format != "anthropic":
-            return None
-        if media_type(answer.head.fields) != "application/json" or head.method == "HEAD":
-            return None
-        coding = answer.head.fields.get("content-encoding", "identity").lower()
-        if coding != "identity":
-            coding = header_text(coding[:100])
-            message = f"the provider {provider.name} sent a batch as {coding} unasked; it can't be checked"
-            raise UpstreamFailed(message, "upstream_broken")
-        scheme = "https" if head.fields.get("x-forwarded-proto").lower() == "https" else "http"
-        host = head.fields.get("host") or f"{self.config.server.host}:{self.config.server.port}"
-        return ResultsUrlRewriter(provider, f"{scheme}://{host}")
-
-    # -- answers that the relay makes
-
-    async def _answer_json(self, document: JsonDict, fields: Sequence[tuple[str, str]] = ()) -> bool:
-        return await self._answer(200, list(fields), json.dumps(document).encode("ascii"))
-
-    async def _answer_error(self, error: RelayError) -> bool:
-        """Tells the client what went wrong, in the shape of its API."""
-        record = self.record
-        record.error = error.code
-        fields = [*error.headers, ("x-monorelay-error", error.code)]
-        if record.attempts:
-            fields += [
-                ("x-monorelay-provider", header_text(record.provider)),
-                ("x-monorelay-attempts", str(record.attempts)),
-            ]
-        body = error_body(self.dialect, error.kind, error.message, error.code, record.request_id)
-        return await self._answer(error.status, fields, body, error.close)
-
-    async def _answer(self, status: int, fields: Pairs, body: bytes, closing: bool = False) -> bool:
-        """Sends an answer of the relay's own; whether the connection can be used for another request."""
-        head, record = self.head, self.record
-        fields = [("request-id", record.request_id), ("x-request-id", record.request_id), *fields]
-        closing = closing or head is None or not head.keep_alive or self.service.draining or self.surplus
-        closing = closing or not (await self._skip_body())
-        if closing:
-            fields.append(("connection", "close"))
-        elif head and head.version == 0:
-            fields.append(("connection", "keep-alive"))
-        if head:
-            fields += cors_fields(self.config.server.cors_origins, head.fields)
-        fields = own_fields(body, fields)
-        if status == 204:
-            fields = [pair for pair in fields if pair[0] != "content-length"]
-        if head and head.method == "HEAD":
-            body = b""
-        if len(body) > RECEIVE_BYTES:  # a long list of models, held for as long as its client takes it
-            self.service.bodies.claim(len(body))
-            self.held += len(body)
-        record.status, record.bytes_sent, record.first_byte = status, len(body), self.loop.now
-        whole, body = head_bytes(f"HTTP/1.1 {status} {reason_of(status)}", fields) + body, b""
-        try:
-            await self.channel.send(whole, STALLED_CLIENT_SECONDS)
-        except SENDING_FAILED:
-            raise ClientGone from None
-        return not closing
-
-    async def _skip_body(self) -> bool:
-        """Reads away a short body that nobody wanted; False when the connection can't be used on."""
-        if not self.body and self.head:
-            try:
-                self.body = RequestBody(self.channel, self.head, DISCARDED_BODY_BYTES, self.loop)
-            except TooLarge:
-                return False
-        return bool(self.body and (await self.body.discard()))
 
 
 # ==== Server =====================================================================================
@@ -6355,12 +6446,11 @@ def refuse(sock: socket.socket) -> None:
             data = sock.recv(RECEIVE_BYTES)
         except BLOCKED:
             data = b""
-        dialect, request_id = likely_dialect(data), new_request_id()
+        dialect, record = likely_dialect(data), AccessRecord(time.time(), time.monotonic())
         message, code = "this relay can't take another connection now", "too_many_connections"
-        body = error_body(dialect, "api_error", message, code, request_id)
-        fields = [("request-id", request_id), ("x-request-id", request_id), ("retry-after", "1")]
-        fields += [("x-monorelay-error", code), ("connection", "close")]
-        sock.send(head_bytes("HTTP/1.1 503 Service Unavailable", own_fields(body, fields)) + body)
+        body = error_body(dialect, "api_error", message, code, record.request_id)
+        response = own_response(503, body, [("retry-after", "1"), ("x-monorelay-error", code)], record.request_id)
+        sock.send(Outgoing(response, None, dialect, record).begin(False, record.started))
         sock.shutdown(socket.SHUT_WR)
     except OSError:
         pass  # it has left already
