@@ -3439,9 +3439,8 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoAnswer]] = {
 # password) is done by a thread of its own, see in_thread().
 #
 # The loop goes round in turns: it waits for sockets, has their channels receive and their tasks go on, and in
-# the end sends what was put off in that turn. A channel tells its task; the task tries its shortcut, if it
-# has one, before its coroutine is resumed. Work that would take long is done in steps of a few milliseconds, after
-# each of which its task gives way: all who do so share PATIENT_SECONDS of a turn.
+# the end sends what was put off in that turn. Work that would take long is done in steps of a few milliseconds,
+# after each of which its task gives way: all who do so share PATIENT_SECONDS of a turn.
 #
 # Why the loop is this file's own, and not asyncio's: a stream costs no transport, protocol, future and callback for
 # each event; a client's departure is seen while nothing is read from it; and a deadline is a number, not a timer.
@@ -3736,7 +3735,7 @@ class Channel:
         """Has the task see what has happened; a connection that belongs to none is of no use any more."""
         task = self.task
         if task:
-            task.notice(ClientGone() if self.ended and self is task.client else None)
+            task.resume(ClientGone() if self.ended and self is task.client else None)
         elif self.received or self.ended:
             self.close()
 
@@ -3783,29 +3782,17 @@ class Channel:
 
 
 class Task:
-    """A coroutine that the loop runs; `client` is the channel to the one it is for. Where there is a `shortcut`, it is
-    called when something has happened, and the coroutine need not be resumed if it has dealt with that."""
+    """A coroutine that the loop runs; `client` is the channel to the one it is for."""
 
-    __slots__ = ("_coroutine", "_loop", "_waiting", "client", "deadline", "done", "shortcut")
+    __slots__ = ("_coroutine", "_loop", "_waiting", "client", "deadline", "done")
 
     def __init__(self, coroutine: Coroutine[float, None, None], loop: "EventLoop") -> None:
         self.client: Optional[Channel] = None
-        self.shortcut: Optional[Callable[[], bool]] = None
         self.deadline = math.inf
         self.done = False
         self._loop = loop
         self._coroutine = coroutine
         self._waiting: set[Task] = set()  # those to resume when this one is done
-
-    def notice(self, error: Optional[Exception]) -> None:
-        """Takes note that something has happened on a channel."""
-        if self.shortcut and not error:
-            try:
-                if self.shortcut():
-                    return
-            except Exception as fault:
-                error = fault
-        self.resume(error)
 
     def resume(self, error: Optional[Exception] = None) -> None:
         """Goes on until it must wait again. A defect costs this task only."""
@@ -5202,23 +5189,15 @@ class ResultsUrlRewriter:
         return self._pattern.sub(self._replacement, held)
 
 
-class Passage:
-    """A provider's answer on its way to the client; the rest of its body may still be coming."""
-
-    __slots__ = ("answer", "rewriter")
-
-    def __init__(self, answer: Answer, rewriter: Optional[ResultsUrlRewriter]) -> None:
-        self.answer = answer
-        self.rewriter = rewriter
-
-
 class Response(NamedTuple):
-    """What a client is to be sent: a body of the relay's own, or a provider's."""
+    """What a client is to be sent: a body of the relay's own, or that of a provider's answer, which may still come."""
 
     status: int
+    reason: str
     fields: Pairs  # but for those of the framing
-    body: Union[bytes, Passage] = b""
-    reason: str = ""
+    body: bytes = b""
+    answer: Optional[Answer] = None
+    rewriter: Optional[ResultsUrlRewriter] = None  # of its body
     close: bool = False  # whether the connection can't be used for another request
 
 
@@ -5229,7 +5208,7 @@ def own_response(
     clock = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
     kind = [("content-type", "application/json")] if body else []
     ids = [("request-id", request_id), ("x-request-id", request_id)]
-    return Response(status, [("date", clock), *kind, *ids, *fields], body, reason_of(status), close)
+    return Response(status, reason_of(status), [("date", clock), *kind, *ids, *fields], body, close=close)
 
 
 class Outgoing:
@@ -5244,28 +5223,25 @@ class Outgoing:
         self._request = request  # None for one that can't be read
         self._dialect = dialect
         self._record = record
-        self._passage = response.body if isinstance(response.body, Passage) else None
         self._chunked = self._until_close = False
-        self._filter: Union[LineSplitter, ResultsUrlRewriter, None] = None
-        self._lines: Optional[LineSplitter] = None  # of an event stream
+        answer = response.answer
+        self._decoder = answer.decoder if answer else LengthDecoder(0)
+        self._lines = LineSplitter() if answer and answer.is_stream else None  # of an event stream
+        self._filter: Union[LineSplitter, ResultsUrlRewriter, None] = self._lines or response.rewriter
         # Whether a stream has to say that it is over, since its framing won't, and whether it has.
-        self._awaits_end = self._sees_end = False
-        if self._passage:
-            answer = self._passage.answer
-            self._decoder = answer.decoder
-            self._lines = LineSplitter() if answer.is_stream else None
-            self._filter = self._lines or self._passage.rewriter
-            self._awaits_end = answer.is_stream and isinstance(answer.decoder, CloseDecoder)
+        self._awaits_end = self._lines is not None and isinstance(self._decoder, CloseDecoder)
+        self._sees_end = False
 
     def begin(self, keep_alive: bool, now: float) -> bytes:
         """The head, and what there is of the body. `keep_alive`: the connection may be kept."""
         response, request, record = self._response, self._request, self._record
-        fields, version = list(response.fields), request.version if request else 1
-        bodyless = response.status in (204, 304) or (request is not None and request.method == "HEAD")
-        length = self._length()
-        if self._lines and self._passage:
-            fields += [pair for pair in UNBUFFERED if pair[0] not in self._passage.answer.head.fields]
-        if length:
+        status, fields, answer = response.status, response.fields, response.answer
+        version = request.version if request else 1
+        bodyless = status in (204, 304) or (request is not None and request.method == "HEAD")
+        length = answer.head.fields.get("content-length") if answer else str(len(response.body))
+        if self._lines and answer:
+            fields += [pair for pair in UNBUFFERED if pair[0] not in answer.head.fields]
+        if length and status != 204 and not self._filter:  # RFC 9110 §8.6
             fields.append(("content-length", length))
         elif not bodyless and version >= 1:
             self._chunked = True
@@ -5277,9 +5253,12 @@ class Outgoing:
             fields.append(("connection", "close"))
         elif version == 0:
             fields.append(("connection", "keep-alive"))
-        record.status, record.first_byte = response.status, now
-        head = head_bytes(f"HTTP/1.1 {response.status} {response.reason}", fields)
-        return head + (self._passed(self._passage.answer.take_content()) if self._passage else self._own(bodyless))
+        record.status, record.first_byte = status, now
+        head = head_bytes(f"HTTP/1.1 {status} {response.reason}", fields)
+        if answer:
+            return head + self._passed(answer.take_content())
+        self.ended = True
+        return head if bodyless else head + self._counted(response.body)
 
     def feed(self, data: bytes, closed: bool, broken: bool) -> bytes:
         """What goes out for the next bytes from the provider; `closed`: for the last, since it has closed the
@@ -5304,23 +5283,6 @@ class Outgoing:
         event = b"\n\n" if self._lines.mid_line else b"\n"
         event += error_event(self._dialect, kind, message, code, record.request_id)
         return chunk(event) if self._chunked else event
-
-    def _length(self) -> str:
-        """The value of content-length; empty where there is none (RFC 9110 §8.6)."""
-        if self._response.status == 204:
-            return ""
-        if self._passage:
-            return "" if self._filter else self._passage.answer.head.fields.get("content-length")
-        return str(len(self._response.body)) if isinstance(self._response.body, bytes) else ""
-
-    def _own(self, bodyless: bool) -> bytes:
-        """The body of the relay's own."""
-        self.ended = True
-        body = self._response.body
-        if bodyless or not isinstance(body, bytes):
-            return b""
-        self._record.bytes_sent = len(body)
-        return body
 
     def _close(self, broken: bool) -> bytes:
         """What goes out when the provider has closed: rightly where nothing else marks the end, unless the connection
@@ -5487,18 +5449,13 @@ class Exchange:
         self.config, self.targets_of = service.routing
         self.record = AccessRecord(time.time(), self.loop.now)
         self.head: Optional[RequestHead] = None  # None for one that can't be read
+        self.request: RequestHead  # the same, when it has been read
         self.dialect = ""
         self.endpoint: Endpoint  # when it has been found
         self.caller = NOBODY
         self._incoming: Optional[RequestBody] = None  # its body, as far as it is being read
         self._read: Optional[ReadBody] = None  # the same, when it has been read for its model
         self._held = 0  # how many bytes of it
-
-    @property
-    def request(self) -> RequestHead:
-        """The head of a request that could be read."""
-        assert self.head
-        return self.head
 
     # -- its response
 
@@ -5833,8 +5790,8 @@ async def relay(exchange: Exchange, body: Union[ReadBody, RequestBody], candidat
     answer = await exchange.service.relay.obtain(wanted)
     exchange.let_go()
     try:
-        passage = Passage(answer, results_url_rewriter(exchange, answer))
-        return Response(answer.head.status, relayed_fields(exchange, answer), passage, answer.head.reason)
+        fields, rewriter = relayed_fields(exchange, answer), results_url_rewriter(exchange, answer)
+        return Response(answer.head.status, answer.head.reason, fields, answer=answer, rewriter=rewriter)
     except BaseException:
         answer.release(exchange.service.relay.connections)
         raise
@@ -6153,7 +6110,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             if self.fault:
                 raise self.fault
-            head = exchange.head = parse_request_head(data)
+            head = exchange.head = exchange.request = parse_request_head(data)
         except MalformedRequest:
             exchange.dialect = likely_dialect(data)
             raise
@@ -6183,23 +6140,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Sends a response as it comes: the one place from which responses go to clients. Whether the connection can be
         used for another request. Raises ClientGone."""
         outgoing = Outgoing(response, exchange.head, exchange.dialect, exchange.record)
-        passage = response.body if isinstance(response.body, Passage) else None
+        answer = response.answer
         try:
             keep_alive = await self._may_be_kept(exchange, response)
             data = outgoing.begin(keep_alive, self.loop.now)
             while True:
                 await self.channel.send(data, STALLED_CLIENT_SECONDS)
-                if outgoing.ended or not passage:
+                if outgoing.ended or not answer:
                     break
-                data = await self._next_part(outgoing, passage.answer)
+                data = await self._next_part(outgoing, answer)
             if outgoing.must_reset:
                 await self.channel.send_rest(STALLED_CLIENT_SECONDS)
                 self.channel.reset()
         except SENDING_FAILED:
             raise ClientGone from None
         finally:
-            if passage:
-                passage.answer.release(self.service.relay.connections)
+            if answer:
+                answer.release(self.service.relay.connections)
         return outgoing.keep_alive
 
     async def _may_be_kept(self, exchange: Exchange, response: Response) -> bool:
@@ -6207,7 +6164,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = exchange.head
         if response.close or not head or not head.keep_alive or self.service.draining or self.surplus:
             return False
-        return exchange.body_ended if isinstance(response.body, Passage) else await exchange.skip_body()
+        return exchange.body_ended if response.answer else await exchange.skip_body()
 
     async def _next_part(self, outgoing: Outgoing, answer: Answer) -> bytes:
         """What goes out next: what has come from the provider, or what tells the client why no more will."""
