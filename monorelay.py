@@ -125,7 +125,8 @@ PEEK_SECONDS = 5.0
 DISCARDED_BODY_BYTES = 64 * 1024
 DISCARD_SECONDS = 0.5  # and no longer: what is short and was sent is here by then
 
-SLOW_HEAD_SECONDS = 1.0  # a head that takes longer may have to make room for others
+UNPROVEN_SECONDS = 1.0  # who is busy for longer, and has shown no token, may have to make room for others
+ROOM_TRIES = 16  # idle connections that are looked at, since a request may just have come on them
 HEAD_SECONDS = 20.0  # Apache's RequestReadTimeout header=20
 BODY_PAUSE_SECONDS = 60.0  # nginx's client_body_timeout
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout
@@ -150,10 +151,12 @@ JWT_BYTES = 8 * 1024  # as long as a header line may be for nginx; claims are re
 SHOWN_TOKENS = 2  # one in `Authorization`, one in `x-api-key`
 OPEN_ACCESS_KEY_CHARACTERS = 16  # the least for a relay that listens beyond this machine
 CATALOGUE_BYTES = 4 * 1024 * 1024  # of a provider's list; the longest known has 1 MB
+ECHO_VALUES = 50_000  # in a request to echo, which take up to 5 MB
 CATALOGUE_VALUES = 100_000  # which `json` reads in some 10 ms
 LISTED_DIGITS = 20  # of an integer in it
 LISTED_MODELS = 1000  # of a provider; the longest known list has some 500
 LISTED_ENTRY_CHARACTERS = 2048  # as JSON; the usual ones have 100 to 1,500
+LISTED_ENTRY_VALUES = 128  # the usual ones have up to 80
 CATALOGUE_WAIT_SECONDS = 2.0  # Claude Code gives up after 3
 CATALOGUE_FRESH_SECONDS = 300.0
 CATALOGUE_RETRY_SECONDS = 30.0  # until a provider that didn't list its models is asked again
@@ -165,7 +168,7 @@ LOGIN_BODY_SECONDS = 20.0  # as for a head
 TRUSTED_ADDRESSES = 1000
 THROTTLED_NAMES = 4096
 THROTTLED_CHARACTERS = 200  # of each
-COMPARED_NAMES = 500  # for "did you mean"
+COMPARED_PRODUCT = 200_000  # of characters, for "did you mean": 20 ms at worst, 500 names of the usual length
 COMPARED_CHARACTERS = 64
 REMEMBERED_PATH_CHARACTERS = 200
 MODEL_CHARACTERS = 256  # of a model's name; the longest known ones, ARNs of inference profiles, have some 120
@@ -570,9 +573,14 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 def close_matches(name: str, known: Iterable[str], count: int) -> list[str]:
     """At most `count` of the known names, those closest to `name`, the best first. Long names have none, and of
-    many only the first are compared: a comparison takes up to a tenth of a millisecond."""
-    short = (other for other in known if len(other) <= COMPARED_CHARACTERS)
-    compared = list(itertools.islice(short, COMPARED_NAMES))
+    many only the first are compared: that takes time in proportion to the product of their lengths."""
+    room, compared = COMPARED_PRODUCT // max(1, len(name)), []
+    for other in known:
+        if len(other) <= COMPARED_CHARACTERS:
+            room -= len(other)
+            if room < 0:
+                break
+            compared.append(other)
     return difflib.get_close_matches(name, compared, count) if len(name) <= COMPARED_CHARACTERS else []
 
 
@@ -1496,9 +1504,8 @@ class KeyPool:
                 entry.until = now + (cooldown if retry_after is None else retry_after)
                 entry.fixed = retry_after is not None
         elif status in QUARANTINED:
-            # Of another request it may be the path that the key is not good for.
-            whole_key = by_model and candidate.target.model
-            self._entry(key if whole_key else key_and_model).until = now + QUARANTINE_FACTOR * cooldown
+            if by_model:  # for another request, it may be the path that the key is not good for
+                self._entry(key).until = now + QUARANTINE_FACTOR * cooldown
         elif status == 403 or status >= 500:
             self._entry(key_and_model).back_off(cooldown, now)
 
@@ -2307,9 +2314,11 @@ class JsonWalk:
 
     def _notice_tool(self, kind: int, state: str, start: int, end: int) -> None:
         """Looks at a token of a tool, which has a model of its own when a string follows that name."""
-        if len(self._around) == 3 and GRAMMAR[state].get(kind) == "colon":
+        if self._around[2:] != b"\0":  # it isn't an object in the list
+            return
+        if GRAMMAR[state].get(kind) == "colon":
             self._names[1] = self._text(start, end)
-        elif len(self._around) == 3 and state == "value" and kind in (STRING, QUOTE) and is_model_name(self._names[1]):
+        elif state == "value" and kind in (STRING, QUOTE) and is_model_name(self._names[1]):
             self._has_model = True
 
     def _notice_model(self, name: str, start: int, end: int, is_string: bool) -> None:
@@ -2411,17 +2420,24 @@ class ReadBody:
         except BadRequest as error:
             self.problem, self.behind, self._walk = (error.message, error.code), False, None
 
-    def with_model(self, model: str) -> tuple[list[bytes], bool]:
-        """The body that asks for this model, in pieces, and whether it lost its content-encoding. To ask for another
-        one than the client did, the place of the model must be known."""
+    def with_model(self, model: str, decoded: bool = False) -> tuple[list[bytes], bool]:
+        """The body that asks for this model, in pieces, and whether it lost its content-encoding, as it does to be
+        `decoded`. To ask for another one than the client did, the place of the model must be known."""
         if self.facts is None or self.facts.model == model:
-            return self.sent, False
+            return (self.content, self.sent is not self.content) if decoded else (self.sent, False)
         assert self.facts.span
         return splice_model(self.content, self.facts.span, model), self.sent is not self.content
 
     def drop(self) -> None:
         """Lets go of the bytes: nothing will be sent again."""
         self.sent = self.content = []
+
+    def drop_decoded(self) -> int:
+        """Lets go of what was decompressed, where it is sent as it came; how many bytes that were."""
+        if self.sent is self.content:
+            return 0
+        self.content = []
+        return self.size
 
     def _begin_walk(self) -> None:
         self._walk = JsonWalk()
@@ -2512,14 +2528,18 @@ STREAM_ENDS = re.compile(
     rb"(?:message_stop|error|response\.(?:completed|incomplete|failed)))"
     rb'|"finish_reason" ?: ?"'
 )
+ENDS_IN_NAME = re.compile(rb"(?:^|[\r\n])event:[^\r\n]*[\r\n]{1,2}\Z")  # an event's name without data behind it
 FIRST_EVENT_IS_ERROR = rb'event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error")'
 USAGE = re.compile(rb'"(input|prompt|output|completion)_tokens" ?: ?([0-9]{1,12})')
 
 
 def is_cut_off(line: bytes) -> bool:
-    """Whether the last line of a stream, which has no end, is data that was to be a JSON object."""
+    """Whether the last line of a stream, which has no end, is data that was to be a JSON object, or could be."""
     name, _, data = line.partition(b":")
-    if name != b"data" or not data.lstrip().startswith(b"{"):
+    data = data.lstrip()
+    if line and not data:
+        return b"data".startswith(name)
+    if name != b"data" or not data.startswith(b"{"):
         return False
     try:
         BODY_DECODER.decode(data.decode("utf-8"))
@@ -2769,6 +2789,8 @@ def echo_answer(
         compose = ECHO_ENDPOINTS.get(path) if method == "POST" else None
         if not compose:
             raise EchoFault(404, f"the echo provider has no {method} {path}")
+        if sum(map(body.count, (b"[", b"{", b","))) > ECHO_VALUES:
+            raise EchoFault(400, f"echo reads at most {ECHO_VALUES} values")
         try:
             request = json.loads(body)
         except (ValueError, RecursionError):
@@ -3309,10 +3331,11 @@ def echo_response(request: JsonDict, identity: str, now: int) -> EchoAnswer:
     details = {"input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
     usage = {"input_tokens": reply.input_tokens, "output_tokens": reply.output_tokens, **details}
     usage["total_tokens"] = reply.input_tokens + reply.output_tokens
+    instructions = request.get("instructions") if isinstance(request.get("instructions"), str) else None
     whole = {
         "id": reply.id, "object": "response", "created_at": now, "status": "incomplete" if cut_short else "completed",
         "error": None, "incomplete_details": {"reason": "max_output_tokens"} if cut_short else None,
-        "instructions": request.get("instructions"), "metadata": {}, "model": reply.model, "output": [item],
+        "instructions": instructions, "metadata": {}, "model": reply.model, "output": [item],
         "parallel_tool_calls": True, "temperature": 1.0, "tool_choice": "auto", "tools": [], "top_p": 1.0,
         "usage": usage,
     }  # fmt: skip
@@ -3705,7 +3728,7 @@ class Channel:
         elif self._slow or loop.clock > loop.late_at:
             if not self._queued:
                 self._queued = True
-                loop.patient.append(lambda: self._ready(events, patient=True))
+                (loop.patient if self._slow else loop.late).append(lambda: self._ready(events, patient=True))
             return
         begun = loop.clock
         if self.closed:
@@ -3846,7 +3869,9 @@ class EventLoop:
         self.tasks: set[Task] = set()
         self.sweep_at = 0.0
         self.turn = 1
-        # What those wait for who gave way: some to go on with their work, some to be served once more.
+        # What those wait for who came late in a turn, or gave way: some to go on with their work, some to be served
+        # once more.
+        self.late: collections.deque[Callable[[], object]] = collections.deque()
         self.patient: collections.deque[Callable[[], object]] = collections.deque()
         self.pipelined: collections.deque[Callable[[], object]] = collections.deque()
         self.crowded = False  # whether there is more than one to serve in this turn
@@ -3897,7 +3922,7 @@ class EventLoop:
 
     def _turn(self) -> None:
         """Waits until there is something to do, and does it."""
-        waiting = self._posted or self.outbox or self.patient or self.pipelined
+        waiting = self._posted or self.outbox or self.late or self.patient or self.pipelined
         ready = self.selector.select(0 if waiting else max(0.0, self.sweep_at - time.monotonic()))
         self.now = self.clock = time.monotonic()
         self.late_at = self.now + LATE_SECONDS
@@ -3909,16 +3934,16 @@ class EventLoop:
             self._posted.popleft()()
         if self.now >= self.sweep_at:
             self._sweep()
-        if self.patient or self.pipelined:
+        if self.late or self.patient or self.pipelined:
             self._serve_patient()
         self._end_turn()
 
     def _serve_patient(self) -> None:
-        """Lets those who gave way go on, in turns and as many of one kind as of the other, while there is time."""
+        """Lets those who wait go on, in turns and as many of one kind as of the others, while there is time."""
         self.clock = time.monotonic()
         deadline = self.clock + PATIENT_SECONDS
-        while (self.patient or self.pipelined) and self.clock < deadline:
-            for queued in (self.patient, self.pipelined):
+        while (self.late or self.patient or self.pipelined) and self.clock < deadline:
+            for queued in (self.late, self.patient, self.pipelined):
                 if queued:
                     queued.popleft()()
                     self.clock = time.monotonic()
@@ -4311,6 +4336,8 @@ class UpstreamPool:
         if self._tls is None:
             self._tls = ssl.create_default_context()
             self._tls.set_alpn_protocols(["http/1.1"])
+            # Python's own, but for those with DHE: their groups are the server's choice, and may cost the loop 0.6 s.
+            self._tls.set_ciphers("ECDH+AESGCM:ECDH+CHACHA20:ECDH+AES:!aNULL:!eNULL:!aDSS:!SHA1:!AESCCM")
             # Some Pythons set it, which makes an end without a close_notify look like one with it.
             self._tls.options &= ~IGNORE_UNEXPECTED_EOF
         return self._tls
@@ -4400,6 +4427,8 @@ async def open_tunnel(loop: EventLoop, channel: Channel, provider: Provider, pro
         answer = heads.take_final()
     if answer.status // 100 != 2:
         raise ConnectionError(f"the proxy answered with {answer.status}")
+    if channel.received:
+        raise ConnectionError("the proxy sent more than its answer")
 
 
 def connect_problem(error: Exception, provider: Provider) -> str:
@@ -4593,7 +4622,7 @@ class Answer:
         has come of the content, however it is escaped there."""
         key, provider = self.candidate.key, self.candidate.target.provider
         sent = [key.secret.reveal()] if key else []
-        sent += [value for name, value in provider.headers if value and SECRET_NAME.search(name)]
+        sent += [value.rpartition(" ")[2] for name, value in provider.headers if value and SECRET_NAME.search(name)]
         told = [self.head.reason, *itertools.chain.from_iterable(self.head.headers), self.content.decode("latin-1")]
         text = "\n".join(told)
         return any(secret in text or secret in unescaped(text) for secret in sent)
@@ -4831,7 +4860,7 @@ class Relay:
         provider, body = candidate.target.provider, request.body
         length: Optional[int]
         if isinstance(body, ReadBody):
-            pieces, recoded = body.with_model(candidate.target.model)
+            pieces, recoded = body.with_model(candidate.target.model, decoded=provider.format == "echo")
             length = sum(map(len, pieces))
         else:
             pieces, recoded, length = [], False, body.length
@@ -4982,11 +5011,15 @@ class Catalogue:
         try:
             answer = await self._relay.obtain(request)
             try:
-                document = json.loads((await read_rest(self._loop, answer)), parse_int=short_integer)
+                text = (await read_rest(self._loop, answer)).decode("utf-8")
             finally:
                 answer.release(self._relay.connections)
-            entries = [entry for entry in listed_entries(document["data"]) if provider.serves(entry["id"])]
-        except (RelayError, UpstreamFailure, FramingError, ValueError, KeyError, TypeError, RecursionError):
+            for entry in listed_entries(text):
+                if entry and provider.serves(entry["id"]):
+                    entries.append(entry)
+                await give_way(self._loop)
+        except (RelayError, UpstreamFailure, FramingError, ValueError, RecursionError):
+            entries = []
             asked += CATALOGUE_RETRY_SECONDS - CATALOGUE_FRESH_SECONDS
         self._lists = {other: listed for other, listed in self._lists.items() if other.name != provider.name}
         self._lists[provider] = (asked, entries)
@@ -5015,12 +5048,27 @@ def short_integer(digits: str) -> int:
     return int(digits)
 
 
-def listed_entries(given: Any) -> list[JsonDict]:
-    """The entries of a provider's list that name a model; of one that tells much about it, only the name. Raises
-    TypeError for what is no list."""
-    found = [entry for entry in given if isinstance(entry, dict) and is_text(entry.get("id"))]
-    entries = [entry for entry in found[:LISTED_MODELS] if len(entry["id"]) <= MODEL_CHARACTERS]
-    return [entry if len(json.dumps(entry)) <= LISTED_ENTRY_CHARACTERS else {"id": entry["id"]} for entry in entries]
+def listed_entries(text: str) -> Iterator[JsonDict]:
+    """The first LISTED_MODELS entries of the list `data` in a JSON object; of one that tells much, only the name; an
+    empty one for each that names no model. Raises ValueError for what isn't such an object."""
+    decoder, end, name = json.JSONDecoder(parse_int=short_integer), 0, ""
+    while name != "data":
+        member = MEMBER.match(text, end)
+        if not member:
+            raise ValueError("there is no list in it")
+        name, end = member[1], member.end()
+        if name != "data":
+            end = decoder.raw_decode(text, end)[1]
+    opening = re.compile(r"\[[ \t\n\r]*|[ \t\n\r]*,[ \t\n\r]*")
+    for _ in range(LISTED_MODELS):
+        begun = opening.match(text, end)
+        if not begun or text.startswith("]", begun.end()):
+            return
+        entry, end = decoder.raw_decode(text, begun.end())
+        named = isinstance(entry, dict) and is_text(entry.get("id")) and len(entry["id"]) <= MODEL_CHARACTERS
+        values = sum(text.count(mark, begun.end(), end) for mark in "[{,")
+        tells_much = end - begun.end() > LISTED_ENTRY_CHARACTERS or values > LISTED_ENTRY_VALUES
+        yield {} if not named else {"id": entry["id"]} if tells_much else entry
 
 
 def model_entry(entry: JsonDict, dialect: str) -> JsonDict:
@@ -5231,6 +5279,7 @@ class Outgoing:
         # Whether a stream has to say that it is over, since its framing won't, and whether it has.
         self._awaits_end = self._lines is not None and isinstance(self._decoder, CloseDecoder)
         self._sees_end = False
+        self._awaits_data = False  # an event's name has come, and no data yet
 
     def begin(self, keep_alive: bool, now: float) -> bytes:
         """The head, and what there is of the body. `keep_alive`: the connection may be kept."""
@@ -5289,6 +5338,8 @@ class Outgoing:
         is broken; and for a stream if it has said that it is over."""
         if self._lines and STREAM_ENDS.search(self._lines.held):
             self._sees_end = self._sees_end or not is_cut_off(self._lines.held)
+        if self._awaits_data and self._lines and not self._lines.held:
+            self._sees_end = False
         if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not (self._awaits_end or broken)):
             self._decoder.finished = True
             return self._passed(b"")
@@ -5300,7 +5351,7 @@ class Outgoing:
             content = self._filter.feed(content)
             if self._decoder.finished:
                 rest = self._filter.flush()
-                if self._lines and is_cut_off(rest):
+                if self._lines and (self._lines.mid_line or is_cut_off(rest)):
                     # What a proxy ends in good order when the server behind it has died.
                     whole = self._counted(content)
                     return whole + self.fail("the provider's stream ends within a line", "upstream_broken")
@@ -5314,8 +5365,9 @@ class Outgoing:
         if content:
             self._record.bytes_sent += len(content)
             self._record.usage.read(content)
-            if self._awaits_end and STREAM_ENDS.search(content):
-                self._sees_end = True
+            if self._awaits_end:
+                self._sees_end = self._sees_end or bool(STREAM_ENDS.search(content))
+                self._awaits_data = ENDS_IN_NAME.search(content) is not None
         return chunk(content) if self._chunked else content
 
 
@@ -5611,11 +5663,15 @@ class Exchange:
         self.service.bodies.claim(count)
         self._held += count
 
+    def release_room(self, count: int) -> None:
+        """Gives back room for so many bytes."""
+        if count:
+            self.service.bodies.release(count)
+            self._held -= count
+
     def let_go(self) -> None:
         """Drops the body: nothing of it is sent any more."""
-        if self._held:
-            self.service.bodies.release(self._held)
-            self._held = 0
+        self.release_room(self._held)
         if self._read:
             self._read.drop()
             self._read = None
@@ -5758,7 +5814,9 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
     asked = exchange.record.model = body.facts.model
     exchange.check_model(body.facts)
     targets = exchange.targets_of(asked, exchange.endpoint.dialect)
-    if any(target.model != asked for target in targets):
+    if all(target.model == asked and target.provider.format != "echo" for target in targets):
+        exchange.release_room(body.drop_decoded())
+    else:
         body.locate_model()
         await exchange.catch_up(body)
         if body.problem[0]:  # the one thing that `json` takes and a walk doesn't: a number of thousands of digits
@@ -6031,12 +6089,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     async def _next_head(self) -> bytes:
         """The head of the next request, or what can't become one; empty when none has come for too long."""
         channel = self.channel
-        self.idle = True
-        self.server.waiting[self] = self.loop.now
         if not self.known:
             channel.set_window(UNKNOWN_HELD_BYTES)
         deadline = self.loop.now + (SURPLUS_SECONDS if self.surplus else IDLE_SECONDS)
         seen, begun = 0, False
+        if not channel.received:
+            self._be_idle()
         try:
             while True:
                 if seen < 2 and channel.received.startswith(b"\r\n"):
@@ -6049,6 +6107,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if seen and not begun:
                     begun = True
                     deadline = self.loop.now + HEAD_SECONDS
+                    self._be_busy()
                 if seen and channel.is_ahead:
                     channel.set_window(REQUEST_HEAD_BYTES + 1)
                 await until(deadline)
@@ -6057,9 +6116,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Overdue:
             self.fault = MalformedRequest(f"the head took more than {HEAD_SECONDS:.0f} seconds", 408)
         finally:
-            self.idle = False
-            self.server.waiting.pop(self, None)
+            self._be_busy()
         return channel.take()
+
+    def _be_idle(self) -> None:
+        """Notes that the connection may be closed."""
+        self.idle = True
+        self.server.unproven.pop(self, None)
+        if not self.surplus:
+            self.server.idle[self] = None
+
+    def _be_busy(self) -> None:
+        """Notes that a request has begun to come."""
+        self.idle = False
+        self.server.idle.pop(self, None)
+        if not (self.known or self.surplus):
+            self.server.unproven.setdefault(self, self.loop.now)
 
     async def _serve_request(self, data: bytes) -> bool:
         """Answers the request that begins with this head; whether the connection can be used for another one."""
@@ -6089,8 +6161,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             endpoint = exchange.endpoint = find_endpoint(request.method, request.path, exchange.dialect)
             if endpoint.answer not in OPEN_ENDPOINTS:
                 self._authenticate(exchange)
-            elif request.body_length != 0:
-                self.server.waiting[self] = self.loop.now
             return await endpoint.answer(exchange)
         except RelayError as error:
             return exchange.error_response(error)
@@ -6099,8 +6169,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception as error:
             self._warn_of_defect(error, exchange)
             return exchange.error_response(RelayError("an internal error; the relay's log has its place"))
-        finally:
-            self.server.waiting.pop(self, None)
 
     def _warn_of_defect(self, error: Exception, exchange: Exchange) -> None:
         self.service.log.warn(f"internal error: {describe(error)}, request {exchange.record.request_id}")
@@ -6134,6 +6202,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         record.caller = exchange.caller.name[:LOGGED_CHARACTERS]
         if not self.known:
             self.known = True
+            self.server.unproven.pop(self, None)
             self.channel.set_window(HELD_BYTES)
 
     async def _send(self, exchange: Exchange, response: Response) -> bool:
@@ -6184,7 +6253,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             await self.channel.finish_sending(STALLED_CLIENT_SECONDS)
             self.lingering = True
-            self.server.waiting[self] = self.loop.now
+            self._be_idle()
             latest = self.loop.now + LINGER_LONGEST_SECONDS
             while True:
                 self.channel.take()
@@ -6214,8 +6283,10 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self.service = Service(config, self.log)
         self.handlers: set[Handler] = set()  # of all connections; the thread that accepts adds to it
         self.served: set[Handler] = set()  # those that max_connections admits
-        # Those that wait for a head, a login or their client's end, and since when; the one longest at it first.
-        self.waiting: dict[Handler, float] = {}
+        # Of these, those between two requests or behind the last one; and those that are busy and haven't shown a
+        # token, and since when. Those for longest come first.
+        self.idle: dict[Handler, None] = {}
+        self.unproven: dict[Handler, float] = {}
         # Given up for a moment when there is no other descriptor left, to be able to refuse a connection.
         self._spare = io.FileIO(os.devnull)
         self._refusal_logged = -math.inf
@@ -6242,26 +6313,24 @@ class RelayServer(http.server.ThreadingHTTPServer):
         return True
 
     def make_room(self) -> bool:
-        """Closes the connection that has been idle for longest; where there is none, one that has shown no token and
-        lets the relay wait for the rest of a head or of a login for too long. Whether there was one."""
-        slow: Optional[Handler] = None
-        for handler, since in list(self.waiting.items()):
-            if handler not in self.served or not handler.task:
-                continue
-            if handler.may_be_closed():
+        """Closes the connection that has been idle for longest; where there is none, the one that has been busy for
+        longest without having shown a token, if that is too long. Whether there was one."""
+        for handler in list(itertools.islice(self.idle, ROOM_TRIES)):
+            if handler.task and handler.may_be_closed():
                 handler.task.cancel()
                 return True
-            if not slow and not handler.known and since < self.service.loop.now - SLOW_HEAD_SECONDS:
-                slow = handler
-        if slow and slow.task:
-            slow.task.cancel()
-        return slow is not None
+        for handler, since in itertools.islice(self.unproven.items(), 1):
+            if handler.task and since < self.service.loop.now - UNPROVEN_SECONDS:
+                handler.task.cancel()
+                return True
+        return False
 
     def release(self, handler: "Handler") -> None:
         """Forgets a connection that is closed."""
         self.handlers.discard(handler)
         self.served.discard(handler)
-        self.waiting.pop(handler, None)
+        self.idle.pop(handler, None)
+        self.unproven.pop(handler, None)
 
     def start(self) -> None:
         """Starts its threads: one serves, one accepts, one writes the log."""
