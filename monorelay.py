@@ -354,11 +354,6 @@ class Unreachable(UpstreamFailure):
 class BrokenExchange(UpstreamFailure):
     """The connection broke, or what came is no answer, after the request or a part of it was sent."""
 
-    def __init__(self, message: str, whole_request: bool = False, answer_begun: bool = False) -> None:
-        super().__init__(message)
-        self.whole_request = whole_request
-        self.answer_begun = answer_begun
-
 
 class NoAnswer(UpstreamFailure):
     """The request was sent, and nothing came for the provider's timeout."""
@@ -4648,46 +4643,8 @@ class Answer:
             self.channel.close()
 
 
-async def read_answer(
-    loop: EventLoop, channel: Channel, heads: AnswerHeads, candidate: Candidate, method: str
-) -> Answer:
-    """Waits for the head of the final answer. Raises BrokenExchange, NoAnswer and FramingError."""
-    head = heads.take_final() if channel.received else None
-    while not head:
-        await arrival(loop, channel, candidate)
-        head = heads.take_final()
-    answer = Answer(candidate, channel, head, answer_decoder(head, method))
-    answer.has_body = method != "HEAD" and head.status not in (204, 304)
-    if channel.received:
-        answer.absorb(channel.take())
-    return answer
-
-
-async def arrival(loop: EventLoop, channel: Channel, candidate: Candidate) -> None:
-    """Waits for more of an answer. Raises BrokenExchange and NoAnswer."""
-    provider = candidate.target.provider
-    before = len(channel.received)
-    try:
-        await channel.arrival(loop.now + provider.timeout)
-    except Overdue:
-        raise NoAnswer(f"the provider {provider.name} sent nothing for {provider.timeout:g} seconds") from None
-    if len(channel.received) == before:
-        raise BrokenExchange(f"the provider {provider.name} closed the connection without an answer")
-
-
-# ==== Relay ======================================================================================
-#
-# The attempt loop. A request may be tried again elsewhere as long as nothing of an answer has gone to
-# the client, and as long as no provider can be at work on it: after an answer that refuses it, or a
-# connection that failed. One whose connection broke after all of it was sent may have been begun, and is
-# tried elsewhere once; one that met silence is not.
-
-
-LINE_END = re.compile(rb"[\r\n]")
-EVENT_END = re.compile(rb"\n\n|\r\r|\r\n\r\n")
 # Headers by which a client names an account at OpenAI; a 401 may be about these.
 ACCOUNT_HEADERS = ("openai-organization", "openai-project")
-ABOUT_ACCOUNT = re.compile(rb"(?i)organization|project")
 
 
 class UpstreamRequest(NamedTuple):
@@ -4720,143 +4677,65 @@ class UpstreamRequest(NamedTuple):
         return any(name in self.head.fields for name in ACCOUNT_HEADERS)
 
 
-class Relay:
-    """Gets answers from upstream. Outlives a reload."""
+LINE_END = re.compile(rb"[\r\n]")
+EVENT_END = re.compile(rb"\n\n|\r\r|\r\n\r\n")
 
-    def __init__(self, loop: EventLoop, warn: Callable[[str], None]) -> None:
-        self.connections = UpstreamPool(loop)
-        self.keys = KeyPool(random.Random())
+
+class Attempt:
+    """One try of a request with a candidate, and how far it has come."""
+
+    __slots__ = ("_heads", "_loop", "_request", "_sent", "answer", "candidate", "channel", "code", "problem", "reached")
+
+    def __init__(self, loop: EventLoop, request: UpstreamRequest, candidate: Candidate) -> None:
         self._loop = loop
-        self._warn = warn
+        self._request = request
+        self.candidate = candidate
+        self.reached = False  # whether there was a connection
+        self._sent = False  # whether all of the request was sent
+        self.answer: Optional[Answer] = None
+        self.problem = self.code = ""  # why there is none
 
-    async def obtain(self, request: UpstreamRequest) -> Answer:
-        """The answer to deliver: the first that isn't a failure, else the last one there was. Raises
-        UpstreamFailed, UpstreamSilent, Unavailable, ClientGone, and what reading the body raises."""
-        last: Optional[Answer] = None
-        failure: UpstreamFailure = Unreachable("there is no provider to try")
-        only_once_more = False
+    @property
+    def has_begun(self) -> bool:
+        """Whether something of an answer has come, if only that it is none."""
+        return self.reached and (self.answer is not None or self.channel.answered)
+
+    @property
+    def may_be_at_work(self) -> bool:
+        """Whether the provider may have begun to work on the request."""
+        return self.reached and self._sent and not self.channel.send_failed
+
+    async def run(self, channel: Channel) -> None:
+        """Sends the request on a connection and reads the answer so far that it can be judged: its head, of a stream
+        the first line too. Where the connection breaks, there is none. Raises NoAnswer, ClientGone, and what reading
+        the body raises."""
+        self.channel, self.reached, self._sent = channel, True, False
+        channel.answered = False
+        self._heads = AnswerHeads(self._loop, channel)
         try:
-            for candidate in request.candidates:
-                self._note(request.record, candidate)
-                try:
-                    answer = await self._attempt(request, candidate, fresh=request.only_once or only_once_more)
-                except (Unreachable, BrokenExchange) as error:
-                    failure = error.with_traceback(None)  # which would keep the body, and be kept by it
-                    self._blame(request, candidate, error)
-                    if isinstance(error, BrokenExchange):
-                        if only_once_more or request.only_once:
-                            break
-                        only_once_more = error.whole_request
-                    continue
-                if last:
-                    last.release(self.connections)
-                last = answer
-                if not self._is_failure(request, answer) or only_once_more:
-                    break
-        except BaseException:
-            if last:
-                last.release(self.connections)
-            raise
-        if not last:
-            code = "upstream_unreachable" if isinstance(failure, Unreachable) else "upstream_broken"
-            raise UpstreamFailed(str(failure), code)
-        self._note(request.record, last.candidate, 0)
-        return await self._presented(request, last)
-
-    def _blame(self, request: UpstreamRequest, candidate: Candidate, error: UpstreamFailure) -> None:
-        """Has a provider that could not be reached come later for a while, or a key with the model where it broke off;
-        not one that gave up on a slow upload. Echo's faults are made to order."""
-        if candidate.target.provider.format == "echo" or not request.blames:
-            return
-        if isinstance(error, Unreachable):
-            self.keys.unreachable(candidate.target.provider, self._loop.now)
-        elif request.is_sent:
-            self.keys.failed(candidate, 502, None, self._loop.now)
-
-    def _note(self, record: AccessRecord, candidate: Candidate, attempts: int = 1) -> None:
-        """Writes down which candidate the request is with."""
-        record.attempts += attempts
-        record.provider = candidate.target.provider.name
-        record.sent_model, record.key = candidate.target.model, candidate.label
-
-    async def _attempt(self, request: UpstreamRequest, candidate: Candidate, fresh: bool) -> Answer:
-        """One try with a candidate. A kept connection that turns out to be closed is replaced; where that would be once
-        too often, a `fresh` one is made at once."""
-        provider = candidate.target.provider
-        kept = None if fresh else self.connections.take(provider)
-        if kept:
-            try:
-                return await self._exchange(request, candidate, kept)
-            except BrokenExchange as error:
-                if error.answer_begun:
-                    raise
-        channel = await self.connections.connect(provider)
-        return await self._exchange(request, candidate, channel)
-
-    async def _exchange(self, request: UpstreamRequest, candidate: Candidate, channel: Channel) -> Answer:
-        """Sends the request on a connection and reads the head of the answer, of a stream its first line too."""
-        provider = candidate.target.provider
-        channel.answered = whole = False
-        heads = AnswerHeads(self._loop, channel)
-        try:
-            whole = await self._send(request, candidate, channel, heads)
-            answer = await read_answer(self._loop, channel, heads, candidate, request.head.method)
-            answer.whole_request = whole
+            self._sent = await self._send()
+            answer = await self._read_head()
+            answer.whole_request = self._sent
             if answer.is_stream:
                 await self._read_first_line(answer)
                 if re.match(FIRST_EVENT_IS_ERROR, answer.content):
-                    await self._peek(answer, event_only=True)
-            return answer
+                    await peek(self._loop, answer, event_only=True)
+            self.answer = answer
         except FramingError as error:
             channel.close()
-            message = f"the provider {provider.name} sent a malformed answer: {error}"
-            raise BrokenExchange(message, whole, True) from None
+            message = f"the provider {self.candidate.target.provider.name} sent a malformed answer: {error}"
+            self.problem, self.code = message, "upstream_broken"
         except BrokenExchange as error:
             channel.close()
-            raise BrokenExchange(str(error), whole and not channel.send_failed, channel.answered) from None
-        except NoAnswer as error:
-            channel.close()
-            self.keys.failed(candidate, 504, None, self._loop.now)
-            raise UpstreamSilent(str(error)) from None
+            self.problem, self.code = str(error), "upstream_broken"
         except BaseException:
             channel.close()
             raise
 
-    async def _read_first_line(self, answer: Answer) -> None:
-        """Waits for the first line of a stream, which tells whether it is an error. Raises BrokenExchange, NoAnswer and
-        FramingError."""
-        news, channel = answer.content, answer.channel
-        while not LINE_END.search(news) and not answer.decoder.finished and len(answer.content) <= STREAM_LINE_BYTES:
-            try:
-                await arrival(self._loop, channel, answer.candidate)
-            except BrokenExchange:
-                if isinstance(answer.decoder, CloseDecoder) and STREAM_ENDS.search(answer.content):
-                    break  # the only line is the end of the stream, though it has none itself
-                raise
-            news = answer.absorb(channel.take())
-
-    async def _peek(self, answer: Answer, event_only: bool = False) -> None:
-        """Reads so much of an error that can be judged, of a stream perhaps only its first event; what goes wrong
-        meanwhile is seen when it is passed on."""
-        channel, deadline = answer.channel, self._loop.now + PEEK_SECONDS
-        try:
-            while not answer.decoder.finished and len(answer.content) < PEEKED_BYTES:
-                if event_only and EVENT_END.search(answer.content):
-                    break
-                if channel.received:
-                    answer.absorb(channel.take())
-                elif channel.ended:
-                    break
-                else:
-                    await channel.arrival(deadline)
-        except Overdue:
-            pass
-        except FramingError:
-            channel.ended = channel.broken = True
-
-    async def _send(self, request: UpstreamRequest, candidate: Candidate, channel: Channel, heads: AnswerHeads) -> bool:
-        """Sends the request; False when the provider answered, or broke off, before it had all of it.
-        Raises NoAnswer, ClientGone, and what reading the body raises."""
+    async def _send(self) -> bool:
+        """Sends the request; False when the provider answered, or broke off, before it had all of it. Raises NoAnswer,
+        ClientGone, and what reading the body raises."""
+        request, candidate, channel, has_begun = self._request, self.candidate, self.channel, self._heads.has_begun
         provider, body = candidate.target.provider, request.body
         length: Optional[int]
         if isinstance(body, ReadBody):
@@ -4872,9 +4751,9 @@ class Relay:
             if (length or 0) < RECEIVE_BYTES:
                 head, pieces = b"".join([head, *pieces]), []
             for data in (head, *pieces):
-                await channel.send(data, provider.timeout, heads.has_begun)
+                await channel.send(data, provider.timeout, has_begun)
             if isinstance(body, RequestBody):
-                await self._stream_body(body, channel, heads, provider.timeout)
+                await self._stream_body(body, provider.timeout)
         except Overdue:
             raise NoAnswer(f"the provider {provider.name} took nothing for {provider.timeout:g} seconds") from None
         except (OSError, EarlyAnswer):
@@ -4882,14 +4761,157 @@ class Relay:
             return False
         return True
 
-    async def _stream_body(self, body: RequestBody, channel: Channel, heads: AnswerHeads, timeout: float) -> None:
+    async def _stream_body(self, body: RequestBody, timeout: float) -> None:
         """Sends a body piece by piece as it comes from the client. Raises EarlyAnswer and what both sides raise."""
-        chunked = body.length is None
+        chunked, channel, has_begun = body.length is None, self.channel, self._heads.has_begun
         while not body.finished:
-            piece = await body.read(heads.has_begun)
-            await channel.send(chunk(piece) if chunked else piece, timeout, heads.has_begun)
+            piece = await body.read(has_begun)
+            await channel.send(chunk(piece) if chunked else piece, timeout, has_begun)
         if chunked:
-            await channel.send(LAST_CHUNK, timeout, heads.has_begun)
+            await channel.send(LAST_CHUNK, timeout, has_begun)
+
+    async def _read_head(self) -> Answer:
+        """Waits for the head of the final answer. Raises BrokenExchange, NoAnswer and FramingError."""
+        channel, method = self.channel, self._request.head.method
+        head = self._heads.take_final() if channel.received else None
+        while not head:
+            await more_of(self._loop, channel, self.candidate)
+            head = self._heads.take_final()
+        answer = Answer(self.candidate, channel, head, answer_decoder(head, method))
+        answer.has_body = method != "HEAD" and head.status not in (204, 304)
+        if channel.received:
+            answer.absorb(channel.take())
+        return answer
+
+    async def _read_first_line(self, answer: Answer) -> None:
+        """Waits for the first line of a stream, which tells whether it is an error. Raises BrokenExchange, NoAnswer and
+        FramingError."""
+        news, channel = answer.content, answer.channel
+        while not LINE_END.search(news) and not answer.decoder.finished and len(answer.content) <= STREAM_LINE_BYTES:
+            try:
+                await more_of(self._loop, channel, answer.candidate)
+            except BrokenExchange:
+                if isinstance(answer.decoder, CloseDecoder) and STREAM_ENDS.search(answer.content):
+                    break  # the only line is the end of the stream, though it has none itself
+                raise
+            news = answer.absorb(channel.take())
+
+
+async def more_of(loop: EventLoop, channel: Channel, candidate: Candidate) -> None:
+    """Waits for more of an answer. Raises BrokenExchange and NoAnswer."""
+    provider, before = candidate.target.provider, len(channel.received)
+    try:
+        await channel.arrival(loop.now + provider.timeout)
+    except Overdue:
+        raise NoAnswer(f"the provider {provider.name} sent nothing for {provider.timeout:g} seconds") from None
+    if len(channel.received) == before:
+        raise BrokenExchange(f"the provider {provider.name} closed the connection without an answer")
+
+
+async def peek(loop: EventLoop, answer: Answer, event_only: bool = False) -> None:
+    """Reads so much of an error that can be judged, of a stream perhaps only its first event; what goes wrong
+    meanwhile is seen when it is passed on."""
+    channel, deadline = answer.channel, loop.now + PEEK_SECONDS
+    try:
+        while not answer.decoder.finished and len(answer.content) < PEEKED_BYTES:
+            if event_only and EVENT_END.search(answer.content):
+                break
+            if channel.received:
+                answer.absorb(channel.take())
+            elif channel.ended:
+                break
+            else:
+                await channel.arrival(deadline)
+    except Overdue:
+        pass
+    except FramingError:
+        channel.ended = channel.broken = True
+
+
+# ==== Relay ======================================================================================
+#
+# The attempt loop. A request may be tried again elsewhere as long as nothing of an answer has gone to
+# the client, and as long as no provider can be at work on it: after an answer that refuses it, or a
+# connection that failed. One whose connection broke after all of it was sent may have been begun, and is
+# tried elsewhere once; one that met silence is not.
+
+
+ABOUT_ACCOUNT = re.compile(rb"(?i)organization|project")
+
+
+class Relay:
+    """Gets answers from upstream. Outlives a reload."""
+
+    def __init__(self, loop: EventLoop, warn: Callable[[str], None]) -> None:
+        self.connections = UpstreamPool(loop)
+        self.keys = KeyPool(random.Random())
+        self._loop = loop
+        self._warn = warn
+
+    async def obtain(self, request: UpstreamRequest) -> Answer:
+        """The answer to deliver: the first that isn't a failure, else the last one there was. Raises
+        UpstreamFailed, UpstreamSilent, Unavailable, ClientGone, and what reading the body raises."""
+        last: Optional[Answer] = None
+        problem, code, last_try = "there is no provider to try", "upstream_unreachable", False
+        try:
+            for candidate in request.candidates:
+                self._note(request.record, candidate)
+                attempt = await self._attempt(request, candidate, fresh=request.only_once or last_try)
+                answer = attempt.answer
+                if answer:
+                    if last:
+                        last.release(self.connections)
+                    last = answer
+                    if last_try or not self._is_failure(request, answer):
+                        break
+                else:
+                    problem, code = attempt.problem, attempt.code
+                    self._blame(request, attempt)
+                    if attempt.reached and (last_try or request.only_once):
+                        break
+                    last_try = last_try or attempt.may_be_at_work
+        except BaseException:
+            if last:
+                last.release(self.connections)
+            raise
+        if not last:
+            raise UpstreamFailed(problem, code)
+        self._note(request.record, last.candidate, 0)
+        return await self._presented(request, last)
+
+    async def _attempt(self, request: UpstreamRequest, candidate: Candidate, fresh: bool) -> Attempt:
+        """One try with a candidate. A kept connection that turns out to be closed is replaced; where that would be once
+        too often, a `fresh` one is made at once."""
+        attempt, provider = Attempt(self._loop, request, candidate), candidate.target.provider
+        try:
+            kept = None if fresh else self.connections.take(provider)
+            if kept:
+                await attempt.run(kept)
+            if not attempt.has_begun:
+                await attempt.run(await self.connections.connect(provider))
+        except Unreachable as error:
+            attempt.problem, attempt.code, attempt.reached = str(error), "upstream_unreachable", False
+        except NoAnswer as error:
+            self.keys.failed(candidate, 504, None, self._loop.now)
+            raise UpstreamSilent(str(error)) from None
+        return attempt
+
+    def _blame(self, request: UpstreamRequest, attempt: Attempt) -> None:
+        """Has a provider that could not be reached come later for a while, or a key with the model where it broke off;
+        not one that gave up on a slow upload. Echo's faults are made to order."""
+        candidate = attempt.candidate
+        if candidate.target.provider.format == "echo" or not request.blames:
+            return
+        if not attempt.reached:
+            self.keys.unreachable(candidate.target.provider, self._loop.now)
+        elif request.is_sent:
+            self.keys.failed(candidate, 502, None, self._loop.now)
+
+    def _note(self, record: AccessRecord, candidate: Candidate, attempts: int = 1) -> None:
+        """Writes down which candidate the request is with."""
+        record.attempts += attempts
+        record.provider = candidate.target.provider.name
+        record.sent_model, record.key = candidate.target.model, candidate.label
 
     def _is_failure(self, request: UpstreamRequest, answer: Answer) -> bool:
         """Whether another candidate should be tried; tells the key pool how this one fared."""
@@ -4920,7 +4942,7 @@ class Relay:
             return answer
         try:
             if answer.head.status >= 400:
-                await self._peek(answer)
+                await peek(self._loop, answer)
             problem, code = problem_of(request, answer)
             if problem:
                 raise UpstreamFailed(problem, code)
@@ -5030,7 +5052,7 @@ async def read_rest(loop: EventLoop, answer: Answer) -> bytes:
     long, or that would take `json` long."""
     pieces, size = [answer.content], len(answer.content)
     while not answer.decoder.finished:
-        await arrival(loop, answer.channel, answer.candidate)
+        await more_of(loop, answer.channel, answer.candidate)
         pieces.append(answer.decoder.feed(answer.channel.take()))
         size += len(pieces[-1])
         if size > CATALOGUE_BYTES:
