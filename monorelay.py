@@ -6,28 +6,24 @@
     python monorelay.py hash-password            a scrypt hash for relay.json
     python monorelay.py token USER --expires 30d a JWT for a user of relay.json
 
-Rooms, top to bottom; each knows only those above it, and down to the echo provider none does I/O:
+Three storeys, of rooms that know only those above them:
 
-    limits · errors · config · auth · routing · key pool · wire rules · json bodies · server-sent events ·
-    access log · echo provider · event loop · request body · upstream · relay · catalogue · log writer · handler ·
-    server · command line
+    ┌ decides  limits · errors · config · auth · routing · key pool · HTTP/1.1 · JSON bodies · event streams ·
+    │          access log · echo                                    no socket, clock, file or environment
+    ├ waits    event loop · request body · upstream · relay · catalogue · log writer
+    └ runs     responses · endpoints · handler · server · command line
 
-What happens to a request:
+The way of a request:
 
     RelayServer.process_request   a connection is accepted; a Handler serves it as a task of the EventLoop
-    Handler._next_head            a whole head is waited for
-    Handler._answer_request       the head is parsed strictly, the endpoint is found
-    Handler._authenticate         access key or JWT becomes a Caller
-    Handler._read_body            the body is read for its model as it comes, or will stream through
-    targets_for → KeyPool.order   the model becomes targets, the targets candidates (target, key)
-    Relay.obtain                  candidate after candidate: connect → send → read the head → judge
-    Delivery.run                  the answer goes out as it arrives
+    Handler._next_head            waits for a whole head
+    Handler._respond              makes an Exchange, reads the head strictly, finds the endpoint, asks who calls
+    answer_by_model               an endpoint: reads the body for its model, and turns it into targets, then candidates
+    Relay.obtain                  takes candidate after candidate, until one's answer isn't a failure
+    Attempt.run                   sends the request on a kept or a new connection, reads the head, and judges it
+    Handler._send                 sends the Response as it comes; an Outgoing makes bytes of it
+    LogWriter.record              a line in the log, whatever has happened
 """
-
-import gc
-
-if __name__ == "__main__":
-    gc.disable()  # until all is loaded: none of that is garbage
 
 import base64
 import codecs
@@ -1971,10 +1967,8 @@ def reason_of(status: int) -> str:
     return http.client.responses.get(status, "Overloaded" if status == 529 else "Unknown")
 
 
-@functools.lru_cache(maxsize=256)
 def header_text(value: str) -> str:
-    """Text from outside made fit for a header value: what isn't printable ASCII is percent-encoded. To be called with
-    short texts only, since it remembers them."""
+    """Text from outside made fit for a header value: what isn't printable ASCII is percent-encoded."""
     return (
         value
         if value.isascii() and value.isprintable()
@@ -2668,19 +2662,21 @@ class AccessRecord:
         return figures
 
 
-@functools.lru_cache(maxsize=4)
 def utc_time(seconds: int) -> str:
-    """The time in ISO 8601 without its zone; requests come many to a second."""
+    """The time in ISO 8601 without its zone."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 NAMED = ("caller", "method", "path", "model", "sent", "provider", "key")
 PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]*")  # printable ASCII but space, quote, = and backslash
+PLAIN_NAMES = re.compile(r"(?: [a-z]+=[!#-<>-\[\]-~]*)*")
 
 
-@functools.lru_cache(maxsize=256)  # the same come together again and again; AccessRecord keeps them short
 def log_names(*values: str) -> str:
     """Who asked for what and where it went, as a part of a line."""
+    told = "".join([f" {name}={value}" for name, value in zip(NAMED, values) if value])
+    if len(told) <= LOG_VALUE_CHARACTERS and PLAIN_NAMES.fullmatch(told):
+        return told  # as nearly always
     return "".join([f" {name}={plain(value)}" for name, value in zip(NAMED, values) if value])
 
 
@@ -2692,8 +2688,8 @@ def log_json(values: Mapping[str, Any]) -> str:
 
 def plain(value: str) -> str:
     """Text that can't break its line or its field: cut when long, quoted and escaped where it isn't plain."""
-    value = shortened(value)
-    return value if PLAIN_VALUE.fullmatch(value) else json.dumps(value)
+    is_plain = len(value) <= LOG_VALUE_CHARACTERS and PLAIN_VALUE.fullmatch(value)
+    return value if is_plain else json.dumps(shortened(value))
 
 
 def shortened(value: str) -> str:
@@ -5937,7 +5933,6 @@ MODEL_PATHS = frozenset(path for path, (_, answer) in ENDPOINTS.items() if answe
 }  # fmt: skip
 
 
-@functools.lru_cache(maxsize=256)
 def dialect_of(path: str, names_version: bool) -> str:
     """The API that a request speaks; `names_version`: it has an anthropic-version. The first
     REMEMBERED_PATH_CHARACTERS of its path tell."""
@@ -6553,8 +6548,6 @@ class UsageError(Exception):
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Runs the command that the arguments name; the exit status."""
-    gc.freeze()
-    gc.enable()
     try:
         return run_command(sys.argv[1:] if arguments is None else arguments)
     except UsageError as error:
