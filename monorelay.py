@@ -134,7 +134,7 @@ UPSTREAM_IDLE_SECONDS = 50.0
 CONNECTED_ADDRESSES = 16  # of a host that has more, these are tried
 # How many connections to a provider wait for their next use; nginx needs as many for the same load.
 UPSTREAM_IDLE_CONNECTIONS = 512
-# Connections over max_connections are taken to be told so, in the dialect of their path; these few only.
+# Connections over max_connections are taken to be told so, in the format of their path; these few only.
 SURPLUS_CONNECTIONS = 256
 SURPLUS_SECONDS = 2.0  # and not for long
 LISTEN_BACKLOG = 4096  # connections that wait for accept(); the system caps it (net.core.somaxconn)
@@ -1334,14 +1334,14 @@ def asked_name(config: Config, name: str) -> str:
     return base if base and provider in config.providers else name
 
 
-def targets_for(config: Config, name: str, dialect: str) -> list[Target]:
-    """The usable targets of a model that speak the dialect, in order of preference.
+def targets_for(config: Config, name: str, format: str) -> list[Target]:
+    """The usable targets of a model that speak the format, in order of preference.
 
     Raises NotFound when no route leads to one, and Unavailable when none of them has a key."""
     targets = resolve(config, name)
-    speaking = [target for target in targets if target.provider.format in (dialect, "echo")]
+    speaking = [target for target in targets if target.provider.format in (format, "echo")]
     if not speaking:
-        other = "/v1/chat/completions" if dialect == "anthropic" else "/v1/messages"
+        other = "/v1/chat/completions" if format == "anthropic" else "/v1/messages"
         raise NotFound(
             f"the model {name!r} is served by {targets[0].provider.name}, which speaks the other format: use {other}",
             "other_format",
@@ -1352,16 +1352,16 @@ def targets_for(config: Config, name: str, dialect: str) -> list[Target]:
     return usable
 
 
-def first_provider(config: Config, dialect: str) -> Provider:
+def first_provider(config: Config, format: str) -> Provider:
     """The first usable provider of a format, else echo. Raises Unavailable, or NotFound if there is none."""
-    speaking = [provider for provider in config.providers.values() if provider.format == dialect]
+    speaking = [provider for provider in config.providers.values() if provider.format == format]
     echoes = [provider for provider in config.providers.values() if provider.format == "echo"]
     for provider in (*speaking, *echoes):
         if provider.usable:
             return provider
     if speaking:
         raise not_usable(speaking[0])
-    raise NotFound(f"no provider of the format {dialect} is configured", "no_provider")
+    raise NotFound(f"no provider of the format {format} is configured", "no_provider")
 
 
 def not_usable(provider: Provider) -> Unavailable:
@@ -2593,19 +2593,19 @@ class Usage:
         self._tail = b"" if data.endswith(b"\n") else data[-200:]
 
 
-def error_body(dialect: str, kind: str, message: str, code: str, request_id: str) -> bytes:
-    """An error as the JSON of the dialect."""
+def error_body(format: str, kind: str, message: str, code: str, request_id: str) -> bytes:
+    """An error as the JSON of the format."""
     document: JsonDict
-    if dialect == "anthropic":
+    if format == "anthropic":
         document = {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
     else:
         document = {"error": {"message": message, "type": kind, "param": None, "code": code}}
     return json.dumps(document).encode("ascii")
 
 
-def error_event(dialect: str, kind: str, message: str, code: str, request_id: str) -> bytes:
+def error_event(format: str, kind: str, message: str, code: str, request_id: str) -> bytes:
     """An error as the last event of a stream."""
-    return b"event: error\ndata: %b\n\n" % error_body(dialect, kind, message, code, request_id)
+    return b"event: error\ndata: %b\n\n" % error_body(format, kind, message, code, request_id)
 
 
 # ==== Access log =================================================================================
@@ -2802,9 +2802,9 @@ def echo_answer(
 
 def echo_error(path: str, fault: EchoFault, request_id: str) -> EchoAnswer:
     """The answer that tells what is wrong, in the format of the path."""
-    dialect = "anthropic" if path.startswith(("/v1/messages", "/v1/anthropic")) else "openai"
+    format = "anthropic" if path.startswith(("/v1/messages", "/v1/anthropic")) else "openai"
     kind = ERROR_KINDS.get(fault.status, "api_error" if fault.status >= 500 else "invalid_request_error")
-    document = error_body(dialect, kind, str(fault), kind, request_id)
+    document = error_body(format, kind, str(fault), kind, request_id)
     return EchoAnswer(fault.status, "application/json", [(0.0, document)], len(document))
 
 
@@ -5089,22 +5089,22 @@ def listed_entries(text: str) -> Iterator[JsonDict]:
         yield {} if not named else {"id": entry["id"]} if tells_much else entry
 
 
-def model_entry(entry: JsonDict, dialect: str) -> JsonDict:
-    """An entry of the catalogue in the shape of a dialect; what the provider said of it stays."""
+def model_entry(entry: JsonDict, format: str) -> JsonDict:
+    """An entry of the catalogue in the shape of a format; what the provider said of it stays."""
     name = entry["id"]
-    if dialect == "anthropic":
+    if format == "anthropic":
         usual: JsonDict = {"type": "model", "id": name, "display_name": name, "created_at": ECHO_CREATED}
     else:
         usual = {"id": name, "object": "model", "created": ECHO_CREATED_UNIX, "owned_by": "monorelay"}
-    native = ("type" in entry) if dialect == "anthropic" else ("object" in entry)
+    native = ("type" in entry) if format == "anthropic" else ("object" in entry)
     return {**usual, **entry} if native else {key: entry.get(key, value) for key, value in usual.items()}
 
 
-def model_page(entries: Sequence[JsonDict], query: str, dialect: str) -> JsonDict:
+def model_page(entries: Sequence[JsonDict], query: str, format: str) -> JsonDict:
     """The page of the list that a query asks for with limit, after_id and before_id. Raises BadRequest."""
     asked = dict(parse_qsl(query))
     names = [entry["id"] for entry in entries]
-    limit = asked.get("limit", "20" if dialect == "anthropic" else "100000")
+    limit = asked.get("limit", "20" if format == "anthropic" else "100000")
     if not re.fullmatch(r"[0-9]{1,6}", limit) or int(limit) < 1:
         raise BadRequest("limit: Input should be a whole number from 1")
     for key in ("after_id", "before_id"):
@@ -5115,12 +5115,12 @@ def model_page(entries: Sequence[JsonDict], query: str, dialect: str) -> JsonDic
     backwards = "before_id" in asked and "after_id" not in asked
     page = entries[max(start, end - int(limit)) : end] if backwards else entries[start : min(end, start + int(limit))]
     shown = {
-        "data": [model_entry(entry, dialect) for entry in page],
+        "data": [model_entry(entry, format) for entry in page],
         "has_more": len(page) < end - start,
         "first_id": page[0]["id"] if page else None,
         "last_id": page[-1]["id"] if page else None,
     }
-    return shown if dialect == "anthropic" else {"object": "list", **shown}
+    return shown if format == "anthropic" else {"object": "list", **shown}
 
 
 # ==== Log writer =================================================================================
@@ -5281,13 +5281,13 @@ class Outgoing:
     """A response as bytes for its client: first begin(), then feed() with what comes from the provider, until it has
     `ended`. Does no I/O."""
 
-    def __init__(self, response: Response, request: Optional[RequestHead], dialect: str, record: AccessRecord) -> None:
+    def __init__(self, response: Response, request: Optional[RequestHead], format: str, record: AccessRecord) -> None:
         self.ended = False
         self.keep_alive = False
         self.must_reset = False  # whether only a reset shows the client that the body isn't whole
         self._response = response
         self._request = request  # None for one that can't be read
-        self._dialect = dialect
+        self._format = format
         self._record = record
         self._chunked = self._until_close = False
         answer = response.answer
@@ -5348,7 +5348,7 @@ class Outgoing:
             return b""
         kind = "timeout_error" if code == "upstream_timeout" else "api_error"
         event = b"\n\n" if self._lines.mid_line else b"\n"
-        event += error_event(self._dialect, kind, message, code, record.request_id)
+        event += error_event(self._format, kind, message, code, record.request_id)
         return chunk(event) if self._chunked else event
 
     def _close(self, broken: bool) -> bytes:
@@ -5494,7 +5494,7 @@ class Endpoint(NamedTuple):
     """What a request is for: who answers it, and how."""
 
     answer: Answerer
-    dialect: str  # anthropic or openai: the shape of errors, and the format of the providers
+    format: str  # anthropic or openai: the shape of errors, and the format of the providers
     path: str  # behind /v1, as it goes upstream
     by_model: bool = False  # whether the body's top-level `model` is what decides which model works
     creates: bool = False  # whether what is sent there must never be sent twice
@@ -5520,7 +5520,7 @@ class Exchange:
         self.record = AccessRecord(time.time(), self.loop.now)
         self.head: Optional[RequestHead] = None  # None for one that can't be read
         self.request: RequestHead  # the same, when it has been read
-        self.dialect = ""
+        self.format = ""
         self.endpoint: Endpoint  # when it has been found
         self.caller = NOBODY
         self._incoming: Optional[RequestBody] = None  # its body, as far as it is being read
@@ -5548,7 +5548,7 @@ class Exchange:
                 ("x-monorelay-provider", header_text(record.provider)),
                 ("x-monorelay-attempts", str(record.attempts)),
             ]
-        body = error_body(self.dialect, error.kind, error.message, error.code, record.request_id)
+        body = error_body(self.format, error.kind, error.message, error.code, record.request_id)
         return own_response(error.status, body, [*fields, *self.cors()], record.request_id, error.close)
 
     def cors(self, answer: Iterable[tuple[str, str]] = ()) -> Pairs:
@@ -5790,10 +5790,10 @@ async def answer_catalogue(exchange: Exchange) -> Response:
     entries = [entry for entry in listed if exchange.may_use(entry["id"])]
     wanted = unquote(exchange.endpoint.path[len("/models/") :])
     if not wanted:
-        return exchange.respond(200, model_page(entries, exchange.request.query, exchange.dialect))
+        return exchange.respond(200, model_page(entries, exchange.request.query, exchange.format))
     for entry in entries:
         if entry["id"] == wanted:
-            return exchange.respond(200, model_entry(entry, exchange.dialect))
+            return exchange.respond(200, model_entry(entry, exchange.format))
     meant = suggestion(wanted, (entry["id"] for entry in entries))
     raise NotFound(f"there is no model {wanted[:MODEL_CHARACTERS]!r}{meant}")
 
@@ -5831,7 +5831,7 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
     assert body.facts
     asked = exchange.record.model = body.facts.model
     exchange.check_model(body.facts)
-    targets = exchange.targets_of(asked, exchange.endpoint.dialect)
+    targets = exchange.targets_of(asked, exchange.endpoint.format)
     if all(target.model == asked and target.provider.format != "echo" for target in targets):
         exchange.release_room(body.drop_decoded())
     else:
@@ -5848,7 +5848,7 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
 async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody]) -> Response:
     """Relays to the first provider's first key. Raises Forbidden for users who may use some models only, where
     models may stand out of sight."""
-    provider = first_provider(exchange.config, exchange.endpoint.dialect)
+    provider = first_provider(exchange.config, exchange.endpoint.format)
     method, path = exchange.request.method, exchange.endpoint.path
     names_model = method in ("POST", "PUT", "PATCH") or exchange.request.body_length != 0
     names_model = names_model and not (method == "POST" and path == "/files")
@@ -5933,7 +5933,7 @@ MODEL_PATHS = frozenset(path for path, (_, answer) in ENDPOINTS.items() if answe
 }  # fmt: skip
 
 
-def dialect_of(path: str, names_version: bool) -> str:
+def format_of(path: str, names_version: bool) -> str:
     """The API that a request speaks; `names_version`: it has an anthropic-version. The first
     REMEMBERED_PATH_CHARACTERS of its path tell."""
     path = known_form(path)
@@ -5943,13 +5943,13 @@ def dialect_of(path: str, names_version: bool) -> str:
     return "anthropic" if names_version and not by_model else "openai"
 
 
-def likely_dialect(data: bytes) -> str:
+def likely_format(data: bytes) -> str:
     """The API that a head speaks which can't be read, or hasn't been."""
     anthropic = re.match(rb"\S{1,20} /v1/(?:messages|anthropic/)", data) or b"\nanthropic-version:" in data.lower()
     return "anthropic" if anthropic else "openai"
 
 
-def find_endpoint(method: str, path: str, dialect: str) -> Endpoint:
+def find_endpoint(method: str, path: str, format: str) -> Endpoint:
     """The endpoint of a request. Raises NotFound and MethodNotAllowed."""
     if method not in METHODS:
         known = ENDPOINTS.get(known_form(path), (METHODS,))[0]
@@ -5960,22 +5960,22 @@ def find_endpoint(method: str, path: str, dialect: str) -> Endpoint:
         raise NotFound(f"the path has more than {PATH_ESCAPES} percent-encoded characters")
     # The same few come again and again; long ones are not worth the memory.
     find = remembered_endpoint if len(path) <= REMEMBERED_PATH_CHARACTERS else remembered_endpoint.__wrapped__
-    return find(method, path, dialect)
+    return find(method, path, format)
 
 
 @functools.lru_cache(maxsize=256)
-def remembered_endpoint(method: str, path: str, dialect: str) -> Endpoint:
+def remembered_endpoint(method: str, path: str, format: str) -> Endpoint:
     """As find_endpoint(), for a method of METHODS."""
     if not is_safe_path(path):
         raise NotFound("the path has empty, . or .. segments, a backslash, spaces or control characters")
     known = known_form(path)
     if known.startswith("/v1/v1/") or known == "/v1/v1":
         raise NotFound("the path begins with /v1/v1: leave /v1 out of the client's base_url", "doubled_v1")
-    methods, answer = ENDPOINTS.get(known) or fallback(method, known, dialect)
+    methods, answer = ENDPOINTS.get(known) or fallback(method, known, format)
     if method not in methods:
         raise MethodNotAllowed(method, header_text(known[:200]), methods)
     if known == "/v1/messages/beta":
-        return Endpoint(answer, dialect, "/messages", by_model=True, beta=True)
+        return Endpoint(answer, format, "/messages", by_model=True, beta=True)
     if answer is answer_by_model and method != "POST":
         answer = answer_any
     is_known = answer is not answer_any or known in ENDPOINTS or any(is_within(known, place) for place in STORED_PATHS)
@@ -5985,7 +5985,7 @@ def remembered_endpoint(method: str, path: str, dialect: str) -> Endpoint:
     decoded = re.sub("(?i)%2f", "/", known)  # as some servers read it
     return Endpoint(
         answer,
-        dialect,
+        format,
         upstream_path,
         by_model=known in MODEL_PATHS,
         creates=any(is_within(decoded, place) for place in CREATING_PATHS),
@@ -5993,7 +5993,7 @@ def remembered_endpoint(method: str, path: str, dialect: str) -> Endpoint:
     )
 
 
-def fallback(method: str, path: str, dialect: str) -> tuple[tuple[str, ...], Answerer]:
+def fallback(method: str, path: str, format: str) -> tuple[tuple[str, ...], Answerer]:
     """What serves a path that is no endpoint of its own, as in ENDPOINTS. Raises NotFound."""
     if path.startswith("/v1/anthropic/models/"):
         return READING, answer_first_provider
@@ -6001,7 +6001,7 @@ def fallback(method: str, path: str, dialect: str) -> tuple[tuple[str, ...], Ans
         raise NotFound(f"there is nothing at {header_text(path[:200])}")
     if path.startswith("/v1/models/") and method in READING:
         return READING, answer_catalogue
-    stored = dialect == "anthropic" and any(is_within(path, place) for place in STORED_PATHS)
+    stored = format == "anthropic" and any(is_within(path, place) for place in STORED_PATHS)
     return METHODS, answer_first_provider if stored else answer_any
 
 
@@ -6175,7 +6175,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request = exchange.request
             if request.method == "OPTIONS" and exchange.cors():
                 return exchange.respond(204, fields=preflight_fields(request.fields))
-            endpoint = exchange.endpoint = find_endpoint(request.method, request.path, exchange.dialect)
+            endpoint = exchange.endpoint = find_endpoint(request.method, request.path, exchange.format)
             if endpoint.answer not in OPEN_ENDPOINTS:
                 self._authenticate(exchange)
             return await endpoint.answer(exchange)
@@ -6197,11 +6197,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise self.fault
             head = exchange.head = exchange.request = parse_request_head(data)
         except MalformedRequest:
-            exchange.dialect = likely_dialect(data)
+            exchange.format = likely_format(data)
             raise
         record, path = exchange.record, head.path
         record.method, record.path = head.method[:LOGGED_CHARACTERS], path[:LOGGED_CHARACTERS]
-        exchange.dialect = dialect_of(path[:REMEMBERED_PATH_CHARACTERS], "anthropic-version" in head.fields.names)
+        exchange.format = format_of(path[:REMEMBERED_PATH_CHARACTERS], "anthropic-version" in head.fields.names)
 
     def _admit(self, exchange: Exchange) -> None:
         """Raises Unavailable while the relay has too many connections, or shuts down."""
@@ -6225,7 +6225,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     async def _send(self, exchange: Exchange, response: Response) -> bool:
         """Sends a response as it comes: the one place from which responses go to clients. Whether the connection can be
         used for another request. Raises ClientGone."""
-        outgoing = Outgoing(response, exchange.head, exchange.dialect, exchange.record)
+        outgoing = Outgoing(response, exchange.head, exchange.format, exchange.record)
         answer = response.answer
         try:
             keep_alive = await self._may_be_kept(exchange, response)
@@ -6482,18 +6482,18 @@ def listen(server: ServerSettings) -> socket.socket:
 
 
 def refuse(sock: socket.socket) -> None:
-    """Tells a client that there is no room, in the dialect of its path where that has come, and closes."""
+    """Tells a client that there is no room, in the format of its path where that has come, and closes."""
     try:
         sock.setblocking(False)
         try:
             data = sock.recv(RECEIVE_BYTES)
         except BLOCKED:
             data = b""
-        dialect, record = likely_dialect(data), AccessRecord(time.time(), time.monotonic())
+        format, record = likely_format(data), AccessRecord(time.time(), time.monotonic())
         message, code = "this relay can't take another connection now", "too_many_connections"
-        body = error_body(dialect, "api_error", message, code, record.request_id)
+        body = error_body(format, "api_error", message, code, record.request_id)
         response = own_response(503, body, [("retry-after", "1"), ("x-monorelay-error", code)], record.request_id)
-        sock.send(Outgoing(response, None, dialect, record).begin(False, record.started))
+        sock.send(Outgoing(response, None, format, record).begin(False, record.started))
         sock.shutdown(socket.SHUT_WR)
     except OSError:
         pass  # it has left already

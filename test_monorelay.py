@@ -610,7 +610,7 @@ def relay(retired: list[Relay]) -> Iterator[Callable[..., Relay]]:
 
 
 def refused(got: Message, status: int, kind: str, openai_shape: bool = False) -> str:
-    """The message of an error that the relay itself made, checked in every part the dialect has."""
+    """The message of an error that the relay itself made, checked in every part the format has."""
     assert got.status == status, got
     error = got.json["error"]
     assert error["type"] == kind
@@ -3672,11 +3672,11 @@ def test_a_refused_key_is_the_relays_fault_and_not_the_clients(upstream, relay):
     assert "label-a" in message and len(provider.requests) == 3
 
 
-@pytest.mark.parametrize("dialect", ["anthropic", "openai"])
-def test_a_lone_key_that_cools_answers_as_the_provider_would(upstream, relay, dialect):
+@pytest.mark.parametrize("format", ["anthropic", "openai"])
+def test_a_lone_key_that_cools_answers_as_the_provider_would(upstream, relay, format):
     provider = upstream(replies(answer(429, b"{}", "retry-after: 60"), answer(529), answer(200, b'{"ok":1}')))
-    it = relay({dialect: {"upstream": provider, "keys": ["k"]}})
-    path = "/v1/messages" if dialect == "anthropic" else "/v1/chat/completions"
+    it = relay({format: {"upstream": provider, "keys": ["k"]}})
+    path = "/v1/messages" if format == "anthropic" else "/v1/chat/completions"
     assert [it.post(path, prompt()).status for _ in range(4)] == [429, 529, 200, 200]
 
 
