@@ -19,7 +19,7 @@ The way of a request:
     Handler._next_head            waits for a whole head
     Handler._respond              makes an Exchange, reads the head strictly, finds the endpoint, asks who calls
     answer_by_model               an endpoint: reads the body for its model, and turns it into targets, then candidates
-    Relay.obtain                  takes candidate after candidate, until one's answer isn't a failure
+    Relay.obtain                  takes candidate after candidate, until one's response isn't a failure
     Attempt.run                   sends the request on a kept or a new connection, reads the head, and judges it
     Handler._send                 sends the Response as it comes; an Outgoing makes bytes of it
     LogWriter.record              a line in the log, whatever has happened
@@ -85,10 +85,10 @@ REQUEST_HEAD_BYTES = 64 * 1024
 # Apache's LimitRequestFields is 100; http.client's own limit, 100, has bitten users of other relays.
 REQUEST_HEAD_FIELDS = 200
 # Providers are trusted more than clients: http.client allows 100 lines of 64 KiB, curl 300 KiB.
-ANSWER_HEAD_BYTES = 256 * 1024
-ANSWER_HEAD_FIELDS = 1000
+RESPONSE_HEAD_BYTES = 256 * 1024
+RESPONSE_HEAD_FIELDS = 1000
 # A 103 or a 102 now and then is normal; an endless row of them is not.
-INTERIM_ANSWERS = 20
+INTERIM_RESPONSES = 20
 INTERIM_SECONDS = 60.0  # within so long: some send a 102 every 15 seconds while they work
 # Trailer fields of a request, which are checked and dropped: nobody needs them to be long.
 TRAILER_BYTES = 8 * 1024
@@ -226,11 +226,11 @@ BUILT_IN_CONFIG = """{
 #  └─ UpstreamSilent        504
 # UpstreamFailure           what one attempt met; the relay may try elsewhere
 #  ├─ Unreachable           nothing was sent
-#  ├─ BrokenExchange        sent, and then no (whole) head of an answer
-#  └─ NoAnswer              sent, and silent for the provider's timeout
+#  ├─ BrokenExchange        sent, and then no (whole) head of a response
+#  └─ NoResponse              sent, and silent for the provider's timeout
 # EchoFault                 what echo was asked to answer, or finds wrong
 # FramingError              bytes that are not HTTP/1.1; whose fault it is, the caller knows
-# EarlyAnswer               no fault: a provider that answers while it is still being sent the request
+# EarlyResponse               no fault: a provider that answers while it is still being sent the request
 # Overdue                   no fault either: a task's time is over, and it decides what that means
 # ClientGone                nobody is left to be told anything
 # ConfigError               everything that is wrong with relay.json
@@ -328,7 +328,7 @@ class Unavailable(RelayError):
 
 
 class UpstreamFailed(RelayError):
-    """No provider could be reached, the answer was broken, or the relay's key was refused."""
+    """No provider could be reached, the response was broken, or the relay's key was refused."""
 
     status, kind, code = 502, "api_error", "upstream_failed"
 
@@ -348,10 +348,10 @@ class Unreachable(UpstreamFailure):
 
 
 class BrokenExchange(UpstreamFailure):
-    """The connection broke, or what came is no answer, after the request or a part of it was sent."""
+    """The connection broke, or what came is no response, after the request or a part of it was sent."""
 
 
-class NoAnswer(UpstreamFailure):
+class NoResponse(UpstreamFailure):
     """The request was sent, and nothing came for the provider's timeout."""
 
 
@@ -359,7 +359,7 @@ class FramingError(Exception):
     """Bytes that break the framing of HTTP/1.1."""
 
 
-class EarlyAnswer(Exception):
+class EarlyResponse(Exception):
     """The provider speaks before it has the whole request."""
 
 
@@ -1486,7 +1486,7 @@ class KeyPool:
     def failed(
         self, candidate: Candidate, status: int, retry_after: Optional[float], now: float, by_model: bool = True
     ) -> None:
-        """Notes an answer with a status of failure; `by_model`: to a request that went where its model belongs."""
+        """Notes a response with a status of failure; `by_model`: to a request that went where its model belongs."""
         cooldown = candidate.target.provider.cooldown
         _, key, key_and_model = cooling_names(candidate)
         if status == 429:
@@ -1495,7 +1495,7 @@ class KeyPool:
                 entry.until = now + (cooldown if retry_after is None else retry_after)
                 entry.fixed = retry_after is not None
         elif status in QUARANTINED:
-            if by_model:  # for another request, it may be the path that the key is not good for
+            if by_model and candidate.target.model:  # of another request, it may be the path that the key can't use
                 self._entry(key).until = now + QUARANTINE_FACTOR * cooldown
         elif status == 403 or status >= 500:
             self._entry(key_and_model).back_off(cooldown, now)
@@ -1547,7 +1547,7 @@ GUARDED_HEADERS = HOP_BY_HOP | {
 # What the relay sets itself, or keeps to itself.
 REQUEST_HEADERS_KEPT_BACK = GUARDED_HEADERS | {"accept-encoding"}
 # A cookie of the provider is of no use to a client of the relay; its x-monorelay-* would be mistaken for ours.
-ANSWER_HEADERS_KEPT_BACK = HOP_BY_HOP | {
+RESPONSE_HEADERS_KEPT_BACK = HOP_BY_HOP | {
     "set-cookie", "set-cookie2", "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts",
     "x-monorelay-error", "x-monorelay-request-id", "x-monorelay-translated", "x-monorelay-dropped",
     "x-monorelay-estimated",
@@ -1555,7 +1555,7 @@ ANSWER_HEADERS_KEPT_BACK = HOP_BY_HOP | {
 CORS_HEADERS = frozenset(
     {"access-control-allow-origin", "access-control-allow-credentials", "access-control-expose-headers"}
 )
-# What scripts in a browser may read of an answer, besides anthropic-ratelimit-*.
+# What scripts in a browser may read of a response, besides anthropic-ratelimit-*.
 EXPOSED_HEADERS = (
     "request-id", "x-request-id", "retry-after",
     "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts", "x-monorelay-error",
@@ -1621,7 +1621,7 @@ class RequestHead(NamedTuple):
 
 
 class ResponseHead(NamedTuple):
-    """The head of an upstream's answer."""
+    """The head of an upstream's response."""
 
     status: int
     reason: str
@@ -1732,12 +1732,12 @@ def request_body_length(fields: Headers, version: int) -> Optional[int]:
 
 
 def parse_response_head(data: bytes) -> ResponseHead:
-    """The head of an answer, up to and with its empty line. Raises FramingError."""
+    """The head of a response, up to and with its empty line. Raises FramingError."""
     line, _, block = data.decode("latin-1").partition("\r\n")
     match = STATUS_LINE.fullmatch(line)
     if not match:
         raise FramingError("the status line is malformed")
-    pairs = parse_fields(block[:-2]) if block.count("\n") <= ANSWER_HEAD_FIELDS else None
+    pairs = parse_fields(block[:-2]) if block.count("\n") <= RESPONSE_HEAD_FIELDS else None
     if pairs is None:
         raise FramingError("a header line is malformed, or there are too many")
     return ResponseHead(int(match[2]), match[3] or "", int(match[1]), Headers(pairs))
@@ -1869,8 +1869,8 @@ class ChunkedDecoder:
 Decoder = Union[LengthDecoder, CloseDecoder, ChunkedDecoder]
 
 
-def answer_decoder(head: ResponseHead, method: str) -> Decoder:
-    """What reads the body of an answer (RFC 9112 §6.3). Raises FramingError for contradictory framing."""
+def response_decoder(head: ResponseHead, method: str) -> Decoder:
+    """What reads the body of a response (RFC 9112 §6.3). Raises FramingError for contradictory framing."""
     if method == "HEAD" or head.status in (204, 304):
         return LengthDecoder(0)
     fields = head.fields
@@ -1878,7 +1878,7 @@ def answer_decoder(head: ResponseHead, method: str) -> Decoder:
         codings = [coding.lower() for coding in fields.all("transfer-encoding")]
         if "content-length" in fields or codings != ["chunked"] or head.version == 0:
             raise FramingError("the framing is contradictory")
-        return ChunkedDecoder(ANSWER_HEAD_BYTES)
+        return ChunkedDecoder(RESPONSE_HEAD_BYTES)
     if "content-length" not in fields.names:
         return CloseDecoder()
     lengths = fields.all("content-length")
@@ -1989,18 +1989,18 @@ def retry_after_seconds(value: str, now: float) -> Optional[float]:
     return seconds if 0 <= seconds <= RETRY_AFTER_LIMIT_SECONDS else None
 
 
-# Answers after which another key or target is tried. 400, 404, 413 and 422 are about the request, and
+# Responses after which another key or target is tried. 400, 404, 413 and 422 are about the request, and
 # would be the same anywhere; 402 is about the key, but asks its owner to act.
 RETRIED_STATUSES = frozenset({401, 403, 429, 500, 502, 503, 504, 529})
 
 
-def cors_fields(origins: Sequence[str], request: Headers, answer: Iterable[tuple[str, str]] = ()) -> Pairs:
-    """What lets a browser's script read an answer (https://fetch.spec.whatwg.org/#http-cors-protocol);
+def cors_fields(origins: Sequence[str], request: Headers, response: Iterable[tuple[str, str]] = ()) -> Pairs:
+    """What lets a browser's script read a response (https://fetch.spec.whatwg.org/#http-cors-protocol);
     nothing unless the origin is one of the allowed ones."""
     origin = request.get("origin") if origins else ""
     if not origin or not ("*" in origins or origin in origins):
         return []
-    exposed = [*EXPOSED_HEADERS, *(name for name, _ in answer if name.lower().startswith("anthropic-ratelimit-"))]
+    exposed = [*EXPOSED_HEADERS, *(name for name, _ in response if name.lower().startswith("anthropic-ratelimit-"))]
     return [
         ("access-control-allow-origin", "*" if "*" in origins else origin),
         ("access-control-expose-headers", ", ".join(exposed)),
@@ -2345,7 +2345,7 @@ def matched(pattern: re.Pattern[bytes], body: bytes, at: int) -> int:
 
 class ReadBody:
     """A request body that is read for its model: a short one at once when it is whole, a long one as it comes. Behind
-    add(), finish() and locate_model() it wants go_on() for as long as it is `behind`. It is held until an answer has
+    add(), finish() and locate_model() it wants go_on() for as long as it is `behind`. It is held until a response has
     begun."""
 
     __slots__ = ("_restricted", "_walk", "behind", "content", "facts", "problem", "sent", "size")
@@ -2517,7 +2517,7 @@ STREAM_ENDS = re.compile(
     rb"(?:message_stop|error|response\.(?:completed|incomplete|failed)))"
     rb'|"finish_reason" ?: ?"'
 )
-ENDS_IN_NAME = re.compile(rb"(?:^|[\r\n])event:[^\r\n]*[\r\n]{1,2}\Z")  # an event's name without data behind it
+ENDS_IN_NAME = re.compile(rb"(?:^|[\r\n])event:[^\r\n]*(?:\r\n|\n|\r)\Z")  # an event's name without data behind it
 FIRST_EVENT_IS_ERROR = rb'event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error")'
 USAGE = re.compile(rb'"(input|prompt|output|completion)_tokens" ?: ?([0-9]{1,12})')
 
@@ -2570,7 +2570,7 @@ class LineSplitter:
 
 
 class Usage:
-    """Tokens as an answer tells them, read from a copy: the last figure named is the valid one."""
+    """Tokens as a response tells them, read from a copy: the last figure named is the valid one."""
 
     __slots__ = ("_tail", "input_tokens", "output_tokens")
 
@@ -2580,7 +2580,7 @@ class Usage:
         self._tail = b""
 
     def read(self, data: bytes) -> None:
-        """Looks through the next bytes of an answer."""
+        """Looks through the next bytes of a response."""
         # A figure may be cut in two where bodies aren't cut at lines; 200 bytes hold a whole usage head.
         if self._tail:
             data = self._tail + data
@@ -2704,7 +2704,7 @@ def shortened(value: str) -> str:
 # A provider that is built in: it answers both formats without any network, so that a newcomer sees the
 # relay work before there is a key, and clients can be tried against errors and cut streams. What it says
 # follows from the request alone; here it is only composed. The upstream room lets it speak HTTP, so that
-# an answer of echo takes the very path that a provider's takes.
+# a response of echo takes the very path that a provider's takes.
 #
 #   echo            the last user text comes back, word by word when streaming
 #   echo-slow       at 20 words a second
@@ -2715,7 +2715,7 @@ def shortened(value: str) -> str:
 ECHO_WORD_SECONDS = 0.05
 ECHO_STOPS, ECHO_STOP_CHARACTERS = 16, 256
 ECHO_INPUTS = 2048  # OpenAI's limit for embeddings
-ECHO_NUMBERS = 2**18  # in all vectors of an answer
+ECHO_NUMBERS = 2**18  # in all vectors of a response
 BLANK_CHARACTERS = " \t\n\r\x0b\x0c"
 WORD = re.compile(r"\s*\S+", re.ASCII)
 WORD_MARKS = bytes(ord(" ") if chr(byte) in BLANK_CHARACTERS else ord("w") for byte in range(256))
@@ -2737,8 +2737,8 @@ class EchoFault(Exception):
         self.status = status
 
 
-class EchoAnswer(NamedTuple):
-    """An answer in parts, which are made as they are sent: each when its seconds have passed. A cut one ends too
+class EchoResponse(NamedTuple):
+    """A response in parts, which are made as they are sent: each when its seconds have passed. A cut one ends too
     early."""
 
     status: int
@@ -2770,10 +2770,10 @@ class Reply(NamedTuple):
         return count_words([self.text, self.thinking, self.tool_input]) + (1 if self.tool else 0)
 
 
-def echo_answer(
+def echo_response(
     method: str, path: str, body: bytes, now: float, request_id: str, betas: Sequence[str] = ()
-) -> EchoAnswer:
-    """The answer to a request in either format; `path` tells which. `betas` are those of anthropic-beta."""
+) -> EchoResponse:
+    """The response to a request in either format; `path` tells which. `betas` are those of anthropic-beta."""
     try:
         if method == "GET":
             return echo_models(path)
@@ -2800,12 +2800,12 @@ def echo_answer(
         return echo_error(path, fault, request_id)
 
 
-def echo_error(path: str, fault: EchoFault, request_id: str) -> EchoAnswer:
-    """The answer that tells what is wrong, in the format of the path."""
+def echo_error(path: str, fault: EchoFault, request_id: str) -> EchoResponse:
+    """The response that tells what is wrong, in the format of the path."""
     format = "anthropic" if path.startswith(("/v1/messages", "/v1/anthropic")) else "openai"
     kind = ERROR_KINDS.get(fault.status, "api_error" if fault.status >= 500 else "invalid_request_error")
     document = error_body(format, kind, str(fault), kind, request_id)
-    return EchoAnswer(fault.status, "application/json", [(0.0, document)], len(document))
+    return EchoResponse(fault.status, "application/json", [(0.0, document)], len(document))
 
 
 def without_system_turns(messages: Any) -> Any:
@@ -2825,7 +2825,7 @@ def asked_error(model: str) -> None:
         raise EchoFault(status, "Overloaded" if status == 529 else f"the error {status} that {model} was asked for")
 
 
-def echo_models(path: str) -> EchoAnswer:
+def echo_models(path: str) -> EchoResponse:
     """The list of models, or one of them; an object that suits both formats."""
     entries = [
         {"type": "model", "id": name, "display_name": name, "created_at": ECHO_CREATED,
@@ -2847,10 +2847,10 @@ def echo_models(path: str) -> EchoAnswer:
     raise EchoFault(404, f"the echo provider has no GET {path}")
 
 
-def echo_json(document: Any) -> EchoAnswer:
-    """A whole answer."""
+def echo_json(document: Any) -> EchoResponse:
+    """A whole response."""
     body = json.dumps(document).encode("ascii")
-    return EchoAnswer(200, "application/json", [(0.0, body)], len(body))
+    return EchoResponse(200, "application/json", [(0.0, body)], len(body))
 
 
 # -- what both formats check and say
@@ -2961,27 +2961,27 @@ def sample(schema: Any) -> Any:
     )
 
 
-def paced(request: JsonDict, reply: Reply, events: Iterator[bytes]) -> EchoAnswer:
+def paced(request: JsonDict, reply: Reply, events: Iterator[bytes]) -> EchoResponse:
     """The events of a reply as a stream, at the pace and up to the end that the model's name asks for."""
     pause = ECHO_WORD_SECONDS if request["model"].startswith("echo-slow") else 0.0
     cut = request["model"].startswith("echo-cut")
     if cut:
         events = itertools.islice(events, 2 + reply.output_tokens // 2)
-    return EchoAnswer(200, "text/event-stream; charset=utf-8", ((pause, event) for event in events), cut=cut)
+    return EchoResponse(200, "text/event-stream; charset=utf-8", ((pause, event) for event in events), cut=cut)
 
 
-def at_once(request: JsonDict, document: JsonDict) -> EchoAnswer:
-    """The document as a whole answer; half of it if the model's name asks for that."""
+def at_once(request: JsonDict, document: JsonDict) -> EchoResponse:
+    """The document as a whole response; half of it if the model's name asks for that."""
     body = json.dumps(document).encode("ascii")
     cut = request["model"].startswith("echo-cut")
     sent = body[: len(body) // 2] if cut else body
-    return EchoAnswer(200, "application/json", [(0.0, sent)], len(body), cut)
+    return EchoResponse(200, "application/json", [(0.0, sent)], len(body), cut)
 
 
 # -- the Anthropic format: https://docs.anthropic.com/en/api/messages and …/messages-streaming
 
 
-def echo_messages(request: JsonDict, identity: str, now: int) -> EchoAnswer:
+def echo_messages(request: JsonDict, identity: str, now: int) -> EchoResponse:
     """POST /v1/messages."""
     require(request, "max_tokens", is_whole, "Input should be a valid integer")
     check_messages(request)
@@ -2993,7 +2993,7 @@ def echo_messages(request: JsonDict, identity: str, now: int) -> EchoAnswer:
     return at_once(request, anthropic_message(reply))
 
 
-def echo_count_tokens(request: JsonDict, identity: str, now: int) -> EchoAnswer:
+def echo_count_tokens(request: JsonDict, identity: str, now: int) -> EchoResponse:
     """POST /v1/messages/count_tokens."""
     check_messages(request)
     return echo_json({"input_tokens": anthropic_input_tokens(request)})
@@ -3208,7 +3208,7 @@ def anthropic_event(name: str, **fields: Any) -> bytes:
 # -- the OpenAI format: https://platform.openai.com/docs/api-reference
 
 
-def echo_chat(request: JsonDict, identity: str, now: int) -> EchoAnswer:
+def echo_chat(request: JsonDict, identity: str, now: int) -> EchoResponse:
     """POST /v1/chat/completions."""
     require(
         request,
@@ -3248,7 +3248,7 @@ def echo_chat(request: JsonDict, identity: str, now: int) -> EchoAnswer:
     return openai_stream(request, reply, "chat.completion.chunk", now, chunks())
 
 
-def echo_completion(request: JsonDict, identity: str, now: int) -> EchoAnswer:
+def echo_completion(request: JsonDict, identity: str, now: int) -> EchoResponse:
     """POST /v1/completions."""
     require(request, "prompt", is_filled, "Input should be a string or list")
     prompt = request["prompt"]
@@ -3267,7 +3267,7 @@ def echo_completion(request: JsonDict, identity: str, now: int) -> EchoAnswer:
     return openai_stream(request, reply, "text_completion", now, chunks)
 
 
-def echo_embeddings(request: JsonDict, identity: str, now: int) -> EchoAnswer:
+def echo_embeddings(request: JsonDict, identity: str, now: int) -> EchoResponse:
     """POST /v1/embeddings: vectors of length one that depend on the input alone."""
     require(request, "input", is_filled, "Input should be a string or list")
     given = request["input"]
@@ -3288,7 +3288,7 @@ def echo_embeddings(request: JsonDict, identity: str, now: int) -> EchoAnswer:
             opening = ", "
         yield 0.0, f"], {json.dumps(rest)[1:]}".encode("ascii")
 
-    return EchoAnswer(200, "application/json", parts())
+    return EchoResponse(200, "application/json", parts())
 
 
 def embedding(item: Any, size: int, as_text: bool) -> Union[str, list[float]]:
@@ -3300,7 +3300,7 @@ def embedding(item: Any, size: int, as_text: bool) -> Union[str, list[float]]:
     return base64.b64encode(struct.pack(f"<{size}f", *vector)).decode("ascii") if as_text else vector
 
 
-def echo_response(request: JsonDict, identity: str, now: int) -> EchoAnswer:
+def echo_responses(request: JsonDict, identity: str, now: int) -> EchoResponse:
     """POST /v1/responses: https://platform.openai.com/docs/api-reference/responses"""
     require(request, "input", is_filled, "Input should be a string or list")
     given = request["input"]
@@ -3419,7 +3419,9 @@ def openai_object(reply: Reply, kind: str, now: int, choices: list[JsonDict], us
     return {"id": reply.id, "object": kind, "created": now, "model": reply.model, "choices": choices, "usage": usage}
 
 
-def openai_stream(request: JsonDict, reply: Reply, kind: str, now: int, chunks: Iterable[list[JsonDict]]) -> EchoAnswer:
+def openai_stream(
+    request: JsonDict, reply: Reply, kind: str, now: int, chunks: Iterable[list[JsonDict]]
+) -> EchoResponse:
     """The chunks as a stream, with the usage at its end if that was asked for."""
     asks_usage = (request.get("stream_options") or {}).get("include_usage")
 
@@ -3433,12 +3435,12 @@ def openai_stream(request: JsonDict, reply: Reply, kind: str, now: int, chunks: 
     return paced(request, reply, events())
 
 
-ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoAnswer]] = {
+ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoResponse]] = {
     "/v1/messages": echo_messages,
     "/v1/messages/count_tokens": echo_count_tokens,
     "/v1/chat/completions": echo_chat,
     "/v1/completions": echo_completion,
-    "/v1/responses": echo_response,
+    "/v1/responses": echo_responses,
     "/v1/embeddings": echo_embeddings,
 }
 
@@ -3577,10 +3579,10 @@ class Channel:
             self._await_room()
         return sent
 
-    async def send(self, data: bytes, pause_seconds: float, has_answered: Optional[Callable[[], bool]] = None) -> None:
+    async def send(self, data: bytes, pause_seconds: float, has_responded: Optional[Callable[[], bool]] = None) -> None:
         """Sends all of it, or puts off what is short until the end of the turn; that it can't be sent is seen by its
-        task then. Raises Overdue when nothing was taken for the pause, OSError, and EarlyAnswer as soon as
-        `has_answered` says that the provider speaks meanwhile."""
+        task then. Raises Overdue when nothing was taken for the pause, OSError, and EarlyResponse as soon as
+        `has_responded` says that the provider speaks meanwhile."""
         if self._loop.crowded and len(data) < RECEIVE_BYTES and not self._outgoing:
             # Sent one right after the other, messages wake those who wait for them less often.
             self._outgoing = data
@@ -3592,8 +3594,8 @@ class Channel:
             deadline = self._loop.now + pause_seconds
             sent = 0
             while not sent:
-                if has_answered and has_answered():
-                    raise EarlyAnswer
+                if has_responded and has_responded():
+                    raise EarlyResponse
                 await until(deadline)
                 sent = self.send_now(rest)
             rest = rest[sent:]
@@ -3669,7 +3671,7 @@ class Channel:
 
     def _look_before_use(self) -> None:
         """Makes sure, right before the next request is sent, that a kept connection is in order: what came unasked
-        must not be taken for the answer. Raises OSError."""
+        must not be taken for the response. Raises OSError."""
         self.kept_in_turn = 0
         try:
             if not (self.received or self.ended):
@@ -3692,7 +3694,7 @@ class Channel:
         return state in (TCP_CLOSE, TCP_CLOSE_WAIT)
 
     def reset(self) -> None:
-        """Closes the connection by a reset, which can't be taken for the end of an answer."""
+        """Closes the connection by a reset, which can't be taken for the end of a response."""
         try:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         except OSError:
@@ -3739,7 +3741,7 @@ class Channel:
         self._slow = loop.clock - begun > SLOW_EVENT_SECONDS
 
     def _refuse_early_bytes(self) -> None:
-        """Receives on a kept connection whose next request is put off: what comes before it is no answer to it."""
+        """Receives on a kept connection whose next request is put off: what comes before it is no response to it."""
         try:
             self._look_before_use()
         except OSError:
@@ -3874,7 +3876,7 @@ class EventLoop:
         self._bell.setblocking(False)
         self._ringer.setblocking(False)
         self._rung = False
-        self.selector.register(self._bell, READABLE, self._answer_bell)
+        self.selector.register(self._bell, READABLE, self._on_wakeup)
 
     @property
     def current(self) -> Task:
@@ -3954,7 +3956,7 @@ class EventLoop:
             task.cancel()
         self._stopped = True
 
-    def _answer_bell(self, events: int) -> None:
+    def _on_wakeup(self, events: int) -> None:
         self._bell.recv(4096)
         self._rung = False
 
@@ -4142,12 +4144,12 @@ class RequestBody:
         """Whether it has been read to its end."""
         return self._decoder.finished
 
-    async def read(self, has_answered: Optional[Callable[[], bool]] = None) -> bytes:
-        """The next piece, b"" at the end. Raises ClientGone, TooLarge, MalformedRequest, and EarlyAnswer
-        when `has_answered` says that the provider speaks before there is one."""
+    async def read(self, has_responded: Optional[Callable[[], bool]] = None) -> bytes:
+        """The next piece, b"" at the end. Raises ClientGone, TooLarge, MalformedRequest, and EarlyResponse
+        when `has_responded` says that the provider speaks before there is one."""
         piece = self.arrived()
         while not piece and not self._decoder.finished:
-            await self._arrival(has_answered)
+            await self._arrival(has_responded)
             piece = self.arrived()
         return piece
 
@@ -4189,7 +4191,7 @@ class RequestBody:
             raise self._too_large()
         return piece
 
-    async def _arrival(self, has_answered: Optional[Callable[[], bool]]) -> None:
+    async def _arrival(self, has_responded: Optional[Callable[[], bool]]) -> None:
         """Waits for more of the body."""
         channel, deadline = self._channel, min(self._loop.now + BODY_PAUSE_SECONDS, self._latest)
         if self._invite:
@@ -4200,8 +4202,8 @@ class RequestBody:
                 raise ClientGone from None
         try:
             while not channel.received:
-                if has_answered and has_answered():
-                    raise EarlyAnswer
+                if has_responded and has_responded():
+                    raise EarlyResponse
                 await until(deadline)
         except Overdue:
             raise MalformedRequest("the body takes too long", 408) from None
@@ -4214,7 +4216,7 @@ class RequestBody:
 #
 # Connections to providers are made in the loop: an attempt costs no thread, and ends when its client leaves. Only
 # names are looked up in threads, one for each name that is asked for, whoever waits for it. A kept connection is
-# looked at right before its next request: what it holds then is no answer to that.
+# looked at right before its next request: what it holds then is no response to that.
 
 
 class Lookup:
@@ -4248,7 +4250,7 @@ class UpstreamPool:
 
     def take(self, provider: Provider) -> Optional[Channel]:
         """A kept connection, the one used last: it is the least likely to be closed soon. One that came back just now
-        is left: what its provider sends behind its answer, if anything, has yet to be seen."""
+        is left: what its provider sends behind its response, if anything, has yet to be seen."""
         idle = self._idle.get((provider.scheme, provider.host, provider.port), [])
         for index in range(len(idle) - 1, -1, -1):
             if idle[index].kept_in_turn == self._loop.turn:
@@ -4261,7 +4263,7 @@ class UpstreamPool:
         return None
 
     def keep(self, provider: Provider, channel: Channel) -> None:
-        """Takes a connection back after a whole answer."""
+        """Takes a connection back after a whole response."""
         idle = self._idle.setdefault((provider.scheme, provider.host, provider.port), [])
         if channel.ended or len(idle) >= UPSTREAM_IDLE_CONNECTIONS:
             channel.close()
@@ -4409,15 +4411,15 @@ async def open_tunnel(loop: EventLoop, channel: Channel, provider: Provider, pro
     place = f"{host}:{provider.port}"
     head = head_bytes(f"CONNECT {place} HTTP/1.1", [("Host", place), *proxy_credential(proxy)])
     await channel.send(head, deadline - loop.now)
-    heads = AnswerHeads(loop, channel)
-    answer = heads.take_final()
-    while not answer:
+    heads = ResponseHeads(loop, channel)
+    response = heads.take_final()
+    while not response:
         if channel.ended:
             raise ConnectionError("the proxy closed the connection without an answer")
         await channel.arrival(deadline)
-        answer = heads.take_final()
-    if answer.status // 100 != 2:
-        raise ConnectionError(f"the proxy answered with {answer.status}")
+        response = heads.take_final()
+    if response.status // 100 != 2:
+        raise ConnectionError(f"the proxy answered with {response.status}")
     if channel.received:
         raise ConnectionError("the proxy sent more than its answer")
 
@@ -4480,45 +4482,45 @@ async def serve_echo(loop: EventLoop, sock: socket.socket) -> None:
             body = await RequestBody(channel, head, ECHO_BODY_BYTES, loop).read_all()
         except TooLarge:
             fault = EchoFault(413, f"echo reads at most {ECHO_BODY_BYTES} bytes")
-            answer = echo_error(head.path, fault, request_id)
+            response = echo_error(head.path, fault, request_id)
         else:
             betas = head.fields.elements("anthropic-beta")
-            compose = functools.partial(echo_answer, head.method, head.path, body, time.time(), request_id, betas)
+            compose = functools.partial(echo_response, head.method, head.path, body, time.time(), request_id, betas)
             slow = len(body) > ECHO_AT_ONCE_BYTES
-            answer = (await in_thread(loop, compose, start=loop.worker.call)) if slow else compose()
-        await send_echo(loop, channel, answer, request_id)
+            response = (await in_thread(loop, compose, start=loop.worker.call)) if slow else compose()
+        await send_echo(loop, channel, response, request_id)
         await channel.finish_sending(STALLED_CLIENT_SECONDS)
     except (OSError, ClientGone, Overdue, RelayError):
         pass  # the relay has closed its end: the client left, or is being answered already
     except RecursionError:
-        pass  # what is to be echoed is nested deeper than what this thread can tell: the answer is cut
+        pass  # what is to be echoed is nested deeper than what this thread can tell: the response is cut
     finally:
         channel.close()
 
 
-async def send_echo(loop: EventLoop, channel: Channel, answer: EchoAnswer, request_id: str) -> None:
-    """Sends the answer as it is made; one that is cut lacks its end."""
-    chunked = answer.size is None
-    framing = ("transfer-encoding", "chunked") if chunked else ("content-length", str(answer.size))
-    fields = [("content-type", answer.content_type), framing, ("connection", "close")]
-    if answer.content_type.startswith("text/event-stream"):
+async def send_echo(loop: EventLoop, channel: Channel, response: EchoResponse, request_id: str) -> None:
+    """Sends the response as it is made; one that is cut lacks its end."""
+    chunked = response.size is None
+    framing = ("transfer-encoding", "chunked") if chunked else ("content-length", str(response.size))
+    fields = [("content-type", response.content_type), framing, ("connection", "close")]
+    if response.content_type.startswith("text/event-stream"):
         fields += [("cache-control", "no-cache"), ("x-accel-buffering", "no")]
     fields.append(("request-id", request_id))
-    head = head_bytes(f"HTTP/1.1 {answer.status} {reason_of(answer.status)}", fields)
+    head = head_bytes(f"HTTP/1.1 {response.status} {reason_of(response.status)}", fields)
     await channel.send(head, STALLED_CLIENT_SECONDS)
-    for seconds, part in answer.parts:
+    for seconds, part in response.parts:
         if seconds:
             await pause(loop, seconds)
         await channel.send(chunk(part) if chunked else part, STALLED_CLIENT_SECONDS)
-    if chunked and not answer.cut:
+    if chunked and not response.cut:
         await channel.send(LAST_CHUNK, STALLED_CLIENT_SECONDS)
 
 
 BARE_LF = re.compile(rb"(?:^|[^\r])\n")
 
 
-class AnswerHeads:
-    """Finds the head of the final answer in what has come from a provider, and passes over interim ones."""
+class ResponseHeads:
+    """Finds the head of the final response in what has come from a provider, and passes over interim ones."""
 
     def __init__(self, loop: EventLoop, channel: Channel) -> None:
         self._loop = loop
@@ -4528,13 +4530,13 @@ class AnswerHeads:
         self._since = loop.now
 
     def has_begun(self) -> bool:
-        """Whether the final answer has begun to arrive, or the provider has closed. Raises FramingError."""
+        """Whether the final response has begun to arrive, or the provider has closed. Raises FramingError."""
         self._pass_interim()
         received = self._channel.received
         return self._channel.ended or (len(received) >= len(b"HTTP/1.1 2") and received[9:10] != b"1")
 
     def take_final(self) -> Optional[ResponseHead]:
-        """The head of the final answer, once it is whole. Raises FramingError."""
+        """The head of the final response, once it is whole. Raises FramingError."""
         size = self._pass_interim()
         return parse_response_head(self._channel.use(size)) if size else None
 
@@ -4546,8 +4548,8 @@ class AnswerHeads:
             if end < 0:
                 if BARE_LF.search(channel.received, max(0, self._seen - 1)):
                     raise FramingError("a line of its head ends in LF alone")
-                if len(channel.received) >= ANSWER_HEAD_BYTES:
-                    raise FramingError(f"its head is longer than {ANSWER_HEAD_BYTES} bytes")
+                if len(channel.received) >= RESPONSE_HEAD_BYTES:
+                    raise FramingError(f"its head is longer than {RESPONSE_HEAD_BYTES} bytes")
                 self._seen = len(channel.received)
                 return 0
             self._seen = 0
@@ -4560,11 +4562,12 @@ class AnswerHeads:
         if self._loop.now - self._since > INTERIM_SECONDS:
             self._interim, self._since = 0, self._loop.now
         self._interim += 1
-        if self._interim > INTERIM_ANSWERS or head.status == 101:
+        if self._interim > INTERIM_RESPONSES or head.status == 101:
             raise FramingError("it sends too many interim answers, or switches protocols unasked")
 
 
-SECRET_NAME = re.compile(r"(?i)auth|key|token|secret")
+SECRET_NAME = re.compile(r"(?i)(?:.*-)?(?:authorization|auth|(?:api-?)?key|token|secret)")
+SECRET_CHARACTERS = 8  # of a header's value; shorter ones may stand anywhere
 
 
 def unescaped(text: str) -> str:
@@ -4573,8 +4576,8 @@ def unescaped(text: str) -> str:
     return unquote(html.unescape(text))
 
 
-class Answer:
-    """An answer whose head has been read; its body may still be coming."""
+class UpstreamResponse:
+    """A response whose head has been read; its body may still be coming."""
 
     __slots__ = ("candidate", "channel", "content", "decoder", "has_body", "head", "is_stream", "whole_request")
 
@@ -4612,11 +4615,12 @@ class Answer:
         """Whether the key that was sent, or another secret among the provider's headers, stands in the head or in what
         has come of the content, however it is escaped there."""
         key, provider = self.candidate.key, self.candidate.target.provider
-        sent = [key.secret.reveal()] if key else []
-        sent += [value.rpartition(" ")[2] for name, value in provider.headers if value and SECRET_NAME.search(name)]
+        given = [value.rpartition(" ")[2] for name, value in provider.headers if value and SECRET_NAME.fullmatch(name)]
+        secrets = [secret for secret in given if len(secret) >= SECRET_CHARACTERS]
+        secrets += [key.secret.reveal()] if key else []
         told = [self.head.reason, *itertools.chain.from_iterable(self.head.headers), self.content.decode("latin-1")]
         text = "\n".join(told)
-        return any(secret in text or secret in unescaped(text) for secret in sent)
+        return any(secret in text or secret in unescaped(text) for secret in secrets)
 
     def absorb(self, data: bytes) -> bytes:
         """Decodes the next bytes from upstream into `content`, and returns what they add. Raises FramingError."""
@@ -4680,7 +4684,9 @@ EVENT_END = re.compile(rb"\n\n|\r\r|\r\n\r\n")
 class Attempt:
     """One try of a request with a candidate, and how far it has come."""
 
-    __slots__ = ("_heads", "_loop", "_request", "_sent", "answer", "candidate", "channel", "code", "problem", "reached")
+    __slots__ = (
+        "_heads", "_loop", "_request", "_sent", "candidate", "channel", "code", "problem", "reached", "response",
+    )  # fmt: skip
 
     def __init__(self, loop: EventLoop, request: UpstreamRequest, candidate: Candidate) -> None:
         self._loop = loop
@@ -4688,13 +4694,13 @@ class Attempt:
         self.candidate = candidate
         self.reached = False  # whether there was a connection
         self._sent = False  # whether all of the request was sent
-        self.answer: Optional[Answer] = None
+        self.response: Optional[UpstreamResponse] = None
         self.problem = self.code = ""  # why there is none
 
     @property
     def has_begun(self) -> bool:
-        """Whether something of an answer has come, if only that it is none."""
-        return self.reached and (self.answer is not None or self.channel.answered)
+        """Whether something of a response has come, if only that it is none."""
+        return self.reached and (self.response is not None or self.channel.answered)
 
     @property
     def may_be_at_work(self) -> bool:
@@ -4702,21 +4708,21 @@ class Attempt:
         return self.reached and self._sent and not self.channel.send_failed
 
     async def run(self, channel: Channel) -> None:
-        """Sends the request on a connection and reads the answer so far that it can be judged: its head, of a stream
-        the first line too. Where the connection breaks, there is none. Raises NoAnswer, ClientGone, and what reading
+        """Sends the request on a connection and reads the response so far that it can be judged: its head, of a stream
+        the first line too. Where the connection breaks, there is none. Raises NoResponse, ClientGone, and what reading
         the body raises."""
         self.channel, self.reached, self._sent = channel, True, False
         channel.answered = False
-        self._heads = AnswerHeads(self._loop, channel)
+        self._heads = ResponseHeads(self._loop, channel)
         try:
             self._sent = await self._send()
-            answer = await self._read_head()
-            answer.whole_request = self._sent
-            if answer.is_stream:
-                await self._read_first_line(answer)
-                if re.match(FIRST_EVENT_IS_ERROR, answer.content):
-                    await peek(self._loop, answer, event_only=True)
-            self.answer = answer
+            response = await self._read_head()
+            response.whole_request = self._sent
+            if response.is_stream:
+                await self._read_first_line(response)
+                if re.match(FIRST_EVENT_IS_ERROR, response.content):
+                    await peek(self._loop, response, event_only=True)
+            self.response = response
         except FramingError as error:
             channel.close()
             message = f"the provider {self.candidate.target.provider.name} sent a malformed answer: {error}"
@@ -4729,8 +4735,8 @@ class Attempt:
             raise
 
     async def _send(self) -> bool:
-        """Sends the request; False when the provider answered, or broke off, before it had all of it. Raises NoAnswer,
-        ClientGone, and what reading the body raises."""
+        """Sends the request; False when the provider answered, or broke off, before it had all of it. Raises
+        NoResponse, ClientGone, and what reading the body raises."""
         request, candidate, channel, has_begun = self._request, self.candidate, self.channel, self._heads.has_begun
         provider, body = candidate.target.provider, request.body
         length: Optional[int]
@@ -4751,14 +4757,14 @@ class Attempt:
             if isinstance(body, RequestBody):
                 await self._stream_body(body, provider.timeout)
         except Overdue:
-            raise NoAnswer(f"the provider {provider.name} took nothing for {provider.timeout:g} seconds") from None
-        except (OSError, EarlyAnswer):
+            raise NoResponse(f"the provider {provider.name} took nothing for {provider.timeout:g} seconds") from None
+        except (OSError, EarlyResponse):
             # It may have answered before it closed; reading will tell.
             return False
         return True
 
     async def _stream_body(self, body: RequestBody, timeout: float) -> None:
-        """Sends a body piece by piece as it comes from the client. Raises EarlyAnswer and what both sides raise."""
+        """Sends a body piece by piece as it comes from the client. Raises EarlyResponse and what both sides raise."""
         chunked, channel, has_begun = body.length is None, self.channel, self._heads.has_begun
         while not body.finished:
             piece = await body.read(has_begun)
@@ -4766,54 +4772,56 @@ class Attempt:
         if chunked:
             await channel.send(LAST_CHUNK, timeout, has_begun)
 
-    async def _read_head(self) -> Answer:
-        """Waits for the head of the final answer. Raises BrokenExchange, NoAnswer and FramingError."""
+    async def _read_head(self) -> UpstreamResponse:
+        """Waits for the head of the final response. Raises BrokenExchange, NoResponse and FramingError."""
         channel, method = self.channel, self._request.head.method
         head = self._heads.take_final() if channel.received else None
         while not head:
             await more_of(self._loop, channel, self.candidate)
             head = self._heads.take_final()
-        answer = Answer(self.candidate, channel, head, answer_decoder(head, method))
-        answer.has_body = method != "HEAD" and head.status not in (204, 304)
+        response = UpstreamResponse(self.candidate, channel, head, response_decoder(head, method))
+        response.has_body = method != "HEAD" and head.status not in (204, 304)
         if channel.received:
-            answer.absorb(channel.take())
-        return answer
+            response.absorb(channel.take())
+        return response
 
-    async def _read_first_line(self, answer: Answer) -> None:
-        """Waits for the first line of a stream, which tells whether it is an error. Raises BrokenExchange, NoAnswer and
-        FramingError."""
-        news, channel = answer.content, answer.channel
-        while not LINE_END.search(news) and not answer.decoder.finished and len(answer.content) <= STREAM_LINE_BYTES:
+    async def _read_first_line(self, response: UpstreamResponse) -> None:
+        """Waits for the first line of a stream, which tells whether it is an error. Raises BrokenExchange, NoResponse
+        and FramingError."""
+        news, channel = response.content, response.channel
+        while (
+            not LINE_END.search(news) and not response.decoder.finished and len(response.content) <= STREAM_LINE_BYTES
+        ):
             try:
-                await more_of(self._loop, channel, answer.candidate)
+                await more_of(self._loop, channel, response.candidate)
             except BrokenExchange:
-                if isinstance(answer.decoder, CloseDecoder) and STREAM_ENDS.search(answer.content):
+                if isinstance(response.decoder, CloseDecoder) and STREAM_ENDS.search(response.content):
                     break  # the only line is the end of the stream, though it has none itself
                 raise
-            news = answer.absorb(channel.take())
+            news = response.absorb(channel.take())
 
 
 async def more_of(loop: EventLoop, channel: Channel, candidate: Candidate) -> None:
-    """Waits for more of an answer. Raises BrokenExchange and NoAnswer."""
+    """Waits for more of a response. Raises BrokenExchange and NoResponse."""
     provider, before = candidate.target.provider, len(channel.received)
     try:
         await channel.arrival(loop.now + provider.timeout)
     except Overdue:
-        raise NoAnswer(f"the provider {provider.name} sent nothing for {provider.timeout:g} seconds") from None
+        raise NoResponse(f"the provider {provider.name} sent nothing for {provider.timeout:g} seconds") from None
     if len(channel.received) == before:
         raise BrokenExchange(f"the provider {provider.name} closed the connection without an answer")
 
 
-async def peek(loop: EventLoop, answer: Answer, event_only: bool = False) -> None:
+async def peek(loop: EventLoop, response: UpstreamResponse, event_only: bool = False) -> None:
     """Reads so much of an error that can be judged, of a stream perhaps only its first event; what goes wrong
     meanwhile is seen when it is passed on."""
-    channel, deadline = answer.channel, loop.now + PEEK_SECONDS
+    channel, deadline = response.channel, loop.now + PEEK_SECONDS
     try:
-        while not answer.decoder.finished and len(answer.content) < PEEKED_BYTES:
-            if event_only and EVENT_END.search(answer.content):
+        while not response.decoder.finished and len(response.content) < PEEKED_BYTES:
+            if event_only and EVENT_END.search(response.content):
                 break
             if channel.received:
-                answer.absorb(channel.take())
+                response.absorb(channel.take())
             elif channel.ended:
                 break
             else:
@@ -4821,13 +4829,14 @@ async def peek(loop: EventLoop, answer: Answer, event_only: bool = False) -> Non
     except Overdue:
         pass
     except FramingError:
-        channel.ended = channel.broken = True
+        channel.received, channel.ended, channel.broken = b"", True, True
+        channel.close()
 
 
 # ==== Relay ======================================================================================
 #
-# The attempt loop. A request may be tried again elsewhere as long as nothing of an answer has gone to
-# the client, and as long as no provider can be at work on it: after an answer that refuses it, or a
+# The attempt loop. A request may be tried again elsewhere as long as nothing of a response has gone to
+# the client, and as long as no provider can be at work on it: after a response that refuses it, or a
 # connection that failed. One whose connection broke after all of it was sent may have been begun, and is
 # tried elsewhere once; one that met silence is not.
 
@@ -4836,7 +4845,7 @@ ABOUT_ACCOUNT = re.compile(rb"(?i)organization|project")
 
 
 class Relay:
-    """Gets answers from upstream. Outlives a reload."""
+    """Gets responses from upstream. Outlives a reload."""
 
     def __init__(self, loop: EventLoop, warn: Callable[[str], None]) -> None:
         self.connections = UpstreamPool(loop)
@@ -4844,21 +4853,21 @@ class Relay:
         self._loop = loop
         self._warn = warn
 
-    async def obtain(self, request: UpstreamRequest) -> Answer:
-        """The answer to deliver: the first that isn't a failure, else the last one there was. Raises
+    async def obtain(self, request: UpstreamRequest) -> UpstreamResponse:
+        """The response to deliver: the first that isn't a failure, else the last one there was. Raises
         UpstreamFailed, UpstreamSilent, Unavailable, ClientGone, and what reading the body raises."""
-        last: Optional[Answer] = None
+        last: Optional[UpstreamResponse] = None
         problem, code, last_try = "there is no provider to try", "upstream_unreachable", False
         try:
             for candidate in request.candidates:
                 self._note(request.record, candidate)
                 attempt = await self._attempt(request, candidate, fresh=request.only_once or last_try)
-                answer = attempt.answer
-                if answer:
+                response = attempt.response
+                if response:
                     if last:
                         last.release(self.connections)
-                    last = answer
-                    if last_try or not self._is_failure(request, answer):
+                    last = response
+                    if last_try or not self._is_failure(request, response):
                         break
                 else:
                     problem, code = attempt.problem, attempt.code
@@ -4887,7 +4896,7 @@ class Relay:
                 await attempt.run(await self.connections.connect(provider))
         except Unreachable as error:
             attempt.problem, attempt.code, attempt.reached = str(error), "upstream_unreachable", False
-        except NoAnswer as error:
+        except NoResponse as error:
             self.keys.failed(candidate, 504, None, self._loop.now)
             raise UpstreamSilent(str(error)) from None
         return attempt
@@ -4909,13 +4918,13 @@ class Relay:
         record.provider = candidate.target.provider.name
         record.sent_model, record.key = candidate.target.model, candidate.label
 
-    def _is_failure(self, request: UpstreamRequest, answer: Answer) -> bool:
+    def _is_failure(self, request: UpstreamRequest, response: UpstreamResponse) -> bool:
         """Whether another candidate should be tried; tells the key pool how this one fared."""
-        candidate = answer.candidate
-        provider, status = candidate.target.provider, answer.head.status
-        if answer.is_stream and re.match(FIRST_EVENT_IS_ERROR, answer.content):
+        candidate = response.candidate
+        provider, status = candidate.target.provider, response.head.status
+        if response.is_stream and re.match(FIRST_EVENT_IS_ERROR, response.content):
             # Told in a stream that was opened too early: overloaded, unless it is the request's own fault.
-            status = 400 if b"invalid_request_error" in answer.content else 529
+            status = 400 if b"invalid_request_error" in response.content else 529
         # What the client itself has caused says nothing about a key: an account that it named, an upload that it
         # didn't finish.
         own_fault = (status == 401 and request.names_account) or (status >= 500 and not request.is_sent)
@@ -4923,7 +4932,7 @@ class Relay:
             if status < 400:
                 self.keys.succeeded(candidate, self._loop.now)
             else:
-                wait = retry_after_seconds(answer.head.fields.get("retry-after"), time.time())
+                wait = retry_after_seconds(response.head.fields.get("retry-after"), time.time())
                 self.keys.failed(candidate, status, wait, self._loop.now, request.by_model)
             if status in QUARANTINED:
                 self._warn(
@@ -4931,33 +4940,33 @@ class Relay:
                 )
         return status in RETRIED_STATUSES
 
-    async def _presented(self, request: UpstreamRequest, answer: Answer) -> Answer:
-        """The answer, unless it is about the relay's own key, shows it, or would lead the client away with its token.
+    async def _presented(self, request: UpstreamRequest, response: UpstreamResponse) -> UpstreamResponse:
+        """The response, unless it is about the relay's own key, shows it, or would lead the client away with its token.
         Raises UpstreamFailed for these."""
-        if answer.head.status < 300 or answer.candidate.target.provider.format == "echo":
-            return answer
+        if response.head.status < 300 or response.candidate.target.provider.format == "echo":
+            return response
         try:
-            if answer.head.status >= 400:
-                await peek(self._loop, answer)
-            problem, code = problem_of(request, answer)
+            if response.head.status >= 400:
+                await peek(self._loop, response)
+            problem, code = problem_of(request, response)
             if problem:
                 raise UpstreamFailed(problem, code)
         except BaseException:
-            answer.release(self.connections)
+            response.release(self.connections)
             raise
-        return answer
+        return response
 
 
-def problem_of(request: UpstreamRequest, answer: Answer) -> tuple[str, str]:
-    """Why an answer that tells of an error isn't for the client, and a short code for that; empty if it is."""
-    status, name = answer.head.status, f"the provider {answer.candidate.target.provider.name}"
-    if 300 <= status < 400 and status != 304 and "location" in answer.head.fields:
+def problem_of(request: UpstreamRequest, response: UpstreamResponse) -> tuple[str, str]:
+    """Why a response that tells of an error isn't for the client, and a short code for that; empty if it is."""
+    status, name = response.head.status, f"the provider {response.candidate.target.provider.name}"
+    if 300 <= status < 400 and status != 304 and "location" in response.head.fields:
         return f"{name} answered with a redirect ({status}): correct its base_url in relay.json", "upstream_redirect"
-    if status == 401 and not (request.names_account and ABOUT_ACCOUNT.search(answer.content)):
-        key = f"key {answer.candidate.label}" if answer.candidate.key else "lack of a key"
-        reason = "401" if answer.quotes_key else f"401 {error_code(answer.content)}".strip()
+    if status == 401 and not (request.names_account and ABOUT_ACCOUNT.search(response.content)):
+        key = f"key {response.candidate.label}" if response.candidate.key else "lack of a key"
+        reason = "401" if response.quotes_key else f"401 {error_code(response.content)}".strip()
         return f"{name} refused this relay's {key} ({reason})", "upstream_refused_key"
-    if status >= 400 and answer.quotes_key:
+    if status >= 400 and response.quotes_key:
         return f"{name} answered with {status}, and quoted this relay's key in that", "upstream_quoted_key"
     return "", ""
 
@@ -5027,11 +5036,11 @@ class Catalogue:
         entries: list[JsonDict] = []
         asked = self._loop.now
         try:
-            answer = await self._relay.obtain(request)
+            response = await self._relay.obtain(request)
             try:
-                text = (await read_rest(self._loop, answer)).decode("utf-8")
+                text = (await read_rest(self._loop, response)).decode("utf-8")
             finally:
-                answer.release(self._relay.connections)
+                response.release(self._relay.connections)
             for entry in listed_entries(text):
                 if entry and provider.serves(entry["id"]):
                     entries.append(entry)
@@ -5043,13 +5052,13 @@ class Catalogue:
         self._lists[provider] = (asked, entries)
 
 
-async def read_rest(loop: EventLoop, answer: Answer) -> bytes:
-    """The whole body of a list of models. Raises BrokenExchange, NoAnswer and FramingError, also for one that is too
+async def read_rest(loop: EventLoop, response: UpstreamResponse) -> bytes:
+    """The whole body of a list of models. Raises BrokenExchange, NoResponse and FramingError, also for one that is too
     long, or that would take `json` long."""
-    pieces, size = [answer.content], len(answer.content)
-    while not answer.decoder.finished:
-        await more_of(loop, answer.channel, answer.candidate)
-        pieces.append(answer.decoder.feed(answer.channel.take()))
+    pieces, size = [response.content], len(response.content)
+    while not response.decoder.finished:
+        await more_of(loop, response.channel, response.candidate)
+        pieces.append(response.decoder.feed(response.channel.take()))
         size += len(pieces[-1])
         if size > CATALOGUE_BYTES:
             raise FramingError("the list of models is too long")
@@ -5256,13 +5265,13 @@ class ResultsUrlRewriter:
 
 
 class Response(NamedTuple):
-    """What a client is to be sent: a body of the relay's own, or that of a provider's answer, which may still come."""
+    """What a client is to be sent: a body of the relay's own, or a provider's, which may still be coming."""
 
     status: int
     reason: str
     fields: Pairs  # but for those of the framing
     body: bytes = b""
-    answer: Optional[Answer] = None
+    relayed: Optional[UpstreamResponse] = None
     rewriter: Optional[ResultsUrlRewriter] = None  # of its body
     close: bool = False  # whether the connection can't be used for another request
 
@@ -5290,24 +5299,25 @@ class Outgoing:
         self._format = format
         self._record = record
         self._chunked = self._until_close = False
-        answer = response.answer
-        self._decoder = answer.decoder if answer else LengthDecoder(0)
-        self._lines = LineSplitter() if answer and answer.is_stream else None  # of an event stream
+        relayed = response.relayed
+        self._decoder = relayed.decoder if relayed else LengthDecoder(0)
+        self._lines = LineSplitter() if relayed and relayed.is_stream else None  # of an event stream
         self._filter: Union[LineSplitter, ResultsUrlRewriter, None] = self._lines or response.rewriter
         # Whether a stream has to say that it is over, since its framing won't, and whether it has.
         self._awaits_end = self._lines is not None and isinstance(self._decoder, CloseDecoder)
         self._sees_end = False
-        self._awaits_data = False  # an event's name has come, and no data yet
+        self._name = b""  # of an event whose data hasn't come yet: its line
+        self._last_byte = b""  # that went out
 
     def begin(self, keep_alive: bool, now: float) -> bytes:
         """The head, and what there is of the body. `keep_alive`: the connection may be kept."""
         response, request, record = self._response, self._request, self._record
-        status, fields, answer = response.status, response.fields, response.answer
+        status, fields, relayed = response.status, response.fields, response.relayed
         version = request.version if request else 1
         bodyless = status in (204, 304) or (request is not None and request.method == "HEAD")
-        length = answer.head.fields.get("content-length") if answer else str(len(response.body))
-        if self._lines and answer:
-            fields += [pair for pair in UNBUFFERED if pair[0] not in answer.head.fields]
+        length = relayed.head.fields.get("content-length") if relayed else str(len(response.body))
+        if self._lines and relayed:
+            fields += [pair for pair in UNBUFFERED if pair[0] not in relayed.head.fields]
         if length and status != 204 and not self._filter:  # RFC 9110 §8.6
             fields.append(("content-length", length))
         elif not bodyless and version >= 1:
@@ -5322,8 +5332,8 @@ class Outgoing:
             fields.append(("connection", "keep-alive"))
         record.status, record.first_byte = status, now
         head = head_bytes(f"HTTP/1.1 {status} {response.reason}", fields)
-        if answer:
-            return head + self._passed(answer.take_content())
+        if relayed:
+            return head + self._passed(relayed.take_content())
         self.ended = True
         return head if bodyless else head + self._counted(response.body)
 
@@ -5354,10 +5364,8 @@ class Outgoing:
     def _close(self, broken: bool) -> bytes:
         """What goes out when the provider has closed: rightly where nothing else marks the end, unless the connection
         is broken; and for a stream if it has said that it is over."""
-        if self._lines and STREAM_ENDS.search(self._lines.held):
-            self._sees_end = self._sees_end or not is_cut_off(self._lines.held)
-        if self._awaits_data and self._lines and not self._lines.held:
-            self._sees_end = False
+        if self._lines and self._lines.held and not is_cut_off(self._lines.held):
+            self._look_for_end(self._lines.held)
         if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not (self._awaits_end or broken)):
             self._decoder.finished = True
             return self._passed(b"")
@@ -5369,7 +5377,7 @@ class Outgoing:
             content = self._filter.feed(content)
             if self._decoder.finished:
                 rest = self._filter.flush()
-                if self._lines and (self._lines.mid_line or is_cut_off(rest)):
+                if self._lines and self._ends_within_line(content + rest, rest):
                     # What a proxy ends in good order when the server behind it has died.
                     whole = self._counted(content)
                     return whole + self.fail("the provider's stream ends within a line", "upstream_broken")
@@ -5378,14 +5386,30 @@ class Outgoing:
         framed = self._counted(content)
         return framed + LAST_CHUNK if self.ended and self._chunked else framed
 
+    def _look_for_end(self, content: bytes) -> None:
+        """Notes whether a stream says that it is over; a name does only when its data has come, too."""
+        text = self._name + content
+        name = ENDS_IN_NAME.search(text)
+        self._name = text[name.start() :] if name else b""
+        if STREAM_ENDS.search(text, 0, name.start() if name else len(text)):
+            self._sees_end = True
+
+    def _ends_within_line(self, content: bytes, rest: bytes) -> bool:
+        """Whether a stream that ends in good order does so within a line of data: `rest` is its last line, or what
+        wasn't sent yet of one that is long."""
+        if self._lines and self._lines.mid_line:
+            return (content.rstrip() or self._last_byte)[-1:] not in (b"}", b"]")
+        return is_cut_off(rest)
+
     def _counted(self, content: bytes) -> bytes:
         """The content, framed, after a look at what it tells."""
         if content:
             self._record.bytes_sent += len(content)
-            self._record.usage.read(content)
+            self._last_byte = content[-1:]
+            if self._response.relayed:
+                self._record.usage.read(content)
             if self._awaits_end:
-                self._sees_end = self._sees_end or bool(STREAM_ENDS.search(content))
-                self._awaits_data = ENDS_IN_NAME.search(content) is not None
+                self._look_for_end(content)
         return chunk(content) if self._chunked else content
 
 
@@ -5551,9 +5575,9 @@ class Exchange:
         body = error_body(self.format, error.kind, error.message, error.code, record.request_id)
         return own_response(error.status, body, [*fields, *self.cors()], record.request_id, error.close)
 
-    def cors(self, answer: Iterable[tuple[str, str]] = ()) -> Pairs:
+    def cors(self, relayed: Iterable[tuple[str, str]] = ()) -> Pairs:
         """What lets a browser's script read the response, if it may."""
-        return cors_fields(self.config.server.cors_origins, self.head.fields, answer) if self.head else []
+        return cors_fields(self.config.server.cors_origins, self.head.fields, relayed) if self.head else []
 
     # -- what its caller may do
 
@@ -5859,26 +5883,26 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
 
 
 async def relay(exchange: Exchange, body: Union[ReadBody, RequestBody], candidates: Sequence[Candidate]) -> Response:
-    """The answer that one of the candidates gives, as the response."""
+    """The response of the first candidate that gives one which isn't a failure."""
     request, endpoint = exchange.request, exchange.endpoint
     target = endpoint.target(request.query)
     wanted = UpstreamRequest(request, target, endpoint.by_model, body, candidates, exchange.record)
-    answer = await exchange.service.relay.obtain(wanted)
+    relayed = await exchange.service.relay.obtain(wanted)
     exchange.let_go()
     try:
-        fields, rewriter = relayed_fields(exchange, answer), results_url_rewriter(exchange, answer)
-        return Response(answer.head.status, answer.head.reason, fields, answer=answer, rewriter=rewriter)
+        fields, rewriter = relayed_fields(exchange, relayed), results_url_rewriter(exchange, relayed)
+        return Response(relayed.head.status, relayed.head.reason, fields, relayed=relayed, rewriter=rewriter)
     except BaseException:
-        answer.release(exchange.service.relay.connections)
+        relayed.release(exchange.service.relay.connections)
         raise
 
 
-def relayed_fields(exchange: Exchange, answer: Answer) -> Pairs:
-    """The header of a provider's answer, and what the relay adds."""
-    target = answer.candidate.target
-    cors = exchange.cors(answer.head.headers)
-    kept_back = ANSWER_HEADERS_KEPT_BACK | CORS_HEADERS if cors else ANSWER_HEADERS_KEPT_BACK
-    fields = end_to_end(answer.head.fields, kept_back)
+def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
+    """The header of a provider's response, and what the relay adds."""
+    target = relayed.candidate.target
+    cors = exchange.cors(relayed.head.headers)
+    kept_back = RESPONSE_HEADERS_KEPT_BACK | CORS_HEADERS if cors else RESPONSE_HEADERS_KEPT_BACK
+    fields = end_to_end(relayed.head.fields, kept_back)
     fields.append(("x-monorelay-provider", header_text(target.provider.name)))
     if target.model:
         fields.append(("x-monorelay-model", header_text(target.model)))
@@ -5886,14 +5910,14 @@ def relayed_fields(exchange: Exchange, answer: Answer) -> Pairs:
     return fields + cors
 
 
-def results_url_rewriter(exchange: Exchange, answer: Answer) -> Optional[ResultsUrlRewriter]:
+def results_url_rewriter(exchange: Exchange, relayed: UpstreamResponse) -> Optional[ResultsUrlRewriter]:
     """What keeps the client from following a batch's results_url to the provider; where it matters."""
-    request, provider = exchange.request, answer.candidate.target.provider
+    request, provider = exchange.request, relayed.candidate.target.provider
     if not exchange.endpoint.batches or provider.format != "anthropic":
         return None
-    if media_type(answer.head.fields) != "application/json" or request.method == "HEAD":
+    if media_type(relayed.head.fields) != "application/json" or request.method == "HEAD":
         return None
-    coding = answer.head.fields.get("content-encoding", "identity").lower()
+    coding = relayed.head.fields.get("content-encoding", "identity").lower()
     if coding != "identity":
         coding = header_text(coding[:100])
         message = f"the provider {provider.name} sent a batch as {coding} unasked; it can't be checked"
@@ -6046,6 +6070,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.known = False  # whether it has shown a valid token
         self.idle = False  # between two requests
         self.lingering = False  # behind the last one
+        self.evicted = False  # since others had to have room
         self.busy = False  # with a request that isn't answered yet
         self.fault: Optional[MalformedRequest] = None  # why no head can come any more
         self.task: Optional[Task] = None
@@ -6074,7 +6099,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return not self.channel.received
 
     def dismiss(self) -> None:
-        """Closes the connection unless a request has come, which then gets its answer."""
+        """Closes the connection unless a request has come, which then gets its response."""
         if self.task and self.idle and self.may_be_closed():
             self.task.cancel()
 
@@ -6157,7 +6182,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             return await self._send(exchange, await self._respond(exchange, data))
         except (ClientGone, GeneratorExit):
-            exchange.record.error = exchange.record.error or "client_gone"
+            exchange.record.error = exchange.record.error or ("made_room" if self.evicted else "client_gone")
             raise
         except Exception as error:
             self._warn_of_defect(error, exchange)
@@ -6226,23 +6251,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Sends a response as it comes: the one place from which responses go to clients. Whether the connection can be
         used for another request. Raises ClientGone."""
         outgoing = Outgoing(response, exchange.head, exchange.format, exchange.record)
-        answer = response.answer
+        relayed = response.relayed
         try:
             keep_alive = await self._may_be_kept(exchange, response)
             data = outgoing.begin(keep_alive, self.loop.now)
             while True:
                 await self.channel.send(data, STALLED_CLIENT_SECONDS)
-                if outgoing.ended or not answer:
+                if outgoing.ended or not relayed:
                     break
-                data = await self._next_part(outgoing, answer)
+                data = await self._next_part(outgoing, relayed)
             if outgoing.must_reset:
                 await self.channel.send_rest(STALLED_CLIENT_SECONDS)
                 self.channel.reset()
         except SENDING_FAILED:
             raise ClientGone from None
         finally:
-            if answer:
-                answer.release(self.service.relay.connections)
+            if relayed:
+                relayed.release(self.service.relay.connections)
         return outgoing.keep_alive
 
     async def _may_be_kept(self, exchange: Exchange, response: Response) -> bool:
@@ -6250,11 +6275,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = exchange.head
         if response.close or not head or not head.keep_alive or self.service.draining or self.surplus:
             return False
-        return exchange.body_ended if response.answer else await exchange.skip_body()
+        return exchange.body_ended if response.relayed else await exchange.skip_body()
 
-    async def _next_part(self, outgoing: Outgoing, answer: Answer) -> bytes:
+    async def _next_part(self, outgoing: Outgoing, relayed: UpstreamResponse) -> bytes:
         """What goes out next: what has come from the provider, or what tells the client why no more will."""
-        upstream, timeout = answer.channel, answer.candidate.target.provider.timeout
+        upstream, timeout = relayed.channel, relayed.candidate.target.provider.timeout
         try:
             if not upstream.received and not upstream.ended:
                 await upstream.arrival(self.loop.now + timeout)
@@ -6338,6 +6363,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
                 return True
         for handler, since in itertools.islice(self.unproven.items(), 1):
             if handler.task and since < self.service.loop.now - UNPROVEN_SECONDS:
+                handler.evicted = True
                 handler.task.cancel()
                 return True
         return False
@@ -6413,7 +6439,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
             handler.dismiss()
 
     def _cut_all(self) -> None:
-        """Ends the answers that are still on their way, each with an error where its client can read one."""
+        """Ends the responses that are still on their way, each with an error where its client can read one."""
         for handler in list(self.handlers):
             if handler.task and handler.busy:
                 handler.task.resume(shutting_down())
