@@ -379,6 +379,21 @@ class ConfigError(Exception):
         self.problems = list(problems)
 
 
+def error_body(format: str, kind: str, message: str, code: str, request_id: str) -> bytes:
+    """An error as the JSON of the format."""
+    document: JsonDict
+    if format == "anthropic":
+        document = {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
+    else:
+        document = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return json.dumps(document).encode("ascii")
+
+
+def error_event(format: str, kind: str, message: str, code: str, request_id: str) -> bytes:
+    """An error as the last event of a stream."""
+    return b"event: error\ndata: %b\n\n" % error_body(format, kind, message, code, request_id)
+
+
 # ==== Config =====================================================================================
 #
 # relay.json becomes a Config in three steps: parse_json refuses what JSON leaves vague, expand fills
@@ -967,6 +982,36 @@ def check_routes(config: Config, problems: Problems) -> None:
                 )
 
 
+class Target(NamedTuple):
+    """A provider, and the name of the model as it is sent there."""
+
+    provider: Provider
+    model: str
+
+
+def follow(config: Config, name: str, passed: tuple[str, ...]) -> list[Target]:
+    """The targets of a name reached through the aliases `passed`. Raises ValueError for a cycle."""
+    base, _, provider = name.rpartition("@")
+    if base and provider in config.providers:
+        return [Target(config.providers[provider], base)]
+    if name in passed:
+        raise ValueError(f"the aliases {' -> '.join([*passed, name])} go round in a circle")
+    if name in config.aliases:
+        return [target for next_name in config.aliases[name] for target in follow(config, next_name, (*passed, name))]
+    for pattern, providers in config.routes.items():
+        if matches_any(name, [pattern]):
+            known = [config.providers[provider] for provider in providers if provider in config.providers]
+            return without_stand_in([Target(provider, name) for provider in known])
+    return []
+
+
+def without_stand_in(targets: list[Target]) -> list[Target]:
+    """The targets of a route without echo, when another one is usable: echo shows a newcomer without any
+    key that all works, and must never answer for a provider that has failed."""
+    real = [target for target in targets if target.provider.format != "echo"]
+    return real if any(target.provider.usable for target in real) else targets
+
+
 def check_aliases(config: Config, problems: Problems) -> None:
     """Every alias must end at a provider, and none at itself."""
     sound = not problems.lines  # else an alias may lead nowhere because of what is reported already
@@ -1278,14 +1323,11 @@ class Throttle:
         return 0.0
 
 
-# ==== Routing ====================================================================================
-
-
-class Target(NamedTuple):
-    """A provider, and the name of the model as it is sent there."""
-
-    provider: Provider
-    model: str
+# ==== Routing =======================================================================================
+#
+# A model's name becomes an ordered list of targets: providers, and what the model is called there. Which of them are
+# tried, and in what order of keys, is the key pool's business; what stands here depends on relay.json alone, so it is
+# worked out once for each name.
 
 
 def resolve(config: Config, name: str) -> list[Target]:
@@ -1303,29 +1345,6 @@ def resolve(config: Config, name: str) -> list[Target]:
     if not enabled:
         raise not_usable(serving[0].provider)
     return [target for index, target in enumerate(enabled) if target not in enabled[:index]]
-
-
-def follow(config: Config, name: str, passed: tuple[str, ...]) -> list[Target]:
-    """The targets of a name reached through the aliases `passed`. Raises ValueError for a cycle."""
-    base, _, provider = name.rpartition("@")
-    if base and provider in config.providers:
-        return [Target(config.providers[provider], base)]
-    if name in passed:
-        raise ValueError(f"the aliases {' -> '.join([*passed, name])} go round in a circle")
-    if name in config.aliases:
-        return [target for next_name in config.aliases[name] for target in follow(config, next_name, (*passed, name))]
-    for pattern, providers in config.routes.items():
-        if matches_any(name, [pattern]):
-            known = [config.providers[provider] for provider in providers if provider in config.providers]
-            return without_stand_in([Target(provider, name) for provider in known])
-    return []
-
-
-def without_stand_in(targets: list[Target]) -> list[Target]:
-    """The targets of a route without echo, when another one is usable: echo shows a newcomer without any
-    key that all works, and must never answer for a provider that has failed."""
-    real = [target for target in targets if target.provider.format != "echo"]
-    return real if any(target.provider.usable for target in real) else targets
 
 
 def asked_name(config: Config, name: str) -> str:
@@ -1517,7 +1536,7 @@ def cooling_names(candidate: Candidate) -> tuple[tuple[object, ...], ...]:
     return (provider,), (provider, secret), (provider, secret, candidate.target.model)
 
 
-# ==== Wire rules =================================================================================
+# ==== HTTP/1.1 ======================================================================================
 #
 # HTTP/1.1 messages as bytes, by RFC 9112 read strictly: what one neighbour may read differently from
 # the other is refused. Lines end in CRLF and in nothing else; no name, length or chunk size is guessed.
@@ -1544,22 +1563,6 @@ HOP_BY_HOP = FRAMING_HEADERS | {"proxy-connection", "proxy-authorization", "prox
 GUARDED_HEADERS = HOP_BY_HOP | {
     "host", "authorization", "x-api-key", "api-key", "x-goog-api-key", "x-monorelay-key", "cookie", "cookie2", "expect",
 }  # fmt: skip
-# What the relay sets itself, or keeps to itself.
-REQUEST_HEADERS_KEPT_BACK = GUARDED_HEADERS | {"accept-encoding"}
-# A cookie of the provider is of no use to a client of the relay; its x-monorelay-* would be mistaken for ours.
-RESPONSE_HEADERS_KEPT_BACK = HOP_BY_HOP | {
-    "set-cookie", "set-cookie2", "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts",
-    "x-monorelay-error", "x-monorelay-request-id", "x-monorelay-translated", "x-monorelay-dropped",
-    "x-monorelay-estimated",
-}  # fmt: skip
-CORS_HEADERS = frozenset(
-    {"access-control-allow-origin", "access-control-allow-credentials", "access-control-expose-headers"}
-)
-# What scripts in a browser may read of a response, besides anthropic-ratelimit-*.
-EXPOSED_HEADERS = (
-    "request-id", "x-request-id", "retry-after",
-    "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts", "x-monorelay-error",
-)  # fmt: skip
 
 
 class Headers:
@@ -1893,6 +1896,29 @@ def chunk(data: bytes) -> bytes:
 
 
 LAST_CHUNK = b"0\r\n\r\n"
+
+
+# ==== Headers passed on =============================================================================
+#
+# All that a message says end to end is passed on as it came, in its order and with its repetitions; what is not:
+# hop-by-hop fields, credentials, and what the relay itself says. Also here: CORS, retry-after, paths.
+
+# What the relay sets itself, or keeps to itself.
+REQUEST_HEADERS_KEPT_BACK = GUARDED_HEADERS | {"accept-encoding"}
+# A cookie of the provider is of no use to a client of the relay; its x-monorelay-* would be mistaken for ours.
+RESPONSE_HEADERS_KEPT_BACK = HOP_BY_HOP | {
+    "set-cookie", "set-cookie2", "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts",
+    "x-monorelay-error", "x-monorelay-request-id", "x-monorelay-translated", "x-monorelay-dropped",
+    "x-monorelay-estimated",
+}  # fmt: skip
+CORS_HEADERS = frozenset(
+    {"access-control-allow-origin", "access-control-allow-credentials", "access-control-expose-headers"}
+)
+# What scripts in a browser may read of a response, besides anthropic-ratelimit-*.
+EXPOSED_HEADERS = (
+    "request-id", "x-request-id", "retry-after",
+    "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts", "x-monorelay-error",
+)  # fmt: skip
 
 
 def is_safe_path(path: str) -> bool:
@@ -2504,7 +2530,7 @@ class Inflater:
         return content
 
 
-# ==== Server-sent events =========================================================================
+# ==== Event streams =================================================================================
 #
 # https://html.spec.whatwg.org/multipage/server-sent-events.html: lines end in LF, CRLF or CR, and in
 # nothing else, so they are cut as bytes (str would also break at U+2028, which JSON may hold). Lines are
@@ -2593,22 +2619,10 @@ class Usage:
         self._tail = b"" if data.endswith(b"\n") else data[-200:]
 
 
-def error_body(format: str, kind: str, message: str, code: str, request_id: str) -> bytes:
-    """An error as the JSON of the format."""
-    document: JsonDict
-    if format == "anthropic":
-        document = {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
-    else:
-        document = {"error": {"message": message, "type": kind, "param": None, "code": code}}
-    return json.dumps(document).encode("ascii")
-
-
-def error_event(format: str, kind: str, message: str, code: str, request_id: str) -> bytes:
-    """An error as the last event of a stream."""
-    return b"event: error\ndata: %b\n\n" % error_body(format, kind, message, code, request_id)
-
-
-# ==== Access log =================================================================================
+# ==== Records =======================================================================================
+#
+# What is told of each request: one line, whatever becomes of it. It holds no header values and nothing of a body, and
+# what a client chose (names, paths) can neither break the line nor fill the log.
 
 
 def new_request_id() -> str:
@@ -2699,7 +2713,7 @@ def shortened(value: str) -> str:
     return value.replace("\x7f", "\\x7f")
 
 
-# ==== Echo provider ==============================================================================
+# ==== Echo ==========================================================================================
 #
 # A provider that is built in: it answers both formats without any network, so that a newcomer sees the
 # relay work before there is a key, and clients can be tried against errors and cut streams. What it says
@@ -4097,7 +4111,105 @@ def find_malloc_trim() -> Callable[[int], object]:
         return lambda kept: None
 
 
-# ==== Request body ===============================================================================
+# ==== Writers =======================================================================================
+#
+# The log has a thread of its own: a terminal or a pipe that takes nothing must not hold up the serving. What waits is
+# bounded in lines and bytes; beyond that, lines are dropped and counted.
+
+
+class LogWriter:
+    """Writes lines to stderr from a thread of its own: a log that is slow, or gone, holds up nobody."""
+
+    def __init__(self, stream: Optional[IO[str]]) -> None:
+        self._stream = stream
+        self._lines: collections.deque[str] = collections.deque()
+        self._size = 0  # of the lines, about: several threads add to it
+        self._wanted = threading.Event()
+        self._lock = threading.Lock()  # guards the order of writes
+        self.style = "text"
+        self.dropped = 0
+
+    def start(self) -> None:
+        """Starts the thread."""
+        threading.Thread(target=self._run, name="log", daemon=True).start()
+
+    def record(self, record: AccessRecord) -> None:
+        """Takes the line of a request that has just ended."""
+        if self.style != "off":
+            self._put(record.line(time.monotonic(), self.style))
+
+    def write(self, line: str) -> None:
+        """Takes a line as it is."""
+        self._put(line)
+
+    def say(self, message: str, level: str = "info") -> None:
+        """Takes a line of the relay's own."""
+        clock = f"{utc_time(int(time.time()))}Z"
+        if self.style == "json":
+            self._put(log_json({"time": clock, "level": level, "message": message}))
+        else:
+            self._put(f"time={clock} level={level} message={plain(message)}")
+
+    def warn(self, message: str) -> None:
+        """Takes a warning."""
+        self.say(message, "warning")
+
+    def finish(self) -> None:
+        """Waits a moment for the thread to write the last lines; a log that takes none holds up nothing."""
+        deadline = time.monotonic() + LOG_LAST_SECONDS
+        while self._lines and time.monotonic() < deadline:
+            time.sleep(LOG_PAUSE_SECONDS / 10)
+        if self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            self._lock.release()
+
+    def _flush(self) -> None:
+        """Writes what is waiting."""
+        with self._lock:
+            lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            self._size = 0
+            if self.dropped:
+                lines.append(f"{self.dropped} lines of the log were dropped: it was not taken fast enough")
+                self.dropped = 0
+            if self._stream and lines:
+                try:
+                    write_text(self._stream, "\n".join(lines) + "\n")
+                except (OSError, ValueError):
+                    pass  # a closed or full log must not stop the serving
+
+    def _put(self, line: str) -> None:
+        if len(self._lines) < LOG_BACKLOG_LINES and self._size < LOG_BACKLOG_CHARACTERS:
+            self._lines.append(line)
+            self._size += len(line)
+        else:
+            self.dropped += 1
+        if not self._wanted.is_set():
+            self._wanted.set()
+
+    def _run(self) -> None:
+        while True:
+            self._wanted.wait()
+            self._wanted.clear()
+            self._flush()
+            time.sleep(LOG_PAUSE_SECONDS)
+
+
+def write_text(stream: IO[str], text: str) -> None:
+    """Writes the whole text, past the stream's own buffer and lock where it is a file: a thread that is held up in
+    there must hold up neither the end of the process nor a fork of it. Raises OSError and ValueError."""
+    try:
+        descriptor = stream.fileno()
+    except OSError:
+        stream.write(text)
+        return
+    data = text.encode(getattr(stream, "encoding", None) or "ascii", "backslashreplace")
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+# ==== Request body ==================================================================================
+#
+# The body of a client's request, read as it comes. What all of them hold together is bounded: the bytes are counted as
+# they arrive, decompressed ones too, and given back when the response has begun.
 
 
 class HeldBodies:
@@ -4981,7 +5093,10 @@ def error_code(content: bytes) -> str:
     return code if isinstance(code, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", code) else ""
 
 
-# ==== Catalogue ==================================================================================
+# ==== Catalogue =====================================================================================
+#
+# One list of models for all providers, since clients ask for one. It may be some minutes old, and a provider that is
+# slow or down leaves its place empty: whoever asks waits two seconds at most.
 
 
 class Catalogue:
@@ -5130,98 +5245,6 @@ def model_page(entries: Sequence[JsonDict], query: str, format: str) -> JsonDict
         "last_id": page[-1]["id"] if page else None,
     }
     return shown if format == "anthropic" else {"object": "list", **shown}
-
-
-# ==== Log writer =================================================================================
-
-
-class LogWriter:
-    """Writes lines to stderr from a thread of its own: a log that is slow, or gone, holds up nobody."""
-
-    def __init__(self, stream: Optional[IO[str]]) -> None:
-        self._stream = stream
-        self._lines: collections.deque[str] = collections.deque()
-        self._size = 0  # of the lines, about: several threads add to it
-        self._wanted = threading.Event()
-        self._lock = threading.Lock()  # guards the order of writes
-        self.style = "text"
-        self.dropped = 0
-
-    def start(self) -> None:
-        """Starts the thread."""
-        threading.Thread(target=self._run, name="log", daemon=True).start()
-
-    def record(self, record: AccessRecord) -> None:
-        """Takes the line of a request that has just ended."""
-        if self.style != "off":
-            self._put(record.line(time.monotonic(), self.style))
-
-    def write(self, line: str) -> None:
-        """Takes a line as it is."""
-        self._put(line)
-
-    def say(self, message: str, level: str = "info") -> None:
-        """Takes a line of the relay's own."""
-        clock = f"{utc_time(int(time.time()))}Z"
-        if self.style == "json":
-            self._put(log_json({"time": clock, "level": level, "message": message}))
-        else:
-            self._put(f"time={clock} level={level} message={plain(message)}")
-
-    def warn(self, message: str) -> None:
-        """Takes a warning."""
-        self.say(message, "warning")
-
-    def finish(self) -> None:
-        """Waits a moment for the thread to write the last lines; a log that takes none holds up nothing."""
-        deadline = time.monotonic() + LOG_LAST_SECONDS
-        while self._lines and time.monotonic() < deadline:
-            time.sleep(LOG_PAUSE_SECONDS / 10)
-        if self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            self._lock.release()
-
-    def _flush(self) -> None:
-        """Writes what is waiting."""
-        with self._lock:
-            lines = [self._lines.popleft() for _ in range(len(self._lines))]
-            self._size = 0
-            if self.dropped:
-                lines.append(f"{self.dropped} lines of the log were dropped: it was not taken fast enough")
-                self.dropped = 0
-            if self._stream and lines:
-                try:
-                    write_text(self._stream, "\n".join(lines) + "\n")
-                except (OSError, ValueError):
-                    pass  # a closed or full log must not stop the serving
-
-    def _put(self, line: str) -> None:
-        if len(self._lines) < LOG_BACKLOG_LINES and self._size < LOG_BACKLOG_CHARACTERS:
-            self._lines.append(line)
-            self._size += len(line)
-        else:
-            self.dropped += 1
-        if not self._wanted.is_set():
-            self._wanted.set()
-
-    def _run(self) -> None:
-        while True:
-            self._wanted.wait()
-            self._wanted.clear()
-            self._flush()
-            time.sleep(LOG_PAUSE_SECONDS)
-
-
-def write_text(stream: IO[str], text: str) -> None:
-    """Writes the whole text, past the stream's own buffer and lock where it is a file: a thread that is held up in
-    there must hold up neither the end of the process nor a fork of it. Raises OSError and ValueError."""
-    try:
-        descriptor = stream.fileno()
-    except OSError:
-        stream.write(text)
-        return
-    data = text.encode(getattr(stream, "encoding", None) or "ascii", "backslashreplace")
-    while data:
-        data = data[os.write(descriptor, data) :]
 
 
 # ==== Responses ==================================================================================
@@ -6304,7 +6327,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             pass
 
 
-# ==== Server =====================================================================================
+# ==== Server ========================================================================================
+#
+# Accepts connections, admits or refuses them, and ends in good order. Of http.server only the accepting is used: one
+# thread accepts, the event loop's thread serves, a third one writes the log; the main thread waits for signals.
+# `handlers` is added to by the thread that accepts, and else belongs to the loop; whoever else reads it takes a copy.
+#
+# Beyond max_connections a new connection makes another one go that has nothing to lose, or is let in only to be told
+# so; far beyond, and without a descriptor, refuse() tells it without reading its request.
 
 
 class RelayServer(http.server.ThreadingHTTPServer):
@@ -6546,95 +6576,11 @@ def with_run_secrets(config: Config, old: Optional[Config]) -> Config:
     return config._replace(server=server, run_secrets=made)
 
 
-# ==== Command line ===============================================================================
-
-
-HELP = """usage: monorelay.py [COMMAND] [--config FILE] [--host HOST] [--port PORT]
-
-One address for Claude Code, the Anthropic and OpenAI SDKs and curl. Without a command it serves.
-
-commands:
-  check           validate the configuration and print what would be served
-  hash-password   read a password and print its hash for relay.json
-  token USER      print a JWT for a user of relay.json
-
-options:
-  --config FILE   the configuration (default: ./relay.json, or the one beside monorelay.py)
-  --host HOST     listen there instead of server.host
-  --port PORT     listen there instead of server.port
-  --expires TIME  how long a token is valid, such as 30d, 12h, 90m or 60s (default: 30d)
-  --version       print the version
-  --help          print this
-"""
-
-
-class UsageError(Exception):
-    """A command line that asks for what there isn't."""
-
-
-def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Runs the command that the arguments name; the exit status."""
-    try:
-        return run_command(sys.argv[1:] if arguments is None else arguments)
-    except UsageError as error:
-        print(f"monorelay: {error}; see --help", file=sys.stderr)
-        return 2
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-    except OSError as error:
-        print(
-            f"monorelay: {error.filename or ''}{': ' if error.filename else ''}{error.strerror or error}",
-            file=sys.stderr,
-        )
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-    return 1
-
-
-def run_command(arguments: Sequence[str]) -> int:
-    """Takes the command line apart and does what it says; the exit status. Raises UsageError."""
-    known = [f"{name}=" for name in OPTIONS]
-    try:
-        given, words = getopt.gnu_getopt(arguments, "h", [*known, "version", "help"])
-    except getopt.GetoptError as error:
-        meant = "" if error.opt in OPTIONS else suggestion(f"--{error.opt}", [f"--{name}" for name in OPTIONS])
-        raise UsageError(f"{error.msg}{meant}") from None
-    asked = dict(given)
-    if "--help" in asked or "-h" in asked:
-        print(HELP, end="")
-        return 0
-    if "--version" in asked:
-        print(f"MonoRelay {__version__}")
-        return 0
-    command, *operands = words or ["serve"]
-    if command not in COMMANDS:
-        raise UsageError(f"there is no command {command}{suggestion(command, COMMANDS)}")
-    run, takes = COMMANDS[command]
-    if len(operands) != (command == "token"):
-        raise UsageError("token takes one USER" if command == "token" else f"{command} takes nothing but options")
-    return run(read_options(asked, command, takes), *operands)
-
-
-def read_options(asked: Mapping[str, str], command: str, takes: Sequence[str]) -> JsonDict:
-    """The options by their names without the dashes, each as its check returns it. Raises UsageError."""
-    options = {}
-    for option, value in asked.items():
-        name = option[len("--") :]
-        if name not in takes:
-            raise UsageError(f"{command} takes no {option}")
-        try:
-            options[name] = OPTIONS[name](FromEnvironment(value))
-        except ValueError as error:
-            raise UsageError(f"{option} {error}") from None
-    return options
-
-
-def lifetime(value: Any) -> int:
-    """The seconds of a time such as 30d."""
-    match = re.fullmatch(r"([1-9][0-9]{0,8})([smhd])", value)
-    if not match:
-        raise ValueError("must be a time such as 30d, 12h, 90m or 60s")
-    return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+# ==== Processes =====================================================================================
+#
+# What stands around the serving: signals, edits of relay.json, and with `workers` a supervisor that replaces those that
+# end. Each process serves for itself and shares nothing with the others but the listening socket; each sees an edit of
+# relay.json by itself, within a second, or at a SIGHUP that the supervisor passes on.
 
 
 def config_path(options: JsonDict) -> str:
@@ -6669,92 +6615,6 @@ def load_config(path: str, options: JsonDict) -> Config:
     if obstacle:
         raise ConfigError([f"{name}: {obstacle}"])
     return config
-
-
-def run_check(options: JsonDict) -> int:
-    """Prints what would be served."""
-    path = config_path(options)
-    config = load_config(path, options)
-    print(f"{path or 'built-in configuration'}: fine")
-    print("\n".join(describe_config(config)))
-    for warning in file_warnings(path, config):
-        print(f"warning: {warning}")
-    return 0
-
-
-def run_hash_password(options: JsonDict) -> int:
-    """Prints the hash of a password that is typed, or comes on stdin."""
-    if not sys.stdin:
-        raise OSError(errno.EBADF, "there is no stdin to read the password from")
-    if sys.stdin.isatty():
-        import getpass
-
-        given = getpass.getpass("Password: ")
-    else:
-        given = sys.stdin.readline().rstrip("\r\n")
-    if not given:
-        print("monorelay: the password is empty", file=sys.stderr)
-        return 1
-    print(hash_password(given))
-    return 0
-
-
-def run_token(options: JsonDict, username: str) -> int:
-    """Prints an access token for a user."""
-    config = load_config(config_path(options), options)
-    if not config.server.jwt_secret:
-        raise ConfigError(["relay.json: server.jwt_secret: is not set, so there is nothing to sign a token with"])
-    if not config.any_subject and username not in config.users:
-        raise ConfigError([f"relay.json: users: there is no {username}{suggestion(username, config.users)}"])
-    claims = token_claims(username, "access", options.get("expires", 30 * 86400), config, time.time())
-    print(sign_token(claims, config.server.jwt_secret.reveal()))
-    return 0
-
-
-def run_serve(options: JsonDict) -> int:
-    """Serves until a signal says otherwise, alone or as the supervisor of several workers."""
-    path = config_path(options)
-    seen = file_state(path)  # as it was before it is read: an edit meanwhile is taken up
-    given = load_config(path, options)
-    config = with_run_secrets(given, None)
-    raise_descriptor_limit()
-    supervised = config.server.workers > 1
-    # Whoever can connect must be able to count on an end in good order.
-    signals = Signals(*OPERATOR_SIGNALS, "SIGCHLD") if supervised else Signals(*OPERATOR_SIGNALS)
-    listener = listen(config.server)
-    host, port = listener.getsockname()[:2]
-    made_up = config.server.access_keys != given.server.access_keys
-    lines = "\n".join(banner(config, path, relay_url(host, port), made_up))
-    if supervised:
-        # Python's own way out would wait for a log that nobody reads.
-        os._exit(Supervisor(config, path, options, listener).run(signals, lines))
-    server = RelayServer(config, None, listener)
-    server.log.write(lines)
-    server.start()
-    operator = Operator(server, path, options, seen)
-    return outlast_script(lambda: operator.run(signals))
-
-
-def outlast_script(serve: Callable[[], int]) -> int:
-    """Serves in a thread for which Python waits, and lets the script end: until then CPython keeps the syntax tree
-    of this file, a third of the whole process."""
-
-    return_memory = find_malloc_trim()
-
-    def run() -> None:
-        status = 1  # should it end by a defect
-        try:
-            threading.main_thread().join()
-            return_memory(0)
-            status = serve()
-        finally:
-            # Python's own way out would wait for a thread that writes to a log which nobody reads.
-            os._exit(status)
-
-    if sys.version_info[:3] in ((3, 12, 0), (3, 12, 1)):
-        os._exit(serve())  # these start no thread any more when the script has ended (CPython issue 113964)
-    threading.Thread(target=run, name="operator").start()
-    return 0
 
 
 def raise_descriptor_limit() -> None:
@@ -6976,6 +6836,188 @@ def file_warnings(path: str, config: Config) -> Iterator[str]:
     secrets += [*config.server.access_keys, *filter(None, [config.server.jwt_secret])]
     if os.name != "nt" and mode & 0o044 and any(secret.reveal() in source for secret in secrets):
         yield f"{path} holds secrets and can be read by other users of this machine; run: chmod 600 {path}"
+
+
+# -- what CPython makes us do
+
+
+def outlast_script(serve: Callable[[], int]) -> int:
+    """Serves in a thread for which Python waits, and lets the script end: until then CPython keeps the syntax tree
+    of this file, a third of the whole process."""
+
+    return_memory = find_malloc_trim()
+
+    def run() -> None:
+        status = 1  # should it end by a defect
+        try:
+            threading.main_thread().join()
+            return_memory(0)
+            status = serve()
+        finally:
+            # Python's own way out would wait for a thread that writes to a log which nobody reads.
+            os._exit(status)
+
+    if sys.version_info[:3] in ((3, 12, 0), (3, 12, 1)):
+        os._exit(serve())  # these start no thread any more when the script has ended (CPython issue 113964)
+    threading.Thread(target=run, name="operator").start()
+    return 0
+
+
+# ==== Command line ==================================================================================
+#
+# Four commands, none of which needs a configuration file.
+
+
+HELP = """usage: monorelay.py [COMMAND] [--config FILE] [--host HOST] [--port PORT]
+
+One address for Claude Code, the Anthropic and OpenAI SDKs and curl. Without a command it serves.
+
+commands:
+  check           validate the configuration and print what would be served
+  hash-password   read a password and print its hash for relay.json
+  token USER      print a JWT for a user of relay.json
+
+options:
+  --config FILE   the configuration (default: ./relay.json, or the one beside monorelay.py)
+  --host HOST     listen there instead of server.host
+  --port PORT     listen there instead of server.port
+  --expires TIME  how long a token is valid, such as 30d, 12h, 90m or 60s (default: 30d)
+  --version       print the version
+  --help          print this
+"""
+
+
+class UsageError(Exception):
+    """A command line that asks for what there isn't."""
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Runs the command that the arguments name; the exit status."""
+    try:
+        return run_command(sys.argv[1:] if arguments is None else arguments)
+    except UsageError as error:
+        print(f"monorelay: {error}; see --help", file=sys.stderr)
+        return 2
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+    except OSError as error:
+        print(
+            f"monorelay: {error.filename or ''}{': ' if error.filename else ''}{error.strerror or error}",
+            file=sys.stderr,
+        )
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+    return 1
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Takes the command line apart and does what it says; the exit status. Raises UsageError."""
+    known = [f"{name}=" for name in OPTIONS]
+    try:
+        given, words = getopt.gnu_getopt(arguments, "h", [*known, "version", "help"])
+    except getopt.GetoptError as error:
+        meant = "" if error.opt in OPTIONS else suggestion(f"--{error.opt}", [f"--{name}" for name in OPTIONS])
+        raise UsageError(f"{error.msg}{meant}") from None
+    asked = dict(given)
+    if "--help" in asked or "-h" in asked:
+        print(HELP, end="")
+        return 0
+    if "--version" in asked:
+        print(f"MonoRelay {__version__}")
+        return 0
+    command, *operands = words or ["serve"]
+    if command not in COMMANDS:
+        raise UsageError(f"there is no command {command}{suggestion(command, COMMANDS)}")
+    run, takes = COMMANDS[command]
+    if len(operands) != (command == "token"):
+        raise UsageError("token takes one USER" if command == "token" else f"{command} takes nothing but options")
+    return run(read_options(asked, command, takes), *operands)
+
+
+def read_options(asked: Mapping[str, str], command: str, takes: Sequence[str]) -> JsonDict:
+    """The options by their names without the dashes, each as its check returns it. Raises UsageError."""
+    options = {}
+    for option, value in asked.items():
+        name = option[len("--") :]
+        if name not in takes:
+            raise UsageError(f"{command} takes no {option}")
+        try:
+            options[name] = OPTIONS[name](FromEnvironment(value))
+        except ValueError as error:
+            raise UsageError(f"{option} {error}") from None
+    return options
+
+
+def lifetime(value: Any) -> int:
+    """The seconds of a time such as 30d."""
+    match = re.fullmatch(r"([1-9][0-9]{0,8})([smhd])", value)
+    if not match:
+        raise ValueError("must be a time such as 30d, 12h, 90m or 60s")
+    return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def run_check(options: JsonDict) -> int:
+    """Prints what would be served."""
+    path = config_path(options)
+    config = load_config(path, options)
+    print(f"{path or 'built-in configuration'}: fine")
+    print("\n".join(describe_config(config)))
+    for warning in file_warnings(path, config):
+        print(f"warning: {warning}")
+    return 0
+
+
+def run_hash_password(options: JsonDict) -> int:
+    """Prints the hash of a password that is typed, or comes on stdin."""
+    if not sys.stdin:
+        raise OSError(errno.EBADF, "there is no stdin to read the password from")
+    if sys.stdin.isatty():
+        import getpass
+
+        given = getpass.getpass("Password: ")
+    else:
+        given = sys.stdin.readline().rstrip("\r\n")
+    if not given:
+        print("monorelay: the password is empty", file=sys.stderr)
+        return 1
+    print(hash_password(given))
+    return 0
+
+
+def run_token(options: JsonDict, username: str) -> int:
+    """Prints an access token for a user."""
+    config = load_config(config_path(options), options)
+    if not config.server.jwt_secret:
+        raise ConfigError(["relay.json: server.jwt_secret: is not set, so there is nothing to sign a token with"])
+    if not config.any_subject and username not in config.users:
+        raise ConfigError([f"relay.json: users: there is no {username}{suggestion(username, config.users)}"])
+    claims = token_claims(username, "access", options.get("expires", 30 * 86400), config, time.time())
+    print(sign_token(claims, config.server.jwt_secret.reveal()))
+    return 0
+
+
+def run_serve(options: JsonDict) -> int:
+    """Serves until a signal says otherwise, alone or as the supervisor of several workers."""
+    path = config_path(options)
+    seen = file_state(path)  # as it was before it is read: an edit meanwhile is taken up
+    given = load_config(path, options)
+    config = with_run_secrets(given, None)
+    raise_descriptor_limit()
+    supervised = config.server.workers > 1
+    # Whoever can connect must be able to count on an end in good order.
+    signals = Signals(*OPERATOR_SIGNALS, "SIGCHLD") if supervised else Signals(*OPERATOR_SIGNALS)
+    listener = listen(config.server)
+    host, port = listener.getsockname()[:2]
+    made_up = config.server.access_keys != given.server.access_keys
+    lines = "\n".join(banner(config, path, relay_url(host, port), made_up))
+    if supervised:
+        # Python's own way out would wait for a log that nobody reads.
+        os._exit(Supervisor(config, path, options, listener).run(signals, lines))
+    server = RelayServer(config, None, listener)
+    server.log.write(lines)
+    server.start()
+    operator = Operator(server, path, options, seen)
+    return outlast_script(lambda: operator.run(signals))
 
 
 def describe_config(config: Config) -> Iterator[str]:
