@@ -60,13 +60,17 @@ def environment(requirements: list[str]) -> Path:
     return python
 
 
+# A coroutine that nobody awaits is a call that never happened: Python only warns of it, and where it is collected.
+PYTEST = ["-m", "pytest", "-q", "--strict-markers", "-p", "no:cacheprovider", "-o", "markers=slow: takes a minute",
+          "-W", "error::RuntimeWarning", "-W", "error::pytest.PytestUnraisableExceptionWarning"]  # fmt: skip
+
+
 def run_pytest(arguments: list[str]) -> None:
     """Replaces this process by pytest on this file; what is marked slow runs only when asked for."""
     python = Path(sys.executable) if installed(dependencies()) else environment(dependencies())
-    options = ["-q", "--strict-markers", "-p", "no:cacheprovider", "-o", "markers=slow: takes a minute"]
-    options += [] if "-m" in arguments else ["-m", "not slow"]
+    options = [] if "-m" in arguments else ["-m", "not slow"]
     print(f"Running pytest on Python {sys.version.split()[0]}", flush=True)
-    os.execv(python, [str(python), "-m", "pytest", *options, "--rootdir", str(HERE), __file__, *arguments])
+    os.execv(python, [str(python), *PYTEST, *options, "--rootdir", str(HERE), __file__, *arguments])
 
 
 if __name__ == "__main__":
@@ -85,6 +89,7 @@ import hmac
 import io
 import itertools
 import json
+import math
 import random
 import resource
 import selectors
@@ -696,6 +701,32 @@ def seconds_each(event: Callable[[], object], count: int = 200) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The tests themselves
+# ------------------------------------------------------------------------------------------------------------
+
+
+NEVER_AWAITED = """
+async def call():
+    pass
+
+def test_that_forgets_an_await():
+    call()
+"""
+
+
+@pytest.mark.parametrize("awaited", [False, True])
+def test_a_coroutine_that_is_never_awaited_fails_the_run(tmp_path, awaited):
+    text = NEVER_AWAITED.replace("    call()\n", "    call().close()\n") if awaited else NEVER_AWAITED
+    (tmp_path / "test_it.py").write_text(text)
+    done = subprocess.run(
+        [sys.executable, *PYTEST, "--rootdir", str(tmp_path), "test_it.py"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=10 * TIMEOUT_SECONDS,
+    )  # fmt: skip
+    assert (done.returncode == 0) == awaited, done.stdout
+    assert ("was never awaited" in done.stdout) != awaited, done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Config
 # ------------------------------------------------------------------------------------------------------------
 
@@ -752,6 +783,38 @@ def test_config_takes_every_key_of_the_contract():
 
 def test_config_runs_with_next_to_nothing():
     monorelay.parse_config('{"providers": {"echo": {"format": "echo"}}, "routes": {"*": "echo"}}', {})
+
+
+@hypothesis.given(
+    st.integers(0, 70), st.lists(st.integers(0, 70), max_size=20), st.sampled_from([1, 100, 2_000])
+)
+def test_close_matches_compares_a_bounded_number_of_characters(length, lengths, times):
+    compared: list[str] = []
+
+    def get_close_matches(name: str, known: list[str], count: int) -> list[str]:
+        compared.extend(known)
+        return []
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(monorelay.difflib, "get_close_matches", get_close_matches)
+        known = ["x" * other for other in lengths] * times
+        assert monorelay.close_matches("x" * length, iter(known), 3) == []
+    assert length * sum(map(len, compared)) <= monorelay.COMPARED_PRODUCT
+    assert all(len(other) <= monorelay.COMPARED_CHARACTERS for other in compared)
+    if sum(lengths) * times * length < monorelay.COMPARED_PRODUCT and length <= monorelay.COMPARED_CHARACTERS:
+        assert compared == [other for other in known if len(other) <= monorelay.COMPARED_CHARACTERS], "few are all seen"
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "expected"),
+    [("chek", ["token", "check"], ["check"]), ("claude-fsat", ["claude-fast"] * 2 + ["gpt"], ["claude-fast"] * 2),
+     ("check", ["check" + "x" * 60, "x" * 5000, "checks"], ["checks"]), ("x" * 65, ["x" * 65, "x" * 64], []),
+     ("", ["a"], []), ("check", [], []), ("claude-fsat", [f"gpt-{n:06}" for n in range(500)] + ["claude-fast"],
+                                           ["claude-fast"])],
+    ids=brief,
+)  # fmt: skip
+def test_close_matches_are_the_best_of_the_short_ones(name, known, expected):
+    assert monorelay.close_matches(name, known, 3) == expected
 
 
 def test_config_reads_the_environment_and_says_what_is_unset():
@@ -2413,6 +2476,54 @@ def test_echo_tool_answers_are_bounded_however_wide_a_schema_is(echo, width):
     assert time.process_time() - begin < 0.5
 
 
+@pytest.mark.parametrize("mark", [b"0,", b"[],", b"{},"], ids=brief)
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"])
+def test_echo_reads_so_many_values_and_no_more(echo, path, mark):
+    document = {"model": "echo", "max_tokens": 9, "messages": prompt()["messages"], "input": "Hi"}
+    frame = json.dumps({**document, "x": ["XX"]}).encode()
+    frame_values = sum(map(frame.count, (b"[", b"{", b",")))
+    fitting = (monorelay.ECHO_VALUES - frame_values) // sum(map(mark.count, (b"[", b"{", b",")))
+    for count, status in ((fitting - 3, 200), (fitting + 3, 400)):
+        got = echo.post(path, frame.replace(b'"XX"', mark * count + b"0"))
+        assert got.status == status, got
+    assert got.json["error"]["type"] == "invalid_request_error"
+    assert f"{monorelay.ECHO_VALUES} values" in got.json["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("given", ["Be brief.", "", None, ["Be brief."], [[[]]] * 9, {"a": {}}, 7, True], ids=brief)
+def test_echo_keeps_instructions_that_are_a_string_and_no_others(echo, given, stream):
+    got = echo.post("/v1/responses", {"model": "echo", "input": "Hi", "instructions": given, "stream": stream})
+    assert got.status == 200
+    kept = given if isinstance(given, str) else None
+    whole = [data["response"] for _, data in events_of(got.body) if "response" in data] if stream else [got.json]
+    assert whole and {one["instructions"] for one in whole} == {kept}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("model", ["echo", "claude-opus-4-5", "echo@echo"])
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"])
+def test_echo_answers_a_gzip_body_like_a_plain_one(echo, path, model, stream):
+    document = {"model": model, "max_tokens": 9, "messages": prompt()["messages"], "input": "Hi", "stream": stream}
+    body = json.dumps(document).encode()
+    plain = echo.post(path, body)
+    got = echo.post(path, gzip.compress(body), "Content-Encoding: gzip")
+    assert (got.status, got.get("content-type")) == (plain.status, plain.get("content-type")) and got.status == 200
+    # They may be answered in different seconds.
+    bare = [re.sub(rb'"created(_at)?": ?\d+', b"", one.body) for one in (got, plain)]
+    assert bare[0] == bare[1]
+
+
+def test_echo_reads_no_more_of_a_gzip_body_than_of_a_plain_one(echo):
+    body = json.dumps(prompt("echo", padding="x" * (1 << 20))).encode()
+    for raw, headers in ((body, []), (gzip.compress(body), ["Content-Encoding: gzip"])):
+        got = echo.post("/v1/messages", raw, *headers)
+        assert (got.status, got.json["error"]["type"]) == (413, "request_too_large")
+    damaged = gzip.compress(body)[:-9]
+    refused(echo.post("/v1/messages", damaged, "Content-Encoding: gzip"), 400, "invalid_request_error")
+    eventually(lambda: echo.server.service.bodies.bytes == 0)
+
+
 def test_echo_cuts_or_refuses_an_answer_far_larger_than_its_request(echo):
     body = {"model": "echo", "input": ["a"] * 50, "dimensions": 4096}
     got = echo.post("/v1/embeddings", body)
@@ -2857,6 +2968,245 @@ def test_both_sdks_list_the_models_of_all_providers(upstream, relay):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Event loop: tasks, and what they wait for
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Looping:
+    """An event loop that runs in a thread of its own, and what it warned of."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.loop = monorelay.EventLoop(self.warnings.append)
+        self.thread = threading.Thread(target=self.loop.run, daemon=True)
+        self.thread.start()
+
+    def call(self, action: Callable[[], Any]) -> Any:
+        """What the action returns in the loop's thread, or raises there."""
+        outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def act() -> None:
+            try:
+                outcome.set_result(action())
+            except Exception as error:
+                outcome.set_exception(error)
+
+        self.loop.post(act)
+        return outcome.result(TIMEOUT_SECONDS)
+
+    def start(self, coroutine: Any) -> Any:
+        """The task of a coroutine, which has come to its first wait."""
+        return self.call(lambda: self.loop.start(coroutine))
+
+    def run(self, coroutine: Any) -> Any:
+        """What the coroutine returns as a task, or raises."""
+        outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        async def task() -> None:
+            try:
+                outcome.set_result(await coroutine)
+            except Exception as error:
+                outcome.set_exception(error)
+
+        self.start(task())
+        return outcome.result(TIMEOUT_SECONDS)
+
+    def stop(self) -> None:
+        self.loop.post(self.loop.stop)
+        self.thread.join(TIMEOUT_SECONDS)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def looping() -> Iterator[Looping]:
+    it = Looping()
+    yield it
+    it.stop()
+
+
+async def waits_in(blocks: list[str]) -> None:
+    """Waits for ever, and notes which of its blocks are left."""
+    try:
+        try:
+            await monorelay.until()
+            blocks.append("went on")
+        finally:
+            blocks.append("inner")
+    finally:
+        blocks.append("outer")
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 0.0, 0.05, 0.2])
+def test_a_deadline_raises_overdue_when_it_has_come_and_the_task_may_go_on(looping, seconds):
+    async def overdue_twice() -> list[float]:
+        took = []
+        for _ in range(2):
+            begin = looping.loop.now
+            with pytest.raises(monorelay.Overdue):
+                await monorelay.until(begin + seconds)
+            took.append(looping.loop.now - begin)
+        return took
+
+    assert all(seconds <= took < seconds + 1.5 for took in looping.run(overdue_twice()))
+    assert not looping.warnings
+
+
+def test_a_deadline_is_its_tasks_own(looping):
+    told: list[str] = []
+
+    async def waits(name: str, seconds: float) -> None:
+        with contextlib.suppress(monorelay.Overdue):
+            await monorelay.until(looping.loop.now + seconds)
+            told.append(f"{name} resumed")
+        told.append(name)
+
+    patient, _ = looping.start(waits("patient", 0.3)), looping.start(waits("hasty", 0.02))
+    looping.start(waits("endless", math.inf))
+    eventually(lambda: told == ["hasty"])
+    assert not patient.done
+    eventually(lambda: told == ["hasty", "patient"])
+    assert patient.done and len(looping.loop.tasks) == 1
+
+
+def test_what_resumes_a_task_before_its_deadline_raises_nothing(looping):
+    async def waits() -> str:
+        await monorelay.until(looping.loop.now + TIMEOUT_SECONDS)
+        return "in time"
+
+    async def resumes(other: Any) -> None:
+        other.resume()
+
+    outcome: list[str] = []
+
+    async def keeps() -> None:
+        outcome.append(await waits())
+
+    looping.run(resumes(looping.start(keeps())))
+    assert outcome == ["in time"]
+
+
+def test_cancel_runs_finally_blocks_from_within_and_nothing_else(looping):
+    blocks: list[str] = []
+    task = looping.start(waits_in(blocks))
+    assert blocks == [] and not task.done and task in looping.loop.tasks
+    looping.call(task.cancel)
+    assert blocks == ["inner", "outer"] and task.done and not looping.loop.tasks
+    looping.call(task.resume)
+    looping.call(lambda: task.resume(monorelay.Overdue()))
+    looping.call(task.cancel)
+    assert blocks == ["inner", "outer"] and looping.warnings == []
+
+
+def test_the_loops_end_cancels_all_tasks():
+    it, blocks = Looping(), []
+    for _ in range(3):
+        it.start(waits_in(blocks))
+    it.stop()
+    assert blocks == ["inner", "outer"] * 3 and not it.loop.tasks
+    it.loop.post(lambda: blocks.append("too late"))
+    assert blocks[-1] == "outer" and it.warnings == []
+
+
+@pytest.mark.parametrize("end", ["returns", "is cancelled", "fails", "was done before"])
+def test_finished_waits_until_a_task_is_done(looping, end):
+    gate: list[bool] = []
+
+    async def work() -> None:
+        while not gate:
+            await monorelay.until()
+        if end == "fails":
+            raise LookupError
+
+    async def waits_for(task: Any) -> bool:
+        assert task.done == (end == "was done before")
+        await task.finished(looping.loop.now + TIMEOUT_SECONDS)
+        return task.done
+
+    worker = looping.start(work())
+    gate += [True] * (end == "was done before")
+    if gate:
+        looping.call(worker.resume)
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        waiting = [threads.submit(looping.run, waits_for(worker)) for _ in range(3)]
+        if end != "was done before":
+            eventually(lambda: len(looping.loop.tasks) == 4)
+            # Whatever else happens to those who wait doesn't end that.
+            looping.call(lambda: [task.resume() for task in list(looping.loop.tasks) if task is not worker])
+            assert len(looping.loop.tasks) == 4 and not any(one.done() for one in waiting)
+        gate.append(True)
+        looping.call(worker.cancel if end == "is cancelled" else worker.resume)
+        assert [one.result(TIMEOUT_SECONDS) for one in waiting] == [True] * 3
+    assert len(looping.warnings) == (end == "fails")
+
+
+def test_finished_is_overdue_at_its_deadline_and_the_task_goes_on(looping):
+    blocks: list[str] = []
+    worker = looping.start(waits_in(blocks))
+
+    async def waits_for() -> None:
+        await worker.finished(looping.loop.now + 0.03)
+
+    with pytest.raises(monorelay.Overdue):
+        looping.run(waits_for())
+    assert not worker.done and blocks == []
+    looping.call(worker.resume)
+    assert worker.done and blocks == ["went on", "inner", "outer"]
+
+
+def test_a_defect_costs_its_own_task_only(looping):
+    told: list[str] = []
+
+    async def fails(turns: int) -> None:
+        for _ in range(turns):
+            await monorelay.give_way(looping.loop)
+        told.append("fails")
+        raise ZeroDivisionError("sk-secret-text")
+
+    async def works() -> str:
+        for _ in range(20):
+            await monorelay.give_way(looping.loop)
+        return "works"
+
+    for turns in (0, 3):
+        looping.start(fails(turns))
+    assert looping.run(works()) == "works" and told == ["fails"] * 2
+    eventually(lambda: not looping.loop.tasks)
+    assert len(looping.warnings) == 2
+    for line in looping.warnings:
+        # Without its text, which might hold a secret.
+        assert re.fullmatch(r"internal error: ZeroDivisionError in line \d+", line)
+
+    def defect() -> None:
+        raise LookupError
+
+    looping.loop.post(defect)
+    assert looping.run(works()) == "works"
+    assert [line.split(" in ")[0] for line in looping.warnings[2:]] == ["internal error: LookupError"]
+
+
+def test_a_task_that_gives_way_goes_on_in_its_turn_whatever_happens_meanwhile(looping):
+    told: list[str] = []
+
+    async def counts(name: str, pipelined: bool) -> None:
+        for number in range(3):
+            told.append(f"{name}{number}")
+            await monorelay.give_way(looping.loop, pipelined)
+        told.append(f"{name} ends")
+
+    def begin() -> None:
+        tasks = [looping.loop.start(counts(name, name == "c")) for name in "abc"]
+        for task in tasks:
+            task.resume()  # as when something has come on its channel
+
+    looping.call(begin)
+    eventually(lambda: sum("ends" in one for one in told) == 3)
+    assert told[:3] == ["a0", "b0", "c0"]
+    assert [one for one in told if one[0] == "a"] == ["a0", "a1", "a2", "a ends"]
+    assert told.index("b1") < told.index("a2") and told.index("a1") < told.index("b2")
+    assert told.index("c1") < told.index("a2"), "both kinds have their turns"
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Upstream: connections, TLS, proxies
 # ------------------------------------------------------------------------------------------------------------
 
@@ -3027,6 +3377,46 @@ def test_a_tls_provider_that_cannot_be_verified_is_refused(upstream, relay, tls,
     assert provider.requests == []
 
 
+def suites_of(hello: bytes) -> list[int]:
+    """The cipher suites that a ClientHello in one TLS record offers (RFC 8446 §4.1.2)."""
+    assert hello[0] == 22 and hello[5] == 1, "a handshake, and its ClientHello"
+    at = 5 + 4 + 2 + 32
+    at += 1 + hello[at]
+    (size,) = struct.unpack_from(">H", hello, at)
+    return list(struct.unpack_from(f">{size // 2}H", hello, at + 2))
+
+
+def test_no_suite_with_dhe_is_offered_and_all_others_that_python_offers(upstream, relay):
+    hellos: list[bytes] = []
+
+    def script(connection: Connection) -> None:
+        head = connection.take(5)
+        hellos.append(head + connection.take(int.from_bytes(head[3:], "big")))
+
+    provider = upstream(script)
+    it = relay({"anthropic": {"base_url": provider.url.replace("http:", "https:")}})
+    refused(it.post("/v1/messages", prompt()), 502, "api_error")
+    with_dhe, usual = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.create_default_context()
+    with_dhe.set_ciphers("kDHE:@SECLEVEL=0")
+    dhe = {suite["id"] & 0xFFFF for suite in with_dhe.get_ciphers() if "TLSv1.3" not in suite["protocol"]}
+    assert len(dhe) > 10 and 0x009E in dhe, "TLS_DHE_RSA_WITH_AES_128_GCM_SHA256"
+    offered = set(suites_of(hellos[0])) - {0x00FF}  # TLS_EMPTY_RENEGOTIATION_INFO_SCSV is none
+    assert not offered & dhe
+    assert {0x1301, 0x1302, 0xC02F, 0xC030, 0xC02B} <= offered, "TLS 1.3, and ECDHE with AES in GCM"
+    if sys.version_info >= (3, 10):
+        assert offered == {suite["id"] & 0xFFFF for suite in usual.get_ciphers()} - dhe
+
+
+def test_the_tls_context_verifies_and_has_the_usual_level(relay):
+    it = relay({"anthropic": {"base_url": "https://127.0.0.1:9"}})
+    context, usual = it.server.service.relay.connections._tls_context(), ssl.create_default_context()
+    assert context.verify_mode == ssl.CERT_REQUIRED and context.check_hostname
+    assert context.minimum_version == usual.minimum_version
+    assert not any("DHE" in suite["name"].replace("ECDHE", "") for suite in context.get_ciphers())
+    if hasattr(context, "security_level"):
+        assert context.security_level == usual.security_level
+
+
 @pytest.fixture
 def no_proxy_yet(monkeypatch) -> None:
     """A process without proxy variables, for which provider.example is this machine."""
@@ -3081,6 +3471,37 @@ def test_a_proxy_that_refuses_makes_a_502(upstream, relay, no_proxy_yet, monkeyp
     monkeypatch.setenv("HTTPS_PROXY", proxy.url)
     got = relay({"anthropic": {"base_url": "https://provider.example"}}).post("/v1/messages", prompt())
     refused(got, 502, "api_error")
+
+
+INJECTED = answer(200, b'{"id": "injected without any TLS"}')
+
+
+@pytest.mark.parametrize("pieces", [lambda raw: [raw], bytewise], ids=["whole", "a byte at a time"])
+@pytest.mark.parametrize("behind", [INJECTED, INJECTED[:9], b"x", b"\r\n", b"\0" * 5], ids=brief)
+def test_what_a_proxy_sends_behind_its_answer_to_connect_is_a_502_and_no_answer(
+    upstream, relay, tls, trusted, no_proxy_yet, monkeypatch, behind, pieces
+):
+    context, connects = tls("provider.example"), []
+
+    def script(connection: Connection) -> None:
+        connects.append(connection.read_request())
+        for piece in pieces(b"HTTP/1.1 200 OK\r\n\r\n" + behind):
+            connection.send(piece)
+        # An honest provider stands behind it, for whom the handshake is not spoiled.
+        with contextlib.suppress(ssl.SSLError):
+            connection.sock = context.wrap_socket(connection.sock, server_side=True)
+            connection.read_request()
+            connection.send(message_answer(HI))
+
+    proxy = upstream(script)
+    monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+    it = relay({"anthropic": {"base_url": "https://provider.example"}})
+    for _ in range(3):
+        got = it.post("/v1/messages", prompt())
+        refused(got, 502, "api_error")
+        assert b"injected" not in got.head + got.body
+    assert {asked.method for asked in connects} == {"CONNECT"}
+    assert [asked for asked in proxy.requests if asked.method != "CONNECT"] == [], "the request stayed here"
 
 
 @pytest.mark.parametrize("exempt", ["no_proxy", "loopback"])
@@ -4448,6 +4869,219 @@ def test_a_client_that_has_sent_much_ahead_and_leaves_is_noticed_within_a_second
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Responses: an Outgoing makes bytes of them, without any socket
+# ------------------------------------------------------------------------------------------------------------
+
+
+def outgoing(response: Any, method: str = "POST", version: str = "1.1") -> Any:
+    """What makes bytes of a response to such a request."""
+    asked = monorelay.parse_request_head(f"{method} /v1/messages HTTP/{version}\r\nHost: a\r\n\r\n".encode())
+    record = monorelay.AccessRecord(0.0, 0.0)
+    record.request_id = "req_1"
+    made = monorelay.Outgoing(response, asked, "anthropic", record)
+    made.record = record
+    return made
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize(
+    ("method", "status", "body"),
+    [("GET", 200, b'{"status":"ok"}'), ("HEAD", 200, b'{"status":"ok"}'), ("HEAD", 200, b""), ("POST", 404, b"{}"),
+     ("OPTIONS", 204, b""), ("HEAD", 204, b""), ("POST", 200, b"x" * 100_000)],
+    ids=brief,
+)  # fmt: skip
+def test_an_own_response_has_its_length_and_goes_out_at_once(method, status, body, version, keep):
+    it = outgoing(monorelay.own_response(status, body, [("x-a", "b")], "req_1"), method, version)
+    head, _, rest = it.begin(keep, 1.0).partition(b"\r\n\r\n")
+    got = Message(head, rest)
+    assert (it.ended, it.keep_alive, it.must_reset) == (True, keep, False)
+    assert got.status == status and rest == (b"" if method == "HEAD" else body)
+    assert got.all("content-length") == ([] if status == 204 else [str(len(body))])
+    assert got.all("transfer-encoding") == [] and got.get("x-a") == "b" and got.get("request-id") == "req_1"
+    assert got.get("connection") == ("close" if not keep else "keep-alive" if version == "1.0" else None)
+    assert got.all("content-type") == ["application/json"] * bool(body)
+    assert (it.record.status, it.record.first_byte, it.record.bytes_sent) == (status, 1.0, len(rest))
+
+
+def test_a_response_to_what_could_not_be_read_has_a_body():
+    made = monorelay.own_response(400, b"{}", [], "req_1", close=True)
+    it = monorelay.Outgoing(made, None, "openai", monorelay.AccessRecord(0.0, 0.0))
+    assert it.begin(False, 0.0).endswith(b"\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}") and it.ended
+
+
+class PassedOn(NamedTuple):
+    """What became of a provider's answer: its head, its body out of the framing, whether that ended properly."""
+
+    head: bytes
+    body: bytes
+    whole: bool
+    keep_alive: bool
+    must_reset: bool
+    error: str
+    bytes_sent: int
+
+
+def passed_on(
+    head: bytes, pieces: list[bytes], method: str = "POST", version: str = "1.1", broken: bool = False,
+    at_once: bool = False, rewriter: Any = None,
+) -> PassedOn:  # fmt: skip
+    """What a client gets of a provider's answer whose first piece has come with the head, until the provider closes,
+    `at_once` with the last piece."""
+    parsed = monorelay.parse_response_head(head)
+    came = monorelay.Answer(None, None, parsed, monorelay.answer_decoder(parsed, method))
+    came.absorb(pieces[0])
+    fields = [("content-type", parsed.fields.get("content-type"))]
+    made = monorelay.Response(parsed.status, parsed.reason, fields, answer=came, rewriter=rewriter)
+    it = outgoing(made, method, version)
+    sent = it.begin(True, 0.0)
+    for number, piece in enumerate(pieces[1:], 2):
+        if not it.ended:
+            sent += it.feed(piece, at_once and number == len(pieces), broken)
+    if not it.ended:
+        sent += it.feed(b"", True, broken)
+    assert it.ended
+    first, _, body = sent.partition(b"\r\n\r\n")
+    whole = not it.record.error
+    if b"transfer-encoding: chunked" in first:
+        decoder = monorelay.ChunkedDecoder()
+        body, whole = decoder.feed(body), decoder.finished
+        assert decoder.rest == b""
+    return PassedOn(first, body, whole, it.keep_alive, it.must_reset, it.record.error, it.record.bytes_sent)
+
+
+def framed(text: bytes, framing: str, kind: str, status: int = 200) -> tuple[bytes, bytes]:
+    """The head and the body of a provider's answer."""
+    lines = [f"HTTP/1.1 {status} Fine", f"content-type: {kind}"]
+    lines += {"length": [f"content-length: {len(text)}"], "chunked": ["transfer-encoding: chunked"]}.get(framing, [])
+    body = chunked(text[:7], text[7:]) if framing == "chunked" else text
+    return "\r\n".join([*lines, "", ""]).encode(), body
+
+
+STREAM_TYPE = "text/event-stream; charset=utf-8"
+OUTGOING_BODIES = {
+    "JSON": ("application/json", b'{"usage":{"input_tokens":3,"output_tokens":4},"x":"Gr\xc3\xbc\xc3\x9fe"}'),
+    "an empty body": ("application/json", b""),
+    "bytes": ("application/octet-stream", bytes(range(256)) * 3),
+    "an Anthropic stream": (STREAM_TYPE, b"".join(ANTHROPIC_EVENTS)),
+    "an OpenAI stream": (STREAM_TYPE, b"".join(OPENAI_EVENTS)),
+    "a stream in CRLF": (STREAM_TYPE, b"".join(ANTHROPIC_EVENTS).replace(b"\n", b"\r\n")),
+    "a stream in CR": (STREAM_TYPE, b"".join(ANTHROPIC_EVENTS).replace(b"\n", b"\r")),
+}
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("asked", ["POST", "HEAD", "204"])
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+@pytest.mark.parametrize("name", OUTGOING_BODIES)
+def test_a_providers_response_is_the_same_whether_it_comes_whole_or_byte_by_byte(name, framing, asked, version):
+    kind, text = OUTGOING_BODIES[name]
+    method, status = ("HEAD", 200) if asked == "HEAD" else ("POST", int(asked) if asked == "204" else 200)
+    head, body = framed(text, framing, kind, status)
+    body = body if asked == "POST" else b""
+    ways = [[body], [b"", body], [body[:1], *bytewise(body[1:])], [b"", *bytewise(body)]]
+    got = {passed_on(head, pieces, method, version, at_once=now) for pieces in ways for now in (False, True)}
+    assert len(got) == 1, got
+    it = got.pop()
+    sent = Message(it.head, it.body)
+    streams, bodyless = kind == STREAM_TYPE, asked != "POST"
+    # A length is passed on but for a stream's, in which an error must have room.
+    has_length = framing == "length" and not streams and status != 204
+    until_close = not (has_length or bodyless) and version == "1.0"
+    assert it.body == (b"" if bodyless else text) and it.whole and it.error == ""
+    assert sent.all("content-length") == [str(len(text))] * has_length
+    assert sent.all("transfer-encoding") == ["chunked"] * (not has_length and not bodyless and version == "1.1")
+    kept = None if version == "1.1" else "keep-alive"
+    assert sent.get("connection") == ("close" if until_close else kept)
+    assert (it.keep_alive, it.must_reset, it.bytes_sent) == (not until_close, False, len(it.body))
+    assert (sent.get("x-accel-buffering") == "no") == streams
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+@pytest.mark.parametrize("name", ["JSON", "an Anthropic stream", "a stream in CRLF"])
+def test_a_response_that_breaks_off_is_the_same_whether_it_comes_whole_or_byte_by_byte(
+    name, framing, broken, version
+):
+    kind, text = OUTGOING_BODIES[name]
+    head, body = framed(text, framing, kind)
+    body = body[: len(body) - 30]
+    ways = [[body], [b"", body], [b"", *bytewise(body)]]
+    got = {passed_on(head, pieces, "POST", version, broken, now) for pieces in ways for now in (False, True)}
+    assert len(got) == 1, got
+    it = got.pop()
+    if framing == "close" and name == "JSON" and not broken:
+        assert it.error == "" and it.body == text[:-30], "how long it is, nobody can know"
+        return
+    assert (it.whole, it.keep_alive, it.error) == (False, False, "upstream_broken")
+    assert it.must_reset == (version == "1.0" and not (framing == "length" and name == "JSON"))
+    if "stream" in name:
+        lines = it.body.rstrip(b"\n").split(b"\n")
+        assert lines[-2] == b"event: error" and json.loads(lines[-1][6:])["request_id"] == "req_1"
+    else:
+        assert text.startswith(it.body)
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+def test_a_batchs_response_is_rewritten_whether_it_comes_whole_or_byte_by_byte(framing, version):
+    provider = parse({"anthropic": {"base_url": "http://127.0.0.1:9"}}).providers["anthropic"]
+    text = b'{"data":[%s{"x":"results_url"}]}' % (b'{"results_url": "http://127.0.0.1:9/v1/messages/batches/b"},' * 3)
+    head, body = framed(text, framing, "application/json")
+    got = {
+        passed_on(head, pieces, "GET", version, rewriter=monorelay.ResultsUrlRewriter(provider, "http://relay"))
+        for pieces in ([body], [b"", body], [b"", *bytewise(body)])
+    }
+    assert len(got) == 1
+    it = got.pop()
+    assert it.whole and it.body == text.replace(b"http://127.0.0.1:9/", b"http://relay/")
+    assert Message(it.head, b"").get("content-length") is None and it.bytes_sent == len(it.body)
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("kind", ["application/json", STREAM_TYPE])
+def test_a_response_whose_framing_breaks_never_ends_properly(kind, version):
+    head, _ = framed(b"", "chunked", kind)
+    body = chunk(ANTHROPIC_EVENTS[0]) + b"x\r\n" + chunk(ANTHROPIC_EVENTS[-1]) + b"0\r\n\r\n"
+    for pieces in ([b"", body], [b"", *bytewise(body)], [body[:30], body[30:]]):
+        it = passed_on(head, pieces, "POST", version)
+        assert (it.whole, it.keep_alive, it.error, it.must_reset) == (False, False, "upstream_broken", version == "1.0")
+        passed = it.body.partition(b"\nevent: error\n")[0] if kind == STREAM_TYPE else it.body
+        assert ANTHROPIC_EVENTS[0].startswith(passed) and (b"event: error" in it.body) == (kind == STREAM_TYPE)
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r", b"\n\n", b"\r\n\r\n"], ids=brief)
+@pytest.mark.parametrize("name", [b"message_stop", b"error", b"response.completed"], ids=brief)
+def test_a_stream_that_ends_behind_the_name_of_its_last_event_has_the_same_end_in_bytes(name, end):
+    text = ANTHROPIC_EVENTS[0] + b"event: " + name + end
+    head, body = framed(text, "close", STREAM_TYPE)
+    got = [passed_on(head, pieces) for pieces in ([body], [b"", *bytewise(body)], [body[:-1], body[-1:]])]
+    assert got[0] == got[1] == got[2]
+
+
+STREAM_LINES = [
+    "event: message_start", 'data: {"type":"message_start"}', "event: message_stop", 'data: {"type": "message_stop"}',
+    "data: [DONE]", 'data: {"finish_reason": "stop"}', ": comment", "", "id: 7", "data:", "event: error",
+    'data: {"error": {"a": 1}}', "event: response.completed", 'data: {"a":',
+]  # fmt: skip
+
+
+@hypothesis.settings(max_examples=400)
+@hypothesis.given(
+    st.lists(st.sampled_from(STREAM_LINES), min_size=1, max_size=6), st.sampled_from(["\n", "\r\n", "\r"]),
+    st.integers(0, 30), st.lists(st.floats(0, 1), max_size=6), st.sampled_from(["chunked", "close"]), st.booleans(),
+)  # fmt: skip
+def test_a_stream_has_the_same_end_wherever_it_is_cut_in_pieces(lines, end, missing, cuts, framing, broken):
+    text = end.join([*lines, ""]).encode()
+    text = text[: max(0, len(text) - missing)]
+    head, body = framed(text, framing, STREAM_TYPE)
+    edges = [0, *sorted(int(cut * len(body)) for cut in cuts), len(body)]
+    got = passed_on(head, [b"", *(body[a:b] for a, b in zip(edges, edges[1:]))], broken=broken)
+    assert got == passed_on(head, [b"", body], broken=broken)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Handler: who is let in
 # ------------------------------------------------------------------------------------------------------------
 
@@ -5010,6 +5644,19 @@ def test_paths_that_climb_are_404_and_reach_nobody(upstream, relay, path):
     assert (got.status, got.json["error"]["type"]) == (404, "not_found_error") and not provider.connections
 
 
+@pytest.mark.parametrize("opening", ["/v1/files/", "/v1/models/", "/v1/messages/", "/"])
+def test_a_path_of_more_than_512_escapes_is_a_404_that_says_so(upstream, relay, opening):
+    provider = upstream(answer())
+    it = relay({"anthropic": provider})
+    fits = it.ask("GET", opening + "%41" * 512, None, ANTHROPIC_VERSION)
+    assert "percent-encoded" not in fits.body.decode() and (opening != "/v1/files/" or fits.status == 200)
+    count = len(provider.connections)
+    for path in (opening + "%41" * 513, opening + "%41" * 5_000, opening + "%2e%2e/" * 1_000, "/" + "%" * 600):
+        message = refused(it.ask("GET", path, None, ANTHROPIC_VERSION), 404, "not_found_error")
+        assert "more than 512 percent-encoded characters" in message
+    assert len(provider.connections) == count
+
+
 @pytest.mark.parametrize(
     "path", ["/v1/files/a%0d%0aX-Evil:%201", "/v1/files/a%20b", "/v1/files/a%250d%250aX-Evil:1"]
 )
@@ -5162,6 +5809,135 @@ def test_an_odd_entry_of_a_provider_does_not_spoil_the_catalogue(upstream, relay
     it = relay({"anthropic": upstream(answer(200, odd))})
     listing = it.ask("GET", "/v1/models").json
     assert [model["id"] for model in listing["data"]] == ["claude-a"]
+
+
+def listed(text: str) -> list[dict[str, Any]]:
+    return list(monorelay.listed_entries(text))
+
+
+BLANK = " \t\r\n "
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [('{"data":[]}', []), ('{"data":[{"id":"a"}]}', ["a"]),
+     ('{"data":[{"id":"a"},{"id":"b","x":[1,{"id":"c"}]}]}', "ab"),
+     ('{"object":"list","data":[{"id":"a"}],"has_more":false}', ["a"]),
+     ('{"a":{"data":[{"id":"no"}]},"b":[{"data":[{"id":"no"}]}],"data":[{"id":"a"}],"data2":[{"id":"no"}]}', ["a"]),
+     ('{"a":"\\"data\\":[{\\"id\\":\\"no\\"}]","data":[{"id":"a"}]}', ["a"]),
+     ('{"\\"data":[{"id":"no"}],"data":[{"id":"a"}]}', ["a"]), ('{"Data":[{"id":"no"}],"data":[{"id":"a"}]}', ["a"]),
+     ('{"a":"\\\\","data":[{"id":"a"}]}', ["a"]), ('{"n":-1.5e3,"t":true,"z":null,"data":[{"id":"a"}]}', ["a"]),
+     ('{"data":[{"id":"a","data":[{"id":"no"}]},{"id":"b"}]}', "ab"),
+     (f'{BLANK}{{{BLANK}"x"{BLANK}:{BLANK}1{BLANK},{BLANK}"data"{BLANK}:{BLANK}[{BLANK}{{{BLANK}"id"{BLANK}:{BLANK}"a"'
+      f'{BLANK}}}{BLANK},{BLANK}{{"id":"b"}}{BLANK}]{BLANK},{BLANK}"y"{BLANK}:{BLANK}2{BLANK}}}{BLANK}', "ab")],
+    ids=brief,
+)  # fmt: skip
+def test_the_entries_of_a_list_of_models_are_found(text, names):
+    assert [entry["id"] for entry in listed(text)] == list(names)
+    assert listed(text) == json.loads(text)["data"]
+
+
+@pytest.mark.parametrize(
+    "odd", ["7", "null", '"a"', "[]", '[{"id":"no"}]', "{}", '{"id":7}', '{"id":null}', '{"id":["a"]}', '{"ID":"a"}',
+            '{"id":{"id":"no"}}', '{"id":"%s"}' % ("x" * 257)], ids=brief)  # fmt: skip
+def test_an_entry_that_names_no_model_is_an_empty_one(odd):
+    assert listed(f'{{"data":[{odd},{{"id":"a"}},{odd}]}}') == [{}, {"id": "a"}, {}]
+
+
+def test_an_entry_that_tells_much_keeps_only_its_name():
+    usual = {"id": "a", "x": "y" * 1_700, "z": [[]] * 40}
+    long, many = {"x": "y" * 2_100, "id": "b"}, {"id": "c", "z": [0] * 140}
+    for values in ("[" * 130 + "]" * 130, '{"":' * 130 + "0" + "}" * 130, "[%s0]" % ("[]," * 65)):
+        assert listed(f'{{"data":[{{"id":"n","x":{values}}}]}}') == [{"id": "n"}]
+    assert listed(json.dumps({"data": [usual, long, many, usual]})) == [usual, {"id": "b"}, {"id": "c"}, usual]
+    name = "\U0001f600" * 256
+    assert listed(json.dumps({"data": [{"id": name}]}, ensure_ascii=False)) == [{"id": name}]
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1, 2_000])
+def test_no_more_entries_are_listed_than_so_many(more):
+    entries = [{"id": f"m-{number}"} for number in range(monorelay.LISTED_MODELS + more)]
+    assert listed(json.dumps({"data": entries})) == entries[: monorelay.LISTED_MODELS]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "[]", '[{"data":[{"id":"a"}]}]', '"data"', "null", "7", "{}", '{"a":1}', '{"a":[{"data":[]}]}', "data",
+     '{"data"}', '{"data":}', '{data:[{"id":"a"}]}', '"data":[{"id":"a"}]', ',"data":[{"id":"a"}]',
+     '{"a":1{"data":[{"id":"a"}]}', '{,"data":[{"id":"a"}]}', '{"a":1 "data":[{"id":"a"}]}', '{"a":x,"data":[]}'],
+    ids=brief,
+)  # fmt: skip
+def test_what_is_no_object_with_a_list_is_none(text):
+    with pytest.raises(ValueError):
+        listed(text)
+
+
+@pytest.mark.parametrize("value", ["null", "7", "true", '"a"', "{}", '{"id":"a"}', ',{"id":"a"}', ""], ids=brief)
+def test_data_that_is_no_list_is_none(value):
+    for behind in ("", ',"x":1', ',{"id":"a"}'):
+        with pytest.raises(ValueError):
+            listed(f'{{"data":{value}{behind}}}')
+
+
+@pytest.mark.parametrize(
+    "inner", ['{"id":"a"},,{"id":"b"}', ',{"id":"a"}', '{"id":"a"} {"id":"b"}', '{"id":"a"}[{"id":"b"}', '{"id":"a"},',
+              '{"id":"a"}}', '{"id":"a"}:', '{"id":"a",}', '{"id":a}', '[{"id":"a"'], ids=brief)  # fmt: skip
+def test_a_list_that_is_no_json_is_none(inner):
+    with pytest.raises(ValueError):
+        listed(f'{{"data":[{inner}]}}')
+
+
+@pytest.mark.parametrize("part", ["before the list", "within the list", "behind the list"])
+def test_a_list_that_is_cut_off_anywhere_is_none(part):
+    text = '{"a": {"b": [1, "x"]}, "data" : [ {"id": "a", "n": 1.5}, {"id": "b", "x": [null]} ] , "z": [1]}'
+    begin, end = text.index("[ {") + 1, text.index("] ,") + 1
+    cuts = {"before the list": range(begin), "within the list": range(begin, end),
+            "behind the list": range(end, len(text))}[part]  # fmt: skip
+    assert [entry["id"] for entry in listed(text)] == ["a", "b"]
+    taken = []
+    for cut in cuts:
+        with contextlib.suppress(ValueError):
+            listed(text[:cut])
+            taken.append(text[:cut])
+    assert taken == []
+
+
+LISTED = st.dictionaries(st.sampled_from(["id", "ID", "data", "x"]), JSON_VALUES | st.text(max_size=300)) | JSON_VALUES
+
+
+@hypothesis.settings(max_examples=200)
+@hypothesis.given(
+    st.lists(st.tuples(st.text() | st.sampled_from(["Data", "id", "data ", '"data']), JSON_VALUES | st.lists(LISTED))),
+    st.lists(LISTED), st.integers(0, 9), st.sampled_from([None, 0, 3, "\t"]), st.booleans(),
+)  # fmt: skip
+def test_the_names_are_those_that_json_finds(members, entries, place, indent, ascii_only):
+    members = [(name, value) for name, value in members if name != "data"]
+    members.insert(place, ("data", entries))
+    text = json.dumps(dict(members), indent=indent, ensure_ascii=ascii_only)
+    hypothesis.assume(not re.search(r"\d{21}", text))
+    found = [entry.get("id") if isinstance(entry, dict) else None for entry in json.loads(text)["data"]]
+    expected = [name if isinstance(name, str) and 0 < len(name) <= 256 else None for name in found]
+    # Whether an empty name is one, is_text() says.
+    got = [entry.get("id") or None for entry in listed(text)]
+    assert got == expected
+
+
+def test_a_list_that_is_broken_somewhere_lists_nothing_of_it(upstream, relay):
+    whole = json.dumps({"data": [{"id": f"claude-{number}"} for number in range(9)]}).encode()
+    damaged = whole.replace(b'}, {"id": "claude-5"', b'}, x{"id": "claude-5"')
+    assert damaged != whole
+    for text in (whole[:-40], whole[:-2], damaged, b"\xff" + whole, b'{"data": {"id": "claude-1"}}', whole[1:]):
+        it = relay({"anthropic": upstream(answer(200, text))})
+        assert it.ask("GET", "/v1/models").json["data"] == [], text
+
+
+def test_what_a_provider_tells_of_its_models_at_length_is_not_kept(upstream, relay):
+    entries = [{"id": "claude-a", "type": "model", "display_name": "A", "x": "y" * 3_000},
+               {"id": "claude-b", "type": "model", "display_name": "B", "x": "y" * 300}]  # fmt: skip
+    it = relay({"anthropic": upstream(answer(200, json.dumps({"data": entries}).encode()))})
+    long, usual = it.ask("GET", "/v1/models", None, ANTHROPIC_VERSION).json["data"]
+    assert long["id"] == "claude-a" and "x" not in long and len(json.dumps(long)) < 300
+    assert usual == {**entries[1], "created_at": usual["created_at"]}
 
 
 def test_a_model_is_found_whatever_curl_calls_the_body(upstream, relay):
@@ -5533,6 +6309,132 @@ def test_an_inflated_body_counts_as_what_it_is(upstream, relay):
     got = it.post("/v1/messages", body, "Content-Encoding: gzip")
     refused(got, 503, "api_error")
     assert got.get("x-monorelay-error") == "bodies_full" and not provider.connections
+
+
+def held_bytes(it: Relay) -> int:
+    return it.server.service.bodies.bytes
+
+
+def waits_for(gate: threading.Event, raw: bytes) -> Script:
+    """A provider that takes its time."""
+
+    def script(connection: Connection) -> None:
+        while True:
+            connection.read_request()
+            connection.wait(gate)
+            connection.send(raw)
+
+    return script
+
+
+def zipped(model: str, **fields: Any) -> tuple[bytes, bytes]:
+    """A body in gzip, and as it was."""
+    plain = json.dumps(prompt(model, padding="x" * 300_000, **fields)).encode()
+    return gzip.compress(plain), plain
+
+
+# Whom a request goes to, and with which body each time: as it came, or decompressed for this model.
+@pytest.mark.parametrize(
+    ("model", "sent"),
+    [("claude-test", [None, None]), ("fast", ["claude-test", "claude-test"]), ("mixed", ["mixed", "claude-other"])],
+)
+@pytest.mark.parametrize("fails_over", [False, True])
+def test_a_gzip_body_is_held_as_it_is_sent_while_a_provider_takes_its_time(upstream, relay, model, sent, fails_over):
+    gate = threading.Event()
+    slow = upstream(waits_for(gate, answer()))
+    first, second = (upstream(answer(500)), slow) if fails_over else (slow, upstream(answer()))
+    it = relay(
+        {"anthropic": first, "anthropic2": second},
+        aliases={"fast": ["claude-test@anthropic", "claude-test@anthropic2"],
+                 "mixed": ["mixed@anthropic", "claude-other@anthropic2"]},
+    )  # fmt: skip
+    raw, plain = zipped(model)
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", raw, "Content-Encoding: gzip"))
+        assert slow.called.wait(TIMEOUT_SECONDS)
+        assert held_bytes(it) == len(raw) + (0 if sent[0] is None else len(plain))
+        gate.set()
+        assert client.answer().status == 200
+        eventually(lambda: held_bytes(it) == 0)
+    for provider, name in list(zip((first, second), sent))[: 1 + fails_over]:
+        (got,) = provider.requests
+        if name in (None, model):
+            assert (got.body, got.get("content-encoding")) == (raw, "gzip")
+        else:
+            assert got.get("content-encoding") is None
+            assert got.body == plain.replace(b'"%s"' % model.encode(), b'"%s"' % name.encode())
+
+
+@pytest.mark.parametrize("model", ["claude-test", "fast"])
+@pytest.mark.parametrize("resets", [False, True])
+def test_a_gzip_body_is_let_go_when_its_client_leaves(upstream, relay, model, resets):
+    provider = upstream(silence)
+    it = relay({"anthropic": provider}, aliases={"fast": "claude-test"})
+    raw, _ = zipped(model)
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", raw, "Content-Encoding: gzip"))
+        assert provider.called.wait(TIMEOUT_SECONDS) and held_bytes(it) >= len(raw)
+        if resets:
+            client.reset()
+    eventually(lambda: provider.left and held_bytes(it) == 0)
+
+
+@pytest.mark.parametrize("model", ["claude-test", "fast"])
+def test_a_gzip_body_is_let_go_when_its_stream_begins(upstream, relay, model):
+    gate = threading.Event()
+    it = relay({"anthropic": upstream(gated_stream(gate))}, aliases={"fast": "claude-test"})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", zipped(model, stream=True)[0], "Content-Encoding: gzip"))
+        client.until(b"message_start")
+        assert held_bytes(it) == 0
+        gate.set()
+        client.until(b"message_stop")
+    assert held_bytes(it) == 0
+
+
+REFUSED_ZIPPED: dict[str, tuple[bytes, int]] = {
+    "no route": (zipped("nowhere")[0], 404),
+    "no token": (zipped("claude-test")[0], 401),
+    "not hers": (zipped("gpt-5")[0], 403),
+    "not hers, out of sight": (zipped("claude-test", fallbacks=["gpt-5"])[0], 403),
+    "by its provider": (zipped("claude-refused")[0], 400),
+    "by its provider, with another model": (zipped("refused")[0], 400),
+    "by a provider that is not there": (zipped("claude-gone")[0], 502),
+    "no JSON": (gzip.compress(b"{" + b" " * 300_000 + b"x"), 400),
+    "no model": (gzip.compress(b'{"x":"%s"}' % (b"x" * 300_000)), 400),
+    "cut off": (zipped("claude-test")[0][:-9], 400),
+    "no gzip": (b"x" * 300_000, 400),
+    "too large": (gzip.compress(b" " * 2_200_000), 413),
+    "too much to hold": (gzip.compress(b" " * 1_800_000), 503),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_ZIPPED)
+def test_a_gzip_body_is_let_go_when_it_is_refused(upstream, relay, name):
+    body, status = REFUSED_ZIPPED[name]
+    provider = upstream(answer(400))
+    it = relay(
+        {"anthropic": provider, "anthropic2": {"base_url": f"http://127.0.0.1:{unused_port()}"}},
+        users=USERS, server={
+            "jwt_secret": JWT_SECRET, "max_body_mb": 2, "max_held_mb": 1.5 if name == "too much to hold" else 16},
+        routes={"claude-gone": "anthropic2", "claude-*": "anthropic", "gpt-*": "anthropic"},
+        aliases={"refused": "claude-other"},
+    )  # fmt: skip
+    token = "" if name == "no token" else bearer() if name.startswith("not hers") else TOKEN
+    got = it.post("/v1/messages", body, "Content-Encoding: gzip", token=token)
+    assert got.status == status, got
+    eventually(lambda: held_bytes(it) == 0)
+    assert len(provider.requests) == name.startswith("by its provider")
+    assert it.post("/v1/messages", prompt("claude-test")).status == 400
+
+
+def test_a_user_over_the_limit_leaves_nothing_of_a_gzip_body(upstream, relay):
+    it = relay({"anthropic": upstream(answer())}, server={"jwt_secret": JWT_SECRET},
+               users={"alice": {"models": ["claude-*"], "requests_per_minute": 1}})  # fmt: skip
+    for status in (200, 429, 429):
+        got = it.post("/v1/messages", zipped("claude-test")[0], "Content-Encoding: gzip", token=bearer())
+        assert got.status == status
+        eventually(lambda: held_bytes(it) == 0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -6242,6 +7144,196 @@ def test_connections_at_work_make_no_room(upstream, relay):
         stream.until(b"message_stop")
         head.send(b"Host: a\r\n\r\n")
         assert head.answer().status == 200
+
+
+def floods(client: Client, asked: bytes) -> None:
+    """Sends as much as the relay takes, and reads nothing."""
+    client.sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        for start in range(0, len(asked), 1 << 14):
+            client.sock.sendall(asked[start : start + (1 << 14)])
+    client.sock.settimeout(TIMEOUT_SECONDS)
+
+
+@pytest.fixture
+def small_buffers(monkeypatch) -> None:
+    """Few bytes are on their way to a client that doesn't read."""
+    tune = monorelay.tune
+
+    def tune_small(sock: socket.socket) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
+        tune(sock)
+
+    monkeypatch.setattr(monorelay, "tune", tune_small)
+
+
+UNPROVEN = {
+    "pipelines and reads nothing": request("GET", "/health", token="") * 4_000,
+    "pipelines what is refused": request("POST", "/v1/messages", STREAMED, token="") * 2_000,
+    "pipelines with a wrong token": request("GET", "/api/auth/me", token="wrong") * 4_000,
+    "a head that doesn't end": b"GET /health HTTP/1.1\r\nx: ",
+    "a login that doesn't end": request("POST", "/api/auth/login", b"{", "Content-Length: 99", token=""),
+    "telemetry that doesn't end": request("POST", "/api/event_logging/batch", b"{", "Content-Length: 99", token=""),
+    "a body that nobody wants": request("POST", "/v1/messages", b"{" * 9_000, "Content-Length: 999999", token=""),
+}
+
+
+@pytest.mark.parametrize("name", UNPROVEN)
+def test_who_is_busy_for_long_without_a_token_makes_room_the_longest_one_first(
+    upstream, relay, monkeypatch, small_buffers, name
+):
+    monkeypatch.setattr(monorelay, "UNPROVEN_SECONDS", 0.3)
+    gate = threading.Event()
+    it = relay({"anthropic": upstream(gated_stream(gate)), "echo": {}}, server={"max_connections": 5})
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(it.client()) for _ in range(2)]
+        for stream in streams:
+            stream.send(request("POST", "/v1/messages", STREAMED))
+            stream.until(b"message_start")
+        greedy = []
+        for number in range(3):
+            greedy.append(stack.enter_context(it.client(SO_RCVBUF=1 << 12)))
+            floods(greedy[-1], UNPROVEN[name])
+            eventually(lambda number=number: len(it.server.served) == 3 + number)
+        threading.Event().wait(0.5)
+        ports = [client.sock.getsockname()[1] for client in greedy]
+        for number in range(3):
+            streams.append(stack.enter_context(it.client()))
+            streams[-1].send(request("POST", "/v1/messages", STREAMED))
+            streams[-1].until(b"message_start")
+            served = {handler.client_address[1] for handler in list(it.server.served)}
+            assert [port in served for port in ports] == [False] * (number + 1) + [True] * (2 - number)
+        with it.client() as late:
+            late.send(request("GET", "/health"))
+            refused(late.answer(), 503, "api_error", openai_shape=True)
+        assert all(client.ended_within(TIMEOUT_SECONDS) for client in greedy)
+        gate.set()
+        for stream in streams:
+            stream.until(b"message_stop")
+
+
+def test_who_has_shown_a_token_is_not_closed_while_busy(upstream, relay, monkeypatch, small_buffers):
+    monkeypatch.setattr(monorelay, "UNPROVEN_SECONDS", 0.1)
+    gate = threading.Event()
+    it = relay({"anthropic": upstream(gated_stream(gate)), "echo": {}}, server={"max_connections": 4})
+    with it.client() as stream, it.client() as head, it.client() as body, it.client(SO_RCVBUF=1 << 12) as greedy:
+        stream.send(request("POST", "/v1/messages", STREAMED))
+        stream.until(b"message_start")
+        assert head.ask("GET", "/api/auth/me").status == 200
+        head.send(b"GET /health HTTP/1.1\r\n")
+        body.send(request("POST", "/v1/messages", b"{", "Content-Length: 9"))
+        floods(greedy, request("GET", "/api/auth/me") + request("GET", "/health", token="") * 4_000)
+        eventually(lambda: len(it.server.served) == 4)
+        threading.Event().wait(0.4)
+        for _ in range(3):
+            with it.client() as late:
+                late.send(request("GET", "/health"))
+                refused(late.answer(), 503, "api_error", openai_shape=True)
+        gate.set()
+        stream.until(b"message_stop")
+        head.send(b"Host: a\r\n\r\n")
+        assert head.answer().status == 200 and greedy.answer().status == 200
+
+
+def test_an_idle_connection_goes_before_one_that_is_busy_without_a_token(relay, monkeypatch):
+    monkeypatch.setattr(monorelay, "UNPROVEN_SECONDS", 0.1)
+    it = relay({"echo": {}}, server={"max_connections": 3})
+    with it.client() as head, it.client() as known, it.client() as silent:
+        head.send(b"GET /health HTTP/1.1\r\n")
+        eventually(lambda: len(it.server.unproven) == 1 and len(it.server.served) == 3)
+        assert known.ask("GET", "/api/auth/me").status == 200
+        threading.Event().wait(0.3)
+        # The longest idle one goes first, whoever it is.
+        with it.client() as new, it.client() as newer:
+            for client, idle in ((new, silent), (newer, known)):
+                assert client.ask("GET", "/health", token="").status == 200 and idle.ended_within(TIMEOUT_SECONDS)
+            head.send(b"Host: a\r\n\r\n")
+            assert head.answer().status == 200
+
+
+def get_stuck(it: Relay, clients: list[Client], helper: Client) -> None:
+    """Has each of them ask for as much as fits into the sockets' buffers on the way, and a little more; the helper,
+    who has shown a token, is busy afterwards."""
+    handlers = {handler.client_address[1]: handler for handler in list(it.server.served)}
+
+    def flowing() -> list[Client]:
+        return [one for one in clients if not handlers[one.sock.getsockname()[1]].channel.is_sending]
+
+    def all_stuck() -> bool:
+        # All of them are served in one turn of the loop, whose responses go out at its end.
+        held = threading.Event()
+        it.server.service.loop.post(lambda: held.wait(TIMEOUT_SECONDS))
+        for client in (helper, *flowing()):
+            client.send(request("GET", "/health", token=""))
+        held.set()
+        assert helper.answer().status == 200
+        return not flowing() and not threading.Event().wait(0.3) and not flowing()
+
+    assert helper.ask("GET", "/api/auth/me").status == 200
+    eventually(all_stuck, seconds=4 * TIMEOUT_SECONDS)
+    helper.send(b"GET")
+
+
+def test_connections_whose_last_response_is_stuck_make_room(relay, monkeypatch, small_buffers):
+    monkeypatch.setattr(monorelay, "UNPROVEN_SECONDS", 0.2)
+    it = relay({"echo": {}}, server={"max_connections": 5})
+    with contextlib.ExitStack() as stack:
+        stuck = [stack.enter_context(it.client(SO_RCVBUF=1 << 11)) for _ in range(4)]
+        helper = stack.enter_context(it.client())
+        eventually(lambda: len(it.server.served) == 5)
+        get_stuck(it, stuck, helper)
+        eventually(lambda: it.ask("GET", "/api/auth/me").status == 200, seconds=3)
+
+
+def test_idle_connections_make_room_behind_any_number_of_stuck_ones(relay, small_buffers):
+    count = monorelay.ROOM_TRIES
+    it = relay({"echo": {}}, server={"max_connections": count + 4})
+    with contextlib.ExitStack() as stack:
+        stuck = [stack.enter_context(it.client(SO_RCVBUF=1 << 11)) for _ in range(count)]
+        helper = stack.enter_context(it.client())
+        eventually(lambda: len(it.server.served) == count + 1)
+        get_stuck(it, stuck, helper)
+        idle = [stack.enter_context(it.client()) for _ in range(3)]
+        assert [client.ask("GET", "/health").status for client in idle] == [200] * 3
+        assert it.ask("GET", "/api/auth/me").status == 200 and idle[0].ended_within(TIMEOUT_SECONDS)
+
+
+class Stub:
+    """A connection as make_room() sees it, that counts how often it is looked at."""
+
+    looks = 0
+
+    def __init__(self, may_be_closed: bool = False) -> None:
+        self.closes, self.closed, self.task = may_be_closed, False, self
+
+    def may_be_closed(self) -> bool:
+        Stub.looks += 1
+        return self.closes
+
+    def cancel(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("count", [20, 200, 4_096])
+def test_making_room_looks_at_a_few_connections_however_many_there_are(relay, count):
+    server = relay({"echo": {}}).server
+    now = server.service.loop.now
+    kinds = {"idle": [Stub() for _ in range(count)], "unproven": [Stub() for _ in range(count)]}
+    try:
+        server.idle.update(dict.fromkeys(kinds["idle"]))
+        server.unproven.update({stub: now for stub in kinds["unproven"]})
+        Stub.looks = 0
+        assert [server.make_room() for _ in range(10)] == [False] * 10
+        assert Stub.looks == 10 * monorelay.ROOM_TRIES
+        for stub in kinds["unproven"]:
+            server.unproven[stub] = now - monorelay.UNPROVEN_SECONDS - 1
+        assert server.make_room()
+        assert [stub.closed for stub in kinds["unproven"]] == [True] + [False] * (count - 1)
+        kinds["idle"][3].closes = True
+        assert server.make_room() and kinds["idle"][3].closed and not kinds["unproven"][1].closed
+    finally:
+        server.idle.clear()
+        server.unproven.clear()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -7275,6 +8367,86 @@ def test_all_connections_idle_at_one_address_shut_nobody_out(descriptors, besieg
 
 
 @pytest.mark.slow
+def test_4096_connections_that_pipeline_without_a_token_and_read_nothing_shut_nobody_out(descriptors, besieged):
+    gate = threading.Event()
+    it, count = besieged(gated_stream(gate), max_connections=4096), 4076
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(patient(it)) for _ in range(20)]
+        for stream in streams:
+            stream.send(request("POST", "/v1/messages", json.dumps(prompt("claude-a", stream=True)).encode()))
+            stream.until(b"message_start")
+        greedy = []
+        for _ in range(count):
+            greedy.append(stack.enter_context(Client(it.url, SO_RCVBUF=1 << 11)))
+            floods(greedy[-1], request("GET", "/health", token="") * 1_000)
+        threading.Event().wait(2)
+        for _ in range(200):
+            owner = stack.enter_context(Client(it.url))
+            assert owner.ask("GET", "/api/auth/me").status == 200
+        gate.set()
+        for stream in streams:
+            stream.until(b"message_stop")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "opening", [b"G", request("POST", "/api/auth/login", b"{", "Content-Length: 9", token="")], ids=brief
+)
+def test_1000_new_connections_beside_2000_that_are_held_hold_nobody_up(descriptors, besieged, opening):
+    it = besieged(max_connections=2_010)
+
+    def attack() -> None:
+        with contextlib.ExitStack() as stack:
+            for _ in range(2_000):
+                stack.enter_context(Client(it.url)).send(opening)
+            threading.Event().wait(1.5)
+            for number in range(1_000):
+                stack.enter_context(Client(it.url)).send(opening)
+                if number % 100 == 99:  # no more than may wait to be told that there is no room
+                    threading.Event().wait(0.1)
+
+    assert_bearable(it, attack, 8 << 20)
+
+
+def heavy_head(escapes: int) -> bytes:
+    """A head of 64 kB that is costly to read: many escapes in its path, many options of its connection."""
+    opening = f"POST /v1/{'%41' * escapes} HTTP/1.1\r\nHost: a\r\nConnection: ".encode()
+    options = ",".join(map("".join, itertools.product(string.ascii_lowercase + string.digits, repeat=2))) + ","
+    return opening + (options * 20).encode()[: 64_000 - len(opening)] + b"\r\n\r\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("escapes", [0, 512, 5_000])
+def test_nobody_waits_for_60_heads_that_are_costly_to_read(besieged, escapes):
+    it, asked = besieged(), heavy_head(escapes)
+
+    def attack() -> None:
+        for _ in range(5):
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(patient(it)) for _ in range(60)]
+                for client in clients:
+                    client.send(asked)
+                for client in clients:
+                    status = Message(client.until(b"\r\n\r\n"), b"").status
+                    assert status in (404, 401) and (escapes < 513 or status == 404)
+
+    assert_bearable(it, attack, 60 * len(asked))
+
+
+@pytest.mark.slow
+def test_nobody_waits_while_names_that_are_permutations_are_compared(besieged):
+    chance, letters = random.Random(5), list("ab" * 32)
+    names = []
+    for _ in range(1_000):
+        chance.shuffle(letters)
+        names.append("".join(letters))
+    wanted = "".join(sorted(letters, key=lambda _: chance.random()))
+    it = besieged(replies(catalogue_answer(*names)))
+    assert_bearable(it, sends(it, request("GET", "/v1/models"), statuses=(200,)), 1 << 20)
+    assert_bearable(it, sends(it, request("GET", f"/v1/models/{wanted}"), statuses=(404,)), 1 << 20)
+
+
+@pytest.mark.slow
 def test_250_guesses_at_once_do_not_hold_up_the_owners_login(besieged):
     it = besieged()
 
@@ -7429,7 +8601,12 @@ def test_nobody_waits_for_what_a_provider_sends(besieged, name):
 @pytest.mark.parametrize(
     "listed",
     [b'{"data":[' + b"[]," * 1_300_000 + b"[]]}", b'{"data":' + b"[" * 4_000_000,
-     b'{"data":[' + b'{"id":"a"},' * 360_000 + b"{}]}", b'{"data":[{"id":"' + b"x" * 4_000_000 + b'"}]}'],
+     b'{"data":[' + b'{"id":"a"},' * 360_000 + b"{}]}", b'{"data":[{"id":"' + b"x" * 4_000_000 + b'"}]}',
+     b'{"data":[%s]}' % b",".join(b'{"id":"m-%04d","x":%s}' % (n, b'{"":' * 330 + b"{}" + b"}" * 330)
+                                  for n in range(298)),
+     b'{"data":[%s]}' % b",".join(b'{"id":"m-%04d","x":"%s"}' % (n, "\U0001f600".encode() + b"y" * 1_980)
+                                  for n in range(1_000)),
+     b'{"data":[{"id":"m","x":[%s]}]}' % b",".join([b"1.2345678901234567e-300"] * 99_000)],
     ids=brief,
 )  # fmt: skip
 def test_nobody_waits_for_a_catalogue(besieged, listed):
