@@ -61,7 +61,7 @@ import time
 import types
 import warnings
 import zlib
-from collections.abc import Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, Callable, NamedTuple, NoReturn, Optional, TypeVar, Union
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
@@ -113,7 +113,7 @@ TICK_SECONDS = 0.005  # and near ones not more often than this
 PATIENT_SECONDS = 0.005  # of a turn of the event loop, for work that is done in steps
 OTHER_THREADS_SECONDS = 0.0001  # after which other threads have their turn
 SLOW_EVENT_SECONDS = 0.002  # a connection whose last event took longer shares that time, too,
-LATE_SECONDS = 0.05  # and so do all that aren't served so early in a turn
+LATE_SECONDS = 0.015  # and so do all that aren't served so early in a turn
 # Of an error's body so much is looked at before it is passed on, and waited for no longer than this.
 PEEKED_BYTES = 64 * 1024
 PEEK_SECONDS = 5.0
@@ -122,7 +122,6 @@ DISCARDED_BODY_BYTES = 64 * 1024
 DISCARD_SECONDS = 0.5  # and no longer: what is short and was sent is here by then
 
 UNPROVEN_SECONDS = 1.0  # who is busy for longer, and has shown no token, may have to make room for others
-ROOM_TRIES = 16  # idle connections that are looked at, since a request may just have come on them
 HEAD_SECONDS = 20.0  # Apache's RequestReadTimeout header=20
 BODY_PAUSE_SECONDS = 60.0  # nginx's client_body_timeout
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout
@@ -151,7 +150,7 @@ ECHO_VALUES = 50_000  # in a request to echo, which take up to 5 MB
 CATALOGUE_VALUES = 100_000  # which `json` reads in some 10 ms
 LISTED_DIGITS = 20  # of an integer in it
 LISTED_MODELS = 1000  # of a provider; the longest known list has some 500
-LISTED_ENTRY_CHARACTERS = 2048  # as JSON; the usual ones have 100 to 1,500
+LISTED_ENTRY_CHARACTERS = 2048  # in its strings; the usual ones have 100 to 1,000
 LISTED_ENTRY_VALUES = 128  # the usual ones have up to 80
 CATALOGUE_WAIT_SECONDS = 2.0  # Claude Code gives up after 3
 CATALOGUE_FRESH_SECONDS = 300.0
@@ -164,7 +163,7 @@ LOGIN_BODY_SECONDS = 20.0  # as for a head
 TRUSTED_ADDRESSES = 1000
 THROTTLED_NAMES = 4096
 THROTTLED_CHARACTERS = 200  # of each
-COMPARED_PRODUCT = 200_000  # of characters, for "did you mean": 20 ms at worst, 500 names of the usual length
+COMPARED_PRODUCT = 100_000  # of characters, for "did you mean": 20 ms at worst, 250 names of the usual length
 COMPARED_CHARACTERS = 64
 REMEMBERED_PATH_CHARACTERS = 200
 MODEL_CHARACTERS = 256  # of a model's name; the longest known ones, ARNs of inference profiles, have some 120
@@ -1577,7 +1576,12 @@ class Headers:
         self.has_repeated = len(self._first) < len(pairs)  # whether a name stands there more than once
         if self.has_repeated:  # then the last one of a name has taken the place of the first
             self._first = dict(zip(reversed(self.names), reversed(pairs)))
-        self.connection = self.elements("connection") if "connection" in self._first else ()  # its options
+        # The options of Connection that mean something here, or name a field.
+        self.connection: Collection[str] = self._options() if "connection" in self._first else ()
+
+    def _options(self) -> frozenset[str]:
+        options = self.elements("connection")
+        return frozenset(option for option in options if option in self._first or option in ("close", "keep-alive"))
 
     def get(self, name: str, default: str = "") -> str:
         """The first value of a field."""
@@ -1930,7 +1934,7 @@ def is_safe_path(path: str) -> bool:
         if b"//" in form or b"\\" in form or re.search(rb"[\x00-\x20\x7f]", form):
             return False
         # Some servers take what follows a semicolon for a parameter, and the segment for what is before it.
-        if {b".", b".."} & {segment.partition(b";")[0] for segment in form.split(b"/")}:
+        if re.search(rb"(?:^|/)\.\.?(?:[;/]|\Z)", form):
             return False
     return True
 
@@ -3935,22 +3939,32 @@ class EventLoop:
         self.late_at = self.now + LATE_SECONDS
         self.turn += 1
         self.crowded = len(ready) > 1
+        self._serve_late()
         for key, events in ready:
             key.data(events)
         for _ in range(len(self._posted)):
             self._posted.popleft()()
+            if time.monotonic() > self.late_at:
+                break
         if self.now >= self.sweep_at:
             self._sweep()
-        if self.late or self.patient or self.pipelined:
+        if self.patient or self.pipelined:
             self._serve_patient()
         self._end_turn()
+
+    def _serve_late(self) -> None:
+        """Serves what came too late in the turn before, as long as it isn't late again."""
+        for _ in range(len(self.late)):
+            if self.clock > self.late_at:
+                break
+            self.late.popleft()()
 
     def _serve_patient(self) -> None:
         """Lets those who wait go on, in turns and as many of one kind as of the others, while there is time."""
         self.clock = time.monotonic()
         deadline = self.clock + PATIENT_SECONDS
-        while (self.late or self.patient or self.pipelined) and self.clock < deadline:
-            for queued in (self.late, self.patient, self.pipelined):
+        while (self.patient or self.pipelined) and self.clock < deadline:
+            for queued in (self.patient, self.pipelined):
                 if queued:
                     queued.popleft()()
                     self.clock = time.monotonic()
@@ -3980,6 +3994,8 @@ class EventLoop:
         for task in list(self.tasks):
             client = task.client
             if task.deadline <= self.now:
+                if time.monotonic() > self.late_at:
+                    break  # the rest comes in the next turn
                 task.resume(Overdue())
             elif client and client.is_ahead and not client.closed:
                 self.sweep_at = min(self.sweep_at, self.now + AHEAD_SECONDS)
@@ -4620,9 +4636,13 @@ async def send_echo(loop: EventLoop, channel: Channel, response: EchoResponse, r
     fields.append(("request-id", request_id))
     head = head_bytes(f"HTTP/1.1 {response.status} {reason_of(response.status)}", fields)
     await channel.send(head, STALLED_CLIENT_SECONDS)
+    begun = time.monotonic()
     for seconds, part in response.parts:
         if seconds:
             await pause(loop, seconds)
+        elif time.monotonic() - begun > SLOW_EVENT_SECONDS:
+            await give_way(loop)
+            begun = time.monotonic()
         await channel.send(chunk(part) if chunked else part, STALLED_CLIENT_SECONDS)
     if chunked and not response.cut:
         await channel.send(LAST_CHUNK, STALLED_CLIENT_SECONDS)
@@ -4685,7 +4705,10 @@ SECRET_CHARACTERS = 8  # of a header's value; shorter ones may stand anywhere
 def unescaped(text: str) -> str:
     """The text with what JSON, HTML and URLs have for a character in its place."""
     text = re.sub(r"\\u00([0-9a-fA-F]{2})", lambda match: chr(int(match[1], 16)), text.replace("\\/", "/"))
-    return unquote(html.unescape(text))
+    try:
+        return unquote(html.unescape(text))
+    except ValueError:  # a number of thousands of digits
+        return text
 
 
 class UpstreamResponse:
@@ -4730,9 +4753,10 @@ class UpstreamResponse:
         given = [value.rpartition(" ")[2] for name, value in provider.headers if value and SECRET_NAME.fullmatch(name)]
         secrets = [secret for secret in given if len(secret) >= SECRET_CHARACTERS]
         secrets += [key.secret.reveal()] if key else []
-        told = [self.head.reason, *itertools.chain.from_iterable(self.head.headers), self.content.decode("latin-1")]
+        told = [self.content.decode("latin-1"), self.head.reason, *itertools.chain.from_iterable(self.head.headers)]
         text = "\n".join(told)
-        return any(secret in text or secret in unescaped(text) for secret in secrets)
+        plain = unescaped(text[: 2 * PEEKED_BYTES]) if secrets else ""
+        return any(secret in text or secret in plain for secret in secrets)
 
     def absorb(self, data: bytes) -> bytes:
         """Decodes the next bytes from upstream into `content`, and returns what they add. Raises FramingError."""
@@ -5191,26 +5215,32 @@ def short_integer(digits: str) -> int:
 
 
 def listed_entries(text: str) -> Iterator[JsonDict]:
-    """The first LISTED_MODELS entries of the list `data` in a JSON object; of one that tells much, only the name; an
+    """The first LISTED_MODELS entries of the list `data` in a JSON object: of one that tells much, only the name; an
     empty one for each that names no model. Raises ValueError for what isn't such an object."""
-    decoder, end, name = json.JSONDecoder(parse_int=short_integer), 0, ""
-    while name != "data":
-        member = MEMBER.match(text, end)
-        if not member:
-            raise ValueError("there is no list in it")
-        name, end = member[1], member.end()
-        if name != "data":
-            end = decoder.raw_decode(text, end)[1]
-    opening = re.compile(r"\[[ \t\n\r]*|[ \t\n\r]*,[ \t\n\r]*")
-    for _ in range(LISTED_MODELS):
-        begun = opening.match(text, end)
-        if not begun or text.startswith("]", begun.end()):
-            return
-        entry, end = decoder.raw_decode(text, begun.end())
+    document = json.loads(text, parse_int=short_integer)
+    listed = document.get("data") if isinstance(document, dict) else None
+    if not isinstance(listed, list):
+        raise ValueError("there is no list in it")
+    for entry in listed[:LISTED_MODELS]:
         named = isinstance(entry, dict) and is_text(entry.get("id")) and len(entry["id"]) <= MODEL_CHARACTERS
-        values = sum(text.count(mark, begun.end(), end) for mark in "[{,")
-        tells_much = end - begun.end() > LISTED_ENTRY_CHARACTERS or values > LISTED_ENTRY_VALUES
-        yield {} if not named else {"id": entry["id"]} if tells_much else entry
+        yield {} if not named else entry if is_small(entry) else {"id": entry["id"]}
+
+
+def is_small(entry: JsonDict) -> bool:
+    """Whether an entry has at most LISTED_ENTRY_VALUES values, and so many characters in its strings."""
+    waiting: list[Any] = [entry]
+    values = characters = 0
+    while waiting and values + len(waiting) <= LISTED_ENTRY_VALUES and characters <= LISTED_ENTRY_CHARACTERS:
+        value = waiting.pop()
+        values += 1
+        if isinstance(value, dict):
+            characters += sum(map(len, value))
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str):
+            characters += len(value)
+    return not waiting and characters <= LISTED_ENTRY_CHARACTERS
 
 
 def model_entry(entry: JsonDict, format: str) -> JsonDict:
@@ -5834,6 +5864,7 @@ async def answer_me(exchange: Exchange) -> Response:
 async def answer_catalogue(exchange: Exchange) -> Response:
     """The relay's models, or one of them."""
     listed = await exchange.service.catalogue.entries(exchange.config)
+    await give_way(exchange.loop)  # to make a long page takes some milliseconds
     entries = [entry for entry in listed if exchange.may_use(entry["id"])]
     wanted = unquote(exchange.endpoint.path[len("/models/") :])
     if not wanted:
@@ -6158,10 +6189,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             channel.set_window(UNKNOWN_HELD_BYTES)
         deadline = self.loop.now + (SURPLUS_SECONDS if self.surplus else IDLE_SECONDS)
         seen, begun = 0, False
-        if not channel.received:
-            self._be_idle()
         try:
             while True:
+                if not (self.idle or channel.received):
+                    self._be_idle()
                 if seen < 2 and channel.received.startswith(b"\r\n"):
                     channel.use(2)  # RFC 9112 §2.2: an empty line before it is ignored
                     seen = 0
@@ -6171,8 +6202,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 seen = len(channel.received)
                 if seen and not begun:
                     begun = True
-                    deadline = self.loop.now + HEAD_SECONDS
-                    self._be_busy()
+                    deadline = deadline if self.surplus else self.loop.now + HEAD_SECONDS
+                    self.be_busy()
                 if seen and channel.is_ahead:
                     channel.set_window(REQUEST_HEAD_BYTES + 1)
                 await until(deadline)
@@ -6181,7 +6212,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Overdue:
             self.fault = MalformedRequest(f"the head took more than {HEAD_SECONDS:.0f} seconds", 408)
         finally:
-            self._be_busy()
+            self.be_busy()
         return channel.take()
 
     def _be_idle(self) -> None:
@@ -6191,8 +6222,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.surplus:
             self.server.idle[self] = None
 
-    def _be_busy(self) -> None:
-        """Notes that a request has begun to come."""
+    def be_busy(self) -> None:
+        """Notes that a request has begun to come, or that the last response isn't taken."""
         self.idle = False
         self.server.idle.pop(self, None)
         if not (self.known or self.surplus):
@@ -6319,7 +6350,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             await self.channel.finish_sending(STALLED_CLIENT_SECONDS)
             self.lingering = True
             self._be_idle()
-            latest = self.loop.now + LINGER_LONGEST_SECONDS
+            latest = self.loop.now + (SURPLUS_SECONDS if self.surplus else LINGER_LONGEST_SECONDS)
             while True:
                 self.channel.take()
                 await until(min(self.loop.now + LINGER_SECONDS, latest))
@@ -6387,10 +6418,12 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def make_room(self) -> bool:
         """Closes the connection that has been idle for longest; where there is none, the one that has been busy for
         longest without having shown a token, if that is too long. Whether there was one."""
-        for handler in list(itertools.islice(self.idle, ROOM_TRIES)):
+        while self.idle:
+            handler = next(iter(self.idle))
             if handler.task and handler.may_be_closed():
                 handler.task.cancel()
                 return True
+            handler.be_busy()  # its last response isn't taken, or a request has just come: it isn't looked at again
         for handler, since in itertools.islice(self.unproven.items(), 1):
             if handler.task and since < self.service.loop.now - UNPROVEN_SECONDS:
                 handler.evicted = True
@@ -6492,6 +6525,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Has the event loop serve a new connection."""
         if len(self.handlers) >= self.connection_limit + SURPLUS_CONNECTIONS:
+            self.service.loop.post(self.make_room)
             refuse(request)
         else:
             self.finish_request(request, client_address)
