@@ -79,6 +79,7 @@ JsonDict = dict[str, Any]
 
 # nginx's large_client_header_buffers allows 8 KiB a line; long ids and queries get twice that.
 REQUEST_LINE_BYTES = 16 * 1024
+CONNECTION_CHARACTERS = 4096  # of its options, which are looked up one by one; they have some 30
 PATH_ESCAPES = 512  # percent-encoded characters in a path: each is looked at several times
 # Tomcat and gunicorn stop at 8 KiB, h11 at 16; a cookie-laden browser and long beta lists need more.
 REQUEST_HEAD_BYTES = 64 * 1024
@@ -1565,7 +1566,8 @@ GUARDED_HEADERS = HOP_BY_HOP | {
 
 
 class Headers:
-    """Header fields as they stood in a head, to be looked up by their names in lower case."""
+    """Header fields as they stood in a head, to be looked up by their names in lower case. Raises FramingError for a
+    Connection that is too long."""
 
     __slots__ = ("_first", "connection", "has_repeated", "names", "pairs")
 
@@ -1580,6 +1582,8 @@ class Headers:
         self.connection: Collection[str] = self._options() if "connection" in self._first else ()
 
     def _options(self) -> frozenset[str]:
+        if sum(map(len, self.all("connection"))) > CONNECTION_CHARACTERS:
+            raise FramingError(f"Connection has more than {CONNECTION_CHARACTERS} characters")
         options = self.elements("connection")
         return frozenset(option for option in options if option in self._first or option in ("close", "keep-alive"))
 
@@ -1675,7 +1679,10 @@ def parse_request_head(data: bytes) -> RequestHead:
     pairs = parse_fields(block[:-2])
     if pairs is None:
         raise MalformedRequest("a header line must read NAME: VALUE, without control bytes and ended by CRLF")
-    fields, version = Headers(pairs), int(minor)
+    try:
+        fields, version = Headers(pairs), int(minor)
+    except FramingError as error:
+        raise MalformedRequest(str(error), 431) from None
     check_host(fields, version)
     check_spellings(fields)
     path, query = split_target(method, target)
@@ -5202,7 +5209,8 @@ async def read_rest(loop: EventLoop, response: UpstreamResponse) -> bytes:
         if size > CATALOGUE_BYTES:
             raise FramingError("the list of models is too long")
     body = b"".join(pieces)
-    if sum(map(body.count, (b"[", b"{", b","))) > CATALOGUE_VALUES:
+    # An object takes four times as much as another value.
+    if body.count(b"[") + body.count(b",") + 4 * body.count(b"{") > CATALOGUE_VALUES:
         raise FramingError("the list of models has too many values")
     return body
 
