@@ -2066,6 +2066,7 @@ JSON_BLANKS = " \t\n\r"
 JSON_AT_ONCE_BYTES = 256 * 1024  # `json` takes up to 8 ms for as much
 SPLICED_AT_ONCE_BYTES = 16 * 1024  # and model_span() up to 5
 AT_ONCE_BYTES = 32 * 1024  # a longer body waits for the turn of others before it is read
+WALKED_BYTES = 100 * 1024  # from here on a body of few strings is walked faster than `json` reads it
 LONG_STRING_BYTES = 4096
 QUOTE_SPACING_BYTES = 200  # further apart than this on the average, quotes are few
 WALK_STEPS = 500  # tokens, or parts of a string, at a time; of a piece of 64 KiB that takes 3 ms at the most
@@ -2415,7 +2416,7 @@ class ReadBody:
             self._finish_walk()
             return
         text = b"".join(self.content)
-        if len(text) > LONG_STRING_BYTES and takes_long(text):
+        if len(text) > WALKED_BYTES and takes_long(text):
             self._begin_walk()
             self._finish_walk()
             return
