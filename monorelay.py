@@ -134,9 +134,9 @@ UPSTREAM_IDLE_SECONDS = 50.0
 CONNECTED_ADDRESSES = 16  # of a host that has more, these are tried
 # How many connections to a provider wait for their next use; nginx needs as many for the same load.
 UPSTREAM_IDLE_CONNECTIONS = 512
-# Connections over max_connections are taken to be told so, in the format of their path; these few only.
-SURPLUS_CONNECTIONS = 256
-SURPLUS_SECONDS = 2.0  # and not for long
+# Connections accepted beyond max_connections, only to answer 503 in the client's format.
+OVER_LIMIT_CONNECTIONS = 256
+OVER_LIMIT_SECONDS = 2.0  # and not for long
 LISTEN_BACKLOG = 4096  # connections that wait for accept(); the system caps it (net.core.somaxconn)
 RETRY_AFTER_LIMIT_SECONDS = 3600.0
 LEEWAY_SECONDS = 60.0  # clocks of token issuers differ; RFC 7519 §4.1.4 allows a few minutes
@@ -1069,7 +1069,7 @@ class Caller(NamedTuple):
 
 
 ADMIN = Caller("admin", True, None)
-NOBODY = Caller("", False, None)
+ANONYMOUS = Caller("", False, None)
 
 
 class TokenError(Unauthenticated):
@@ -1471,12 +1471,12 @@ class KeyPool:
             turn = self._turns[provider.name] % len(keys)
             self._turns[provider.name] += 1
             return (*keys[turn:], *keys[:turn])
-        return sorted(keys, key=lambda key: self._lot(provider, key, session), reverse=True)
+        return sorted(keys, key=lambda key: self._rank(provider, key, session), reverse=True)
 
-    def _lot(self, provider: Provider, key: ProviderKey, session: str) -> float:
-        """What a key draws, the largest lot being tried first: lot**(1/weight) favours by weight (Efraimidis and
-        Spirakis). For `sticky` a hash of session and key draws, which is rendezvous hashing: a key that comes or
-        goes moves no session between the others."""
+    def _rank(self, provider: Provider, key: ProviderKey, session: str) -> float:
+        """A key's rank for this request, highest first: random, weighted by u**(1/w) (Efraimidis and Spirakis), or,
+        for `sticky`, a hash of session and key (rendezvous hashing: a key that comes or goes moves no session
+        between the others)."""
         if provider.key_strategy == "random":
             return self._chance.random()
         if provider.key_strategy == "weighted":
@@ -1487,14 +1487,14 @@ class KeyPool:
     def _back_at(self, candidate: Candidate) -> float:
         """When the candidate is wanted again."""
         return max(
-            (self._cooling[name].until for name in cooling_names(candidate) if name in self._cooling), default=0.0
+            (self._cooling[name].until for name in cooldown_keys(candidate) if name in self._cooling), default=0.0
         )
 
     def succeeded(self, candidate: Candidate, now: float) -> None:
         """Forgets what was held against the candidate, as far as a success disproves it."""
         if not self._cooling:
             return
-        provider, key, key_and_model = cooling_names(candidate)
+        provider, key, key_and_model = cooldown_keys(candidate)
         self._cooling.pop(provider, None)
         if candidate.target.model:
             self._cooling.pop(key, None)
@@ -1507,7 +1507,7 @@ class KeyPool:
     ) -> None:
         """Notes a response with a status of failure; `by_model`: to a request that went where its model belongs."""
         cooldown = candidate.target.provider.cooldown
-        _, key, key_and_model = cooling_names(candidate)
+        _, key, key_and_model = cooldown_keys(candidate)
         if status == 429:
             entry = self._entry(key_and_model)
             if retry_after is not None or not (entry.fixed and entry.until > now):
@@ -1529,8 +1529,8 @@ class KeyPool:
         return self._cooling.setdefault(name, Cooling())
 
 
-def cooling_names(candidate: Candidate) -> tuple[tuple[object, ...], ...]:
-    """Under what the failures of a candidate are kept: its provider, its key, its key with its model."""
+def cooldown_keys(candidate: Candidate) -> tuple[tuple[object, ...], ...]:
+    """The three keys of a candidate in the cooldown table: provider; provider and key; provider, key and model."""
     provider = candidate.target.provider.name
     secret = candidate.key.secret if candidate.key else None
     return (provider,), (provider, secret), (provider, secret, candidate.target.model)
@@ -1994,7 +1994,7 @@ def shown_tokens(fields: Headers) -> list[str]:
 
 
 def media_type(fields: Headers) -> str:
-    """What kind of body it is, without parameters."""
+    """The media type of Content-Type, in lower case and without parameters (RFC 9110 §8.3.1)."""
     return fields.get("content-type").partition(";")[0].strip().lower()
 
 
@@ -2535,8 +2535,8 @@ class Inflater:
             content = self._inflater.decompress(data, INFLATED_BYTES)
         except zlib.error:
             content, data = b"", b""
-        surplus = self.finished and (self._inflater.unused_data or any(self._pieces))
-        if surplus or not (data or content or self.finished):
+        over_limit = self.finished and (self._inflater.unused_data or any(self._pieces))
+        if over_limit or not (data or content or self.finished):
             raise BadRequest(f"the body is not what its content-encoding {self._coding} says")
         return content
 
@@ -2928,13 +2928,13 @@ def count_words(value: Any) -> int:
     return sum(map(count_words, value)) if isinstance(value, list) else 0
 
 
-def said(content: Any) -> str:
+def content_text(content: Any) -> str:
     """The text of a message's content; a content without any is told by the types of its blocks."""
     if not isinstance(content, list):
         return content if isinstance(content, str) else ""
     blocks = [block for block in content if isinstance(block, dict)]
     texts = [str(block["text"]) for block in blocks if "text" in block]
-    texts += [said(block.get("content")) for block in blocks if block.get("type") == "tool_result"]
+    texts += [content_text(block.get("content")) for block in blocks if block.get("type") == "tool_result"]
     return "\n".join(texts) if texts else " ".join(f"[{block.get('type')}]" for block in blocks)
 
 
@@ -2986,7 +2986,7 @@ def sample(schema: Any) -> Any:
     )
 
 
-def paced(request: JsonDict, reply: Reply, events: Iterator[bytes]) -> EchoResponse:
+def stream_response(request: JsonDict, reply: Reply, events: Iterator[bytes]) -> EchoResponse:
     """The events of a reply as a stream, at the pace and up to the end that the model's name asks for."""
     pause = ECHO_WORD_SECONDS if request["model"].startswith("echo-slow") else 0.0
     cut = request["model"].startswith("echo-cut")
@@ -2995,7 +2995,7 @@ def paced(request: JsonDict, reply: Reply, events: Iterator[bytes]) -> EchoRespo
     return EchoResponse(200, "text/event-stream; charset=utf-8", ((pause, event) for event in events), cut=cut)
 
 
-def at_once(request: JsonDict, document: JsonDict) -> EchoResponse:
+def whole_response(request: JsonDict, document: JsonDict) -> EchoResponse:
     """The document as a whole response; half of it if the model's name asks for that."""
     body = json.dumps(document).encode("ascii")
     cut = request["model"].startswith("echo-cut")
@@ -3014,8 +3014,8 @@ def echo_messages(request: JsonDict, identity: str, now: int) -> EchoResponse:
     check_tools(request)
     reply = anthropic_reply(request, identity)
     if request.get("stream"):
-        return paced(request, reply, anthropic_events(reply))
-    return at_once(request, anthropic_message(reply))
+        return stream_response(request, reply, anthropic_events(reply))
+    return whole_response(request, anthropic_message(reply))
 
 
 def echo_count_tokens(request: JsonDict, identity: str, now: int) -> EchoResponse:
@@ -3126,7 +3126,7 @@ def anthropic_reply(request: JsonDict, identity: str) -> Reply:
     results = any(block["type"] == "tool_result" for block in blocks)
     tool = {} if results else called_tool(request)
     text, reason, sequence = shorten(
-        "" if tool else said(content), request["max_tokens"], request.get("stop_sequences") or ()
+        "" if tool else content_text(content), request["max_tokens"], request.get("stop_sequences") or ()
     )
     thinks = (request.get("thinking") or {}).get("type") in ("enabled", "adaptive")
     return Reply(
@@ -3154,7 +3154,10 @@ def called_tool(request: JsonDict) -> JsonDict:
 
 def anthropic_input_tokens(request: JsonDict) -> int:
     """The words of system prompt, messages and tools; at least one, as the API counts."""
-    texts = [said(request.get("system")), *(said(message["content"]) for message in request["messages"])]
+    texts = [
+        content_text(request.get("system")),
+        *(content_text(message["content"]) for message in request["messages"]),
+    ]
     return max(1, count_words([*texts, request.get("tools")]))
 
 
@@ -3247,7 +3250,7 @@ def echo_chat(request: JsonDict, identity: str, now: int) -> EchoResponse:
     messages = request["messages"]
     asked = [message for message in messages if message["role"] == "user"] or messages
     answered = messages[-1] if messages[-1]["role"] == "tool" else asked[-1]
-    reply = openai_reply(request, f"chatcmpl-{identity}", said(answered.get("content")), openai_tool(request))
+    reply = openai_reply(request, f"chatcmpl-{identity}", content_text(answered.get("content")), openai_tool(request))
     usage = openai_usage(reply)
     call = {"id": f"call_{identity}", "type": "function"}
     function = {"name": reply.tool, "arguments": json.dumps(reply.tool_input)}
@@ -3260,7 +3263,9 @@ def echo_chat(request: JsonDict, identity: str, now: int) -> EchoResponse:
         spoken: JsonDict = {"role": "assistant", "content": None if reply.tool else reply.text, "refusal": None}
         if reply.tool:
             spoken["tool_calls"] = [{**call, "function": function}]
-        return at_once(request, openai_object(reply, "chat.completion", now, choices("message", spoken, finish), usage))
+        return whole_response(
+            request, openai_object(reply, "chat.completion", now, choices("message", spoken, finish), usage)
+        )
 
     def chunks() -> Iterator[list[JsonDict]]:
         yield choices("delta", {"role": "assistant", "content": None if reply.tool else ""}, None)
@@ -3285,7 +3290,7 @@ def echo_completion(request: JsonDict, identity: str, now: int) -> EchoResponse:
 
     finish = OPENAI_STOPS[reply.stop_reason]
     if not request.get("stream"):
-        return at_once(
+        return whole_response(
             request, openai_object(reply, "text_completion", now, choices(reply.text, finish), openai_usage(reply))
         )
     chunks = itertools.chain((choices(word, None) for word in reply.words), [choices("", finish)])
@@ -3332,7 +3337,7 @@ def echo_responses(request: JsonDict, identity: str, now: int) -> EchoResponse:
     items = given if isinstance(given, list) else [{"role": "user", "content": given}]
     results = items[-1].get("type") == "function_call_output"
     asked = [item for item in items if item.get("role") == "user"] or items
-    text = str(items[-1].get("output")) if results else said(asked[-1].get("content"))
+    text = str(items[-1].get("output")) if results else content_text(asked[-1].get("content"))
     tools = [{"name": tool["name"], "input_schema": tool.get("parameters")} for tool in request.get("tools") or []]
     tool = {} if results else called_tool({"model": request["model"], "tools": tools})
     limited = {**request, "max_tokens": request.get("max_output_tokens"), "messages": items}
@@ -3356,13 +3361,13 @@ def echo_responses(request: JsonDict, identity: str, now: int) -> EchoResponse:
         "usage": usage,
     }  # fmt: skip
     if not request.get("stream"):
-        return at_once(request, whole)
+        return whole_response(request, whole)
     events = (
         f"event: response.{name}\ndata: "
         f"{json.dumps({'type': f'response.{name}', 'sequence_number': number, **fields})}\n\n".encode("ascii")
         for number, (name, fields) in enumerate(response_events(reply, whole))
     )
-    return paced(request, reply, events)
+    return stream_response(request, reply, events)
 
 
 def response_events(reply: Reply, whole: JsonDict) -> Iterator[tuple[str, JsonDict]]:
@@ -3419,7 +3424,7 @@ def openai_reply(request: JsonDict, identity: str, text: str, tool: JsonDict) ->
     if not is_texts(stops):
         raise EchoFault(400, "stop: Input should be a string or a list of strings")
     text, reason, sequence = shorten("" if tool else text, limit, stops)
-    texts = [said(message.get("content")) for message in request.get("messages") or ()]
+    texts = [content_text(message.get("content")) for message in request.get("messages") or ()]
     return Reply(
         id=identity,
         model=request["model"],
@@ -3457,7 +3462,7 @@ def openai_stream(
             yield f"data: {json.dumps(document)}\n\n".encode("ascii")
         yield b"data: [DONE]\n\n"
 
-    return paced(request, reply, events())
+    return stream_response(request, reply, events())
 
 
 ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoResponse]] = {
@@ -3551,8 +3556,8 @@ class Channel:
         loop.selector.register(sock, READABLE, self._ready)
 
     @property
-    def is_ahead(self) -> bool:
-        """Whether so much waits to be used that no more is received for now."""
+    def is_full(self) -> bool:
+        """Whether the receive buffer is full; reading rests until some of it is used."""
         return len(self.received) >= self._window
 
     @property
@@ -3605,11 +3610,12 @@ class Channel:
         return sent
 
     async def send(self, data: bytes, pause_seconds: float, has_responded: Optional[Callable[[], bool]] = None) -> None:
-        """Sends all of it, or puts off what is short until the end of the turn; that it can't be sent is seen by its
-        task then. Raises Overdue when nothing was taken for the pause, OSError, and EarlyResponse as soon as
-        `has_responded` says that the provider speaks meanwhile."""
+        """Sends all of the data. A short message may be queued until the end of the turn; if that fails, `send_failed`
+        is set and the task is woken. Raises Overdue when nothing was taken for the pause, OSError, and EarlyResponse
+        as soon as `has_responded` says that the provider speaks meanwhile."""
         if self._loop.crowded and len(data) < RECEIVE_BYTES and not self._outgoing:
-            # Sent one right after the other, messages wake those who wait for them less often.
+            # Sent one right after the other, messages wake those who wait for them less often: a fifth of the CPU
+            # time of a request at 32 clients.
             self._outgoing = data
             self._loop.outbox.append(self)
             return
@@ -3664,7 +3670,7 @@ class Channel:
             self.send_failed = True
             if not self.ended:
                 self.receive()  # the other side may have spoken before it broke off
-            self._tell()
+            self._wake()
 
     async def connected(self, deadline: float) -> None:
         """Waits for the connection that its socket has begun to make. Raises Overdue, ClientGone and OSError."""
@@ -3710,8 +3716,8 @@ class Channel:
         raise ConnectionResetError(errno.ECONNRESET, "the kept connection was closed, or spoke unasked")
 
     def has_hung_up(self) -> bool:
-        """Whether the other side has closed behind bytes that are not received yet. Linux tells; elsewhere
-        the next send will."""
+        """Whether the peer has closed while its bytes still wait in the kernel. TCP_INFO tells on Linux; elsewhere the
+        next send fails."""
         try:
             state = self.sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 1)[0] if TCP_INFO else 0
         except OSError:
@@ -3738,8 +3744,8 @@ class Channel:
                 pass  # closed is closed
 
     def _ready(self, events: int, patient: bool = False) -> None:
-        """Takes part in what the selector has seen; later and `patient`, where that took long the last time, or the
-        turn is long already: whatever is cheap to serve must not wait for what isn't."""
+        """Called by the loop: the socket is readable or writable. Serves that later and `patient`, where it took long
+        the last time, or the turn is long already: what is cheap to serve must not wait for what isn't."""
         loop = self._loop
         if patient:
             self._queued = False
@@ -3761,7 +3767,7 @@ class Channel:
                 self._refuse_early_bytes()
             else:
                 self.receive()
-        self._tell()
+        self._wake()
         loop.clock = time.monotonic()
         self._slow = loop.clock - begun > SLOW_EVENT_SECONDS
 
@@ -3772,8 +3778,8 @@ class Channel:
         except OSError:
             self.send_failed = True
 
-    def _tell(self) -> None:
-        """Has the task see what has happened; a connection that belongs to none is of no use any more."""
+    def _wake(self) -> None:
+        """Wakes the task that owns this channel. An idle upstream connection has none: it is closed when it speaks."""
         task = self.task
         if task:
             task.resume(ClientGone() if self.ended and self is task.client else None)
@@ -3809,7 +3815,7 @@ class Channel:
 
     def _watch(self) -> None:
         """Has the selector look for what can be made use of now."""
-        wanted = (0 if self.ended or self.is_ahead else READABLE) | (WRITABLE if self._blocked else 0)
+        wanted = (0 if self.ended or self.is_full else READABLE) | (WRITABLE if self._blocked else 0)
         selector = self._loop.selector
         if wanted == self._watched:
             return
@@ -3897,11 +3903,11 @@ class EventLoop:
         self.worker = Worker()
         self._stopped = False
         self._posted: collections.deque[Callable[[], object]] = collections.deque()
-        self._bell, self._ringer = socket.socketpair()
-        self._bell.setblocking(False)
-        self._ringer.setblocking(False)
-        self._rung = False
-        self.selector.register(self._bell, READABLE, self._on_wakeup)
+        self._wakeup_reader, self._wakeup_writer = socket.socketpair()
+        self._wakeup_reader.setblocking(False)
+        self._wakeup_writer.setblocking(False)
+        self._wakeup_pending = False
+        self.selector.register(self._wakeup_reader, READABLE, self._on_wakeup)
 
     @property
     def current(self) -> Task:
@@ -3910,12 +3916,12 @@ class EventLoop:
         return self.running
 
     def post(self, action: Callable[[], object]) -> None:
-        """Has the loop's thread call the action soon. The one method for all threads."""
+        """Calls the action soon in the loop's thread. The only method that other threads may call."""
         self._posted.append(action)
-        if not self._rung:
-            self._rung = True
+        if not self._wakeup_pending:
+            self._wakeup_pending = True
             try:
-                self._ringer.send(b"\0")
+                self._wakeup_writer.send(b"\0")
             except OSError:
                 pass  # the loop has just ended
 
@@ -3934,8 +3940,8 @@ class EventLoop:
             except Exception as fault:  # what was not reached comes again in the next turn
                 self.warn(f"internal error: {describe(fault)}")
                 time.sleep(TICK_SECONDS)
-        self._rung = True  # nobody rings any more
-        for resource in (self.selector, self._bell, self._ringer):
+        self._wakeup_pending = True  # nobody rings any more
+        for resource in (self.selector, self._wakeup_reader, self._wakeup_writer):
             resource.close()
 
     def _turn(self) -> None:
@@ -3992,8 +3998,8 @@ class EventLoop:
         self._stopped = True
 
     def _on_wakeup(self, events: int) -> None:
-        self._bell.recv(4096)
-        self._rung = False
+        self._wakeup_reader.recv(4096)
+        self._wakeup_pending = False
 
     def _sweep(self) -> None:
         """Tells the tasks whose time has come, or whose client has left unnoticed; decides when to look again."""
@@ -4004,7 +4010,7 @@ class EventLoop:
                 if time.monotonic() > self.late_at:
                     break  # the rest comes in the next turn
                 task.resume(Overdue())
-            elif client and client.is_ahead and not client.closed:
+            elif client and client.is_full and not client.closed:
                 self.sweep_at = min(self.sweep_at, self.now + AHEAD_SECONDS)
                 if client.has_hung_up():
                     task.resume(ClientGone())
@@ -4027,7 +4033,7 @@ def until(deadline: float = math.inf) -> Generator[float, None, None]:
     yield deadline
 
 
-async def give_way(loop: EventLoop, pipelined: bool = False) -> None:
+async def checkpoint(loop: EventLoop, pipelined: bool = False) -> None:
     """Lets all others that can go on do so first. What happens on the task's channels meanwhile doesn't end that.
     `pipelined`: it is the next of several requests that were sent at once."""
     task, its_turn = loop.current, False
@@ -4043,7 +4049,7 @@ async def give_way(loop: EventLoop, pipelined: bool = False) -> None:
 
 
 async def pause(loop: EventLoop, seconds: float) -> None:
-    """Lets the time pass."""
+    """Waits for so many seconds."""
     deadline = loop.now + seconds
     try:
         while True:
@@ -4270,7 +4276,7 @@ class RequestBody:
         self._limit = limit
         self._taken = 0
         self._latest = math.inf  # when it must have come
-        self._invite = head.version >= 1 and head.fields.get("expect").lower() == "100-continue"
+        self._sends_continue = head.version >= 1 and head.fields.get("expect").lower() == "100-continue"
         if (self.length or 0) > limit:
             raise self._too_large()
 
@@ -4284,7 +4290,7 @@ class RequestBody:
         when `has_responded` says that the provider speaks before there is one."""
         piece = self.arrived()
         while not piece and not self._decoder.finished:
-            await self._arrival(has_responded)
+            await self._wait_for_more(has_responded)
             piece = self.arrived()
         return piece
 
@@ -4300,8 +4306,9 @@ class RequestBody:
         self._latest = self._loop.now + seconds
 
     async def discard(self) -> bool:
-        """Reads away a short rest that is surely coming soon; False when the connection can't be used on."""
-        if not self.finished and (self._invite or self.length is None or self.length > DISCARDED_BODY_BYTES):
+        """Drains an unread body, so that the connection can be kept; False if it is too long or not here within
+        DISCARD_SECONDS."""
+        if not self.finished and (self._sends_continue or self.length is None or self.length > DISCARDED_BODY_BYTES):
             return False
         self.must_come_within(DISCARD_SECONDS)
         try:
@@ -4326,11 +4333,11 @@ class RequestBody:
             raise self._too_large()
         return piece
 
-    async def _arrival(self, has_responded: Optional[Callable[[], bool]]) -> None:
+    async def _wait_for_more(self, has_responded: Optional[Callable[[], bool]]) -> None:
         """Waits for more of the body."""
         channel, deadline = self._channel, min(self._loop.now + BODY_PAUSE_SECONDS, self._latest)
-        if self._invite:
-            self._invite = False
+        if self._sends_continue:
+            self._sends_continue = False
             try:
                 await channel.send(b"HTTP/1.1 100 Continue\r\n\r\n", STALLED_CLIENT_SECONDS)
             except (OSError, Overdue):
@@ -4648,7 +4655,7 @@ async def send_echo(loop: EventLoop, channel: Channel, response: EchoResponse, r
         if seconds:
             await pause(loop, seconds)
         elif time.monotonic() - begun > SLOW_EVENT_SECONDS:
-            await give_way(loop)
+            await checkpoint(loop)
             begun = time.monotonic()
         await channel.send(chunk(part) if chunked else part, STALLED_CLIENT_SECONDS)
     if chunked and not response.cut:
@@ -5003,7 +5010,7 @@ class Relay:
         problem, code, last_try = "there is no provider to try", "upstream_unreachable", False
         try:
             for candidate in request.candidates:
-                self._note(request.record, candidate)
+                self._record_attempt(request.record, candidate)
                 attempt = await self._attempt(request, candidate, fresh=request.only_once or last_try)
                 response = attempt.response
                 if response:
@@ -5014,7 +5021,7 @@ class Relay:
                         break
                 else:
                     problem, code = attempt.problem, attempt.code
-                    self._blame(request, attempt)
+                    self._cool_down(request, attempt)
                     if attempt.reached and (last_try or request.only_once):
                         break
                     last_try = last_try or attempt.may_be_at_work
@@ -5024,7 +5031,7 @@ class Relay:
             raise
         if not last:
             raise UpstreamFailed(problem, code)
-        self._note(request.record, last.candidate, 0)
+        self._record_attempt(request.record, last.candidate, 0)
         return await self._presented(request, last)
 
     async def _attempt(self, request: UpstreamRequest, candidate: Candidate, fresh: bool) -> Attempt:
@@ -5044,9 +5051,9 @@ class Relay:
             raise UpstreamSilent(str(error)) from None
         return attempt
 
-    def _blame(self, request: UpstreamRequest, attempt: Attempt) -> None:
-        """Has a provider that could not be reached come later for a while, or a key with the model where it broke off;
-        not one that gave up on a slow upload. Echo's faults are made to order."""
+    def _cool_down(self, request: UpstreamRequest, attempt: Attempt) -> None:
+        """Cools down a provider that could not be reached, or the key with the model where the connection broke; not
+        one that gave up on a slow upload. Echo never cools."""
         candidate = attempt.candidate
         if candidate.target.provider.format == "echo" or not request.blames:
             return
@@ -5055,8 +5062,8 @@ class Relay:
         elif request.is_sent:
             self.keys.failed(candidate, 502, None, self._loop.now)
 
-    def _note(self, record: AccessRecord, candidate: Candidate, attempts: int = 1) -> None:
-        """Writes down which candidate the request is with."""
+    def _record_attempt(self, record: AccessRecord, candidate: Candidate, attempts: int = 1) -> None:
+        """Records which candidate the request is with."""
         record.attempts += attempts
         record.provider = candidate.target.provider.name
         record.sent_model, record.key = candidate.target.model, candidate.label
@@ -5190,7 +5197,7 @@ class Catalogue:
             for entry in listed_entries(text):
                 if entry and provider.serves(entry["id"]):
                     entries.append(entry)
-                await give_way(self._loop)
+                await checkpoint(self._loop)
         except (RelayError, UpstreamFailure, FramingError, ValueError, RecursionError):
             entries = []
             asked += CATALOGUE_RETRY_SECONDS - CATALOGUE_FRESH_SECONDS
@@ -5607,7 +5614,7 @@ class Exchange:
         self.request: RequestHead  # the same, when it has been read
         self.format = ""
         self.endpoint: Endpoint  # when it has been found
-        self.caller = NOBODY
+        self.caller = ANONYMOUS
         self._incoming: Optional[RequestBody] = None  # its body, as far as it is being read
         self._read: Optional[ReadBody] = None  # the same, when it has been read for its model
         self._held = 0  # how many bytes of it
@@ -5726,7 +5733,7 @@ class Exchange:
             body.sent = encoded
             await self._inflate(Inflater(encoded, coding), body)
         if body.size > AT_ONCE_BYTES:
-            await give_way(self.loop)
+            await checkpoint(self.loop)
         body.finish()
         if body.behind:
             await self.catch_up(body)
@@ -5743,13 +5750,13 @@ class Exchange:
             body.add(piece)
             if body.size > self.body_limit:
                 raise TooLarge(f"the decompressed body is over this relay's limit of {self.body_limit} bytes")
-            await give_way(self.loop)
+            await checkpoint(self.loop)
             await self.catch_up(body)
 
     async def catch_up(self, body: ReadBody) -> None:
         """Has the body do its work, and lets others do theirs."""
         while body.behind:
-            await give_way(self.loop)
+            await checkpoint(self.loop)
             body.go_on()
 
     async def skip_body(self) -> bool:
@@ -5872,7 +5879,7 @@ async def answer_me(exchange: Exchange) -> Response:
 async def answer_catalogue(exchange: Exchange) -> Response:
     """The relay's models, or one of them."""
     listed = await exchange.service.catalogue.entries(exchange.config)
-    await give_way(exchange.loop)  # to make a long page takes some milliseconds
+    await checkpoint(exchange.loop)  # to make a long page takes some milliseconds
     entries = [entry for entry in listed if exchange.may_use(entry["id"])]
     wanted = unquote(exchange.endpoint.path[len("/models/") :])
     if not wanted:
@@ -6128,7 +6135,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.service = self.server.service
         self.loop = self.service.loop
         self.server.handlers.add(self)
-        self.surplus = False  # beyond max_connections: it gets one response, which says so
+        self.over_limit = False  # beyond max_connections: it gets one response, which says so
         self.known = False  # whether it has shown a valid token
         self.idle = False  # between two requests
         self.lingering = False  # behind the last one
@@ -6145,7 +6152,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Nothing: the connection is being served from now on."""
 
     @property
-    def occupied(self) -> bool:
+    def answering(self) -> bool:
         """Whether a request isn't answered yet, or its response isn't all sent."""
         return self.busy or (self.task is not None and self.channel.is_sending)
 
@@ -6160,7 +6167,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.loop.post(self.task.resume)
         return not self.channel.received
 
-    def dismiss(self) -> None:
+    def close_if_idle(self) -> None:
         """Closes the connection unless a request has come, which then gets its response."""
         if self.task and self.idle and self.may_be_closed():
             self.task.cancel()
@@ -6175,7 +6182,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.task = self.loop.current
         self.task.client = self.channel
-        self.surplus = not self.server.admit(self)
+        self.over_limit = not self.server.admit(self)
         try:
             while True:
                 data = await self._next_head()
@@ -6183,7 +6190,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     await self._linger()
                     break
                 if self.channel.received:  # one who sends many requests at once waits for the others' turn
-                    await give_way(self.loop, pipelined=True)
+                    await checkpoint(self.loop, pipelined=True)
         except ClientGone:
             pass
         finally:
@@ -6195,7 +6202,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         channel = self.channel
         if not self.known:
             channel.set_window(UNKNOWN_HELD_BYTES)
-        deadline = self.loop.now + (SURPLUS_SECONDS if self.surplus else IDLE_SECONDS)
+        deadline = self.loop.now + (OVER_LIMIT_SECONDS if self.over_limit else IDLE_SECONDS)
         seen, begun = 0, False
         try:
             while True:
@@ -6210,9 +6217,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 seen = len(channel.received)
                 if seen and not begun:
                     begun = True
-                    deadline = deadline if self.surplus else self.loop.now + HEAD_SECONDS
+                    deadline = deadline if self.over_limit else self.loop.now + HEAD_SECONDS
                     self.be_busy()
-                if seen and channel.is_ahead:
+                if seen and channel.is_full:
                     channel.set_window(REQUEST_HEAD_BYTES + 1)
                 await until(deadline)
         except MalformedRequest as fault:
@@ -6227,14 +6234,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Notes that the connection may be closed."""
         self.idle = True
         self.server.unproven.pop(self, None)
-        if not self.surplus:
+        if not self.over_limit:
             self.server.idle[self] = None
 
     def be_busy(self) -> None:
         """Notes that a request has begun to come, or that the last response isn't taken."""
         self.idle = False
         self.server.idle.pop(self, None)
-        if not (self.known or self.surplus):
+        if not (self.known or self.over_limit):
             self.server.unproven.setdefault(self, self.loop.now)
 
     async def _serve_request(self, data: bytes) -> bool:
@@ -6292,7 +6299,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _admit(self, exchange: Exchange) -> None:
         """Raises Unavailable while the relay has too many connections, or shuts down."""
-        if self.surplus:
+        if self.over_limit:
             raise Unavailable(
                 "this relay serves as many connections as it may (server.max_connections)", "too_many_connections"
             )
@@ -6335,7 +6342,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     async def _may_be_kept(self, exchange: Exchange, response: Response) -> bool:
         """Whether the connection can be kept behind the response, as far as the request decides that."""
         head = exchange.head
-        if response.close or not head or not head.keep_alive or self.service.draining or self.surplus:
+        if response.close or not head or not head.keep_alive or self.service.draining or self.over_limit:
             return False
         return exchange.body_ended if response.relayed else await exchange.skip_body()
 
@@ -6358,7 +6365,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             await self.channel.finish_sending(STALLED_CLIENT_SECONDS)
             self.lingering = True
             self._be_idle()
-            latest = self.loop.now + (SURPLUS_SECONDS if self.surplus else LINGER_LONGEST_SECONDS)
+            latest = self.loop.now + (OVER_LIMIT_SECONDS if self.over_limit else LINGER_LONGEST_SECONDS)
             while True:
                 self.channel.take()
                 await until(min(self.loop.now + LINGER_SECONDS, latest))
@@ -6475,15 +6482,15 @@ class RelayServer(http.server.ThreadingHTTPServer):
             self.shutdown()
             self._accept_rest()
         self.socket.close()
-        self._have_done(self._begin_draining)
-        while any(handler.occupied for handler in list(self.handlers)) and time.monotonic() < deadline:
+        self._run_in_loop(self._begin_draining)
+        while any(handler.answering for handler in list(self.handlers)) and time.monotonic() < deadline:
             time.sleep(0.02)
-        self._have_done(self._cut_all)
+        self._run_in_loop(self._cut_all)
         self._spare.close()
         self.log.finish()
 
-    def _have_done(self, action: Callable[[], None]) -> None:
-        """Has the event loop call the action, and waits until it has; not for ever, should the loop be gone."""
+    def _run_in_loop(self, action: Callable[[], None]) -> None:
+        """Runs the action in the loop's thread and waits for its end, at most 2 s."""
         done = threading.Event()
 
         def act() -> None:
@@ -6507,7 +6514,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """From now on new requests are turned away; closes the connections on which none has come."""
         self.service.draining = True
         for handler in list(self.handlers):
-            handler.dismiss()
+            handler.close_if_idle()
 
     def _cut_all(self) -> None:
         """Ends the responses that are still on their way, each with an error where its client can read one."""
@@ -6532,7 +6539,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Has the event loop serve a new connection."""
-        if len(self.handlers) >= self.connection_limit + SURPLUS_CONNECTIONS:
+        if len(self.handlers) >= self.connection_limit + OVER_LIMIT_CONNECTIONS:
             self.service.loop.post(self.make_room)
             refuse(request)
         else:

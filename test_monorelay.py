@@ -3158,13 +3158,13 @@ def test_a_defect_costs_its_own_task_only(looping):
 
     async def fails(turns: int) -> None:
         for _ in range(turns):
-            await monorelay.give_way(looping.loop)
+            await monorelay.checkpoint(looping.loop)
         told.append("fails")
         raise ZeroDivisionError("sk-secret-text")
 
     async def works() -> str:
         for _ in range(20):
-            await monorelay.give_way(looping.loop)
+            await monorelay.checkpoint(looping.loop)
         return "works"
 
     for turns in (0, 3):
@@ -3190,7 +3190,7 @@ def test_a_task_that_gives_way_goes_on_in_its_turn_whatever_happens_meanwhile(lo
     async def counts(name: str, pipelined: bool) -> None:
         for number in range(3):
             told.append(f"{name}{number}")
-            await monorelay.give_way(looping.loop, pipelined)
+            await monorelay.checkpoint(looping.loop, pipelined)
         told.append(f"{name} ends")
 
     def begin() -> None:
