@@ -5191,10 +5191,10 @@ class Catalogue:
         try:
             response = await self._relay.obtain(request)
             try:
-                text = (await read_rest(self._loop, response)).decode("utf-8")
+                listed = listed_entries((await read_rest(self._loop, response)).decode("utf-8"))
             finally:
                 response.release(self._relay.connections)
-            for entry in listed_entries(text):
+            for entry in listed:
                 if entry and provider.serves(entry["id"]):
                     entries.append(entry)
                 await checkpoint(self._loop)
@@ -5233,6 +5233,7 @@ def listed_entries(text: str) -> Iterator[JsonDict]:
     """The first LISTED_MODELS entries of the list `data` in a JSON object: of one that tells much, only the name; an
     empty one for each that names no model. Raises ValueError for what isn't such an object."""
     document = json.loads(text, parse_int=short_integer)
+    del text  # up to four times as much as was received
     listed = document.get("data") if isinstance(document, dict) else None
     if not isinstance(listed, list):
         raise ValueError("there is no list in it")
