@@ -101,6 +101,7 @@ STREAM_LINE_BYTES = 64 * 1024
 RECEIVE_BYTES = 64 * 1024
 # A JSON body of more values takes a second to walk; the largest conversations have some 100,000.
 JSON_VALUES = 1_000_000
+TLS_RECEIVE_BYTES = 16 * 1024  # one record's; of the shortest ones, which may cost 10 µs each, it holds some 600
 INFLATED_BYTES = 64 * 1024  # at a time
 # What is held of a side that sends faster than the other takes it, or of a client that sends ahead.
 HELD_BYTES = 256 * 1024
@@ -3495,7 +3496,6 @@ Result = TypeVar("Result")
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 CONNECTING = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
-BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 M_ARENA_MAX = -8  # mallopt(3)
 IGNORE_UNEXPECTED_EOF = 0x80  # SSL_CTX_set_options(3); Python has no name for it before 3.10
 # When the first probe of a silent connection is sent, and the next; macOS calls the first TCP_KEEPALIVE.
@@ -3518,6 +3518,100 @@ def tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, option, seconds)
 
 
+class TlsSocket:
+    """TLS on a connected socket that doesn't block. OpenSSL is given what has arrived piece by piece: reading by itself
+    it doesn't return while records without content come, which a provider may send without end."""
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str) -> None:
+        self._sock = sock
+        self._arrived, self._made = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._arrived, self._made, server_hostname=host)
+        self._unsent = b""
+        self._accepted = 0  # bytes whose records are among the unsent ones
+
+    def do_handshake(self) -> None:
+        """Goes on with the handshake. Raises BlockingIOError when more has to arrive, SSLWantWriteError when there is
+        no room to send, and OSError."""
+        try:
+            self._take()
+        except BlockingIOError:
+            pass  # the first step is ours
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            self._flush()
+            raise BlockingIOError from None
+        except OSError:
+            self._flush()  # why not
+            raise
+        if not self._flush():
+            raise ssl.SSLWantWriteError
+
+    def recv(self, size: int) -> bytes:
+        """What has arrived; more than `size` if so much came at once. Raises BlockingIOError and OSError."""
+        self._take()
+        pieces = []
+        try:
+            while True:
+                piece = self._tls.read(size)
+                if not piece:
+                    break
+                pieces.append(piece)
+        except ssl.SSLWantReadError:
+            if not self._flush() and len(self._unsent) > 2 * RECEIVE_BYTES:
+                raise ConnectionAbortedError("it wants answers and doesn't take them") from None
+            if not pieces:
+                raise BlockingIOError from None
+            return b"".join(pieces)
+        except OSError:
+            if not pieces:
+                raise
+        # What ends the connection stands behind these: the selector is to report the socket again.
+        if pieces:
+            self._end_reading()
+        return b"".join(pieces)
+
+    def send(self, data: Union[bytes, memoryview]) -> int:
+        """How many of the bytes were sent. Raises BlockingIOError when it has to be called again with the same bytes,
+        and OSError."""
+        if not self._accepted:
+            if not self._flush():
+                raise BlockingIOError
+            count = self._tls.write(data)
+            while count < min(len(data), RECEIVE_BYTES):
+                count += self._tls.write(memoryview(data)[count:])
+            self._accepted = count
+        if not self._flush():
+            raise BlockingIOError
+        count, self._accepted = self._accepted, 0
+        return count
+
+    def _take(self) -> None:
+        """Hands on the next piece of what has arrived. Raises BlockingIOError and OSError."""
+        data = self._sock.recv(TLS_RECEIVE_BYTES)
+        if data:
+            self._arrived.write(data)
+        else:
+            self._arrived.write_eof()
+
+    def _end_reading(self) -> None:
+        try:
+            self._sock.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass  # it is closed already
+
+    def _flush(self) -> bool:
+        """Sends the records that were made; whether all of them are gone. Raises OSError."""
+        if self._made.pending:
+            self._unsent += self._made.read()
+        if self._unsent:
+            try:
+                self._unsent = self._unsent[self._sock.send(self._unsent) :]
+            except BlockingIOError:
+                pass
+        return not self._unsent
+
+
 class Channel:
     """One connection, to a client or to a provider, and what has arrived on it and not been used yet.
 
@@ -3526,14 +3620,15 @@ class Channel:
     as soon as the other side closes it or speaks unasked."""
 
     __slots__ = (
-        "_blocked", "_loop", "_outgoing", "_queued", "_slow", "_watched", "_window", "answered", "broken", "closed",
-        "ended", "extra_fields", "idle_since", "kept_in_turn", "opening", "received", "send_failed", "sock",
+        "_blocked", "_loop", "_outgoing", "_queued", "_slow", "_watched", "_window", "_wire", "answered", "broken",
+        "closed", "ended", "extra_fields", "idle_since", "kept_in_turn", "opening", "received", "send_failed", "sock",
         "target_prefix", "task",
     )  # fmt: skip
 
     def __init__(self, sock: socket.socket, loop: "EventLoop", window: int = HELD_BYTES) -> None:
         sock.setblocking(False)
         self.sock = sock
+        self._wire: Union[socket.socket, TlsSocket] = sock  # what its bytes go through
         self.task = loop.running
         self.received = b""
         self.answered = False  # whether anything has come since the last request was begun
@@ -3600,10 +3695,8 @@ class Channel:
         if self.kept_in_turn:
             self._look_before_use()
         try:
-            sent = self.sock.send(data)
-        except ssl.SSLWantReadError:
-            return 0
-        except BLOCKED:
+            sent = self._wire.send(data)
+        except BlockingIOError:
             sent = 0
         if sent < len(data):
             self._await_room()
@@ -3683,19 +3776,13 @@ class Channel:
 
     async def secure(self, context: ssl.SSLContext, host: str, deadline: float) -> None:
         """Makes the connection one of TLS. Raises Overdue, ClientGone and OSError."""
-        self._loop.selector.unregister(self.sock)
-        self._watched = 0
-        # An end without a close_notify must be seen: anybody on the way can make one.
-        tls = self.sock = context.wrap_socket(
-            self.sock, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False
-        )
-        self._watch()
+        tls = self._wire = TlsSocket(self.sock, context, host)
         self.opening = True
         while self.opening:
             try:
                 tls.do_handshake()
                 self.opening = False
-            except ssl.SSLWantReadError:
+            except BlockingIOError:
                 await until(deadline)  # what arrives is for the handshake
             except ssl.SSLWantWriteError:
                 await self.room(deadline)
@@ -3706,8 +3793,8 @@ class Channel:
         self.kept_in_turn = 0
         try:
             if not (self.received or self.ended):
-                self.sock.recv(1)
-        except BLOCKED:
+                self._wire.recv(1)
+        except BlockingIOError:
             return
         except OSError:
             pass  # it is closed
@@ -3761,8 +3848,7 @@ class Channel:
             self._blocked = False
             self._watch()
             self.end_turn()
-        # TLS may have waited for room to be able to read on.
-        if not self.opening and self._watched & READABLE:
+        if events & self._watched & READABLE and not self.opening:
             if self.kept_in_turn and self.task:
                 self._refuse_early_bytes()
             else:
@@ -3788,14 +3874,11 @@ class Channel:
 
     def receive(self) -> None:
         """Takes what has arrived, or the end of it."""
-        # A small window is kept exactly. Of TLS whole records must be taken: what is left of one is not seen again.
+        # A small window, a client's, is kept exactly.
         room = RECEIVE_BYTES if self._window >= HELD_BYTES else max(1, self._window - len(self.received))
         try:
-            data = self.sock.recv(room)
-        except ssl.SSLWantWriteError:
-            self._await_room()
-            return
-        except BLOCKED:
+            data = self._wire.recv(room)
+        except BlockingIOError:
             return
         except OSError:
             data, self.broken = b"", True
@@ -6593,7 +6676,7 @@ def refuse(sock: socket.socket) -> None:
         sock.setblocking(False)
         try:
             data = sock.recv(RECEIVE_BYTES)
-        except BLOCKED:
+        except BlockingIOError:
             data = b""
         format, record = likely_format(data), AccessRecord(time.time(), time.monotonic())
         message, code = "this relay can't take another connection now", "too_many_connections"
