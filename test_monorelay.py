@@ -92,6 +92,7 @@ import json
 import math
 import random
 import resource
+import select
 import selectors
 import shlex
 import shutil
@@ -3304,6 +3305,127 @@ def test_a_trusted_tls_provider_is_relayed_line_by_line(upstream, relay, tls, tr
             assert received == event
             gate.set()
         assert client.chunk() == b""
+
+
+class TlsPair:
+    """Both ends of a TLS connection: ours, a TlsSocket, and a provider's, which writes its records to `wire`."""
+
+    def __init__(self, provider: ssl.SSLContext, authority: trustme.CA) -> None:
+        self.near, self.wire = socket.socketpair()
+        self.near.setblocking(False)
+        trusting = ssl.create_default_context()
+        authority.configure_trust(trusting)
+        self.ours = monorelay.TlsSocket(self.near, trusting, "127.0.0.1")
+        self._arrived, self._made = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.theirs = provider.wrap_bio(self._arrived, self._made, server_side=True)
+
+    def records(self) -> bytes:
+        """What the provider has written since, encrypted."""
+        return self._made.read()
+
+    def take(self, size: int) -> None:
+        """Hands the provider what we have sent."""
+        self._arrived.write(self.wire.recv(size))
+
+    def shake_hands(self) -> None:
+        open_ends = {self.ours, self.theirs}
+        while open_ends:
+            with contextlib.suppress(BlockingIOError):
+                self.ours.do_handshake()
+                open_ends.discard(self.ours)
+            if self.theirs in open_ends:
+                self.take(65536)
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    self.theirs.do_handshake()
+                    open_ends.discard(self.theirs)
+            if self.ours in open_ends:
+                self.wire.sendall(self.records())
+
+    def readable(self) -> bool:
+        """Whether the selector would report our end."""
+        return bool(select.select([self.near], [], [], 0)[0])
+
+    def close(self) -> None:
+        self.near.close()
+        self.wire.close()
+
+
+@pytest.fixture(params=[ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["TLS 1.2", "TLS 1.3"])
+def tls_pair(request, tls, authority) -> Iterator[TlsPair]:
+    context = tls("127.0.0.1")
+    context.minimum_version = context.maximum_version = request.param
+    context.num_tickets = 2000
+    pair = TlsPair(context, authority)
+    pair.shake_hands()
+    yield pair
+    pair.close()
+
+
+def test_records_without_content_are_taken_piece_by_piece(tls_pair):
+    tls_pair.theirs.write(b"hi")
+    records, news, receives = tls_pair.records(), [], 0
+    sender = threading.Thread(target=tls_pair.wire.sendall, args=(records,))
+    sender.start()
+    while not news:
+        select.select([tls_pair.near], [], [], 5)
+        receives += 1
+        try:
+            news.append(tls_pair.ours.recv(65536))
+        except BlockingIOError:
+            pass
+    sender.join()
+    assert news == [b"hi"]
+    assert receives >= len(records) // monorelay.TLS_RECEIVE_BYTES
+    tickets = tls_pair.theirs.version() == "TLSv1.3"
+    assert (len(records) > 100_000) == tickets, "the tickets of TLS 1.3 hold no content"
+
+
+@pytest.mark.parametrize("end", ["close_notify", "FIN", "forged"])
+def test_the_end_of_tls_is_reported_behind_what_came_with_it(tls_pair, end):
+    """close_notify is a good end, all else is none; the provider's socket stays open where it can."""
+    tls_pair.theirs.write(b"the last words")
+    if end == "close_notify":
+        with contextlib.suppress(ssl.SSLWantReadError):
+            tls_pair.theirs.unwrap()
+    forged = b"\x17\x03\x03\x00\x40" + b"x" * 64 if end == "forged" else b""
+
+    def send() -> None:
+        tls_pair.wire.sendall(tls_pair.records() + forged)
+        if end == "FIN":
+            tls_pair.wire.shutdown(socket.SHUT_WR)
+
+    sender, content = threading.Thread(target=send), b""
+    sender.start()
+    while not content:
+        select.select([tls_pair.near], [], [], 5)
+        with contextlib.suppress(BlockingIOError):
+            content = tls_pair.ours.recv(65536)
+    sender.join()
+    assert content == b"the last words"
+    assert tls_pair.readable(), "the selector tells of what comes behind it"
+    if end == "close_notify":
+        assert tls_pair.ours.recv(65536) == b""
+    else:
+        with pytest.raises(OSError) as caught:
+            tls_pair.ours.recv(65536)
+        assert not isinstance(caught.value, BlockingIOError)
+
+
+def test_a_blocked_tls_send_goes_on_where_it_was(tls_pair):
+    sent, read, blocked = random.Random(7).randbytes(1_000_000), b"", 0
+    rest = memoryview(sent)
+    while rest or len(read) < len(sent):
+        try:
+            while rest:
+                rest = rest[tls_pair.ours.send(rest) :]
+        except BlockingIOError:
+            blocked += 1
+        tls_pair.take(70_000)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while True:
+                read += tls_pair.theirs.read(70_000)
+    assert read == sent
+    assert blocked > 3
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/files"])
