@@ -3315,6 +3315,7 @@ class TlsPair:
         self.near.setblocking(False)
         trusting = ssl.create_default_context()
         authority.configure_trust(trusting)
+        trusting.options &= ~monorelay.IGNORE_UNEXPECTED_EOF
         self.ours = monorelay.TlsSocket(self.near, trusting, "127.0.0.1")
         self._arrived, self._made = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.theirs = provider.wrap_bio(self._arrived, self._made, server_side=True)
