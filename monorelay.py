@@ -97,6 +97,7 @@ TRAILER_BYTES = 8 * 1024
 CHUNK_LINE_BYTES = 4096
 # A line of a stream that is longer goes out in pieces: memory stays bounded whatever arrives.
 STREAM_LINE_BYTES = 64 * 1024
+LABORIOUS_LINES = 2000  # or chunks, in what has come at once: they may take 0.3 ms
 # One recv: a TLS record is 16 KiB, four of them make system calls rare.
 RECEIVE_BYTES = 64 * 1024
 # A JSON body of more values takes a second to walk; the largest conversations have some 100,000.
@@ -144,10 +145,11 @@ LEEWAY_SECONDS = 60.0  # clocks of token issuers differ; RFC 7519 §4.1.4 allows
 ACCESS_TOKEN_SECONDS = 3600
 REFRESH_TOKEN_SECONDS = 30 * 86400
 JWT_SECRET_BYTES = 32  # RFC 7518 §3.2: a key at least as long as the hash
-JWT_BYTES = 8 * 1024  # as long as a header line may be for nginx; claims are read before anybody is known
+JWT_BYTES = 8 * 1024  # as long as a header line may be for nginx
+JWT_HEADER_BYTES = 512  # of it, which is read before anybody is known; the usual ones have 36
 SHOWN_TOKENS = 2  # one in `Authorization`, one in `x-api-key`
 OPEN_ACCESS_KEY_CHARACTERS = 16  # the least for a relay that listens beyond this machine
-CATALOGUE_BYTES = 4 * 1024 * 1024  # of a provider's list; the longest known has 1 MB
+CATALOGUE_BYTES = 2 * 1024 * 1024  # of a provider's list; the longest known has 1 MB
 ECHO_VALUES = 50_000  # in a request to echo, which take up to 5 MB
 CATALOGUE_VALUES = 100_000  # which `json` reads in some 10 ms
 LISTED_DIGITS = 20  # of an integer in it
@@ -178,7 +180,7 @@ LOG_BACKLOG_CHARACTERS = 4 * 1024 * 1024  # and so is what comes when so much wa
 
 ECHO_MODELS = ("echo", "echo-slow", "echo-cut", "echo-tool", "echo-error-529")
 ECHO_BODY_BYTES = 1024 * 1024  # echo reads no more
-ECHO_AT_ONCE_BYTES = 64 * 1024  # it answers more in a thread
+ECHO_AT_ONCE_BYTES = 16 * 1024  # it answers more in a thread
 DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
 
 # What a relay serves when there is no relay.json at all: the same as the shipped file.
@@ -1141,21 +1143,29 @@ def verify_token(token: str, secret: str, now: float) -> JsonDict:
     TokenError that says why it isn't."""
     signed, _, given = token.rpartition(".")
     try:
-        if len(token) > JWT_BYTES:
+        header_part, claims_part = signed.split(".")
+        if len(token) > JWT_BYTES or len(header_part) > JWT_HEADER_BYTES:
             raise ValueError("too long")
-        header, claims = (parse_json(from_base64url(part).decode("utf-8")) for part in signed.split("."))
-        signature_given = from_base64url(given)
+        header, signature_given = token_part(header_part), from_base64url(given)
+        if header.get("alg") != "HS256" or "crit" in header:
+            raise WrongAlgorithm("the token must be signed with HS256 and have no critical extensions")
+        # Claims are read only when they are known to be ours: they may be long.
+        if not hmac.compare_digest(signature(signed, secret), signature_given):
+            raise BadSignature("the token's signature is wrong")
+        claims = token_part(claims_part)
     except ValueError:
         raise MalformedToken("the token is no access key, and not a well-formed JWT either") from None
-    if not isinstance(header, JsonObject) or not isinstance(claims, JsonObject) or header.repeated or claims.repeated:
-        raise MalformedToken("the token's header and claims must be JSON objects without repeated names")
-    if header.get("alg") != "HS256" or "crit" in header:
-        raise WrongAlgorithm("the token must be signed with HS256 and have no critical extensions")
-    if not hmac.compare_digest(signature(signed, secret), signature_given):
-        raise BadSignature("the token's signature is wrong")
     check_expiry(claims, now)
     check_start(claims, now)
     return claims
+
+
+def token_part(part: str) -> JsonObject:
+    """The JSON object in a token's header or claims. Raises MalformedToken and ValueError."""
+    section = parse_json(from_base64url(part).decode("utf-8"))
+    if not isinstance(section, JsonObject) or section.repeated:
+        raise MalformedToken("the token's header and claims must be JSON objects without repeated names")
+    return section
 
 
 def check_expiry(claims: JsonDict, now: float) -> None:
@@ -2066,7 +2076,7 @@ def preflight_fields(request: Headers) -> Pairs:
 JSON_BLANKS = " \t\n\r"
 JSON_AT_ONCE_BYTES = 256 * 1024  # `json` takes up to 8 ms for as much
 SPLICED_AT_ONCE_BYTES = 16 * 1024  # and model_span() up to 5
-AT_ONCE_BYTES = 32 * 1024  # a longer body waits for the turn of others before it is read
+AT_ONCE_BYTES = 4 * 1024  # a longer body waits for the turn of others before it is read: 0.4 ms at worst
 WALKED_BYTES = 100 * 1024  # from here on a body of few strings is walked faster than `json` reads it
 LONG_STRING_BYTES = 4096
 QUOTE_SPACING_BYTES = 200  # further apart than this on the average, quotes are few
@@ -2136,10 +2146,14 @@ def model_name(value: Any) -> str:
     return value
 
 
+# `model`, and what gateways take beside it or in its place.
+MODEL_NAMES = frozenset({"model", "models", "fallbacks", "model_name", "engine", "deployment_id", "extra_body"})
+
+
 def is_model_name(name: str) -> bool:
-    """Whether a name is `model` for servers that don't heed its case, or end it at a NUL; or the `models` or
-    `fallbacks` by which some are told what else may be used. One too long to be read is taken for that, too."""
-    return len(name) > MODEL_CHARACTERS or name.casefold().partition("\0")[0] in ("model", "models", "fallbacks")
+    """Whether a name is `model` for servers that don't heed its case or blanks around it, or end it at a NUL; or one
+    of the others by which some are told what may be used. One too long to be read is taken for that, too."""
+    return len(name) > MODEL_CHARACTERS or name.casefold().partition("\0")[0].strip() in MODEL_NAMES
 
 
 def has_model(tool: Any) -> bool:
@@ -2341,7 +2355,7 @@ class JsonWalk:
 
     def _notice_tool(self, kind: int, state: str, start: int, end: int) -> None:
         """Looks at a token of a tool, which has a model of its own when a string follows that name."""
-        if self._around[2:] != b"\0":  # it isn't an object in the list
+        if len(self._around) != 3 or self._around[2]:  # it isn't an object in the list
             return
         if GRAMMAR[state].get(kind) == "colon":
             self._names[1] = self._text(start, end)
@@ -2744,6 +2758,8 @@ ECHO_INPUTS = 2048  # OpenAI's limit for embeddings
 ECHO_NUMBERS = 2**18  # in all vectors of a response
 BLANK_CHARACTERS = " \t\n\r\x0b\x0c"
 WORD = re.compile(r"\s*\S+", re.ASCII)
+BLANK = re.compile(r"\s", re.ASCII)
+ECHO_COUNTED_CHARACTERS = 16 * 1024  # at a time, which takes 1 ms
 WORD_MARKS = bytes(ord(" ") if chr(byte) in BLANK_CHARACTERS else ord("w") for byte in range(256))
 ECHO_CREATED = "2025-01-01T00:00:00Z"
 ECHO_CREATED_UNIX = 1735689600
@@ -2951,9 +2967,23 @@ def shorten(text: str, max_tokens: Optional[int], stops: Sequence[str]) -> tuple
         end, sequence = found
         text, reason = text[:end], "stop_sequence"
     if max_tokens is not None and count_words(text) > max_tokens:
-        last = next(itertools.islice(WORD.finditer(text), max_tokens - 1, None))
-        text, reason, sequence = text[: last.end()], "max_tokens", None
+        text, reason, sequence = text[: end_of_word(text, max_tokens)], "max_tokens", None
+    if sys.getsizeof(text) > 2 * ECHO_BODY_BYTES:  # four bytes for each of its characters
+        raise EchoFault(413, "echo repeats no text of this length with such characters in it")
     return text, reason, sequence
+
+
+def end_of_word(text: str, number: int) -> int:
+    """Where the word of this number ends; the text has more."""
+    # In pieces: in one call, `re` would hold up all threads until it has counted half a million.
+    start = 0
+    while True:
+        blank = BLANK.search(text, start + ECHO_COUNTED_CHARACTERS)
+        end = blank.start() if blank else len(text)
+        words = count_words(text[start:end])
+        if words >= number:
+            return next(itertools.islice(WORD.finditer(text, start, end), number - 1, None)).end()
+        number, start = number - words, end
 
 
 def first_stop(text: str, stops: Sequence[str]) -> Optional[tuple[int, str]]:
@@ -3811,13 +3841,12 @@ class Channel:
             return False
         return state in (TCP_CLOSE, TCP_CLOSE_WAIT)
 
-    def reset(self) -> None:
-        """Closes the connection by a reset, which can't be taken for the end of a response."""
+    def abort_on_close(self, abort: bool) -> None:
+        """Whether the connection ends in a reset, which can't be taken for the end of a response, when it is closed."""
         try:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", abort, 0))
         except OSError:
             pass  # it is broken already
-        self.close()
 
     def close(self) -> None:
         """Closes the connection."""
@@ -4711,8 +4740,10 @@ async def serve_echo(loop: EventLoop, sock: socket.socket) -> None:
         else:
             betas = head.fields.elements("anthropic-beta")
             compose = functools.partial(echo_response, head.method, head.path, body, time.time(), request_id, betas)
+            await checkpoint(loop)
             slow = len(body) > ECHO_AT_ONCE_BYTES
             response = (await in_thread(loop, compose, start=loop.worker.call)) if slow else compose()
+            del body, compose
         await send_echo(loop, channel, response, request_id)
         await channel.finish_sending(STALLED_CLIENT_SECONDS)
     except (OSError, ClientGone, Overdue, RelayError):
@@ -4746,6 +4777,11 @@ async def send_echo(loop: EventLoop, channel: Channel, response: EchoResponse, r
 
 
 BARE_LF = re.compile(rb"(?:^|[^\r])\n")
+
+
+def is_laborious(data: bytes) -> bool:
+    """Whether so many short lines or chunks are among what has come that others should go first."""
+    return len(data) > LABORIOUS_LINES and data.count(b"\n") > LABORIOUS_LINES
 
 
 class ResponseHeads:
@@ -4802,10 +4838,8 @@ SECRET_CHARACTERS = 8  # of a header's value; shorter ones may stand anywhere
 def unescaped(text: str) -> str:
     """The text with what JSON, HTML and URLs have for a character in its place."""
     text = re.sub(r"\\u00([0-9a-fA-F]{2})", lambda match: chr(int(match[1], 16)), text.replace("\\/", "/"))
-    try:
-        return unquote(html.unescape(text))
-    except ValueError:  # a number of thousands of digits
-        return text
+    # No character has a number so long, and Python converts none of thousands of digits.
+    return unquote(html.unescape(re.sub(r"&#[0-9]{8,}", "", text)))
 
 
 class UpstreamResponse:
@@ -4822,10 +4856,9 @@ class UpstreamResponse:
         self.whole_request = True  # False when it came before the request had been sent
         self.has_body = True  # False for one that must not have any: a provider may send one nevertheless
         # What came encoded has no lines to be told apart.
-        self.is_stream = (
-            media_type(head.fields) == "text/event-stream"
-            and head.fields.get("content-encoding", "identity") == "identity"
-        )
+        self.is_stream = media_type(head.fields) == "text/event-stream" and head.fields.get(
+            "content-encoding"
+        ).lower() in ("", "identity")
 
     @property
     def reusable(self) -> bool:
@@ -4843,6 +4876,11 @@ class UpstreamResponse:
         )
 
     @property
+    def begins_with_error(self) -> bool:
+        """Whether it is a stream whose first event tells of an error."""
+        return self.is_stream and re.match(FIRST_EVENT_IS_ERROR, self.content) is not None
+
+    @property
     def quotes_key(self) -> bool:
         """Whether the key that was sent, or another secret among the provider's headers, stands in the head or in what
         has come of the content, however it is escaped there."""
@@ -4850,10 +4888,19 @@ class UpstreamResponse:
         given = [value.rpartition(" ")[2] for name, value in provider.headers if value and SECRET_NAME.fullmatch(name)]
         secrets = [secret for secret in given if len(secret) >= SECRET_CHARACTERS]
         secrets += [key.secret.reveal()] if key else []
-        told = [self.content.decode("latin-1"), self.head.reason, *itertools.chain.from_iterable(self.head.headers)]
+        told = [self._readable().decode("latin-1"), self.head.reason, *itertools.chain.from_iterable(self.head.headers)]
         text = "\n".join(told)
         plain = unescaped(text[: 2 * PEEKED_BYTES]) if secrets else ""
         return any(secret in text or secret in plain for secret in secrets)
+
+    def _readable(self) -> bytes:
+        """The beginning of what has come of the content, decompressed where the provider has compressed it unasked."""
+        if self.head.fields.get("content-encoding").lower() not in ("gzip", "x-gzip", "deflate"):
+            return self.content
+        try:
+            return zlib.decompressobj(32 + zlib.MAX_WBITS).decompress(self.content, PEEKED_BYTES)
+        except zlib.error:
+            return b""
 
     def absorb(self, data: bytes) -> bytes:
         """Decodes the next bytes from upstream into `content`, and returns what they add. Raises FramingError."""
@@ -4953,7 +5000,7 @@ class Attempt:
             response.whole_request = self._sent
             if response.is_stream:
                 await self._read_first_line(response)
-                if re.match(FIRST_EVENT_IS_ERROR, response.content):
+                if response.begins_with_error:
                     await peek(self._loop, response, event_only=True)
             self.response = response
         except FramingError as error:
@@ -5015,7 +5062,7 @@ class Attempt:
         response = UpstreamResponse(self.candidate, channel, head, response_decoder(head, method))
         response.has_body = method != "HEAD" and head.status not in (204, 304)
         if channel.received:
-            response.absorb(channel.take())
+            await absorb(self._loop, response)
         return response
 
     async def _read_first_line(self, response: UpstreamResponse) -> None:
@@ -5031,7 +5078,15 @@ class Attempt:
                 if isinstance(response.decoder, CloseDecoder) and STREAM_ENDS.search(response.content):
                     break  # the only line is the end of the stream, though it has none itself
                 raise
-            news = response.absorb(channel.take())
+            news = await absorb(self._loop, response)
+
+
+async def absorb(loop: EventLoop, response: UpstreamResponse) -> bytes:
+    """Decodes what has come of a response, after what others have to do where that takes long; returns what it adds.
+    Raises FramingError."""
+    if is_laborious(response.channel.received):
+        await checkpoint(loop)
+    return response.absorb(response.channel.take())
 
 
 async def more_of(loop: EventLoop, channel: Channel, candidate: Candidate) -> None:
@@ -5054,7 +5109,7 @@ async def peek(loop: EventLoop, response: UpstreamResponse, event_only: bool = F
             if event_only and EVENT_END.search(response.content):
                 break
             if channel.received:
-                response.absorb(channel.take())
+                await absorb(loop, response)
             elif channel.ended:
                 break
             else:
@@ -5155,16 +5210,16 @@ class Relay:
         """Whether another candidate should be tried; tells the key pool how this one fared."""
         candidate = response.candidate
         provider, status = candidate.target.provider, response.head.status
-        if response.is_stream and re.match(FIRST_EVENT_IS_ERROR, response.content):
+        if response.begins_with_error:
             # Told in a stream that was opened too early: overloaded, unless it is the request's own fault.
             status = 400 if b"invalid_request_error" in response.content else 529
         # What the client itself has caused says nothing about a key: an account that it named, an upload that it
         # didn't finish.
         own_fault = (status == 401 and request.names_account) or (status >= 500 and not request.is_sent)
         if provider.format != "echo" and request.blames and not own_fault:
-            if status < 400:
+            if status < 300:
                 self.keys.succeeded(candidate, self._loop.now)
-            else:
+            elif status >= 400:
                 wait = retry_after_seconds(response.head.fields.get("retry-after"), time.time())
                 self.keys.failed(candidate, status, wait, self._loop.now, request.by_model)
             if status in QUARANTINED:
@@ -5176,7 +5231,8 @@ class Relay:
     async def _presented(self, request: UpstreamRequest, response: UpstreamResponse) -> UpstreamResponse:
         """The response, unless it is about the relay's own key, shows it, or would lead the client away with its token.
         Raises UpstreamFailed for these."""
-        if response.head.status < 300 or response.candidate.target.provider.format == "echo":
+        is_error = response.head.status >= 300 or response.begins_with_error
+        if not is_error or response.candidate.target.provider.format == "echo":
             return response
         try:
             if response.head.status >= 400:
@@ -5199,7 +5255,7 @@ def problem_of(request: UpstreamRequest, response: UpstreamResponse) -> tuple[st
         key = f"key {response.candidate.label}" if response.candidate.key else "lack of a key"
         reason = "401" if response.quotes_key else f"401 {error_code(response.content)}".strip()
         return f"{name} refused this relay's {key} ({reason})", "upstream_refused_key"
-    if status >= 400 and response.quotes_key:
+    if response.quotes_key:
         return f"{name} answered with {status}, and quoted this relay's key in that", "upstream_quoted_key"
     return "", ""
 
@@ -5315,7 +5371,7 @@ def short_integer(digits: str) -> int:
 def listed_entries(text: str) -> Iterator[JsonDict]:
     """The first LISTED_MODELS entries of the list `data` in a JSON object: of one that tells much, only the name; an
     empty one for each that names no model. Raises ValueError for what isn't such an object."""
-    document = json.loads(text, parse_int=short_integer)
+    document = json.loads(text, parse_int=short_integer, parse_constant=refuse_constant)
     del text  # up to four times as much as was received
     listed = document.get("data") if isinstance(document, dict) else None
     if not isinstance(listed, list):
@@ -5416,6 +5472,26 @@ class ResultsUrlRewriter:
         return self._pattern.sub(self._replacement, held)
 
 
+class KeyEraser:
+    """Erases the relay's key from an error that goes on behind what was looked at before it was passed on."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key.encode("ascii")
+        self._held = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """What can be passed on of the body up to here."""
+        data = (self._held + data).replace(self._key, b"***")
+        cut = max(0, len(data) - len(self._key) + 1)
+        self._held = data[cut:]
+        return data[:cut]
+
+    def flush(self) -> bytes:
+        """The rest, at the end of the body."""
+        held, self._held = self._held, b""
+        return held
+
+
 class Response(NamedTuple):
     """What a client is to be sent: a body of the relay's own, or a provider's, which may still be coming."""
 
@@ -5424,7 +5500,7 @@ class Response(NamedTuple):
     fields: Pairs  # but for those of the framing
     body: bytes = b""
     relayed: Optional[UpstreamResponse] = None
-    rewriter: Optional[ResultsUrlRewriter] = None  # of its body
+    rewriter: Union[ResultsUrlRewriter, KeyEraser, None] = None  # of its body
     close: bool = False  # whether the connection can't be used for another request
 
 
@@ -5450,11 +5526,11 @@ class Outgoing:
         self._request = request  # None for one that can't be read
         self._format = format
         self._record = record
-        self._chunked = self._until_close = False
+        self._chunked = self.until_close = False
         relayed = response.relayed
         self._decoder = relayed.decoder if relayed else LengthDecoder(0)
         self._lines = LineSplitter() if relayed and relayed.is_stream else None  # of an event stream
-        self._filter: Union[LineSplitter, ResultsUrlRewriter, None] = self._lines or response.rewriter
+        self._filter = self._lines or response.rewriter
         # Whether a stream has to say that it is over, since its framing won't, and whether it has.
         self._awaits_end = self._lines is not None and isinstance(self._decoder, CloseDecoder)
         self._sees_end = False
@@ -5476,8 +5552,8 @@ class Outgoing:
             self._chunked = True
             fields.append(("transfer-encoding", "chunked"))
         elif not bodyless:
-            self._until_close = True  # HTTP/1.0 knows the end of such a body by the end of the connection
-        self.keep_alive = keep_alive and not self._until_close
+            self.until_close = True  # HTTP/1.0 knows the end of such a body by the end of the connection
+        self.keep_alive = keep_alive and not self.until_close
         if not self.keep_alive:
             fields.append(("connection", "close"))
         elif version == 0:
@@ -5505,7 +5581,7 @@ class Outgoing:
         record.error = code
         self.keep_alive = False
         self.ended = True
-        self.must_reset = self._until_close
+        self.must_reset = self.until_close
         if not self._lines:
             return b""
         kind = "timeout_error" if code == "upstream_timeout" else "api_error"
@@ -5659,7 +5735,9 @@ METHOD_OVERRIDES = frozenset({"x-http-method-override", "x-http-method", "x-meth
 # careless clients call JSON. All others stream through.
 READ_TYPES = frozenset({"application/json", "text/plain", "text/json", "application/x-www-form-urlencoded", ""})
 # What no server behind can take for another kind of body, or another alphabet, than the relay has read.
-PLAIN_JSON_TYPE = re.compile(r"(?i)(?!multipart|application/x-www-form)[^;,]*(?:; *(?:charset=\"?utf-?8\"?)?)*")
+PLAIN_JSON_TYPE = re.compile(
+    r"(?i)(?:(?:application/(?:[a-z0-9.-]+\+)?|text/)json|text/plain)?(?:; *(?:charset=\"?utf-?8\"?)?)*"
+)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -5692,7 +5770,7 @@ class Exchange:
         self.loop = service.loop
         self.channel = channel  # to the client
         self.address = address
-        self.config, self.targets_of = service.routing
+        self.config, self._targets = service.routing
         self.record = AccessRecord(time.time(), self.loop.now)
         self.head: Optional[RequestHead] = None  # None for one that can't be read
         self.request: RequestHead  # the same, when it has been read
@@ -5766,6 +5844,16 @@ class Exchange:
         # Some servers take a list with commas, and what the query says, as well.
         named_elsewhere = facts.lookalike or "," in facts.model or "model" in query or "_method" in query
         return named_elsewhere or not self.endpoint.by_model or not is_plain
+
+    def targets_of(self, model: str) -> list[Target]:
+        """The targets of a model. Raises NotFound, which tells only who may use all of them what other models there
+        are, and Unavailable."""
+        try:
+            return self._targets(model, self.endpoint.format)
+        except NotFound as error:
+            if not self.is_restricted():
+                raise
+            raise NotFound(f"no route for the model {model!r} at this path", error.code) from None
 
     def count(self) -> None:
         """Counts a request that is let through to a model. Raises RateLimited."""
@@ -5943,6 +6031,7 @@ async def read_login(exchange: Exchange, *names: str) -> dict[str, str]:
     body = exchange.open_body(LOGIN_BODY_BYTES)
     body.must_come_within(LOGIN_BODY_SECONDS)
     content = await body.read_all()
+    await checkpoint(exchange.loop)
     try:
         given = parse_json(content)
     except ValueError as error:
@@ -6008,7 +6097,7 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
     assert body.facts
     asked = exchange.record.model = body.facts.model
     exchange.check_model(body.facts)
-    targets = exchange.targets_of(asked, exchange.endpoint.format)
+    targets = exchange.targets_of(asked)
     if all(target.model == asked and target.provider.format != "echo" for target in targets):
         exchange.release_room(body.drop_decoded())
     else:
@@ -6031,6 +6120,8 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
     names_model = names_model and not (method == "POST" and path == "/files")
     if exchange.is_restricted() and names_model:
         raise hidden_model(exchange.caller)
+    if names_model:
+        exchange.count()
     key = provider.keys[0] if provider.keys else None
     return await relay(exchange, body, [Candidate(Target(provider, ""), key)])
 
@@ -6041,9 +6132,10 @@ async def relay(exchange: Exchange, body: Union[ReadBody, RequestBody], candidat
     target = endpoint.target(request.query)
     wanted = UpstreamRequest(request, target, endpoint.by_model, body, candidates, exchange.record)
     relayed = await exchange.service.relay.obtain(wanted)
-    exchange.let_go()
+    if relayed.candidate.target.provider.format != "echo":  # which tells the body as long as its response lasts
+        exchange.let_go()
     try:
-        fields, rewriter = relayed_fields(exchange, relayed), results_url_rewriter(exchange, relayed)
+        fields, rewriter = relayed_fields(exchange, relayed), rewriter_of(exchange, relayed)
         return Response(relayed.head.status, relayed.head.reason, fields, relayed=relayed, rewriter=rewriter)
     except BaseException:
         relayed.release(exchange.service.relay.connections)
@@ -6061,6 +6153,14 @@ def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
         fields.append(("x-monorelay-model", header_text(target.model)))
     fields.append(("x-monorelay-attempts", str(exchange.record.attempts)))
     return fields + cors
+
+
+def rewriter_of(exchange: Exchange, relayed: UpstreamResponse) -> Union[ResultsUrlRewriter, KeyEraser, None]:
+    """What the body must go through to keep credentials safe, if anything."""
+    key = relayed.candidate.key
+    if relayed.head.status >= 400:
+        return KeyEraser(key.secret.reveal()) if key and not relayed.decoder.finished else None
+    return results_url_rewriter(exchange, relayed)
 
 
 def results_url_rewriter(exchange: Exchange, relayed: UpstreamResponse) -> Optional[ResultsUrlRewriter]:
@@ -6204,9 +6304,6 @@ def unreserved(path: str) -> str:
 # and closes in such a way that what it has sent is read. RelayServer makes one for each connection that it accepts, as
 # http.server has it; the request protocol of BaseHTTPRequestHandler itself, which needs a thread for each connection
 # and is lenient where RFC 9112 is strict, is not used.
-
-# The client has left, takes nothing for too long, or is held up by it when the relay shuts down: no more can be said.
-SENDING_FAILED = (OSError, Overdue, Unavailable)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -6408,6 +6505,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             keep_alive = await self._may_be_kept(exchange, response)
             data = outgoing.begin(keep_alive, self.loop.now)
+            if outgoing.until_close:  # whatever happens, but for its proper end, must look like a break
+                self.channel.abort_on_close(True)
             while True:
                 await self.channel.send(data, STALLED_CLIENT_SECONDS)
                 if outgoing.ended or not relayed:
@@ -6415,8 +6514,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 data = await self._next_part(outgoing, relayed)
             if outgoing.must_reset:
                 await self.channel.send_rest(STALLED_CLIENT_SECONDS)
-                self.channel.reset()
-        except SENDING_FAILED:
+                self.channel.close()
+            elif outgoing.until_close:
+                self.channel.abort_on_close(False)
+        except Unavailable as error:
+            exchange.record.error = error.code
+            raise ClientGone from None
+        except (OSError, Overdue):  # it has left, or takes nothing for too long
             raise ClientGone from None
         finally:
             if relayed:
@@ -6436,6 +6540,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             if not upstream.received and not upstream.ended:
                 await upstream.arrival(self.loop.now + timeout)
+            if is_laborious(upstream.received):
+                await checkpoint(self.loop)
         except Overdue:
             return outgoing.fail(f"the provider sent nothing for {timeout:g} seconds", "upstream_timeout")
         except Unavailable as error:  # the relay shuts down
