@@ -1820,12 +1820,16 @@ class ChunkedDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """The content in the next bytes of the body. Raises FramingError."""
+        waits_for_line = self._buffer and not self._chunk
         if self._buffer:
             data, self._buffer = self._buffer + data, b""
         if self._in_trailers:
             self._feed_trailers(data)
-            return b""
-        return self._feed_chunks(data)
+        elif waits_for_line and b"\n" not in data:  # it mustn't be matched anew for each byte
+            self._buffer = self._partial_size_line(data)
+        else:
+            return self._feed_chunks(data)
+        return b""
 
     def _feed_chunks(self, data: bytes) -> bytes:
         """The content in the next bytes, which begin with framing or within a chunk."""
