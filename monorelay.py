@@ -247,6 +247,7 @@ class RelayError(Exception):
     status = 500
     kind = "api_error"
     code = "internal_error"
+    lasts = False  # whether trying again can't help
     close = False  # whether the connection can't be used for another request
 
     def __init__(self, message: str, code: str = "", headers: Sequence[tuple[str, str]] = ()) -> None:
@@ -260,6 +261,7 @@ class BadRequest(RelayError):
     """The body or a field of it can't be used."""
 
     status, kind, code = 400, "invalid_request_error", "bad_request"
+    lasts = True
 
 
 class MalformedRequest(BadRequest):
@@ -271,30 +273,35 @@ class MalformedRequest(BadRequest):
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
         self.status = status
+        self.lasts = status != 408
 
 
 class Unauthenticated(RelayError):
     """No token, or none that is valid."""
 
     status, kind, code = 401, "authentication_error", "unauthenticated"
+    lasts = True
 
 
 class Forbidden(RelayError):
     """The caller is known and may not do this."""
 
     status, kind, code = 403, "permission_error", "forbidden"
+    lasts = True
 
 
 class NotFound(RelayError):
     """No such path, model or entry."""
 
     status, kind, code = 404, "not_found_error", "not_found"
+    lasts = True
 
 
 class MethodNotAllowed(RelayError):
     """The path is known, the method isn't one of its own."""
 
     status, kind, code = 405, "invalid_request_error", "method_not_allowed"
+    lasts = True
 
     def __init__(self, method: str, path: str, allowed: Sequence[str]) -> None:
         super().__init__(f"{method} is not allowed for {path}; use {' or '.join(allowed)}")
@@ -305,12 +312,14 @@ class UnsupportedCoding(RelayError):
     """The body is in an encoding that can't be read here."""
 
     status, kind, code = 415, "invalid_request_error", "unsupported_coding"
+    lasts = True
 
 
 class TooLarge(RelayError):
     """The body is over a limit of relay.json."""
 
     status, kind, code = 413, "request_too_large", "request_too_large"
+    lasts = True
 
 
 class RateLimited(RelayError):
@@ -327,14 +336,19 @@ class Unavailable(RelayError):
 
     status, kind, code = 503, "api_error", "unavailable"
 
-    def __init__(self, message: str, code: str = "", wait_seconds: int = 1) -> None:
-        super().__init__(message, code, headers=[("retry-after", str(wait_seconds))])
+    def __init__(self, message: str, code: str = "", lasts: bool = False) -> None:
+        super().__init__(message, code, headers=[] if lasts else [("retry-after", "1")])
+        self.lasts = lasts
 
 
 class UpstreamFailed(RelayError):
     """No provider could be reached, the response was broken, or the relay's key was refused."""
 
     status, kind, code = 502, "api_error", "upstream_failed"
+
+    def __init__(self, message: str, code: str = "", lasts: bool = False) -> None:
+        super().__init__(message, code)
+        self.lasts = lasts
 
 
 class UpstreamSilent(RelayError):
@@ -1400,7 +1414,7 @@ def not_usable(provider: Provider) -> Unavailable:
     problem = (
         "has no key; set one in relay.json or its environment" if provider.enabled else "is disabled in relay.json"
     )
-    return Unavailable(f"the provider {provider.name} {problem}", "provider_has_no_key", wait_seconds=60)
+    return Unavailable(f"the provider {provider.name} {problem}", "provider_has_no_key", lasts=True)
 
 
 # ==== Key pool ===================================================================================
@@ -1456,8 +1470,9 @@ COOLING_ENTRIES = 4096
 class KeyPool:
     """Puts candidates in order and remembers how they fared. Outlives a reload."""
 
-    def __init__(self, chance: random.Random) -> None:
+    def __init__(self, chance: random.Random, warn: Callable[[str], object] = lambda message: None) -> None:
         self._chance = chance
+        self._warn = warn  # tells the owner what begins to cool, and what recovers
         self._cooling: collections.OrderedDict[tuple[object, ...], Cooling] = collections.OrderedDict()
         self._turns: collections.Counter[str] = collections.Counter()
 
@@ -1507,12 +1522,13 @@ class KeyPool:
         if not self._cooling:
             return
         provider, key, key_and_model = cooldown_keys(candidate)
-        self._cooling.pop(provider, None)
-        if candidate.target.model:
-            self._cooling.pop(key, None)
+        ended = [provider, key] if candidate.target.model else [provider]
         entry = self._cooling.get(key_and_model)
         if entry and not (entry.fixed and entry.until > now):
-            del self._cooling[key_and_model]
+            ended.append(key_and_model)
+        for name in ended:
+            if self._cooling.pop(name, None):
+                self._warn(f"{told(candidate, name)} has recovered")
 
     def failed(
         self, candidate: Candidate, status: int, retry_after: Optional[float], now: float, by_model: bool = True
@@ -1520,25 +1536,48 @@ class KeyPool:
         """Notes a response with a status of failure; `by_model`: to a request that went where its model belongs."""
         cooldown = candidate.target.provider.cooldown
         _, key, key_and_model = cooldown_keys(candidate)
+        name = key if status in QUARANTINED else key_and_model
+        # Of a request without a model, it may be the path that the key can't use.
+        if status in QUARANTINED and not (by_model and candidate.target.model):
+            return
+        if status not in (429, 403, *QUARANTINED) and status < 500:
+            return
+        entry = self._entry(name)
+        was_cooling = entry.until > now
         if status == 429:
-            entry = self._entry(key_and_model)
-            if retry_after is not None or not (entry.fixed and entry.until > now):
+            if retry_after is not None or not (entry.fixed and was_cooling):
                 entry.until = now + (cooldown if retry_after is None else retry_after)
                 entry.fixed = retry_after is not None
         elif status in QUARANTINED:
-            if by_model and candidate.target.model:  # of another request, it may be the path that the key can't use
-                self._entry(key).until = now + QUARANTINE_FACTOR * cooldown
-        elif status == 403 or status >= 500:
-            self._entry(key_and_model).back_off(cooldown, now)
+            entry.until = now + QUARANTINE_FACTOR * cooldown
+        else:
+            entry.back_off(cooldown, now)
+        if not was_cooling:
+            self._warn(f"{told(candidate, name)} comes last for {entry.until - now:.3g} s: {status}")
 
-    def unreachable(self, provider: Provider, now: float) -> None:
+    def unreachable(self, candidate: Candidate, now: float) -> None:
         """Notes a connection that failed."""
-        self._entry((provider.name,)).back_off(provider.cooldown, now)
+        name, _, _ = cooldown_keys(candidate)
+        entry = self._entry(name)
+        was_cooling = entry.until > now
+        entry.back_off(candidate.target.provider.cooldown, now)
+        if not was_cooling:
+            self._warn(f"{told(candidate, name)} comes last for {entry.until - now:.3g} s: no connection")
 
     def _entry(self, name: tuple[object, ...]) -> Cooling:
         if name not in self._cooling and len(self._cooling) >= COOLING_ENTRIES:
             self._cooling.popitem(last=False)
         return self._cooling.setdefault(name, Cooling())
+
+
+def told(candidate: Candidate, name: tuple[object, ...]) -> str:
+    """What cools, in words: a candidate's provider, its key, or its key with the model."""
+    words = [f"the provider {candidate.target.provider.name}"]
+    if len(name) > 1:
+        words.append(f"key {candidate.label}" if candidate.key else "no key")
+    if len(name) > 2 and candidate.target.model:
+        words.append(f"model {candidate.target.model}")
+    return ", ".join(words)
 
 
 def cooldown_keys(candidate: Candidate) -> tuple[tuple[object, ...], ...]:
@@ -1944,6 +1983,7 @@ CORS_HEADERS = frozenset(
 EXPOSED_HEADERS = (
     "request-id", "x-request-id", "retry-after",
     "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts", "x-monorelay-error",
+    "x-monorelay-request-id", "x-monorelay-translated", "x-monorelay-dropped", "x-monorelay-estimated",
 )  # fmt: skip
 
 
@@ -2030,7 +2070,7 @@ def header_text(value: str) -> str:
 
 def retry_after_seconds(value: str, now: float) -> Optional[float]:
     """What `retry-after` asks for: seconds, fractions too, or an HTTP date (RFC 9110 §10.2.3), compared
-    with `now` (seconds since 1970). None when it is absent, malformed, or not within an hour."""
+    with `now` (seconds since 1970); at most an hour. None when it is absent, malformed or in the past."""
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
         seconds = float(value)
     else:
@@ -2038,12 +2078,16 @@ def retry_after_seconds(value: str, now: float) -> Optional[float]:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
         except (TypeError, ValueError, IndexError, OverflowError):
             return None
-    return seconds if 0 <= seconds <= RETRY_AFTER_LIMIT_SECONDS else None
+    return min(seconds, RETRY_AFTER_LIMIT_SECONDS) if seconds >= 0 else None
 
 
-# Responses after which another key or target is tried. 400, 404, 413 and 422 are about the request, and
-# would be the same anywhere; 402 is about the key, but asks its owner to act.
-RETRIED_STATUSES = frozenset({401, 403, 429, 500, 502, 503, 504, 529})
+# Responses after which another key or target is tried; 400, 404, 413 and 422 are about the request, and would be the
+# same anywhere. Cloudflare tells by 520 to 524 and 530 that the server behind it failed.
+RETRIED_STATUSES = frozenset({401, 402, 403, 429, 500, 502, 503, 504, *range(520, 525), 529, 530})
+# Of several failures the client is told the last one that a later try may cure, rather than one of these.
+LASTING_STATUSES = frozenset({401, 402, 403})
+# Anthropic's 400 for an account without credit, which is about the key and not about the request.
+NO_CREDIT = re.compile(rb"(?i)credit balance is too low")
 
 
 def cors_fields(origins: Sequence[str], request: Headers, response: Iterable[tuple[str, str]] = ()) -> Pairs:
@@ -2575,6 +2619,7 @@ STREAM_ENDS = re.compile(
     rb'|"finish_reason" ?: ?"'
 )
 ENDS_IN_NAME = re.compile(rb"(?:^|[\r\n])event:[^\r\n]*(?:\r\n|\n|\r)\Z")  # an event's name without data behind it
+EVENT_IS_ERROR = re.compile(rb'(?:^|[\r\n])(?:event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error"))')
 FIRST_EVENT_IS_ERROR = rb'event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error")'
 USAGE = re.compile(rb'"(input|prompt|output|completion)_tokens" ?: ?([0-9]{1,12})')
 
@@ -2665,8 +2710,8 @@ class AccessRecord:
     """What the log tells of one request."""
 
     __slots__ = (
-        "attempts", "bytes_sent", "caller", "error", "first_byte", "key", "method", "model", "path", "provider",
-        "request_id", "sent_model", "started", "status", "usage", "when",
+        "attempts", "bytes_sent", "caller", "client", "error", "first_byte", "key", "method", "model", "path",
+        "provider", "request_id", "sent_model", "started", "status", "tried", "upstream_id", "usage", "when",
     )  # fmt: skip
 
     def __init__(self, when: float, started: float) -> None:
@@ -2674,8 +2719,10 @@ class AccessRecord:
         self.started = started  # on the monotonic clock, like first_byte
         self.first_byte: Optional[float] = None
         self.request_id = new_request_id()
-        self.caller = self.method = self.path = self.model = self.sent_model = ""
+        self.client = self.caller = self.method = self.path = self.model = self.sent_model = ""
         self.provider = self.key = self.error = ""
+        self.upstream_id = ""  # the provider's own id of the request
+        self.tried = ""  # what each failed attempt met
         self.status = self.bytes_sent = self.attempts = 0
         self.usage = Usage()
 
@@ -2683,14 +2730,18 @@ class AccessRecord:
         """The record as a line of the log, key=value or JSON; what isn't known is left out. Times are in seconds."""
         whole = int(self.when)
         clock = f"{utc_time(whole)}.{int((self.when - whole) * 1000):03}Z"
-        names = (self.caller, self.method, self.path, self.model, self.sent_model, self.provider, self.key)
+        names = (self.client, self.caller, self.method, self.path, self.model, self.sent_model, self.provider, self.key)
         figures = self._figures(now)
         if style == "json":
             numbers = {name: json.loads(figure) for name, figure in (told.split("=") for told in figures.split())}
             known = dict(zip(NAMED, names))
-            return log_json({"time": clock, "id": self.request_id, **known, **numbers, "error": self.error})
-        error = f" error={self.error}" if self.error else ""
-        return f"time={clock} id={self.request_id}{log_names(*names)}{figures}{error}"
+            rest = {"upstream_id": self.upstream_id, "tried": self.tried, "error": self.error}
+            opening = {"time": clock, "level": "info", "id": self.request_id}
+            return log_json({**opening, **known, **numbers, **rest})
+        upstream_id = f" upstream_id={plain(self.upstream_id)}" if self.upstream_id else ""
+        tried = f" tried={plain(self.tried)}" if self.tried else ""
+        error = f" error={plain(self.error)}" if self.error else ""
+        return f"time={clock} id={self.request_id}{log_names(*names)}{figures}{upstream_id}{tried}{error}"
 
     def _figures(self, now: float) -> str:
         """The numbers that are known, as they stand in a line."""
@@ -2713,7 +2764,7 @@ def utc_time(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
-NAMED = ("caller", "method", "path", "model", "sent", "provider", "key")
+NAMED = ("client", "caller", "method", "path", "model", "sent", "provider", "key")
 PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]*")  # printable ASCII but space, quote, = and backslash
 
 
@@ -4882,6 +4933,11 @@ class UpstreamResponse:
         )
 
     @property
+    def request_id(self) -> str:
+        """The provider's own id of the request, or nothing."""
+        return self.head.fields.get("request-id") or self.head.fields.get("x-request-id")
+
+    @property
     def begins_with_error(self) -> bool:
         """Whether it is a stream whose first event tells of an error."""
         return self.is_stream and re.match(FIRST_EVENT_IS_ERROR, self.content) is not None
@@ -5008,6 +5064,8 @@ class Attempt:
                 await self._read_first_line(response)
                 if response.begins_with_error:
                     await peek(self._loop, response, event_only=True)
+            elif response.head.status == 400:
+                await peek(self._loop, response)
             self.response = response
         except FramingError as error:
             channel.close()
@@ -5143,7 +5201,7 @@ class Relay:
 
     def __init__(self, loop: EventLoop, warn: Callable[[str], None]) -> None:
         self.connections = UpstreamPool(loop)
-        self.keys = KeyPool(random.Random())
+        self.keys = KeyPool(random.Random(), warn)
         self._loop = loop
         self._warn = warn
 
@@ -5158,13 +5216,12 @@ class Relay:
                 attempt = await self._attempt(request, candidate, fresh=request.only_once or last_try)
                 response = attempt.response
                 if response:
-                    if last:
-                        last.release(self.connections)
-                    last = response
+                    last = self._more_telling(last, response)
                     if last_try or not self._is_failure(request, response):
                         break
                 else:
                     problem, code = attempt.problem, attempt.code
+                    record_failure(request.record, candidate, code.partition("_")[2])
                     self._cool_down(request, attempt)
                     if attempt.reached and (last_try or request.only_once):
                         break
@@ -5177,6 +5234,22 @@ class Relay:
             raise UpstreamFailed(problem, code)
         self._record_attempt(request.record, last.candidate, 0)
         return await self._presented(request, last)
+
+    def finish(self, response: UpstreamResponse, failed: bool) -> None:
+        """Lets go of a response; one that `failed` in its midst cools the key with the model, so that the client's next
+        try goes elsewhere."""
+        if failed and response.candidate.target.provider.format != "echo":
+            self.keys.failed(response.candidate, 502, None, self._loop.now)
+        response.release(self.connections)
+
+    def _more_telling(self, before: Optional[UpstreamResponse], response: UpstreamResponse) -> UpstreamResponse:
+        """The one of two responses that the client is to have if no better one comes; lets go of the other."""
+        lasting = [it.head.status in LASTING_STATUSES for it in (before, response) if it]
+        if before and lasting == [False, True]:
+            before, response = response, before
+        if before:
+            before.release(self.connections)
+        return response
 
     async def _attempt(self, request: UpstreamRequest, candidate: Candidate, fresh: bool) -> Attempt:
         """One try with a candidate. A kept connection that turns out to be closed is replaced; where that would be once
@@ -5202,7 +5275,7 @@ class Relay:
         if candidate.target.provider.format == "echo" or not request.blames:
             return
         if not attempt.reached:
-            self.keys.unreachable(candidate.target.provider, self._loop.now)
+            self.keys.unreachable(candidate, self._loop.now)
         elif request.is_sent:
             self.keys.failed(candidate, 502, None, self._loop.now)
 
@@ -5213,12 +5286,14 @@ class Relay:
         record.sent_model, record.key = candidate.target.model, candidate.label
 
     def _is_failure(self, request: UpstreamRequest, response: UpstreamResponse) -> bool:
-        """Whether another candidate should be tried; tells the key pool how this one fared."""
+        """Whether another candidate should be tried; tells the key pool how this one fared, and the log of a failure."""
         candidate = response.candidate
         provider, status = candidate.target.provider, response.head.status
         if response.begins_with_error:
             # Told in a stream that was opened too early: overloaded, unless it is the request's own fault.
             status = 400 if b"invalid_request_error" in response.content else 529
+        if status == 400 and NO_CREDIT.search(response.content):
+            status = 402
         # What the client itself has caused says nothing about a key: an account that it named, an upload that it
         # didn't finish.
         own_fault = (status == 401 and request.names_account) or (status >= 500 and not request.is_sent)
@@ -5228,28 +5303,32 @@ class Relay:
             elif status >= 400:
                 wait = retry_after_seconds(response.head.fields.get("retry-after"), time.time())
                 self.keys.failed(candidate, status, wait, self._loop.now, request.by_model)
-            if status in QUARANTINED:
-                self._warn(
-                    f"the provider {provider.name} refuses the key {candidate.label} ({status}); it comes last now"
-                )
-        return status in RETRIED_STATUSES
+        if status not in RETRIED_STATUSES:
+            return False
+        record_failure(request.record, candidate, str(status))
+        return True
 
     async def _presented(self, request: UpstreamRequest, response: UpstreamResponse) -> UpstreamResponse:
         """The response, unless it is about the relay's own key, shows it, or would lead the client away with its token.
         Raises UpstreamFailed for these."""
-        is_error = response.head.status >= 300 or response.begins_with_error
-        if not is_error or response.candidate.target.provider.format == "echo":
+        if response.head.status < 300 and not response.begins_with_error:
             return response
         try:
             if response.head.status >= 400:
                 await peek(self._loop, response)
             problem, code = problem_of(request, response)
-            if problem:
-                raise UpstreamFailed(problem, code)
+            if problem and response.candidate.target.provider.format != "echo":
+                raise UpstreamFailed(problem, code, lasts=True)
         except BaseException:
             response.release(self.connections)
             raise
         return response
+
+
+def record_failure(record: AccessRecord, candidate: Candidate, met: str) -> None:
+    """Records what an attempt met that came to nothing."""
+    name = f"{candidate.target.provider.name}/{candidate.label}".rstrip("/")
+    record.tried = f"{record.tried} {name}:{met}".strip()
 
 
 def problem_of(request: UpstreamRequest, response: UpstreamResponse) -> tuple[str, str]:
@@ -5268,12 +5347,21 @@ def problem_of(request: UpstreamRequest, response: UpstreamResponse) -> tuple[st
 
 def error_code(content: bytes) -> str:
     """The code, or else the type, of a provider's error; empty if it has none."""
+    return error_member(content, "code") or error_type(content)
+
+
+def error_type(content: bytes) -> str:
+    """The type of a provider's error; empty if it has none."""
+    return error_member(content, "type")
+
+
+def error_member(content: bytes, name: str) -> str:
+    """A short name in a provider's error; empty if there is none."""
     try:
-        error = json.loads(content)["error"]
-        code = error.get("code") or error.get("type")
+        found = json.loads(content)["error"].get(name)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ""
-    return code if isinstance(code, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", code) else ""
+    return found if isinstance(found, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", found) else ""
 
 
 # ==== Catalogue =====================================================================================
@@ -5516,7 +5604,7 @@ def own_response(
     """A response that the relay itself makes."""
     clock = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
     kind = [("content-type", "application/json")] if body else []
-    ids = [("request-id", request_id), ("x-request-id", request_id)]
+    ids = [(name, request_id) for name in ("request-id", "x-request-id", "x-monorelay-request-id")]
     return Response(status, reason_of(status), [("date", clock), *kind, *ids, *fields], body, close=close)
 
 
@@ -5527,6 +5615,7 @@ class Outgoing:
     def __init__(self, response: Response, request: Optional[RequestHead], format: str, record: AccessRecord) -> None:
         self.ended = False
         self.keep_alive = False
+        self.failed = False  # whether the provider broke off its response, or told of an error in the midst of a stream
         self.must_reset = False  # whether only a reset shows the client that the body isn't whole
         self._response = response
         self._request = request  # None for one that can't be read
@@ -5585,6 +5674,7 @@ class Outgoing:
         not its proper end, so that nobody takes it for whole."""
         record = self._record
         record.error = code
+        self.failed = code.startswith("upstream_")
         self.keep_alive = False
         self.ended = True
         self.must_reset = self.until_close
@@ -5642,6 +5732,8 @@ class Outgoing:
             self._last_byte = content[-1:]
             if self._response.relayed:
                 self._record.usage.read(content)
+            if self._lines and b"error" in content and EVENT_IS_ERROR.search(content):
+                self.failed = b"invalid_request_error" not in content
             if self._awaits_end:
                 self._look_for_end(content)
         return chunk(content) if self._chunked else content
@@ -5778,6 +5870,7 @@ class Exchange:
         self.address = address
         self.config, self._targets = service.routing
         self.record = AccessRecord(time.time(), self.loop.now)
+        self.record.client = address
         self.head: Optional[RequestHead] = None  # None for one that can't be read
         self.request: RequestHead  # the same, when it has been read
         self.format = ""
@@ -5803,6 +5896,8 @@ class Exchange:
         record = self.record
         record.error = error.code
         fields = [*error.headers, ("x-monorelay-error", error.code)]
+        if error.lasts:  # the SDKs and Claude Code would try for minutes, in silence
+            fields.append(("x-should-retry", "false"))
         if record.attempts:
             fields += [
                 ("x-monorelay-provider", header_text(record.provider)),
@@ -6140,6 +6235,9 @@ async def relay(exchange: Exchange, body: Union[ReadBody, RequestBody], candidat
     relayed = await exchange.service.relay.obtain(wanted)
     if relayed.candidate.target.provider.format != "echo":  # which tells the body as long as its response lasts
         exchange.let_go()
+    exchange.record.upstream_id = relayed.request_id[:LOGGED_CHARACTERS]
+    if relayed.head.status >= 400:
+        exchange.record.error = f"upstream:{error_type(relayed.content)}".rstrip(":")
     try:
         fields, rewriter = relayed_fields(exchange, relayed), rewriter_of(exchange, relayed)
         return Response(relayed.head.status, relayed.head.reason, fields, relayed=relayed, rewriter=rewriter)
@@ -6158,6 +6256,7 @@ def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
     if target.model:
         fields.append(("x-monorelay-model", header_text(target.model)))
     fields.append(("x-monorelay-attempts", str(exchange.record.attempts)))
+    fields.append(("x-monorelay-request-id", exchange.record.request_id))
     return fields + cors
 
 
@@ -6530,7 +6629,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ClientGone from None
         finally:
             if relayed:
-                relayed.release(self.service.relay.connections)
+                self.service.relay.finish(relayed, outgoing.failed)
         return outgoing.keep_alive
 
     async def _may_be_kept(self, exchange: Exchange, response: Response) -> bool:

@@ -1332,7 +1332,7 @@ def test_a_lone_key_is_never_banned():
 def test_an_unreachable_provider_lets_the_next_target_go_first():
     pool = Pool()
     assert pool.labels(name="claude-a") == "k0 k1 k2 other"
-    pool.pool.unreachable(pool.first().target.provider, 0)
+    pool.pool.unreachable(pool.first(), 0)
     assert pool.labels(0.5, name="claude-a").startswith("other")
     pool.succeeded(pool.first(now=0.5), 0.5)
     assert pool.labels(0.5, name="claude-a") == "k0 k1 k2 other"
@@ -1819,13 +1819,13 @@ def test_model_is_found_in_any_json_object(fields, name, ascii_only, indent):
         ("0", 0), ("7", 7), ("7.5", 7.5), ("3600", 3600),
         (email.utils.formatdate(UNIX_TIME + 90, usegmt=True), 90),
         (email.utils.formatdate(UNIX_TIME - 90, usegmt=True), None),
-        ("3601", None), ("-1", None), ("+3", None), ("1_0", None), ("1e3", None), ("nan", None), ("inf",
-         None), ("", None),
+        ("3601", 3600), ("287441", 3600), ("-1", None), ("+3", None), ("1_0", None), ("1e3", None), ("nan", None),
+        ("inf", None), ("", None),
         ("soon", None), ("٣", None), ("9" * 5000, None), (email.utils.formatdate(UNIX_TIME + 7200,
-         usegmt=True), None),
+         usegmt=True), 3600),
         ("Fri, 99 Xyz 9999 99:99:99 GMT", None),
     ], ids=brief)  # fmt: skip
-def test_retry_after_is_seconds_or_a_date_within_the_hour(value, seconds):
+def test_retry_after_is_seconds_or_a_date_and_an_hour_at_most(value, seconds):
     assert monorelay.retry_after_seconds(value, UNIX_TIME) == seconds
 
 
@@ -2610,8 +2610,8 @@ def tap() -> Iterator[Callable[[Relay], Tap]]:
 PRIVATE = {"host", "content-length", "authorization", "x-api-key", "cookie", "expect", "accept-encoding",
            "connection", "transfer-encoding", "keep-alive", "te"}  # fmt: skip
 ADDED = {"content-length", "transfer-encoding", "connection", "keep-alive", "date", "server", "set-cookie",
-         "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts", "x-accel-buffering",
-         "cache-control"}  # fmt: skip
+         "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts", "x-monorelay-request-id",
+         "x-accel-buffering", "cache-control"}  # fmt: skip
 
 
 def carried(message: Message, dropped: set[str]) -> list[tuple[str, str]]:
@@ -4002,11 +4002,12 @@ def test_response_comes_back_as_the_provider_sent_it(upstream, relay):
     assert got.body == b'\xff\x00 not JSON\r\n{"model":"claude-test"}'
     kept = [tuple(line.lower().split(": ")) for line in headers if "hop" not in line]
     assert [pair for pair in got.headers if pair in kept] == kept
-    for name in ("set-cookie", "set-cookie2", "x-hop", "x-monorelay-error", "x-monorelay-request-id"):
+    for name in ("set-cookie", "set-cookie2", "x-hop", "x-monorelay-error"):
         assert got.get(name) is None
+    assert got.get("x-monorelay-request-id").startswith("req_"), "the relay's own, and not theirs"
 
 
-@pytest.mark.parametrize("status", [400, 402, 404, 408, 409, 413, 422, 501])
+@pytest.mark.parametrize("status", [400, 404, 408, 409, 413, 422, 501])
 def test_an_error_about_the_request_comes_back_at_once_and_unchanged(upstream, relay, status):
     provider = upstream(answer(status, b'{"odd" : 1.0}', "location: /elsewhere"))
     it = relay({"anthropic": {"upstream": provider, "keys": ["sk-a"]}})
@@ -4214,6 +4215,56 @@ def test_a_refused_key_is_the_relays_fault_and_not_the_clients(upstream, relay):
     it.logged("warning", "label-a")
     message = refused(it.ask("GET", "/v1/files/f", None, ANTHROPIC_VERSION), 502, "api_error")
     assert "label-a" in message and len(provider.requests) == 3
+
+
+CREDIT = b'{"type":"error","error":{"type":"invalid_request_error","message":"Your credit balance is too low to ..."}}'
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [*((status, b"{}") for status in (402, 520, 521, 522, 523, 524, 530)), (400, CREDIT)], ids=brief)  # fmt: skip
+def test_what_another_key_may_cure_is_tried_with_it(upstream, relay, failure):
+    provider = upstream(replies(answer(*failure), answer()))
+    it = relay({"anthropic": two_keys(provider)})
+    assert [it.post("/v1/messages", prompt()).status for _ in range(2)] == [200, 200]
+    assert [message.get("x-api-key") for message in provider.requests] == ["sk-a", "sk-b", "sk-b"]
+    it.logged("tried=anthropic/label-a:", "402" if failure[1] is CREDIT else str(failure[0]))
+
+
+def test_an_account_without_credit_is_told_as_the_provider_told_it(upstream, relay):
+    got = relay({"anthropic": two_keys(upstream(answer(400, CREDIT)))}).post("/v1/messages", prompt())
+    assert (got.status, got.body) == (400, CREDIT)
+
+
+@pytest.mark.parametrize("lasting", [401, 402, 403])
+def test_of_several_failures_the_client_gets_one_that_a_later_try_may_cure(upstream, relay, lasting):
+    provider = upstream(replies(answer(429, b'{"n": 0}', "retry-after: 9"), answer(lasting, b'{"n": 1}')))
+    got = relay({"anthropic": two_keys(provider)}).post("/v1/messages", prompt())
+    assert (got.status, got.body, got.get("retry-after")) == (429, b'{"n": 0}', "9")
+
+
+LATER_ERROR = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"x"}}\n\n'
+
+
+@pytest.mark.parametrize("later", [b"", LATER_ERROR], ids=["cut", "error event"])
+def test_a_stream_that_fails_in_its_midst_sends_the_next_try_elsewhere(upstream, relay, later):
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+    first, second = upstream(replies_then_closes(head, ANTHROPIC_EVENTS[0], later)), upstream(answer())
+    providers = {"a": {"upstream": first, "format": "anthropic"}, "b": {"upstream": second, "format": "anthropic"}}
+    it = relay(providers, routes={"*": ["a", "b"]})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", STREAMED, "connection: close"))
+        assert b"x-monorelay-provider: a\r\n" in client.rest()
+    assert it.post("/v1/messages", prompt()).get("x-monorelay-provider") == "b"
+    assert len(first.requests) == 1
+
+
+def test_what_begins_to_cool_and_what_recovers_is_one_warning_each(upstream, relay):
+    provider = upstream(replies(answer(529), answer(529), answer(), answer()))
+    it = relay({"anthropic": {"upstream": provider, "keys": ["sk-a"]}})
+    assert [it.post("/v1/messages", prompt()).status for _ in range(4)] == [529, 529, 200, 200]
+    it.logged("warning", "the provider anthropic, key key1, model", "comes last for 1 s: 529")
+    it.logged("warning", "recovered")
 
 
 @pytest.mark.parametrize("format", ["anthropic", "openai"])
@@ -5749,7 +5800,8 @@ def test_the_relays_own_errors(upstream, relay, method, path, body, status, kind
     assert openai_shape or not path.startswith("/v1/chat")
     assert words in refused(got, status, kind, openai_shape)
     assert not provider.requests
-    assert bool(got.get("allow")) == (status == 405) and bool(got.get("retry-after")) == (status == 503)
+    assert bool(got.get("allow")) == (status == 405) and got.get("retry-after") is None
+    assert got.get("x-should-retry") == "false", "trying again can't help"
 
 
 @pytest.mark.parametrize(
