@@ -224,6 +224,7 @@ BUILT_IN_CONFIG = """{
 #  ├─ MethodNotAllowed      405
 #  ├─ TooLarge              413
 #  ├─ UnsupportedCoding     415
+#  ├─ NoWebSocket           426
 #  ├─ RateLimited           429
 #  ├─ Unavailable           503
 #  ├─ UpstreamFailed        502
@@ -306,6 +307,16 @@ class MethodNotAllowed(RelayError):
     def __init__(self, method: str, path: str, allowed: Sequence[str]) -> None:
         super().__init__(f"{method} is not allowed for {path}; use {' or '.join(allowed)}")
         self.headers = [("allow", ", ".join(allowed))]
+
+
+class NoWebSocket(RelayError):
+    """The request asks for a WebSocket; of this answer Codex goes on over HTTP (RFC 9110 §15.5.22)."""
+
+    status, kind, code = 426, "invalid_request_error", "no_websocket"
+    lasts = True
+
+    def __init__(self) -> None:
+        super().__init__("this relay speaks no WebSocket; use HTTP", headers=[("upgrade", "websocket")])
 
 
 class UnsupportedCoding(RelayError):
@@ -467,6 +478,7 @@ class Provider(NamedTuple):
     headers: tuple[tuple[str, Optional[str]], ...]
     auth_header: str
     models: tuple[str, ...]
+    query: str = ""  # of its base_url, which goes upstream with each request
 
     @property
     def usable(self) -> bool:
@@ -795,8 +807,11 @@ def base_url(value: Any) -> str:
         valid = False
     if not valid or not re.fullmatch(r"[\x21-\x7e]+", found):
         raise ValueError("must be a URL such as https://api.example.com")
-    if parts.query or parts.fragment or "@" in parts.netloc:
-        raise ValueError("must have no user, query or fragment; keys belong in `keys`")
+    if parts.fragment or "@" in parts.netloc:
+        raise ValueError("must have no user and no fragment; keys belong in `keys`")
+    endpoint = re.search(r"/(?:messages|chat/completions|completions|responses|embeddings|models)/?\Z", parts.path)
+    if endpoint:
+        raise ValueError(f"must not end in {endpoint[0]}, which is added to it: cut that off")
     return found
 
 
@@ -873,7 +888,7 @@ PROVIDER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "cooldown": (positive, 30.0),
     "key_strategy": (one_of(*STRATEGIES), "sticky"),
     "headers": (upstream_headers_setting, ()),
-    "auth_header": (one_of("x-api-key", "authorization"), ""),
+    "auth_header": (one_of("x-api-key", "authorization", "api-key"), ""),
     "models": (texts, ()),
 }
 SECTIONS = ("server", "users", "providers", "aliases", "routes")
@@ -969,6 +984,7 @@ def read_provider(name: str, given: Any, problems: Problems) -> Provider:
         port=port,
         authority=authority if port == DEFAULT_PORTS[parts.scheme] else f"{authority}:{port}",
         prefix="/v1" if kind == "echo" else prefix,
+        query=parts.query,
         **settings,
     )
 
@@ -1000,6 +1016,9 @@ def check_routes(config: Config, problems: Problems) -> None:
                 )
 
 
+LONG_CONTEXT = "[1m]"  # behind a model's name: with a context of a million tokens
+
+
 class Target(NamedTuple):
     """A provider, and the name of the model as it is sent there."""
 
@@ -1014,13 +1033,28 @@ def follow(config: Config, name: str, passed: tuple[str, ...]) -> list[Target]:
         return [Target(config.providers[provider], base)]
     if name in passed:
         raise ValueError(f"the aliases {' -> '.join([*passed, name])} go round in a circle")
-    if name in config.aliases:
-        return [target for next_name in config.aliases[name] for target in follow(config, next_name, (*passed, name))]
+    alias, stood = find_alias(config, name, passed)
+    if alias:
+        names = [next_name.replace("*", stood) for next_name in config.aliases[alias]]
+        return [target for next_name in names for target in follow(config, next_name, (*passed, alias))]
     for pattern, providers in config.routes.items():
         if matches_any(name, [pattern]):
             known = [config.providers[provider] for provider in providers if provider in config.providers]
             return without_stand_in([Target(provider, name) for provider in known])
     return []
+
+
+def find_alias(config: Config, name: str, passed: Sequence[str]) -> tuple[str, str]:
+    """The alias that a name is, or the first one with a `*` that matches it and wasn't passed, and what the `*` stands
+    for; two empty strings if there is none."""
+    if name in config.aliases:
+        return name, "*"
+    for alias in config.aliases:
+        before, star, behind = alias.partition("*")
+        fits = star and name.startswith(before) and name.endswith(behind) and len(name) >= len(alias) - 1
+        if fits and alias not in passed:
+            return alias, name[len(before) : len(name) - len(behind)]
+    return "", ""
 
 
 def without_stand_in(targets: list[Target]) -> list[Target]:
@@ -1034,12 +1068,15 @@ def check_aliases(config: Config, problems: Problems) -> None:
     """Every alias must end at a provider, and none at itself."""
     sound = not problems.lines  # else an alias may lead nowhere because of what is reported already
     for alias, names in config.aliases.items():
+        if alias.count("*") > 1:
+            problems.add(join("aliases", alias), "must have one * at most")
         try:
             dangling = [name for name in names if not follow(config, name, (alias,))]
         except ValueError as error:
             problems.add(join("aliases", alias), str(error))
             continue
-        for name in dangling if sound else ():
+        # Where a name with a * in it leads to, requests will tell.
+        for name in dangling if sound and "*" not in alias else ():
             meant = suggestion(name, [*config.aliases, *config.routes])
             problems.add(
                 join("aliases", alias), f"{name} is neither an alias, nor matches a route, nor names a provider{meant}"
@@ -1359,7 +1396,7 @@ class Throttle:
 def resolve(config: Config, name: str) -> list[Target]:
     """The targets of a model name, in order of preference: `name@provider`, an alias, or the first route
     that matches. Raises NotFound with the names that are close, and Unavailable for a disabled provider."""
-    targets = follow(config, name, ())
+    targets = follow(config, name, ()) or follow_spelling(config, name)
     if not targets:
         known = [*config.aliases, *(pattern for pattern in config.routes if "*" not in pattern), *ECHO_MODELS]
         close = close_matches(name, known, 3) or sorted([*config.aliases, *config.routes])[:8]
@@ -1373,6 +1410,15 @@ def resolve(config: Config, name: str) -> list[Target]:
     return [target for index, target in enumerate(enabled) if target not in enabled[:index]]
 
 
+def follow_spelling(config: Config, name: str) -> list[Target]:
+    """The targets of a name that means another one: Claude Code leaves `[1m]` on some, and `provider/name` is how
+    other gateways say `name@provider`."""
+    if name.endswith(LONG_CONTEXT):
+        return follow(config, name[: -len(LONG_CONTEXT)], ())
+    provider, _, model = name.partition("/")
+    return [Target(config.providers[provider], model)] if model and provider in config.providers else []
+
+
 def asked_name(config: Config, name: str) -> str:
     """The name that a user's `models` are checked against: without the @provider that it picks."""
     base, _, provider = name.rpartition("@")
@@ -1382,12 +1428,13 @@ def asked_name(config: Config, name: str) -> str:
 def targets_for(config: Config, name: str, format: str) -> list[Target]:
     """The usable targets of a model that speak the format, in order of preference.
 
-    Raises NotFound when no route leads to one, and Unavailable when none of them has a key."""
+    Raises NotFound when no route leads to one, BadRequest when all of them speak the other format, and Unavailable when
+    none of them has a key."""
     targets = resolve(config, name)
     speaking = [target for target in targets if target.provider.format in (format, "echo")]
     if not speaking:
         other = "/v1/chat/completions" if format == "anthropic" else "/v1/messages"
-        raise NotFound(
+        raise BadRequest(
             f"the model {name!r} is served by {targets[0].provider.name}, which speaks the other format: use {other}",
             "other_format",
         )
@@ -2024,7 +2071,9 @@ def upstream_fields(
     if key:
         secret = key.secret.reveal()
         fields.append(
-            ("x-api-key", secret) if provider.auth_header == "x-api-key" else ("Authorization", f"Bearer {secret}")
+            ("Authorization", f"Bearer {secret}")
+            if provider.auth_header == "authorization"
+            else (provider.auth_header, secret)
         )
     for name, value in provider.headers:
         fields = [pair for pair in fields if pair[0].lower() != name.lower()]
@@ -2094,7 +2143,7 @@ def cors_fields(origins: Sequence[str], request: Headers, response: Iterable[tup
     """What lets a browser's script read a response (https://fetch.spec.whatwg.org/#http-cors-protocol);
     nothing unless the origin is one of the allowed ones."""
     origin = request.get("origin") if origins else ""
-    if not origin or not ("*" in origins or origin in origins):
+    if not origin or not matches_any(origin, origins):
         return []
     exposed = [*EXPOSED_HEADERS, *(name for name, _ in response if name.lower().startswith("anthropic-ratelimit-"))]
     return [
@@ -2171,11 +2220,11 @@ class BodyFacts(NamedTuple):
     # Whether another top-level name may be taken for `model`, or a tool has one of its own; it matters for those only
     # who may use some models only.
     lookalike: bool
-    user_id: str  # the one in `metadata`, or empty
+    session: str  # the `user_id` in `metadata`, else `prompt_cache_key`, or empty
     span: Optional[tuple[int, int]] = None  # where the value of `model` stands, if that is known
 
 
-def facts_of(models: Sequence[tuple[str, Any]], user_id: str, span: Optional[tuple[int, int]] = None) -> BodyFacts:
+def facts_of(models: Sequence[tuple[str, Any]], session: str, span: Optional[tuple[int, int]] = None) -> BodyFacts:
     """The facts of a body with these members whose names may be taken for `model`. Raises BadRequest unless exactly one
     has that very name, and names a model."""
     values = [value for name, value in models if name == "model"]
@@ -2183,7 +2232,7 @@ def facts_of(models: Sequence[tuple[str, Any]], user_id: str, span: Optional[tup
         raise BadRequest("model: Field required", "no_model")
     if len(values) > 1:
         raise BadRequest("model: given more than once")
-    return BodyFacts(model_name(values[0]), len(models) > 1, user_id, span)
+    return BodyFacts(model_name(values[0]), len(models) > 1, session, span)
 
 
 def model_name(value: Any) -> str:
@@ -2226,13 +2275,12 @@ def read_at_once(body: bytes, restricted: bool = True) -> BodyFacts:
     members = dict(document)
     metadata = members.get("metadata")
     user_id = dict(metadata).get("user_id") if isinstance(metadata, tuple) else ""
-    if not isinstance(user_id, str):
-        user_id = ""
+    session = next((name for name in (user_id, members.get("prompt_cache_key")) if name and isinstance(name, str)), "")
     if not restricted and "model" in members and len(members) == len(document):
-        return BodyFacts(model_name(members["model"]), False, user_id)
+        return BodyFacts(model_name(members["model"]), False, session)
     models = [member for member in document if is_model_name(member[0])]
     tools = [tool for name, tools in document if name == "tools" and isinstance(tools, list) for tool in tools]
-    return facts_of([*models, ("", None)] if any(map(has_model, tools)) else models, user_id)
+    return facts_of([*models, ("", None)] if any(map(has_model, tools)) else models, session)
 
 
 def not_json(problem: str) -> BadRequest:
@@ -2271,7 +2319,7 @@ class JsonWalk:
         self._models: list[tuple[str, Any]] = []
         self._span = 0, 0
         self._has_model = False  # whether a tool has one
-        self._user_id = ""
+        self._user_id = self._cache_key = ""
 
     @property
     def finished(self) -> bool:
@@ -2282,7 +2330,7 @@ class JsonWalk:
     def facts(self) -> BodyFacts:
         """What the body says. Raises BadRequest."""
         models = [*self._models, ("", None)] if self._has_model else self._models
-        return facts_of(models, self._user_id, self._span)
+        return facts_of(models, self._user_id or self._cache_key, self._span)
 
     def feed(self, piece: bytes) -> None:
         """Takes the next piece."""
@@ -2399,6 +2447,8 @@ class JsonWalk:
                 self._user_id = ""  # the last one counts
         elif state == "value" and depth == 1 and is_model_name(self._names[0]):
             self._notice_model(self._names[0], start, end, is_string)
+        elif state == "value" and depth == 1 and self._names[0] == "prompt_cache_key":
+            self._cache_key = self._text(start, end) if is_string else ""
         elif state == "value" and self._names == ["metadata", "user_id"]:
             self._user_id = self._text(start, end) if is_string else ""
 
@@ -5091,6 +5141,8 @@ class Attempt:
             pieces, recoded, length = [], False, body.length
         fields = upstream_fields(request.head, provider, candidate.key, length, recoded) + channel.extra_fields
         target = f"{channel.target_prefix}{provider.prefix}{request.target}"
+        if provider.query:
+            target += f"{'&' if '?' in target else '?'}{provider.query}"
         head = head_bytes(f"{request.head.method} {target} HTTP/1.1", fields)
         try:
             # Many sends are cheaper than a copy of a large body; for a small one, one send is.
@@ -5286,7 +5338,7 @@ class Relay:
         record.sent_model, record.key = candidate.target.model, candidate.label
 
     def _is_failure(self, request: UpstreamRequest, response: UpstreamResponse) -> bool:
-        """Whether another candidate should be tried; tells the key pool how this one fared, and the log of a failure."""
+        """Whether another candidate should be tried. Tells the key pool and the log how this one fared."""
         candidate = response.candidate
         provider, status = candidate.target.provider, response.head.status
         if response.begins_with_error:
@@ -6193,6 +6245,10 @@ async def answer_first_provider(exchange: Exchange) -> Response:
     return await relay_to_first(exchange, exchange.open_body(limit))
 
 
+# By which Claude Code, Codex and opencode tell their sessions apart.
+SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "x-session-affinity")
+
+
 async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
     """Relays to the targets of the model. Raises Forbidden, NotFound, Unavailable and RateLimited."""
     assert body.facts
@@ -6207,7 +6263,9 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
         if body.problem[0]:  # the one thing that `json` takes and a walk doesn't: a number of thousands of digits
             raise BadRequest(*body.problem)
     exchange.count()
-    session = exchange.request.fields.get("x-claude-code-session-id") or body.facts.user_id or exchange.record.caller
+    fields = exchange.request.fields
+    named = next((fields.get(name) for name in SESSION_HEADERS if name in fields), "")
+    session = named or body.facts.session or exchange.record.caller
     candidates = exchange.service.relay.keys.order(targets, session, exchange.loop.now)
     return await relay(exchange, body, candidates[:1] if exchange.endpoint.creates else candidates)
 
@@ -6352,7 +6410,7 @@ def remembered_endpoint(method: str, path: str, format: str) -> Endpoint:
         raise NotFound("the path has empty, . or .. segments, a backslash, spaces or control characters")
     known = known_form(path)
     if known.startswith("/v1/v1/") or known == "/v1/v1":
-        raise NotFound("the path begins with /v1/v1: leave /v1 out of the client's base_url", "doubled_v1")
+        raise BadRequest("the path begins with /v1/v1: leave /v1 out of the client's base_url", "doubled_v1")
     methods, answer = ENDPOINTS.get(known) or fallback(method, known, format)
     if method not in methods:
         raise MethodNotAllowed(method, header_text(known[:200]), methods)
@@ -6379,12 +6437,23 @@ def fallback(method: str, path: str, format: str) -> tuple[tuple[str, ...], Answ
     """What serves a path that is no endpoint of its own, as in ENDPOINTS. Raises NotFound."""
     if path.startswith("/v1/anthropic/models/"):
         return READING, answer_first_provider
+    check_base_url(path)
     if not path.startswith("/v1/") or path.startswith("/v1/anthropic/"):
         raise NotFound(f"there is nothing at {header_text(path[:200])}")
     if path.startswith("/v1/models/") and method in READING:
         return READING, answer_catalogue
     stored = format == "anthropic" and any(is_within(path, place) for place in STORED_PATHS)
     return METHODS, answer_first_provider if stored else answer_any
+
+
+def check_base_url(path: str) -> None:
+    """Raises BadRequest for a path that shows what is wrong with a client's base_url: of a 404, Claude Code tells only
+    that the model may not exist."""
+    if f"/v1{path}" in ENDPOINTS:
+        raise BadRequest(f"there is nothing at {path}: the client's base_url must end in /v1", "wrong_base_url")
+    for prefix in ("/anthropic", "/openai", "/api"):
+        if is_within(path, f"{prefix}/v1"):
+            raise BadRequest(f"there is nothing at {prefix}: leave it out of the client's base_url", "wrong_base_url")
 
 
 def is_within(path: str, place: str) -> bool:
@@ -6555,6 +6624,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request = exchange.request
             if request.method == "OPTIONS" and exchange.cors():
                 return exchange.respond(204, fields=preflight_fields(request.fields))
+            if "websocket" in request.fields.get("upgrade").lower():
+                raise NoWebSocket
             endpoint = exchange.endpoint = find_endpoint(request.method, request.path, exchange.format)
             if endpoint.answer not in OPEN_ENDPOINTS:
                 self._authenticate(exchange)

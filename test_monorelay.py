@@ -882,6 +882,8 @@ def test_config_reports_all_problems_at_once():
         ("providers/one/base_url", "one.example", "providers.one.base_url"),
         ("providers/one/base_url", "ftp://one.example", "providers.one.base_url"),
         ("providers/one/base_url", 1, "providers.one.base_url"),
+        ("providers/one/base_url", "https://one.example/v1/messages", "must not end in /messages"),
+        ("providers/two/base_url", "https://two.example/v1/chat/completions/", "must not end in /chat/completions/"),
         ("providers/one/enabled", "yes", "providers.one.enabled"),
         ("providers/one/timeout", 0, "providers.one.timeout"),
         ("providers/one/timeout", True, "providers.one.timeout"),
@@ -1148,8 +1150,19 @@ def test_a_throttle_that_was_filled_with_invented_names_goes_on_to_count():
         ("chain", ["gpt-5@openai"]),
         ("list", ["claude-b@anthropic2", "gpt-5@openai", "claude-a@anthropic", "claude-a@anthropic2"]),
         ("claude-alias", ["gpt-5@openai"]),
+        ("router/a/b-1", ["a/b-1@openai"]),
+        ("router/", None),
+        ("router/exactly", ["claude-b@anthropic2"]),
+        ("mine-7-x", ["claude-7@anthropic", "claude-7@anthropic2"]),
+        ("openai/gpt-x", ["gpt-x@openai"]),
+        ("openai/", None),
+        ("nobody/gpt-x", None),
+        ("one[1m]", ["gpt-5@openai"]),
+        ("router/a[1m]", ["a[1m]@openai"]),
+        ("loop-a", ["gpt-a@openai"]),
         ("Claude-a", None),
         ("unknown", None),
+        ("unknown[1m]", None),
         ("", None),
     ],
 )
@@ -1162,6 +1175,11 @@ def test_model_becomes_its_targets_in_order_of_preference(name, expected):
             "chain": "one",
             "list": ["claude-b@anthropic2", "chain", "claude-a"],
             "claude-alias": "one",
+            "router/*": "*@openai",
+            "router/exactly": "claude-b@anthropic2",
+            "mine-*-x": "claude-*",
+            "loop-*": "loop-gpt-*",
+            "loop-gpt-*": "gpt-*",
         },
     )
     if expected is None:
@@ -1178,6 +1196,15 @@ def test_a_pattern_that_equals_a_name_matches_it_whatever_characters_it_has(name
     )
     assert [it.model for it in monorelay.resolve(config, name)] == [name]
     assert monorelay.matches_any(name, [name])
+
+
+def test_aliases_with_a_star_lead_nowhere_for_ever():
+    config = parse({"openai": {"base_url": "http://127.0.0.1:9"}}, aliases={"x*": ["*", "x-*"]}, routes={"y": "openai"})
+    with pytest.raises(monorelay.NotFound):
+        monorelay.resolve(config, "x" * 200)
+    assert [it.model for it in monorelay.resolve(config, "xy")] == ["y"]
+    with pytest.raises(monorelay.ConfigError, match="one \\* at most"):
+        parse({"openai": {"base_url": "http://127.0.0.1:9"}}, aliases={"a*b*": "*@openai"})
 
 
 def test_a_pattern_with_brackets_goes_on_to_be_a_pattern():
@@ -4296,6 +4323,12 @@ def test_a_bad_request_of_one_client_leaves_the_keys_to_the_others(upstream, rel
 SESSIONS = {
     "the session header": lambda n: (prompt(), f"x-claude-code-session-id: session-{n}", TOKEN),
     "metadata.user_id": lambda n: (prompt(metadata={"user_id": f"user-{n}"}), "x-a: 1", TOKEN),
+    "Codex's header": lambda n: (prompt(), f"session-id: session-{n}", TOKEN),
+    "opencode's header": lambda n: (prompt(), f"x-session-affinity: session-{n}", TOKEN),
+    "prompt_cache_key": lambda n: (prompt(prompt_cache_key=f"key-{n}"), "x-a: 1", TOKEN),
+    "prompt_cache_key in a long body": lambda n: (
+        prompt(prompt_cache_key=f"key-{n}", padding="x" * 300_000), "x-a: 1", TOKEN
+    ),
     "the caller": lambda n: (prompt(), "x-a: 1", jwt.encode(claims(sub=f"caller-{n}"), JWT_SECRET, "HS256")),
 }
 
@@ -5768,10 +5801,16 @@ def test_a_batch_with_a_model_beside_it_is_never_sent_twice(upstream, relay):
     [
         ("POST", "/v1/messages", prompt("claude-fsat"), 404, "not_found_error", "claude-fast"),
         ("POST", "/v1/chat/completions", chat("claude-fsat"), 404, "not_found_error", "claude-fast"),
-        ("POST", "/v1/messages", prompt("gpt-5"), 404, "not_found_error", "gpt-5"),
-        ("POST", "/v1/chat/completions", chat("claude-x"), 404, "not_found_error", "claude-x"),
-        ("POST", "/v1/v1/messages", prompt(), 404, "not_found_error", "base_url"),
-        ("POST", "/v1/v1/chat/completions", chat(), 404, "not_found_error", "base_url"),
+        ("POST", "/v1/messages", prompt("gpt-5"), 400, "invalid_request_error", "use /v1/chat/completions"),
+        ("POST", "/v1/chat/completions", chat("claude-x"), 400, "invalid_request_error", "use /v1/messages"),
+        *(
+            ("POST", path, prompt(), 400, "invalid_request_error", "base_url")
+            for path in (
+                "/v1/v1/messages", "/v1/v1/chat/completions", "/messages", "/chat/completions",
+                "/anthropic/v1/messages", "/openai/v1/chat/completions", "/api/v1/messages",
+            )
+        ),
+        ("GET", "/models", None, 400, "invalid_request_error", "must end in /v1"),
         ("POST", "/nowhere", {}, 404, "not_found_error", "/nowhere"),
         ("GET", "/favicon.ico", None, 404, "not_found_error", ""),
         ("GET", "/v1/messages", None, 405, "invalid_request_error", ""),
@@ -6141,6 +6180,30 @@ def test_what_is_not_json_is_a_400_where_the_model_decides(upstream, relay, path
 
 CORS = {"server": {"cors_origins": ["https://app.example"]}}
 ORIGIN = "Origin: https://app.example"
+
+
+@pytest.mark.parametrize(("origin", "allowed"), [("http://localhost:3000", True), ("http://localhost.example", False)])
+def test_cors_origins_may_be_patterns(relay, origin, allowed):
+    it = relay({"echo": {}}, server={"cors_origins": ["http://localhost:*"]})
+    got = it.ask("GET", "/health", None, f"Origin: {origin}")
+    assert got.get("access-control-allow-origin") == (origin if allowed else None)
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/nowhere"])
+def test_a_websocket_gets_426(relay, path):
+    got = relay({"echo": {}}).ask("GET", path, None, "Upgrade: websocket", "Connection: Upgrade")
+    assert (got.status, got.get("upgrade"), got.get("x-monorelay-error")) == (426, "websocket", "no_websocket")
+
+
+@pytest.mark.parametrize("query", ["", "?beta=true"])
+def test_the_query_of_a_base_url_goes_upstream_with_each_request(upstream, relay, query):
+    provider = upstream(answer())
+    it = relay({"azure": {"format": "openai", "base_url": f"{provider.url}/v1?api-version=2", "keys": ["sk-a"],
+                          "auth_header": "api-key"}}, routes={"*": "azure"})  # fmt: skip
+    assert it.post(f"/v1/chat/completions{query}", chat()).status == 200
+    (sent,) = provider.requests
+    assert sent.start.split()[1] == f"/v1/chat/completions{query}{'&' if query else '?'}api-version=2"
+    assert (sent.get("api-key"), sent.get("authorization")) == ("sk-a", None)
 
 
 def test_cors_preflight_needs_no_token(relay):
