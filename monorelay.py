@@ -149,6 +149,7 @@ JWT_SECRET_BYTES = 32  # RFC 7518 §3.2: a key at least as long as the hash
 JWT_BYTES = 8 * 1024  # as long as a header line may be for nginx
 JWT_HEADER_BYTES = 512  # of it, which is read before anybody is known; the usual ones have 36
 SHOWN_TOKENS = 2  # one in `Authorization`, one in `x-api-key`
+USER_KEY_CHARACTERS = 16
 OPEN_ACCESS_KEY_CHARACTERS = 16  # the least for a relay that listens beyond this machine
 CATALOGUE_BYTES = 2 * 1024 * 1024  # of a provider's list; the longest known has 1 MB
 ECHO_VALUES = 50_000  # in a request to echo, which take up to 5 MB
@@ -163,6 +164,7 @@ CATALOGUE_RETRY_SECONDS = 30.0  # until a provider that didn't list its models i
 LOGINS_PER_USER = 10  # a minute, for each address: nobody can lock a user out from elsewhere
 LOGINS_PER_ADDRESS = 30  # a minute
 LOGINS_WAITING = 8  # for their password to be hashed, which takes 50 ms each
+SECRET_FILE_CHARACTERS = 64 * 1024
 LOGIN_BODY_BYTES = 16 * 1024  # who logs in hasn't shown a token yet
 LOGIN_BODY_SECONDS = 20.0  # as for a head
 TRUSTED_ADDRESSES = 1000
@@ -479,6 +481,7 @@ class Provider(NamedTuple):
     auth_header: str
     models: tuple[str, ...]
     query: str = ""  # of its base_url, which goes upstream with each request
+    client_keys: bool = False  # whether clients bring their own credential for it
 
     @property
     def usable(self) -> bool:
@@ -503,6 +506,8 @@ class User(NamedTuple):
     models: Optional[tuple[str, ...]]  # None: all of them
     requests_per_minute: int  # 0: no limit
     tokens_since: float  # tokens issued before are refused; seconds since 1970
+    keys: tuple[Secret, ...] = ()  # each of which shows who calls, like a token
+    enabled: bool = True
 
 
 class ServerSettings(NamedTuple):
@@ -535,6 +540,7 @@ class Config(NamedTuple):
     server: ServerSettings
     users: Mapping[str, User]
     any_subject: bool  # there is no section `users`: tokens of any subject are taken
+    user_keys: Mapping[bytes, str]  # whose key has this SHA-256
     providers: Mapping[str, Provider]
     aliases: Mapping[str, tuple[str, ...]]
     routes: Mapping[str, tuple[str, ...]]
@@ -543,7 +549,7 @@ class Config(NamedTuple):
 
 DEFAULT_PORTS = {"http": 80, "https": 443, "echo": 0}
 STRATEGIES = ("sticky", "round-robin", "random", "weighted", "fill-first")
-VARIABLE = r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\}"
+VARIABLE = r"\$\{([A-Za-z_][A-Za-z0-9_]*|file:[^}]+)(:-([^}]*))?\}"
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.6.2
 FIELD_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")  # RFC 9110 §5.5, obs-text included
 SCRYPT_HASH = r"scrypt\$([0-9]{1,7})\$([0-9]{1,2})\$([0-9]{1,2})\$([A-Za-z0-9_-]{16,})\$([A-Za-z0-9_-]{22,})"
@@ -649,12 +655,14 @@ def expand_text(text: str, place: str, environ: Mapping[str, str], problems: Pro
     def fill(match: re.Match[str]) -> str:
         name, has_default, default = match.groups()
         found = environ.get(name, "")
-        if not found and not has_default and name not in environ:
+        if name.startswith("file:") and name not in environ:
+            problems.add(place, f"the file {name[len('file:') :]} can't be read")
+        elif not found and not has_default and name not in environ:
             problems.add(place, f"the environment variable {name} is not set; set it, or write ${{{name}:-}}")
         return found or default or ""
 
     if "${" in re.sub(VARIABLE, "", text):
-        problems.add(place, "a ${ that is no variable; write ${NAME} or ${NAME:-default}")
+        problems.add(place, "a ${ that is no variable; write ${NAME}, ${NAME:-default} or ${file:PATH}")
     return FromEnvironment(re.sub(VARIABLE, fill, text))
 
 
@@ -751,14 +759,31 @@ def access_keys(value: Any) -> tuple[Secret, ...]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         raise ValueError("must be a string or a list of strings")
-    if not all(re.fullmatch(r"[\x20-\x7e]*", item) and item == item.strip() for item in items):
-        raise ValueError("must be printable ASCII without blanks at its ends")
-    return tuple(Secret(str(item)) for item in items if item)
+    return tuple(Secret(secret) for secret in map(stripped_secret, items) if secret)
+
+
+def stripped_secret(value: str) -> str:
+    """A secret without the white space that files and shells leave around it. Raises ValueError for one in quotes,
+    which a `docker --env-file` keeps, and for what no header can hold."""
+    found = str(value.strip())
+    if len(found) > 1 and found[0] == found[-1] and found[0] in "\"'":
+        raise ValueError("stands in quotes that are part of it: take them off")
+    if not re.fullmatch(r"[\x20-\x7e]*", found):
+        raise ValueError("must be printable ASCII")
+    return found
+
+
+def user_keys(value: Any) -> tuple[Secret, ...]:
+    """The keys of a user that aren't empty, of one or of a list, long enough not to be guessed."""
+    keys = access_keys(value)
+    if any(len(key.reveal()) < USER_KEY_CHARACTERS for key in keys):
+        raise ValueError(f"must have at least {USER_KEY_CHARACTERS} characters each")
+    return keys
 
 
 def jwt_secret(value: Any) -> Optional[Secret]:
     """The secret, long enough to be one; None when it is empty."""
-    found = text(value)
+    found = text(value).strip()
     try:
         size = len(found.encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:
@@ -836,6 +861,11 @@ def listed(value: Any) -> list[Any]:
     return value
 
 
+def listed_or_client(value: Any) -> Any:
+    """The list, or the word that stands for the clients' own credentials."""
+    return value if value == "client" else listed(value)
+
+
 def provider_key(value: Any, number_in_list: int) -> Optional[ProviderKey]:
     """The key that an entry of `keys` stands for; None when it is empty. Raises ValueError."""
     entry = {"key": value} if isinstance(value, str) else value
@@ -844,8 +874,8 @@ def provider_key(value: Any, number_in_list: int) -> Optional[ProviderKey]:
     unknown = [name for name in entry if name not in ("key", "label", "weight")]
     if unknown:
         raise ValueError(f"{unknown[0]}: unknown key{suggestion(unknown[0], ('key', 'label', 'weight'))}")
-    secret = entry["key"].strip()
-    if not re.fullmatch(r"[\x21-\x7e]*", secret):
+    secret = stripped_secret(entry["key"])
+    if " " in secret:
         raise ValueError("must be printable ASCII without spaces")
     label = some_text(entry.get("label", f"key{number_in_list}"))
     return ProviderKey(Secret(str(secret)), label, positive(entry.get("weight", 1))) if secret else None
@@ -877,11 +907,13 @@ USER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "models": (texts, None),
     "requests_per_minute": (whole(1, 1_000_000), 0),
     "tokens_since": (moment, 0.0),
+    "key": (user_keys, ()),
+    "enabled": (boolean, True),
 }
 PROVIDER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "format": (one_of("anthropic", "openai", "echo"), ""),
     "base_url": (base_url, ""),
-    "keys": (listed, None),  # read_keys looks into each
+    "keys": (listed_or_client, None),  # read_keys looks into each
     "enabled": (boolean, True),
     "timeout": (positive, 900.0),  # longer than the SDKs' own 600: the client decides first
     "connect_timeout": (positive, 10.0),
@@ -905,18 +937,19 @@ def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.jso
         raise ConfigError([f"{name}: must be a JSON object, not {kind_of(document)}"])
     document = expand(document, "", environ, problems)
     for key in document:
-        if key not in SECTIONS:
-            problems.add(key, f"unknown key{suggestion(key, SECTIONS)}")
+        if key not in (*SECTIONS, "env_file"):
+            problems.add(key, f"unknown key{suggestion(key, (*SECTIONS, 'env_file'))}")
+    if not is_text(document.get("env_file", "")):
+        problems.add("env_file", "must be the path of a file")
     sections = {key: read_object(document.get(key, {}), key, problems) for key in SECTIONS}
     server = read_settings(SERVER_SETTINGS, sections["server"], "server", problems)
     server["access_keys"] = server.pop("access_key")
+    users = {user: read_user(user, given, problems) for user, given in sections["users"].items()}
     config = Config(
         ServerSettings(**server),
-        {
-            user: User(user, **read_settings(USER_SETTINGS, given, f"users.{user}", problems))
-            for user, given in sections["users"].items()
-        },
+        users,
         "users" not in document,
+        read_user_keys(users, problems),
         {provider: read_provider(provider, given, problems) for provider, given in sections["providers"].items()},
         read_lists(sections["aliases"], "aliases", problems),
         read_lists(sections["routes"], "routes", problems),
@@ -952,6 +985,24 @@ def read_settings(table: Mapping[str, tuple[Check, Any]], given: Any, place: str
     return found
 
 
+def read_user(name: str, given: Any, problems: Problems) -> User:
+    """One user."""
+    settings = read_settings(USER_SETTINGS, given, f"users.{name}", problems)
+    settings["keys"] = settings.pop("key")
+    return User(name, **settings)
+
+
+def read_user_keys(users: Mapping[str, User], problems: Problems) -> dict[bytes, str]:
+    """Whose each user's key is, by its SHA-256."""
+    found: dict[bytes, str] = {}
+    for user in users.values():
+        for key in user.keys:
+            owner = found.setdefault(hashlib.sha256(key.reveal().encode("ascii")).digest(), user.name)
+            if owner != user.name:
+                problems.add(f"users.{user.name}.key", f"is the key of {owner}, too")
+    return found
+
+
 def read_lists(section: JsonDict, place: str, problems: Problems) -> dict[str, tuple[str, ...]]:
     """A section whose values are a name or a list of names."""
     return read_settings({key: (text_or_texts, ()) for key in section}, section, place, problems)
@@ -962,7 +1013,8 @@ def read_provider(name: str, given: Any, problems: Problems) -> Provider:
     place = f"providers.{name}"
     before = len(problems.lines)
     settings = read_settings(PROVIDER_SETTINGS, given, place, problems)
-    settings["keys"] = read_keys(settings["keys"], join(place, "keys"), problems)
+    settings["client_keys"] = settings["keys"] == "client"
+    settings["keys"] = None if settings["client_keys"] else read_keys(settings["keys"], join(place, "keys"), problems)
     kind, url = settings["format"], settings.pop("base_url")
     if len(problems.lines) == before:
         if not kind:
@@ -1089,8 +1141,8 @@ def start_obstacle(config: Config) -> str:
     if is_loopback(config.server.host):
         return ""
     keys = config.server.access_keys
-    strong = bool(keys) and all(len(key.reveal()) >= OPEN_ACCESS_KEY_CHARACTERS for key in keys)
-    if strong or (config.server.jwt_secret and not keys):
+    strong = all(len(key.reveal()) >= OPEN_ACCESS_KEY_CHARACTERS for key in keys)
+    if strong and (keys or config.server.jwt_secret or config.user_keys):
         return ""
     return (
         f"server.host: {config.server.host} is open to others: set server.access_key "
@@ -1250,6 +1302,8 @@ def subject(claims: JsonDict, kind: str, config: Config) -> str:
     if not isinstance(name, str) or not name or not (config.any_subject or name in config.users):
         raise BadClaim("the token's `sub` is not a user of this relay")
     if name in config.users:
+        if not config.users[name].enabled:
+            raise BadClaim("the token's user is disabled")
         check_not_revoked(claims, config.users[name], config.server.jwt_secret)
     return name
 
@@ -1284,6 +1338,9 @@ def identify(tokens: Sequence[str], config: Config, now: float) -> Caller:
     for token in tokens:
         if is_access_key(token, config.server.access_keys):
             return ADMIN
+        owner = config.user_keys.get(hashlib.sha256(token.encode("latin-1")).digest()) if config.user_keys else None
+        if owner and config.users[owner].enabled:
+            return Caller(owner, False, config.users[owner])
         if config.server.jwt_secret is None:
             problem = Unauthenticated("the token is not an access key of this relay")
             continue
@@ -2068,6 +2125,8 @@ def upstream_fields(
     names, version = head.fields.names, "anthropic-version"
     if provider.format == "anthropic" and (version not in names or version in head.fields.connection):
         fields.append(("anthropic-version", DEFAULT_ANTHROPIC_VERSION))
+    if provider.client_keys and "x-monorelay-key" in head.fields:
+        fields += [pair for pair in head.fields.pairs if pair[0].lower() in ("authorization", "x-api-key")]
     if key:
         secret = key.secret.reveal()
         fields.append(
@@ -2093,6 +2152,8 @@ def head_bytes(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
 
 def shown_tokens(fields: Headers) -> list[str]:
     """The tokens that a request shows, wherever they stand."""
+    if "x-monorelay-key" in fields:  # the others are the client's credential for a provider
+        return fields.all("x-monorelay-key")
     credentials = [value.partition(" ") for value in fields.all("authorization")]
     bearers = [token.strip() for scheme, _, token in credentials if scheme.lower() == "bearer"]
     return bearers + fields.all("x-api-key")
@@ -5349,6 +5410,7 @@ class Relay:
         # What the client itself has caused says nothing about a key: an account that it named, an upload that it
         # didn't finish.
         own_fault = (status == 401 and request.names_account) or (status >= 500 and not request.is_sent)
+        own_fault = own_fault or (provider.client_keys and 400 <= status < 500)
         if provider.format != "echo" and request.blames and not own_fault:
             if status < 300:
                 self.keys.succeeded(candidate, self._loop.now)
@@ -5388,7 +5450,8 @@ def problem_of(request: UpstreamRequest, response: UpstreamResponse) -> tuple[st
     status, name = response.head.status, f"the provider {response.candidate.target.provider.name}"
     if 300 <= status < 400 and status != 304 and "location" in response.head.fields:
         return f"{name} answered with a redirect ({status}): correct its base_url in relay.json", "upstream_redirect"
-    if status == 401 and not (request.names_account and ABOUT_ACCOUNT.search(response.content)):
+    own_fault = request.names_account and ABOUT_ACCOUNT.search(response.content)
+    if status == 401 and not own_fault and not response.candidate.target.provider.client_keys:
         key = f"key {response.candidate.label}" if response.candidate.key else "lack of a key"
         reason = "401" if response.quotes_key else f"401 {error_code(response.content)}".strip()
         return f"{name} refused this relay's {key} ({reason})", "upstream_refused_key"
@@ -6157,7 +6220,7 @@ async def answer_login(exchange: Exchange) -> Response:
     hashed = user.password if user and user.password else usual
     right = await gate.check(given["password"], hashed, exchange.address)
     secret = exchange.config.server.jwt_secret
-    if not (right and user and user.password and secret):
+    if not (right and user and user.enabled and user.password and secret):
         raise Unauthenticated("the username or the password is wrong", "login_failed")
     return token_response(exchange, username, secret)
 
@@ -6288,6 +6351,8 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
 async def relay(exchange: Exchange, body: Union[ReadBody, RequestBody], candidates: Sequence[Candidate]) -> Response:
     """The response of the first candidate that gives one which isn't a failure."""
     request, endpoint = exchange.request, exchange.endpoint
+    if "x-monorelay-key" not in request.fields:
+        candidates = without_client_keys(candidates)
     target = endpoint.target(request.query)
     wanted = UpstreamRequest(request, target, endpoint.by_model, body, candidates, exchange.record)
     relayed = await exchange.service.relay.obtain(wanted)
@@ -6302,6 +6367,18 @@ async def relay(exchange: Exchange, body: Union[ReadBody, RequestBody], candidat
     except BaseException:
         relayed.release(exchange.service.relay.connections)
         raise
+
+
+def without_client_keys(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    """The candidates that need no credential of the client's own. Raises Unauthenticated when there are none."""
+    found = [candidate for candidate in candidates if not candidate.target.provider.client_keys]
+    if found or not candidates:
+        return found
+    raise Unauthenticated(
+        f"the provider {candidates[0].target.provider.name} takes your own key: send it as its own SDK does, and this "
+        "relay's token in `x-monorelay-key`",
+        "client_key_needed",
+    )
 
 
 def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
@@ -6984,7 +7061,7 @@ def with_run_secrets(config: Config, old: Optional[Config]) -> Config:
     server, made = config.server, config.run_secrets or (old.run_secrets if old else None)
     if made is None:
         made = RunSecrets(Secret(f"mr-{base64url(os.urandom(24))}"), Secret(base64url(os.urandom(32))))
-    if not server.access_keys and not server.jwt_secret:
+    if not server.access_keys and not server.jwt_secret and not config.user_keys:
         server = server._replace(access_keys=(made.access_key,))
     if not server.jwt_secret and any(user.password for user in config.users.values()):
         server = server._replace(jwt_secret=made.jwt_secret)
@@ -7018,10 +7095,17 @@ def load_config(path: str, options: JsonDict) -> Config:
             raise ConfigError([f"{name}: byte {error.start} is not UTF-8"]) from None
     else:
         source = BUILT_IN_CONFIG
+    environ = environment(source, path)
     try:
-        config = parse_config(source, os.environ, name)
+        config = parse_config(source, environ, name)
     except RecursionError:
         raise ConfigError([f"{name}: it is nested, or its aliases are chained, too deeply"]) from None
+    if not config.server.access_keys:
+        try:
+            keys = access_keys(environ.get("MONORELAY_ACCESS_KEY", ""))
+        except ValueError as error:
+            raise ConfigError([f"the environment's MONORELAY_ACCESS_KEY: {error}"]) from None
+        config = config._replace(server=config.server._replace(access_keys=keys))
     address = {name: options[name] for name in ("host", "port") if name in options}
     config = config._replace(server=config.server._replace(**address))
     if config.server.workers > 1 and not hasattr(os, "fork"):
@@ -7030,6 +7114,47 @@ def load_config(path: str, options: JsonDict) -> Config:
     if obstacle:
         raise ConfigError([f"{name}: {obstacle}"])
     return config
+
+
+def environment(source: str, path: str) -> dict[str, str]:
+    """What the variables of a relay.json stand for: the environment of the start, the lines of its `env_file`, and the
+    content of each file that it names. Raises ConfigError for an env_file that can't be read."""
+    folder = os.path.dirname(os.path.abspath(path))
+    found = {
+        f"file:{name}": read_secret(os.path.join(folder, name)) for name in re.findall(r"\$\{file:([^}]+)\}", source)
+    }
+    try:
+        document = json.loads(source)
+    except (ValueError, RecursionError):
+        document = None  # parse_config() will say why
+    name = document.get("env_file") if isinstance(document, dict) else None
+    lines: dict[str, str] = {}
+    if name and isinstance(name, str):
+        try:
+            with open(os.path.join(folder, name), encoding="utf-8-sig") as file:
+                lines = dict(filter(None, map(env_line, file)))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+            raise ConfigError([f"{os.path.basename(path)}: env_file: {name} can't be read: {reason}"]) from None
+    return {**lines, **os.environ, **{name: content for name, content in found.items() if content is not None}}
+
+
+def read_secret(path: str) -> Optional[str]:
+    """A file's content without white space at its ends; None if it can't be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(SECRET_FILE_CHARACTERS).strip()
+    except (OSError, ValueError):
+        return None
+
+
+def env_line(line: str) -> Optional[tuple[str, str]]:
+    """Name and value of a line NAME=VALUE, as systemd and Docker read it; None for a comment or an empty line."""
+    name, equals, value = line.strip().partition("=")
+    name, value = name.removeprefix("export ").strip(), value.strip()
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        value = value[1:-1]
+    return (name, value) if equals and not name.startswith("#") else None
 
 
 def raise_descriptor_limit() -> None:
@@ -7107,7 +7232,7 @@ class Operator:
             log.warn("the configuration was not reloaded; the one before stays in force")
             return
         self._server.reload(config)
-        log.say("the configuration was reloaded")
+        log.say("the configuration was reloaded; values of the environment are those of the start")
 
     def _drain(self, signals: Signals) -> None:
         """Stops in good order; another signal ends the process at once."""
@@ -7481,6 +7606,7 @@ def token_expression(config: Config, path: str) -> str:
                 code = 'import json,sys;k=json.load(open(sys.argv[1]))["server"]["access_key"]'
                 code += f";print(k if isinstance(k,str) else k[{index}])"
                 return f"$(python3 -c {shlex.quote(code)} {shlex.quote(path)})"
+    if config.server.access_keys or not config.server.jwt_secret:
         return ""
     anybody = "me" if config.any_subject else ""
     user = next((user.name for user in config.users.values() if user.models is None), anybody)

@@ -3906,7 +3906,7 @@ def test_request_headers_go_up_as_sent_but_for_what_is_the_relays_business(upstr
             "X-Claude-Code-Session-Id: s", "x-stainless-retry-count: 0", "idempotency-key: i",
             "X-Odd: caf\xe9", "x-empty:"]  # fmt: skip
     dropped = [f"Authorization: Bearer {TOKEN}", "Cookie: a=b", "Cookie2: $Version=1", "Accept-Encoding: gzip, br",
-               "Api-Key: client", "X-Goog-Api-Key: client", "X-MonoRelay-Key: client",
+               "Api-Key: client", "X-Goog-Api-Key: client", f"X-MonoRelay-Key: {TOKEN}",
     "Connection: keep-alive, x-hop",
                "X-Hop: 1", "Keep-Alive: 5", "TE: trailers", "Proxy-Authorization: Basic x",
                "Upgrade: h2c"]  # fmt: skip
@@ -3920,6 +3920,100 @@ def test_request_headers_go_up_as_sent_but_for_what_is_the_relays_business(upstr
     assert got.target == "/v1/messages?beta=true&x=%20y"
     assert got.get("accept-encoding") == "identity" and got.get("host") == f"127.0.0.1:{provider.port}"
     assert got.all("x-api-key") == ["sk-anthropic-secret"]
+
+
+USER_KEY, OTHER_KEY = "alice-key-0123456789", "alices-other-key-456"
+
+
+def test_a_users_key_is_that_user_with_all_limits(upstream, relay):
+    provider = upstream(answer())
+    users = {"alice": {"key": [USER_KEY, OTHER_KEY, ""], "models": ["claude-*"], "requests_per_minute": 1},
+             "bob": {"key": "bob-key-0123456789", "enabled": False}}  # fmt: skip
+    it = relay({"anthropic": provider}, users=users, routes={"*": "anthropic"})
+    assert it.ask("GET", "/api/auth/me", None, token=OTHER_KEY).json == {"username": "alice", "admin": False}
+    assert it.post("/v1/messages", prompt("gpt-5"), token=USER_KEY).status == 403
+    assert [it.post("/v1/messages", prompt(), token=key).status for key in (USER_KEY, OTHER_KEY)] == [200, 429]
+    for wrong in ("bob-key-0123456789", USER_KEY[:-1], USER_KEY + "x"):
+        assert it.ask("GET", "/api/auth/me", None, token=wrong).status == 401
+
+
+def test_a_disabled_user_has_no_token_that_is_valid(relay):
+    it = relay({"echo": {}}, users={"alice": {"enabled": False, "password": PASSWORD_HASH}},
+               server={"jwt_secret": JWT_SECRET})  # fmt: skip
+    token = jwt.encode(claims(sub="alice"), JWT_SECRET, "HS256")
+    assert it.ask("GET", "/api/auth/me", None, token=token).status == 401
+    login = json.dumps({"username": "alice", "password": PASSWORD}).encode()
+    assert it.ask("POST", "/api/auth/login", login, token="").status == 401
+
+
+def test_two_users_have_no_key_in_common():
+    users = {name: {"key": USER_KEY} for name in ("alice", "bob")}
+    with pytest.raises(monorelay.ConfigError, match=r"users\.bob\.key: is the key of alice, too"):
+        parse(users=users)
+    with pytest.raises(monorelay.ConfigError, match=r"users\.eve\.key: must have at least 16 characters"):
+        parse(users={"eve": {"key": "short"}})
+
+
+def test_with_keys_of_users_alone_no_access_key_is_made_up():
+    config = monorelay.with_run_secrets(parse(users={"alice": {"key": USER_KEY}}, server={"access_key": ""}), None)
+    assert config.server.access_keys == ()
+
+
+def test_a_client_brings_its_own_credential_where_the_provider_takes_that(upstream, relay):
+    theirs, ours = upstream(replies(answer(401, b'{"theirs": 1}'), answer())), upstream(answer())
+    it = relay(
+        {"theirs": {"upstream": theirs, "format": "anthropic", "keys": "client"},
+         "ours": {"upstream": ours, "format": "anthropic", "keys": ["sk-ours"]}},
+        routes={"claude-a*": "theirs", "claude-b*": "ours"},
+    )  # fmt: skip
+    own = ("Authorization: Bearer sk-client", f"x-monorelay-key: {TOKEN}")
+    got = it.post("/v1/messages", prompt("claude-a"), *own, token="")
+    assert (got.status, got.body) == (401, b'{"theirs": 1}'), "it is about the client's own credential"
+    for model in ("claude-a", "claude-b"):
+        assert it.post("/v1/messages", prompt(model), *own, token="").status == 200
+    assert [(sent.get("authorization"), sent.get("x-api-key"), sent.get("x-monorelay-key"))
+            for sent in (theirs.requests[-1], ours.requests[-1])] == [
+        ("Bearer sk-client", None, None), (None, "sk-ours", None)
+    ]  # fmt: skip
+    got = it.post("/v1/messages", prompt("claude-a"))
+    assert (got.status, got.get("x-monorelay-error")) == (401, "client_key_needed"), "the relay's token goes nowhere"
+    wrong = it.post("/v1/messages", prompt("claude-b"), "x-monorelay-key: wrong")
+    assert wrong.status == 401, "it alone is the token"
+    assert len(theirs.requests) == 2
+
+
+def test_secrets_come_from_files_and_from_an_env_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("IN_BOTH", "of-the-environment")
+    (tmp_path / "secret").write_text("\n of-a-file \n")
+    (tmp_path / "keys.env").write_text(
+        "# a comment\n\nexport FROM_LINE='of a line'\nIN_BOTH=of-the-file\nEMPTY=\n", encoding="utf-8"
+    )
+    (tmp_path / "relay.json").write_text(
+        '{"env_file": "keys.env", "providers": {"a": {"format": "anthropic", "base_url": "https://a.example",'
+        '"headers": {"x-line": "${FROM_LINE}", "x-both": "${IN_BOTH}", "x-empty": "${EMPTY}"},'
+        '"keys": ["${file:secret}"]}}}'
+    )
+    (provider,) = monorelay.load_config(str(tmp_path / "relay.json"), {}).providers.values()
+    assert [key.secret.reveal() for key in provider.keys] == ["of-a-file"]
+    assert dict(provider.headers) == {"x-line": "of a line", "x-both": "of-the-environment", "x-empty": ""}
+    (tmp_path / "secret").unlink()
+    with pytest.raises(monorelay.ConfigError, match=r"providers\.a\.keys\[0\]: the file secret can't be read"):
+        monorelay.load_config(str(tmp_path / "relay.json"), {})
+    (tmp_path / "keys.env").unlink()
+    with pytest.raises(monorelay.ConfigError, match=r"relay\.json: env_file: keys\.env can't be read: No such file"):
+        monorelay.load_config(str(tmp_path / "relay.json"), {})
+
+
+@pytest.mark.parametrize(("given", "taken"), [("key-of-the-environment\n", True), ('"key-in-quotes"', False)])
+def test_without_an_access_key_the_environments_counts(tmp_path, monkeypatch, given, taken):
+    monkeypatch.setenv("MONORELAY_ACCESS_KEY", given)
+    file = tmp_path / "relay.json"
+    file.write_text('{"providers": {"echo": {"format": "echo"}}}')
+    if taken:
+        assert monorelay.load_config(str(file), {}).server.access_keys == (monorelay.Secret(given.strip()),)
+    else:
+        with pytest.raises(monorelay.ConfigError, match="MONORELAY_ACCESS_KEY: stands in quotes"):
+            monorelay.load_config(str(file), {})
 
 
 @pytest.mark.parametrize(
