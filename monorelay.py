@@ -2,6 +2,7 @@
 """MonoRelay: one file between Anthropic and OpenAI clients and the providers that its owner configured.
 
     python monorelay.py                          serve ./relay.json (or the one beside this file)
+    python monorelay.py route MODEL              say where a request for it would go
     python monorelay.py check                    say what would be served, or what is wrong
     python monorelay.py hash-password            a scrypt hash for relay.json
     python monorelay.py token USER --expires 30d a JWT for a user of relay.json
@@ -154,6 +155,7 @@ OPEN_ACCESS_KEY_CHARACTERS = 16  # the least for a relay that listens beyond thi
 CATALOGUE_BYTES = 2 * 1024 * 1024  # of a provider's list; the longest known has 1 MB
 ECHO_VALUES = 50_000  # in a request to echo, which take up to 5 MB
 CATALOGUE_VALUES = 100_000  # which `json` reads in some 10 ms
+CATALOGUE_AT_ONCE = 200  # entries whose targets are looked for, which takes some milliseconds
 LISTED_DIGITS = 20  # of an integer in it
 LISTED_MODELS = 1000  # of a provider; the longest known list has some 500
 LISTED_ENTRY_CHARACTERS = 2048  # in its strings; the usual ones have 100 to 1,000
@@ -1499,6 +1501,18 @@ def targets_for(config: Config, name: str, format: str) -> list[Target]:
     if not usable:
         raise not_usable(speaking[0].provider)
     return usable
+
+
+def callable_targets(config: Config, name: str, format: str) -> list[Target]:
+    """The usable targets of a model that speak the format, in order of preference; none where a request would fail."""
+    targets = follow(config, name, ()) or follow_spelling(config, name)
+    return [
+        target
+        for target in targets
+        if target.provider.usable
+        and target.provider.serves(target.model)
+        and target.provider.format in (format, "echo")
+    ]
 
 
 def first_provider(config: Config, format: str) -> Provider:
@@ -3512,7 +3526,9 @@ def echo_embeddings(request: JsonDict, identity: str, now: int) -> EchoResponse:
         opening = '{"object": "list", "data": ['
         for index, item in enumerate(inputs):
             document = {"object": "embedding", "index": index, "embedding": embedding(item, size, as_text)}
-            yield 0.0, f"{opening}{json.dumps(document)}".encode("ascii")
+            part = f"{opening}{json.dumps(document)}".encode("ascii")
+            del document  # thousands of numbers, while the part waits to be sent
+            yield 0.0, part
             opening = ", "
         yield 0.0, f"], {json.dumps(rest)[1:]}".encode("ascii")
 
@@ -5007,7 +5023,7 @@ def unescaped(text: str) -> str:
     """The text with what JSON, HTML and URLs have for a character in its place."""
     text = re.sub(r"\\u00([0-9a-fA-F]{2})", lambda match: chr(int(match[1], 16)), text.replace("\\/", "/"))
     # No character has a number so long, and Python converts none of thousands of digits.
-    return unquote(html.unescape(re.sub(r"&#[0-9]{8,}", "", text)))
+    return unquote(html.unescape(re.sub(r"&#0*[0-9]{8,}", "", text)))
 
 
 class UpstreamResponse:
@@ -5428,7 +5444,7 @@ class Relay:
         if response.head.status < 300 and not response.begins_with_error:
             return response
         try:
-            if response.head.status >= 400:
+            if response.head.status >= 300:
                 await peek(self._loop, response)
             problem, code = problem_of(request, response)
             if problem and response.candidate.target.provider.format != "echo":
@@ -5485,6 +5501,9 @@ def error_member(content: bytes, name: str) -> str:
 # slow or down leaves its place empty: whoever asks waits two seconds at most.
 
 
+PATTERN = re.compile(r"[*?]")  # in a name: it stands for several
+
+
 class Catalogue:
     """The models that this relay offers: aliases, echo's, and what each usable provider lists."""
 
@@ -5493,11 +5512,13 @@ class Catalogue:
         self._loop = loop
         self._lists: dict[Provider, tuple[float, list[JsonDict]]] = {}  # fetched when, and what
         self._fetches: dict[Provider, Task] = {}  # those that run, each for all who wait for it
+        self._warned: set[str] = set()  # the providers whose lists can't be read
 
     async def entries(self, config: Config) -> list[JsonDict]:
-        """One entry a name, as the provider describes it; aliases and echo's come first."""
+        """One entry a name, as the provider describes it; those that relay.json names and echo's come first."""
         usable = [provider for provider in config.providers.values() if provider.usable]
-        entries: list[JsonDict] = [{"id": name} for name in config.aliases]
+        written = itertools.chain(config.aliases, config.routes, *(provider.models for provider in usable))
+        entries: list[JsonDict] = [{"id": name} for name in written if not PATTERN.search(name)]
         if any(provider.format == "echo" for provider in usable):
             entries += [{"id": name, "created_at": ECHO_CREATED, "created": ECHO_CREATED_UNIX} for name in ECHO_MODELS]
         for listed in await self._listed([provider for provider in usable if provider.format != "echo"]):
@@ -5549,6 +5570,9 @@ class Catalogue:
         except (RelayError, UpstreamFailure, FramingError, ValueError, RecursionError):
             entries = []
             asked += CATALOGUE_RETRY_SECONDS - CATALOGUE_FRESH_SECONDS
+            if provider.name not in self._warned:
+                self._warned.add(provider.name)
+                self._loop.warn(f"the provider {provider.name} gives no list of models that can be read")
         self._lists = {other: listed for other, listed in self._lists.items() if other.name != provider.name}
         self._lists[provider] = (asked, entries)
 
@@ -5578,11 +5602,11 @@ def short_integer(digits: str) -> int:
 
 
 def listed_entries(text: str) -> Iterator[JsonDict]:
-    """The first LISTED_MODELS entries of the list `data` in a JSON object: of one that tells much, only the name; an
-    empty one for each that names no model. Raises ValueError for what isn't such an object."""
+    """The first LISTED_MODELS entries of the list `data` in a JSON object, or of a bare list: of one that tells much,
+    only the name; an empty one for each that names no model. Raises ValueError for what is neither."""
     document = json.loads(text, parse_int=short_integer, parse_constant=refuse_constant)
     del text  # up to four times as much as was received
-    listed = document.get("data") if isinstance(document, dict) else None
+    listed = document.get("data") if isinstance(document, dict) else document
     if not isinstance(listed, list):
         raise ValueError("there is no list in it")
     for entry in listed[:LISTED_MODELS]:
@@ -6269,13 +6293,23 @@ async def answer_catalogue(exchange: Exchange) -> Response:
     """The relay's models, or one of them."""
     listed = await exchange.service.catalogue.entries(exchange.config)
     await checkpoint(exchange.loop)  # to make a long page takes some milliseconds
-    entries = [entry for entry in listed if exchange.may_use(entry["id"])]
+    entries = []
+    for number, entry in enumerate(listed, 1):
+        if exchange.may_use(entry["id"]) and callable_targets(exchange.config, entry["id"], exchange.format):
+            entries.append(entry)
+        if number % CATALOGUE_AT_ONCE == 0:
+            await checkpoint(exchange.loop)
     wanted = unquote(exchange.endpoint.path[len("/models/") :])
     if not wanted:
         return exchange.respond(200, model_page(entries, exchange.request.query, exchange.format))
     for entry in entries:
         if entry["id"] == wanted:
             return exchange.respond(200, model_entry(entry, exchange.format))
+    targets = callable_targets(exchange.config, wanted[:MODEL_CHARACTERS], exchange.format)
+    if targets and targets[0].provider.format != "echo" and exchange.may_use(wanted):
+        exchange.endpoint = exchange.endpoint._replace(path=f"/models/{quote(targets[0].model)}")
+        order = exchange.service.relay.keys.order(targets[:1], exchange.caller.name, exchange.loop.now)
+        return await relay(exchange, ReadBody(), order)
     meant = suggestion(wanted, (entry["id"] for entry in entries))
     raise NotFound(f"there is no model {wanted[:MODEL_CHARACTERS]!r}{meant}")
 
@@ -6398,7 +6432,7 @@ def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
 def rewriter_of(exchange: Exchange, relayed: UpstreamResponse) -> Union[ResultsUrlRewriter, KeyEraser, None]:
     """What the body must go through to keep credentials safe, if anything."""
     key = relayed.candidate.key
-    if relayed.head.status >= 400:
+    if relayed.head.status >= 300:
         return KeyEraser(key.secret.reveal()) if key and not relayed.decoder.finished else None
     return results_url_rewriter(exchange, relayed)
 
@@ -7414,6 +7448,7 @@ One address for Claude Code, the Anthropic and OpenAI SDKs and curl. Without a c
 
 commands:
   check           validate the configuration and print what would be served
+  route MODEL     print where a request for a model would go, and why
   hash-password   read a password and print its hash for relay.json
   token USER      print a JWT for a user of relay.json
 
@@ -7469,8 +7504,9 @@ def run_command(arguments: Sequence[str]) -> int:
     if command not in COMMANDS:
         raise UsageError(f"there is no command {command}{suggestion(command, COMMANDS)}")
     run, takes = COMMANDS[command]
-    if len(operands) != (command == "token"):
-        raise UsageError("token takes one USER" if command == "token" else f"{command} takes nothing but options")
+    operand = {"token": "USER", "route": "MODEL"}.get(command)
+    if len(operands) != bool(operand):
+        raise UsageError(f"{command} takes one {operand}" if operand else f"{command} takes nothing but options")
     return run(read_options(asked, command, takes), *operands)
 
 
@@ -7640,9 +7676,47 @@ def curl_line(config: Config, url: str, token: str) -> str:
 
 # The options of the command line with what checks each, and the commands: what runs them, the options they take.
 OPTIONS: Mapping[str, Check] = {"config": some_text, "host": some_text, "port": whole(0, 65535), "expires": lifetime}
+
+
+def run_route(options: JsonDict, model: str) -> int:
+    """Prints where a request for the model would go, and why; 1 if nowhere."""
+    config = load_config(config_path(options), options)
+    try:
+        targets = resolve(config, model)
+    except RelayError as error:
+        print(f"{model}: {error.message}")
+        return 1
+    print("\n".join(route_reasons(config, model)))
+    for number, target in enumerate(targets, 1):
+        provider = target.provider
+        paths = {"anthropic": "/v1/messages", "openai": "/v1/chat/completions"}.get(provider.format, "both formats")
+        state = f"for {paths}" if provider.usable else "skipped, it has no key"
+        print(f"  {number}. {target.model} at {provider.name} ({provider.format}): {state}")
+    return 0 if any(target.provider.usable for target in targets) else 1
+
+
+def route_reasons(config: Config, name: str, passed: tuple[str, ...] = ()) -> list[str]:
+    """Which rules of relay.json lead from a model's name to its targets, a line each."""
+    base, _, provider = name.rpartition("@")
+    if base and provider in config.providers:
+        return [f"{name}: names the provider {provider}"]
+    alias, stood = find_alias(config, name, passed)
+    if alias:
+        names, passed = [next_name.replace("*", stood) for next_name in config.aliases[alias]], (*passed, alias)
+        reasons = [f"{name}: is the alias {alias} -> {', '.join(names)}"]
+        return reasons + [reason for next_name in names for reason in route_reasons(config, next_name, passed)]
+    for pattern, providers in config.routes.items():
+        if matches_any(name, [pattern]):
+            return [f"{name}: matches the route {pattern} -> {', '.join(providers)}"]
+    if name.endswith(LONG_CONTEXT):
+        return [f"{name}: is tried without {LONG_CONTEXT}", *route_reasons(config, name[: -len(LONG_CONTEXT)])]
+    return [f"{name}: begins with the provider's name"]
+
+
 COMMANDS: Mapping[str, tuple[Callable[..., int], Sequence[str]]] = {
     "serve": (run_serve, ("config", "host", "port")),
     "check": (run_check, ("config", "host", "port")),
+    "route": (run_route, ("config",)),
     "hash-password": (run_hash_password, ()),
     "token": (run_token, ("config", "expires")),
 }

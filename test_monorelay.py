@@ -2980,17 +2980,18 @@ def test_both_sdks_list_the_models_of_all_providers(upstream, relay):
     gpt = upstream(
         answer(200, b'{"object":"list","data":[{"id":"gpt-x","object":"model","created":1,"owned_by":"o"}]}')
     )
-    it = relay({"anthropic": claude, "openai": gpt, "echo": {}}, aliases={"fast": "claude-x"})
+    routes = {"claude-*": "anthropic", "gpt-*": "openai", "echo*": "echo"}
+    it = relay({"anthropic": claude, "openai": gpt, "echo": {}}, aliases={"fast": "claude-x"}, routes=routes)
     with anthropic.Anthropic(api_key=TOKEN, base_url=it.url, max_retries=0) as client:
         ids = [model.id for model in client.models.list(limit=2)]
-        assert {"claude-x", "gpt-x", "fast", "echo"} <= set(ids) and len(ids) == len(set(ids)), (
-            "every page, each name once"
-        )
+        assert {"claude-x", "fast", "echo"} <= set(ids) and len(ids) == len(set(ids)), "every page, each name once"
+        assert "gpt-x" not in ids, "it can't be called in this format"
         assert client.models.retrieve("claude-x").id == "claude-x"
         with pytest.raises(anthropic.NotFoundError):
-            client.models.retrieve("claude-nobody")
+            client.models.retrieve("nobody")
     with openai.OpenAI(api_key=TOKEN, base_url=it.url + "/v1", max_retries=0) as client:
-        assert {model.id for model in client.models.list()} == set(ids)
+        listed = {model.id for model in client.models.list()}
+        assert {"gpt-x", "echo"} <= listed and not {"claude-x", "fast"} & listed
         assert client.models.retrieve("gpt-x").object == "model"
     assert len(claude.requests) == len(gpt.requests) == 1, "the catalogue is kept for five minutes"
 
@@ -6048,7 +6049,7 @@ def test_clients_that_ask_for_the_catalogue_together_have_the_provider_asked_onc
         clients = [stack.enter_context(it.client()) for _ in range(9)]
         assert {client.ask("GET", "/health").status for client in clients} == {200}
         for client in clients[1:]:
-            client.send(request("GET", "/v1/models"))
+            client.send(request("GET", "/v1/models", None, ANTHROPIC_VERSION))
         # What was sent before this has been read when this is answered.
         assert clients[0].ask("GET", "/health").status == 200 and provider.called.wait(TIMEOUT_SECONDS)
         gate.set()
@@ -6115,8 +6116,44 @@ def test_what_follows_an_answer_that_has_no_body_reaches_nobody(upstream, relay,
 def test_an_odd_entry_of_a_provider_does_not_spoil_the_catalogue(upstream, relay):
     odd = json.dumps({"data": [{"id": ["x"]}, {"id": 5}, {"nope": 1}, 7, {"id": "claude-a"}]}).encode()
     it = relay({"anthropic": upstream(answer(200, odd))})
-    listing = it.ask("GET", "/v1/models").json
+    listing = it.ask("GET", "/v1/models", None, ANTHROPIC_VERSION).json
     assert [model["id"] for model in listing["data"]] == ["claude-a"]
+
+
+def test_the_catalogue_lists_what_this_caller_can_call(upstream, relay):
+    provider = upstream(answer(200, b'[{"id":"gpt-a"},{"id":"whisper-1"},{"id":"gpt-b"}]'))
+    it = relay(
+        {"openai": {"upstream": provider, "models": ["gpt-*", "sonar"]}, "off": {"format": "openai", "keys": [""],
+         "base_url": provider.url, "models": ["sonar-pro"]}},
+        routes={"gpt-*": "openai", "sonar": "openai", "sonar-pro": "off", "nothing-*": "openai"},
+        aliases={"small": "gpt-a", "any/*": "*@openai"}, server={"jwt_secret": JWT_SECRET},
+        users={"bob": {"models": ["gpt-b", "s*"]}},
+    )  # fmt: skip
+
+    def names(token: str) -> set[str]:
+        return {model["id"] for model in it.ask("GET", "/v1/models", None, token=token).json["data"]}
+
+    assert names(TOKEN) == {"gpt-a", "gpt-b", "sonar", "small"}, "a bare array is a list, too"
+    assert names(jwt.encode(claims(sub="bob"), JWT_SECRET, "HS256")) == {"gpt-b", "sonar", "small"}
+
+
+def test_a_model_that_is_not_listed_but_routed_is_asked_for_at_its_provider(upstream, relay):
+    provider = upstream(replies(answer(200, b'{"data": []}'), answer(404, b'{"theirs": 1}')))
+    it = relay({"openai": provider}, routes={"gpt-*": "openai"}, aliases={"mine": "gpt-a/b c"})
+    assert [model["id"] for model in it.ask("GET", "/v1/models").json["data"]] == ["mine"]
+    got = it.ask("GET", "/v1/models/gpt-new")
+    assert (got.status, got.body) == (404, b'{"theirs": 1}')
+    assert it.ask("GET", "/v1/models/nobody").get("x-monorelay-error") == "not_found"
+    assert [sent.target for sent in provider.requests] == ["/v1/models", "/v1/models/gpt-new"]
+
+
+def test_a_list_that_cannot_be_read_is_warned_of_once(upstream, relay):
+    it = relay({"openai": upstream(answer(200, b"<html>"))})
+    for _ in range(2):
+        assert it.ask("GET", "/v1/models").json["data"] == []
+        it.server.service.catalogue._lists.clear()
+    it.logged("warning", "the provider openai gives no list of models")
+    assert it.log.getvalue().count("gives no list of models") == 1
 
 
 def listed(text: str) -> list[dict[str, Any]]:
@@ -6170,7 +6207,7 @@ def test_no_more_entries_are_listed_than_so_many(more):
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "[]", '[{"data":[{"id":"a"}]}]', '"data"', "null", "7", "{}", '{"a":1}', '{"a":[{"data":[]}]}', "data",
+    ["", " ", "[]", '"[]"', '"data"', "null", "7", "{}", '{"a":1}', '{"a":[{"data":[]}]}', "data",
      '{"data"}', '{"data":}', '{data:[{"id":"a"}]}', '"data":[{"id":"a"}]', ',"data":[{"id":"a"}]',
      '{"a":1{"data":[{"id":"a"}]}', '{,"data":[{"id":"a"}]}', '{"a":1 "data":[{"id":"a"}]}', '{"a":x,"data":[]}'],
     ids=brief,
