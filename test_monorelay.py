@@ -1095,6 +1095,25 @@ def test_every_reason_to_refuse_a_token_has_an_error_of_its_own():
     assert len(kinds) == len(names)
 
 
+@pytest.mark.parametrize("payload", ["{", "[" * 2000, "[]", '{"sub":"alice","sub":"root"}', "7"], ids=brief)
+def test_claims_are_read_only_behind_the_signature(payload):
+    with pytest.raises(monorelay.BadSignature):
+        monorelay.verify_token(token_of(HS256, payload, "another secret of 32 bytes or more"), JWT_SECRET, UNIX_TIME)
+    with pytest.raises(monorelay.MalformedToken):
+        monorelay.verify_token(token_of(HS256, payload), JWT_SECRET, UNIX_TIME)
+
+
+def test_a_tokens_header_has_512_characters_at_most():
+    def header(characters: int) -> dict[str, Any]:
+        bare = len(json.dumps({**HS256, "kid": ""}))
+        return {**HS256, "kid": "x" * (characters * 3 // 4 - bare)}
+
+    assert [len(token_of(header(size), CLAIMS).split(".")[0]) for size in (512, 514)] == [512, 514]
+    assert monorelay.verify_token(token_of(header(512), CLAIMS), JWT_SECRET, UNIX_TIME) == CLAIMS
+    with pytest.raises(monorelay.MalformedToken):
+        monorelay.verify_token(token_of(header(514), CLAIMS), JWT_SECRET, UNIX_TIME)
+
+
 def test_password_hashes_are_salted_scrypt():
     first, second = monorelay.hash_password("pässword"), monorelay.hash_password("pässword")
     assert first != second and first.startswith("scrypt$")
