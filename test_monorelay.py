@@ -4276,6 +4276,66 @@ def test_an_answer_that_quotes_a_secret_in_another_spelling_is_a_502(upstream, r
     assert got.get("x-monorelay-error") == "upstream_quoted_key" and b"very-secret" not in got.head + got.body
 
 
+TOLD = b'{"type":"error","error":{"type":"overloaded_error","message":"no credit for %s"}}' % SLASHED_KEY.encode()
+QUOTING = {
+    "a stream that begins with an error": STREAM_HEAD + chunk(b"event: error\ndata: %s\n\n" % TOLD),
+    "a 300 that leads nowhere": answer(300, TOLD),
+    "gzip": answer(403, gzip.compress(TOLD), "content-encoding: gzip"),
+    "deflate": answer(403, zlib.compress(TOLD), "content-encoding: deflate"),
+    "behind a number of 5000 digits": answer(403, b"&#%s; %s" % (b"1" * 5000, SPELLINGS["URL"].encode())),
+}
+
+
+@pytest.mark.parametrize("place", QUOTING)
+def test_an_error_that_quotes_the_key_where_few_would_look_is_a_502(upstream, relay, place):
+    provider = upstream(replies_then_closes(QUOTING[place]))
+    it = relay({"anthropic": {"upstream": provider, "keys": [SLASHED_KEY]}})
+    got = it.post("/v1/messages", prompt(stream=True))
+    refused(got, 502, "api_error")
+    assert got.get("x-monorelay-error") == "upstream_quoted_key" and b"very-secret" not in got.head + got.body
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+@pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
+def test_a_key_far_behind_the_beginning_of_an_error_is_erased(upstream, relay, framing, version):
+    head_read, part_read = threading.Event(), threading.Event()
+    key = b"sk-proj-very-secret-0123456789"
+    parts = [b"x" * 70_000, b"y" * 1000 + key[:13], key[13:] + b"z" * 100]
+    lines = {"length": b"content-length: %d\r\n" % sum(map(len, parts)),
+             "chunked": b"transfer-encoding: chunked\r\n", "close": b""}  # fmt: skip
+    frame, end = (chunk, b"0\r\n\r\n") if framing == "chunked" else (bytes, b"")
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(b"HTTP/1.1 400 Bad\r\ncontent-type: text/plain\r\n", lines[framing], b"\r\n", frame(parts[0]))
+        connection.wait(head_read)
+        connection.send(frame(parts[1]))
+        connection.wait(part_read)
+        connection.send(frame(parts[2]), end)
+
+    it = relay({"anthropic": {"upstream": upstream(script), "keys": [key.decode()]}})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", STREAMED).replace(b"HTTP/1.1", version.encode()))
+        head = client.until(b"\r\n\r\n")
+        head_read.set()
+        while b"y" not in client.buffer:
+            assert client.fill()
+        part_read.set()
+        client.buffer[:0] = head
+        got = client.answer()
+    assert got.status == 400 and got.body == b"".join(parts).replace(key, b"***")
+
+
+@pytest.mark.parametrize("text", [b"abab", b"aababab", b"xabaabab", b"ababababab", b"aba", b"aab*abab", b""], ids=brief)
+def test_a_key_is_erased_wherever_the_text_is_split(text):
+    for cuts in itertools.product([False, True], repeat=max(0, len(text) - 1)):
+        edges = [0, *(place for place, cut in enumerate(cuts, 1) if cut), len(text)]
+        eraser = monorelay.KeyEraser("abab")
+        passed = [eraser.feed(text[start:end]) for start, end in zip(edges, edges[1:])]
+        assert b"".join([*passed, eraser.flush()]) == text.replace(b"abab", b"***"), edges
+        assert eraser.flush() == b""
+
+
 def test_the_code_of_a_401_is_not_told_when_it_is_the_key(upstream, relay):
     told = b'{"error":{"code":"sk\\u002danthropic\\u002dsecret"}}'
     got = relay({"anthropic": upstream(answer(401, told))}).post("/v1/messages", prompt())
