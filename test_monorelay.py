@@ -2488,6 +2488,25 @@ def test_echo_reads_a_megabyte_and_no_more(echo):
     assert echo.ask("GET", "/health").status == 200
 
 
+@pytest.mark.parametrize(("length", "status"), [(600_000, 413), (400_000, 200)])
+@pytest.mark.parametrize(("path", "body"), [("/v1/messages", prompt), ("/v1/chat/completions", chat)])
+def test_echo_repeats_no_long_text_with_a_character_of_four_bytes(echo, path, body, length, status):
+    for text, expected in (("a" * length, 200), ("a" * length + "\U0001f600", status)):
+        got = echo.post(path, body("echo", messages=[{"role": "user", "content": text}]))
+        assert got.status == expected
+    if status == 413:
+        assert got.json["error"]["type"] == "request_too_large"
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(st.text(st.sampled_from(" \t\n\x0b\x1c\xa0\u2003ab\U0001f600\ud800"), max_size=60), st.integers(1, 9))
+def test_the_end_of_a_word_is_found_whatever_pieces_the_text_is_counted_in(text, size):
+    ends = [match.end() for match in re.finditer(r"\S+", text, re.ASCII)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monorelay, "ECHO_COUNTED_CHARACTERS", size)
+        assert [monorelay.end_of_word(text, number) for number in range(1, len(ends) + 1)] == ends
+
+
 def nested_tool(depth: int, **more: Any) -> dict[str, Any]:
     """A tool whose schema asks for the same property twelve times on each level."""
     schema: dict[str, Any] = {"type": "string"}
