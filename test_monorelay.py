@@ -5844,6 +5844,34 @@ def test_only_requests_to_models_that_were_let_through_count(upstream, relay):
     assert [it.post("/v1/messages", prompt(), token=token).status for _ in range(3)] == [200, 200, 429]
 
 
+MULTIPART = "Content-Type: multipart/form-data; boundary=b"
+WITHOUT_MODEL = {
+    "no JSON": ("POST", "/v1/unknown", b"--", []),
+    "no body": ("POST", "/v1/unknown", b"", []),
+    "a form": ("POST", "/v1/audio/transcriptions", b"--b--", [MULTIPART]),
+    "a form of Anthropic's": ("POST", "/v1/unknown", b"--b--", [MULTIPART, ANTHROPIC_VERSION]),
+    "bytes": ("PUT", "/v1/unknown", b"\0\xff", ["Content-Type: application/octet-stream"]),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_MODEL)
+def test_a_request_that_may_hide_a_model_counts_and_a_question_about_files_does_not(upstream, relay, name):
+    provider = upstream(answer())
+    users = {"alice": {"requests_per_minute": 2}}
+    it = relay({"anthropic": provider, "openai": provider}, server={"jwt_secret": JWT_SECRET}, users=users)
+    method, path, body, headers = WITHOUT_MODEL[name]
+
+    def statuses() -> list[int]:
+        return [it.ask("GET", "/v1/files", token=bearer()).status,
+                it.ask(method, path, body, *headers, token=bearer()).status]  # fmt: skip
+
+    assert [statuses() for _ in range(4)] == [[200, 200], [200, 200], [200, 429], [200, 429]]
+    got = it.ask(method, path, body, *headers, token=bearer())
+    refused(got, 429, "rate_limit_error", openai_shape="type" not in got.json)
+    assert it.post("/v1/messages", prompt(), token=bearer()).status == 429, "it is the same count"
+    assert len(provider.requests) == 4 + 2
+
+
 def limited(upstream, relay, **sections: Any) -> tuple[Relay, Upstream, str]:
     """A relay whose user alice may use claude-* only, its provider of both formats, and her token."""
     provider = upstream(answer())
