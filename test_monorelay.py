@@ -5880,9 +5880,11 @@ def limited(upstream, relay, **sections: Any) -> tuple[Relay, Upstream, str]:
 
 
 @pytest.mark.parametrize("name", ["Model", "MODEL", "mOdel", "\\u004dodel", "MODE\\u004c", "mode\\u006C",
-                                  "models", "model\\u0000", "MODELS", "model\u017f", "model\\u017f"])  # fmt: skip
+                                  "models", "model\\u0000", "MODELS", "model\u017f", "model\\u017f", " model ",
+                                  "model\\t", "\u3000Model", "model_name", "engine", "deployment_id",
+                                  "Extra_Body"])  # fmt: skip
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions", "/v1/embeddings"])
-def test_a_second_model_in_another_case_is_refused_to_whom_models_are_set(upstream, relay, name, path):
+def test_a_second_model_under_a_like_name_is_refused_to_whom_models_are_set(upstream, relay, name, path):
     it, provider, token = limited(upstream, relay)
     for body in ('{"model":"claude-a","%s":"claude-opus"}', '{"%s":"claude-opus","model":"claude-a"}'):
         got = it.post(path, (body % name).encode(), token=token)
@@ -5900,6 +5902,7 @@ NAMED_ELSEWHERE = {
     "an image tool": ("/v1/responses", '"model":"claude-a","tools":[{"type":"image_generation","model":"gpt-image"}]'),
     "fallbacks": ("/v1/messages", '"fallbacks":[{"model":"claude-opus"}],"model":"claude-a"'),
     "fallbacks, a list of names": ("/v1/chat/completions", '"model":"claude-a","fallbacks":["claude-opus"]'),
+    "extra_body": ("/v1/chat/completions", '"model":"claude-a","extra_body":{"model":"claude-opus"}'),
     "a list of models": ("/v1/chat/completions", '"model":"claude-a,claude-opus"'),
     "a name too long to be read": ("/v1/chat/completions", f'"{"n" * 2000}":"claude-opus","model":"claude-a"'),
 }
@@ -5939,6 +5942,8 @@ AMBIGUOUS = {
     "query": ("POST", "/v1/chat/completions?model=gpt-5", []),
     "escaped query": ("POST", "/v1/embeddings?a=1&%6dodel=gpt-5", []),
     "form": ("POST", "/v1/chat/completions", ["Content-Type: application/x-www-form-urlencoded"]),
+    "form behind a blank": ("POST", "/v1/chat/completions",
+                            ["Content-Type: \xc2\xa0application/x-www-form-urlencoded"]),
     "two types": ("POST", "/v1/chat/completions",
                   ["Content-Type: application/json", "Content-Type: multipart/form-data; boundary=b"]),
     "two alphabets": ("POST", "/v1/responses",
@@ -5981,6 +5986,18 @@ def test_a_model_at_the_top_decides_where_it_is_the_model(upstream, relay, path)
     assert it.post(path, {"model": "claude-a"}, token=token).status == 200
     assert it.post(path, {"model": "gpt-5"}, token=token).status == 403
     assert len(provider.requests) == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions"])
+def test_a_model_without_route_names_others_only_to_whom_none_are_set(upstream, relay, path):
+    routes = {"claude-opsu-4": "anthropic", "gpt-opus": "openai"}
+    it, provider, token = limited(upstream, relay, routes=routes, aliases={"claude-opus-alias": "claude-opsu-4"})
+    got = [it.post(path, prompt("claude-opus-4"), token=one) for one in (token, bearer(sub="bob"))]
+    told, told_freely = (refused(one, 404, "not_found_error", openai_shape=path != "/v1/messages") for one in got)
+    assert "claude-opus-4" in told and "claude-opsu-4" in told_freely
+    for name in (*routes, "claude-opus-alias"):
+        assert name.encode() not in got[0].head + got[0].body
+    assert not provider.requests
 
 
 def test_files_may_be_sent_by_whom_models_are_set(upstream, relay):
