@@ -4413,6 +4413,22 @@ def test_failover_tries_the_next_key_then_the_next_target(upstream, relay, statu
     assert len(second.requests) == 1
 
 
+@pytest.mark.parametrize("status", [301, 307])
+def test_a_redirect_ends_no_cooling(upstream, relay, status):
+    moved = answer(status, b"{}", "location: http://elsewhere.example/")
+    # sk-a rests for 30 seconds, sk-b for one, and what sk-a gets as the last resort changes nothing.
+    answers = {"sk-a": iter([answer(429), moved]), "sk-b": iter([answer(), answer(529), answer()])}
+
+    def script(connection: Connection) -> None:
+        while asked := connection.read_request():
+            connection.send(next(answers[asked.get("x-api-key")], answer(500)))
+
+    provider = upstream(script)
+    it = relay({"anthropic": two_keys(provider)})
+    assert [it.post("/v1/messages", prompt()).status for _ in range(3)] == [200, 502, 200]
+    assert [asked.get("x-api-key")[3:] for asked in provider.requests] == ["a", "b", "b", "a", "b"]
+
+
 @pytest.mark.parametrize("status", [403, 429, 500, 503, 529])
 def test_when_everything_fails_the_last_answer_comes_back_unchanged(upstream, relay, status):
     answers = [answer(status, b'{"n": %d}' % n, f"request-id: req_{n}", "retry-after: 9") for n in range(3)]
@@ -4867,6 +4883,15 @@ def test_an_openai_stream_that_dies_says_so_in_its_own_format(upstream, relay):
     ).client() as client:
         client.send(request("POST", "/v1/chat/completions", json.dumps(chat(stream=True)).encode()))
         assert_died(client, after=OPENAI_EVENTS[0], anthropic=False)
+
+
+@pytest.mark.parametrize("coding", ["Identity", "IDENTITY", "identity", ""])
+def test_a_stream_in_no_coding_that_is_cut_ends_in_an_error_event_however_that_is_spelled(upstream, relay, coding):
+    head = CLOSE_DELIMITED["events"].replace(b"\r\n\r\n", f"\r\ncontent-encoding: {coding}\r\n\r\n".encode())
+    it = relay({"anthropic": upstream(replies_then_closes(head, *ANTHROPIC_EVENTS[:3]))})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        assert_died(client, after=b"".join(ANTHROPIC_EVENTS[:3]))
 
 
 def test_a_stream_reset_within_a_line_ends_in_an_error_event(upstream, relay):
@@ -6215,6 +6240,15 @@ def test_a_provider_that_lists_no_models_serves_on(upstream, relay, fault):
 def test_a_list_with_an_endless_integer_is_none(upstream, relay):
     it = relay({"anthropic": upstream(answer(200, b'{"data":[{"id":"claude-a","n":%s}]}' % (b"9" * 4000)))})
     assert it.ask("GET", "/v1/models").json["data"] == []
+
+
+@pytest.mark.parametrize("value", [b"NaN", b"Infinity", b"-Infinity"], ids=brief)
+def test_a_list_with_what_is_no_json_number_is_none_and_the_catalogue_is_json(upstream, relay, value):
+    odd = answer(200, b'{"data":[{"id":"claude-a","type":"model","n":%s}]}' % value)
+    it = relay({"anthropic": upstream(odd), "anthropic2": upstream(catalogue_answer("claude-b"))})
+    for headers in ([], [ANTHROPIC_VERSION]):
+        got = it.ask("GET", "/v1/models", None, *headers)
+        assert [model["id"] for model in json.loads(got.body, parse_constant=pytest.fail)["data"]] == ["claude-b"]
 
 
 @pytest.mark.parametrize("status", [401, 402])
