@@ -8186,16 +8186,60 @@ def test_draining_ends_after_drain_seconds(upstream, program):
     gate.set()
 
 
+def children(it: Program) -> set[int]:
+    """The processes that a relay has started."""
+    return set(map(int, Path(f"/proc/{it.process.pid}/task/{it.process.pid}/children").read_text().split()))
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+@pytest.mark.parametrize("end", ["whole", "stopped", "killed"])
+def test_an_http_1_0_client_sees_the_end_of_a_stream_only_when_it_is_whole(upstream, program, end, framing):
+    gate = threading.Event()
+    first, rest = ANTHROPIC_EVENTS[0], b"".join(ANTHROPIC_EVENTS[1:])
+    head, frame, last = FRAMINGS[framing]
+    provider = upstream(gated_pieces([first, rest], [gate, gate], head, frame, last))
+    it = program(settings({"anthropic": provider}, server={"workers": 2, "drain_seconds": 0.1}))
+    with Client(it.url) as client:
+        client.send(request("POST", "/v1/messages", STREAMED).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        client.until(first)
+        if end == "whole":
+            gate.set()
+            while client.fill():
+                pass
+            assert bytes(client.buffer) == rest
+            return
+        if end == "stopped":
+            it.signal(signal.SIGTERM)
+        else:
+            for worker in children(it):
+                os.kill(worker, signal.SIGKILL)
+        with pytest.raises(ConnectionResetError):
+            while client.fill():
+                pass
+    gate.set()
+
+
+def test_an_http_1_0_client_that_takes_nothing_while_the_relay_stops_sees_no_end(upstream, program):
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(STREAM_HEAD, chunk(ANTHROPIC_EVENTS[0]), chunk(b": more\n" * 100_000) * 40)
+
+    it = program(settings({"anthropic": upstream(script)}, server={"drain_seconds": 0.2}))
+    with Client(it.url, SO_RCVBUF=1 << 12) as client:
+        client.send(request("POST", "/v1/messages", STREAMED).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        client.until(ANTHROPIC_EVENTS[0])
+        it.signal(signal.SIGTERM)
+        assert it.ended() == 0
+        with pytest.raises(ConnectionResetError):
+            while client.fill():
+                pass
+
+
 def test_workers_share_the_port_and_a_dead_one_is_replaced(program):
     it = program(settings({"echo": {}}, server={"workers": 2}))
-    children = Path(f"/proc/{it.process.pid}/task/{it.process.pid}/children")
-
-    def workers() -> set[str]:
-        return set(children.read_text().split())
-
-    before = eventually(lambda: len(workers()) == 2 and workers())
-    os.kill(int(min(before)), signal.SIGKILL)
-    after = eventually(lambda: len(workers()) == 2 and min(before) not in workers() and workers())
+    before = eventually(lambda: len(children(it)) == 2 and children(it))
+    os.kill(min(before), signal.SIGKILL)
+    after = eventually(lambda: len(children(it)) == 2 and min(before) not in children(it) and children(it))
     assert after != before
     assert eventually(lambda: all(accepts(it.url) for _ in range(20)))
     it.signal(signal.SIGTERM)
