@@ -9063,6 +9063,85 @@ def test_250_guesses_at_once_do_not_hold_up_the_owners_login(besieged):
     assert_bearable(it, attack, 8 << 20)
 
 
+def filled(opening: bytes, filling: bytes, end: bytes, size: int) -> bytes:
+    """A JSON body of not quite this size."""
+    return opening + filling * ((size - len(opening) - len(end)) // len(filling)) + end
+
+
+def costly_tokens() -> list[str]:
+    """Two header lines with tokens as long as may be, whose claims would take long to read."""
+    payload = filled(b'{"a":[', b"{},", b"{}]}", 5_850).decode()
+    token = token_of(HS256, payload, "another secret of 32 bytes or more")
+    assert 7_800 < len(token) < 8_000
+    return [f"Authorization: Bearer {token}", f"x-api-key: {token}"]
+
+
+ECHOED = b'{"model":"echo","max_tokens":523800,"messages":[{"role":"user","content":"'
+# How many of which request come at once, the status of their answers, and the bytes of one: of its body when it is
+# inflated, or of its answer.
+BURSTS: dict[str, tuple[int, Callable[[], bytes], int, int]] = {
+    "logins with many values": (
+        300, lambda: request("POST", "/api/auth/login", filled(b'{"a":[', b"{},", b"{}]}", 16_000), token=""), 400,
+        16_000),
+    "tokens with many values": (
+        200, lambda: request("GET", "/v1/models", None, *costly_tokens(), token=""), 401, 16_000),
+    "echo embeds": (
+        300, lambda: request("POST", "/v1/embeddings", b'{"model":"echo","input":["a"],"dimensions":4096}'), 200,
+        92_000),
+    "an alias behind many names": (
+        150, lambda: request("POST", "/v1/messages", filled(b"{", b'"":0,', b'"model":"fast"}', 16_000)), 200, 16_000),
+    "echo counts half a million words": (
+        40, lambda: request("POST", "/v1/messages", gzip.compress(ECHOED + b"a " * 523_850 + b'"}]}', 1),
+                            "Content-Encoding: gzip"), 200, 1 << 20),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BURSTS)
+def test_nobody_waits_for_many_requests_that_are_completed_at_once(besieged, name):
+    count, make, status, size = BURSTS[name]
+    it, asked = besieged(), make()
+
+    def attack() -> None:
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(patient(it)) for _ in range(count)]
+            for client in clients:
+                client.send(asked[:-1])
+            threading.Event().wait(0.5)
+            for client in clients:
+                client.send(asked[-1:])
+            assert {client.answer().status for client in clients} == {status}
+
+    assert_bearable(it, attack, count * size, kept_bytes=2 * KEPT_BYTES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+def test_nobody_waits_for_100_responses_in_chunks_of_a_byte_that_come_at_once(besieged, kind):
+    count = 100
+    all_asked = threading.Barrier(count)
+    head = STREAM_HEAD.replace(b"text/event-stream", kind.encode())
+    body = b"1\r\na\r\n" * 10_000 + b"0\r\n\r\n"
+
+    def script(connection: Connection) -> None:
+        while True:
+            connection.read_request()
+            all_asked.wait(100)
+            connection.send(head, body)
+
+    it = besieged(script)
+
+    def attack() -> None:
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(patient(it)) for _ in range(count)]
+            for client in clients:
+                client.send(request("POST", "/v1/messages", json.dumps(prompt("claude-a", stream=True)).encode()))
+            for client in clients:
+                assert client.answer().body == b"a" * 10_000
+
+    assert_bearable(it, attack, count * len(body))
+
+
 @pytest.mark.slow
 def test_names_of_60_models_of_31_megabytes_are_not_kept(besieged):
     it = besieged()
