@@ -5023,7 +5023,7 @@ def unescaped(text: str) -> str:
     """The text with what JSON, HTML and URLs have for a character in its place."""
     text = re.sub(r"\\u00([0-9a-fA-F]{2})", lambda match: chr(int(match[1], 16)), text.replace("\\/", "/"))
     # No character has a number so long, and Python converts none of thousands of digits.
-    return unquote(html.unescape(re.sub(r"&#0*[0-9]{8,}", "", text)))
+    return unquote(html.unescape(re.sub(r"&#0*[1-9][0-9]{7,}", "", text)))
 
 
 class UpstreamResponse:

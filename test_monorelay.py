@@ -6246,9 +6246,8 @@ def test_a_list_with_an_endless_integer_is_none(upstream, relay):
 def test_a_list_with_what_is_no_json_number_is_none_and_the_catalogue_is_json(upstream, relay, value):
     odd = answer(200, b'{"data":[{"id":"claude-a","type":"model","n":%s}]}' % value)
     it = relay({"anthropic": upstream(odd), "anthropic2": upstream(catalogue_answer("claude-b"))})
-    for headers in ([], [ANTHROPIC_VERSION]):
-        got = it.ask("GET", "/v1/models", None, *headers)
-        assert [model["id"] for model in json.loads(got.body, parse_constant=pytest.fail)["data"]] == ["claude-b"]
+    got = it.ask("GET", "/v1/models", None, ANTHROPIC_VERSION)
+    assert [model["id"] for model in json.loads(got.body, parse_constant=pytest.fail)["data"]] == ["claude-b"]
 
 
 @pytest.mark.parametrize("status", [401, 402])
@@ -6384,7 +6383,7 @@ def test_no_more_entries_are_listed_than_so_many(more):
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "[]", '"[]"', '"data"', "null", "7", "{}", '{"a":1}', '{"a":[{"data":[]}]}', "data",
+    ["", " ", '"[]"', '"data"', "null", "7", "{}", '{"a":1}', '{"a":[{"data":[]}]}', "data",
      '{"data"}', '{"data":}', '{data:[{"id":"a"}]}', '"data":[{"id":"a"}]', ',"data":[{"id":"a"}]',
      '{"a":1{"data":[{"id":"a"}]}', '{,"data":[{"id":"a"}]}', '{"a":1 "data":[{"id":"a"}]}', '{"a":x,"data":[]}'],
     ids=brief,
