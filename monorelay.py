@@ -934,7 +934,7 @@ def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.jso
     try:
         document = parse_json(source)
     except ValueError as error:
-        raise ConfigError([f"{name}: {error}"]) from None
+        raise ConfigError([f"{name}: {error}{json_hint(source)}"]) from None
     if not isinstance(document, dict):
         raise ConfigError([f"{name}: must be a JSON object, not {kind_of(document)}"])
     document = expand(document, "", environ, problems)
@@ -960,6 +960,18 @@ def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.jso
     check_aliases(config, problems)
     problems.raise_if_any()
     return config
+
+
+def json_hint(source: str) -> str:
+    """What is often the matter with a text that is no JSON."""
+    bare = re.sub(r'"(?:[^"\\\n]|\\.)*"?', '""', source)  # what stands in strings says nothing
+    if not source.strip():
+        return " (the file is empty)"
+    if re.search(r"^\s*(?://|#)|//|/\*", bare, re.MULTILINE):
+        return ' (JSON has no comments: use a key that begins with "//")'
+    if re.search(r",\s*[\]}]", bare):
+        return " (there is a comma behind the last entry of a list or an object)"
+    return ""
 
 
 def read_object(value: Any, place: str, problems: Problems) -> JsonDict:
@@ -7123,6 +7135,8 @@ def load_config(path: str, options: JsonDict) -> Config:
     if path:
         with open(path, "rb") as file:
             data = file.read()
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ConfigError([f"{name}: is in UTF-16; save it as UTF-8"])
         try:
             source = data.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
@@ -7398,8 +7412,41 @@ def file_state(path: str) -> tuple[int, ...]:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
+def config_warnings(config: Config) -> Iterator[str]:
+    """What is allowed and probably wrong, and how to mend it."""
+    for provider in config.providers.values():
+        yield from provider_warnings(provider, f"providers.{provider.name}")
+    passed: list[str] = []
+    for pattern in config.routes:
+        before = next((other for other in passed if matches_any(pattern, [other])), None)
+        if before:
+            yield f"routes.{pattern}: is never reached, {before} matches first; put it before that"
+        if REGULAR_EXPRESSION.search(pattern):
+            yield f"routes.{pattern}: looks like a regular expression; patterns know *, ? and [...] only"
+        passed.append(pattern)
+    for alias, name in ((alias, name) for alias, names in config.aliases.items() for name in names):
+        if "@" in name and name.rpartition("@")[2] not in config.providers:
+            yield f"aliases.{alias}: {name} names no provider of this file, and goes upstream as it is"
+    if "admin" in config.users:
+        yield "users.admin: is called like the owner; give it another name to tell them apart in the log"
+    if not any(provider.usable for provider in config.providers.values()) or not (config.routes or config.aliases):
+        yield "nothing is served: there must be a provider with a key, and a route or an alias to it"
+
+
+def provider_warnings(provider: Provider, place: str) -> Iterator[str]:
+    """The same of one provider."""
+    for key in provider.keys or ():
+        if PLACEHOLDER.search(key.secret.reveal()):
+            yield f"{place}.keys: {key.label} looks like a placeholder or an unexpanded variable; write ${{NAME}}"
+    if provider.scheme == "http" and provider.keys and not is_loopback(provider.host):
+        yield f"{place}.base_url: its keys travel in clear text over plain http; use https"
+    if provider.format == "openai" and not provider.prefix:
+        yield f"{place}.base_url: has no path; that of OpenAI's SDK ends in /v1"
+
+
 def file_warnings(path: str, config: Config) -> Iterator[str]:
-    """What is unsafe about the file itself: secrets written into it that others may read."""
+    """What is probably wrong, and what is unsafe about the file itself: secrets in it that others may read."""
+    yield from config_warnings(config)
     try:
         with open(path, encoding="utf-8") as file:
             source = file.read()
@@ -7410,6 +7457,11 @@ def file_warnings(path: str, config: Config) -> Iterator[str]:
     secrets += [*config.server.access_keys, *filter(None, [config.server.jwt_secret])]
     if os.name != "nt" and mode & 0o044 and any(secret.reveal() in source for secret in secrets):
         yield f"{path} holds secrets and can be read by other users of this machine; run: chmod 600 {path}"
+
+
+# What examples and other programs' settings have in the place of a key.
+PLACEHOLDER = re.compile(r"(?i)^\$|^\{\{|^env:|^os\.environ|\.\.\.|^<.*>$|your[-_ ]|changeme|^x+$")
+REGULAR_EXPRESSION = re.compile(r"\.[*+]|[(|^$\\]")
 
 
 # -- what CPython makes us do

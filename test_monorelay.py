@@ -4043,6 +4043,73 @@ def test_secrets_come_from_files_and_from_an_env_file(tmp_path, monkeypatch):
         monorelay.load_config(str(tmp_path / "relay.json"), {})
 
 
+DOUBTFUL = {
+    "providers.a.keys: key1 looks like a placeholder": {"a": {"keys": ["$ANTHROPIC_API_KEY"]}},
+    "providers.b.keys: named looks like a placeholder": {"b": {"keys": [{"key": "sk-ant-...", "label": "named"}]}},
+    "providers.c.base_url: its keys travel in clear text": {"c": {"base_url": "http://api.example", "keys": ["k"]}},
+    "providers.d.base_url: has no path": {"d": {"format": "openai", "base_url": "https://api.example"}},
+}
+
+
+@pytest.mark.parametrize("warning", DOUBTFUL)
+def test_what_is_doubtful_of_a_provider_is_warned_of(warning):
+    ((name, provider),) = DOUBTFUL[warning].items()
+    given = {"format": "anthropic", "base_url": "https://api.example/v1", **provider}
+    warnings = list(monorelay.config_warnings(parse({name: given}, routes={"*": name})))
+    assert len(warnings) == 1 and warnings[0].startswith(warning)
+
+
+def test_what_is_doubtful_of_names_is_warned_of():
+    config = parse(
+        routes={"claude-*": "anthropic", "claude-haiku-*": "anthropic", "(gpt|o1).*": "anthropic"},
+        aliases={"fast": "claude-x@antropic"}, users={"admin": {}},
+    )  # fmt: skip
+    assert [warning.partition(": ")[0] for warning in monorelay.config_warnings(config)] == [
+        "routes.claude-haiku-*", "routes.(gpt|o1).*", "aliases.fast", "users.admin"
+    ]  # fmt: skip
+    (warning,) = monorelay.config_warnings(monorelay.parse_config("{}", {}))
+    assert warning.startswith("nothing is served")
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [('{\n  // a comment\n  "a": 1}', "JSON has no comments"), ('{"a": [1,]}', "a comma behind"),
+     ("", "the file is empty"), ('{"a": "// no comment" "b"}', None)],
+)  # fmt: skip
+def test_what_is_often_the_matter_with_a_file_is_said(text, hint):
+    with pytest.raises(monorelay.ConfigError) as caught:
+        monorelay.parse_config(text, {})
+    message = str(caught.value)
+    assert hint in message if hint is not None else "(" not in message
+
+
+def test_a_file_in_utf_16_is_told_as_such(tmp_path):
+    (tmp_path / "relay.json").write_text('{"providers": {}}', encoding="utf-16")
+    with pytest.raises(monorelay.ConfigError, match=r"relay\.json: is in UTF-16; save it as UTF-8"):
+        monorelay.load_config(str(tmp_path / "relay.json"), {})
+
+
+def test_a_route_is_explained(tmp_path):
+    (tmp_path / "relay.json").write_text(json.dumps({
+        "providers": {"one": {"format": "anthropic", "base_url": "https://one.example", "keys": ["k"]},
+                      "two": {"format": "openai", "base_url": "https://two.example/v1", "keys": [""]}},
+        "aliases": {"smart": ["claude-x", "gpt-x@two"], "any/*": "*"}, "routes": {"claude-*": "one"},
+    }))  # fmt: skip
+    done = run("route", "smart", cwd=tmp_path)
+    assert (done.returncode, done.stdout.splitlines()) == (0, [
+        "smart: is the alias smart -> claude-x, gpt-x@two",
+        "claude-x: matches the route claude-* -> one",
+        "gpt-x@two: names the provider two",
+        "  1. claude-x at one (anthropic): for /v1/messages",
+        "  2. gpt-x at two (openai): skipped, it has no key",
+    ])  # fmt: skip
+    assert run("route", "any/claude-y[1m]", cwd=tmp_path).returncode == 0
+    assert run("route", "gpt-x@two", cwd=tmp_path).returncode == 1, "nobody can serve it"
+    nowhere = run("route", "nobody", cwd=tmp_path)
+    assert nowhere.returncode == 1 and "no route for the model 'nobody'" in nowhere.stdout
+    assert "route takes one MODEL" in run("route", cwd=tmp_path).stderr
+
+
 @pytest.mark.parametrize(("given", "taken"), [("key-of-the-environment\n", True), ('"key-in-quotes"', False)])
 def test_without_an_access_key_the_environments_counts(tmp_path, monkeypatch, given, taken):
     monkeypatch.setenv("MONORELAY_ACCESS_KEY", given)
