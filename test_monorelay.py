@@ -4110,6 +4110,23 @@ def test_a_route_is_explained(tmp_path):
     assert "route takes one MODEL" in run("route", cwd=tmp_path).stderr
 
 
+def error_codes() -> set[str]:
+    """The codes of the relay's own errors: those of their classes, and those given where one is raised."""
+    tree, classes = ast.parse((HERE / "monorelay.py").read_text("utf-8")), [monorelay.RelayError]
+    for made in classes:
+        classes += made.__subclasses__()
+    names = {made.__name__ for made in classes}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") in names]
+    given = [call.args[1].value for call in calls if len(call.args) > 1 and isinstance(call.args[1], ast.Constant)]
+    return {made.code for made in classes} | {code for code in given if isinstance(code, str)}
+
+
+def test_the_readme_has_each_code_of_the_relays_own_errors():
+    readme = (HERE / "README.md").read_text("utf-8")
+    assert "no_route" in error_codes()
+    assert [code for code in sorted(error_codes()) if f"`{code}`" not in readme] == []
+
+
 @pytest.mark.parametrize(("given", "taken"), [("key-of-the-environment\n", True), ('"key-in-quotes"', False)])
 def test_without_an_access_key_the_environments_counts(tmp_path, monkeypatch, given, taken):
     monkeypatch.setenv("MONORELAY_ACCESS_KEY", given)
