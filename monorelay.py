@@ -483,6 +483,7 @@ class Provider(NamedTuple):
     auth_header: str
     models: tuple[str, ...]
     query: str = ""  # of its base_url, which goes upstream with each request
+    proxy: str = ""  # its URL, or "direct"; where empty, the environment tells
     client_keys: bool = False  # whether clients bring their own credential for it
 
     @property
@@ -546,6 +547,7 @@ class Config(NamedTuple):
     providers: Mapping[str, Provider]
     aliases: Mapping[str, tuple[str, ...]]
     routes: Mapping[str, tuple[str, ...]]
+    env_file: str = ""
     run_secrets: Optional[RunSecrets] = None
 
 
@@ -842,6 +844,18 @@ def base_url(value: Any) -> str:
     return found
 
 
+def proxy_url(value: Any) -> str:
+    """The URL of an HTTP proxy, or the word for none."""
+    found = text(value)
+    try:
+        valid = found == "direct" or (urlsplit(found).scheme == "http" and bool(urlsplit(found).hostname))
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError('must be "direct", or a URL such as http://proxy.example:3128')
+    return found
+
+
 def upstream_headers_setting(value: Any) -> tuple[tuple[str, Optional[str]], ...]:
     """The headers to set upstream, None for those to remove."""
     if not isinstance(value, dict):
@@ -924,6 +938,7 @@ PROVIDER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "headers": (upstream_headers_setting, ()),
     "auth_header": (one_of("x-api-key", "authorization", "api-key"), ""),
     "models": (texts, ()),
+    "proxy": (proxy_url, ""),
 }
 SECTIONS = ("server", "users", "providers", "aliases", "routes")
 
@@ -955,6 +970,7 @@ def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.jso
         {provider: read_provider(provider, given, problems) for provider, given in sections["providers"].items()},
         read_lists(sections["aliases"], "aliases", problems),
         read_lists(sections["routes"], "routes", problems),
+        str(document.get("env_file", "")),
     )
     check_routes(config, problems)
     check_aliases(config, problems)
@@ -4487,6 +4503,14 @@ class LogWriter:
         else:
             self._put(f"time={clock} level={level} message={plain(message)}")
 
+    def announce(self, lines: Sequence[str]) -> None:
+        """Takes the lines of the banner."""
+        if self.style == "json":
+            for line in lines:
+                self.say(line.strip())
+        elif lines:
+            self._put("\n".join(lines))
+
     def warn(self, message: str) -> None:
         """Takes a warning."""
         self.say(message, "warning")
@@ -4683,7 +4707,7 @@ class UpstreamPool:
 
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
-        self._idle: dict[tuple[str, str, int], list[Channel]] = {}
+        self._idle: dict[tuple[str, str, int, str], list[Channel]] = {}
         self._lookups: dict[tuple[str, int], Lookup] = {}  # those that run
         self._tls: Optional[ssl.SSLContext] = None
 
@@ -4701,7 +4725,7 @@ class UpstreamPool:
     def take(self, provider: Provider) -> Optional[Channel]:
         """A kept connection, the one used last: it is the least likely to be closed soon. One that came back just now
         is left: what its provider sends behind its response, if anything, has yet to be seen."""
-        idle = self._idle.get((provider.scheme, provider.host, provider.port), [])
+        idle = self._idle.get(way_to(provider), [])
         for index in range(len(idle) - 1, -1, -1):
             if idle[index].kept_in_turn == self._loop.turn:
                 continue
@@ -4714,7 +4738,7 @@ class UpstreamPool:
 
     def keep(self, provider: Provider, channel: Channel) -> None:
         """Takes a connection back after a whole response."""
-        idle = self._idle.setdefault((provider.scheme, provider.host, provider.port), [])
+        idle = self._idle.setdefault(way_to(provider), [])
         if channel.ended or len(idle) >= UPSTREAM_IDLE_CONNECTIONS:
             channel.close()
             return
@@ -4757,6 +4781,8 @@ class UpstreamPool:
         of it within `connect_timeout`."""
         proxy, deadline = proxy_for(provider), self._loop.now + provider.connect_timeout
         host, port = provider.host, provider.port
+        if proxy and proxy.scheme != "http":
+            raise OSError(errno.EPROTONOSUPPORT, f"a proxy by {proxy.scheme} can't be used, only one by http")
         if proxy:
             host, port = proxy.hostname or "", proxy.port or DEFAULT_PORTS["http"]
         addresses = await self._addresses(host, port, deadline)
@@ -4809,6 +4835,11 @@ class UpstreamPool:
             lookup.fault = error
         finally:
             del self._lookups[host, port]
+
+
+def way_to(provider: Provider) -> tuple[str, str, int, str]:
+    """What providers have in common that can share their connections."""
+    return provider.scheme, provider.host, provider.port, provider.proxy
 
 
 def looked_up(host: str, port: int) -> list[Any]:
@@ -4886,21 +4917,44 @@ def connect_problem(error: Exception, provider: Provider) -> str:
         reason = (error.strerror or str(error) or type(error).__name__).lower()
     else:
         reason = type(error).__name__
-    return f"can't connect to the provider {provider.name}: {reason}"
+    way = " through the proxy" if provider.format != "echo" and proxy_for(provider) else ""
+    return f"can't connect to the provider {provider.name}{way}: {reason}"
 
 
 def proxy_for(provider: Provider) -> Any:
     """The proxy to use, as urlsplit takes it apart, or None: HTTPS_PROXY, HTTP_PROXY and NO_PROXY tell."""
+    if provider.proxy:
+        return None if provider.proxy == "direct" else urlsplit(provider.proxy)
     if is_loopback(provider.host) or not any(name.lower().endswith("_proxy") for name in os.environ):
         return None
     # Heavy, and seldom needed; UpstreamPool.prepare() has it loaded before anybody is served.
     import urllib.request
 
-    address = urllib.request.getproxies_environment().get(provider.scheme, "")
-    host = f"{provider.host}:{provider.port}"
-    if not address or urllib.request.proxy_bypass_environment(host):  # type: ignore[attr-defined, unused-ignore]
+    proxies = urllib.request.getproxies_environment()
+    address = proxies.get(provider.scheme, "")
+    if not address or goes_past_proxy(provider.host, provider.port, proxies.get("no", "")):
         return None
     return urlsplit(address if "://" in address else f"http://{address}")
+
+
+def goes_past_proxy(host: str, port: int, no_proxy: str) -> bool:
+    """Whether NO_PROXY names the host: by its name, a suffix (`.corp`, `*.corp`), a CIDR block or `*`, perhaps with a
+    port; as curl, Go and Node read it."""
+    for entry in filter(None, map(str.strip, no_proxy.lower().split(","))):
+        name, colon, its_port = entry.rpartition(":") if entry.count(":") == 1 else (entry, "", "")
+        suffix = name.removeprefix("*").removeprefix(".")
+        named = name == "*" or host == suffix or host.endswith(f".{suffix}") or is_within_network(host, name)
+        if named and (not colon or its_port == str(port)):
+            return True
+    return False
+
+
+def is_within_network(host: str, block: str) -> bool:
+    """Whether the host is an address of the block."""
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(block.strip("[]"), strict=False)
+    except ValueError:
+        return False
 
 
 def proxy_credential(proxy: Any) -> Pairs:
@@ -5138,6 +5192,7 @@ class UpstreamRequest(NamedTuple):
     candidates: Sequence[Candidate]
     record: AccessRecord
     blames: bool = True  # whether what goes wrong with it says something about keys and providers
+    searches: bool = False  # whether it asks for something that another key may know when one doesn't
 
     @property
     def only_once(self) -> bool:
@@ -5445,7 +5500,7 @@ class Relay:
             elif status >= 400:
                 wait = retry_after_seconds(response.head.fields.get("retry-after"), time.time())
                 self.keys.failed(candidate, status, wait, self._loop.now, request.by_model)
-        if status not in RETRIED_STATUSES:
+        if status not in RETRIED_STATUSES and not (request.searches and status == 404):
             return False
         record_failure(request.record, candidate, str(status))
         return True
@@ -5977,6 +6032,8 @@ class LoginGate:
 
 # What is stored here belongs to one account: to the first provider, whatever it is about.
 STORED_PATHS = ("/v1/messages/batches", "/v1/files")
+# What is kept here by the account that made it: any key may have been the one.
+SEARCHED_PATHS = ("/responses/", "/conversations/", "/chat/completions/")
 CREATING_PATHS = ("/v1/batches", "/v1/files", "/v1/messages/batches")  # what is sent here is never sent twice
 # By these some servers take a request for one of another method.
 METHOD_OVERRIDES = frozenset({"x-http-method-override", "x-http-method", "x-method-override", "x-http-override"})
@@ -6390,17 +6447,27 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
         raise hidden_model(exchange.caller)
     if names_model:
         exchange.count()
-    key = provider.keys[0] if provider.keys else None
-    return await relay(exchange, body, [Candidate(Target(provider, ""), key)])
+    searches = method in ("GET", "HEAD", "DELETE") and any(path.startswith(place) for place in SEARCHED_PATHS)
+    if searches and provider.format != "echo":
+        everywhere = [other for other in exchange.config.providers.values() if other.format == provider.format]
+    else:
+        everywhere = [provider]
+    candidates = [
+        Candidate(Target(other, ""), key) for other in everywhere if other.usable for key in other.keys or (None,)
+    ]
+    return await relay(exchange, body, candidates if searches else candidates[:1], searches)
 
 
-async def relay(exchange: Exchange, body: Union[ReadBody, RequestBody], candidates: Sequence[Candidate]) -> Response:
+async def relay(
+    exchange: Exchange, body: Union[ReadBody, RequestBody], candidates: Sequence[Candidate], searches: bool = False
+) -> Response:
     """The response of the first candidate that gives one which isn't a failure."""
     request, endpoint = exchange.request, exchange.endpoint
     if "x-monorelay-key" not in request.fields:
         candidates = without_client_keys(candidates)
     target = endpoint.target(request.query)
-    wanted = UpstreamRequest(request, target, endpoint.by_model, body, candidates, exchange.record)
+    record = exchange.record
+    wanted = UpstreamRequest(request, target, endpoint.by_model, body, candidates, record, searches=searches)
     relayed = await exchange.service.relay.obtain(wanted)
     if relayed.candidate.target.provider.format != "echo":  # which tells the body as long as its response lasts
         exchange.let_go()
@@ -7254,20 +7321,29 @@ class Operator:
         self._path = path
         self._options = options
         self._seen = seen  # the state of the file that was read
+        self._env_seen = file_state(self._env_file())
+        self._in_terminal = in_terminal()
+
+    def _env_file(self) -> str:
+        """The path of the env_file, or nothing."""
+        name = self._server.service.config.env_file
+        return os.path.join(os.path.dirname(os.path.abspath(self._path)), name) if name else ""
 
     def run(self, signals: Signals, supervisor: int = 0) -> int:
         """Serves until SIGTERM, SIGINT or the death of the supervising process; the exit status."""
         while True:
             name = signals.next(1.0)
-            if name in ("SIGTERM", "SIGINT") or (supervisor and os.getppid() != supervisor):
+            left = name == "SIGHUP" and self._in_terminal and not in_terminal()
+            if name in ("SIGTERM", "SIGINT") or left or (supervisor and os.getppid() != supervisor):
                 self._drain(signals)
                 return 0
-            if name == "SIGHUP" or file_state(self._path) != self._seen:
+            changed = (file_state(self._path), file_state(self._env_file())) != (self._seen, self._env_seen)
+            if name == "SIGHUP" or changed:
                 self.reload()
 
     def reload(self) -> None:
         """Reads relay.json again; a broken one changes nothing."""
-        self._seen = file_state(self._path)
+        self._seen, self._env_seen = file_state(self._path), file_state(self._env_file())
         log = self._server.log
         try:
             config = load_config(self._path, self._options)
@@ -7280,6 +7356,7 @@ class Operator:
             log.warn("the configuration was not reloaded; the one before stays in force")
             return
         self._server.reload(config)
+        self._env_seen = file_state(self._env_file())
         log.say("the configuration was reloaded; values of the environment are those of the start")
 
     def _drain(self, signals: Signals) -> None:
@@ -7306,12 +7383,13 @@ class Supervisor:
         self._log = LogWriter(sys.stderr)
         self._log.style = config.server.log
         self._workers: dict[int, float] = {}  # process id: when it was started
+        self._in_terminal = in_terminal()
 
-    def run(self, signals: Signals, lines: str) -> int:
+    def run(self, signals: Signals, lines: Sequence[str]) -> int:
         """Serves until SIGTERM or SIGINT; the exit status."""
         # Python warns of forks beside threads. The one here writes the log, and holds nothing that a worker needs.
         warnings.simplefilter("ignore", DeprecationWarning)
-        self._log.write(lines)
+        self._log.announce(lines)
         self._log.start()
         while True:
             while len(self._workers) < self._config.server.workers and self._start_worker():
@@ -7320,6 +7398,8 @@ class Supervisor:
             if name in ("SIGTERM", "SIGINT"):
                 return self._stop(signals)
             if name == "SIGHUP":
+                if self._in_terminal and not in_terminal():
+                    return self._stop(signals)
                 self._pass_on(signal.SIGHUP)
             for pid, started in self._reap():
                 self._log.warn(f"the worker {pid} has ended; another one takes its place")
@@ -7401,6 +7481,11 @@ class Supervisor:
         signals.close()
         self._log.finish()
         return status
+
+
+def in_terminal() -> bool:
+    """Whether one of the standard streams is at a terminal that is still there."""
+    return any(os.isatty(descriptor) for descriptor in (0, 1, 2))
 
 
 def file_state(path: str) -> tuple[int, ...]:
@@ -7637,12 +7722,12 @@ def run_serve(options: JsonDict) -> int:
     listener = listen(config.server)
     host, port = listener.getsockname()[:2]
     made_up = config.server.access_keys != given.server.access_keys
-    lines = "\n".join(banner(config, path, relay_url(host, port), made_up))
+    lines = list(banner(config, path, relay_url(host, port), made_up))
     if supervised:
         # Python's own way out would wait for a log that nobody reads.
         os._exit(Supervisor(config, path, options, listener).run(signals, lines))
     server = RelayServer(config, None, listener)
-    server.log.write(lines)
+    server.log.announce(lines)
     server.start()
     operator = Operator(server, path, options, seen)
     return outlast_script(lambda: operator.run(signals))

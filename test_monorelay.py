@@ -3655,6 +3655,47 @@ def test_a_proxy_is_used_as_the_environment_says(
     assert last.get("host") == "provider.example" and last.get("x-api-key") == "sk-anthropic-secret"
 
 
+@pytest.mark.parametrize(
+    ("host", "no_proxy", "past"),
+    [
+        ("api.corp.example", "corp.example", True), ("api.corp.example", ".corp.example", True),
+        ("api.corp.example", "*.corp.example", True), ("apicorp.example", "corp.example", False),
+        ("10.1.2.3", "192.168.0.0/16, 10.0.0.0/8", True), ("11.1.2.3", "10.0.0.0/8", False),
+        ("fd00::7", "fd00::/8", True), ("10.1.2.3", "10.1.2.3", True), ("api.example", "*", True),
+        ("api.example", "api.example:443", True), ("api.example", "API.example:8443", False),
+        ("api.example", "", False), ("api.example", "nonsense/99,,:", False),
+    ],
+)  # fmt: skip
+def test_no_proxy_knows_names_suffixes_blocks_and_ports(host, no_proxy, past):
+    assert monorelay.goes_past_proxy(host, 443, no_proxy) == past
+
+
+def test_a_provider_has_a_proxy_of_its_own_or_none(upstream, relay, no_proxy_yet, monkeypatch):
+    proxy, provider = upstream(proxy_script(None, message_answer(HI))), upstream(answer())
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    host = f"http://provider.example:{provider.port}"
+    it = relay(
+        {"direct": {"format": "anthropic", "base_url": host, "proxy": "direct"},
+         "behind": {"format": "anthropic", "base_url": host, "proxy": proxy.url}},
+        routes={"claude-a": "direct", "claude-b": "behind"},
+    )  # fmt: skip
+    for _ in range(2):
+        assert it.post("/v1/messages", prompt("claude-a")).json == {}
+        assert it.post("/v1/messages", prompt("claude-b")).json["id"] == "msg_1"
+    assert len(provider.requests) == len(proxy.requests) == 2, "none has taken the other's connection"
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [("socks5://127.0.0.1:1080", "a proxy by socks5 can't be used"), ("http://127.0.0.1:9", "refused")],
+)
+def test_a_failure_behind_a_proxy_names_the_proxy(relay, no_proxy_yet, monkeypatch, address, words):
+    monkeypatch.setenv("HTTP_PROXY", address)
+    got = relay({"anthropic": {"base_url": "http://provider.example"}}).post("/v1/messages", prompt())
+    message = refused(got, 502, "api_error")
+    assert "through the proxy" in message and words in message
+
+
 def test_a_proxy_that_refuses_makes_a_502(upstream, relay, no_proxy_yet, monkeypatch):
     proxy = upstream(b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n")
     monkeypatch.setenv("HTTPS_PROXY", proxy.url)
@@ -4511,6 +4552,20 @@ def test_a_redirect_ends_no_cooling(upstream, relay, status):
     it = relay({"anthropic": two_keys(provider)})
     assert [it.post("/v1/messages", prompt()).status for _ in range(3)] == [200, 502, 200]
     assert [asked.get("x-api-key")[3:] for asked in provider.requests] == ["a", "b", "b", "a", "b"]
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_what_an_account_keeps_is_asked_for_with_each_key(upstream, relay, method):
+    first, second = upstream(answer(404, b'{"n": 1}')), upstream(replies(answer(404, b'{"n": 2}'), answer()))
+    it = relay({"a": {"upstream": first, "format": "openai", "keys": ["sk-a"]},
+                "b": {"upstream": second, "format": "openai", "keys": ["sk-b", "sk-c"]}})  # fmt: skip
+    assert it.ask(method, "/v1/responses/resp_1", None).status == 200
+    assert [sent.get("authorization") for sent in first.requests + second.requests] == [
+        "Bearer sk-a", "Bearer sk-b", "Bearer sk-c"
+    ]  # fmt: skip
+    second.requests.clear()
+    assert it.ask(method, "/v1/files/file_1", None).status == 404 and not second.requests, "files are the first's"
+    assert it.ask("POST", "/v1/responses/resp_1/cancel", b"").status == 404 and not second.requests
 
 
 @pytest.mark.parametrize("status", [403, 429, 500, 503, 529])
@@ -8053,6 +8108,51 @@ def test_the_banner_never_shows_a_key_of_the_owner(program):
     line = re.search(r"^ *try it +(curl .*)$", it.text(), re.M)[1]
     done = subprocess.run(["bash", "-c", line], cwd="/", capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     assert json.loads(done.stdout)["type"] == "message" and key not in it.text()
+
+
+def test_every_line_of_a_json_log_is_json(program):
+    it = program(settings({"echo": {}}, server={"log": "json"}))
+    lines = [json.loads(line) for line in it.text().splitlines()]
+    assert {line["level"] for line in lines} == {"info"} and any("curl" in line["message"] for line in lines)
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_relay_ends_with_its_terminal(tmp_path, gone):
+    """At a SIGHUP; one whose terminal is still there takes it for a reload."""
+    (tmp_path / "relay.json").write_text(json.dumps(settings({"echo": {}})))
+    near, far = os.openpty()
+    process = subprocess.Popen([*PROGRAM], cwd=tmp_path, stdin=far, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True)  # fmt: skip
+    try:
+        os.close(far)
+        lines = iter(process.stderr.readline, "")
+        assert any("clients" in line for line in lines)
+        if gone:
+            os.close(near)
+        process.send_signal(signal.SIGHUP)
+        if gone:
+            assert process.wait(TIMEOUT_SECONDS) == 0
+        else:
+            assert any("was reloaded" in line for line in lines)
+    finally:
+        process.kill()
+        process.communicate()
+        if not gone:
+            os.close(near)
+
+
+def test_an_edit_of_the_env_file_is_taken_up(program, tmp_path):
+    (tmp_path / "keys.env").write_text("OWNER=first-key-0123456789\n")
+    it = program({**settings({"echo": {}}, server={"access_key": "${OWNER}"}), "env_file": "keys.env"})
+
+    def status(token: str) -> int:
+        with Client(it.url) as client:
+            return client.ask("GET", "/api/auth/me", None, token=token).status
+
+    assert status("first-key-0123456789") == 200
+    (tmp_path / "keys.env").write_text("OWNER=second-key-0123456789\n")
+    eventually(lambda: "was reloaded" in it.text())
+    assert [status(f"{which}-key-0123456789") for which in ("first", "second")] == [401, 200]
 
 
 def test_hash_password_reads_stdin(tmp_path):
