@@ -122,6 +122,7 @@ LATE_SECONDS = 0.015  # and so do all that aren't served so early in a turn
 # Of an error's body so much is looked at before it is passed on, and waited for no longer than this.
 PEEKED_BYTES = 64 * 1024
 PEEK_SECONDS = 5.0
+ERROR_BYTES = 8 * 1024  # a longer one isn't read for its type
 # An unread body up to this size is read and dropped to keep the connection; nginx closes lingering.
 DISCARDED_BODY_BYTES = 64 * 1024
 DISCARD_SECONDS = 0.5  # and no longer: what is short and was sent is here by then
@@ -553,7 +554,7 @@ class Config(NamedTuple):
 
 DEFAULT_PORTS = {"http": 80, "https": 443, "echo": 0}
 STRATEGIES = ("sticky", "round-robin", "random", "weighted", "fill-first")
-VARIABLE = r"\$\{([A-Za-z_][A-Za-z0-9_]*|file:[^}]+)(:-([^}]*))?\}"
+VARIABLE = r"\$\{([A-Za-z_][A-Za-z0-9_]*|file:[^}]+?)(:-([^}]*))?\}"
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.6.2
 FIELD_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")  # RFC 9110 §5.5, obs-text included
 SCRYPT_HASH = r"scrypt\$([0-9]{1,7})\$([0-9]{1,2})\$([0-9]{1,2})\$([A-Za-z0-9_-]{16,})\$([A-Za-z0-9_-]{22,})"
@@ -659,9 +660,9 @@ def expand_text(text: str, place: str, environ: Mapping[str, str], problems: Pro
     def fill(match: re.Match[str]) -> str:
         name, has_default, default = match.groups()
         found = environ.get(name, "")
-        if name.startswith("file:") and name not in environ:
+        if not has_default and name not in environ and name.startswith("file:"):
             problems.add(place, f"the file {name[len('file:') :]} can't be read")
-        elif not found and not has_default and name not in environ:
+        elif not has_default and name not in environ:
             problems.add(place, f"the environment variable {name} is not set; set it, or write ${{{name}:-}}")
         return found or default or ""
 
@@ -5106,9 +5107,8 @@ class UpstreamResponse:
         self.whole_request = True  # False when it came before the request had been sent
         self.has_body = True  # False for one that must not have any: a provider may send one nevertheless
         # What came encoded has no lines to be told apart.
-        self.is_stream = media_type(head.fields) == "text/event-stream" and head.fields.get(
-            "content-encoding"
-        ).lower() in ("", "identity")
+        coding = head.fields.get("content-encoding").lower()
+        self.is_stream = media_type(head.fields) == "text/event-stream" and coding in ("", "identity")
 
     @property
     def reusable(self) -> bool:
@@ -5440,8 +5440,7 @@ class Relay:
 
     def _more_telling(self, before: Optional[UpstreamResponse], response: UpstreamResponse) -> UpstreamResponse:
         """The one of two responses that the client is to have if no better one comes; lets go of the other."""
-        lasting = [it.head.status in LASTING_STATUSES for it in (before, response) if it]
-        if before and lasting == [False, True]:
+        if before and response.head.status in LASTING_STATUSES and before.head.status not in LASTING_STATUSES:
             before, response = response, before
         if before:
             before.release(self.connections)
@@ -5554,7 +5553,9 @@ def error_type(content: bytes) -> str:
 
 
 def error_member(content: bytes, name: str) -> str:
-    """A short name in a provider's error; empty if there is none."""
+    """A short name in a provider's error; empty if there is none, or where it would take long to find."""
+    if len(content) > ERROR_BYTES:
+        return ""
     try:
         found = json.loads(content)["error"].get(name)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -5588,7 +5589,8 @@ class Catalogue:
         entries: list[JsonDict] = [{"id": name} for name in written if not PATTERN.search(name)]
         if any(provider.format == "echo" for provider in usable):
             entries += [{"id": name, "created_at": ECHO_CREATED, "created": ECHO_CREATED_UNIX} for name in ECHO_MODELS]
-        for listed in await self._listed([provider for provider in usable if provider.format != "echo"]):
+        asked = [provider for provider in usable if provider.format != "echo" and not provider.client_keys]
+        for listed in await self._listed(asked):
             entries += listed
         return list({entry["id"]: entry for entry in reversed(entries)}.values())[::-1]
 
@@ -7235,9 +7237,9 @@ def environment(source: str, path: str) -> dict[str, str]:
     """What the variables of a relay.json stand for: the environment of the start, the lines of its `env_file`, and the
     content of each file that it names. Raises ConfigError for an env_file that can't be read."""
     folder = os.path.dirname(os.path.abspath(path))
-    found = {
-        f"file:{name}": read_secret(os.path.join(folder, name)) for name in re.findall(r"\$\{file:([^}]+)\}", source)
-    }
+    variables = {match[1] for match in re.finditer(VARIABLE, source)}
+    paths = {name: os.path.join(folder, name[len("file:") :]) for name in variables if name.startswith("file:")}
+    found = {name: read_secret(path) for name, path in paths.items()}
     try:
         document = json.loads(source)
     except (ValueError, RecursionError):
@@ -7739,7 +7741,8 @@ def describe_config(config: Config) -> Iterator[str]:
         if not provider.enabled:
             state = "disabled"
         elif provider.keys is None:
-            state = "usable" if provider.format == "echo" else "usable, takes no key"
+            takes = "takes the clients' own keys" if provider.client_keys else "takes no key"
+            state = "usable" if provider.format == "echo" else f"usable, {takes}"
         else:
             state = f"usable, keys: {', '.join(key.label for key in provider.keys)}" if provider.keys else "has no key"
         yield f"  provider   {provider.name} ({provider.format}): {state}"

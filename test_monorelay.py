@@ -4071,7 +4071,7 @@ def test_secrets_come_from_files_and_from_an_env_file(tmp_path, monkeypatch):
     (tmp_path / "relay.json").write_text(
         '{"env_file": "keys.env", "providers": {"a": {"format": "anthropic", "base_url": "https://a.example",'
         '"headers": {"x-line": "${FROM_LINE}", "x-both": "${IN_BOTH}", "x-empty": "${EMPTY}"},'
-        '"keys": ["${file:secret}"]}}}'
+        '"keys": ["${file:secret}", "${file:no such file:-}"]}}}'
     )
     (provider,) = monorelay.load_config(str(tmp_path / "relay.json"), {}).providers.values()
     assert [key.secret.reveal() for key in provider.keys] == ["of-a-file"]
