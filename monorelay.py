@@ -4716,7 +4716,6 @@ class UpstreamPool:
         """Loads and opens what connecting to these will need: while it serves, there may be no descriptor for it."""
         codecs.lookup("idna")
         for provider in providers:
-            proxy_for(provider)
             if provider.scheme == "https":
                 try:
                     self._tls_context()
@@ -4782,8 +4781,6 @@ class UpstreamPool:
         of it within `connect_timeout`."""
         proxy, deadline = proxy_for(provider), self._loop.now + provider.connect_timeout
         host, port = provider.host, provider.port
-        if proxy and proxy.scheme != "http":
-            raise OSError(errno.EPROTONOSUPPORT, f"a proxy by {proxy.scheme} can't be used, only one by http")
         if proxy:
             host, port = proxy.hostname or "", proxy.port or DEFAULT_PORTS["http"]
         addresses = await self._addresses(host, port, deadline)
@@ -4918,24 +4915,33 @@ def connect_problem(error: Exception, provider: Provider) -> str:
         reason = (error.strerror or str(error) or type(error).__name__).lower()
     else:
         reason = type(error).__name__
-    way = " through the proxy" if provider.format != "echo" and proxy_for(provider) else ""
+    way = " through the proxy" if proxy_address(provider) else ""
     return f"can't connect to the provider {provider.name}{way}: {reason}"
 
 
 def proxy_for(provider: Provider) -> Any:
-    """The proxy to use, as urlsplit takes it apart, or None: HTTPS_PROXY, HTTP_PROXY and NO_PROXY tell."""
-    if provider.proxy:
-        return None if provider.proxy == "direct" else urlsplit(provider.proxy)
-    if is_loopback(provider.host) or not any(name.lower().endswith("_proxy") for name in os.environ):
-        return None
-    # Heavy, and seldom needed; UpstreamPool.prepare() has it loaded before anybody is served.
-    import urllib.request
+    """The proxy to use, as urlsplit takes it apart, or None. Raises OSError for what is none."""
+    address = proxy_address(provider)
+    try:
+        proxy = urlsplit(address if "://" in address else f"http://{address}") if address else None
+        if proxy and (proxy.scheme != "http" or not proxy.hostname or proxy.port == 0):
+            raise OSError(errno.EPROTONOSUPPORT, f"a proxy by {proxy.scheme} can't be used, only one by http")
+    except ValueError:
+        raise OSError(errno.EINVAL, "its address is not a URL") from None
+    return proxy
 
-    proxies = urllib.request.getproxies_environment()
-    address = proxies.get(provider.scheme, "")
-    if not address or goes_past_proxy(provider.host, provider.port, proxies.get("no", "")):
-        return None
-    return urlsplit(address if "://" in address else f"http://{address}")
+
+def proxy_address(provider: Provider) -> str:
+    """Where the proxy to use is, or nothing: the provider's own setting, else HTTPS_PROXY, HTTP_PROXY and NO_PROXY."""
+    if provider.proxy:
+        return "" if provider.proxy == "direct" else provider.proxy
+    past = is_loopback(provider.host) or goes_past_proxy(provider.host, provider.port, proxy_variable("no"))
+    return "" if past else proxy_variable(provider.scheme)
+
+
+def proxy_variable(name: str) -> str:
+    """A variable such as HTTPS_PROXY; in lower case it goes first, also when it is empty, as in curl."""
+    return os.environ.get(f"{name}_proxy", os.environ.get(f"{name.upper()}_PROXY", ""))
 
 
 def goes_past_proxy(host: str, port: int, no_proxy: str) -> bool:

@@ -3687,8 +3687,9 @@ def test_a_provider_has_a_proxy_of_its_own_or_none(upstream, relay, no_proxy_yet
 
 @pytest.mark.parametrize(
     ("address", "words"),
-    [("socks5://127.0.0.1:1080", "a proxy by socks5 can't be used"), ("http://127.0.0.1:9", "refused")],
-)
+    [("socks5://127.0.0.1:1080", "a proxy by socks5 can't be used"), ("http://127.0.0.1:9", "refused"),
+     ("http://[", "its address is not a url"), ("http://127.0.0.1:x", "its address is not a url")],
+)  # fmt: skip
 def test_a_failure_behind_a_proxy_names_the_proxy(relay, no_proxy_yet, monkeypatch, address, words):
     monkeypatch.setenv("HTTP_PROXY", address)
     got = relay({"anthropic": {"base_url": "http://provider.example"}}).post("/v1/messages", prompt())
