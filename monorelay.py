@@ -1484,7 +1484,7 @@ class Throttle:
 def resolve(config: Config, name: str) -> list[Target]:
     """The targets of a model name, in order of preference: `name@provider`, an alias, or the first route
     that matches. Raises NotFound with the names that are close, and Unavailable for a disabled provider."""
-    targets = follow(config, name, ()) or follow_spelling(config, name)
+    targets = find_targets(config, name)
     if not targets:
         known = [*config.aliases, *(pattern for pattern in config.routes if "*" not in pattern), *ECHO_MODELS]
         close = close_matches(name, known, 3) or sorted([*config.aliases, *config.routes])[:8]
@@ -1498,11 +1498,14 @@ def resolve(config: Config, name: str) -> list[Target]:
     return [target for index, target in enumerate(enabled) if target not in enabled[:index]]
 
 
-def follow_spelling(config: Config, name: str) -> list[Target]:
-    """The targets of a name that means another one: Claude Code leaves `[1m]` on some, and `provider/name` is how
-    other gateways say `name@provider`."""
+def find_targets(config: Config, name: str) -> list[Target]:
+    """All targets of a name as it stands, or else of the name that it means: Claude Code leaves `[1m]` on some, and
+    `provider/name` is how other gateways say `name@provider`."""
+    targets = follow(config, name, ())
+    if targets:
+        return targets
     if name.endswith(LONG_CONTEXT):
-        return follow(config, name[: -len(LONG_CONTEXT)], ())
+        return find_targets(config, name[: -len(LONG_CONTEXT)])
     provider, _, model = name.partition("/")
     return [Target(config.providers[provider], model)] if model and provider in config.providers else []
 
@@ -1534,10 +1537,9 @@ def targets_for(config: Config, name: str, format: str) -> list[Target]:
 
 def callable_targets(config: Config, name: str, format: str) -> list[Target]:
     """The usable targets of a model that speak the format, in order of preference; none where a request would fail."""
-    targets = follow(config, name, ()) or follow_spelling(config, name)
     return [
         target
-        for target in targets
+        for target in find_targets(config, name)
         if target.provider.usable
         and target.provider.serves(target.model)
         and target.provider.format in (format, "echo")

@@ -1174,6 +1174,7 @@ def test_a_throttle_that_was_filled_with_invented_names_goes_on_to_count():
         ("router/exactly", ["claude-b@anthropic2"]),
         ("mine-7-x", ["claude-7@anthropic", "claude-7@anthropic2"]),
         ("openai/gpt-x", ["gpt-x@openai"]),
+        ("openai/gpt-x[1m]", ["gpt-x@openai"]),
         ("openai/", None),
         ("nobody/gpt-x", None),
         ("one[1m]", ["gpt-5@openai"]),
