@@ -548,7 +548,7 @@ class Config(NamedTuple):
     providers: Mapping[str, Provider]
     aliases: Mapping[str, tuple[str, ...]]
     routes: Mapping[str, tuple[str, ...]]
-    env_file: str = ""
+    env_file: str = ""  # as written: relative to the folder of relay.json
     run_secrets: Optional[RunSecrets] = None
 
 
@@ -984,7 +984,7 @@ def json_hint(source: str) -> str:
     bare = re.sub(r'"(?:[^"\\\n]|\\.)*"?', '""', source)  # what stands in strings says nothing
     if not source.strip():
         return " (the file is empty)"
-    if re.search(r"^\s*(?://|#)|//|/\*", bare, re.MULTILINE):
+    if re.search(r"^[ \t]*(?://|#)|//|/\*", bare, re.MULTILINE):
         return ' (JSON has no comments: use a key that begins with "//")'
     if re.search(r",\s*[\]}]", bare):
         return " (there is a comma behind the last entry of a list or an object)"
@@ -5407,7 +5407,6 @@ class Relay:
         self.connections = UpstreamPool(loop)
         self.keys = KeyPool(random.Random(), warn)
         self._loop = loop
-        self._warn = warn
 
     async def obtain(self, request: UpstreamRequest) -> UpstreamResponse:
         """The response to deliver: the first that isn't a failure, else the last one there was. Raises
