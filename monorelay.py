@@ -9,8 +9,8 @@
 
 Three storeys, of rooms that know only those above them:
 
-    ┌ decides  limits · errors · config · auth · routing · key pool · HTTP/1.1 · JSON bodies · event streams ·
-    │          access log · echo                                    no socket, clock, file or environment
+    ┌ decides  limits · errors · config · auth · routing · key pool · ledger rules · HTTP/1.1 · JSON bodies ·
+    │          event streams · access log · echo                    no socket, clock, file or environment
     ├ waits    event loop · request body · upstream · relay · catalogue · log writer
     └ runs     responses · endpoints · handler · server · command line
 
@@ -183,6 +183,13 @@ LOG_VALUE_CHARACTERS = 200
 LOGGED_CHARACTERS = LOG_VALUE_CHARACTERS + 1  # of a text from outside so much is kept, which shows that it was longer
 LOG_BACKLOG_LINES = 4000  # more than that waiting for a blocked stderr is dropped, and counted,
 LOG_BACKLOG_CHARACTERS = 4 * 1024 * 1024  # and so is what comes when so much waits
+
+USAGE_COUNT = 10**12  # tokens: nothing that is larger can be true
+USAGE_ITERATIONS = 100  # of one response; server-side loops end after some ten
+USAGE_WORD_CHARACTERS = 32  # of a service tier and the like
+COST_NANO_USD = 10**15  # a million USD: no response costs more, and sums of such fit into SQLite's 64 bits
+PRICES_BYTES = 64 * 1024 * 1024  # of a price file; LiteLLM's has 3.5 MB
+PRICE_USD = 1.0  # the most that a token may cost
 
 ECHO_MODELS = ("echo", "echo-slow", "echo-cut", "echo-tool", "echo-error-529")
 ECHO_BODY_BYTES = 1024 * 1024  # echo reads no more
@@ -512,6 +519,15 @@ class User(NamedTuple):
     tokens_since: float  # tokens issued before are refused; seconds since 1970
     keys: tuple[Secret, ...] = ()  # each of which shows who calls, like a token
     enabled: bool = True
+    usd_per_day: float = 0.0  # 0: no budget, here and below
+    usd_per_month: float = 0.0
+    tokens_per_day: int = 0
+    viewer: bool = False  # sees everything, and may call no model
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether what this user spends is limited."""
+        return bool(self.usd_per_day or self.usd_per_month or self.tokens_per_day)
 
 
 class ServerSettings(NamedTuple):
@@ -529,6 +545,29 @@ class ServerSettings(NamedTuple):
     drain_seconds: float
     cors_origins: tuple[str, ...]
     log: str
+
+
+class LedgerSettings(NamedTuple):
+    """The `ledger` section."""
+
+    path: str  # as written: relative to the folder of relay.json, until load_config() has read it
+    keep_days: int
+
+
+class Price(NamedTuple):
+    """What the tokens of a model cost. A rate is a whole number of PRICE_UNIT, by (kind, tier, above): the kind as in
+    Used; the service tier, empty for the standard one; for prompts of more than so many thousand tokens, 0 for any."""
+
+    rates: Mapping[tuple[str, str, int], int]
+    factors: Mapping[str, int]  # of a speed or a place of inference; also in PRICE_UNIT
+
+
+class Prices(NamedTuple):
+    """Prices of models: by their names, as LiteLLM's list has them, or by patterns of which the first match counts."""
+
+    by_name: Mapping[str, Price]
+    by_pattern: Sequence[tuple[str, Price]]
+    as_of: str = ""  # the day of the file
 
 
 class RunSecrets(NamedTuple):
@@ -550,6 +589,9 @@ class Config(NamedTuple):
     routes: Mapping[str, tuple[str, ...]]
     env_file: str = ""  # as written: relative to the folder of relay.json
     run_secrets: Optional[RunSecrets] = None
+    ledger: Optional[LedgerSettings] = None
+    prices: Optional[Prices] = None
+    prices_file: str = ""  # as written: relative to the folder of relay.json
 
 
 DEFAULT_PORTS = {"http": 80, "https": 443, "echo": 0}
@@ -926,7 +968,12 @@ USER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "tokens_since": (moment, 0.0),
     "key": (user_keys, ()),
     "enabled": (boolean, True),
+    "usd_per_day": (positive, 0.0),
+    "usd_per_month": (positive, 0.0),
+    "tokens_per_day": (whole(1, 10**15 - 1), 0),
+    "viewer": (boolean, False),
 }
+LEDGER_SETTINGS: Mapping[str, tuple[Check, Any]] = {"path": (some_text, "usage.db"), "keep_days": (whole(1, 36500), 90)}
 PROVIDER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "format": (one_of("anthropic", "openai", "echo"), ""),
     "base_url": (base_url, ""),
@@ -942,6 +989,7 @@ PROVIDER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "proxy": (proxy_url, ""),
 }
 SECTIONS = ("server", "users", "providers", "aliases", "routes")
+TOP_LEVEL = (*SECTIONS, "env_file", "ledger", "prices")
 
 
 def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.json") -> Config:
@@ -955,8 +1003,8 @@ def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.jso
         raise ConfigError([f"{name}: must be a JSON object, not {kind_of(document)}"])
     document = expand(document, "", environ, problems)
     for key in document:
-        if key not in (*SECTIONS, "env_file"):
-            problems.add(key, f"unknown key{suggestion(key, (*SECTIONS, 'env_file'))}")
+        if key not in TOP_LEVEL:
+            problems.add(key, f"unknown key{suggestion(key, TOP_LEVEL)}")
     if not is_text(document.get("env_file", "")):
         problems.add("env_file", "must be the path of a file")
     sections = {key: read_object(document.get(key, {}), key, problems) for key in SECTIONS}
@@ -972,7 +1020,9 @@ def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.jso
         read_lists(sections["aliases"], "aliases", problems),
         read_lists(sections["routes"], "routes", problems),
         str(document.get("env_file", "")),
+        ledger=read_ledger(document, users, problems),
     )
+    config = read_prices(config, document.get("prices"), problems)
     check_routes(config, problems)
     check_aliases(config, problems)
     problems.raise_if_any()
@@ -1039,6 +1089,31 @@ def read_lists(section: JsonDict, place: str, problems: Problems) -> dict[str, t
     return read_settings({key: (text_or_texts, ()) for key in section}, section, place, problems)
 
 
+def read_ledger(document: JsonDict, users: Mapping[str, User], problems: Problems) -> Optional[LedgerSettings]:
+    """The ledger's settings, if there is one; without it there can't be budgets, which a restart would forget."""
+    if "ledger" in document:
+        return LedgerSettings(**read_settings(LEDGER_SETTINGS, document["ledger"], "ledger", problems))
+    for user in users.values():
+        if user.has_budget:
+            problems.add(
+                f"users.{user.name}", 'has a budget, which needs the ledger: add "ledger": {"path": "usage.db"}'
+            )
+    return None
+
+
+def read_prices(config: Config, value: Any, problems: Problems) -> Config:
+    """The configuration with the prices that stand in it, or with the name of the file that has them."""
+    if isinstance(value, str) and value:
+        return config._replace(prices_file=str(value))
+    if value is None:
+        return config
+    try:
+        return config._replace(prices=parse_prices(value))
+    except ValueError as error:
+        problems.add("prices", str(error))
+    return config
+
+
 def read_provider(name: str, given: Any, problems: Problems) -> Provider:
     """One provider, its base_url taken apart and its keys read."""
     place = f"providers.{name}"
@@ -1087,6 +1162,105 @@ def read_keys(value: Any, place: str, problems: Problems) -> Optional[tuple[Prov
         if count > 1:
             problems.add(place, f"two keys are labelled {label}")
     return found
+
+
+# -- prices
+#
+# USD are computed in whole numbers: a price is so many 10^-30 USD a token, in which every number of a price list that
+# has up to 17 digits, and is no less than 10^-13, has an exact place.
+
+PRICE_UNIT = 10**30
+KINDS = ("input", "cache_read", "cache_write", "cache_write_long", "output")
+# Fields of LiteLLM's list, such as cache_creation_input_token_cost_above_1hr_above_200k_tokens_batches.
+LITELLM_RATE = re.compile(
+    r"(input_cost_per_token|output_cost_per_token|cache_read_input_token_cost|cache_creation_input_token_cost)"
+    r"(_above_(?:1|12)hr)?(?:_above_([0-9]{1,6})k_tokens)?(?:_([a-z]+))?"
+)
+LITELLM_KINDS = {
+    "input_cost_per_token": "input",
+    "output_cost_per_token": "output",
+    "cache_read_input_token_cost": "cache_read",
+    "cache_creation_input_token_cost": "cache_write",
+}
+
+
+def parse_prices(document: Any) -> Prices:
+    """The prices in a document of LiteLLM's form, USD per token by the model's name, or of relay.json's own, USD per
+    million by pattern. Raises ValueError with the place."""
+    if not isinstance(document, dict):
+        raise ValueError(f"must be an object of models and their prices, not {kind_of(document)}")
+    models = {name: given for name, given in document.items() if not name.startswith("//")}
+    for name, given in models.items():
+        if not isinstance(given, dict):
+            raise ValueError(f"{name}: must be an object of prices, not {kind_of(given)}")
+    if any("litellm_provider" in given or "input_cost_per_token" in given for given in models.values()):
+        models.pop("sample_spec", None)
+        listed = {name: litellm_price(name, given) for name, given in models.items()}
+        # What is priced by the second or by the picture has no price here.
+        return Prices({name: price for name, price in listed.items() if ("input", "", 0) in price.rates}, ())
+    return Prices({}, tuple((pattern, pattern_price(pattern, given)) for pattern, given in models.items()))
+
+
+def litellm_price(name: str, given: JsonDict) -> Price:
+    """One entry of LiteLLM's list; fields that say nothing of tokens of text are ignored. Raises ValueError."""
+    rates = {}
+    for field, value in given.items():
+        rate = litellm_rate(field)
+        if rate and value is not None:
+            rates[rate] = price_number(value, f"{name}.{field}")
+    factors = given.get("provider_specific_entry")
+    factors = factors if isinstance(factors, dict) else {}
+    numbers = {word: factor for word, factor in factors.items() if type(factor) in (int, float) and 0 < factor < 1000}
+    return Price(rates, {word: exact(factor) for word, factor in numbers.items()})
+
+
+@functools.lru_cache(
+    maxsize=1024
+)  # the list has 300 names, and each some thousand times: without, it takes twice as long
+def litellm_rate(field: str) -> Optional[tuple[str, str, int]]:
+    """Which rate a field of LiteLLM's list gives, if it does."""
+    match = LITELLM_RATE.fullmatch(field)
+    if not match:
+        return None
+    kind, lifetime, above, tier = match.groups()
+    if lifetime and kind != "cache_creation_input_token_cost":
+        return None
+    return ("cache_write_long" if lifetime else LITELLM_KINDS[kind]), tier or "", int(above or 0)
+
+
+def pattern_price(pattern: str, given: JsonDict) -> Price:
+    """An entry of relay.json's own form. Raises ValueError."""
+    for kind in given:
+        if kind not in KINDS and not kind.startswith("//"):
+            raise ValueError(f"{pattern}.{kind}: unknown key{suggestion(kind, KINDS)}")
+    for kind in ("input", "output"):
+        if kind not in given:
+            raise ValueError(f"{pattern}.{kind}: is missing; it is USD per million tokens")
+    million = 1_000_000
+    return Price(
+        {(kind, "", 0): price_number(given[kind], f"{pattern}.{kind}", million) for kind in KINDS if kind in given}, {}
+    )
+
+
+def price_number(value: Any, place: str, tokens: int = 1) -> int:
+    """So many USD for so many tokens, as a rate. Raises ValueError."""
+    try:
+        found = number(value)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    if not 0 <= found <= PRICE_USD * tokens:
+        raise ValueError(f"{place}: must be from 0 to {PRICE_USD * tokens:g} USD")
+    return exact(found) // tokens
+
+
+@functools.lru_cache(maxsize=4096)  # the list has some 1,100 different numbers, of which each stands often
+def exact(value: float) -> int:
+    """The number in PRICE_UNIT, as it is written and not as the nearest binary fraction."""
+    digits, _, exponent = repr(value).partition("e")
+    whole_part, _, fraction = digits.partition(".")
+    places = 30 + int(exponent or 0) - len(fraction)
+    found = int(whole_part + fraction)
+    return found * int(10**places) if places >= 0 else found // int(10**-places)
 
 
 def check_routes(config: Config, problems: Problems) -> None:
@@ -1734,6 +1908,240 @@ def cooldown_keys(candidate: Candidate) -> tuple[tuple[object, ...], ...]:
     provider = candidate.target.provider.name
     secret = candidate.key.secret if candidate.key else None
     return (provider,), (provider, secret), (provider, secret, candidate.target.model)
+
+
+# ==== Ledger rules ==================================================================================
+#
+# What a response used, what that costs, and when a budget is spent. The kinds of tokens are disjoint, so that nothing
+# is charged twice: what was read from a cache or written to it isn't `input`, whatever a provider's total includes.
+#
+#   kind              Anthropic                                        OpenAI, chat and Responses
+#   input             input_tokens                                     prompt_tokens or input_tokens, less the next 3
+#   cache_read        cache_read_input_tokens                          …_details.cached_tokens
+#   cache_write       cache_creation_input_tokens less those below     …_details.cache_write_tokens less those below
+#   cache_write_long  cache_creation.ephemeral_1h_input_tokens         …cache_write_tokens_details.ttl_12h_tokens
+#   output            output_tokens                                    completion_tokens or output_tokens
+#
+# What a response doesn't tell is None and never guessed. A cost is what a price list makes of that, in 10^-9 USD: an
+# estimate, since discounts, credits, pictures and sound aren't in it. Where a list leaves a rate out, the cost is
+# rather dearer than true than cheaper. A budget is checked before a request and charged after it, never reserved.
+
+
+class Used(NamedTuple):
+    """What a response used. A kind is None where the response told nothing."""
+
+    input: Optional[int] = None
+    cache_read: Optional[int] = None
+    cache_write: Optional[int] = None
+    cache_write_long: Optional[int] = None
+    output: Optional[int] = None
+    tier: str = ""  # the service tier; empty for the standard one
+    speed: str = ""  # empty for the usual one
+    geo: str = ""  # where it was computed
+    web_searches: int = 0
+    # Model, empty for the response's own, and what it used. Where there are any, the cost is the sum over them: some
+    # are another model's, and some aren't in the totals (a compaction).
+    iterations: tuple[tuple[str, "Used"], ...] = ()
+
+
+def used_of(usage: Any, service_tier: str = "") -> Used:
+    """What the usage object of a response tells, in either format; of a stream, its objects merged into one. Where the
+    object has no service tier, the one given beside it counts. What is no sound count is as if not named."""
+    usage = section_of(usage)
+    tier = word_of(usage.get("service_tier")) or word_of(service_tier)
+    speed = word_of(usage.get("speed"))
+    used = tokens_of(usage)._replace(
+        tier="" if tier in ("standard", "default") else tier,
+        speed="" if speed == "standard" else speed,
+        geo=word_of(usage.get("inference_geo")),
+        web_searches=count_of(section_of(usage.get("server_tool_use")), "web_search_requests") or 0,
+    )
+    return used._replace(iterations=tuple(iterations_of(usage.get("iterations"), used)))
+
+
+def iterations_of(listed: Any, used: Used) -> Iterator[tuple[str, Used]]:
+    """The steps of which a response tells, each with the tier, speed and place of the whole."""
+    if not isinstance(listed, list) or len(listed) > USAGE_ITERATIONS:
+        return
+    for entry in map(section_of, listed):
+        step = tokens_of(entry)
+        model = entry.get("model")
+        if step.input is not None:
+            name = model if isinstance(model, str) and len(model) <= MODEL_CHARACTERS else ""
+            yield name, step._replace(tier=used.tier, speed=used.speed, geo=used.geo)
+
+
+def tokens_of(usage: Mapping[str, Any]) -> Used:
+    """The tokens by kind. What the object doesn't name is 0, unless it names none at all."""
+    details = section_of(usage.get("prompt_tokens_details")) or section_of(usage.get("input_tokens_details"))
+    split = section_of(usage.get("cache_creation"))
+    total, output = (
+        count_of(usage, "prompt_tokens", "input_tokens"),
+        count_of(usage, "completion_tokens", "output_tokens"),
+    )
+    # DeepSeek and Moonshot have names of their own for what was read.
+    cached, written = count_of(details, "cached_tokens"), count_of(details, "cache_write_tokens")
+    read = cached or count_of(usage, "cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens")
+    write = written or count_of(usage, "cache_creation_input_tokens")
+    brief, lasting = count_of(split, "ephemeral_5m_input_tokens"), count_of(split, "ephemeral_1h_input_tokens")
+    lasting = lasting or count_of(section_of(details.get("cache_write_tokens_details")), "ttl_12h_tokens")
+    if {total, output, cached, written, read, write, brief, lasting} == {None}:
+        return Used()
+    total, read, lasting = total or 0, read or 0, lasting or 0
+    # A stream's last total rules: an earlier split by lifetime may not add up to it.
+    write = (brief or 0) + lasting if write is None else write
+    if count_of(usage, "prompt_tokens") is not None or cached is not None or written is not None:
+        read = min(read, total)
+        write = min(write, total - read)
+        total -= read + write
+    lasting = min(lasting, write)
+    return Used(total, read, write - lasting, lasting, output or 0)
+
+
+def section_of(value: Any) -> Mapping[str, Any]:
+    """The value, if it is an object; else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def count_of(section: Mapping[str, Any], *names: str) -> Optional[int]:
+    """The first sound count that stands under one of the names."""
+    for name in names:
+        value = section.get(name)
+        if type(value) is int and 0 <= value <= USAGE_COUNT:
+            return value
+    return None
+
+
+def word_of(value: Any) -> str:
+    """A word of a provider, such as a service tier; empty if it is none, or a long one."""
+    is_word = isinstance(value, str) and len(value) <= USAGE_WORD_CHARACTERS and re.fullmatch(r"[\w.-]+", value, re.A)
+    return value if is_word else ""
+
+
+WEB_SEARCH_USD = 0.01  # what both APIs charge for each
+SERVICE_TIERS = {"batch": "batches"}  # how LiteLLM's list calls them where it isn't as the APIs do
+# What a rate that isn't given is, as a part of the input's. OpenAI bills writes so since GPT-5.6; of earlier models,
+# and of others that speak its format, it is rather dearer than true.
+RATE_FACTORS = {
+    "anthropic": {"cache_read": 0.1, "cache_write": 1.25, "cache_write_long": 2.0},
+    "openai": {"cache_read": 1.0, "cache_write": 1.25, "cache_write_long": 2.5},
+}
+DATE_SUFFIX = re.compile(r"[-@](?:20[0-9]{6}|20[0-9]{2}-[0-9]{2}-[0-9]{2})$")
+
+
+def cost_of(prices: Optional[Prices], provider: Provider, model: str, used: Used) -> Optional[int]:
+    """What a response of the model, named as it was sent to the provider, costs in 10^-9 USD; None without a price or
+    without tokens."""
+    if not prices or (used.input is None and used.output is None):
+        return None
+    charges = [charge_of(prices, provider, name or model, step) for name, step in used.iterations or (("", used),)]
+    total = used.web_searches * exact(WEB_SEARCH_USD) * PRICE_UNIT**2
+    for charge in charges:
+        if charge is None:
+            return None
+        total += charge
+    cost = (2 * total * 10**9 // PRICE_UNIT**3 + 1) // 2  # rounded once, and half a unit up
+    return cost if cost <= COST_NANO_USD else None
+
+
+def charge_of(prices: Prices, provider: Provider, model: str, used: Used) -> Optional[int]:
+    """What the tokens cost, in PRICE_UNIT times two factors of that unit; None without a price."""
+    price = find_price(prices, provider, model)
+    if not price:
+        return None
+    counts = {kind: getattr(used, kind) or 0 for kind in KINDS}
+    prompt = sum(counts.values()) - counts["output"]
+    level = level_of(price.rates, SERVICE_TIERS.get(used.tier, used.tier), prompt)
+    total = 0
+    for kind, count in counts.items():
+        if count:
+            rate = rate_of(price.rates, kind, level, provider.format)
+            if rate is None:
+                return None
+            total += count * rate
+    return total * price.factors.get(used.speed, PRICE_UNIT) * price.factors.get(used.geo, PRICE_UNIT)
+
+
+def find_price(prices: Prices, provider: Provider, model: str) -> Optional[Price]:
+    """The price of a model by its name, by that without a date, or by the provider's name before it."""
+    for name in (model, DATE_SUFFIX.sub("", model), f"{provider.name}/{model}"):
+        if name in prices.by_name:
+            return prices.by_name[name]
+        for pattern, price in prices.by_pattern:
+            if matches_any(name, (pattern,)):
+                return price
+    return None
+
+
+def level_of(rates: Mapping[tuple[str, str, int], int], tier: str, prompt: int) -> tuple[str, int]:
+    """The service tier, and the size of the prompt in thousands, by whose rates the whole request is charged: where
+    the list doesn't have both together, the dearer of the two."""
+    sizes = [above for kind, named, above in rates if kind == "input" and named in ("", tier) and prompt > above * 1000]
+    above = max(sizes, default=0)
+    if ("input", tier, above) in rates:
+        return tier, above
+    known = [level for level in ((tier, 0), ("", above)) if ("input", *level) in rates]
+    return max(known, key=lambda level: [rates.get((kind, *level), 0) for kind in ("input", "output")], default=("", 0))
+
+
+def rate_of(rates: Mapping[tuple[str, str, int], int], kind: str, level: tuple[str, int], format: str) -> Optional[int]:
+    """The rate of a kind at a level: as given; else what it is in general, in the proportion of the input's rates; else
+    the usual part of the input's. None if the list knows none."""
+    given = rates.get((kind, *level))
+    if given is not None:
+        return given
+    usual, asked = rates[("input", "", 0)], rates.get(("input", *level), 0)
+    if (kind, "", 0) in rates:
+        general = rates[(kind, "", 0)]
+        return general * asked // usual if usual else general
+    factor = RATE_FACTORS.get(format, RATE_FACTORS["openai"]).get(kind)
+    return None if factor is None else asked * exact(factor) // PRICE_UNIT
+
+
+class Overspent(NamedTuple):
+    """A budget that is spent: what its user is told, and when it begins anew, in seconds since 1970."""
+
+    message: str
+    ends: float
+
+
+def windows(now: float) -> tuple[str, str]:
+    """The day and the month in UTC, such as 2026-11-26 and 2026-11: what budgets are for."""
+    return windows_of_day(int(now // 86400))
+
+
+@functools.lru_cache(maxsize=4)
+def windows_of_day(day: int) -> tuple[str, str]:
+    """The same by the number of days since 1970."""
+    date = (datetime.date(1970, 1, 1) + datetime.timedelta(days=day)).isoformat()
+    return date, date[: len("2026-11")]
+
+
+def window_end(window: str) -> float:
+    """When a day or a month of windows() is over, in seconds since 1970."""
+    if len(window) == len("2026-11"):
+        first = datetime.date.fromisoformat(f"{window}-01")
+        end = (first + datetime.timedelta(days=31)).replace(day=1)
+    else:
+        end = datetime.date.fromisoformat(window) + datetime.timedelta(days=1)
+    return (end - datetime.date(1970, 1, 1)).days * 86400.0
+
+
+def spent_over(user: User, spent: Callable[[str], tuple[int, int]], now: float) -> Optional[Overspent]:
+    """The budget that keeps the user from starting another request; of several, the one that lasts longest. spent()
+    tells what was spent in a window: 10^-9 USD, and tokens without those read from a cache."""
+    day, month = windows(now)
+    for window, usd, tokens in ((month, user.usd_per_month, 0), (day, user.usd_per_day, user.tokens_per_day)):
+        if not usd and not tokens:
+            continue
+        cost, count = spent(window)
+        until = datetime.datetime.fromtimestamp(window_end(window), datetime.timezone.utc)
+        rest = f"in {window} (UTC); the budget begins anew at {until:%Y-%m-%dT%H:%M:%SZ}"
+        if usd and cost * PRICE_UNIT >= exact(usd) * 10**9:
+            return Overspent(f"{user.name} has spent ${cost / 1e9:.2f} of ${usd:.2f} {rest}", window_end(window))
+        if tokens and count >= tokens:
+            return Overspent(f"{user.name} has used {count} of {tokens} tokens {rest}", window_end(window))
+    return None
 
 
 # ==== HTTP/1.1 ======================================================================================

@@ -82,7 +82,9 @@ import base64
 import concurrent.futures
 import configparser
 import contextlib
+import datetime
 import email.utils
+import fractions
 import gc
 import gzip
 import hmac
@@ -741,7 +743,8 @@ FULL_CONFIG = """{
     "cors_origins": ["https://app.example"], "log": "json"
   },
   "users": { "alice": { "password": "", "models": ["claude-*"], "requests_per_minute": 60,
-             "tokens_since": "2026-11-26T12:00:00Z", "// a": 1 } },
+             "tokens_since": "2026-11-26T12:00:00Z", "// a": 1, "usd_per_day": 20.5, "usd_per_month": 300,
+             "tokens_per_day": 5000000, "viewer": true } },
   "providers": {
     "one": { "format": "anthropic", "base_url": "https://one.example", "enabled": false, "timeout": 0.5,
              "keys": [{"key": "k1", "label": "first", "weight": 3}, "k2", ""], "connect_timeout": 0.25,
@@ -751,7 +754,11 @@ FULL_CONFIG = """{
     "echo": { "format": "echo" }
   },
   "aliases": { "fast": "claude-a@one", "smart": ["fast", "gpt-5@two"] },
-  "routes": { "claude-*": ["one"], "gpt-*": "two", "echo*": "echo" }
+  "routes": { "claude-*": ["one"], "gpt-*": "two", "echo*": "echo" },
+  "ledger": { "path": "spent.db", "keep_days": 30 },
+  "prices": { "claude-opus-*": { "input": 5, "output": 25, "cache_read": 0.5, "cache_write": 6.25,
+                                 "cache_write_long": 10 },
+              "llama*": { "input": 0, "output": 0 }, "//": "the first counts" }
 }"""
 
 
@@ -911,12 +918,35 @@ def test_config_reports_all_problems_at_once():
         ("routes/claude-*", "onne", "did you mean one?"),
         ("routes/claude-*", ["one", "three"], "routes.claude-*"),
         ("routes/claude-*", 1, "routes.claude-*"),
+        ("users/alice/usd_per_day", 0, "users.alice.usd_per_day"),
+        ("users/alice/usd_per_month", "300", "users.alice.usd_per_month"),
+        ("users/alice/tokens_per_day", 1.5, "users.alice.tokens_per_day"),
+        ("users/alice/viewer", 1, "users.alice.viewer"),
+        ("ledger", "usage.db", "ledger: must be an object"),
+        ("ledger/path", "", "ledger.path"),
+        ("ledger/keep_days", 0, "ledger.keep_days"),
+        ("ledger/keep", 1, "did you mean keep_days?"),
+        ("prices", 5, "prices: must be an object"),
+        ("prices/x", [], "prices: x: must be an object"),
+        ("prices/x", {"input": 1, "output": 1, "cash_read": 1}, "prices: x.cash_read: unknown key, did you mean cache"),
+        ("prices/x", {"input": 1}, "prices: x.output: is missing"),
+        ("prices/x", {"input": -1, "output": 1}, "prices: x.input: must be from 0"),
+        ("prices/x", {"input": "1", "output": 1}, "prices: x.input: must be a number"),
+        ("prices/x", {"input": True, "output": 1}, "prices: x.input: must be a number"),
     ],
 )
 def test_config_refuses(path, value, place):
     found = problems(changed(path, value))
     assert any(place in problem for problem in found), found
     assert all(problem.startswith("relay.json: ") for problem in found)
+
+
+@pytest.mark.parametrize("budget", [{"usd_per_day": 1}, {"usd_per_month": 1}, {"tokens_per_day": 1}])
+def test_config_refuses_a_budget_that_a_restart_would_forget(budget):
+    config = {"users": {"alice": budget}, "providers": {"echo": {"format": "echo"}}, "routes": {"*": "echo"}}
+    (problem,) = problems(json.dumps(config))
+    assert problem.startswith("relay.json: users.alice: has a budget, which needs the ledger")
+    monorelay.parse_config(json.dumps({**config, "ledger": {"path": "usage.db"}}), {})
 
 
 @pytest.mark.parametrize(
@@ -1422,6 +1452,350 @@ def test_what_a_pool_remembers_is_bounded_whatever_models_are_invented(status, c
     assert bytes_grown(fail, count) < 20 << 20
     assert seconds_each(fail) < 5 * alone + 50e-6
     assert len(pool.pool._cooling) <= 10_000
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ledger rules
+# ------------------------------------------------------------------------------------------------------------
+
+KINDS = ("input", "cache_read", "cache_write", "cache_write_long", "output")
+# In the form of LiteLLM's list, with numbers that are on the providers' own pages.
+LITELLM_PRICES = {
+    "sample_spec": {"input_cost_per_token": 0.0, "litellm_provider": "one of https://docs.litellm.ai/docs/providers"},
+    "claude-sonnet": {
+        "litellm_provider": "anthropic", "input_cost_per_token": 3e-06, "output_cost_per_token": 1.5e-05,
+        "cache_creation_input_token_cost": 3.75e-06, "cache_creation_input_token_cost_above_1hr": 6e-06,
+        "cache_read_input_token_cost": 3e-07, "input_cost_per_token_above_200k_tokens": 6e-06,
+        "output_cost_per_token_above_200k_tokens": 2.25e-05, "cache_read_input_token_cost_above_200k_tokens": 6e-07,
+        "cache_creation_input_token_cost_above_200k_tokens": 7.5e-06, "some_field_of_tomorrow": {"a": ["b"]},
+        "search_context_cost_per_query": {"search_context_size_low": 0.01},
+    },
+    "claude-opus": {
+        "litellm_provider": "anthropic", "input_cost_per_token": 5e-06, "output_cost_per_token": 2.5e-05,
+        "cache_creation_input_token_cost": 6.25e-06, "cache_creation_input_token_cost_above_1hr": 1e-05,
+        "cache_read_input_token_cost": 5e-07, "input_cost_per_token_batches": 2.5e-06,
+        "output_cost_per_token_batches": 1.25e-05, "cache_read_input_token_cost_batches": 2.5e-07,
+        "cache_read_input_audio_token_cost": "no text", "provider_specific_entry": {"us": 1.1, "fast": 2.0, "x": "y"},
+    },
+    "claude-haiku": {
+        "litellm_provider": "anthropic", "input_cost_per_token": 1e-06, "output_cost_per_token": 5e-06,
+        "cache_read_input_token_cost": None,
+    },
+    "gpt-5": {
+        "litellm_provider": "openai", "input_cost_per_token": 1.25e-06, "output_cost_per_token": 1e-05,
+        "cache_read_input_token_cost": 1.25e-07, "input_cost_per_token_flex": 6.25e-07,
+        "output_cost_per_token_flex": 5e-06, "cache_read_input_token_cost_flex": 6.25e-08,
+        "provider_specific_entry": ["not", "an", "object"],
+    },
+    "gpt-5.4": {
+        "litellm_provider": "openai", "input_cost_per_token": 2.5e-06, "output_cost_per_token": 1.5e-05,
+        "cache_read_input_token_cost": 2.5e-07, "input_cost_per_token_above_272k_tokens": 5e-06,
+        "output_cost_per_token_above_272k_tokens": 2.25e-05, "cache_read_input_token_cost_above_272k_tokens": 5e-07,
+        "input_cost_per_token_priority": 5e-06, "output_cost_per_token_priority": 3e-05,
+    },
+    "gpt-5.6": {
+        "litellm_provider": "openai", "input_cost_per_token": 4e-06, "output_cost_per_token": 2e-05,
+        "cache_read_input_token_cost": 4e-07, "cache_creation_input_token_cost": 5e-06,
+        "cache_creation_input_token_cost_above_12hr": 1e-05,
+        "cache_creation_input_token_cost_above_12hr_above_272k_tokens": 2e-05,
+        "input_cost_per_token_above_272k_tokens": 8e-06,
+    },
+    "second/llama": {"litellm_provider": "second", "input_cost_per_token": 0, "output_cost_per_token": 0.0},
+    "a-painter": {"litellm_provider": "openai", "output_cost_per_image": 0.04, "output_cost_per_token": 1e-05},
+}  # fmt: skip
+PRICED = {"anthropic": {"base_url": "http://127.0.0.1:9"}, "openai": {"base_url": "http://127.0.0.1:9"},
+          "second": {"format": "openai", "base_url": "http://127.0.0.1:9/v1"}}  # fmt: skip
+
+
+def used(input: int, read: int = 0, write: int = 0, long: int = 0, output: int | None = 0, **rest: Any) -> Any:
+    return monorelay.Used(input, read, write, long, output, **rest)
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        # Anthropic: what a cache gave or took isn't in input_tokens.
+        ({"input_tokens": 3, "cache_creation_input_tokens": 12304, "cache_read_input_tokens": 0, "output_tokens": 550},
+         (3, 0, 12304, 0, 550)),
+        ({"input_tokens": 3, "cache_creation_input_tokens": 300, "cache_read_input_tokens": 70, "output_tokens": 5,
+          "cache_creation": {"ephemeral_5m_input_tokens": 100, "ephemeral_1h_input_tokens": 200}},
+         (3, 70, 100, 200, 5)),
+        # A stream's message_start split its 3068, and message_delta has the total of 3337.
+        ({"input_tokens": 3, "cache_creation_input_tokens": 3337, "output_tokens": 5,
+          "cache_creation": {"ephemeral_5m_input_tokens": 3068, "ephemeral_1h_input_tokens": 0}}, (3, 0, 3337, 0, 5)),
+        ({"input_tokens": 3, "cache_creation_input_tokens": 3337, "output_tokens": 5,
+          "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 3068}}, (3, 0, 269, 3068, 5)),
+        ({"input_tokens": 3, "cache_creation_input_tokens": 3000, "output_tokens": 5,
+          "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 3068}}, (3, 0, 0, 3000, 5)),
+        ({"input_tokens": 3, "cache_creation": {"ephemeral_5m_input_tokens": 1, "ephemeral_1h_input_tokens": 2},
+          "cache_creation_input_tokens": None}, (3, 0, 1, 2, 0)),
+        ({"cache_creation": {"ephemeral_1h_input_tokens": 2}}, (0, 0, 0, 2, 0)),
+        # OpenAI, chat: all of it is in prompt_tokens.
+        ({"prompt_tokens": 2006, "completion_tokens": 300, "total_tokens": 2306,
+          "prompt_tokens_details": {"cached_tokens": 1920, "audio_tokens": 0},
+          "completion_tokens_details": {"reasoning_tokens": 200}}, (86, 1920, 0, 0, 300)),
+        ({"prompt_tokens": 5, "total_tokens": 5}, (5, 0, 0, 0, 0)),
+        ({"prompt_tokens": 5, "completion_tokens": 1, "prompt_tokens_details": None}, (5, 0, 0, 0, 1)),
+        ({"prompt_tokens": 100, "completion_tokens": 1, "prompt_cache_hit_tokens": 64, "prompt_cache_miss_tokens": 36},
+         (36, 64, 0, 0, 1)),
+        ({"prompt_tokens": 100, "completion_tokens": 1, "cached_tokens": 60}, (40, 60, 0, 0, 1)),
+        # A gateway that speaks OpenAI's format and tells Anthropic's figures, too.
+        ({"prompt_tokens": 100, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 60},
+          "cache_read_input_tokens": 60, "cache_creation_input_tokens": 30}, (10, 60, 30, 0, 1)),
+        # OpenAI, Responses.
+        ({"input_tokens": 100, "input_tokens_details": {"cached_tokens": 60}, "output_tokens": 7,
+          "output_tokens_details": {"reasoning_tokens": 5}, "total_tokens": 107}, (40, 60, 0, 0, 7)),
+        ({"input_tokens": 1000, "output_tokens": 7, "input_tokens_details": {
+            "cached_tokens": 600, "cache_write_tokens": 300, "cache_write_tokens_details": {"ttl_12h_tokens": 100}}},
+         (100, 600, 200, 100, 7)),
+        # More was read than there was.
+        ({"prompt_tokens": 10, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 6**9}},
+         (0, 10, 0, 0, 1)),
+        # What is no count is as if not named.
+        ({"input_tokens": True, "output_tokens": "5", "cache_read_input_tokens": -1}, (None,) * 5),
+        ({"input_tokens": 4, "output_tokens": 10**12 + 1, "cache_read_input_tokens": 1.5}, (4, 0, 0, 0, 0)),
+        ({"input_tokens": 10**12, "output_tokens": 1, "cache_creation": "5m"}, (10**12, 0, 0, 0, 1)),
+        ({}, (None,) * 5), (None, (None,) * 5), ([1], (None,) * 5), ("usage", (None,) * 5),
+    ],
+    ids=brief,
+)  # fmt: skip
+def test_the_kinds_of_tokens_are_disjoint_in_either_format(usage, expected):
+    assert monorelay.used_of(usage)[:5] == expected
+
+
+@pytest.mark.parametrize(
+    ("usage", "beside", "expected"),
+    [
+        ({"service_tier": "standard", "speed": "standard"}, "", ("", "", "", 0)),
+        ({"service_tier": "batch", "speed": "fast", "inference_geo": "us"}, "priority", ("batch", "fast", "us", 0)),
+        ({}, "priority", ("priority", "", "", 0)),
+        ({}, "default", ("", "", "", 0)),
+        ({"service_tier": None, "server_tool_use": {"web_search_requests": 3}}, "flex", ("flex", "", "", 3)),
+        ({"service_tier": "x" * 33, "speed": "two words", "inference_geo": 5, "server_tool_use": [3]}, "ü",
+         ("", "", "", 0)),
+    ],
+    ids=brief,
+)  # fmt: skip
+def test_the_tier_speed_and_place_are_told_where_they_are_not_the_usual_ones(usage, beside, expected):
+    found = monorelay.used_of({"input_tokens": 1, **usage}, beside)
+    assert (found.tier, found.speed, found.geo, found.web_searches) == expected
+
+
+def test_iterations_are_kept_with_their_models_beside_the_totals():
+    usage = {
+        "input_tokens": 3, "output_tokens": 550, "service_tier": "priority", "iterations": [
+            {"type": "message", "input_tokens": 1, "output_tokens": 50, "cache_read_input_tokens": 9},
+            {"type": "advisor_message", "model": "claude-opus", "input_tokens": 2, "output_tokens": 500},
+            {"type": "compaction", "input_tokens": 4, "output_tokens": 6, "model": "x" * 257},
+            "nonsense", {"type": "message"},
+        ],
+    }  # fmt: skip
+    found = monorelay.used_of(usage)
+    assert found[:5] == (3, 0, 0, 0, 550)
+    assert [(model, step[:5], step.tier) for model, step in found.iterations] == [
+        ("", (1, 9, 0, 0, 50), "priority"),
+        ("claude-opus", (2, 0, 0, 0, 500), "priority"),
+        ("", (4, 0, 0, 0, 6), "priority"),
+    ]  # fmt: skip
+    assert monorelay.used_of({**usage, "iterations": usage["iterations"] * 21}).iterations == ()
+
+
+USAGE_NAMES = [
+    "input_tokens", "output_tokens", "prompt_tokens", "completion_tokens", "cache_read_input_tokens", "cached_tokens",
+    "cache_creation_input_tokens", "cache_creation", "ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens",
+    "prompt_tokens_details", "input_tokens_details", "cache_write_tokens", "cache_write_tokens_details",
+    "ttl_12h_tokens", "service_tier", "speed", "inference_geo", "server_tool_use", "web_search_requests", "iterations",
+    "model", "prompt_cache_hit_tokens",
+]  # fmt: skip
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40) | st.integers(0, 10**13),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(USAGE_NAMES), inner, max_size=8),
+    max_leaves=30,
+)
+COUNTS = st.integers(0, 10**12)
+
+
+@hypothesis.settings(max_examples=500)
+@hypothesis.given(st.dictionaries(st.sampled_from(USAGE_NAMES), ANY_JSON, max_size=12) | ANY_JSON, ANY_JSON)
+def test_whatever_a_provider_calls_its_usage_is_read_without_a_fault(usage, beside):
+    found = monorelay.used_of(usage, beside)
+    for step in (found, *(step for _, step in found.iterations)):
+        assert len({count is None for count in step[:5]}) == 1, "all kinds are known, or none"
+        assert all(type(count) is int and 0 <= count <= 2 * 10**12 for count in step[:5] if count is not None)
+        assert all(isinstance(word, str) and len(word) <= 32 for word in (step.tier, step.speed, step.geo))
+    nano_usd = cost("openai", "gpt-5.4", found)
+    assert nano_usd is None or (type(nano_usd) is int and 0 <= nano_usd <= monorelay.COST_NANO_USD)
+
+
+@hypothesis.given(COUNTS, COUNTS, COUNTS, COUNTS, COUNTS)
+def test_openais_total_is_the_sum_of_its_kinds_and_anthropics_parts_stay_as_they_are(total, read, write, long, output):
+    details = {"cached_tokens": read, "cache_write_tokens": write}
+    details["cache_write_tokens_details"] = {"ttl_12h_tokens": long}
+    chat = {"prompt_tokens": total, "completion_tokens": output, "prompt_tokens_details": details}
+    responses = {"input_tokens": total, "output_tokens": output, "input_tokens_details": details}
+    found = monorelay.used_of(chat)
+    assert found == monorelay.used_of(responses) and sum(found[:4]) == total and found.output == output
+    split = {"ephemeral_5m_input_tokens": max(0, write - long), "ephemeral_1h_input_tokens": long}
+    anthropic_usage = {"input_tokens": total, "cache_read_input_tokens": read, "cache_creation_input_tokens": write,
+                       "output_tokens": output, "cache_creation": split}  # fmt: skip
+    found = monorelay.used_of(anthropic_usage)
+    assert (found.input, found.cache_read, found.output) == (total, read, output)
+    assert found.cache_write + found.cache_write_long == write and found.cache_write_long == min(long, write)
+
+
+def cost(provider: str, model: str, tokens: Any, prices: Any = LITELLM_PRICES) -> int | None:
+    """What it costs in 10^-9 USD."""
+    return monorelay.cost_of(monorelay.parse_prices(prices), parse(PRICED).providers[provider], model, tokens)
+
+
+@pytest.mark.parametrize(
+    ("provider", "model", "tokens", "nano_usd"),
+    [
+        # A bill of Anthropic's: $0.04614 for the writes, $0.00825 for the output.
+        ("anthropic", "claude-sonnet", used(3, write=12304, output=550), 54_399_000),
+        ("anthropic", "claude-sonnet-20250219", used(3, write=12304, output=550), 54_399_000),
+        ("anthropic", "claude-sonnet@20250219", used(0, output=1), 15_000),
+        ("anthropic", "claude-sonnet-2025021", used(0, output=1), None),
+        ("openai", "gpt-5", used(86, read=1920, output=300), 86 * 1250 + 1920 * 125 + 300 * 10_000),
+        ("openai", "gpt-5-2025-08-07", used(86, read=1920, output=300), 86 * 1250 + 1920 * 125 + 300 * 10_000),
+        # The size of the prompt, with what was read and written, picks the tier of the whole request.
+        ("openai", "gpt-5.4", used(200_000, read=100_000, output=1000), 200_000 * 5000 + 100_000 * 500 + 1000 * 22_500),
+        ("openai", "gpt-5.4", used(272_000, output=1000), 272_000 * 2500 + 1000 * 15_000),
+        ("openai", "gpt-5.4", used(272_001, output=1000), 272_001 * 5000 + 1000 * 22_500),
+        ("anthropic", "claude-sonnet", used(1, read=199_998, write=1, long=1), 6000 + 199_998 * 600 + 7500 + 12_000),
+        ("anthropic", "claude-sonnet", used(0, read=199_998, write=1, long=1), 199_998 * 300 + 3750 + 6000),
+        # Service tiers; where one and the size aren't given together, the dearer one.
+        ("openai", "gpt-5", used(86, read=1920, output=300, tier="flex"), 86 * 625 + 120_000 + 300 * 5000),
+        ("openai", "gpt-5", used(86, output=300, tier="scale"), 86 * 1250 + 300 * 10_000),
+        ("openai", "gpt-5.4", used(300_000, read=1, output=1, tier="priority"), 300_000 * 5000 + 500 + 30_000),
+        ("anthropic", "claude-opus", used(2, read=1, output=4, tier="batch"), 5000 + 250 + 50_000),
+        # The batch rates of writes aren't listed: they are in the proportion of the input's.
+        ("anthropic", "claude-opus", used(0, write=4, long=2, tier="batch"), 12_500 + 10_000),
+        ("openai", "gpt-5.6", used(1, read=2, write=4, long=8, output=3), 4000 + 800 + 20_000 + 80_000 + 60_000),
+        ("openai", "gpt-5.6", used(272_000, long=1), 272_000 * 8000 + 20_000),
+        # Speed, place, web searches.
+        ("anthropic", "claude-opus", used(10, output=1, speed="fast"), 150_000),
+        ("anthropic", "claude-opus", used(10, output=1, geo="us"), 82_500),
+        ("anthropic", "claude-opus", used(10, output=1, speed="fast", geo="us", web_searches=2), 165_000 + 20_000_000),
+        ("anthropic", "claude-opus", used(10, output=1, speed="slow", geo="global"), 75_000),
+        # What a list leaves out has the usual proportion of the format.
+        ("anthropic", "claude-haiku", used(1, read=10, write=4, long=2, output=1), 1000 + 1000 + 5000 + 4000 + 5000),
+        ("openai", "claude-haiku", used(1, read=10, write=4, long=2, output=1), 1000 + 10_000 + 5000 + 5000 + 5000),
+        # By the provider's name and the model's; free is a price, too.
+        ("second", "llama", used(1000, output=1000), 0),
+        ("openai", "llama", used(1000, output=1000), None),
+        ("openai", "sample_spec", used(1), None),
+        ("openai", "a-painter", used(1, output=1), None),
+        # Nothing was told, or only a part of it.
+        ("openai", "gpt-5", monorelay.Used(), None),
+        ("openai", "gpt-5", used(8, output=None), 10_000),
+        # Other models' iterations at their own price; all must have one.
+        ("anthropic", "claude-sonnet", used(3, output=550, iterations=(
+            ("", used(1, output=50)), ("claude-opus", used(2, output=500)), ("", used(100, output=10)))),
+         3000 + 750_000 + 10_000 + 12_500_000 + 300_000 + 150_000),
+        ("anthropic", "claude-sonnet", used(3, output=5, iterations=(("unknown", used(1)),)), None),
+        ("openai", "gpt-5", used(10**12, output=10**12), None),
+    ],
+    ids=brief,
+)  # fmt: skip
+def test_a_cost_is_what_the_bill_says(provider, model, tokens, nano_usd):
+    assert cost(provider, model, tokens) == nano_usd
+
+
+def test_prices_by_pattern_are_usd_per_million_and_the_first_match_counts():
+    prices = {"//": "mine", "claude-opus-4-1*": {"input": 15, "output": 75}, "claude-*": {"input": 3, "output": 15,
+              "cache_read": 0, "cache_write": 3.75}, "second/llama*": {"input": 0.1, "output": 0.3, "//": "guessed"},
+              "gpt-[5]": {"input": 1.25, "output": 10}, "odd[1": {"input": 1, "output": 2}}  # fmt: skip
+    assert cost("anthropic", "claude-opus-4-1-x", used(1, read=10, output=1), prices) == 15_000 + 15_000 + 75_000
+    assert cost("anthropic", "claude-new", used(1, read=10, write=4, long=1), prices) == 3000 + 15_000 + 6000
+    assert cost("second", "llama-4", used(1, read=1, output=1), prices) == 100 + 100 + 300
+    assert cost("openai", "llama-4", used(1), prices) is None
+    assert cost("openai", "gpt-5", used(4, output=1), prices) == 15_000
+    assert cost("openai", "odd[1", used(1), prices) == 1000
+    assert monorelay.cost_of(None, parse(PRICED).providers["openai"], "gpt-5", used(1)) is None
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(
+    st.lists(st.decimals(0, 1000, places=7) | st.integers(0, 1000), min_size=5, max_size=5),
+    st.lists(st.integers(0, 10**8), min_size=5, max_size=5),
+)
+def test_a_cost_is_exact_to_the_unit_whatever_the_price(rates, counts):
+    prices = {"m": {kind: json.loads(str(rate)) for kind, rate in zip(KINDS, rates)}}
+    exact = sum(fractions.Fraction(rate) * 1000 * count for rate, count in zip(rates, counts))
+    assert cost("openai", "m", monorelay.Used(*counts), prices) == math.floor(exact + fractions.Fraction(1, 2))
+
+
+@hypothesis.given(st.decimals(0, 1, places=13) | st.floats(1e-12, 1.0))
+def test_a_price_is_the_number_as_it_is_written(value):
+    number = json.loads(str(value))
+    assert fractions.Fraction(monorelay.exact(number), 10**30) == fractions.Fraction(str(number))
+
+
+@pytest.mark.parametrize(
+    ("document", "place"),
+    [
+        ([], "must be an object"), ("https://example.org", "must be an object"),
+        ({"gpt-5": {"litellm_provider": "openai", "input_cost_per_token": "1"}}, "gpt-5.input_cost_per_token: must be"),
+        ({"gpt-5": {"litellm_provider": "x", "output_cost_per_token_flex": -1}}, "gpt-5.output_cost_per_token_flex"),
+        ({"gpt-5": {"input_cost_per_token": 1.5}}, "gpt-5.input_cost_per_token: must be from 0 to 1 USD"),
+        ({"gpt-5": {"input_cost_per_token": 10**400}}, "gpt-5.input_cost_per_token: must be a number of a sensible"),
+        ({"gpt-5": {"input_cost_per_token": 1}, "x": 1}, "x: must be an object of prices, not a number"),
+        ({"openai": {"models": {}}}, "openai.models: unknown key"),
+    ],
+    ids=brief,
+)  # fmt: skip
+def test_a_broken_price_list_names_the_place(document, place):
+    with pytest.raises(ValueError, match=f"^{re.escape(place)}"):
+        monorelay.parse_prices(document)
+
+
+@pytest.mark.parametrize(
+    ("now", "expected", "day_ends", "month_ends"),
+    [
+        ("2026-11-26T12:00:00", ("2026-11-26", "2026-11"), "2026-11-27", "2026-12-01"),
+        ("2026-12-31T23:59:59", ("2026-12-31", "2026-12"), "2027-01-01", "2027-01-01"),
+        ("2028-02-28T00:00:00", ("2028-02-28", "2028-02"), "2028-02-29", "2028-03-01"),
+    ],
+)
+def test_budgets_are_for_days_and_months_in_utc(now, expected, day_ends, month_ends):
+    found = monorelay.windows(timestamp(now))
+    assert found == expected
+    assert monorelay.window_end(found[0]) == timestamp(f"{day_ends}T00:00:00")
+    assert monorelay.window_end(found[1]) == timestamp(f"{month_ends}T00:00:00")
+
+
+def timestamp(text: str) -> float:
+    """The seconds since 1970 of a time in UTC."""
+    return datetime.datetime.fromisoformat(f"{text}+00:00").timestamp()
+
+
+@pytest.mark.parametrize(
+    ("spent", "told", "until"),
+    [
+        ({}, None, None),
+        ({"2026-11-26": (20 * 10**9 - 1, 4_999_999), "2026-11": (300 * 10**9 - 1, 0)}, None, None),
+        ({"2026-11-26": (20 * 10**9, 0)}, "alice has spent $20.00 of $20.00 in 2026-11-26 (UTC)", "2026-11-27"),
+        ({"2026-11": (300_123_456_789, 9)}, "alice has spent $300.12 of $300.00 in 2026-11 (UTC)", "2026-12-01"),
+        ({"2026-11-26": (0, 5_000_000)}, "alice has used 5000000 of 5000000 tokens in 2026-11-26", "2026-11-27"),
+        ({"2026-11-26": (10**15, 10**9), "2026-11": (10**15, 0)}, "in 2026-11 (UTC)", "2026-12-01"),
+    ],
+    ids=brief,
+)  # fmt: skip
+def test_a_spent_budget_says_how_much_of_what_and_until_when(spent, told, until):
+    budget = {"usd_per_day": 20, "usd_per_month": 300, "tokens_per_day": 5_000_000}
+    user = parse({"echo": {}}, users={"alice": budget}, ledger={"path": "usage.db"}).users["alice"]
+    found = monorelay.spent_over(user, lambda window: spent.get(window, (0, 0)), timestamp("2026-11-26T12:00:00"))
+    if told is None:
+        assert found is None
+    else:
+        assert told in found.message and f"begins anew at {until}T00:00:00Z" in found.message
+        assert found.ends == timestamp(f"{until}T00:00:00")
+
+
+def test_who_has_no_budget_is_never_over_it():
+    user = parse({"echo": {}}, users={"alice": {}}).users["alice"]
+    assert not user.has_budget and monorelay.spent_over(user, lambda window: (10**18, 10**18), 0.0) is None
 
 
 # ------------------------------------------------------------------------------------------------------------
