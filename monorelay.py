@@ -4978,6 +4978,15 @@ def write_text(stream: IO[str], text: str) -> None:
         data = data[os.write(descriptor, data) :]
 
 
+def has_sqlite() -> bool:
+    """Whether this Python has SQLite, which some are built without."""
+    try:
+        import sqlite3  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 # ==== Request body ==================================================================================
 #
 # The body of a client's request, read as it comes. What all of them hold together is bounded: the bytes are counted as
@@ -7639,6 +7648,7 @@ def load_config(path: str, options: JsonDict) -> Config:
             raise ConfigError([f"the environment's MONORELAY_ACCESS_KEY: {error}"]) from None
         config = config._replace(server=config.server._replace(access_keys=keys))
     address = {name: options[name] for name in ("host", "port") if name in options}
+    config = with_ledger_beside(config, path, name)
     config = config._replace(server=config.server._replace(**address))
     if config.server.workers > 1 and not hasattr(os, "fork"):
         raise ConfigError([f"{name}: server.workers: must be 1 on this system"])
@@ -7646,6 +7656,45 @@ def load_config(path: str, options: JsonDict) -> Config:
     if obstacle:
         raise ConfigError([f"{name}: {obstacle}"])
     return config
+
+
+def with_ledger_beside(config: Config, path: str, name: str) -> Config:
+    """The configuration with its ledger's path made absolute. Raises ConfigError for budgets that can't be kept."""
+    if not config.ledger:
+        return config
+    # This also imports it, so that it is there when files run out.
+    if not has_sqlite():
+        limited = next((user.name for user in config.users.values() if user.has_budget), "")
+        if limited:
+            raise ConfigError([f"{name}: users.{limited}: has a budget, and this Python has no sqlite3 for the ledger"])
+    return config._replace(ledger=config.ledger._replace(path=beside(path, config.ledger.path)))
+
+
+def beside(path: str, name: str) -> str:
+    """The absolute path of a file that is named in relay.json, which is at `path`."""
+    return os.path.join(os.path.dirname(os.path.abspath(path or "relay.json")), name)
+
+
+def load_prices(config: Config, path: str) -> Config:
+    """The configuration with the prices of the file that it names. Raises ConfigError for a file that can't be read or
+    is broken, and OSError when there is no descriptor to read it with."""
+    if not config.prices_file:
+        return config
+    place = f"{os.path.basename(path)}: prices: {config.prices_file}"
+    try:
+        with open(beside(path, config.prices_file), "rb") as file:
+            data = file.read(PRICES_BYTES + 1)
+            changed = os.fstat(file.fileno()).st_mtime
+        if len(data) > PRICES_BYTES:
+            raise ConfigError([f"{place}: is larger than {PRICES_BYTES // MEGABYTE} MB"])
+        prices = parse_prices(parse_json(data))
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise ConfigError([f"{place}: can't be read: {error.strerror}"]) from None
+    except ValueError as error:
+        raise ConfigError([f"{place}: {error}"]) from None
+    return config._replace(prices=prices._replace(as_of=windows(changed)[0]))
 
 
 def environment(source: str, path: str) -> dict[str, str]:
@@ -7738,13 +7787,13 @@ class Operator:
         self._path = path
         self._options = options
         self._seen = seen  # the state of the file that was read
-        self._env_seen = file_state(self._env_file())
+        self._beside_seen = self._files_beside()
         self._in_terminal = in_terminal()
 
-    def _env_file(self) -> str:
-        """The path of the env_file, or nothing."""
-        name = self._server.service.config.env_file
-        return os.path.join(os.path.dirname(os.path.abspath(self._path)), name) if name else ""
+    def _files_beside(self) -> list[tuple[int, ...]]:
+        """The states of the files that relay.json names: the env_file and the prices."""
+        config = self._server.service.config
+        return [file_state(beside(self._path, name)) for name in (config.env_file, config.prices_file) if name]
 
     def run(self, signals: Signals, supervisor: int = 0) -> int:
         """Serves until SIGTERM, SIGINT or the death of the supervising process; the exit status."""
@@ -7754,16 +7803,16 @@ class Operator:
             if name in ("SIGTERM", "SIGINT") or left or (supervisor and os.getppid() != supervisor):
                 self._drain(signals)
                 return 0
-            changed = (file_state(self._path), file_state(self._env_file())) != (self._seen, self._env_seen)
+            changed = (file_state(self._path), self._files_beside()) != (self._seen, self._beside_seen)
             if name == "SIGHUP" or changed:
                 self.reload()
 
     def reload(self) -> None:
-        """Reads relay.json again; a broken one changes nothing."""
-        self._seen, self._env_seen = file_state(self._path), file_state(self._env_file())
+        """Reads relay.json again, and the prices; a broken one changes nothing."""
+        self._seen, self._beside_seen = file_state(self._path), self._files_beside()
         log = self._server.log
         try:
-            config = load_config(self._path, self._options)
+            config = self._with_prices(load_config(self._path, self._options))
         except (ConfigError, OSError) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 self._seen = ()  # there is no descriptor to read it with: the next try is in a second
@@ -7773,8 +7822,16 @@ class Operator:
             log.warn("the configuration was not reloaded; the one before stays in force")
             return
         self._server.reload(config)
-        self._env_seen = file_state(self._env_file())
+        self._beside_seen = self._files_beside()
         log.say("the configuration was reloaded; values of the environment are those of the start")
+
+    def _with_prices(self, config: Config) -> Config:
+        """The configuration with its prices, or with those of before when the file is broken."""
+        try:
+            return load_prices(config, self._path)
+        except ConfigError as error:
+            self._server.log.warn(f"{error}; the prices of before stay in force")
+            return config._replace(prices=self._server.service.config.prices)
 
     def _drain(self, signals: Signals) -> None:
         """Stops in good order; another signal ends the process at once."""
@@ -7862,7 +7919,7 @@ class Supervisor:
         """What a worker does: it serves until it is told to stop; the exit status."""
         config, seen = self._config, file_state(self._path)
         try:
-            config = with_run_secrets(load_config(self._path, self._options), config)
+            config = with_run_secrets(load_prices(load_config(self._path, self._options), self._path), config)
         except (ConfigError, OSError):
             pass  # the file is broken at the moment: the configuration of the start still holds
         server = RelayServer(config, None, self._listener)
@@ -7929,6 +7986,9 @@ def config_warnings(config: Config) -> Iterator[str]:
     for alias, name in ((alias, name) for alias, names in config.aliases.items() for name in names):
         if "@" in name and name.rpartition("@")[2] not in config.providers:
             yield f"aliases.{alias}: {name} names no provider of this file, and goes upstream as it is"
+    yield from price_warnings(config)
+    if config.ledger and not has_sqlite():
+        yield "ledger: this Python has no sqlite3; nothing is kept"
     if "admin" in config.users:
         yield "users.admin: is called like the owner; give it another name to tell them apart in the log"
     if not any(provider.usable for provider in config.providers.values()) or not (config.routes or config.aliases):
@@ -7944,6 +8004,33 @@ def provider_warnings(provider: Provider, place: str) -> Iterator[str]:
         yield f"{place}.base_url: its keys travel in clear text over plain http; use https"
     if provider.format == "openai" and not provider.prefix:
         yield f"{place}.base_url: has no path; that of OpenAI's SDK ends in /v1"
+
+
+def price_warnings(config: Config) -> Iterator[str]:
+    """Which models can be called that no budget in USD limits, since they have no price."""
+    limited = next((user.name for user in config.users.values() if user.usd_per_day or user.usd_per_month), "")
+    if not limited:
+        return
+    if not config.prices:
+        yield f"prices: are missing, so that the budget of {limited} limits nothing; name a price file or list them"
+        return
+    for name in [*config.routes, *config.aliases]:
+        try:
+            targets = resolve(config, name)
+        except RelayError:
+            continue
+        for provider, model in targets:
+            if provider.format != "echo" and not may_have_price(config.prices, provider, model):
+                yield f"prices: there is none for {model} at {provider.name}, which no budget in USD limits; add one"
+
+
+def may_have_price(prices: Prices, provider: Provider, pattern: str) -> bool:
+    """Whether there is a price for some model that matches the pattern."""
+    if find_price(prices, provider, pattern):
+        return True
+    known = [*prices.by_name, *(other for other, _ in prices.by_pattern)]
+    patterns = (pattern, f"{provider.name}/{pattern}")
+    return any(fnmatch.fnmatchcase(name, asked) for asked in patterns for name in known)
 
 
 def file_warnings(path: str, config: Config) -> Iterator[str]:
@@ -8089,7 +8176,7 @@ def lifetime(value: Any) -> int:
 def run_check(options: JsonDict) -> int:
     """Prints what would be served."""
     path = config_path(options)
-    config = load_config(path, options)
+    config = load_prices(load_config(path, options), path)
     print(f"{path or 'built-in configuration'}: fine")
     print("\n".join(describe_config(config)))
     for warning in file_warnings(path, config):
@@ -8130,7 +8217,7 @@ def run_serve(options: JsonDict) -> int:
     """Serves until a signal says otherwise, alone or as the supervisor of several workers."""
     path = config_path(options)
     seen = file_state(path)  # as it was before it is read: an edit meanwhile is taken up
-    given = load_config(path, options)
+    given = load_prices(load_config(path, options), path)
     config = with_run_secrets(given, None)
     raise_descriptor_limit()
     supervised = config.server.workers > 1
@@ -8167,6 +8254,11 @@ def describe_config(config: Config) -> Iterator[str]:
         yield f"  alias      {alias} -> {', '.join(names)}"
     if config.users:
         yield f"  users      {', '.join(config.users)}"
+    if config.ledger:
+        yield f"  ledger     {config.ledger.path}, kept for {config.ledger.keep_days} days"
+    if config.prices:
+        count, day = len(config.prices.by_name) + len(config.prices.by_pattern), config.prices.as_of
+        yield f"  prices     {count} entries{f' of {day}' if day else ''}"
 
 
 def banner(config: Config, path: str, url: str, made_up: bool) -> Iterator[str]:

@@ -4488,6 +4488,57 @@ def test_what_is_doubtful_of_names_is_warned_of():
     assert warning.startswith("nothing is served")
 
 
+BUDGETED = {"users": {"alice": {"usd_per_day": 1}}, "ledger": {"path": "usage.db"}}
+
+
+def test_routed_models_without_a_price_are_warned_of_where_there_are_budgets():
+    sections = {
+        "routes": {"claude-*": ["anthropic", "echo"], "llama": "second", "gpt-5": "openai", "o?": "openai"},
+        "aliases": {"fast": ["claude-haiku-2025-01-01", "gpt-6@openai"], "any/*": "*@second"},
+    }  # fmt: skip
+
+    def warnings(prices: Any, **rest: Any) -> list[str]:
+        config = parse({**PRICED, "echo": {"format": "echo"}}, **sections, **rest, prices=prices)
+        return [line for line in monorelay.config_warnings(config) if line.startswith("prices: ")]
+
+    for_names = "prices: there is none for {}, which no budget in USD limits; add one"
+    assert warnings(LITELLM_PRICES, **BUDGETED) == [
+        for_names.format("o? at openai"), for_names.format("gpt-6 at openai"),
+    ]  # fmt: skip
+    rates = {"input": 1, "output": 2}
+    assert warnings({"claude-haiku*": rates, "gpt-?": rates, "o3": rates, "*": rates}, **BUDGETED) == []
+    assert warnings({"claude-haiku*": rates, "gpt-?": rates, "o3": rates}, **BUDGETED) == [
+        for_names.format("llama at second")
+    ]
+    (missing,) = (line for line in monorelay.config_warnings(parse(**BUDGETED)) if line.startswith("prices: "))
+    assert missing.startswith("prices: are missing, so that the budget of alice limits nothing")
+    assert warnings(LITELLM_PRICES, ledger={"path": "usage.db"}, users={"alice": {"tokens_per_day": 1}}) == []
+
+
+def test_a_ledger_lies_beside_relay_json_and_needs_sqlite(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "relay.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({**settings({"echo": {}}), "ledger": {"path": "usage.db"}}))
+    config = monorelay.load_config(str(path), {})
+    assert config.ledger == (str(path.parent / "usage.db"), 90)
+    assert not any("ledger" in line for line in monorelay.config_warnings(config))
+    monkeypatch.setitem(sys.modules, "sqlite3", None)
+    config = monorelay.load_config(str(path), {})
+    assert "ledger: this Python has no sqlite3; nothing is kept" in monorelay.config_warnings(config)
+    path.write_text(json.dumps({**settings({"echo": {}}), **BUDGETED}))
+    with pytest.raises(monorelay.ConfigError, match=r"users\.alice: has a budget, and this Python has no sqlite3"):
+        monorelay.load_config(str(path), {})
+
+
+@pytest.mark.parametrize("sections", [{}, {"ledger": {"path": "usage.db"}}], ids=["without", "with"])
+def test_sqlite_is_imported_before_serving_and_only_for_a_ledger(tmp_path, sections):
+    (tmp_path / "relay.json").write_text(json.dumps({**settings({"echo": {}}), **sections}))
+    code = "import sys, monorelay; monorelay.load_config('relay.json', {}); print('sqlite3' in sys.modules)"
+    environ = {**os.environ, "PYTHONPATH": str(HERE)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.stdout.strip() == str(bool(sections)), done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "hint"),
     [('{\n  // a comment\n  "a": 1}', "JSON has no comments"), ('{"a": [1,]}', "a comma behind"),
@@ -8529,6 +8580,62 @@ def test_an_edit_of_the_env_file_is_taken_up(program, tmp_path):
     (tmp_path / "keys.env").write_text("OWNER=second-key-0123456789\n")
     eventually(lambda: "was reloaded" in it.text())
     assert [status(f"{which}-key-0123456789") for which in ("first", "second")] == [401, 200]
+
+
+def test_an_edit_of_the_price_file_is_taken_up_and_a_broken_one_keeps_the_old_prices(relay, tmp_path):
+    it = relay({"openai": {"base_url": "http://127.0.0.1:9"}}).server
+    path, prices = tmp_path / "relay.json", tmp_path / "prices.json"
+    path.write_text(json.dumps({**settings({"echo": {}}), "prices": prices.name}))
+    prices.write_text(json.dumps(LITELLM_PRICES))
+    operator = monorelay.Operator(it, str(path), {}, ())
+
+    def price() -> Any:
+        config = it.service.config
+        provider = config.providers["echo"]
+        return monorelay.cost_of(config.prices, provider, "gpt-5", used(0, output=1)), config.prices.as_of
+
+    today = monorelay.windows(time.time())[0]
+    operator.reload()
+    assert price() == (10_000, today)
+    prices.write_text("<html>")
+    path.write_text(json.dumps({**settings({"echo": {}}), "prices": prices.name, "aliases": {"new": "echo"}}))
+    operator.reload()
+    assert price() == (10_000, today) and it.service.config.aliases == {"new": ("echo",)}, "the rest is taken up"
+    prices.unlink()
+    operator.reload()
+    path.write_text(json.dumps({**settings({"echo": {}}), "prices": {"gpt-*": {"input": 1, "output": 2}}}))
+    operator.reload()
+    assert price() == (2000, "")
+
+
+def test_a_running_relay_sees_an_edit_of_its_price_file(program, tmp_path):
+    (tmp_path / "prices.json").write_text(json.dumps(LITELLM_PRICES))
+    it = program({**settings({"echo": {}}), "prices": "prices.json"})
+    assert re.search(r"prices     7 entries of 20\d\d-\d\d-\d\d\n", it.text())
+    (tmp_path / "prices.json").write_text('{"gpt-*": {"inptu": 1}}')
+    eventually(lambda: "prices: prices.json: gpt-*.inptu: unknown key, did you mean input?" in it.text())
+    eventually(lambda: "the prices of before stay in force" in it.text())
+    (tmp_path / "prices.json").write_text('{"gpt-*": {"input": 1, "output": 2}}')
+    eventually(lambda: it.text().count("was reloaded") == 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "relay.json: prices: prices.json: can't be read: No such file or directory"),
+        ("<html>", "relay.json: prices: prices.json: line 1 column 1: Expecting value"),
+        (b"\xff{}", "relay.json: prices: prices.json: "),
+        ('{"gpt-5": {"input_cost_per_token": "1"}}', "prices: prices.json: gpt-5.input_cost_per_token: must be a num"),
+    ],
+    ids=brief,
+)
+def test_a_price_file_that_is_broken_at_the_start_is_an_error(tmp_path, text, told):
+    (tmp_path / "relay.json").write_text(json.dumps({**settings({"echo": {}}), "prices": "prices.json"}))
+    if text is not None:
+        (tmp_path / "prices.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    for command in (["check"], []):
+        done = run(*command, cwd=tmp_path)
+        assert done.returncode == 1 and told in done.stderr and done.stderr.count("\n") == 1, done
 
 
 def test_hash_password_reads_stdin(tmp_path):
