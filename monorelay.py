@@ -27,6 +27,7 @@ The way of a request:
 """
 
 import base64
+import bisect
 import codecs
 import collections
 import datetime
@@ -46,6 +47,7 @@ import ipaddress
 import itertools
 import json
 import math
+import mmap
 import os
 import queue
 import random
@@ -99,6 +101,9 @@ CHUNK_LINE_BYTES = 4096
 # A line of a stream that is longer goes out in pieces: memory stays bounded whatever arrives.
 STREAM_LINE_BYTES = 64 * 1024
 LABORIOUS_LINES = 2000  # or chunks, in what has come at once: they may take 0.3 ms
+USAGE_BYTES = 16 * 1024  # of a response's usage object; some have 1,500
+USAGE_OPENING_BYTES = len('"usage" : {')
+USAGES_AT_ONCE = 8  # the last ones of what has come at once: some servers send one with each word
 # One recv: a TLS record is 16 KiB, four of them make system calls rare.
 RECEIVE_BYTES = 64 * 1024
 # A JSON body of more values takes a second to walk; the largest conversations have some 100,000.
@@ -168,6 +173,7 @@ LOGINS_PER_USER = 10  # a minute, for each address: nobody can lock a user out f
 LOGINS_PER_ADDRESS = 30  # a minute
 LOGINS_WAITING = 8  # for their password to be hashed, which takes 50 ms each
 SECRET_FILE_CHARACTERS = 64 * 1024
+RATE_LIMITS = 12  # of a key that are remembered; Anthropic tells of seven kinds
 LOGIN_BODY_BYTES = 16 * 1024  # who logs in hasn't shown a token yet
 LOGIN_BODY_SECONDS = 20.0  # as for a head
 TRUSTED_ADDRESSES = 1000
@@ -177,6 +183,16 @@ COMPARED_PRODUCT = 100_000  # of characters, for "did you mean": 20 ms at worst,
 COMPARED_CHARACTERS = 64
 REMEMBERED_PATH_CHARACTERS = 200
 MODEL_CHARACTERS = 256  # of a model's name; the longest known ones, ARNs of inference profiles, have some 120
+BOARD_PLACE_BYTES = 1024 * 1024  # of a worker, for what has to be known soon; and as much for the rest
+BOARD_READS = 3  # of a place that is being written meanwhile
+SHARED_SECONDS = 1.0  # how often a worker shows what it has counted,
+SHARED_SOON_SECONDS = 0.025  # and what limits and keys depend on, and
+LOOKED_SECONDS = 0.01  # how often it looks what the others have shown
+TALLIED_MODELS = 100  # that metrics tell apart, and
+TALLIED_USERS = 100  # users who aren't in relay.json
+TALLIED_SERIES = 1000  # users with their models, providers and keys
+TALLIED_HOURS = 48
+ENDED_ROWS = 500  # requests that have ended, for the page
 LOG_PAUSE_SECONDS = 0.1  # lines are written together, so that a busy relay wakes its log thread rarely
 LOG_LAST_SECONDS = 1.0
 LOG_VALUE_CHARACTERS = 200
@@ -469,6 +485,7 @@ class ProviderKey(NamedTuple):
     secret: Secret
     label: str
     weight: float
+    mark: str  # tells it from another one that has its label after a reload, and shows nothing of it
 
 
 class Provider(NamedTuple):
@@ -937,7 +954,8 @@ def provider_key(value: Any, number_in_list: int) -> Optional[ProviderKey]:
     if " " in secret:
         raise ValueError("must be printable ASCII without spaces")
     label = some_text(entry.get("label", f"key{number_in_list}"))
-    return ProviderKey(Secret(str(secret)), label, positive(entry.get("weight", 1))) if secret else None
+    mark = hashlib.sha256(secret.encode("ascii", "replace")).hexdigest()[:16]
+    return ProviderKey(Secret(str(secret)), label, positive(entry.get("weight", 1)), mark) if secret else None
 
 
 def kind_of(value: Any) -> str:
@@ -1632,6 +1650,8 @@ class Throttle:
     def __init__(self, period_seconds: float = 60.0) -> None:
         self._period = period_seconds
         self._times: collections.OrderedDict[str, collections.deque[float]] = collections.OrderedDict()
+        # What other workers have let through: by name, seconds on the monotonic clock, and how many events in each.
+        self.elsewhere: Mapping[str, Sequence[tuple[float, int]]] = {}
 
     def wait_seconds(self, name: str, limit: int, now: float) -> float:
         """0.0 if the event may happen, which counts it; else the seconds until the next one may."""
@@ -1640,12 +1660,34 @@ class Throttle:
         self._times.move_to_end(name)
         if len(self._times) > THROTTLED_NAMES:
             self._times.popitem(last=False)
-        while times and times[0] <= now - self._period:
-            times.popleft()
-        if len(times) >= limit:
-            return times[0] + self._period - now
+        self._drop_old(times, now)
+        elsewhere = self._elsewhere(name, now)
+        if len(times) + sum(count for _, count in elsewhere) >= limit:
+            return min([*itertools.islice(times, 1), *(second for second, _ in elsewhere)]) + self._period - now
         times.append(now)
         return 0.0
+
+    def left(self, name: str, limit: int, now: float) -> int:
+        """How many events may happen at once."""
+        times = self._times.get(name[:THROTTLED_CHARACTERS], collections.deque())
+        self._drop_old(times, now)
+        return max(0, limit - len(times) - sum(count for _, count in self._elsewhere(name, now)))
+
+    def counts(self, now: float) -> dict[str, list[tuple[int, int]]]:
+        """How many events there were for each name, by the second, for the other workers."""
+        for times in self._times.values():
+            self._drop_old(times, now)
+        return {
+            name: list(collections.Counter(map(int, times)).items()) for name, times in self._times.items() if times
+        }
+
+    def _drop_old(self, times: "collections.deque[float]", now: float) -> None:
+        while times and times[0] <= now - self._period:
+            times.popleft()
+
+    def _elsewhere(self, name: str, now: float) -> list[tuple[float, int]]:
+        known = self.elsewhere.get(name)
+        return [(second, count) for second, count in known if second > now - self._period] if known else []
 
 
 # ==== Routing =======================================================================================
@@ -1768,20 +1810,52 @@ class Candidate(NamedTuple):
 
 
 class Cooling:
-    """Until when something is avoided, how often in a row it failed, and whether a success ends that."""
+    """Until when something is avoided and why, how often in a row it failed, and whether a success ends that."""
 
-    __slots__ = ("failures", "fixed", "until")
+    __slots__ = ("changed", "failures", "fixed", "known_until", "until", "why")
 
     def __init__(self) -> None:
         self.until = 0.0
         self.failures = 0
         self.fixed = False  # the provider has named the time
+        self.why = ""  # a status, or what stood in the way of a connection
+        self.changed = 0.0  # when it last failed or recovered; of two workers' views the later one holds
+        self.known_until = 0.0  # how long others may take it for cooling who don't know that it has recovered
 
     def back_off(self, cooldown: float, now: float) -> None:
         """Doubles the pause; failures of requests that were under way together count once."""
         if self.until <= now:
             self.failures += 1
             self.until = now + min(cooldown, 2.0 ** min(self.failures - 1, 20))
+
+    def recover(self, now: float) -> bool:
+        """Ends the pause; whether there was one."""
+        failed = self.failures > 0 or self.until > 0.0
+        if failed:
+            self.known_until, self.changed = self.until, now
+            self.until, self.failures, self.fixed = 0.0, 0, False
+        return failed
+
+
+class Limit(NamedTuple):
+    """What a provider last said of one of its rate limits for a key."""
+
+    used: float  # the fraction of it that is spent
+    left: Optional[int]
+    of: Optional[int]
+    reset: Optional[float]  # when it is whole again, in seconds since 1970
+    at: float  # when it was told
+
+
+class KeyRecord:
+    """How a key has fared of late, for its owner to see."""
+
+    __slots__ = ("failed", "hours", "limits")
+
+    def __init__(self) -> None:
+        self.hours: dict[int, list[int]] = {}  # clock hour: attempts, and how many of them failed
+        self.failed: Optional[tuple[float, str]] = None  # when last, and why
+        self.limits: dict[str, Limit] = {}
 
 
 QUARANTINE_FACTOR = 10  # times `cooldown`: its owner has to do something first
@@ -1796,8 +1870,11 @@ class KeyPool:
     def __init__(self, chance: random.Random, warn: Callable[[str], object] = lambda message: None) -> None:
         self._chance = chance
         self._warn = warn  # tells the owner what begins to cool, and what recovers
-        self._cooling: collections.OrderedDict[tuple[object, ...], Cooling] = collections.OrderedDict()
+        self._cooling: collections.OrderedDict[tuple[str, ...], Cooling] = collections.OrderedDict()
         self._turns: collections.Counter[str] = collections.Counter()
+        self.records: dict[tuple[str, str], KeyRecord] = {}  # of a provider and the label of its key
+        self.attempts: collections.Counter[tuple[str, str, str]] = collections.Counter()  # the same, and the outcome
+        self.news = 0.0  # when something last began to cool, or recovered
 
     def order(self, targets: Iterable[Target], session: str, now: float) -> list[Candidate]:
         """All candidates of the targets, the one to try first at the head. What has the same `session` stays with one
@@ -1850,7 +1927,9 @@ class KeyPool:
         if entry and not (entry.fixed and entry.until > now):
             ended.append(key_and_model)
         for name in ended:
-            if self._cooling.pop(name, None):
+            known = self._cooling.get(name)
+            if known and known.recover(now):
+                self.news = now
                 self._warn(f"{told(candidate, name)} has recovered")
 
     def failed(
@@ -1875,8 +1954,7 @@ class KeyPool:
             entry.until = now + QUARANTINE_FACTOR * cooldown
         else:
             entry.back_off(cooldown, now)
-        if not was_cooling:
-            self._warn(f"{told(candidate, name)} comes last for {entry.until - now:.3g} s: {status}")
+        self._note_cooling(candidate, name, str(status), was_cooling, now)
 
     def unreachable(self, candidate: Candidate, now: float) -> None:
         """Notes a connection that failed."""
@@ -1884,16 +1962,139 @@ class KeyPool:
         entry = self._entry(name)
         was_cooling = entry.until > now
         entry.back_off(candidate.target.provider.cooldown, now)
-        if not was_cooling:
-            self._warn(f"{told(candidate, name)} comes last for {entry.until - now:.3g} s: no connection")
+        self._note_cooling(candidate, name, "no connection", was_cooling, now)
 
-    def _entry(self, name: tuple[object, ...]) -> Cooling:
+    def _note_cooling(
+        self, candidate: Candidate, name: tuple[str, ...], why: str, was_cooling: bool, now: float
+    ) -> None:
+        """Notes why something cools, and warns when it has just begun to."""
+        entry = self._cooling[name]
+        entry.why, entry.changed, self.news = why, now, now
+        if not was_cooling:
+            self._warn(f"{told(candidate, name)} comes last for {entry.until - now:.3g} s: {why}")
+
+    def note(self, candidate: Candidate, outcome: str, clock: float) -> None:
+        """Notes what became of an attempt: `ok`, or what it met. `clock` is in seconds since 1970."""
+        self.attempts[(candidate.target.provider.name, candidate.label, outcome)] += 1
+        record, hour = self._record(candidate), int(clock // 3600)
+        counts = record.hours.get(hour)
+        if counts is None:
+            record.hours = {known: record.hours[known] for known in record.hours if known == hour - 1}
+            counts = record.hours[hour] = [0, 0]
+        counts[0] += 1
+        if outcome != "ok":
+            counts[1] += 1
+            record.failed = (clock, outcome)
+
+    def note_limits(self, candidate: Candidate, limits: Mapping[str, Limit]) -> None:
+        """Notes what the provider said of its limits for a key."""
+        if limits:
+            self._record(candidate).limits.update(limits)
+
+    def _record(self, candidate: Candidate) -> KeyRecord:
+        return self.records.setdefault((candidate.target.provider.name, candidate.label), KeyRecord())
+
+    def cooling(self, provider: str, mark: str, now: float) -> list[tuple[str, Cooling]]:
+        """What cools of a key: the model, or nothing for all of them, and the entry."""
+        return [
+            (name[2] if len(name) > 2 else "", entry)
+            for name, entry in self._cooling.items()
+            if entry.until > now and name[0] == provider and name[1:2] in ((), (mark,))
+        ]
+
+    def shared(self) -> list[list[Any]]:
+        """What cools or has recovered, for the other workers."""
+        return [
+            [list(name), entry.until, entry.failures, entry.fixed, entry.why, entry.changed, entry.known_until]
+            for name, entry in self._cooling.items()
+        ]
+
+    def adopt(self, shared: Iterable[list[Any]]) -> None:
+        """Takes over what other workers know better, since it happened later."""
+        for listed_name, until, failures, fixed, why, changed, known_until in shared:
+            name = tuple(listed_name)
+            own = self._cooling.get(name)
+            if own is None or own.changed < changed:
+                entry = self._entry(name)
+                entry.until, entry.failures, entry.fixed, entry.why = until, failures, fixed, why
+                entry.changed, entry.known_until = changed, known_until
+
+    def forget(self, now: float) -> None:
+        """Forgets what has recovered, once nobody takes it for cooling any more."""
+        for name in [name for name, entry in self._cooling.items() if not entry.until and entry.known_until <= now]:
+            del self._cooling[name]
+
+    def _entry(self, name: tuple[str, ...]) -> Cooling:
         if name not in self._cooling and len(self._cooling) >= COOLING_ENTRIES:
             self._cooling.popitem(last=False)
         return self._cooling.setdefault(name, Cooling())
 
 
-def told(candidate: Candidate, name: tuple[object, ...]) -> str:
+def key_states(
+    providers: Iterable[Provider], pool: KeyPool, records: Mapping[tuple[str, str], JsonDict], now: float, clock: float
+) -> list[JsonDict]:
+    """How each key of the enabled providers is, for their owner to see. `records`: of a provider and the label of its
+    key, as record_document() has them. `now` is on the monotonic clock, `clock` in seconds since 1970."""
+    states = []
+    for provider in providers:
+        keys: Sequence[Optional[ProviderKey]] = provider.keys or (None,)
+        for key in keys if provider.enabled else ():
+            label = key.label if key else ""
+            record = records.get((provider.name, label), EMPTY_RECORD)
+            cooling = pool.cooling(provider.name, key.mark if key else "", now)
+            states.append({"provider": provider.name, "key": label, **key_state(provider, cooling, now), **record})
+    for state in states:
+        hours = [counts for hour, *counts in state.pop("hours") if hour >= clock // 3600 - 1]
+        state["requests"], state["errors"] = sum(total for total, _ in hours), sum(failed for _, failed in hours)
+        state["limits"] = [limit for limit in state["limits"] if not limit["reset"] or limit["reset"] > clock]
+    return states
+
+
+def key_state(provider: Provider, cooling: Sequence[tuple[str, Cooling]], now: float) -> JsonDict:
+    """Whether a key can be used, and why not: `models` are those that cool, if not all of them do."""
+    state: JsonDict = {"state": "client" if provider.client_keys else "ok", "for": None, "why": None, "models": None}
+    if not provider.usable:
+        return {**state, "state": "missing", "why": "has no key"}
+    if cooling:
+        whole = [entry for model, entry in cooling if not model] or [entry for _, entry in cooling]
+        longest = max(whole, key=lambda entry: entry.until)
+        models = sorted({model for model, _ in cooling})[:8]
+        state |= {"state": "cooling", "for": round(longest.until - now, 1), "why": longest.why}
+        state["models"] = None if "" in models else models
+    return state
+
+
+EMPTY_RECORD: JsonDict = {"hours": [], "failed": None, "limits": []}
+
+
+def record_document(record: KeyRecord) -> JsonDict:
+    """What is known of a key, as JSON has it."""
+    return {
+        "hours": [[hour, *counts] for hour, counts in record.hours.items()],
+        "failed": record.failed,
+        "limits": [{"limit": name, **limit._asdict()} for name, limit in record.limits.items()],
+    }
+
+
+def joined_records(records: Iterable[JsonDict]) -> JsonDict:
+    """What several workers know of a key."""
+    hours: collections.Counter[int] = collections.Counter()
+    failures: collections.Counter[int] = collections.Counter()
+    limits: dict[str, JsonDict] = {}
+    failed = None
+    for record in records:
+        for hour, total, failing in record["hours"]:
+            hours[hour] += total
+            failures[hour] += failing
+        failed = max(filter(None, (failed, record["failed"])), default=None)
+        for limit in record["limits"]:
+            if limit["limit"] not in limits or limits[limit["limit"]]["at"] < limit["at"]:
+                limits[limit["limit"]] = limit
+    counts = [[hour, total, failures[hour]] for hour, total in hours.items()]
+    return {"hours": counts, "failed": failed, "limits": list(limits.values())}
+
+
+def told(candidate: Candidate, name: tuple[str, ...]) -> str:
     """What cools, in words: a candidate's provider, its key, or its key with the model."""
     words = [f"the provider {candidate.target.provider.name}"]
     if len(name) > 1:
@@ -1903,11 +2104,11 @@ def told(candidate: Candidate, name: tuple[object, ...]) -> str:
     return ", ".join(words)
 
 
-def cooldown_keys(candidate: Candidate) -> tuple[tuple[object, ...], ...]:
+def cooldown_keys(candidate: Candidate) -> tuple[tuple[str, ...], ...]:
     """The three keys of a candidate in the cooldown table: provider; provider and key; provider, key and model."""
     provider = candidate.target.provider.name
-    secret = candidate.key.secret if candidate.key else None
-    return (provider,), (provider, secret), (provider, secret, candidate.target.model)
+    mark = candidate.key.mark if candidate.key else ""
+    return (provider,), (provider, mark), (provider, mark, candidate.target.model)
 
 
 # ==== Ledger rules ==================================================================================
@@ -1942,6 +2143,48 @@ class Used(NamedTuple):
     # Model, empty for the response's own, and what it used. Where there are any, the cost is the sum over them: some
     # are another model's, and some aren't in the totals (a compaction).
     iterations: tuple[tuple[str, "Used"], ...] = ()
+
+
+NOTHING_TOLD = Used()
+
+
+class LedgerRow(NamedTuple):
+    """A request to a model that has ended, as the ledger keeps it: whose it was, where it went, and what it used.
+    What isn't known is None. No bodies, headers or addresses."""
+
+    at: int  # when it ended, in milliseconds since 1970
+    request: str  # its id
+    user: str
+    model: str  # as it was asked for
+    sent: str  # as it was sent
+    provider: str
+    key: str  # its label
+    path: str
+    status: int
+    stream: int
+    attempts: int
+    ttfb: Optional[int]  # milliseconds, as duration
+    duration: int
+    input: Optional[int]
+    cache_read: Optional[int]
+    cache_write: Optional[int]
+    cache_write_long: Optional[int]
+    output: Optional[int]
+    tier: Optional[str]  # None: the standard one
+    cost: Optional[int]  # 10^-9 USD
+    complete: int  # whether all of the response went out
+    error: Optional[str]
+    tried: Optional[str]  # what each failed attempt met
+
+    @property
+    def failed(self) -> bool:
+        """Whether it counts as an error: a client that leaves is none."""
+        return self.status >= 400 or self.error not in (None, "client_gone")
+
+    @property
+    def untold(self) -> bool:
+        """Whether it was answered without saying what that used."""
+        return 200 <= self.status < 300 and (self.input is None or self.output is None)
 
 
 def used_of(usage: Any, service_tier: str = "") -> Used:
@@ -2644,6 +2887,56 @@ def retry_after_seconds(value: str, now: float) -> Optional[float]:
     return min(seconds, RETRY_AFTER_LIMIT_SECONDS) if seconds >= 0 else None
 
 
+RATE_LIMIT = re.compile(
+    "anthropic-ratelimit-(?P<kind>[a-z0-9-]{1,30})-(?P<part>limit|remaining|reset|utilization)"
+    "|x-ratelimit-(?P<openai_part>limit|remaining|reset)-(?P<openai_kind>requests|tokens)"
+)
+OPENAI_SPAN = re.compile(
+    r"(?:([0-9]{1,6})d)?(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,6}(?:\.[0-9]{1,9})?)s)?"
+    r"(?:([0-9]{1,9})ms)?"
+)
+
+
+def rate_limits(fields: Headers, now: float) -> dict[str, Limit]:
+    """What a response says of the provider's limits for its key, by Anthropic's names in snake case (`requests`,
+    `input_tokens`, `unified_5h`). A unified limit tells the fraction that is spent, the others what is left.
+    Sources: the headers `anthropic-ratelimit-*`, and OpenAI's `x-ratelimit-*`."""
+    told: dict[str, dict[str, str]] = {}
+    for name in fields.names:
+        match = RATE_LIMIT.fullmatch(name) if "ratelimit-" in name else None
+        if match and len(told) < RATE_LIMITS:
+            kind, part = match["kind"] or match["openai_kind"], match["part"] or match["openai_part"]
+            told.setdefault(kind.replace("-", "_"), {})[part] = fields.get(name)[:100]
+    found = {kind: read_limit(parts, now) for kind, parts in told.items()}
+    return {kind: limit for kind, limit in found.items() if limit}
+
+
+def read_limit(parts: Mapping[str, str], now: float) -> Optional[Limit]:
+    """One limit from the values of its headers; None where they don't tell what is spent."""
+    numbers = {name: int(value) for name, value in parts.items() if re.fullmatch("[0-9]{1,15}", value)}
+    reset, spent = reset_time(parts.get("reset", ""), now), parts.get("utilization", "")
+    if re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,9})?", spent):
+        return Limit(float(spent), None, None, reset, now)
+    left, limit = numbers.get("remaining"), numbers.get("limit")
+    return Limit(1 - left / limit, left, limit, reset, now) if left is not None and limit else None
+
+
+def reset_time(value: str, now: float) -> Optional[float]:
+    """When a limit is whole again, in seconds since 1970: from such seconds, a time by RFC 3339, or OpenAI's
+    span such as `1m30s`. None for anything else."""
+    if re.fullmatch("[0-9]{9,11}", value):
+        return float(value)
+    try:
+        return moment(value)
+    except ValueError:
+        pass
+    span = OPENAI_SPAN.fullmatch(value)
+    if not value or not span:
+        return None
+    days, hours, minutes, seconds, milliseconds = (float(part or 0) for part in span.groups())
+    return now + ((days * 24 + hours) * 60 + minutes) * 60 + seconds + milliseconds / 1000
+
+
 # Responses after which another key or target is tried; 400, 404, 413 and 422 are about the request, and would be the
 # same anywhere. Cloudflare tells by 520 to 524 and 530 that the server behind it failed.
 RETRIED_STATUSES = frozenset({401, 402, 403, 429, 500, 502, 503, 504, *range(520, 525), 529, 530})
@@ -3185,7 +3478,16 @@ STREAM_ENDS = re.compile(
 ENDS_IN_NAME = re.compile(rb"(?:^|[\r\n])event:[^\r\n]*(?:\r\n|\n|\r)\Z")  # an event's name without data behind it
 EVENT_IS_ERROR = re.compile(rb'(?:^|[\r\n])(?:event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error"))')
 FIRST_EVENT_IS_ERROR = rb'event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error")'
-USAGE = re.compile(rb'"(input|prompt|output|completion)_tokens" ?: ?([0-9]{1,12})')
+USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+USAGE_OPENING = re.compile(rb'"usage" ?: ?\{')
+OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
+# What a usage object tells, in Anthropic's words and in OpenAI's two sets of them.
+USAGE_NAMES = (
+    "input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "cache_creation",
+    "service_tier", "speed", "inference_geo", "server_tool_use", "iterations",
+    "prompt_tokens", "completion_tokens", "prompt_tokens_details", "input_tokens_details",
+    "prompt_cache_hit_tokens", "cached_tokens",
+)  # fmt: skip
 
 
 def is_cut_off(line: bytes) -> bool:
@@ -3236,27 +3538,57 @@ class LineSplitter:
 
 
 class Usage:
-    """Tokens as a response tells them, read from a copy: the last figure named is the valid one."""
+    """What a response says was used, read from a copy of its bytes as they pass.
 
-    __slots__ = ("_tail", "input_tokens", "output_tokens")
+    Only the objects behind "usage" are parsed. The last that tells something is the valid one; in a stream it is merged
+    over those before, since Anthropic's message_delta has the totals without their details. What message_start says of
+    the output is a placeholder."""
+
+    __slots__ = ("_found", "_held", "_is_placeholder", "_tier")
 
     def __init__(self) -> None:
-        self.input_tokens: Optional[int] = None
-        self.output_tokens: Optional[int] = None
-        self._tail = b""
+        self._found: JsonDict = {}  # the usage, as far as it is told
+        self._is_placeholder = False  # what it says of the output
+        self._tier = ""  # OpenAI's service tier, which stands beside it
+        self._held = b""  # an object, or the name before it, whose rest hasn't come yet
 
-    def read(self, data: bytes) -> None:
+    @property
+    def used(self) -> Used:
+        """The tokens by their kinds, as far as they were told."""
+        if not self._found:
+            return NOTHING_TOLD
+        used = used_of(self._found, self._tier)
+        return used._replace(output=None) if self._is_placeholder else used
+
+    def read(self, data: bytes, is_stream: bool) -> None:
         """Looks through the next bytes of a response."""
-        # A figure may be cut in two where bodies aren't cut at lines; 200 bytes hold a whole usage head.
-        if self._tail:
-            data = self._tail + data
-        if b'_tokens"' in data:
-            for kind, figure in USAGE.findall(data, max(data.find(b'"usage"'), 0)):
-                if kind in (b"input", b"prompt"):
-                    self.input_tokens = int(figure)
-                else:
-                    self.output_tokens = int(figure)
-        self._tail = b"" if data.endswith(b"\n") else data[-200:]
+        if self._held:
+            data, self._held = self._held + data, b""
+        if b'"usage"' in data:
+            self._look(data, is_stream)
+        elif not data.endswith(b"\n"):
+            self._held = data[-USAGE_OPENING_BYTES:]
+
+    def _look(self, data: bytes, is_stream: bool) -> None:
+        """Looks through data in which there is a usage."""
+        held = max(0, len(data) - USAGE_OPENING_BYTES)
+        for opening in collections.deque(USAGE_OPENING.finditer(data), maxlen=USAGES_AT_ONCE):
+            start = opening.end() - 1
+            try:
+                usage, _ = USAGE_DECODER.raw_decode(data[start : start + USAGE_BYTES].decode("utf-8", "replace"))
+            except (ValueError, RecursionError):
+                held = min(held, max(opening.start(), len(data) - USAGE_BYTES))
+                continue
+            told = {name: usage[name] for name in USAGE_NAMES if usage.get(name) is not None}
+            if not told:
+                continue
+            line_start = max(data.rfind(b"\n", 0, start), data.rfind(b"\r", 0, start)) + 1
+            self._is_placeholder = is_stream and b'"message_start"' in data[line_start:start]
+            self._found = {**self._found, **told} if is_stream else told
+            tier = OPENAI_TIER.search(data)
+            self._tier = tier[1].decode("ascii") if tier else ""
+        if not data.endswith(b"\n"):
+            self._held = data[held:]
 
 
 # ==== Records =======================================================================================
@@ -3274,8 +3606,9 @@ class AccessRecord:
     """What the log tells of one request."""
 
     __slots__ = (
-        "attempts", "bytes_sent", "caller", "client", "error", "first_byte", "key", "method", "model", "path",
-        "provider", "request_id", "sent_model", "started", "status", "tried", "upstream_id", "usage", "when",
+        "attempts", "bytes_sent", "caller", "client", "complete", "cost", "error", "first_byte", "is_stream", "key",
+        "method", "model", "path", "provider", "request_id", "sent_model", "started", "status", "tried", "upstream_id",
+        "usage", "used", "when",
     )  # fmt: skip
 
     def __init__(self, when: float, started: float) -> None:
@@ -3288,7 +3621,39 @@ class AccessRecord:
         self.upstream_id = ""  # the provider's own id of the request
         self.tried = ""  # what each failed attempt met
         self.status = self.bytes_sent = self.attempts = 0
+        self.is_stream = self.complete = False  # complete: the whole response went out
         self.usage = Usage()
+        self.used = NOTHING_TOLD  # when the response has ended
+        self.cost: Optional[int] = None  # in 10^-9 USD, if there is a price
+
+    def row(self, now: float, clock: float) -> LedgerRow:
+        """The record as a row of the ledger. `now` is on the monotonic clock, `clock` in seconds since 1970."""
+        used = self.used
+        return LedgerRow(
+            at=int(clock * 1000),
+            request=self.request_id,
+            user=self.caller,
+            model=self.model,
+            sent=self.sent_model,
+            provider=self.provider,
+            key=self.key,
+            path=self.path,
+            status=self.status,
+            stream=int(self.is_stream),
+            attempts=self.attempts,
+            ttfb=None if self.first_byte is None else int((self.first_byte - self.started) * 1000),
+            duration=int((now - self.started) * 1000),
+            input=used.input,
+            cache_read=used.cache_read,
+            cache_write=used.cache_write,
+            cache_write_long=used.cache_write_long,
+            output=used.output,
+            tier=used.tier or None,
+            cost=self.cost,
+            complete=int(self.complete),
+            error=self.error or None,
+            tried=self.tried or None,
+        )
 
     def line(self, now: float, style: str) -> str:
         """The record as a line of the log, key=value or JSON; what isn't known is left out. Times are in seconds."""
@@ -3309,16 +3674,19 @@ class AccessRecord:
 
     def _figures(self, now: float) -> str:
         """The numbers that are known, as they stand in a line."""
-        figures, usage = f" status={self.status} bytes={self.bytes_sent}", self.usage
+        figures = f" status={self.status} bytes={self.bytes_sent}"
         if self.first_byte is not None:
             figures += f" ttfb={self.first_byte - self.started:.4f}"
         figures += f" duration={now - self.started:.4f}"
         if self.attempts:
             figures += f" attempts={self.attempts}"
-        if usage.input_tokens is not None:
-            figures += f" input={usage.input_tokens}"
-        if usage.output_tokens is not None:
-            figures += f" output={usage.output_tokens}"
+        if self.used is not NOTHING_TOLD:
+            told = zip(KINDS, self.used)
+            figures += "".join(
+                [f" {kind}={count}" for kind, count in told if count or (count == 0 and kind in ALWAYS_TOLD)]
+            )
+        if self.cost is not None:
+            figures += f" cost={self.cost / 10**9:.9f}"
         return figures
 
 
@@ -3328,6 +3696,7 @@ def utc_time(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
+ALWAYS_TOLD = ("input", "output")  # the other kinds only where there are some
 NAMED = ("client", "caller", "method", "path", "model", "sent", "provider", "key")
 PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]*")  # printable ASCII but space, quote, = and backslash
 
@@ -3357,6 +3726,240 @@ def shortened(value: str) -> str:
     if len(value) > LOG_VALUE_CHARACTERS:
         value = f"{value[:LOG_VALUE_CHARACTERS]}..."
     return value.replace("\x7f", "\\x7f")
+
+
+# -- what is counted
+
+# Of a user with a model at a provider with a key: sums as the ledger has them, then how many requests had their first
+# byte, and their end, within each of these limits, in seconds: OpenTelemetry's powers of two, carried on, since
+# requests may last for minutes.
+SUMS = (
+    "requests", "errors", "untold", "input", "cache_read", "cache_write", "cache_write_long", "output", "cost", "ttfb",
+    "streamed", "duration",
+)  # fmt: skip
+TTFB_LIMITS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, math.inf)
+DURATION_LIMITS = (*(0.08 * 2**power for power in range(14)), math.inf)
+TTFB_AT = len(SUMS)
+DURATION_AT = TTFB_AT + len(TTFB_LIMITS)
+SERIES_LENGTH = DURATION_AT + len(DURATION_LIMITS)
+HOUR_FIGURES = ("requests", "errors", "input", "cache_read", "output", "cost")
+OTHER = "(other)"  # where there are too many names to tell them apart
+
+
+class Tally:
+    """What was counted since the start, by one process or by several together. What clients can name is bounded."""
+
+    def __init__(self, since: float) -> None:
+        self.since = since  # seconds since 1970
+        self.series: dict[tuple[str, str, str, str], list[int]] = {}  # user, model as sent, provider, key
+        self.hours: dict[tuple[int, str], list[int]] = {}  # by clock hour and user: HOUR_FIGURES
+        self.seconds: dict[int, list[int]] = {}  # of the last minute: requests and errors
+        self.statuses: collections.Counter[tuple[str, str, str]] = collections.Counter()  # provider, model, status
+        self.attempts: collections.Counter[tuple[str, str, str]] = collections.Counter()  # provider, key, outcome
+        self.refused: collections.Counter[str] = collections.Counter()  # codes of the relay's own errors
+        self.ended: collections.deque[LedgerRow] = collections.deque(maxlen=ENDED_ROWS)
+        self.users: Collection[str] = ()  # those of relay.json, which are always told apart
+        self._models: set[str] = set()  # that a provider has answered for
+        self._others: set[str] = set()  # users whom only their tokens name
+
+    def add(self, row: LedgerRow) -> None:
+        """Counts a request to a model that has ended."""
+        model, user, failed = self._model_label(row), self._user_label(row.user), int(row.failed)
+        self.statuses[(row.provider, model, str(row.status))] += 1
+        streamed = int(bool(row.stream) and row.ttfb is not None)
+        figures = (
+            1, failed, int(row.untold), row.input or 0, row.cache_read or 0, row.cache_write or 0,
+            row.cache_write_long or 0, row.output or 0, row.cost or 0, (row.ttfb or 0) * streamed, streamed,
+            row.duration,
+        )  # fmt: skip
+        sums = self._sums((user, model, row.provider, row.key))
+        for index, figure in enumerate(figures):
+            sums[index] += figure
+        if streamed:
+            sums[TTFB_AT + bisect.bisect_left(TTFB_LIMITS, (row.ttfb or 0) / 1000)] += 1
+        sums[DURATION_AT + bisect.bisect_left(DURATION_LIMITS, row.duration / 1000)] += 1
+        self._add_to_times(row, user, failed)
+        self.ended.append(row)
+
+    def _sums(self, names: tuple[str, str, str, str]) -> list[int]:
+        if names not in self.series:
+            if len(self.series) >= TALLIED_SERIES:
+                names = (OTHER, OTHER, OTHER, OTHER)
+            return self.series.setdefault(names, [0] * SERIES_LENGTH)
+        return self.series[names]
+
+    def _add_to_times(self, row: LedgerRow, user: str, failed: int) -> None:
+        """Counts a request in its hour and its second."""
+        hour, second = row.at // 3_600_000, row.at // 1000
+        figures = self.hours.get((hour, user))
+        if figures is None:
+            self.hours = {name: self.hours[name] for name in self.hours if name[0] > hour - TALLIED_HOURS}
+            name = (hour, user if len(self.hours) < TALLIED_SERIES else OTHER)
+            figures = self.hours.setdefault(name, [0] * len(HOUR_FIGURES))
+        written = (row.cache_write or 0) + (row.cache_write_long or 0)
+        told = (1, failed, (row.input or 0) + written, row.cache_read or 0, row.output or 0, row.cost or 0)
+        for index, figure in enumerate(told):
+            figures[index] += figure
+        counts = self.seconds.get(second)
+        if counts is None:
+            self.seconds = {known: self.seconds[known] for known in self.seconds if known > second - 60}
+            counts = self.seconds[second] = [0, 0]
+        counts[0] += 1
+        counts[1] += failed
+
+    def _model_label(self, row: LedgerRow) -> str:
+        """The model as it was sent, once a provider has answered for it: clients invent names."""
+        if row.sent not in self._models:
+            if not 200 <= row.status < 300 or len(self._models) >= TALLIED_MODELS:
+                return OTHER
+            self._models.add(row.sent)
+        return row.sent
+
+    def _user_label(self, user: str) -> str:
+        if user not in self.users and user not in self._others:
+            if len(self._others) >= TALLIED_USERS:
+                return OTHER
+            self._others.add(user)
+        return user
+
+    def shared(self) -> JsonDict:
+        """All of it, for the other workers."""
+        return {
+            "since": self.since,
+            "series": [[*names, *sums] for names, sums in self.series.items()],
+            "hours": [[*names, *figures] for names, figures in self.hours.items()],
+            "seconds": [[second, *counts] for second, counts in self.seconds.items()],
+            "statuses": [[*names, count] for names, count in self.statuses.items()],
+            "attempts": [[*names, count] for names, count in self.attempts.items()],
+            "refused": [[code, count] for code, count in self.refused.items()],
+            "ended": list(self.ended),
+        }
+
+    def include(self, shared: JsonDict) -> None:
+        """Adds what another process has counted."""
+        self.since = min(self.since, shared["since"])
+        for *names, count in shared["statuses"]:
+            self.statuses[tuple(names)] += count
+        for *names, count in shared["attempts"]:
+            self.attempts[tuple(names)] += count
+        for code, count in shared["refused"]:
+            self.refused[code] += count
+        for table, width in (("series", 4), ("hours", 2), ("seconds", 1)):
+            known: dict[Any, list[int]] = getattr(self, table)
+            for entry in shared[table]:
+                name = tuple(entry[:width]) if width > 1 else entry[0]
+                before = known.get(name)
+                known[name] = [a + b for a, b in zip(before, entry[width:])] if before else entry[width:]
+        rows = sorted([*self.ended, *(LedgerRow(*row) for row in shared["ended"])], key=lambda row: row.at)
+        self.ended = collections.deque(rows, maxlen=ENDED_ROWS)
+
+    def by(self, *columns: int) -> dict[tuple[str, ...], list[int]]:
+        """The series summed up by some of their names: 0 the user, 1 the model, 2 the provider, 3 the key."""
+        found: dict[tuple[str, ...], list[int]] = {}
+        for names, sums in self.series.items():
+            name = tuple(names[column] for column in columns)
+            found[name] = [a + b for a, b in zip(found[name], sums)] if name in found else sums
+        return found
+
+
+# -- the metrics
+
+
+Sample = tuple[str, Mapping[str, str], float]  # what stands behind the name of its family, labels, value
+
+
+def metrics_text(tally: Tally, keys: Iterable[JsonDict], gauges: Mapping[str, float]) -> str:
+    """All that is counted in Prometheus' text format 0.0.4
+    (https://prometheus.io/docs/instrumenting/exposition_formats/). `keys`: as the page has them."""
+    lines = []
+    for name, kind, meaning, samples in metric_families(tally, list(keys), gauges):
+        lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+        for suffix, labels, value in samples:
+            pairs = ",".join([f'{label}="{label_text(text)}"' for label, text in labels.items()])
+            lines.append(f"{name}{suffix}{{{pairs}}} {value!r}" if pairs else f"{name}{suffix} {value!r}")
+    return "\n".join([*lines, ""])
+
+
+def metric_families(
+    tally: Tally, keys: Sequence[JsonDict], gauges: Mapping[str, float]
+) -> Iterator[tuple[str, str, str, Sequence[Sample]]]:
+    """Name, type, meaning and samples of each metric."""
+    models = [({"provider": provider, "model": model}, sums) for (provider, model), sums in tally.by(2, 1).items()]
+    users = [({"user": user}, sums) for (user,), sums in tally.by(0).items()]
+    providers = [({"provider": provider}, sums) for (provider,), sums in tally.by(2).items()]
+    statuses = [
+        ("", {"provider": provider, "model": model, "status": status}, count)
+        for (provider, model, status), count in tally.statuses.items()
+    ]
+    attempts = [
+        ("", {"provider": provider, "key": key, "outcome": outcome}, count)
+        for (provider, key, outcome), count in tally.attempts.items()
+    ]
+    named = [({"provider": key["provider"], "key": key["key"]}, key) for key in keys]
+    cooling = [("", labels, int(key["state"] == "cooling")) for labels, key in named]
+    remaining = [
+        ("", {**labels, "limit": limit["limit"]}, round(1 - limit["used"], 6))
+        for labels, key in named
+        for limit in key["limits"]
+    ]
+    times = "monorelay_request_duration_seconds", "monorelay_time_to_first_byte_seconds"
+    yield "monorelay_requests_total", "counter", "Requests to models, by the status that the client got.", statuses
+    yield times[0], "histogram", "How long requests to models took.", histogram(models, DURATION_AT, DURATION_LIMITS)
+    yield times[1], "histogram", "How long it took until their first byte.", histogram(models, TTFB_AT, TTFB_LIMITS)
+    yield "monorelay_tokens_total", "counter", "Tokens by kind; the kinds are disjoint.", token_samples(models)
+    yield "monorelay_cost_usd_total", "counter", "What they cost, as far as there are prices.", cost_samples(models)
+    untold = [("", labels, sums[SUMS.index("untold")]) for labels, sums in providers]
+    yield "monorelay_untold_usage_total", "counter", "Answers that didn't tell what they used.", untold
+    requests = [("", labels, sums[SUMS.index("requests")]) for labels, sums in users]
+    yield "monorelay_user_requests_total", "counter", "Requests to models by user.", requests
+    yield "monorelay_user_tokens_total", "counter", "Tokens by user and kind.", token_samples(users)
+    yield "monorelay_user_cost_usd_total", "counter", "Cost by user.", cost_samples(users)
+    yield "monorelay_upstream_attempts_total", "counter", "Attempts by what they met.", attempts
+    yield "monorelay_key_cooling", "gauge", "Whether a key comes last since it failed.", cooling
+    yield "monorelay_key_remaining_ratio", "gauge", "What is left of the provider's limit for a key.", remaining
+    refused = [("", {"code": code}, count) for code, count in tally.refused.items()]
+    yield "monorelay_refused_total", "counter", "The relay's own errors by x-monorelay-error.", refused
+    for name, value in gauges.items():
+        kind = "counter" if name.endswith("_total") else "gauge"
+        yield name, kind, GAUGES[name], [("", {}, value)]
+    yield "monorelay_build_info", "gauge", "The version that runs.", [("", {"version": __version__}, 1)]
+
+
+GAUGES = {
+    "monorelay_requests_running": "Requests whose response isn't all sent.",
+    "monorelay_connections_open": "Connections of clients.",
+    "monorelay_log_lines_dropped_total": "Lines of the log that were dropped, since it wasn't taken.",
+    "monorelay_ledger_rows_dropped_total": "Rows of the ledger that were dropped, since it couldn't be written.",
+    "monorelay_ledger_rows_waiting": "Rows of the ledger that aren't written yet.",
+    "process_start_time_seconds": "When the relay was started, in seconds since 1970.",
+}
+
+
+def token_samples(series: Iterable[tuple[dict[str, str], list[int]]]) -> list[Sample]:
+    """Tokens by their kinds."""
+    return [("", {**labels, "kind": kind}, sums[SUMS.index(kind)]) for labels, sums in series for kind in KINDS]
+
+
+def cost_samples(series: Iterable[tuple[dict[str, str], list[int]]]) -> list[Sample]:
+    """Costs in USD."""
+    return [("", labels, sums[SUMS.index("cost")] / 10**9) for labels, sums in series]
+
+
+def histogram(series: Iterable[tuple[dict[str, str], list[int]]], start: int, limits: Sequence[float]) -> list[Sample]:
+    """The samples of a histogram whose counts begin at `start`; their sum in seconds stands among the SUMS."""
+    samples: list[Sample] = []
+    total = SUMS.index("duration") if start == DURATION_AT else SUMS.index("ttfb")
+    for labels, sums in series:
+        counts = list(itertools.accumulate(sums[start : start + len(limits)]))
+        for limit, count in zip(limits, counts):
+            samples.append(("_bucket", {**labels, "le": "+Inf" if limit == math.inf else f"{limit:g}"}, count))
+        samples += [("_sum", labels, sums[total] / 1000), ("_count", labels, counts[-1])]
+    return samples
+
+
+def label_text(text: str) -> str:
+    """Text as the value of a label."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 # ==== Echo ==========================================================================================
@@ -5842,6 +6445,7 @@ class Relay:
                 else:
                     problem, code = attempt.problem, attempt.code
                     record_failure(request.record, candidate, code.partition("_")[2])
+                    self.keys.note(candidate, code.partition("_")[2], time.time())
                     self._cool_down(request, attempt)
                     if attempt.reached and (last_try or request.only_once):
                         break
@@ -5858,6 +6462,8 @@ class Relay:
     def finish(self, response: UpstreamResponse, failed: bool) -> None:
         """Lets go of a response; one that `failed` in its midst cools the key with the model, so that the client's next
         try goes elsewhere."""
+        if response.head.status < 400:  # else it was noted when its head had come
+            self.keys.note(response.candidate, "broken" if failed else "ok", time.time())
         if failed and response.candidate.target.provider.format != "echo":
             self.keys.failed(response.candidate, 502, None, self._loop.now)
         response.release(self.connections)
@@ -5883,6 +6489,7 @@ class Relay:
         except Unreachable as error:
             attempt.problem, attempt.code, attempt.reached = str(error), "upstream_unreachable", False
         except NoResponse as error:
+            self.keys.note(candidate, "silent", time.time())
             self.keys.failed(candidate, 504, None, self._loop.now)
             raise UpstreamSilent(str(error)) from None
         return attempt
@@ -5917,11 +6524,15 @@ class Relay:
         # didn't finish.
         own_fault = (status == 401 and request.names_account) or (status >= 500 and not request.is_sent)
         own_fault = own_fault or (provider.client_keys and 400 <= status < 500)
+        clock = time.time()
+        self.keys.note_limits(candidate, rate_limits(response.head.fields, clock))
+        if status >= 400:
+            self.keys.note(candidate, "5xx" if status >= 500 else str(status), clock)
         if provider.format != "echo" and request.blames and not own_fault:
             if status < 300:
                 self.keys.succeeded(candidate, self._loop.now)
             elif status >= 400:
-                wait = retry_after_seconds(response.head.fields.get("retry-after"), time.time())
+                wait = retry_after_seconds(response.head.fields.get("retry-after"), clock)
                 self.keys.failed(candidate, status, wait, self._loop.now, request.by_model)
         if status not in RETRIED_STATUSES and not (request.searches and status == 404):
             return False
@@ -6285,11 +6896,11 @@ class Outgoing:
             fields.append(("connection", "close"))
         elif version == 0:
             fields.append(("connection", "keep-alive"))
-        record.status, record.first_byte = status, now
+        record.status, record.first_byte, record.is_stream = status, now, self._lines is not None
         head = head_bytes(f"HTTP/1.1 {status} {response.reason}", fields)
         if relayed:
             return head + self._passed(relayed.take_content())
-        self.ended = True
+        self.ended = record.complete = True
         return head if bodyless else head + self._counted(response.body)
 
     def feed(self, data: bytes, closed: bool, broken: bool) -> bytes:
@@ -6307,7 +6918,7 @@ class Outgoing:
         record = self._record
         record.error = code
         self.failed = code.startswith("upstream_")
-        self.keep_alive = False
+        self.keep_alive = record.complete = False
         self.ended = True
         self.must_reset = self.until_close
         if not self._lines:
@@ -6338,7 +6949,7 @@ class Outgoing:
                     whole = self._counted(content)
                     return whole + self.fail("the provider's stream ends within a line", "upstream_broken")
                 content += rest
-        self.ended = self._decoder.finished
+        self.ended = self._record.complete = self._decoder.finished
         framed = self._counted(content)
         return framed + LAST_CHUNK if self.ended and self._chunked else framed
 
@@ -6363,7 +6974,7 @@ class Outgoing:
             self._record.bytes_sent += len(content)
             self._last_byte = content[-1:]
             if self._response.relayed:
-                self._record.usage.read(content)
+                self._record.usage.read(content, self._lines is not None)
             if self._lines and b"error" in content and EVENT_IS_ERROR.search(content):
                 self.failed = b"invalid_request_error" not in content
             if self._awaits_end:
@@ -6389,6 +7000,8 @@ class Service:
         self.bodies = HeldBodies()
         self.requests = Throttle()
         self.logins = LoginGate(self.loop)
+        self.tally = Tally(time.time())
+        self.running: dict[Exchange, None] = {}  # requests whose responses aren't all sent
         self.use(config)
         self.return_memory = find_malloc_trim()
         self.loop.post(lambda: self.loop.start(self._tidy()))
@@ -6397,6 +7010,7 @@ class Service:
         """Serves by this configuration from the next request on. The targets of models are worked out once for each."""
         self.relay.connections.prepare(config.providers.values())
         self.bodies.limit = int(config.server.max_held_mb * MEGABYTE)
+        self.tally.users = config.users
         targets = functools.lru_cache(maxsize=1024)(functools.partial(targets_for, config))
         self.routing: tuple[Config, Callable[[str, str], list[Target]]] = config, targets
 
@@ -6404,6 +7018,21 @@ class Service:
     def config(self) -> Config:
         """The configuration in force."""
         return self.routing[0]
+
+    def conclude(self, exchange: "Exchange") -> None:
+        """Tells of a request that has ended: in the log, and, where it was one to a model, in the ledger and the
+        figures."""
+        self.running.pop(exchange, None)
+        record = exchange.record
+        if exchange.uses_model:
+            record.used = record.usage.used
+            provider = exchange.config.providers.get(record.provider)
+            if provider:
+                record.cost = cost_of(exchange.config.prices, provider, record.sent_model, record.used)
+            self.tally.add(record.row(self.loop.now, time.time()))
+        if record.error and not record.error.startswith("upstream:"):
+            self.tally.refused[record.error] += 1
+        self.log.record(record)
 
     async def _tidy(self) -> None:
         """Closes what is idle for too long, and gives free memory back to the system: soon when large bodies have left
@@ -6460,6 +7089,8 @@ class LoginGate:
 STORED_PATHS = ("/v1/messages/batches", "/v1/files")
 # What is kept here by the account that made it: any key may have been the one.
 SEARCHED_PATHS = ("/responses/", "/conversations/", "/chat/completions/")
+# What counts tokens, and uses none.
+COUNTING_PATHS = ("/messages/count_tokens", "/responses/input_tokens")
 CREATING_PATHS = ("/v1/batches", "/v1/files", "/v1/messages/batches")  # what is sent here is never sent twice
 # By these some servers take a request for one of another method.
 METHOD_OVERRIDES = frozenset({"x-http-method-override", "x-http-method", "x-method-override", "x-http-override"})
@@ -6510,6 +7141,7 @@ class Exchange:
         self.format = ""
         self.endpoint: Endpoint  # when it has been found
         self.caller = ANONYMOUS
+        self.uses_model = False  # whether it is to have a model do something, which may cost
         self._incoming: Optional[RequestBody] = None  # its body, as far as it is being read
         self._read: Optional[ReadBody] = None  # the same, when it has been read for its model
         self._held = 0  # how many bytes of it
@@ -6845,6 +7477,7 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
     """Relays to the targets of the model. Raises Forbidden, NotFound, Unavailable and RateLimited."""
     assert body.facts
     asked = exchange.record.model = body.facts.model
+    exchange.uses_model = exchange.endpoint.path not in COUNTING_PATHS
     exchange.check_model(body.facts)
     targets = exchange.targets_of(asked)
     if all(target.model == asked and target.provider.format != "echo" for target in targets):
@@ -7219,9 +7852,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answers the request that begins with this head; whether the connection can be used for another one."""
         self.busy = True
         exchange = Exchange(self.service, self.channel, str(self.client_address[0]))
+        self.service.running[exchange] = None
         try:
             return await self._send(exchange, await self._respond(exchange, data))
         except (ClientGone, GeneratorExit):
+            exchange.record.complete = False
             exchange.record.error = exchange.record.error or ("made_room" if self.evicted else "client_gone")
             raise
         except Exception as error:
@@ -7230,7 +7865,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         finally:
             self.busy = False
             exchange.let_go()
-            self.service.log.record(exchange.record)
+            self.service.conclude(exchange)
 
     async def _respond(self, exchange: Exchange, data: bytes) -> Response:
         """The response of the endpoint, or the error that stands in its way: the one place where errors become HTTP."""
@@ -7747,6 +8382,50 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (ImportError, ValueError, OSError):
         pass  # Windows has none, and macOS refuses an unlimited one
+
+
+class Board:
+    """What the workers of a relay show one another: anonymous memory, made before they are forked. Each place has one
+    writer. It holds two documents, of which one is being written while the other is read; a head in front says which,
+    and by a checksum whether it was whole when it was read."""
+
+    _HEAD = struct.Struct("<QII")  # how often it was written, length and CRC-32 of the document
+
+    def __init__(self, places: int) -> None:
+        self.places = places
+        self._memory = mmap.mmap(-1, places * BOARD_PLACE_BYTES)
+
+    def number(self, place: int) -> int:
+        """How often the place was written."""
+        return int(self._HEAD.unpack_from(self._memory, place * BOARD_PLACE_BYTES)[0])
+
+    def write(self, place: int, document: JsonDict) -> None:
+        """Shows a document instead of the last one; not one for which there is no room."""
+        data = json.dumps(document, separators=(",", ":")).encode("ascii")
+        room = (BOARD_PLACE_BYTES - self._HEAD.size) // 2
+        if len(data) <= room:
+            start, number = place * BOARD_PLACE_BYTES, self.number(place) + 1
+            begin = start + self._HEAD.size + number % 2 * room
+            self._memory[begin : begin + len(data)] = data
+            head = self._HEAD.pack(number, len(data), zlib.crc32(data))
+            self._memory[start : start + len(head)] = head
+
+    def read(self, place: int) -> Optional[JsonDict]:
+        """The document of a place; None where there is none, or it is being written too often."""
+        room = (BOARD_PLACE_BYTES - self._HEAD.size) // 2
+        for _ in range(BOARD_READS):
+            start = place * BOARD_PLACE_BYTES
+            number, size, checksum = self._HEAD.unpack_from(self._memory, start)
+            begin = start + self._HEAD.size + number % 2 * room
+            data = self._memory[begin : begin + min(size, room)]
+            if number and zlib.crc32(data) == checksum:
+                document: JsonDict = json.loads(data)
+                return document
+        return None
+
+    def clear(self, place: int) -> None:
+        """Takes away what a place shows."""
+        self.write(place, {})
 
 
 OPERATOR_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
