@@ -110,6 +110,8 @@ RECEIVE_BYTES = 64 * 1024
 JSON_VALUES = 1_000_000
 TLS_RECEIVE_BYTES = 16 * 1024  # one record's; of the shortest ones, which may cost 10 µs each, it holds some 600
 INFLATED_BYTES = 64 * 1024  # at a time
+FORM_SEEN_BYTES = 64 * 1024  # of a form are read for its model, which stands before its file
+FORM_FIELD_BYTES = 4096  # of the header of a part in it, and of the model
 # What is held of a side that sends faster than the other takes it, or of a client that sends ahead.
 HELD_BYTES = 256 * 1024
 # The same of a client that hasn't shown a token: a head's worth, and mostly far less.
@@ -3432,6 +3434,110 @@ def model_span(body: bytes) -> tuple[int, int]:
             return len(text[: member.end()].encode("utf-8")), len(text[:end].encode("utf-8"))
 
 
+# -- forms: what streams through is looked at as it passes (RFC 7578, RFC 2046 §5.1.1)
+
+FORM_BOUNDARY = re.compile(r'(?i); *boundary=(?:"([^"]{1,70})"|([^";, ]{1,70}))')
+# The header of a part as clients write it, and as no server can read it otherwise.
+PART_HEADER = re.compile(
+    rb"(?i)(?:\r\ncontent-(?:type|length): ?[^\r\n]*)*"
+    rb'\r\ncontent-disposition: ?form-data; ?name="([^"\\\r\n%]*)"((?:; ?filename\*?=(?:"[^"\\\r\n]*"|[^"; \r\n]*))*)'
+    rb"(?:\r\ncontent-(?:(?:type|length): ?[^\r\n]*|transfer-encoding: ?(?:binary|8bit)))*\r\n\r\n"
+)
+PART_CHARSET = re.compile(rb'(?i)charset="?(?!utf-?8[";\r])')
+
+
+class FormWalk:
+    """Looks for the field `model` of a form, piece by piece."""
+
+    def __init__(self, boundary: str) -> None:
+        self.model = ""
+        self.span = 0, 0  # where it stands
+        self.settled = False  # whether a file has begun, or no field can follow
+        self.is_ambiguous = False  # whether a server may find another model in it
+        self._mark = b"--" + boundary.encode("latin-1")
+        self._held = b"\r\n"  # what isn't done with: the first delimiter begins a line, too
+        self._at = -2  # how many bytes are
+        self._go_on: Callable[[], bool] = self._pass_content  # False when more has to come first
+        self._in_model = False
+
+    @property
+    def seen(self) -> int:
+        """How many bytes it was fed with."""
+        return self._at + len(self._held)
+
+    def feed(self, piece: bytes) -> None:
+        """Takes the next piece. Raises BadRequest for a second `model`, and for one that can't be one."""
+        self._held += piece
+        while self._go_on():
+            pass
+
+    def _use(self, count: int) -> None:
+        """Is done with so many bytes."""
+        self._held = self._held[count:]
+        self._at += count
+
+    def _pass_content(self) -> bool:
+        """Passes over the content of a part, to the next delimiter."""
+        held, start = self._held, self._held.find(self._mark)
+        end = start + len(self._mark)
+        if self._at < 0 and not (b"\r\n" + self._mark).startswith(held[: len(self._mark) + 2]):
+            return self._give_up()
+        if start < 0 or len(held) < end + 2:
+            if not self._in_model:
+                self._use(max(0, (start if start >= 0 else len(held) - len(self._mark)) - 2))
+            elif len(held) > FORM_FIELD_BYTES:
+                raise BadRequest(f"model: Input should have at most {MODEL_CHARACTERS} characters")
+            return False
+        follows = held[end : end + 2]
+        if held[max(0, start - 2) : start] != b"\r\n" or follows not in (b"\r\n", b"--"):
+            return self._give_up()
+        if self._in_model:
+            self.model = model_name(held[: start - 2].decode("utf-8", "replace"))
+            self.span, self._in_model = (self._at, self._at + start - 2), False
+        self._go_on = self._read_header if follows == b"\r\n" else self._pass_rest
+        self._use(end if follows == b"\r\n" else end + 2)
+        return True
+
+    def _read_header(self) -> bool:
+        """Reads the header of a part."""
+        end = self._held.find(b"\r\n\r\n") + 4
+        if end < 4:
+            return len(self._held) > FORM_FIELD_BYTES and self._give_up()
+        header = self._held[:end]
+        match = PART_HEADER.fullmatch(header)
+        if not match or end > FORM_FIELD_BYTES:
+            return self._give_up()
+        name, file = match[1].decode("utf-8", "replace"), match[2]
+        if name == "model" and not file and not self.settled:
+            if self.span[1]:
+                raise BadRequest("model: given more than once")
+            self._in_model = True
+        # Some servers take `model[]` for a list of that name.
+        self.is_ambiguous |= is_model_name(name.partition("[")[0]) and not self._in_model
+        self.is_ambiguous |= PART_CHARSET.search(header) is not None
+        self.settled |= bool(file)
+        self._use(end)
+        self._go_on = self._pass_content
+        return True
+
+    def _pass_rest(self) -> bool:
+        """Passes over what is behind the last part: nothing, or the end of its line."""
+        self.settled = True
+        if self._held not in (b"", b"\r", b"\r\n"):
+            return self._give_up()
+        return False
+
+    def _give_up(self) -> bool:
+        """Looks at nothing more: it is no form that all read in the same way."""
+        self.is_ambiguous = self.settled = True
+        self._go_on = self._ignore
+        return True
+
+    def _ignore(self) -> bool:
+        self._use(len(self._held))
+        return False
+
+
 class Inflater:
     """Decompresses a gzip or deflate body in steps. Raises UnsupportedCoding for any other."""
 
@@ -5623,7 +5729,7 @@ class RequestBody:
     """The body of a request, to be read in pieces as they arrive."""
 
     def __init__(self, channel: Channel, head: RequestHead, limit: int, loop: EventLoop) -> None:
-        self.length = head.body_length
+        self.length = self._announced = head.body_length
         self._chunks = ChunkedDecoder() if head.body_length is None else None
         self._decoder: Decoder = self._chunks or LengthDecoder(head.body_length or 0)
         self._channel = channel
@@ -5631,6 +5737,10 @@ class RequestBody:
         self._limit = limit
         self._taken = 0
         self._latest = math.inf  # when it must have come
+        self.watch: Callable[[bytes], object] = lambda piece: None  # sees each piece as it comes
+        self.begun = self._ahead = b""  # what was read of a form to know its model; what of that is to be read again
+        self._model_span = 0, 0  # where the model stands in it
+        self.is_spent = False  # whether some of it was passed on
         self._sends_continue = head.version >= 1 and head.fields.get("expect").lower() == "100-continue"
         if (self.length or 0) > limit:
             raise self._too_large()
@@ -5638,13 +5748,26 @@ class RequestBody:
     @property
     def finished(self) -> bool:
         """Whether it has been read to its end."""
-        return self._decoder.finished
+        return self._decoder.finished and not self._ahead
+
+    def put_back(self, begun: bytes, model_span: tuple[int, int]) -> None:
+        """Takes back what was read of it, to be read again, and where its model stands in that."""
+        self.begun = self._ahead = begun
+        self._model_span = model_span
+
+    def ask_for(self, model: str) -> None:
+        """Puts this model in the place of the one that stands in what was put back."""
+        (start, end), name = self._model_span, model.encode("utf-8", "replace")
+        if end and self.begun[start:end] != name:
+            self._ahead = self.begun[:start] + name + self.begun[end:]
+            if self._announced is not None:
+                self.length = self._announced + len(name) - (end - start)
 
     async def read(self, has_responded: Optional[Callable[[], bool]] = None) -> bytes:
         """The next piece, b"" at the end. Raises ClientGone, TooLarge, MalformedRequest, and EarlyResponse
         when `has_responded` says that the provider speaks before there is one."""
         piece = self.arrived()
-        while not piece and not self._decoder.finished:
+        while not piece and not self.finished:
             await self._wait_for_more(has_responded)
             piece = self.arrived()
         return piece
@@ -5676,6 +5799,9 @@ class RequestBody:
     def arrived(self) -> bytes:
         """What has come of the body and not been read yet. Raises TooLarge and MalformedRequest."""
         channel, decoder = self._channel, self._decoder
+        if self._ahead:
+            piece, self._ahead = self._ahead, b""
+            return piece
         if not channel.received or decoder.finished:
             return b""
         try:
@@ -5686,6 +5812,7 @@ class RequestBody:
         self._taken += len(piece)
         if self._taken > self._limit or (self._chunks and self._taken + self._chunks.announced > self._limit):
             raise self._too_large()
+        self.watch(piece)
         return piece
 
     async def _wait_for_more(self, has_responded: Optional[Callable[[], bool]]) -> None:
@@ -6236,6 +6363,11 @@ class UpstreamRequest(NamedTuple):
         return isinstance(self.body, ReadBody) or self.body.finished
 
     @property
+    def is_spent(self) -> bool:
+        """Whether it can't be sent again, since some of it has streamed through."""
+        return isinstance(self.body, RequestBody) and self.body.is_spent
+
+    @property
     def names_account(self) -> bool:
         """Whether a provider's 401 may be about a header of the client."""
         return any(name in self.head.fields for name in ACCOUNT_HEADERS)
@@ -6310,6 +6442,8 @@ class Attempt:
             pieces, recoded = body.with_model(candidate.target.model, decoded=provider.format == "echo")
             length = sum(map(len, pieces))
         else:
+            if candidate.target.model:
+                body.ask_for(candidate.target.model)
             pieces, recoded, length = [], False, body.length
         fields = upstream_fields(request.head, provider, candidate.key, length, recoded) + channel.extra_fields
         target = f"{channel.target_prefix}{provider.prefix}{request.target}"
@@ -6336,6 +6470,7 @@ class Attempt:
         chunked, channel, has_begun = body.length is None, self.channel, self._heads.has_begun
         while not body.finished:
             piece = await body.read(has_begun)
+            body.is_spent = True
             await channel.send(chunk(piece) if chunked else piece, timeout, has_begun)
         if chunked:
             await channel.send(LAST_CHUNK, timeout, has_begun)
@@ -6440,7 +6575,7 @@ class Relay:
                 response = attempt.response
                 if response:
                     last = self._more_telling(last, response)
-                    if last_try or not self._is_failure(request, response):
+                    if last_try or not self._is_failure(request, response) or request.is_spent:
                         break
                 else:
                     problem, code = attempt.problem, attempt.code
@@ -7097,7 +7232,13 @@ METHOD_OVERRIDES = frozenset({"x-http-method-override", "x-http-method", "x-meth
 # Bodies that are read for a model on paths of which the relay knows nothing: JSON, and what curl and
 # careless clients call JSON. All others stream through.
 READ_TYPES = frozenset({"application/json", "text/plain", "text/json", "application/x-www-form-urlencoded", ""})
+FORM_TYPE = "multipart/form-data"
+# Where the field `model` of a form is what decides which model works.
+FORM_PATHS = frozenset(
+    {"/v1/audio/transcriptions", "/v1/audio/translations", "/v1/images/edits", "/v1/images/variations"}
+)
 # What no server behind can take for another kind of body, or another alphabet, than the relay has read.
+PLAIN_FORM_TYPE = re.compile(r"(?i)multipart/form-data; ?boundary=(?:[a-z0-9'+_.-]{1,70}|\"[a-z0-9'+_.-]{1,70}\")")
 PLAIN_JSON_TYPE = re.compile(
     r"(?i)(?:(?:application/(?:[a-z0-9.-]+\+)?|text/)json|text/plain)?(?:; *(?:charset=\"?utf-?8\"?)?)*"
 )
@@ -7205,12 +7346,15 @@ class Exchange:
     def _is_ambiguous(self, facts: BodyFacts) -> bool:
         """Whether a server behind may take another model from the request than the relay does."""
         fields, query = self.request.fields, unquote(self.request.query).casefold()
-        is_plain = PLAIN_JSON_TYPE.fullmatch(fields.get("content-type")) and not any(
+        plain_type, decides = PLAIN_JSON_TYPE, self.endpoint.by_model
+        if media_type(fields) == FORM_TYPE:
+            plain_type, decides = PLAIN_FORM_TYPE, f"/v1{self.endpoint.path}" in FORM_PATHS
+        is_plain = plain_type.fullmatch(fields.get("content-type")) and not any(
             len(fields.all(name)) > 1 for name in ("content-type", "content-encoding")
         )
         # Some servers take a list with commas, and what the query says, as well.
         named_elsewhere = facts.lookalike or "," in facts.model or "model" in query or "_method" in query
-        return named_elsewhere or not self.endpoint.by_model or not is_plain
+        return named_elsewhere or not decides or not is_plain
 
     def targets_of(self, model: str) -> list[Target]:
         """The targets of a model. Raises NotFound, which tells only who may use all of them what other models there
@@ -7280,6 +7424,19 @@ class Exchange:
             raise BadRequest(*body.problem)
         self._read = body
         return body
+
+    async def read_form(self, body: RequestBody) -> FormWalk:
+        """What a form says of its model: the field must stand before its file, and in its first FORM_SEEN_BYTES. What
+        was read is put back. Raises BadRequest, TooLarge and Unavailable."""
+        boundary = FORM_BOUNDARY.search(self.request.fields.get("content-type"))
+        form, pieces = FormWalk((boundary[1] or boundary[2]) if boundary else ""), [b""]
+        while boundary and not form.settled and form.seen < FORM_SEEN_BYTES and not body.finished:
+            piece = await body.read()
+            self._hold(len(piece))
+            append_piece(pieces, piece)
+            form.feed(piece[: FORM_SEEN_BYTES - form.seen])
+        body.put_back(b"".join(pieces), form.span)
+        return form
 
     async def _inflate(self, inflater: Inflater, body: ReadBody) -> None:
         """Adds the content of a compressed body. Raises BadRequest, TooLarge and Unavailable."""
@@ -7451,8 +7608,10 @@ async def answer_by_model(exchange: Exchange) -> Response:
 
 
 async def answer_any(exchange: Exchange) -> Response:
-    """Relays any other request: by its model if it is JSON that has one, else to the first provider."""
+    """Relays any other request: by its model if it is JSON or a form that has one, else to the first provider."""
     kind, by_model = media_type(exchange.request.fields), exchange.endpoint.by_model
+    if kind == FORM_TYPE and not by_model:
+        return await answer_form(exchange)
     if not (by_model or kind in READ_TYPES or kind.endswith("+json")):
         return await answer_first_provider(exchange)
     body = await exchange.read_body(required=False)
@@ -7461,6 +7620,31 @@ async def answer_any(exchange: Exchange) -> Response:
     if by_model and body.size and body.problem[1] == "not_json":
         raise BadRequest(*body.problem)
     return await relay_to_first(exchange, body)
+
+
+async def answer_form(exchange: Exchange) -> Response:
+    """Relays a form as it comes: by its model where that stands before its file, else to the first provider."""
+    body = exchange.open_body(int(exchange.config.server.max_upload_mb * MEGABYTE))
+    form = await exchange.read_form(body)
+    if not form.model:
+        return await relay_to_first(exchange, body)
+    exchange.record.model = form.model
+    exchange.check_model(BodyFacts(form.model, form.is_ambiguous, ""))
+    if exchange.is_restricted():
+        body.watch = functools.partial(watch_form, form, exchange.caller)
+        body.watch(body.begun[form.seen :])
+    targets = exchange.targets_of(form.model)
+    exchange.count()
+    candidates = exchange.service.relay.keys.order(targets, exchange.record.caller, exchange.loop.now)
+    return await relay(exchange, body, candidates[:1] if exchange.endpoint.creates else candidates)
+
+
+def watch_form(form: FormWalk, caller: Caller, piece: bytes) -> None:
+    """Looks at what follows in a form whose sender may use some models only: nothing that may name another one goes
+    upstream. Raises Forbidden and BadRequest."""
+    form.feed(piece)
+    if form.is_ambiguous:
+        raise hidden_model(caller)
 
 
 async def answer_first_provider(exchange: Exchange) -> Response:

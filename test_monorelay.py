@@ -7639,6 +7639,186 @@ def test_an_upload_streams_through_while_it_is_sent(upstream, relay):
         assert client.answer().body == b"200000"
 
 
+def form(*fields: tuple[str, str], boundary: str = "b0undary", file: bytes = b"RIFF", rest: bytes = b"") -> bytes:
+    """A form with these fields before its file; `rest` is what follows that."""
+    parts = [f'Content-Disposition: form-data; name="{name}"\r\n\r\n{value}'.encode() for name, value in fields]
+    sound = b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\nContent-Type: audio/wav\r\n\r\n' + file
+    mark = b"\r\n--" + boundary.encode()
+    return b"".join(mark + b"\r\n" + part for part in (*parts, sound))[2:] + rest + mark + b"--\r\n"
+
+
+def form_field(name: str, value: str) -> bytes:
+    """A field that follows the file of a form."""
+    return form((name, value), file=b"").partition(b"\r\n--")[0].join([b"\r\n", b""])
+
+
+FORM = "Content-Type: multipart/form-data; boundary=b0undary"
+TRANSCRIPTIONS = "/v1/audio/transcriptions"
+
+
+def fed(pieces: list[bytes]) -> tuple[str, tuple[int, int], bool]:
+    """What a walk finds in a form."""
+    walk = monorelay.FormWalk("b0undary")
+    for piece in pieces:
+        walk.feed(piece)
+    return walk.model, walk.span, walk.is_ambiguous
+
+
+@pytest.mark.parametrize("junk", [b"", b"x", b"\r\n--b0undary\r\n"])
+def test_a_forms_model_is_found_however_it_arrives(junk):
+    file = b"\r\n--b0undarx\r" * 9
+    body = form(("language", "de"), ("model", "whisper-ü"), ("prompt", "--b0undar"), file=file) + junk
+    start = body.index(b"whisper")
+    expected = "whisper-ü", (start, start + len("whisper-ü".encode())), junk != b""
+    assert fed([body]) == fed(bytewise(body)) == expected
+    assert all(fed([body[:cut], body[cut:]]) == expected for cut in range(len(body)))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        'Content-Disposition: form-data; name="model"',
+        'content-disposition:form-data;name="model"',
+        'Content-Type: text/plain; charset=utf-8\r\nContent-Disposition: form-data; name="model"',
+        'Content-Disposition: form-data; name="model"\r\nContent-Type: text/plain; charset=UTF-8\r\nContent-Length: 9',
+    ],
+)
+def test_a_forms_model_is_found_as_clients_write_it(header):
+    body = form(("model", "whisper-1")).replace(b'Content-Disposition: form-data; name="model"', header.encode(), 1)
+    assert fed([body])[0::2] == ("whisper-1", False)
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize(("asked", "sent"), [("whisper-1", "whisper-1"), ("ears", "gpt-4o-transcribe")])
+def test_a_forms_model_decides_where_it_goes_and_its_file_streams_through(upstream, relay, asked, sent, framing):
+    gate, half = threading.Event(), b"x" * 300_000
+    body = form(("language", "de"), ("model", asked), file=2 * half)
+    expected = body.replace(asked.encode(), sent.encode(), 1)
+
+    def script(connection: Connection) -> None:
+        head = Message(connection.until(b"\r\n\r\n"), b"")
+        length = head.get("content-length")
+        assert (length and int(length)) == (len(expected) if framing == "length" else None)
+        received = b""
+        while len(received) < len(half):
+            received += connection.chunk() if framing == "chunked" else connection.take(len(half))
+        gate.set()
+        if framing == "chunked":
+            received += b"".join(iter(connection.chunk, b""))
+        else:
+            received += connection.take(len(expected) - len(received))
+        assert received == expected
+        connection.send(answer())
+
+    other, routed = upstream(answer()), upstream(script)
+    it = relay({"openai1": other, "openai2": routed}, routes={"whisper-*": "openai2", "gpt-4o-*": "openai2"},
+               aliases={"ears": "gpt-4o-transcribe"})  # fmt: skip
+    frame = chunk if framing == "chunked" else bytes
+    length = "Transfer-Encoding: chunked" if framing == "chunked" else f"Content-Length: {len(body)}"
+    with it.client() as client:
+        client.send(request("POST", TRANSCRIPTIONS, None, FORM, length), frame(body[: len(half) + 500]))
+        assert gate.wait(TIMEOUT_SECONDS), "the first half must reach upstream before the second is sent"
+        client.send(frame(body[len(half) + 500 :]), b"0\r\n\r\n" if framing == "chunked" else b"")
+        got = client.answer()
+    assert (got.status, got.get("x-monorelay-provider"), got.get("x-monorelay-model")) == (200, "openai2", sent)
+    assert not other.requests
+
+
+def test_a_form_without_a_model_before_its_file_goes_to_the_first_provider_as_it_is(upstream, relay):
+    first, second = upstream(answer()), upstream(answer())
+    it = relay({"openai1": first, "openai2": second}, routes={"whisper-1": "openai2"})
+    late = form(rest=form_field("model", "whisper-1"))
+    far = form(("prompt", "x" * 70_000), ("model", "whisper-1"))
+    other = form(("model", "whisper-1"), boundary="c")
+    bodies = [form(), late, far, b"no form", late.replace(b"name=", b"nom="), other]
+    for body in bodies:
+        assert it.post(TRANSCRIPTIONS, body, FORM).status == 200
+    assert it.post(TRANSCRIPTIONS, form(("model", "whisper-1")), FORM.partition(";")[0]).status == 200
+    assert [got.body for got in first.requests[:-1]] == bodies and not second.requests
+
+
+def test_a_form_that_has_streamed_through_is_not_sent_again(upstream, relay):
+    busy, spare = upstream(answer(429)), upstream(answer())
+    gone = {"base_url": f"http://127.0.0.1:{unused_port()}/v1"}
+    it = relay({"openai1": gone, "openai2": busy, "openai3": spare})
+    body = form(("model", "whisper-1"))
+    assert it.post(TRANSCRIPTIONS, body, FORM).status == 429, "nobody can send it a second time"
+    assert it.post(TRANSCRIPTIONS, body, FORM).status == 200, "and the client's next try goes elsewhere"
+    assert [one.requests[0].body for one in (busy, spare)] == [body, body]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (form(("model", "whisper-1"), ("model", "whisper-1")), "given more than once"),
+        (form(("model", "")), "isn't empty"),
+        (form(("model", "x" * 257)), "256"),
+        (form(("model", "x" * 9_000)), "256"),
+    ],
+    ids=brief,
+)
+def test_a_form_without_one_clear_model_is_a_bad_request(upstream, relay, body, words):
+    provider = upstream(answer())
+    message = refused(relay({"openai": provider}).post(TRANSCRIPTIONS, body, FORM), 400, "invalid_request_error", True)
+    assert words in message and not provider.requests
+
+
+LARGE = b"x" * 400_000
+DECOYS = {
+    "a second model": form(("model", "small-1"), file=LARGE, rest=form_field("model", "large-1")),
+    "a list of that name": form(("model", "small-1"), file=LARGE, rest=form_field("model[]", "large-1")),
+    "in capitals": form(("Model", "large-1"), ("model", "small-1")),
+    "behind a line that ends in LF": form(
+        ("model", "small-1"), file=LARGE, rest=form_field("model", "large-1").replace(b"\r\n", b"\n")
+    ),
+    "without quotes": form(
+        ("model", "small-1"), file=LARGE, rest=form_field("model", "large-1").replace(b'"model"', b"model")
+    ),
+    "behind the end": form(("model", "small-1"), file=LARGE) + form(("model", "large-1")),
+    "before the beginning": b"x\r\n" + form(("model", "small-1")),
+    "behind a quote that isn't one": form(("model", "small-1"), ('a\\"; name="model', "large-1")),
+    "in another alphabet": form(("model", "small-1"), file=LARGE, rest=form_field("x", "y").replace(
+        b'"x"', b'"x"\r\nContent-Type: text/plain; charset=utf-16')),
+    "a model it may not use": form(("model", "large-1")),
+    "no model": form(),
+    "a model behind the file": form(rest=form_field("model", "small-1")),
+}  # fmt: skip
+
+
+def may_use_small(upstream: Callable[..., Upstream], relay: Callable[..., Relay]) -> tuple[Relay, Upstream, str]:
+    """A relay with a user who may use small models only, its provider, and the user's token."""
+    provider = upstream(answer())
+    user = {"key": "key-of-alice-0123456789", "models": ["small-*"]}
+    return relay({"openai": provider}, users={"alice": user}), provider, user["key"]
+
+
+@pytest.mark.parametrize("name", DECOYS)
+def test_a_form_that_may_name_another_model_is_refused_to_whom_models_are_set(upstream, relay, name):
+    it, provider, token = may_use_small(upstream, relay)
+    with it.client() as client:
+        got = client.ask("POST", TRANSCRIPTIONS, DECOYS[name], FORM, token=token)
+    refused(got, 403, "permission_error", True)
+    eventually(lambda: all(one.sock.fileno() < 0 for one in provider.connections))
+    assert not provider.requests, "no provider has the whole of it"
+    assert it.post(TRANSCRIPTIONS, form(("model", "small-1"), file=LARGE), FORM, token=token).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (TRANSCRIPTIONS, [FORM + "; boundary=other"]),
+        (TRANSCRIPTIONS, [FORM, "Content-Type: application/json"]),
+        (TRANSCRIPTIONS + "?model=large-1", [FORM]),
+        ("/v1/anything", [FORM]),
+        ("/v1/chat/completions", [FORM]),
+    ],
+)
+def test_a_form_that_may_be_read_otherwise_is_refused_to_whom_models_are_set(upstream, relay, path, fields):
+    it, provider, token = may_use_small(upstream, relay)
+    assert it.post(path, form(("model", "small-1")), *fields, token=token).status in (400, 403)
+    assert not provider.requests
+
+
 def test_expect_100_continue_comes_after_authentication(upstream, relay):
     it = relay({"anthropic": upstream(answer())})
     with it.client() as client:
