@@ -8189,12 +8189,15 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     For callers: start(), url, reload(), stop(). Everything else belongs to socketserver's protocol."""
 
-    def __init__(self, config: Config, log: Optional[IO[str]] = None, listener: Optional[socket.socket] = None) -> None:
+    def __init__(
+        self, config: Config, log: Optional[IO[str]] = None, listeners: Optional[Sequence[socket.socket]] = None
+    ) -> None:
         super().__init__(("", 0), Handler, bind_and_activate=False)
         self.socket.close()
-        self.socket = listener or listen(config.server)
-        # Another process, or the queue's end, may be faster than accept().
-        self.socket.setblocking(False)
+        self._listeners = listeners or listen(config.server)
+        self.socket = self._listeners[0]
+        for listener in self._listeners:  # another process, or the queue's end, may be faster than accept()
+            listener.setblocking(False)
         self.server_address = self.socket.getsockname()
         config = with_run_secrets(config, None)
         self.log = LogWriter(sys.stderr if log is None else log)
@@ -8208,6 +8211,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self.unproven: dict[Handler, float] = {}
         # Given up for a moment when there is no other descriptor left, to be able to refuse a connection.
         self._spare = io.FileIO(os.devnull)
+        self._spare_lock = threading.Lock()  # guards the spare descriptor
+        self._accepting = True
         self._refusal_logged = -math.inf
         self._started = False
 
@@ -8258,6 +8263,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Starts its threads: one serves, one accepts, one writes the log."""
         threading.Thread(target=self.service.loop.run, name="event loop", daemon=True).start()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+        for listener in self._listeners[1:]:
+            threading.Thread(target=self._accept_from, args=(listener,), name="accept more", daemon=True).start()
         self.log.start()
         self._started = True
 
@@ -8280,9 +8287,11 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Stops accepting, lets what runs finish for so long, cuts the rest, and closes."""
         deadline = time.monotonic() + drain_seconds
         if self._started:
+            self._accepting = False
             self.shutdown()
             self._accept_rest()
-        self.socket.close()
+        for listener in self._listeners:
+            listener.close()
         self._run_in_loop(self._begin_draining)
         while any(handler.answering for handler in list(self.handlers)) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -8305,11 +8314,12 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     def _accept_rest(self) -> None:
         """Serves those who were connected before the end; closing the socket would reset them."""
-        try:
-            for _ in range(LISTEN_BACKLOG):
-                self.process_request(*self.get_request())
-        except OSError:
-            pass  # there is nobody left
+        for listener in self._listeners:
+            try:
+                for _ in range(LISTEN_BACKLOG):
+                    self.process_request(*self._accept(listener))
+            except OSError:
+                pass  # there is nobody left
 
     def _begin_draining(self) -> None:
         """From now on new requests are turned away; closes the connections on which none has come."""
@@ -8328,15 +8338,31 @@ class RelayServer(http.server.ThreadingHTTPServer):
     # -- socketserver's protocol
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accepts a connection; without a descriptor for it, refuses it."""
+        """Accepts a connection."""
+        return self._accept(self.socket)
+
+    def _accept(self, listener: socket.socket) -> tuple[socket.socket, Any]:
+        """Accepts a connection there; without a descriptor for it, refuses it. Raises OSError."""
         try:
-            sock, address = self.socket.accept()
+            sock, address = listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._refuse_without_descriptor()
+                with self._spare_lock:
+                    self._refuse_without_descriptor(listener)
             raise
         tune(sock)
         return sock, address
+
+    def _accept_from(self, listener: socket.socket) -> None:
+        """Does for the second address of localhost what serve_forever() does for the first one."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(listener, selectors.EVENT_READ)
+            while self._accepting:
+                try:
+                    if selector.select(0.1) and self._accepting:
+                        self.process_request(*self._accept(listener))
+                except OSError:
+                    pass  # it has left already, or there is no descriptor for it
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Has the event loop serve a new connection."""
@@ -8352,7 +8378,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         if error:
             self.log.warn(f"internal error: {describe(error)}")
 
-    def _refuse_without_descriptor(self) -> None:
+    def _refuse_without_descriptor(self, listener: socket.socket) -> None:
         """Uses the spare descriptor to accept a connection and say no: left in the queue, it would keep
         the accept loop spinning, and its client waiting."""
         now = time.monotonic()
@@ -8362,7 +8388,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self.service.loop.post(self.make_room)
         try:
             self._spare.close()
-            refuse(self.socket.accept()[0])
+            refuse(listener.accept()[0])
         except OSError:
             time.sleep(0.05)
         finally:
@@ -8372,19 +8398,45 @@ class RelayServer(http.server.ThreadingHTTPServer):
                 time.sleep(0.05)
 
 
-def listen(server: ServerSettings) -> socket.socket:
-    """A socket that listens where the settings say. Raises OSError."""
-    listener = socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET)
+def listen(server: ServerSettings) -> list[socket.socket]:
+    """Sockets that listen where the settings say: for the name localhost on both loopback addresses, since clients may
+    take it for either. Raises OSError."""
+    if server.host != "localhost":
+        return [listen_at(server.host, server.port)]
+    first = listen_at("127.0.0.1", server.port)
     try:
+        return [first, listen_at("::1", first.getsockname()[1])]
+    except OSError as error:
+        if error.errno in NO_SUCH_ADDRESS:
+            return [first]
+        first.close()
+        if error.errno == errno.EADDRINUSE and not server.port:
+            return listen(server)  # any number will do that is free on both
+        raise
+
+
+def listen_at(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address. Raises OSError that says how to go on."""
+    listener = None
+    try:
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         # On Windows the option would let two relays share the port by accident.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name != "nt"))
-        listener.bind((server.host, server.port))
+        listener.bind((host, port))
         listener.listen(LISTEN_BACKLOG)
     except (OSError, OverflowError) as error:
-        listener.close()
+        if listener:
+            listener.close()
+        code = getattr(error, "errno", None)
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise OSError(getattr(error, "errno", None), f"can't listen on {server.host}:{server.port}: {reason}") from None
+        if code == errno.EADDRINUSE:
+            reason = f"{reason}: another relay may be running there; stop it, or try --port {port % 65535 + 1}"
+        raise OSError(code, f"can't listen on {host}:{port}: {reason}") from None
     return listener
+
+
+# Of a machine that has no IPv6, or has it switched off.
+NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
 
 
 def refuse(sock: socket.socket) -> None:
@@ -8709,14 +8761,14 @@ class Operator:
 
 
 class Supervisor:
-    """The parent of several workers, which share its listening socket: it replaces one that dies, and
+    """The parent of several workers, which share its listening sockets: it replaces one that dies, and
     passes signals on. Each worker is a relay of its own, with its own limits, kept connections and log thread."""
 
-    def __init__(self, config: Config, path: str, options: JsonDict, listener: socket.socket) -> None:
+    def __init__(self, config: Config, path: str, options: JsonDict, listeners: Sequence[socket.socket]) -> None:
         self._config = config
         self._path = path
         self._options = options
-        self._listener = listener
+        self._listeners = listeners
         self._log = LogWriter(sys.stderr)
         self._log.style = config.server.log
         self._workers: dict[int, float] = {}  # process id: when it was started
@@ -8785,7 +8837,7 @@ class Supervisor:
             config = with_run_secrets(load_prices(load_config(self._path, self._options), self._path), config)
         except (ConfigError, OSError):
             pass  # the file is broken at the moment: the configuration of the start still holds
-        server = RelayServer(config, None, self._listener)
+        server = RelayServer(config, None, self._listeners)
         server.start()
         return Operator(server, self._path, self._options, seen).run(signals, parent)
 
@@ -8806,7 +8858,8 @@ class Supervisor:
 
     def _stop(self, signals: Signals) -> int:
         """Has all workers drain; a second signal ends them at once."""
-        self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         self._pass_on(signal.SIGTERM)
         status = 0
         while self._workers and not status:
@@ -9086,14 +9139,14 @@ def run_serve(options: JsonDict) -> int:
     supervised = config.server.workers > 1
     # Whoever can connect must be able to count on an end in good order.
     signals = Signals(*OPERATOR_SIGNALS, "SIGCHLD") if supervised else Signals(*OPERATOR_SIGNALS)
-    listener = listen(config.server)
-    host, port = listener.getsockname()[:2]
+    listeners = listen(config.server)
+    host, port = listeners[0].getsockname()[:2]
     made_up = config.server.access_keys != given.server.access_keys
     lines = list(banner(config, path, relay_url(host, port), made_up))
     if supervised:
         # Python's own way out would wait for a log that nobody reads.
-        os._exit(Supervisor(config, path, options, listener).run(signals, lines))
-    server = RelayServer(config, None, listener)
+        os._exit(Supervisor(config, path, options, listeners).run(signals, lines))
+    server = RelayServer(config, None, listeners)
     server.log.announce(lines)
     server.start()
     operator = Operator(server, path, options, seen)

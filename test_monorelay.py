@@ -283,7 +283,7 @@ class Client(Wire):
 
     def __init__(self, url: str, source: str = "", **options: int) -> None:
         address = urllib.parse.urlsplit(url)
-        sock = socket.socket()
+        sock = socket.socket(socket.AF_INET6 if ":" in address.hostname else socket.AF_INET)
         if source:
             sock.bind((source, 0))
         for name, value in options.items():
@@ -8915,6 +8915,7 @@ def test_a_port_in_use_says_so(tmp_path):
         done.returncode == 1
         and port in done.stderr
         and "in use" in done.stderr
+        and f"try --port {int(port) % 65535 + 1}" in done.stderr
         and "Traceback" not in done.stderr
     )
 
@@ -8931,6 +8932,54 @@ def test_the_banners_curl_line_works_as_pasted(program, tmp_path):
     assert done.returncode == 0 and json.loads(done.stdout)["type"] == "message", (command, done)
     it.signal(signal.SIGTERM)
     assert it.ended() == 0 and it.process.stdout.read() == "", "stdout is quiet"
+
+
+def has_ipv6() -> bool:
+    """Whether this machine has the address ::1."""
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_localhost_is_both_loopback_addresses(program, workers):
+    it = program(settings({"echo": {}}, server={"host": "localhost", "workers": workers}))
+    other = it.url.replace("127.0.0.1", "[::1]")
+    for url in [it.url, other] * 5:
+        with Client(url) as client:
+            assert client.ask("GET", "/api/auth/me").status == 200
+    with Client(other) as client:
+        client.send(request("GET", "/health"))
+        it.signal(signal.SIGTERM)
+        assert client.answer().status == 200, "who was connected before the end is answered"
+    assert it.ended() == 0 and not accepts(other)
+
+
+def test_localhost_is_one_address_where_there_is_no_ipv6(monkeypatch):
+    made = socket.socket
+
+    def without_ipv6(family: int = socket.AF_INET, *more: Any, **options: Any) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(monorelay.errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return made(family, *more, **options)
+
+    monkeypatch.setattr(socket, "socket", without_ipv6)
+    (only,) = monorelay.listen(parse(server={"host": "localhost"}).server)
+    with only:
+        assert only.getsockname()[0] == "127.0.0.1"
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+def test_localhost_is_in_use_when_one_of_its_addresses_is():
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=r"::1.*another relay may be running"):
+            monorelay.listen(parse(server={"host": "localhost", "port": port}).server)
+        with socket.create_server(("127.0.0.1", port)):
+            pass  # nothing is left of the attempt
 
 
 def test_a_readable_file_with_secrets_earns_a_warning(program):
