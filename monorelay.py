@@ -197,6 +197,9 @@ TALLIED_HOURS = 48
 ENDED_ROWS = 500  # requests that have ended, for the page
 LOG_PAUSE_SECONDS = 0.1  # lines are written together, so that a busy relay wakes its log thread rarely
 LOG_LAST_SECONDS = 1.0
+CUT_SECONDS = 2 * LOG_LAST_SECONDS  # within which a worker must have logged what it cuts, and ended
+CUT_NAMED = 5  # requests whose ids one line of the log has room for
+CUT_LINES = 1000  # requests that are logged when they are cut at the end
 LOG_VALUE_CHARACTERS = 200
 LOGGED_CHARACTERS = LOG_VALUE_CHARACTERS + 1  # of a text from outside so much is kept, which shows that it was longer
 LOG_BACKLOG_LINES = 4000  # more than that waiting for a blocked stderr is dropped, and counted,
@@ -7929,6 +7932,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.lingering = False  # behind the last one
         self.evicted = False  # since others had to have room
         self.busy = False  # with a request that isn't answered yet
+        self.record: Optional[AccessRecord] = None  # of the last request
         self.fault: Optional[MalformedRequest] = None  # why no head can come any more
         self.task: Optional[Task] = None
 
@@ -8036,7 +8040,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answers the request that begins with this head; whether the connection can be used for another one."""
         self.busy = True
         exchange = Exchange(self.service, self.channel, str(self.client_address[0]))
-        self.service.running[exchange] = None
+        self.record = exchange.record
         try:
             return await self._send(exchange, await self._respond(exchange, data))
         except (ClientGone, GeneratorExit):
@@ -8268,18 +8272,18 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self.log.start()
         self._started = True
 
-    def reload(self, config: Config) -> None:
+    def reload(self, config: Config, warns: bool = True) -> None:
         """Serves new requests by another configuration; those that run finish with the one they began with."""
-        old = self.service.config
+        old, warn = self.service.config, self.log.warn if warns else (lambda message: None)
         config = with_run_secrets(config, old)
         if (
             config.run_secrets
             and config.server.access_keys == (config.run_secrets.access_key,) != old.server.access_keys
         ):
-            self.log.warn("relay.json has no credential any more; a restart makes up an access key, and shows it")
+            warn("relay.json has no credential any more; a restart makes up an access key, and shows it")
         for name in ("host", "port", "workers"):
             if getattr(config.server, name) != getattr(old.server, name):
-                self.log.warn(f"server.{name} has changed, which takes effect with a restart")
+                warn(f"server.{name} has changed, which takes effect with a restart")
         self.log.style = config.server.log
         self.service.use(config)
 
@@ -8297,6 +8301,21 @@ class RelayServer(http.server.ThreadingHTTPServer):
             time.sleep(0.02)
         self._run_in_loop(self._cut_all)
         self._spare.close()
+        self.log.finish()
+
+    def running(self) -> list[AccessRecord]:
+        """The requests that aren't answered yet, or whose responses aren't all sent."""
+        return [handler.record for handler in list(self.handlers) if handler.record and handler.answering]
+
+    def tell_of_cut(self) -> None:
+        """Logs what is running, which the end of the process is about to cut."""
+        records = self.running()
+        if records:
+            ids = ", ".join(record.request_id for record in records[:CUT_NAMED]) + ", …" * (len(records) > CUT_NAMED)
+            self.log.warn(f"cut {counted(len(records), 'running request')}: {ids}")
+            for record in records[:CUT_LINES]:
+                record.error = "shutting_down"
+                self.log.record(record)
         self.log.finish()
 
     def _run_in_loop(self, action: Callable[[], None]) -> None:
@@ -8437,6 +8456,11 @@ def listen_at(host: str, port: int) -> socket.socket:
 
 # Of a machine that has no IPv6, or has it switched off.
 NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
+
+
+def counted(count: int, noun: str) -> str:
+    """So many of something."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def refuse(sock: socket.socket) -> None:
@@ -8665,6 +8689,9 @@ class Board:
 
 
 OPERATOR_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
+# By these a supervisor has its workers reload and end at once. A SIGHUP or a second SIGTERM, which may have reached the
+# whole group, is nothing to them, so that it counts once.
+WORKER_RELOADS, WORKER_CUTS = "SIGUSR1", "SIGUSR2"
 
 
 class Signals:
@@ -8697,8 +8724,18 @@ class Signals:
 class Operator:
     """What is left to do while the others serve: it waits for signals and for edits of relay.json."""
 
-    def __init__(self, server: RelayServer, path: str, options: JsonDict, seen: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        server: RelayServer,
+        path: str,
+        options: JsonDict,
+        seen: tuple[int, ...],
+        supervisor: int = 0,
+        tells: bool = True,
+    ) -> None:
         self._server = server
+        self._supervisor = supervisor  # its process id, in a worker
+        self._tells = tells  # whether it logs what happens to all workers
         self._path = path
         self._options = options
         self._seen = seen  # the state of the file that was read
@@ -8710,33 +8747,35 @@ class Operator:
         config = self._server.service.config
         return [file_state(beside(self._path, name)) for name in (config.env_file, config.prices_file) if name]
 
-    def run(self, signals: Signals, supervisor: int = 0) -> int:
+    def run(self, signals: Signals) -> int:
         """Serves until SIGTERM, SIGINT or the death of the supervising process; the exit status."""
+        reloads, supervisor = WORKER_RELOADS if self._supervisor else "SIGHUP", self._supervisor
         while True:
             name = signals.next(1.0)
-            left = name == "SIGHUP" and self._in_terminal and not in_terminal()
-            if name in ("SIGTERM", "SIGINT") or left or (supervisor and os.getppid() != supervisor):
-                self._drain(signals)
+            left = name == reloads and not supervisor and self._in_terminal and not in_terminal()
+            if name in ("SIGTERM", "SIGINT", WORKER_CUTS) or left or (supervisor and os.getppid() != supervisor):
+                self._drain(signals, name == WORKER_CUTS)
                 return 0
+            self._path = self._path or config_path(self._options)  # it may have come since the start
             changed = (file_state(self._path), self._files_beside()) != (self._seen, self._beside_seen)
-            if name == "SIGHUP" or changed:
+            if name == reloads or changed:
                 self.reload()
 
     def reload(self) -> None:
         """Reads relay.json again, and the prices; a broken one changes nothing."""
         self._seen, self._beside_seen = file_state(self._path), self._files_beside()
-        log = self._server.log
+        log = self._server.log if self._tells else LogWriter(None)
         try:
             config = self._with_prices(load_config(self._path, self._options))
         except (ConfigError, OSError) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 self._seen = ()  # there is no descriptor to read it with: the next try is in a second
                 return
-            for line in str(error).splitlines():
+            for line in (system_problem(error) if isinstance(error, OSError) else str(error)).splitlines():
                 log.warn(line)
             log.warn("the configuration was not reloaded; the one before stays in force")
             return
-        self._server.reload(config)
+        self._server.reload(config, self._tells)
         self._beside_seen = self._files_beside()
         log.say("the configuration was reloaded; values of the environment are those of the start")
 
@@ -8748,16 +8787,21 @@ class Operator:
             self._server.log.warn(f"{error}; the prices of before stay in force")
             return config._replace(prices=self._server.service.config.prices)
 
-    def _drain(self, signals: Signals) -> None:
-        """Stops in good order; another signal ends the process at once."""
-        seconds = self._server.service.config.server.drain_seconds
-        self._server.log.say(f"stopping; what runs may take {seconds:g} s more, another signal ends it at once")
-        stopping = threading.Thread(target=self._server.stop, args=(seconds,), daemon=True)
+    def _drain(self, signals: Signals, cuts: bool) -> None:
+        """Stops in good order; another signal, or one that `cuts`, ends the process at once."""
+        server, ends = self._server, (WORKER_CUTS,) if self._supervisor else ("SIGTERM", "SIGINT")
+        running = len(server.running())
+        if not self._supervisor:
+            what = f": {counted(running, 'request')} {'is' if running == 1 else 'are'} running; a second signal ends "
+            server.log.say(f"stopping{what}{'it' if running == 1 else 'them'}" if running else "stopping")
+        seconds = server.service.config.server.drain_seconds
+        stopping = threading.Thread(target=server.stop, args=(seconds,), daemon=True)
         stopping.start()
         while stopping.is_alive():
-            name = signals.next(0.02)
-            if name in ("SIGTERM", "SIGINT"):
-                os._exit(128 + signal.Signals[name])
+            name = "" if cuts else signals.next(0.02)
+            if name in ends or cuts:
+                server.tell_of_cut()
+                os._exit(128 + signal.Signals[name or WORKER_CUTS])
 
 
 class Supervisor:
@@ -8772,6 +8816,7 @@ class Supervisor:
         self._log = LogWriter(sys.stderr)
         self._log.style = config.server.log
         self._workers: dict[int, float] = {}  # process id: when it was started
+        self._teller = 0  # the worker that logs what happens to all of them
         self._in_terminal = in_terminal()
 
     def run(self, signals: Signals, lines: Sequence[str]) -> int:
@@ -8789,7 +8834,7 @@ class Supervisor:
             if name == "SIGHUP":
                 if self._in_terminal and not in_terminal():
                     return self._stop(signals)
-                self._pass_on(signal.SIGHUP)
+                self._pass_on(signal.Signals[WORKER_RELOADS])
             for pid, started in self._reap():
                 self._log.warn(f"the worker {pid} has ended; another one takes its place")
                 if time.monotonic() - started < 1.0:
@@ -8799,30 +8844,30 @@ class Supervisor:
         """Starts a worker; False when the system gives out no more processes."""
         parent = os.getpid()
         # What comes between the fork and the worker's own handlers has to wait for these.
-        held = {getattr(signal, name) for name in OPERATOR_SIGNALS}
+        held = {getattr(signal, name) for name in (*OPERATOR_SIGNALS, WORKER_RELOADS, WORKER_CUTS)}
         signal.pthread_sigmask(signal.SIG_BLOCK, held)
+        tells = self._teller not in self._workers
         try:
             pid = os.fork()
             if not pid:
-                self._be_worker(parent, held)
+                self._be_worker(parent, held, tells)
         except OSError as error:
             self._log.warn(f"a worker can't be started, another try follows: {error.strerror}")
             return False
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
         self._workers[pid] = time.monotonic()
+        self._teller = pid if tells else self._teller
         return True
 
-    def _be_worker(self, parent: int, held: set[int]) -> NoReturn:
+    def _be_worker(self, parent: int, held: set[int], tells: bool) -> NoReturn:
         """What a worker does from its start to its end."""
         status = 1
         try:
-            # Out of the terminal's process group: Ctrl-C is for the parent, which passes it on once.
-            os.setpgid(0, 0)
-            signals = Signals(*OPERATOR_SIGNALS)
+            signals = Signals(*OPERATOR_SIGNALS, WORKER_RELOADS, WORKER_CUTS)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
-            status = self._work(signals, parent)
+            status = self._work(signals, parent, tells)
         except BaseException as error:
             log = LogWriter(sys.stderr)
             log.warn(f"internal error: {describe(error)}")
@@ -8830,7 +8875,7 @@ class Supervisor:
             log.finish()
         os._exit(status)
 
-    def _work(self, signals: Signals, parent: int) -> int:
+    def _work(self, signals: Signals, parent: int, tells: bool) -> int:
         """What a worker does: it serves until it is told to stop; the exit status."""
         config, seen = self._config, file_state(self._path)
         try:
@@ -8839,7 +8884,7 @@ class Supervisor:
             pass  # the file is broken at the moment: the configuration of the start still holds
         server = RelayServer(config, None, self._listeners)
         server.start()
-        return Operator(server, self._path, self._options, seen).run(signals, parent)
+        return Operator(server, self._path, self._options, seen, parent, tells).run(signals)
 
     def _reap(self) -> Iterator[tuple[int, float]]:
         """The workers that have ended, and when each was started."""
@@ -8858,19 +8903,28 @@ class Supervisor:
 
     def _stop(self, signals: Signals) -> int:
         """Has all workers drain; a second signal ends them at once."""
+        seconds = self._config.server.drain_seconds
+        self._log.say(f"stopping; what runs may take {seconds:g} s more, a second signal ends it at once")
         for listener in self._listeners:
             listener.close()
         self._pass_on(signal.SIGTERM)
-        status = 0
-        while self._workers and not status:
-            if signals.next(1.0) in ("SIGTERM", "SIGINT"):
+        status, latest = 0, math.inf
+        while self._workers:
+            if signals.next(0.1 if status else 1.0) in ("SIGTERM", "SIGINT"):
+                self._pass_on(signal.SIGKILL if status else signal.Signals[WORKER_CUTS])
+                status, latest = 1, time.monotonic() + CUT_SECONDS
+            if time.monotonic() > latest:
                 self._pass_on(signal.SIGKILL)
-                status = 1
             for _ in self._reap():
                 pass
         signals.close()
         self._log.finish()
         return status
+
+
+def system_problem(error: OSError) -> str:
+    """What the system refused, for whom its error numbers say nothing."""
+    return f"{error.filename or ''}{': ' if error.filename else ''}{error.strerror or error}"
 
 
 def in_terminal() -> bool:
@@ -9033,10 +9087,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
     except OSError as error:
-        print(
-            f"monorelay: {error.filename or ''}{': ' if error.filename else ''}{error.strerror or error}",
-            file=sys.stderr,
-        )
+        print(f"monorelay: {system_problem(error)}", file=sys.stderr)
     except KeyboardInterrupt:
         print(file=sys.stderr)
     return 1

@@ -9069,6 +9069,80 @@ def test_a_signal_drains_and_a_second_one_ends_at_once(upstream, program, number
     gate.set()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_second_signal_cuts_is_logged(upstream, program, workers):
+    """The signals reach the whole group: workers have them from there and from their supervisor."""
+    gate = threading.Event()
+    it = program(settings({"anthropic": upstream(gated_stream(gate))}, server={"workers": workers}))
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(it.url)) for _ in range(3)]
+        for client in clients:
+            client.send(request("POST", "/v1/messages", STREAMED))
+            client.until(b"message_start")
+        os.killpg(it.process.pid, signal.SIGTERM)
+        eventually(lambda: not accepts(it.url) and "stopping" in it.text())
+        assert it.text().count("stopping") == 1 and "a second signal ends" in it.text()
+        assert workers == 2 or "stopping: 3 requests are running" in it.text()
+        assert it.process.poll() is None and "running request" not in it.text(), "one signal doesn't count as two"
+        os.killpg(it.process.pid, signal.SIGTERM)
+        assert it.ended() != 0
+    eventually(lambda: sum(map(int, re.findall(r"cut (\d) running request", it.text()))) == 3)
+    named = set(re.findall(r"req_\w+", "".join(line for line in it.lines if "cut " in line)))
+    cut = {re.search(r" id=(\w+)", line)[1] for line in it.lines if re.search("messages.*shutting_down", line)}
+    assert len(named) == 3 and named == cut
+    gate.set()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_relay_at_rest_stops_without_many_words(program, workers):
+    it = program(settings({"echo": {}}, server={"workers": workers}))
+    it.signal(signal.SIGTERM)
+    assert it.ended() == 0
+    eventually(lambda: it.text().count("stopping") == 1)
+    assert workers == 2 or "running" not in it.text()
+
+
+@pytest.mark.parametrize("to", ["supervisor", "group"])
+def test_workers_tell_of_a_reload_once(program, to):
+    config = settings({"echo": {}}, server={"workers": 3})
+    it = program(config)
+    eventually(lambda: len(children(it)) == 3)
+    eventually(lambda: all(accepts(it.url) for _ in range(20)))
+    (os.killpg if to == "group" else os.kill)(it.process.pid, signal.SIGHUP)
+    eventually(lambda: "was reloaded" in it.text())
+    it.write({**config, "server": {**config["server"], "workers": 2}})
+    eventually(lambda: it.text().count("was reloaded") == 2)
+    it.signal(signal.SIGTERM)
+    assert it.ended() == 0
+    assert it.text().count("was reloaded") == 2 and it.text().count("server.workers has changed") == 1
+
+
+def test_a_relay_json_that_comes_later_is_taken_up_and_one_that_goes_keeps_the_old(tmp_path):
+    shutil.copy(HERE / "monorelay.py", tmp_path)
+    port = unused_port()
+    process = subprocess.Popen(
+        [sys.executable, "monorelay.py", "--port", str(port)], cwd=tmp_path, stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "MONORELAY_ACCESS_KEY": TOKEN},
+    )  # fmt: skip
+
+    def status(model: str) -> int:
+        with Client(f"http://127.0.0.1:{port}") as client:
+            return client.ask("POST", "/v1/messages", json.dumps(prompt(model)).encode()).status
+
+    try:
+        assert eventually(lambda: status("echo") == 200) and status("mine") == 404
+        (tmp_path / "relay.json").write_text(json.dumps(settings({"echo": {}}, routes={"mine": "echo"})))
+        assert eventually(lambda: status("mine") == 200)
+        (tmp_path / "relay.json").unlink()
+        lines = iter(process.stderr.readline, "")
+        gone = next(line for line in lines if "No such file" in line)
+        assert "relay.json: No such file" in gone and "Errno" not in gone and "not reloaded" in next(lines)
+        assert status("mine") == 200
+    finally:
+        process.terminate()
+        process.communicate()
+
+
 def test_draining_ends_after_drain_seconds(upstream, program):
     gate = threading.Event()
     it = program(settings({"anthropic": upstream(gated_stream(gate))}, server={"drain_seconds": 0.3}))
