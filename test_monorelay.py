@@ -94,6 +94,7 @@ import json
 import math
 import random
 import resource
+import runpy
 import select
 import selectors
 import shlex
@@ -10306,47 +10307,193 @@ def test_shipped_relay_json_runs_as_it_is(program):
 # Blocks that aren't run, by a part of their text, and why.
 README_NOT_RUN = {
     "python3 test_monorelay.py": "it is what runs right now",
-    "sk-ant-...": "it needs a provider's key; what it starts is started by the first block",
     ".ci/bench": "it takes minutes; .ci/run runs a short form of it",
 }
-SERVES = re.compile(r"(\w+=\S+ )*python3? monorelay\.py")
+# What stands in for programs that not every machine has, or that would change it.
+SUDO = """#!/bin/sh
+case $1 in
+useradd | systemctl) exit 0 ;;
+-u) shift 2 ;;
+esac
+exec "$@"
+"""
+UV = """#!/bin/sh
+test "$1" = run && shift && exec python3 "$@"
+"""
+DOCKER = """#!/usr/bin/env python3
+import os, sys
+
+assert sys.argv[1:3] == ["run", "--rm"], sys.argv
+words, environ, mounts = sys.argv[3:], {"PATH": os.environ["PATH"]}, []
+while words[0].startswith("-"):
+    option, value = words.pop(0), words.pop(0)
+    if option == "-e":
+        environ[value] = os.environ[value]
+    elif option == "-v":
+        mounts.append(value.split(":"))
+    else:
+        assert option in ("-p", "--stop-timeout"), option
+image, *command = words
+assert image.startswith("python:"), image
+for here, there, _ in mounts:
+    command = [word.replace(there + "/", here + "/") for word in command]
+os.execvpe(command[0], command, environ)
+"""
+# kubectl itself is asked for what it would create.
+KUBECTL = f"""#!/bin/sh
+exec {shutil.which("kubectl") or "test -n"} "$@" --dry-run=client
+"""
+STAND_INS = {"sudo": SUDO, "uv": UV, "docker": DOCKER, "kubectl": KUBECTL}
+SERVES = re.compile(r"((\w+=\S+ )*(python3|uv run) monorelay\.py|docker run .*)", re.S)
 
 
-def test_readme_commands_run_in_the_readmes_order_and_print_what_it_says(tmp_path):
-    for name in SHIPPED:
-        shutil.copy(HERE / name, tmp_path)
-    environ = {name: value for name, value in os.environ.items() if not name.endswith("_KEY")}
-    environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
+class ReadmeShell:
+    """Runs the README's blocks in a folder of their own, each in a shell, as somebody does who reads it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = str(unused_port())
+        self.serving = contextlib.ExitStack()
+        self.paths = {place: f"{folder}{place}" for place in ("/opt/monorelay", "/etc/monorelay", "/etc/systemd")}
+        programs = folder / "bin"
+        programs.mkdir()
+        for name, text in STAND_INS.items():
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        for path in self.paths.values():
+            Path(path, "system").mkdir(parents=True)
+        for name in SHIPPED:
+            shutil.copy(HERE / name, folder)
+        (folder / "relay.json").write_text((HERE / "relay.json").read_text().replace("8787", self.port))
+        (folder / "keys.env").write_text("OPENAI_API_KEY=sk-of-nobody\n")
+        (folder / "monorelay@.service").write_text(readme_block("ini"))
+        environ = {name: value for name, value in os.environ.items() if not name.endswith("_KEY")}
+        searched = [str(programs), str(Path(sys.executable).parent), environ["PATH"]]
+        self.environ = {
+            **environ,
+            "PATH": os.pathsep.join(searched),
+            "ANTHROPIC_API_KEY": "",
+            "MONORELAY_ACCESS_KEY": "an-access-key-of-the-readme",
+        }
+
+    def run(self, block: Block) -> str:
+        """What the block prints; one that serves runs in the background, in the place of the one before."""
+        text = block.text.strip().replace("-g monorelay", "").replace("8787", self.port)
+        for path, ours in self.paths.items():
+            text = text.replace(path, ours)
+        shell = [sys.executable] if block.language == "python" else ["bash", "-euo", "pipefail"]
+        command = [*shell, "-c", text]
+        options: Any = {"cwd": self.folder, "env": self.environ, "stdin": subprocess.DEVNULL}
+        if SERVES.fullmatch(text[text.startswith("export") and text.index("\n") + 1 :]):
+            self.serve(command, options)
+            return ""
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, **options)
+        assert done.returncode == 0, f"README.md line {block.line}: {done.stderr}"
+        return done.stdout
+
+    def serve(self, command: list[str], options: dict[str, Any]) -> None:
+        self.serving.close()
+        with open(self.folder / "log.txt", "a") as log:
+            process = subprocess.Popen(command, stderr=log, start_new_session=True, **options)
+        self.serving.callback(process.wait, TIMEOUT_SECONDS)
+        self.serving.callback(os.killpg, process.pid, signal.SIGTERM)
+        eventually(lambda: accepts(f"http://127.0.0.1:{self.port}"))
+        assert process.poll() is None
+
+
+@pytest.fixture
+def shell(tmp_path) -> Iterator[ReadmeShell]:
+    folder = tmp_path / "readme"
+    folder.mkdir()
+    shell = ReadmeShell(folder)
+    with shell.serving:
+        yield shell
+
+
+def test_readme_commands_run_in_the_readmes_order_and_print_what_it_says(shell, program):
+    alice = {"key": "the-key-of-alice-0123", "models": ["claude-*", "echo"]}
+    it = program(settings({"echo": {}}, server={"log": "json"}, users={"alice": alice}))
+    with Client(it.url) as client:
+        assert client.ask("POST", "/v1/messages", b'{"model": "gpt-5"}', token=alice["key"]).status == 403
+    eventually(lambda: "gpt-5" in it.text())
+    (shell.folder / "log.json").write_text(it.text())
     blocks = readme_blocks()
     skipped = {part for part in README_NOT_RUN for block in blocks if part in block.text}
     assert skipped == set(README_NOT_RUN), "the README no longer has these blocks"
-    with contextlib.ExitStack() as stack:
-        for block, following in zip(blocks, [*blocks[1:], None]):
-            if block.language in ("sh", "python") and not any(part in block.text for part in README_NOT_RUN):
-                printed = run_block(block, tmp_path, environ, stack)
-                if following and following.language == "text":
-                    assert masked(printed) == masked(following.text), f"README.md line {following.line}"
-
-
-def run_block(block: Block, folder: Path, environ: dict[str, str], stack: contextlib.ExitStack) -> str:
-    """What the block prints; one that serves runs in the background until the stack unwinds."""
-    command = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euc"]
-    options: Any = {"cwd": folder, "env": environ, "stdin": subprocess.DEVNULL}
-    if SERVES.fullmatch(block.text.strip()):
-        with open(folder / "log", "w") as log:
-            process = subprocess.Popen([*command, block.text], stderr=log, start_new_session=True, **options)
-        stack.callback(process.wait, TIMEOUT_SECONDS)
-        stack.callback(os.killpg, process.pid, signal.SIGTERM)
-        eventually(lambda: accepts("http://127.0.0.1:8787"))
-        return ""
-    done = subprocess.run([*command, block.text], capture_output=True, text=True, timeout=30, **options)
-    assert done.returncode == 0, f"README.md line {block.line}: {done.stderr}"
-    return done.stdout
+    for block, following in zip(blocks, [*blocks[1:], None]):
+        if block.language in ("sh", "python") and not any(part in block.text for part in README_NOT_RUN):
+            if block.text.startswith("jq ") and not shutil.which("jq") and os.environ.get("CI") != "true":
+                continue
+            printed = shell.run(block)
+            if following and following.language == "text":
+                assert masked(printed) == masked(following.text), f"README.md line {following.line}"
 
 
 def masked(text: str) -> str:
     """The text without what differs from run to run."""
-    return re.sub(r"msg_\w+", "msg_", text).strip()
+    return re.sub(r"msg_\w+|20\d\d-[\d-]+T[\d:.]+Z", "", text).strip()
+
+
+def readme_tables() -> dict[str, dict[str, str]]:
+    """The README's tables, by what heads their first column; of each row the second cell by the first."""
+    tables: dict[str, dict[str, str]] = {}
+    for table in re.findall(r"(?:^\|.*\n)+", (HERE / "README.md").read_text(encoding="utf-8"), re.M):
+        (head, *_), _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+        tables[head] = {row[0]: row[1] for row in rows}
+    return tables
+
+
+@pytest.mark.parametrize(
+    ("section", "table"),
+    [
+        ("server", monorelay.SERVER_SETTINGS),
+        ("users.NAME", monorelay.USER_SETTINGS),
+        ("providers.NAME", monorelay.PROVIDER_SETTINGS),
+        ("top level", dict.fromkeys([*monorelay.SECTIONS, "env_file"], (None, None))),
+    ],
+)
+def test_the_readme_has_every_setting_with_its_default(section, table):
+    told = readme_tables()[section if " " in section else f"`{section}`"]
+    assert sorted(told) == sorted(f"`{name}`" for name in table)
+    for name, (_, default) in table.items():
+        cell = told[f"`{name}`"]
+        if default or default is False:
+            assert json.loads(cell.strip("`")) == default, name
+        else:  # nothing, which the README says in words
+            assert cell and "`" not in cell, name
+
+
+def test_the_readme_has_every_field_of_the_log():
+    record = monorelay.AccessRecord(UNIX_TIME, 0.0)
+    for name in record.__slots__:
+        if getattr(record, name) == "":
+            setattr(record, name, "x")
+    record.first_byte, record.attempts = 1.0, 2
+    record.usage.read(b'{"usage":{"input_tokens":1,"output_tokens":2}}')
+    told = [name for cell in readme_tables()["field"] for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted([*told, "level"]) == sorted(json.loads(record.line(2.0, "json")))
+
+
+@pytest.mark.parametrize("client", ["Anthropic SDKs", "OpenAI SDKs"])
+def test_the_readmes_settings_for_the_sdks_work(relay, monkeypatch, client):
+    it = relay({"echo": {}})
+    given = dict(re.findall(r"([A-Z_]+)=([^ `]+)", readme_tables()["client"][client]))
+    assert len(given) == 2
+    for name, value in given.items():
+        monkeypatch.setenv(name, TOKEN if value == "K" else re.sub("^R", it.url, value))
+    asked: Any = {"model": "echo", "messages": [{"role": "user", "content": "Hello"}]}
+    if client == "OpenAI SDKs":
+        assert openai.OpenAI().chat.completions.create(**asked).choices[0].message.content == "Hello"
+    else:
+        assert anthropic.Anthropic().messages.create(max_tokens=9, **asked).content[0].text == "Hello"
+
+
+def test_the_readme_shows_rows_that_the_benchmark_prints():
+    readme, bench = (HERE / "README.md").read_text(encoding="utf-8"), runpy.run_path(str(HERE / ".ci" / "bench"))
+    printed = [f"{case.name}: {figure.name}" for case in bench["CASES"] for figure in case.figures]
+    (shown,) = bench["README_FIGURES"].findall(readme)
+    assert bench["README_ROWS"] and set(bench["README_ROWS"]) <= set(printed)
+    assert bench["readme_part"](shown.splitlines()) == shown
 
 
 # ------------------------------------------------------------------------------------------------------------
