@@ -10364,8 +10364,10 @@ class ReadmeShell:
             Path(path, "system").mkdir(parents=True)
         for name in SHIPPED:
             shutil.copy(HERE / name, folder)
-        (folder / "relay.json").write_text((HERE / "relay.json").read_text().replace("8787", self.port))
-        (folder / "keys.env").write_text("OPENAI_API_KEY=sk-of-nobody\n")
+        shipped = (HERE / "relay.json").read_text()
+        nowhere = f"http://127.0.0.1:{unused_port()}/"  # no provider is to be called
+        (folder / "relay.json").write_text(shipped.replace("https://", nowhere).replace("8787", self.port))
+        (folder / "keys.env").write_text("ANTHROPIC_API_KEY=sk-of-nobody\n")
         (folder / "monorelay@.service").write_text(readme_block("ini"))
         environ = {name: value for name, value in os.environ.items() if not name.endswith("_KEY")}
         searched = [str(programs), str(Path(sys.executable).parent), environ["PATH"]]
