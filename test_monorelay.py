@@ -10306,7 +10306,6 @@ def test_shipped_relay_json_runs_as_it_is(program):
 
 # Blocks that aren't run, by a part of their text, and why.
 README_NOT_RUN = {
-    "python3 test_monorelay.py": "it is what runs right now",
     ".ci/bench": "it takes minutes; .ci/run runs a short form of it",
 }
 # What stands in for programs that not every machine has, or that would change it.
@@ -10341,7 +10340,7 @@ os.execvpe(command[0], command, environ)
 """
 # kubectl itself is asked for what it would create.
 KUBECTL = f"""#!/bin/sh
-exec {shutil.which("kubectl") or "test -n"} "$@" --dry-run=client
+exec {shutil.which("kubectl") or "true"} "$@" --dry-run=client
 """
 STAND_INS = {"sudo": SUDO, "uv": UV, "docker": DOCKER, "kubectl": KUBECTL}
 SERVES = re.compile(r"((\w+=\S+ )*(python3|uv run) monorelay\.py|docker run .*)", re.S)
@@ -10360,8 +10359,7 @@ class ReadmeShell:
         for name, text in STAND_INS.items():
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
-        for path in self.paths.values():
-            Path(path, "system").mkdir(parents=True)
+        Path(self.paths["/etc/systemd"], "system").mkdir(parents=True)
         for name in SHIPPED:
             shutil.copy(HERE / name, folder)
         shipped = (HERE / "relay.json").read_text()
