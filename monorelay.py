@@ -194,6 +194,15 @@ TALLIED_MODELS = 100  # that metrics tell apart, and
 TALLIED_USERS = 100  # users who aren't in relay.json
 TALLIED_SERIES = 1000  # users with their models, providers and keys
 TALLIED_HOURS = 48
+RUNNING_ROWS = 200  # requests that run, and
+ROWS_AT_ONCE = 1000  # that /api/requests answers
+QUERY_FIELDS = 16
+PAGES = 50  # that may follow what happens
+LIVE_SECONDS = 1.0  # between two ticks
+LIVE_QUIET_SECONDS = 15.0  # without any, a comment shows that the connection is still there
+LIVE_LATE_SECONDS = 3  # so long after its end a request may become known that another worker has served
+HOURS_SECONDS = 10.0  # between two looks into the ledger
+FIRST_ROWS = 50  # requests that a page is told of at first
 ENDED_ROWS = 500  # requests that have ended, for the page
 LOG_PAUSE_SECONDS = 0.1  # lines are written together, so that a busy relay wakes its log thread rarely
 LOG_LAST_SECONDS = 1.0
@@ -258,7 +267,7 @@ BUILT_IN_CONFIG = """{
 #  ├─ TooLarge              413
 #  ├─ UnsupportedCoding     415
 #  ├─ NoWebSocket           426
-#  ├─ RateLimited           429
+#  ├─ RateLimited           429  └─ BudgetExceeded
 #  ├─ Unavailable           503
 #  ├─ UpstreamFailed        502
 #  └─ UpstreamSilent        504
@@ -372,7 +381,15 @@ class RateLimited(RelayError):
     status, kind, code = 429, "rate_limit_error", "rate_limited"
 
     def __init__(self, message: str, wait_seconds: float) -> None:
+        wait_seconds = min(wait_seconds, RETRY_AFTER_LIMIT_SECONDS)
         super().__init__(message, headers=[("retry-after", str(math.ceil(wait_seconds)))])
+
+
+class BudgetExceeded(RateLimited):
+    """A user has spent what it may; trying again helps only when the budget begins anew."""
+
+    code = "budget_exceeded"
+    lasts = True
 
 
 class Unavailable(RelayError):
@@ -567,6 +584,7 @@ class ServerSettings(NamedTuple):
     drain_seconds: float
     cors_origins: tuple[str, ...]
     log: str
+    dashboard: bool
 
 
 class LedgerSettings(NamedTuple):
@@ -983,6 +1001,7 @@ SERVER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "drain_seconds": (positive, 30.0),
     "cors_origins": (texts, ()),
     "log": (one_of("text", "json", "off"), "text"),
+    "dashboard": (boolean, True),
 }
 USER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "password": (password, ""),
@@ -1401,6 +1420,11 @@ class Caller(NamedTuple):
     name: str
     admin: bool  # shows an access key of the owner
     user: Optional[User]  # the entry of relay.json, when there is one
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether it may see what others do."""
+        return self.admin or (self.user is not None and self.user.viewer)
 
 
 ADMIN = Caller("admin", True, None)
@@ -1879,7 +1903,7 @@ class KeyPool:
         self._turns: collections.Counter[str] = collections.Counter()
         self.records: dict[tuple[str, str], KeyRecord] = {}  # of a provider and the label of its key
         self.attempts: collections.Counter[tuple[str, str, str]] = collections.Counter()  # the same, and the outcome
-        self.news = 0.0  # when something last began to cool, or recovered
+        self.changed: Callable[[], object] = lambda: None  # called when something cools or has recovered
 
     def order(self, targets: Iterable[Target], session: str, now: float) -> list[Candidate]:
         """All candidates of the targets, the one to try first at the head. What has the same `session` stays with one
@@ -1934,7 +1958,7 @@ class KeyPool:
         for name in ended:
             known = self._cooling.get(name)
             if known and known.recover(now):
-                self.news = now
+                self.changed()
                 self._warn(f"{told(candidate, name)} has recovered")
 
     def failed(
@@ -1974,7 +1998,8 @@ class KeyPool:
     ) -> None:
         """Notes why something cools, and warns when it has just begun to."""
         entry = self._cooling[name]
-        entry.why, entry.changed, self.news = why, now, now
+        entry.why, entry.changed = why, now
+        self.changed()
         if not was_cooling:
             self._warn(f"{told(candidate, name)} comes last for {entry.until - now:.3g} s: {why}")
 
@@ -2185,6 +2210,19 @@ class LedgerRow(NamedTuple):
     def failed(self) -> bool:
         """Whether it counts as an error: a client that leaves is none."""
         return self.status >= 400 or self.error not in (None, "client_gone")
+
+    def is_of(self, user: Optional[str]) -> bool:
+        """Whether it is one of the user's; of None's, each is."""
+        return user is None or self.user == user
+
+    def matches(self, names: Mapping[str, str], errors: bool) -> bool:
+        """Whether it is one of those asked for by user, model or key, as provider/label; or by having failed."""
+        return (
+            names.get("user", self.user) == self.user
+            and names.get("model", self.sent) in (self.model, self.sent)
+            and names.get("key", f"{self.provider}/{self.key}") == f"{self.provider}/{self.key}"
+            and (self.failed or not errors)
+        )
 
     @property
     def untold(self) -> bool:
@@ -3844,13 +3882,14 @@ def shortened(value: str) -> str:
 # requests may last for minutes.
 SUMS = (
     "requests", "errors", "untold", "input", "cache_read", "cache_write", "cache_write_long", "output", "cost", "ttfb",
-    "streamed", "duration",
+    "streamed", "duration", "priced",
 )  # fmt: skip
 TTFB_LIMITS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, math.inf)
 DURATION_LIMITS = (*(0.08 * 2**power for power in range(14)), math.inf)
 TTFB_AT = len(SUMS)
 DURATION_AT = TTFB_AT + len(TTFB_LIMITS)
 SERIES_LENGTH = DURATION_AT + len(DURATION_LIMITS)
+GROUPS = ("user", "model", "provider", "key")  # by which series are told apart
 HOUR_FIGURES = ("requests", "errors", "input", "cache_read", "output", "cost")
 OTHER = "(other)"  # where there are too many names to tell them apart
 
@@ -3879,7 +3918,7 @@ class Tally:
         figures = (
             1, failed, int(row.untold), row.input or 0, row.cache_read or 0, row.cache_write or 0,
             row.cache_write_long or 0, row.output or 0, row.cost or 0, (row.ttfb or 0) * streamed, streamed,
-            row.duration,
+            row.duration, int(row.cost is not None),
         )  # fmt: skip
         sums = self._sums((user, model, row.provider, row.key))
         for index, figure in enumerate(figures):
@@ -3962,13 +4001,37 @@ class Tally:
         rows = sorted([*self.ended, *(LedgerRow(*row) for row in shared["ended"])], key=lambda row: row.at)
         self.ended = collections.deque(rows, maxlen=ENDED_ROWS)
 
-    def by(self, *columns: int) -> dict[tuple[str, ...], list[int]]:
-        """The series summed up by some of their names: 0 the user, 1 the model, 2 the provider, 3 the key."""
+    def by(self, *columns: int, user: Optional[str] = None) -> dict[tuple[str, ...], list[int]]:
+        """The series summed up by some of GROUPS; those of one user, or all."""
         found: dict[tuple[str, ...], list[int]] = {}
         for names, sums in self.series.items():
+            if user not in (None, names[0]):
+                continue
             name = tuple(names[column] for column in columns)
             found[name] = [a + b for a, b in zip(found[name], sums)] if name in found else sums
         return found
+
+
+# -- the page
+
+RUNNING_USER, RUNNING_SINCE = 1, 7
+
+
+def ended_row(row: LedgerRow) -> list[Any]:
+    """A request that has ended, as the page gets it: the first is a number that grows with time, and almost never is
+    another one's; the times are in seconds."""
+    written = None if row.cache_write is None else row.cache_write + (row.cache_write_long or 0)
+    return [
+        row_number(row), row.at / 1000, row.user, row.model, row.sent, row.provider, row.key, row.status,
+        None if row.ttfb is None else row.ttfb / 1000, row.duration / 1000, row.input, row.cache_read, row.output,
+        row.cost, written, row.attempts, row.tried or "", row.error or "", row.path, row.stream, row.complete,
+        row.request, row.tier,
+    ]  # fmt: skip
+
+
+def row_number(row: LedgerRow) -> int:
+    """A number for a row that isn't in the ledger: rows that ended later have larger ones."""
+    return row.at * 4096 + zlib.crc32(row.request.encode()) % 4096
 
 
 # -- the metrics
@@ -5603,7 +5666,8 @@ class LogWriter:
         self._wanted = threading.Event()
         self._lock = threading.Lock()  # guards the order of writes
         self.style = "text"
-        self.dropped = 0
+        self.dropped = 0  # since that was last told
+        self.dropped_in_all = 0
 
     def start(self) -> None:
         """Starts the thread."""
@@ -5666,6 +5730,7 @@ class LogWriter:
             self._size += len(line)
         else:
             self.dropped += 1
+            self.dropped_in_all += 1
         if not self._wanted.is_set():
             self._wanted.set()
 
@@ -6977,14 +7042,16 @@ class Response(NamedTuple):
     relayed: Optional[UpstreamResponse] = None
     rewriter: Union[ResultsUrlRewriter, KeyEraser, None] = None  # of its body
     close: bool = False  # whether the connection can't be used for another request
+    live: Optional["LivePage"] = None  # what goes on telling, instead of a body
 
 
 def own_response(
-    status: int, body: bytes, fields: Iterable[tuple[str, str]], request_id: str, close: bool = False
+    status: int, body: bytes, fields: Sequence[tuple[str, str]], request_id: str, close: bool = False
 ) -> Response:
     """A response that the relay itself makes."""
     clock = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
-    kind = [("content-type", "application/json")] if body else []
+    has_kind = not body or any(name == "content-type" for name, _ in fields)
+    kind = [] if has_kind else [("content-type", "application/json")]
     ids = [(name, request_id) for name in ("request-id", "x-request-id", "x-monorelay-request-id")]
     return Response(status, reason_of(status), [("date", clock), *kind, *ids, *fields], body, close=close)
 
@@ -7020,6 +7087,8 @@ class Outgoing:
         version = request.version if request else 1
         bodyless = status in (204, 304) or (request is not None and request.method == "HEAD")
         length = relayed.head.fields.get("content-length") if relayed else str(len(response.body))
+        if response.live:
+            length = ""
         if self._lines and relayed:
             fields += [pair for pair in UNBUFFERED if pair[0] not in relayed.head.fields]
         if length and status != 204 and not self._filter:  # RFC 9110 §8.6
@@ -7038,8 +7107,13 @@ class Outgoing:
         head = head_bytes(f"HTTP/1.1 {status} {response.reason}", fields)
         if relayed:
             return head + self._passed(relayed.take_content())
-        self.ended = record.complete = True
-        return head if bodyless else head + self._counted(response.body)
+        self.ended = record.complete = bodyless or not response.live
+        return head if bodyless or response.live else head + self._counted(response.body)
+
+    def go_on(self, data: bytes) -> bytes:
+        """What goes out for the next part of what the relay itself tells; nothing is its end."""
+        self.ended = self._record.complete = not data
+        return LAST_CHUNK if not data and self._chunked else self._counted(data)
 
     def feed(self, data: bytes, closed: bool, broken: bool) -> bytes:
         """What goes out for the next bytes from the provider; `closed`: for the last, since it has closed the
@@ -7129,7 +7203,7 @@ class Outgoing:
 class Service:
     """What all requests share. `routing`, the configuration with its targets, is replaced as a whole by a reload."""
 
-    def __init__(self, config: Config, log: LogWriter) -> None:
+    def __init__(self, config: Config, log: LogWriter, place: Optional["PlaceOnBoard"] = None) -> None:
         self.log = log
         self.draining = False
         self.loop = EventLoop(log.warn)
@@ -7138,8 +7212,14 @@ class Service:
         self.bodies = HeldBodies()
         self.requests = Throttle()
         self.logins = LoginGate(self.loop)
+        self.ledger = LedgerWriter(log.warn)
         self.tally = Tally(time.time())
+        self.tally.attempts = self.relay.keys.attempts  # counted there
         self.running: dict[Exchange, None] = {}  # requests whose responses aren't all sent
+        self.connections: Collection[object] = ()  # of clients
+        self.pages = 0  # that follow what happens
+        self.workers = Workers(self, place)
+        self.history = History(self)
         self.use(config)
         self.return_memory = find_malloc_trim()
         self.loop.post(lambda: self.loop.start(self._tidy()))
@@ -7149,6 +7229,7 @@ class Service:
         self.relay.connections.prepare(config.providers.values())
         self.bodies.limit = int(config.server.max_held_mb * MEGABYTE)
         self.tally.users = config.users
+        self.ledger.use(config)
         targets = functools.lru_cache(maxsize=1024)(functools.partial(targets_for, config))
         self.routing: tuple[Config, Callable[[str, str], list[Target]]] = config, targets
 
@@ -7156,6 +7237,30 @@ class Service:
     def config(self) -> Config:
         """The configuration in force."""
         return self.routing[0]
+
+    def budgets(self, user: Optional[str]) -> list[JsonDict]:
+        """What users have spent of what they may, and when that begins anew; of one, or of all."""
+        (day, month), now = windows(time.time()), self.loop.now
+        budgets: list[JsonDict] = []
+        for owner in self.config.users.values():
+            limits: list[tuple[str, float, float, Optional[float]]] = []
+            if user in (None, owner.name) and owner.has_budget:
+                usd, tokens = self.ledger.spent(owner.name, day)
+                spent_in_month, _ = self.ledger.spent(owner.name, month)
+                limits += [
+                    ("usd_per_day", usd / 10**9, owner.usd_per_day, window_end(day)),
+                    ("usd_per_month", spent_in_month / 10**9, owner.usd_per_month, window_end(month)),
+                    ("tokens_per_day", tokens, owner.tokens_per_day, window_end(day)),
+                ]
+            if user in (None, owner.name) and owner.requests_per_minute:
+                most = owner.requests_per_minute
+                limits.append(("requests_per_minute", most - self.requests.left(owner.name, most, now), most, None))
+            budgets += [
+                {"user": owner.name, "limit": limit, "used": used, "of": most, "reset": reset}
+                for limit, used, most, reset in limits
+                if most
+            ]
+        return budgets
 
     def conclude(self, exchange: "Exchange") -> None:
         """Tells of a request that has ended: in the log, and, where it was one to a model, in the ledger and the
@@ -7167,7 +7272,9 @@ class Service:
             provider = exchange.config.providers.get(record.provider)
             if provider:
                 record.cost = cost_of(exchange.config.prices, provider, record.sent_model, record.used)
-            self.tally.add(record.row(self.loop.now, time.time()))
+            row = record.row(self.loop.now, time.time())
+            self.tally.add(row)
+            self.ledger.put(row)
         if record.error and not record.error.startswith("upstream:"):
             self.tally.refused[record.error] += 1
         self.log.record(record)
@@ -7178,11 +7285,130 @@ class Service:
         trimmed_at = self.loop.now
         while True:
             self.relay.connections.drop_stale()
+            self.relay.keys.forget(self.loop.now)
             much = self.bodies.released > max(TRIMMED_BYTES, self.bodies.bytes)
             if much or self.loop.now - trimmed_at > TRIM_SECONDS:
                 self.bodies.released, trimmed_at = 0, self.loop.now
                 self.return_memory(0)
             await pause(self.loop, SWEEP_SECONDS)
+
+
+class Workers:
+    """What the workers of a relay know together: each shows on a board what the others need. One that is alone has no
+    board, and knows it all."""
+
+    def __init__(self, service: Service, place: Optional["PlaceOnBoard"]) -> None:
+        self._service = service
+        self._place = place
+        self._is_showing = False  # whether it is about to show what limits and keys depend on
+        self._shown_at = self._looked_at = self._asked_at = -math.inf
+        self._seen: dict[int, int] = {}  # how often each of the others has shown that
+        self._others: list[JsonDict] = []  # what the others have counted
+        if place:
+            service.relay.keys.changed = self.show_soon
+            service.loop.post(lambda: service.loop.start(self._show_figures(place)))
+
+    def show_soon(self) -> None:
+        """Has the others know soon what has changed for limits and keys."""
+        if self._place and not self._is_showing:
+            self._is_showing = True
+            self._service.loop.start(self._show(self._place))
+
+    async def _show(self, place: "PlaceOnBoard") -> None:
+        loop, service = self._service.loop, self._service
+        await pause(loop, self._shown_at + SHARED_SOON_SECONDS - loop.now)
+        self._shown_at, self._is_showing = loop.now, False
+        place.show({"requests": service.requests.counts(loop.now), "cooling": service.relay.keys.shared()})
+
+    async def _show_figures(self, place: "PlaceOnBoard") -> None:
+        """Shows what this worker has counted and what runs, for as long as the loop runs."""
+        shown: Optional[JsonDict] = None
+        while True:
+            figures = self._figures()
+            if figures != shown:
+                place.show_figures(figures)
+                shown = figures
+            await pause(self._service.loop, SHARED_SECONDS)
+
+    def _figures(self) -> JsonDict:
+        service = self._service
+        records = service.relay.keys.records.items()
+        return {
+            "tally": service.tally.shared(),
+            "running": [running_row(exchange) for exchange in itertools.islice(service.running, RUNNING_ROWS)],
+            "keys": [[*name, record_document(record)] for name, record in records],
+            "gauges": self._gauges(),
+        }
+
+    def _gauges(self) -> dict[str, float]:
+        service = self._service
+        return {
+            "monorelay_requests_running": sum(exchange.uses_model for exchange in service.running),
+            "monorelay_connections_open": len(service.connections),
+            "monorelay_log_lines_dropped_total": service.log.dropped_in_all,
+            "monorelay_ledger_rows_dropped_total": service.ledger.dropped,
+            "monorelay_ledger_rows_waiting": service.ledger.waiting,
+        }
+
+    def look(self) -> None:
+        """Takes over what others have shown of limits and keys."""
+        now = self._service.loop.now
+        if not self._place or now < self._looked_at + LOOKED_SECONDS:
+            return
+        self._looked_at = now
+        news = self._place.news(self._seen)
+        for document in news:
+            self._service.relay.keys.adopt(document["cooling"])
+        if news:
+            elsewhere: dict[str, list[tuple[float, int]]] = {}
+            for document in self._place.others():
+                for name, counts in document["requests"].items():
+                    elsewhere.setdefault(name, []).extend(counts)
+            self._service.requests.elsewhere = elsewhere
+
+    def _other_figures(self) -> list[JsonDict]:
+        """What the other workers, and those that have ended, have counted; looked at once a second."""
+        now = self._service.loop.now
+        if self._place and now >= self._asked_at + SHARED_SECONDS:
+            self._asked_at, self._others = now, self._place.other_figures()
+        return self._others
+
+    def tally(self) -> Tally:
+        """What all of them have counted."""
+        others = self._other_figures()
+        if not others:
+            return self._service.tally
+        tally = Tally(self._service.tally.since)
+        for shared in (self._service.tally.shared(), *(figures["tally"] for figures in others)):
+            tally.include(shared)
+        return tally
+
+    def running(self) -> list[list[Any]]:
+        """What runs, the oldest first."""
+        own = [running_row(exchange) for exchange in self._service.running]
+        rows = [row for row in own if row[RUNNING_USER]]
+        rows += [row for figures in self._other_figures() for row in figures["running"] if row[RUNNING_USER]]
+        return sorted(rows, key=lambda row: float(row[RUNNING_SINCE]))
+
+    def keys(self, config: Config) -> list[JsonDict]:
+        """How each key is."""
+        self.look()
+        known: dict[tuple[str, str], list[JsonDict]] = {}
+        for name, record in self._service.relay.keys.records.items():
+            known.setdefault(name, []).append(record_document(record))
+        for figures in self._other_figures():
+            for provider, label, document in figures["keys"]:
+                known.setdefault((provider, label), []).append(document)
+        records = {name: joined_records(documents) for name, documents in known.items()}
+        pool, now = self._service.relay.keys, self._service.loop.now
+        return key_states(config.providers.values(), pool, records, now, time.time())
+
+    def gauges(self) -> dict[str, float]:
+        """The sums of what each has at the moment."""
+        sums = collections.Counter(self._gauges())
+        for figures in self._other_figures():
+            sums.update(figures["gauges"])
+        return dict(sums)
 
 
 class LoginGate:
@@ -7316,20 +7542,50 @@ class Exchange:
         body = error_body(self.format, error.kind, error.message, error.code, record.request_id)
         return own_response(error.status, body, [*fields, *self.cors()], record.request_id, error.close)
 
+    def respond_with(self, body: bytes, kind: str, fields: Iterable[tuple[str, str]] = ()) -> Response:
+        """A response of the relay's own that isn't JSON; not for scripts of other origins. Raises Unavailable."""
+        if len(body) > RECEIVE_BYTES:
+            self._hold(len(body))
+        return own_response(200, body, [("content-type", kind), *fields], self.record.request_id)
+
     def cors(self, relayed: Iterable[tuple[str, str]] = ()) -> Pairs:
         """What lets a browser's script read the response, if it may."""
         return cors_fields(self.config.server.cors_origins, self.head.fields, relayed) if self.head else []
 
+    # -- its query
+
+    def read_query(self, *names: str) -> dict[str, str]:
+        """The parameters of the query that have a value. Raises BadRequest for others than these, and repeated ones."""
+        pairs = parse_qsl(self.request.query, max_num_fields=QUERY_FIELDS, errors="replace")
+        query = dict(pairs)
+        for name in query:
+            if name not in names:
+                raise BadRequest(f"{name[:100]}: unknown parameter{suggestion(name[:100], names)}")
+        if len(query) < len(pairs):
+            raise BadRequest("a parameter is given twice")
+        return query
+
     # -- what its caller may do
+
+    def own_name(self) -> Optional[str]:
+        """The name of a caller who may see only what is his own; None for one who sees all."""
+        return None if self.caller.sees_all else self.caller.name
 
     def may_use(self, model: str) -> bool:
         """Whether the caller's `models` admit the name."""
         user = self.caller.user
         return user is None or user.models is None or matches_any(asked_name(self.config, model), user.models)
 
+    def check_may_call(self) -> None:
+        """Raises Forbidden for a viewer, who may have no model do anything."""
+        if self.caller.user and self.caller.user.viewer:
+            raise Forbidden(f"{self.caller.name} is a viewer, who may look and call no model")
+
     def check_model(self, facts: BodyFacts) -> None:
         """Raises Forbidden unless the caller may use the model, and a server behind can't take another one from the
         request than the relay does."""
+        self.uses_model = self.endpoint.path not in COUNTING_PATHS
+        self.check_may_call()
         if not self.may_use(facts.model):
             raise Forbidden(f"{self.record.caller} may not use the model {facts.model!r}")
         if self.is_restricted() and self._is_ambiguous(facts):
@@ -7370,12 +7626,19 @@ class Exchange:
             raise NotFound(f"no route for the model {model!r} at this path", error.code) from None
 
     def count(self) -> None:
-        """Counts a request that is let through to a model. Raises RateLimited."""
-        user = self.caller.user
-        limit = user.requests_per_minute if user else None
-        wait = self.service.requests.wait_seconds(self.caller.name, limit, self.loop.now) if limit else 0.0
-        if wait:
-            raise RateLimited(f"{self.caller.name} is over {limit} requests a minute", wait)
+        """Counts a request that is let through to a model. Raises RateLimited, and BudgetExceeded."""
+        user, workers = self.caller.user, self.service.workers
+        workers.look()
+        if user and user.has_budget and self.uses_model:
+            over = spent_over(user, functools.partial(self.service.ledger.spent, user.name), time.time())
+            if over:
+                raise BudgetExceeded(over.message, over.ends - time.time())
+        limit = user.requests_per_minute if user else 0
+        if limit:
+            wait = self.service.requests.wait_seconds(self.caller.name, limit, self.loop.now)
+            workers.show_soon()
+            if wait:
+                raise RateLimited(f"{self.caller.name} is over {limit} requests a minute", wait)
 
     # -- its body
 
@@ -7484,6 +7747,19 @@ class Exchange:
         if self._read:
             self._read.drop()
             self._read = None
+
+
+def running_row(exchange: Exchange) -> list[Any]:
+    """A request that runs, as the page gets it; without a user as long as nothing is known of it. `since` is in seconds
+    since 1970."""
+    record = exchange.record
+    ttfb = None if record.first_byte is None else round(record.first_byte - record.started, 3)
+    state = "streaming" if record.first_byte is not None else "retrying" if record.attempts > 1 else "waiting"
+    user = record.caller if exchange.uses_model else ""
+    return [
+        record.request_id, user, record.model, record.sent_model, record.provider, record.key, state, record.when, ttfb,
+        record.bytes_sent, record.attempts,
+    ]  # fmt: skip
 
 
 def hidden_model(caller: Caller) -> Forbidden:
@@ -7601,6 +7877,273 @@ async def answer_catalogue(exchange: Exchange) -> Response:
     raise NotFound(f"there is no model {wanted[:MODEL_CHARACTERS]!r}{meant}")
 
 
+# -- what the owner, and each user, can see of what happens
+
+
+class History:
+    """What was used, and by whom: by the ledger where there is one, else as far as it is in memory, since the start."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._reader = Worker()
+
+    async def usage(self, user: Optional[str], first: str, last: str, by: Sequence[str], daily: bool) -> JsonDict:
+        """The answer of /api/usage: sums from one day to another, which is included. `user`: of no one else."""
+        config = self._service.config
+        if config.ledger:
+            path, since, until = config.ledger.path, window_end(first) - 86400, window_end(last)
+            hours = int(since // 3600), int(until // 3600)
+            rows = await self._read(lambda: usage_rows(path, *hours, by, daily, user))
+        else:
+            rows = self._usage_in_memory(user, by)
+        rows.sort(key=lambda row: (row["usd"] or 0, row["requests"]), reverse=True)
+        total = total_row(rows)
+        priced = config.prices and (config.prices.as_of or True)
+        return {"from": first, "to": last, "by": list(by), "priced": priced, "rows": rows, "total": total}
+
+    def _usage_in_memory(self, user: Optional[str], by: Sequence[str]) -> list[JsonDict]:
+        tally = self._service.workers.tally()
+        series = tally.by(*(GROUPS.index(name) for name in by), user=user)
+        return [{**dict(zip(by, names)), **figures_of(dict(zip(SUMS, sums)))} for names, sums in series.items()]
+
+    async def requests(self, query: dict[str, str]) -> JsonDict:
+        """The answer of /api/requests."""
+        ledger, limit = self._service.config.ledger, min(int(query.get("limit") or 200), ROWS_AT_ONCE)
+        before = int(query.get("before") or 2**62)
+        names = {name: query[name] for name in ("user", "model", "key") if query.get(name)}
+        errors = query.get("errors") == "1"
+        if ledger:
+            path = ledger.path
+            rows = await self._read(lambda: request_rows(path, before, limit, errors=errors, **names))
+        else:
+            rows = self._requests_in_memory(before, limit, names, errors)
+        return {"rows": rows, "next": rows[-1]["id"] if len(rows) == limit else None}
+
+    def _requests_in_memory(self, before: int, limit: int, names: Mapping[str, str], errors: bool) -> list[JsonDict]:
+        rows: Iterable[LedgerRow] = reversed(self._service.workers.tally().ended)
+        found = ({"id": row_number(row), **row._asdict()} for row in rows if row.matches(names, errors))
+        return list(itertools.islice((row for row in found if row["id"] < before), limit))
+
+    async def hours(self, user: Optional[str]) -> list[list[Any]]:
+        """The last TALLIED_HOURS hours: their number since 1970, and HOUR_FIGURES of each."""
+        ledger, since = self._service.config.ledger, int(time.time() // 3600) - TALLIED_HOURS + 1
+        if ledger:
+            path = ledger.path
+            return await self._read(lambda: hour_rows(path, since, user))
+        sums: dict[int, list[int]] = {}
+        for (hour, owner), figures in self._service.workers.tally().hours.items():
+            if user in (None, owner) and hour >= since:
+                sums[hour] = [a + b for a, b in zip(sums.get(hour, [0] * len(figures)), figures)]
+        return [[hour, *sums[hour]] for hour in sorted(sums)]
+
+    async def _read(self, read: Callable[[], list[Any]]) -> list[Any]:
+        """What is read from the ledger, in a thread. Raises Unavailable."""
+        return await in_thread(self._service.loop, read, start=self._reader.call)
+
+
+class LivePage:
+    """What a page is told: first the state of everything, then, each second, what has changed."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._service = exchange.service
+        self._loop = exchange.loop
+        self._service.pages += 1
+        self._last: JsonDict = {}  # what it was told
+        self._told: dict[str, int] = {}  # requests that it knows to have ended, and when
+        self._hours: list[list[Any]] = []
+        self._hours_at = -math.inf
+        seen = exchange.request.fields.get("last-event-id")
+        self._resumes_at = int(seen) // 4096 if re.fullmatch("[0-9]{1,16}", seen) else 0
+
+    def close(self) -> None:
+        """Makes room for another page."""
+        self._service.pages -= 1
+
+    async def next(self) -> bytes:
+        """The next event, or a comment where nothing has happened for long; nothing at the end."""
+        quiet_until = self._loop.now + LIVE_QUIET_SECONDS
+        while True:
+            if self._last:
+                await pause(self._loop, LIVE_SECONDS)
+            if self._service.draining or not self._may_go_on():
+                return b""
+            first = not self._last
+            news = await self._news()
+            if first or len(news) > 1:
+                name = "state" if first else "tick"
+                number = max([int(time.time() * 1000) * 4096, *(row[0] for row in news.get("ended", ()))])
+                return f"event: {name}\nid: {number}\ndata: {json.dumps(news)}\n\n".encode("ascii")
+            if self._loop.now >= quiet_until:
+                return b": nothing new\n\n"
+
+    def _may_go_on(self) -> bool:
+        """Whether the token still holds, for the same caller."""
+        exchange = self._exchange
+        try:
+            caller = identify(shown_tokens(exchange.request.fields), self._service.config, time.time())
+        except RelayError:
+            return False
+        return caller == exchange.caller
+
+    async def _news(self) -> JsonDict:
+        """What has changed since it was last asked; at first, everything."""
+        now = await self._state()
+        before, self._last = self._last, now
+        if not before:
+            return {**now, "ended": self._ended()}
+        news = {name: value for name, value in now.items() if name == "now" or value != before[name]}
+        for name in ("keys", "hours", "budgets"):
+            if name in news:
+                news[name] = [entry for entry in now[name] if entry not in before[name]]
+        ended = self._ended()
+        return {**news, "ended": ended} if ended else news
+
+    async def _state(self) -> JsonDict:
+        """How everything is, as far as the caller may see it."""
+        exchange, service = self._exchange, self._service
+        own, config, clock = exchange.own_name(), service.config, time.time()
+        if self._loop.now >= self._hours_at + (HOURS_SECONDS if config.ledger else 0):
+            self._hours, self._hours_at = await service.history.hours(own), self._loop.now
+        tally = service.workers.tally()
+        running = [row for row in service.workers.running() if own in (None, row[RUNNING_USER])]
+        for row in running:
+            row[RUNNING_SINCE] = round(max(0.0, clock - row[RUNNING_SINCE]), 1)
+        return {
+            "now": round(clock, 3),
+            "version": __version__,
+            "since": round(tally.since, 3),
+            "admin": own is None,
+            "ledger": config.ledger is not None,
+            "active": len(running),
+            "running": running[:RUNNING_ROWS],
+            "keys": service.workers.keys(config) if own is None else [],
+            "minute": last_minute(tally, own, clock),
+            "ttfb": quantiles([row.ttfb / 1000 for row in tally.ended if row.ttfb is not None and row.is_of(own)]),
+            "hours": self._hours,
+            "budgets": service.budgets(own),
+        }
+
+    def _ended(self) -> list[list[Any]]:
+        """The requests that have ended since it was last asked; at first, the last ones."""
+        own, now = self._exchange.own_name(), int(time.time() * 1000)
+        # What another worker has to tell comes up to two seconds late.
+        since = now - LIVE_LATE_SECONDS * 1000 if self._told else (self._resumes_at or now) - LIVE_LATE_SECONDS * 1000
+        rows: list[LedgerRow] = []
+        for row in reversed(self._service.workers.tally().ended):
+            if row.at < since and (self._told or self._resumes_at or len(rows) >= FIRST_ROWS):
+                break
+            if row.is_of(own) and row.request not in self._told:
+                rows.append(row)
+        self._told = {request: at for request, at in self._told.items() if at >= since}
+        self._told |= {row.request: row.at for row in rows}
+        return [ended_row(row) for row in reversed(rows)]
+
+
+def last_minute(tally: Tally, user: Optional[str], clock: float) -> dict[str, int]:
+    """How many requests have ended in the last 60 seconds, and how many of them failed."""
+    since = clock - 60
+    if user is None:
+        counts = [counts for second, counts in tally.seconds.items() if second >= since]
+        return {"requests": sum(total for total, _ in counts), "errors": sum(failed for _, failed in counts)}
+    rows = [row for row in tally.ended if row.at >= since * 1000 and row.user == user]
+    return {"requests": len(rows), "errors": sum(row.failed for row in rows)}
+
+
+def quantiles(values: list[float]) -> Optional[list[float]]:
+    """The median, and what 95% of the values don't exceed."""
+    values.sort()
+    return [values[math.ceil(len(values) * part) - 1] for part in (0.5, 0.95)] if values else None
+
+
+def figures_of(sums: Mapping[str, Any]) -> JsonDict:
+    """Sums of the ledger as they are told: costs in USD where there was a price, means of times in seconds."""
+    names = ("requests", "errors", "untold", "input", "cache_read", "cache_write", "cache_write_long", "output")
+    return {
+        **{name: sums[name] for name in names},
+        "usd": sums["cost"] / 10**9 if sums["priced"] else None,
+        "ttfb": sums["ttfb"] / sums["streamed"] / 1000 if sums["streamed"] else None,
+        "seconds": sums["duration"] / sums["requests"] / 1000 if sums["requests"] else None,
+    }
+
+
+def query_date(query: Mapping[str, str], name: str, default: str) -> str:
+    """A day of a query. Raises BadRequest."""
+    value = query.get(name) or default
+    try:
+        if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
+            return datetime.date.fromisoformat(value).isoformat()
+    except ValueError:
+        pass
+    raise BadRequest(f"{name}: must be a day such as {default}")
+
+
+async def answer_metrics(exchange: Exchange) -> Response:
+    """All that is counted, for Prometheus."""
+    if not exchange.caller.sees_all:
+        raise Forbidden("the metrics are for access keys, and for users with `viewer`")
+    workers = exchange.service.workers
+    tally, gauges = workers.tally(), workers.gauges()
+    await checkpoint(exchange.loop)
+    text = metrics_text(tally, workers.keys(exchange.config), {**gauges, "process_start_time_seconds": tally.since})
+    return exchange.respond_with(text.encode("utf-8", "replace"), "text/plain; version=0.0.4; charset=utf-8")
+
+
+async def answer_dashboard(exchange: Exchange) -> Response:
+    """The page that shows what happens; it holds no data, and asks for a token itself."""
+    if not exchange.config.server.dashboard:
+        raise NotFound("there is no page here: server.dashboard is false")
+    return exchange.respond_with(PAGE.encode("utf-8"), "text/html; charset=utf-8", page_fields())
+
+
+async def answer_root(exchange: Exchange) -> Response:
+    """Leads a browser to the page; tells others only that the relay is there."""
+    is_browser = "text/html" in exchange.request.fields.get("accept")
+    if exchange.request.method == "GET" and is_browser and exchange.config.server.dashboard:
+        return exchange.respond(303, fields=[("location", "/dashboard")])
+    return await (answer_alive if exchange.request.method == "HEAD" else answer_health)(exchange)
+
+
+async def answer_live(exchange: Exchange) -> Response:
+    """What happens, as it happens, until the relay drains or the token expires. Raises Unavailable for one too many."""
+    service = exchange.service
+    if service.pages >= PAGES:
+        raise Unavailable(f"{PAGES} pages follow this relay already; close one", "too_many_pages")
+    fields = [("content-type", "text/event-stream"), *UNBUFFERED]
+    return exchange.respond(200, fields=fields)._replace(live=LivePage(exchange))
+
+
+async def answer_usage(exchange: Exchange) -> Response:
+    """What was used and what it cost, summed up."""
+    query = exchange.read_query("from", "to", "by", "step")
+    today = windows(time.time())[0]
+    first, last = query_date(query, "from", today), query_date(query, "to", today)
+    by = query.get("by", "user,model").split(",")
+    for name in by:
+        if name not in GROUPS:
+            raise BadRequest(f"by: {name[:100]!r} is none of {', '.join(GROUPS)}")
+    step = query.get("step", "")
+    if step not in ("", "day"):
+        raise BadRequest("step: must be day")
+    return exchange.respond(
+        200, await exchange.service.history.usage(exchange.own_name(), first, last, by, step == "day")
+    )
+
+
+async def answer_requests(exchange: Exchange) -> Response:
+    """The requests that have ended, newest first."""
+    query = exchange.read_query("before", "limit", "user", "model", "key", "errors")
+    for name, longest in (("before", 16), ("limit", 4)):
+        if query.get(name) and not re.fullmatch(f"[0-9]{{1,{longest}}}", query[name]):
+            raise BadRequest(f"{name}: must be a number of up to {longest} digits")
+    if query.get("errors", "") not in ("", "0", "1"):
+        raise BadRequest("errors: must be 0 or 1")
+    own = exchange.own_name()
+    if own is not None:
+        query["user"] = own
+    return exchange.respond(200, await exchange.service.history.requests(query))
+
+
 # -- what is relayed
 
 
@@ -7664,7 +8207,6 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
     """Relays to the targets of the model. Raises Forbidden, NotFound, Unavailable and RateLimited."""
     assert body.facts
     asked = exchange.record.model = body.facts.model
-    exchange.uses_model = exchange.endpoint.path not in COUNTING_PATHS
     exchange.check_model(body.facts)
     targets = exchange.targets_of(asked)
     if all(target.model == asked and target.provider.format != "echo" for target in targets):
@@ -7685,6 +8227,7 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
 async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody]) -> Response:
     """Relays to the first provider's first key. Raises Forbidden for users who may use some models only, where
     models may stand out of sight."""
+    exchange.check_may_call()
     provider = first_provider(exchange.config, exchange.endpoint.format)
     method, path = exchange.request.method, exchange.endpoint.path
     names_model = method in ("POST", "PUT", "PATCH") or exchange.request.body_length != 0
@@ -7784,7 +8327,12 @@ def results_url_rewriter(exchange: Exchange, relayed: UpstreamResponse) -> Optio
 
 READING = ("GET", "HEAD")
 ENDPOINTS: Mapping[str, tuple[tuple[str, ...], Answerer]] = {
-    "/": (("HEAD",), answer_alive),
+    "/": (READING, answer_root),
+    "/dashboard": (READING, answer_dashboard),
+    "/metrics": (READING, answer_metrics),
+    "/api/live": (("GET",), answer_live),
+    "/api/usage": (READING, answer_usage),
+    "/api/requests": (READING, answer_requests),
     "/api/hello": (("HEAD",), answer_alive),
     "/health": (READING, answer_health),
     "/api/auth/login": (("POST",), answer_login),
@@ -7801,7 +8349,9 @@ ENDPOINTS: Mapping[str, tuple[tuple[str, ...], Answerer]] = {
     "/v1/responses": (("POST",), answer_by_model),
     "/v1/embeddings": (("POST",), answer_by_model),
 }
-OPEN_ENDPOINTS = (answer_alive, answer_health, answer_login, answer_refresh)  # they need no token
+OPEN_ENDPOINTS = (  # they need no token
+    answer_alive, answer_root, answer_dashboard, answer_health, answer_login, answer_refresh,
+)  # fmt: skip
 # Where the top-level `model` of a JSON body is what decides which model works, and nothing is created.
 MODEL_PATHS = frozenset(path for path, (_, answer) in ENDPOINTS.items() if answer is answer_by_model) | {
     "/v1/audio/speech", "/v1/images/generations", "/v1/moderations", "/v1/responses/compact",
@@ -8116,7 +8666,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Sends a response as it comes: the one place from which responses go to clients. Whether the connection can be
         used for another request. Raises ClientGone."""
         outgoing = Outgoing(response, exchange.head, exchange.format, exchange.record)
-        relayed = response.relayed
         try:
             keep_alive = await self._may_be_kept(exchange, response)
             data = outgoing.begin(keep_alive, self.loop.now)
@@ -8124,9 +8673,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.channel.abort_on_close(True)
             while True:
                 await self.channel.send(data, STALLED_CLIENT_SECONDS)
-                if outgoing.ended or not relayed:
+                if outgoing.ended:
                     break
-                data = await self._next_part(outgoing, relayed)
+                data = await self._next_part(outgoing, response)
             if outgoing.must_reset:
                 await self.channel.send_rest(STALLED_CLIENT_SECONDS)
                 self.channel.close()
@@ -8138,8 +8687,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (OSError, Overdue):  # it has left, or takes nothing for too long
             raise ClientGone from None
         finally:
-            if relayed:
-                self.service.relay.finish(relayed, outgoing.failed)
+            if response.relayed:
+                self.service.relay.finish(response.relayed, outgoing.failed)
+            elif response.live:
+                response.live.close()
         return outgoing.keep_alive
 
     async def _may_be_kept(self, exchange: Exchange, response: Response) -> bool:
@@ -8149,8 +8700,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return False
         return exchange.body_ended if response.relayed else await exchange.skip_body()
 
-    async def _next_part(self, outgoing: Outgoing, relayed: UpstreamResponse) -> bytes:
-        """What goes out next: what has come from the provider, or what tells the client why no more will."""
+    async def _next_part(self, outgoing: Outgoing, response: Response) -> bytes:
+        """What goes out next: what the relay itself goes on telling, what has come from the provider, or what tells the
+        client why no more will."""
+        relayed = response.relayed
+        if response.live:
+            return outgoing.go_on(await response.live.next())
+        assert relayed
         upstream, timeout = relayed.channel, relayed.candidate.target.provider.timeout
         try:
             if not upstream.received and not upstream.ended:
@@ -8194,7 +8750,11 @@ class RelayServer(http.server.ThreadingHTTPServer):
     For callers: start(), url, reload(), stop(). Everything else belongs to socketserver's protocol."""
 
     def __init__(
-        self, config: Config, log: Optional[IO[str]] = None, listeners: Optional[Sequence[socket.socket]] = None
+        self,
+        config: Config,
+        log: Optional[IO[str]] = None,
+        listeners: Optional[Sequence[socket.socket]] = None,
+        place: Optional["PlaceOnBoard"] = None,
     ) -> None:
         super().__init__(("", 0), Handler, bind_and_activate=False)
         self.socket.close()
@@ -8206,8 +8766,9 @@ class RelayServer(http.server.ThreadingHTTPServer):
         config = with_run_secrets(config, None)
         self.log = LogWriter(sys.stderr if log is None else log)
         self.log.style = config.server.log
-        self.service = Service(config, self.log)
+        self.service = Service(config, self.log, place)
         self.handlers: set[Handler] = set()  # of all connections; the thread that accepts adds to it
+        self.service.connections = self.handlers
         self.served: set[Handler] = set()  # those that max_connections admits
         # Of these, those between two requests or behind the last one; and those that are busy and haven't shown a
         # token, and since when. Those for longest come first.
@@ -8270,6 +8831,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         for listener in self._listeners[1:]:
             threading.Thread(target=self._accept_from, args=(listener,), name="accept more", daemon=True).start()
         self.log.start()
+        self.service.ledger.start()
         self._started = True
 
     def reload(self, config: Config, warns: bool = True) -> None:
@@ -8301,6 +8863,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
             time.sleep(0.02)
         self._run_in_loop(self._cut_all)
         self._spare.close()
+        self.service.ledger.finish()
         self.log.finish()
 
     def running(self) -> list[AccessRecord]:
@@ -8688,6 +9251,58 @@ class Board:
         self.write(place, {})
 
 
+class PlaceOnBoard(NamedTuple):
+    """A worker's view of the board: what it shows, and what the others do. Each has two places, one for what has to be
+    known soon, one for its figures; the last place of all is for the figures of those that have ended."""
+
+    board: Board
+    worker: int
+
+    def show(self, document: JsonDict) -> None:
+        """Shows what limits and keys depend on."""
+        self.board.write(2 * self.worker, document)
+
+    def show_figures(self, figures: JsonDict) -> None:
+        """Shows what this worker has counted, and what runs."""
+        self.board.write(2 * self.worker + 1, figures)
+
+    def _read(self, places: Iterable[int]) -> list[JsonDict]:
+        own = (2 * self.worker, 2 * self.worker + 1)
+        return list(filter(None, (self.board.read(place) for place in places if place not in own)))
+
+    def news(self, seen: dict[int, int]) -> list[JsonDict]:
+        """What others have shown since they were `seen`, which it notes."""
+        changed = []
+        for place in range(0, self.board.places - 1, 2):
+            number = self.board.number(place)
+            if seen.get(place) != number:
+                seen[place] = number
+                changed.append(place)
+        return self._read(changed)
+
+    def others(self) -> list[JsonDict]:
+        """What all others show of what limits and keys depend on."""
+        return self._read(range(0, self.board.places - 1, 2))
+
+    def other_figures(self) -> list[JsonDict]:
+        """The figures of all others, and of those that have ended."""
+        return self._read([*range(1, self.board.places - 1, 2), self.board.places - 1])
+
+    def keep_figures(self) -> None:
+        """Adds this worker's figures, which has ended, to those of the others that have."""
+        last = self.board.places - 1
+        tally, gauges = Tally(math.inf), collections.Counter[str]()
+        for figures in self._figures_to_keep(last):
+            tally.include(figures["tally"])
+            gauges.update({name: value for name, value in figures["gauges"].items() if name.endswith("_total")})
+        self.board.write(last, {"tally": tally.shared(), "running": [], "keys": [], "gauges": gauges})
+        self.board.clear(2 * self.worker)
+        self.board.clear(2 * self.worker + 1)
+
+    def _figures_to_keep(self, last: int) -> list[JsonDict]:
+        return list(filter(None, map(self.board.read, (last, 2 * self.worker + 1))))
+
+
 OPERATOR_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 # By these a supervisor has its workers reload and end at once. A SIGHUP or a second SIGTERM, which may have reached the
 # whole group, is nothing to them, so that it counts once.
@@ -8815,8 +9430,8 @@ class Supervisor:
         self._listeners = listeners
         self._log = LogWriter(sys.stderr)
         self._log.style = config.server.log
-        self._workers: dict[int, float] = {}  # process id: when it was started
-        self._teller = 0  # the worker that logs what happens to all of them
+        self._workers: dict[int, tuple[float, int]] = {}  # process id: when it was started, and its place on the board
+        self._board = Board(2 * config.server.workers + 1)
         self._in_terminal = in_terminal()
 
     def run(self, signals: Signals, lines: Sequence[str]) -> int:
@@ -8842,32 +9457,31 @@ class Supervisor:
 
     def _start_worker(self) -> bool:
         """Starts a worker; False when the system gives out no more processes."""
-        parent = os.getpid()
+        parent, taken = os.getpid(), {worker for _, worker in self._workers.values()}
+        place = PlaceOnBoard(self._board, min(set(range(self._config.server.workers)) - taken))
         # What comes between the fork and the worker's own handlers has to wait for these.
         held = {getattr(signal, name) for name in (*OPERATOR_SIGNALS, WORKER_RELOADS, WORKER_CUTS)}
         signal.pthread_sigmask(signal.SIG_BLOCK, held)
-        tells = self._teller not in self._workers
         try:
             pid = os.fork()
             if not pid:
-                self._be_worker(parent, held, tells)
+                self._be_worker(parent, held, place)
         except OSError as error:
             self._log.warn(f"a worker can't be started, another try follows: {error.strerror}")
             return False
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
-        self._workers[pid] = time.monotonic()
-        self._teller = pid if tells else self._teller
+        self._workers[pid] = time.monotonic(), place.worker
         return True
 
-    def _be_worker(self, parent: int, held: set[int], tells: bool) -> NoReturn:
+    def _be_worker(self, parent: int, held: set[int], place: PlaceOnBoard) -> NoReturn:
         """What a worker does from its start to its end."""
         status = 1
         try:
             signals = Signals(*OPERATOR_SIGNALS, WORKER_RELOADS, WORKER_CUTS)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
-            status = self._work(signals, parent, tells)
+            status = self._work(signals, parent, place)
         except BaseException as error:
             log = LogWriter(sys.stderr)
             log.warn(f"internal error: {describe(error)}")
@@ -8875,16 +9489,16 @@ class Supervisor:
             log.finish()
         os._exit(status)
 
-    def _work(self, signals: Signals, parent: int, tells: bool) -> int:
+    def _work(self, signals: Signals, parent: int, place: PlaceOnBoard) -> int:
         """What a worker does: it serves until it is told to stop; the exit status."""
         config, seen = self._config, file_state(self._path)
         try:
             config = with_run_secrets(load_prices(load_config(self._path, self._options), self._path), config)
         except (ConfigError, OSError):
             pass  # the file is broken at the moment: the configuration of the start still holds
-        server = RelayServer(config, None, self._listeners)
+        server = RelayServer(config, None, self._listeners, place)
         server.start()
-        return Operator(server, self._path, self._options, seen, parent, tells).run(signals)
+        return Operator(server, self._path, self._options, seen, parent, place.worker == 0).run(signals)
 
     def _reap(self) -> Iterator[tuple[int, float]]:
         """The workers that have ended, and when each was started."""
@@ -8892,7 +9506,9 @@ class Supervisor:
             pid = os.waitpid(-1, os.WNOHANG)[0]
             if not pid:
                 return
-            yield pid, self._workers.pop(pid)
+            started, worker = self._workers.pop(pid)
+            PlaceOnBoard(self._board, worker).keep_figures()
+            yield pid, started
 
     def _pass_on(self, number: int) -> None:
         for pid in self._workers:
