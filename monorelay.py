@@ -218,6 +218,14 @@ USAGE_COUNT = 10**12  # tokens: nothing that is larger can be true
 USAGE_ITERATIONS = 100  # of one response; server-side loops end after some ten
 USAGE_WORD_CHARACTERS = 32  # of a service tier and the like
 COST_NANO_USD = 10**15  # a million USD: no response costs more, and sums of such fit into SQLite's 64 bits
+LEDGER_PAUSE_SECONDS = 1.0  # rows are written together: so much is lost by a crash, and other workers learn so late
+LEDGER_LAST_SECONDS = 5.0
+LEDGER_LOCK_SECONDS = 1.0  # for a file that another process is writing or reading
+LEDGER_BATCH_ROWS = 1000  # in a transaction; takes some 15 ms
+LEDGER_BACKLOG_ROWS = 10_000  # more than that waiting for a file that can't be written is dropped, and counted
+LEDGER_SWEPT_ROWS = 5000  # that are too old, in a transaction; takes some 5 ms
+LEDGER_SUMS_DAYS = 400  # for which the sums are kept: a year, and the month to compare it with
+LEDGER_WARNING_SECONDS = 60.0
 PRICES_BYTES = 64 * 1024 * 1024  # of a price file; LiteLLM's has 3.5 MB
 PRICE_USD = 1.0  # the most that a token may cost
 
@@ -1062,7 +1070,7 @@ def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.jso
         read_lists(sections["aliases"], "aliases", problems),
         read_lists(sections["routes"], "routes", problems),
         str(document.get("env_file", "")),
-        ledger=read_ledger(document, users, problems),
+        ledger=read_ledger_settings(document, users, problems),
     )
     config = read_prices(config, document.get("prices"), problems)
     check_routes(config, problems)
@@ -1131,7 +1139,7 @@ def read_lists(section: JsonDict, place: str, problems: Problems) -> dict[str, t
     return read_settings({key: (text_or_texts, ()) for key in section}, section, place, problems)
 
 
-def read_ledger(document: JsonDict, users: Mapping[str, User], problems: Problems) -> Optional[LedgerSettings]:
+def read_ledger_settings(document: JsonDict, users: Mapping[str, User], problems: Problems) -> Optional[LedgerSettings]:
     """The ledger's settings, if there is one; without it there can't be budgets, which a restart would forget."""
     if "ledger" in document:
         return LedgerSettings(**read_settings(LEDGER_SETTINGS, document["ledger"], "ledger", problems))
@@ -2382,6 +2390,86 @@ def rate_of(rates: Mapping[tuple[str, str, int], int], kind: str, level: tuple[s
         return general * asked // usual if usual else general
     factor = RATE_FACTORS.get(format, RATE_FACTORS["openai"]).get(kind)
     return None if factor is None else asked * exact(factor) // PRICE_UNIT
+
+
+class LedgerRow(NamedTuple):
+    """A row of the ledger's table `request`, by its columns but the id: a request to a model that was answered, or that
+    failed. Nothing of a body, a header or an address is in it."""
+
+    at: int  # when it ended, ms since 1970
+    request: str
+    user: str
+    model: Optional[str]  # as asked for
+    sent: Optional[str]  # the model as it was called upstream
+    provider: Optional[str]
+    key: Optional[str]  # its label
+    path: Optional[str]
+    status: Optional[int]
+    stream: Optional[int]
+    attempts: Optional[int]
+    ttfb: Optional[int]  # ms, as the duration
+    duration: Optional[int]
+    input: Optional[int]  # the tokens of each kind are None where they weren't told
+    cache_read: Optional[int]
+    cache_write: Optional[int]
+    cache_write_long: Optional[int]
+    output: Optional[int]
+    tier: Optional[str]
+    cost: Optional[int]  # 10^-9 USD; None without a price or without tokens
+    complete: int
+    error: Optional[str]
+
+    @property
+    def answered(self) -> bool:
+        return 200 <= (self.status or 0) < 300
+
+    @property
+    def failed(self) -> bool:
+        """Whether something is wrong; a client that left isn't."""
+        return (self.status or 0) >= 400 or (self.error or "client_gone") != "client_gone"
+
+
+OTHER_MODELS = "(other)"  # names that nobody has answered to: clients may invent any number of them
+SUMMED = (
+    "requests", "errors", "untold", "input", "cache_read", "cache_write", "cache_write_long", "output", "cost",
+    "ttfb", "streamed", "duration",
+)  # fmt: skip
+Sums = list[Optional[int]]
+
+
+def hour_sums(rows: Iterable[LedgerRow]) -> dict[tuple[int, str, str, str, str], Sums]:
+    """What the rows add to the table `hour`: the columns SUMMED by hour, user, model, provider and key."""
+    sums: dict[tuple[int, str, str, str, str], Sums] = {}
+    for row in rows:
+        model = (row.sent or row.model or "") if row.answered else OTHER_MODELS
+        key = (row.at // 3_600_000, row.user, model, row.provider or "", row.key or "")
+        untold = row.answered and (row.input is None or row.output is None)
+        tokens = [
+            count or 0 for count in (row.input, row.cache_read, row.cache_write, row.cache_write_long, row.output)
+        ]
+        streamed = bool(row.stream and row.ttfb is not None)
+        times = [row.ttfb if streamed else 0, int(streamed), row.duration or 0]
+        figures = [1, int(row.failed), int(untold), *tokens, row.cost, *times]
+        sums[key] = [plus(before, figure) for before, figure in zip(sums.get(key, [None] * len(SUMMED)), figures)]
+    return sums
+
+
+def spent_sums(rows: Iterable[LedgerRow]) -> dict[tuple[str, str], tuple[int, int]]:
+    """What the rows add to the table `spent`: cost and tokens by user and window. Tokens read from a cache don't count,
+    as in Anthropic's own limits: an agent reads all it has said before with each request."""
+    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    for row in rows:
+        tokens = (row.input or 0) + (row.cache_write or 0) + (row.cache_write_long or 0) + (row.output or 0)
+        if tokens or row.cost:
+            for window in windows_of_day(row.at // 86_400_000):
+                cost, count = sums.get((row.user, window), (0, 0))
+                sums[(row.user, window)] = cost + (row.cost or 0), count + tokens
+    return sums
+
+
+def plus(before: Optional[int], figure: Optional[int]) -> Optional[int]:
+    """The sum of what is known; None if nothing is."""
+    return figure if before is None else before + (figure or 0)
 
 
 class Overspent(NamedTuple):
@@ -5654,6 +5742,12 @@ def find_malloc_trim() -> Callable[[int], object]:
 #
 # The log has a thread of its own: a terminal or a pipe that takes nothing must not hold up the serving. What waits is
 # bounded in lines and bytes; beyond that, lines are dropped and counted.
+#
+# So has the ledger, an SQLite file: one table with a row for each request, and two with their sums, `hour` for whoever
+# wants to know what was used, and `spent` for budgets. All three are written in one transaction, and rows are forgotten
+# only when that is committed. The file is opened anew each time: nothing is open across a fork, its owner may move it,
+# and other workers and relays may write it, too. It has a rollback journal, and no write-ahead log: of that, SQLite up
+# to 3.51.2 may corrupt a file to which two connections write.
 
 
 class LogWriter:
@@ -5753,6 +5847,265 @@ def write_text(stream: IO[str], text: str) -> None:
     data = text.encode(getattr(stream, "encoding", None) or "ascii", "backslashreplace")
     while data:
         data = data[os.write(descriptor, data) :]
+
+
+LEDGER_VERSION = 1
+LEDGER_SCHEMA = f"""
+PRAGMA user_version = {LEDGER_VERSION};
+CREATE TABLE request (
+  id INTEGER PRIMARY KEY, at INTEGER NOT NULL,
+  request TEXT NOT NULL, user TEXT NOT NULL, model TEXT, sent TEXT, provider TEXT, key TEXT,
+  path TEXT, status INTEGER, stream INTEGER, attempts INTEGER, ttfb INTEGER, duration INTEGER,
+  input INTEGER, cache_read INTEGER, cache_write INTEGER, cache_write_long INTEGER, output INTEGER,
+  tier TEXT, cost INTEGER,
+  complete INTEGER NOT NULL, error TEXT);
+CREATE INDEX request_at ON request (at);
+CREATE TABLE hour (
+  hour INTEGER, user TEXT, model TEXT, provider TEXT, key TEXT,
+  requests INTEGER, errors INTEGER, untold INTEGER,
+  input INTEGER, cache_read INTEGER, cache_write INTEGER, cache_write_long INTEGER, output INTEGER,
+  cost INTEGER, ttfb INTEGER, streamed INTEGER, duration INTEGER,
+  PRIMARY KEY (hour, user, model, provider, key)) WITHOUT ROWID;
+CREATE TABLE spent (
+  user TEXT, window TEXT, cost INTEGER, tokens INTEGER, PRIMARY KEY (user, window)) WITHOUT ROWID
+"""
+INSERT_REQUEST = f"""
+INSERT INTO request ({", ".join(LedgerRow._fields)}) VALUES ({", ".join("?" * len(LedgerRow._fields))})"""
+ADD_HOUR = f"""
+INSERT INTO hour (hour, user, model, provider, key, {", ".join(SUMMED)}) VALUES ({", ".join("?" * (5 + len(SUMMED)))})
+ON CONFLICT (hour, user, model, provider, key) DO UPDATE SET
+{", ".join(f"{name} = coalesce({name} + excluded.{name}, {name}, excluded.{name})" for name in SUMMED)}"""
+ADD_SPENT = """
+INSERT INTO spent (user, window, cost, tokens) VALUES (?, ?, ?, ?)
+ON CONFLICT (user, window) DO UPDATE SET cost = cost + excluded.cost, tokens = tokens + excluded.tokens"""
+# Each takes a bounded time, and the next transaction goes on where it ends. Freed pages are used again.
+SWEEP_REQUESTS = f"""
+DELETE FROM request WHERE id IN (SELECT id FROM request WHERE at < ? ORDER BY at LIMIT {LEDGER_SWEPT_ROWS})"""
+SWEEP_HOURS = "DELETE FROM hour WHERE hour < ? AND hour = (SELECT min(hour) FROM hour)"
+SWEEP_SPENT = "DELETE FROM spent WHERE user = ? AND window < ?"
+Spent = dict[tuple[str, str], tuple[int, int]]  # by user and window: 10^-9 USD, tokens
+
+
+class LedgerWriter:
+    """Writes rows to the ledger from a thread of its own: a file that is slow, locked or full holds up nobody."""
+
+    def __init__(self, warn: Callable[[str], object]) -> None:
+        self._warn = warn
+        self._settings: Optional[LedgerSettings] = None  # where the rows that wait are to be written
+        self._keeping = False  # whether rows are taken
+        self._limited: tuple[str, ...] = ()  # the users of whom it must be known what they have spent
+        self._rows: collections.deque[LedgerRow] = collections.deque()
+        self._wanted = threading.Event()
+        self._ending = threading.Event()
+        self._started = False
+        self._thread: Optional[threading.Thread] = None
+        self._lock = threading.Lock()  # guards the next two: several threads ask and add
+        self._spent: Spent = {}  # as the file had it at last
+        self._unwritten: Spent = {}  # of the rows that wait
+        self._warned_at = -math.inf
+        self.dropped = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many rows aren't written yet."""
+        return len(self._rows)
+
+    def use(self, config: Config) -> None:
+        """Writes where this configuration says, from the next transaction on."""
+        self._keeping = bool(config.ledger) and has_sqlite()
+        self._settings = config.ledger or self._settings
+        self._limited = tuple(user.name for user in config.users.values() if user.has_budget and self._keeping)
+        self._wanted.set()
+        if self._started:
+            self.start()
+
+    def start(self) -> None:
+        """Where there is a ledger, reads what was spent before, and starts the thread."""
+        self._started = True
+        if self._keeping and not self._thread:
+            self._flush()
+            self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
+            self._thread.start()
+
+    def put(self, row: LedgerRow) -> None:
+        """Takes a row."""
+        if not self._keeping:
+            return
+        if len(self._rows) >= LEDGER_BACKLOG_ROWS:
+            self.dropped += 1
+            return
+        sums = spent_sums((row,))
+        with self._lock:
+            for key, (cost, tokens) in sums.items():
+                before = self._unwritten.get(key, (0, 0))
+                self._unwritten[key] = before[0] + cost, before[1] + tokens
+        self._rows.append(row)
+        if not self._wanted.is_set():
+            self._wanted.set()
+
+    def spent(self, user: str, window: str) -> tuple[int, int]:
+        """What a user with a budget has spent in a window: 10^-9 USD, and tokens without those read from a cache."""
+        with self._lock:
+            cost, tokens = self._spent.get((user, window), (0, 0))
+            more_cost, more_tokens = self._unwritten.get((user, window), (0, 0))
+        return cost + more_cost, tokens + more_tokens
+
+    def finish(self) -> None:
+        """Waits for the thread to write the last rows, but not for long."""
+        self._ending.set()
+        self._wanted.set()
+        if self._thread:
+            self._thread.join(LEDGER_LAST_SECONDS)
+        if self._rows:
+            self._warn(f"{len(self._rows)} rows of the ledger are lost: it could not be written")
+
+    def _run(self) -> None:
+        """Writes once a second as long as something is waiting, and all of it at the end."""
+        while self._rows or not self._ending.is_set():
+            # Other workers serve the users with budgets, too: what these have spent is read each second.
+            if not self._rows and not self._limited:
+                self._wanted.wait()
+            self._wanted.clear()
+            while self._flush() and (len(self._rows) >= LEDGER_BATCH_ROWS or (self._rows and self._ending.is_set())):
+                pass
+            if self._ending.wait(LEDGER_PAUSE_SECONDS):
+                time.sleep(LEDGER_PAUSE_SECONDS / 50)
+
+    def _flush(self) -> bool:
+        """Writes a batch of the rows that wait, and reads what was spent; whether it could. The thread alone takes rows
+        off, when they are committed, so that none is lost by a failure, whatever it is."""
+        settings, batch = self._settings, [self._rows[n] for n in range(min(len(self._rows), LEDGER_BATCH_ROWS))]
+        if not settings or not (batch or self._limited):
+            return True
+        seen = file_identity(settings.path)
+        try:
+            if batch:
+                spent = write_ledger(settings, batch, self._limited, time.time())
+            else:
+                spent = read_ledger(settings.path, self._limited, time.time())
+        except Exception as error:
+            self._note_failure(settings.path, seen, error)
+            return False
+        written = spent_sums(batch)
+        with self._lock:
+            self._spent = spent
+            for key, (cost, tokens) in written.items():
+                before = self._unwritten.pop(key)
+                if before != (cost, tokens):
+                    self._unwritten[key] = before[0] - cost, before[1] - tokens
+        for _ in batch:
+            self._rows.popleft()
+        return True
+
+    def _note_failure(self, path: str, seen: tuple[int, ...], error: Exception) -> None:
+        """Makes way for a new file where this one is broken, and else warns, once a minute."""
+        if is_broken(error):
+            kept = set_aside(path, seen)
+            if kept:
+                self._warn(f"the ledger {path} is broken ({error}); it is kept as {kept}, and a new one is begun")
+                return
+        now = time.monotonic()
+        if now - self._warned_at >= LEDGER_WARNING_SECONDS:
+            self._warned_at = now
+            dropped = f", {self.dropped} were dropped" if self.dropped else ""
+            self._warn(f"the ledger {path} can't be written: {error}; {len(self._rows)} rows wait for it{dropped}")
+
+
+def write_ledger(settings: LedgerSettings, rows: Sequence[LedgerRow], users: Iterable[str], now: float) -> Spent:
+    """Adds the rows to the file and its sums, and drops what is too old, in one transaction; what these users have
+    spent by then. Raises sqlite3.Error, and ValueError for a file of a newer version."""
+    import sqlite3
+
+    rows = [LedgerRow._make(map(storable, row)) for row in rows]
+    connection = sqlite3.connect(settings.path, timeout=LEDGER_LOCK_SECONDS, isolation_level=None)
+    try:
+        connection.execute("PRAGMA journal_mode = TRUNCATE")
+        connection.execute("BEGIN IMMEDIATE")
+        if not ledger_version(connection):
+            for statement in LEDGER_SCHEMA.split(";"):
+                connection.execute(statement)
+        connection.executemany(INSERT_REQUEST, rows)
+        connection.executemany(ADD_HOUR, [(*key, *sums) for key, sums in hour_sums(rows).items()])
+        connection.executemany(ADD_SPENT, [(*key, *sums) for key, sums in spent_sums(rows).items()])
+        connection.execute(SWEEP_REQUESTS, (int((now - settings.keep_days * 86400) * 1000),))
+        oldest = now - LEDGER_SUMS_DAYS * 86400
+        connection.execute(SWEEP_HOURS, (int(oldest // 3600),))
+        connection.executemany(SWEEP_SPENT, [(user, windows(oldest)[0]) for user in {row.user for row in rows}])
+        spent = select_spent(connection, users, now)
+        connection.execute("COMMIT")
+        return spent
+    finally:
+        connection.close()  # which undoes what isn't committed
+
+
+def read_ledger(path: str, users: Iterable[str], now: float) -> Spent:
+    """What these users have spent. Raises sqlite3.Error, and ValueError for a file of a newer version."""
+    if not os.path.exists(path):
+        return {}
+    connection = open_ledger(path)
+    try:
+        return select_spent(connection, users, now) if ledger_version(connection) else {}
+    finally:
+        connection.close()
+
+
+def open_ledger(path: str) -> Any:
+    """A connection that only reads. Raises sqlite3.Error."""
+    import sqlite3
+
+    address = quote(os.path.abspath(path).replace(os.sep, "/"))
+    return sqlite3.connect(f"file:{address}?mode=ro", uri=True, timeout=LEDGER_LOCK_SECONDS, isolation_level=None)
+
+
+def ledger_version(connection: Any) -> int:
+    """The version of the file's tables, 0 for a file without any. Raises ValueError for one that isn't known here."""
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if version > LEDGER_VERSION:
+        raise ValueError(f"a newer MonoRelay has made it (version {version}, this one knows {LEDGER_VERSION})")
+    return version
+
+
+def select_spent(connection: Any, users: Iterable[str], now: float) -> Spent:
+    """What these users have spent today and this month."""
+    query = "SELECT cost, tokens FROM spent WHERE user = ? AND window = ?"
+    asked = [(user, window) for user in users for window in windows(now)]
+    found = {key: connection.execute(query, (storable(key[0]), key[1])).fetchone() for key in asked}
+    return {key: (int(row[0]), int(row[1])) for key, row in found.items() if row}
+
+
+def storable(value: Any) -> Union[str, int, None]:
+    """The value as SQLite takes it: text without half surrogate pairs, a whole number of 64 bits."""
+    if isinstance(value, str):
+        return value[:MODEL_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
+    return value if isinstance(value, int) and -(2**63) <= value < 2**63 else None
+
+
+def is_broken(error: Exception) -> bool:
+    """Whether SQLite says that what it has read is no database, or none that holds together."""
+    return type(error).__name__ == "DatabaseError" and bool(re.search("malformed|not a database", str(error)))
+
+
+def set_aside(path: str, seen: tuple[int, ...]) -> str:
+    """Renames a broken file, unless another process has already done that; its new name, or nothing."""
+    kept = f"{path}.broken-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    try:
+        if not seen or file_identity(path) != seen:
+            return ""
+        os.replace(path, kept)
+        if os.path.exists(f"{path}-journal"):
+            os.replace(f"{path}-journal", f"{kept}-journal")
+    except OSError:
+        return ""
+    return kept
+
+
+def file_identity(path: str) -> tuple[int, ...]:
+    """What tells a file from another one of the same name; empty if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino
 
 
 def has_sqlite() -> bool:

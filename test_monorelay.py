@@ -101,10 +101,12 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import string
 import struct
 import subprocess
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -8156,6 +8158,372 @@ def test_the_log_names_what_broke_an_answer_without_length(upstream, relay):
     it = relay({"anthropic": upstream(replies_then_closes(CLOSE_DELIMITED["json"], b'{"whole":1}'))})
     assert it.post("/v1/messages", prompt()).body == b'{"whole":1}'
     assert "upstream_broken" not in it.logged("/v1/messages")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The ledger
+# ------------------------------------------------------------------------------------------------------------
+
+
+def row(**columns: Any) -> Any:
+    """A row of the ledger: a stream that went well, but for these columns."""
+    usual = {
+        "at": int(time.time() * 1000), "request": "req_1", "user": "alice", "model": "smart", "sent": "claude-x",
+        "provider": "anthropic", "key": "team", "path": "/v1/messages", "status": 200, "stream": 1, "attempts": 1,
+        "ttfb": 500, "duration": 2000, "input": 10, "cache_read": 1000, "cache_write": 5, "cache_write_long": 2,
+        "output": 7, "tier": None, "cost": 1000, "complete": 1, "error": None,
+    }  # fmt: skip
+    return monorelay.LedgerRow(**{**usual, **columns})
+
+
+class Ledger(monorelay.LedgerWriter):
+    """A writer with its file, and what it has warned of."""
+
+    def __init__(self, path: Path, keep_days: int = 90, users: dict[str, Any] | None = None) -> None:
+        self.path, self.keep_days, self.users = path, keep_days, users or {}
+        self.warnings: list[str] = []
+        super().__init__(self.warnings.append)
+        self.use(parse({"echo": {}}, users=self.users, ledger={"path": str(path), "keep_days": keep_days}))
+        self.start()
+
+    def write(self, *rows: Any) -> list[str]:
+        """Writes all that waits, and ends; what was warned of."""
+        for one in rows:
+            self.put(one)
+        self.finish()
+        return self.warnings
+
+
+def selected(path: Path, query: str) -> list[Any]:
+    """What the query finds in the file, each row a tuple, or a value where that is all."""
+    connection = sqlite3.connect(path)
+    try:
+        return [found[0] if len(found) == 1 else found for found in connection.execute(query).fetchall()]
+    finally:
+        connection.close()
+
+
+def assert_sums_are_exact(path: Path) -> None:
+    """The tables of sums say what the rows say."""
+    assert selected(path, "PRAGMA integrity_check") == ["ok"]
+    by_hour = selected(
+        path,
+        """SELECT at / 3600000, user, iif(status / 100 = 2, sent, '(other)'), coalesce(provider, ''), coalesce(key, ''),
+        count(*), sum(status >= 400 OR coalesce(error, 'client_gone') <> 'client_gone'),
+        sum(status / 100 = 2 AND (input IS NULL OR output IS NULL)),
+        total(input), total(cache_read), total(cache_write), total(cache_write_long), total(output), sum(cost),
+        total(iif(stream, ttfb, 0)), sum(stream AND ttfb IS NOT NULL), total(duration)
+        FROM request GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4, 5""",
+    )
+    assert selected(path, "SELECT * FROM hour ORDER BY 1, 2, 3, 4, 5") == by_hour
+    for day, length in (("%Y-%m-%d", 10), ("%Y-%m", 7)):
+        by_window = selected(
+            path,
+            f"""SELECT user, strftime('{day}', at / 1000, 'unixepoch'), total(cost), sum(
+            ifnull(input, 0) + ifnull(cache_write, 0) + ifnull(cache_write_long, 0) + ifnull(output, 0)) AS tokens
+            FROM request GROUP BY 1, 2 HAVING tokens OR total(cost) ORDER BY 1, 2""",
+        )
+        assert selected(path, f"SELECT * FROM spent WHERE length(window) = {length} ORDER BY 1, 2") == by_window
+
+
+def test_a_row_has_the_columns_of_the_table(tmp_path):
+    assert Ledger(tmp_path / "usage.db").write(row()) == []
+    columns = selected(tmp_path / "usage.db", "SELECT name FROM pragma_table_info('request')")
+    assert columns == ["id", *monorelay.LedgerRow._fields]
+    assert selected(tmp_path / "usage.db", "PRAGMA user_version") == [1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["usage.db", "usage.db-journal"]
+
+
+UNKNOWN_OR = st.none() | st.integers(0, 10**6)
+ROWS = st.builds(
+    row, at=st.integers(1_795_000_000_000, 1_795_400_000_000), user=st.sampled_from(["alice", "bob", ""]),
+    sent=st.sampled_from(["claude-x", "gpt-5"]), provider=st.sampled_from(["anthropic", None]),
+    key=st.sampled_from(["team", None]), status=st.sampled_from([200, 201, 400, 429, 502]), stream=st.integers(0, 1),
+    ttfb=UNKNOWN_OR, input=UNKNOWN_OR, cache_read=UNKNOWN_OR, cache_write=UNKNOWN_OR, cache_write_long=UNKNOWN_OR,
+    output=UNKNOWN_OR, cost=st.none() | st.integers(0, 10**15), error=st.sampled_from([None, "client_gone", "cut"]),
+)  # fmt: skip
+
+
+@hypothesis.settings(max_examples=25)
+@hypothesis.given(st.lists(st.lists(ROWS, max_size=12), min_size=1, max_size=4))
+def test_the_sums_of_a_ledger_are_those_of_its_rows(batches):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "usage.db"
+        for batch in batches:
+            assert Ledger(path).write(*batch) == []
+        if any(batches):
+            assert selected(path, "SELECT count(*) FROM request") == [sum(map(len, batches))]
+            assert_sums_are_exact(path)
+
+
+def test_names_that_nobody_answered_to_are_one_model_in_the_sums(tmp_path):
+    Ledger(tmp_path / "usage.db").write(*(row(sent=f"invented-{n}", status=404) for n in range(50)), row(sent=None))
+    assert selected(tmp_path / "usage.db", "SELECT model, requests, errors FROM hour ORDER BY 1") == [
+        ("(other)", 50, 50), ("smart", 1, 0),
+    ]  # fmt: skip
+
+
+def test_a_file_that_another_process_has_locked_gets_its_rows_when_it_is_free(tmp_path):
+    it = Ledger(tmp_path / "usage.db")
+    it.put(row())
+    eventually(lambda: not it.waiting)
+    for begin in ("BEGIN EXCLUSIVE", "BEGIN; SELECT * FROM request"):
+        holder = sqlite3.connect(it.path, isolation_level=None, check_same_thread=False)
+        for statement in begin.split(";"):
+            holder.execute(statement).fetchone()
+        for number in range(1500):
+            begun = time.monotonic()
+            it.put(row(request=f"req_{number}"))
+            assert time.monotonic() - begun < 0.05, "nobody waits for the file"
+        eventually(lambda: "database is locked" in "".join(it.warnings), 8)
+        assert it.waiting == 1500
+        holder.close()
+        eventually(lambda: not it.waiting, 8)
+    it.finish()
+    assert len(it.warnings) == 1 and "usage.db can't be written: database is locked; 1500 rows wait" in it.warnings[0]
+    assert selected(it.path, "SELECT count(*), count(DISTINCT request) FROM request") == [(3001, 1500)]
+    assert_sums_are_exact(it.path)
+
+
+def test_the_end_waits_for_a_locked_file_but_not_for_long(tmp_path):
+    it = Ledger(tmp_path / "usage.db")
+    it.put(row())
+    eventually(lambda: not it.waiting)
+    holder = sqlite3.connect(it.path, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    it.put(row())
+    begun = time.monotonic()
+    it.finish()
+    assert time.monotonic() - begun < 6 and it.warnings[-1] == "1 rows of the ledger are lost: it could not be written"
+    holder.close()
+
+
+def test_what_waits_for_a_ledger_is_bounded_and_what_is_dropped_is_counted(tmp_path):
+    it = Ledger(tmp_path / "no such folder" / "usage.db")
+    for _ in range(10_007):
+        it.put(row())
+    assert (it.waiting, it.dropped) == (10_000, 7)
+    eventually(lambda: "unable to open database file; " in "".join(it.warnings))
+    it.path.parent.mkdir()
+    eventually(lambda: not it.waiting)
+    it.finish()
+    assert selected(it.path, "SELECT sum(requests) FROM hour") == [10_000]
+
+
+def test_a_row_costs_the_event_loop_next_to_nothing(tmp_path):
+    it = monorelay.LedgerWriter(lambda message: None)
+    it.use(parse({"echo": {}}, ledger={"path": str(tmp_path / "usage.db")}))
+    one = row()
+    assert seconds_each(lambda: it.put(one)) < 50e-6
+    assert not list(tmp_path.iterdir())
+
+
+WRITING = """
+import sys, time, monorelay
+config = monorelay.parse_config('{"ledger": {"path": "usage.db"}, "providers": {"echo": {"format": "echo"}}}', {})
+writer = monorelay.LedgerWriter(lambda message: print(message, flush=True))
+writer.use(config)
+writer.start()
+values = dict.fromkeys(monorelay.LedgerRow._fields)
+for number in range(int(sys.argv[1])):
+    values.update(at=int(time.time() * 1000), request=f"req_{number}", user="alice", sent="claude-x", status=200,
+                  input=number, output=1, cost=number % 97, complete=1, stream=0)
+    writer.put(monorelay.LedgerRow(**values))
+    if number % 300 == 0:
+        time.sleep(0.1)
+exec(sys.argv[2])
+writer.finish()
+"""
+
+
+def writing(folder: Path, rows: int, last: str = "") -> subprocess.Popen[str]:
+    """A process that writes so many rows to usage.db in the folder, and then does `last`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITING, str(rows), last], cwd=folder, text=True, stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+
+
+def test_two_processes_write_the_same_ledger_and_the_sums_are_exact(tmp_path):
+    processes = [writing(tmp_path, 4000), writing(tmp_path, 3000)]
+    assert [process.communicate(timeout=60)[0] for process in processes] == ["", ""]
+    assert selected(tmp_path / "usage.db", "SELECT count(*) FROM request") == [7000]
+    assert selected(tmp_path / "usage.db", "SELECT sum(requests) FROM hour") == [7000]
+    assert_sums_are_exact(tmp_path / "usage.db")
+
+
+def test_a_process_that_is_killed_leaves_a_ledger_that_holds_together(tmp_path):
+    process = writing(tmp_path, 100_000)
+    eventually(lambda: (tmp_path / "usage.db-journal").stat().st_size, 30)  # it is in the midst of a transaction
+    process.kill()
+    process.communicate(timeout=TIMEOUT_SECONDS)
+    assert Ledger(tmp_path / "usage.db").write(row()) == []
+    assert selected(tmp_path / "usage.db", "SELECT sum(requests) FROM hour")[0] >= 1
+    assert_sums_are_exact(tmp_path / "usage.db")
+
+
+def test_rows_wait_for_a_disk_that_is_full(tmp_path):
+    full = (
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))\n"
+        "writer.finish = lambda: None\n"
+        "[writer.put(monorelay.LedgerRow(**values)) for number in range(2000)]\n"
+        "time.sleep(2.5)\n"
+        "print(writer.waiting, flush=True)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "monorelay.LedgerWriter.finish(writer)\n"
+    )
+    process = writing(tmp_path, 1, f"import resource\n{full}")
+    told = process.communicate(timeout=30)[0].splitlines()
+    assert len(told) == 2 and re.match(r"the ledger usage\.db can't be written: d.*(I/O|disk is full)", told[0])
+    assert 0 < int(told[1]) <= 2001
+    assert selected(tmp_path / "usage.db", "SELECT count(*) FROM request") == [2001]
+    assert_sums_are_exact(tmp_path / "usage.db")
+
+
+def test_a_ledger_of_a_newer_version_is_left_as_it_is(tmp_path):
+    path = tmp_path / "usage.db"
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA user_version = 2")
+    connection.execute("CREATE TABLE future (x)")
+    connection.close()
+    before = path.read_bytes()
+    it = Ledger(path)
+    it.put(row())
+    eventually(lambda: it.warnings)
+    assert "a newer MonoRelay has made it (version 2, this one knows 1); 1 rows wait" in it.warnings[0]
+    assert path.read_bytes() == before and it.waiting == 1
+    path.unlink()
+    eventually(lambda: not it.waiting)
+    it.finish()
+    assert selected(path, "SELECT count(*) FROM request") == [1] and len(it.warnings) == 1
+
+
+@pytest.mark.parametrize("how", ["no database", "malformed"])
+def test_a_broken_ledger_is_kept_under_another_name_and_a_new_one_begun(tmp_path, how):
+    path = tmp_path / "usage.db"
+    if how == "malformed":
+        Ledger(path).write(*(row(request=f"req_{n}") for n in range(500)))
+        whole = path.read_bytes()
+        path.write_bytes(whole[:100] + b"\x07" * (len(whole) - 100))
+    else:
+        path.write_bytes(b"no database at all" * 100)
+    broken = path.read_bytes()
+    it = Ledger(path, users={"alice": {"usd_per_day": 1}})
+    it.put(row())
+    eventually(lambda: not it.waiting)
+    it.finish()
+    (kept,) = (file for file in tmp_path.iterdir() if re.fullmatch(r"usage\.db\.broken-\d{8}T\d{6}Z", file.name))
+    assert kept.read_bytes() == broken
+    assert len(it.warnings) == 1 and "is broken (" in it.warnings[0] and kept.name in it.warnings[0]
+    assert selected(path, "SELECT count(*) FROM request") == [1]
+
+
+def test_a_ledger_that_is_moved_away_is_begun_anew(tmp_path):
+    it = Ledger(tmp_path / "usage.db")
+    for _ in range(2):
+        it.put(row())
+        eventually(lambda: not it.waiting)
+        it.path.rename(tmp_path / f"{time.time_ns()}.db")
+    assert it.write(row()) == []
+    assert [selected(path, "SELECT sum(requests) FROM hour") for path in tmp_path.glob("*.db")] == [[1]] * 3
+
+
+def test_what_is_too_old_is_dropped_step_by_step_and_the_sums_are_kept_for_longer(tmp_path):
+    path, day, now = tmp_path / "usage.db", 86_400_000, int(time.time() * 1000)
+    old = [row(at=now - 500 * day), *(row(at=now - 3 * day) for _ in range(8000)), row(at=now - 1 * day)]
+    assert Ledger(path, keep_days=4000).write(*old) == []
+    assert selected(path, "SELECT count(*) FROM request") == [8002]
+    left = []
+    for _ in range(3):
+        Ledger(path, keep_days=2).write(row())
+        left += selected(path, "SELECT count(*) FROM request")
+    assert left == [3003, 3, 4]
+    assert selected(path, "SELECT sum(requests) FROM hour") == [8001 + 3], "all but the oldest hour"
+    assert min(selected(path, "SELECT window FROM spent")) > monorelay.windows(time.time() - 400 * 86400)[1]
+
+
+def test_text_and_numbers_that_sqlite_does_not_take_stop_no_row(tmp_path):
+    odd = row(model="half \ud800", user="b\x00b", cost=10**30, path="x" * 9999, provider="ü", sent=b"bytes", ttfb=1.5)
+    assert Ledger(tmp_path / "usage.db").write(odd, row()) == []
+    (found, _) = selected(tmp_path / "usage.db", "SELECT model, user, cost, length(path), provider, sent FROM request")
+    assert found == ("half ?", "b\x00b", None, 256, "ü", None)
+
+
+LIMITED = {"alice": {"usd_per_day": 1}, "bob": {"tokens_per_day": 1}, "free": {}}
+
+
+def test_what_was_spent_is_known_at_once_and_survives_a_restart(tmp_path):
+    day, month = monorelay.windows(time.time())
+    it = Ledger(tmp_path / "usage.db", users=LIMITED)
+    assert it.spent("alice", day) == (0, 0)
+    it.put(row(cost=70))
+    assert it.spent("alice", day) == it.spent("alice", month) == (70, 24), "reads of the cache don't count"
+    it.put(row(cost=None, input=None, output=None, cache_write=None, cache_write_long=None))
+    eventually(lambda: not it.waiting)
+    it.put(row(cost=5, user="bob"))
+    assert (it.spent("alice", day), it.spent("bob", day), it.spent("bob", month)) == ((70, 24), (5, 24), (5, 24))
+    it.finish()
+    it = Ledger(tmp_path / "usage.db", users=LIMITED)
+    assert (it.spent("alice", day), it.spent("bob", month), it.spent("free", day)) == ((70, 24), (5, 24), (0, 0))
+    it.put(row(cost=1))
+    assert it.spent("alice", day) == (71, 48)
+    assert it.write() == []
+
+
+def test_what_other_workers_have_spent_is_known_soon(tmp_path):
+    day, _ = monorelay.windows(time.time())
+    idle, busy = Ledger(tmp_path / "usage.db", users=LIMITED), Ledger(tmp_path / "usage.db", users=LIMITED)
+    busy.put(row(cost=70))
+    eventually(lambda: idle.spent("alice", day) == (70, 24))
+    idle.put(row(cost=1))
+    assert idle.spent("alice", day) == (71, 48)
+    eventually(lambda: busy.spent("alice", day) == (71, 48))
+    assert idle.write() == busy.write() == []
+
+
+@hypothesis.settings(max_examples=20)
+@hypothesis.given(st.lists(ROWS, max_size=30), st.integers(0, 30))
+def test_what_was_spent_is_the_sum_of_what_is_written_and_what_waits(rows, written):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(monorelay.time, "time", lambda: 1_795_200_000.0)
+        it = monorelay.LedgerWriter(lambda message: None)
+        it.use(parse({"echo": {}}, users=LIMITED, ledger={"path": str(Path(folder) / "usage.db")}))
+        for one in rows[:written]:
+            it.put(one)
+        assert it._flush()
+        for one in rows[written:]:
+            it.put(one)
+        sums = monorelay.spent_sums(rows)
+        for user, window in itertools.product(("alice", "bob"), monorelay.windows(1_795_200_000.0)):
+            assert it.spent(user, window) == sums.get((user, window), (0, 0))
+
+
+def test_a_reload_changes_the_file_and_the_users_with_budgets(tmp_path):
+    it = Ledger(tmp_path / "usage.db")
+    it.put(row())
+    eventually(lambda: not it.waiting)
+    it.use(parse({"echo": {}}, users=LIMITED, ledger={"path": str(tmp_path / "other.db")}))
+    it.put(row(cost=3))
+    eventually(lambda: not it.waiting)
+    it.use(parse({"echo": {}}))
+    it.put(row())
+    assert it.waiting == 0, "there is no ledger any more"
+    it.use(parse({"echo": {}}, users=LIMITED, ledger={"path": str(tmp_path / "usage.db")}))
+    day, _ = monorelay.windows(time.time())
+    eventually(lambda: it.spent("alice", day) == (1000, 24))
+    assert it.write() == []
+    assert [selected(tmp_path / name, "SELECT cost FROM request") for name in ("usage.db", "other.db")] == [[1000], [3]]
+
+
+def test_a_ledger_that_a_reload_begins_is_written(tmp_path):
+    it = monorelay.LedgerWriter(lambda message: None)
+    it.use(parse({"echo": {}}))
+    it.start()
+    it.put(row())
+    it.use(parse({"echo": {}}, ledger={"path": str(tmp_path / "usage.db")}))
+    it.put(row())
+    it.finish()
+    assert selected(tmp_path / "usage.db", "SELECT count(*) FROM request") == [1]
 
 
 # ------------------------------------------------------------------------------------------------------------
