@@ -2186,58 +2186,6 @@ class Used(NamedTuple):
 NOTHING_TOLD = Used()
 
 
-class LedgerRow(NamedTuple):
-    """A request to a model that has ended, as the ledger keeps it: whose it was, where it went, and what it used.
-    What isn't known is None. No bodies, headers or addresses."""
-
-    at: int  # when it ended, in milliseconds since 1970
-    request: str  # its id
-    user: str
-    model: str  # as it was asked for
-    sent: str  # as it was sent
-    provider: str
-    key: str  # its label
-    path: str
-    status: int
-    stream: int
-    attempts: int
-    ttfb: Optional[int]  # milliseconds, as duration
-    duration: int
-    input: Optional[int]
-    cache_read: Optional[int]
-    cache_write: Optional[int]
-    cache_write_long: Optional[int]
-    output: Optional[int]
-    tier: Optional[str]  # None: the standard one
-    cost: Optional[int]  # 10^-9 USD
-    complete: int  # whether all of the response went out
-    error: Optional[str]
-    tried: Optional[str]  # what each failed attempt met
-
-    @property
-    def failed(self) -> bool:
-        """Whether it counts as an error: a client that leaves is none."""
-        return self.status >= 400 or self.error not in (None, "client_gone")
-
-    def is_of(self, user: Optional[str]) -> bool:
-        """Whether it is one of the user's; of None's, each is."""
-        return user is None or self.user == user
-
-    def matches(self, names: Mapping[str, str], errors: bool) -> bool:
-        """Whether it is one of those asked for by user, model or key, as provider/label; or by having failed."""
-        return (
-            names.get("user", self.user) == self.user
-            and names.get("model", self.sent) in (self.model, self.sent)
-            and names.get("key", f"{self.provider}/{self.key}") == f"{self.provider}/{self.key}"
-            and (self.failed or not errors)
-        )
-
-    @property
-    def untold(self) -> bool:
-        """Whether it was answered without saying what that used."""
-        return 200 <= self.status < 300 and (self.input is None or self.output is None)
-
-
 def used_of(usage: Any, service_tier: str = "") -> Used:
     """What the usage object of a response tells, in either format; of a stream, its objects merged into one. Where the
     object has no service tier, the one given beside it counts. What is no sound count is as if not named."""
@@ -2393,64 +2341,87 @@ def rate_of(rates: Mapping[tuple[str, str, int], int], kind: str, level: tuple[s
 
 
 class LedgerRow(NamedTuple):
-    """A row of the ledger's table `request`, by its columns but the id: a request to a model that was answered, or that
-    failed. Nothing of a body, a header or an address is in it."""
+    """A request to a model that has ended, as the ledger keeps it: whose it was, where it went, and what it used.
+    What isn't known is None. No bodies, headers or addresses."""
 
-    at: int  # when it ended, ms since 1970
-    request: str
+    at: int  # when it ended, in milliseconds since 1970
+    request: str  # its id
     user: str
-    model: Optional[str]  # as asked for
-    sent: Optional[str]  # the model as it was called upstream
-    provider: Optional[str]
-    key: Optional[str]  # its label
-    path: Optional[str]
-    status: Optional[int]
-    stream: Optional[int]
-    attempts: Optional[int]
-    ttfb: Optional[int]  # ms, as the duration
-    duration: Optional[int]
-    input: Optional[int]  # the tokens of each kind are None where they weren't told
+    model: str  # as it was asked for
+    sent: str  # as it was sent
+    provider: str
+    key: str  # its label
+    path: str
+    status: int
+    stream: int
+    attempts: int
+    ttfb: Optional[int]  # milliseconds, as duration
+    duration: int
+    input: Optional[int]
     cache_read: Optional[int]
     cache_write: Optional[int]
     cache_write_long: Optional[int]
     output: Optional[int]
-    tier: Optional[str]
-    cost: Optional[int]  # 10^-9 USD; None without a price or without tokens
-    complete: int
+    tier: Optional[str]  # None: the standard one
+    cost: Optional[int]  # 10^-9 USD
+    complete: int  # whether all of the response went out
     error: Optional[str]
-
-    @property
-    def answered(self) -> bool:
-        return 200 <= (self.status or 0) < 300
+    tried: Optional[str] = None  # what each failed attempt met
 
     @property
     def failed(self) -> bool:
-        """Whether something is wrong; a client that left isn't."""
-        return (self.status or 0) >= 400 or (self.error or "client_gone") != "client_gone"
+        """Whether it counts as an error: a client that leaves is none."""
+        return self.status >= 400 or self.error not in (None, "client_gone")
+
+    def is_of(self, user: Optional[str]) -> bool:
+        """Whether it is one of the user's; of None's, each is."""
+        return user is None or self.user == user
+
+    def matches(self, names: Mapping[str, str], errors: bool) -> bool:
+        """Whether it is one of those asked for by user, model or key, as provider/label; or by having failed."""
+        return (
+            names.get("user", self.user) == self.user
+            and names.get("model", self.sent) in (self.model, self.sent)
+            and names.get("key", f"{self.provider}/{self.key}") == f"{self.provider}/{self.key}"
+            and (self.failed or not errors)
+        )
+
+    @property
+    def answered(self) -> bool:
+        """Whether a model has answered, and not with an error."""
+        return 200 <= self.status < 300
+
+    @property
+    def untold(self) -> bool:
+        """Whether it was answered without saying what that used."""
+        return self.answered and (self.input is None or self.output is None)
+
+    @property
+    def figures(self) -> tuple[Optional[int], ...]:
+        """What it adds to SUMS."""
+        streamed = int(bool(self.stream) and self.ttfb is not None)
+        return (
+            1, int(self.failed), int(self.untold), self.input or 0, self.cache_read or 0, self.cache_write or 0,
+            self.cache_write_long or 0, self.output or 0, self.cost, (self.ttfb or 0) * streamed, streamed,
+            self.duration,
+        )  # fmt: skip
 
 
-OTHER_MODELS = "(other)"  # names that nobody has answered to: clients may invent any number of them
-SUMMED = (
-    "requests", "errors", "untold", "input", "cache_read", "cache_write", "cache_write_long", "output", "cost",
-    "ttfb", "streamed", "duration",
+OTHER = "(other)"  # in the place of names that can't be told apart, since clients may invent any number of them
+SUMS = (
+    "requests", "errors", "untold", "input", "cache_read", "cache_write", "cache_write_long", "output", "cost", "ttfb",
+    "streamed", "duration",
 )  # fmt: skip
 Sums = list[Optional[int]]
 
 
 def hour_sums(rows: Iterable[LedgerRow]) -> dict[tuple[int, str, str, str, str], Sums]:
-    """What the rows add to the table `hour`: the columns SUMMED by hour, user, model, provider and key."""
+    """What the rows add to the table `hour`: the columns SUMS by hour, user, model, provider and key."""
     sums: dict[tuple[int, str, str, str, str], Sums] = {}
     for row in rows:
-        model = (row.sent or row.model or "") if row.answered else OTHER_MODELS
-        key = (row.at // 3_600_000, row.user, model, row.provider or "", row.key or "")
-        untold = row.answered and (row.input is None or row.output is None)
-        tokens = [
-            count or 0 for count in (row.input, row.cache_read, row.cache_write, row.cache_write_long, row.output)
-        ]
-        streamed = bool(row.stream and row.ttfb is not None)
-        times = [row.ttfb if streamed else 0, int(streamed), row.duration or 0]
-        figures = [1, int(row.failed), int(untold), *tokens, row.cost, *times]
-        sums[key] = [plus(before, figure) for before, figure in zip(sums.get(key, [None] * len(SUMMED)), figures)]
+        key = (row.at // 3_600_000, row.user, row.sent if row.answered else OTHER, row.provider, row.key)
+        before = sums.get(key, [None] * len(SUMS))
+        sums[key] = [plus(figure, added) for figure, added in zip(before, row.figures)]
     return sums
 
 
@@ -3965,21 +3936,17 @@ def shortened(value: str) -> str:
 
 # -- what is counted
 
-# Of a user with a model at a provider with a key: sums as the ledger has them, then how many requests had their first
+# Of a user with a model at a provider with a key: the SUMS, how many had a price, then how many requests had their first
 # byte, and their end, within each of these limits, in seconds: OpenTelemetry's powers of two, carried on, since
 # requests may last for minutes.
-SUMS = (
-    "requests", "errors", "untold", "input", "cache_read", "cache_write", "cache_write_long", "output", "cost", "ttfb",
-    "streamed", "duration", "priced",
-)  # fmt: skip
 TTFB_LIMITS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, math.inf)
 DURATION_LIMITS = (*(0.08 * 2**power for power in range(14)), math.inf)
-TTFB_AT = len(SUMS)
+PRICED = len(SUMS)
+TTFB_AT = PRICED + 1
 DURATION_AT = TTFB_AT + len(TTFB_LIMITS)
 SERIES_LENGTH = DURATION_AT + len(DURATION_LIMITS)
 GROUPS = ("user", "model", "provider", "key")  # by which series are told apart
 HOUR_FIGURES = ("requests", "errors", "input", "cache_read", "output", "cost")
-OTHER = "(other)"  # where there are too many names to tell them apart
 
 
 class Tally:
@@ -4002,17 +3969,12 @@ class Tally:
         """Counts a request to a model that has ended."""
         model, user, failed = self._model_label(row), self._user_label(row.user), int(row.failed)
         self.statuses[(row.provider, model, str(row.status))] += 1
-        streamed = int(bool(row.stream) and row.ttfb is not None)
-        figures = (
-            1, failed, int(row.untold), row.input or 0, row.cache_read or 0, row.cache_write or 0,
-            row.cache_write_long or 0, row.output or 0, row.cost or 0, (row.ttfb or 0) * streamed, streamed,
-            row.duration, int(row.cost is not None),
-        )  # fmt: skip
         sums = self._sums((user, model, row.provider, row.key))
-        for index, figure in enumerate(figures):
-            sums[index] += figure
-        if streamed:
-            sums[TTFB_AT + bisect.bisect_left(TTFB_LIMITS, (row.ttfb or 0) / 1000)] += 1
+        for index, figure in enumerate(row.figures):
+            sums[index] += figure or 0
+        sums[PRICED] += row.cost is not None
+        if row.stream and row.ttfb is not None:
+            sums[TTFB_AT + bisect.bisect_left(TTFB_LIMITS, row.ttfb / 1000)] += 1
         sums[DURATION_AT + bisect.bisect_left(DURATION_LIMITS, row.duration / 1000)] += 1
         self._add_to_times(row, user, failed)
         self.ended.append(row)
@@ -5858,7 +5820,7 @@ CREATE TABLE request (
   path TEXT, status INTEGER, stream INTEGER, attempts INTEGER, ttfb INTEGER, duration INTEGER,
   input INTEGER, cache_read INTEGER, cache_write INTEGER, cache_write_long INTEGER, output INTEGER,
   tier TEXT, cost INTEGER,
-  complete INTEGER NOT NULL, error TEXT);
+  complete INTEGER NOT NULL, error TEXT, tried TEXT);
 CREATE INDEX request_at ON request (at);
 CREATE TABLE hour (
   hour INTEGER, user TEXT, model TEXT, provider TEXT, key TEXT,
@@ -5872,9 +5834,9 @@ CREATE TABLE spent (
 INSERT_REQUEST = f"""
 INSERT INTO request ({", ".join(LedgerRow._fields)}) VALUES ({", ".join("?" * len(LedgerRow._fields))})"""
 ADD_HOUR = f"""
-INSERT INTO hour (hour, user, model, provider, key, {", ".join(SUMMED)}) VALUES ({", ".join("?" * (5 + len(SUMMED)))})
+INSERT INTO hour (hour, user, model, provider, key, {", ".join(SUMS)}) VALUES ({", ".join("?" * (5 + len(SUMS)))})
 ON CONFLICT (hour, user, model, provider, key) DO UPDATE SET
-{", ".join(f"{name} = coalesce({name} + excluded.{name}, {name}, excluded.{name})" for name in SUMMED)}"""
+{", ".join(f"{name} = coalesce({name} + excluded.{name}, {name}, excluded.{name})" for name in SUMS)}"""
 ADD_SPENT = """
 INSERT INTO spent (user, window, cost, tokens) VALUES (?, ?, ?, ?)
 ON CONFLICT (user, window) DO UPDATE SET cost = cost + excluded.cost, tokens = tokens + excluded.tokens"""
@@ -8257,7 +8219,9 @@ class History:
     def _usage_in_memory(self, user: Optional[str], by: Sequence[str]) -> list[JsonDict]:
         tally = self._service.workers.tally()
         series = tally.by(*(GROUPS.index(name) for name in by), user=user)
-        return [{**dict(zip(by, names)), **figures_of(dict(zip(SUMS, sums)))} for names, sums in series.items()]
+        return [
+            {**dict(zip(by, names)), **figures_of(dict(zip((*SUMS, "priced"), sums)))} for names, sums in series.items()
+        ]
 
     async def requests(self, query: dict[str, str]) -> JsonDict:
         """The answer of /api/requests."""
