@@ -3936,7 +3936,7 @@ def shortened(value: str) -> str:
 
 # -- what is counted
 
-# Of a user with a model at a provider with a key: the SUMS, how many had a price, then how many requests had their first
+# Of a user with a model at a provider with a key: the SUMS, how many had a price, then how many had their first
 # byte, and their end, within each of these limits, in seconds: OpenTelemetry's powers of two, carried on, since
 # requests may last for minutes.
 TTFB_LIMITS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, math.inf)
