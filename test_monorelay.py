@@ -8526,6 +8526,24 @@ def test_a_ledger_that_a_reload_begins_is_written(tmp_path):
     assert selected(tmp_path / "usage.db", "SELECT count(*) FROM request") == [1]
 
 
+def test_a_relay_begins_its_ledger_with_its_start_and_ends_it_with_its_end(relay, tmp_path):
+    it = relay({"echo": {}}, ledger={"path": str(tmp_path / "usage.db")}).server
+    it.ledger.put(row())
+    it.reload(parse({"echo": {}}, ledger={"path": str(tmp_path / "other.db")}))
+    it.ledger.put(row())
+    it.stop()
+    found = [selected(path, "SELECT count(*) FROM request")[0] for path in tmp_path.glob("*.db")]
+    assert sum(found) == 2
+
+
+@pytest.mark.parametrize("sections", [{}, {"ledger": {"path": "usage.db"}}], ids=["without", "with"])
+def test_a_relay_has_a_thread_for_its_ledger_only_if_there_is_one(relay, tmp_path, monkeypatch, sections):
+    monkeypatch.chdir(tmp_path)
+    it = relay({"echo": {}}, **sections)
+    assert (it.server.ledger._thread is not None) == bool(sections)
+    assert it.post("/v1/messages", prompt()).status == 200 and (sections or not list(tmp_path.iterdir()))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Server: admission, deadlines, reload, drain
 # ------------------------------------------------------------------------------------------------------------
