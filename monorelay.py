@@ -226,6 +226,9 @@ LEDGER_BACKLOG_ROWS = 10_000  # more than that waiting for a file that can't be 
 LEDGER_SWEPT_ROWS = 5000  # that are too old, in a transaction; takes some 5 ms
 LEDGER_SUMS_DAYS = 400  # for which the sums are kept: a year, and the month to compare it with
 LEDGER_WARNING_SECONDS = 60.0
+LEDGER_LISTED_ROWS = 1000  # in one answer
+LEDGER_SEARCHED_ROWS = 200_000  # for those that are wanted; takes some 0.1 s, for which nobody can write
+LEDGER_GROUPS = 10_000  # in one answer
 PRICES_BYTES = 64 * 1024 * 1024  # of a price file; LiteLLM's has 3.5 MB
 PRICE_USD = 1.0  # the most that a token may cost
 
@@ -2371,7 +2374,7 @@ class LedgerRow(NamedTuple):
     @property
     def failed(self) -> bool:
         """Whether it counts as an error: a client that leaves is none."""
-        return self.status >= 400 or self.error not in (None, "client_gone")
+        return self.status >= 400 or self.error not in (None, "", "client_gone")
 
     def is_of(self, user: Optional[str]) -> bool:
         """Whether it is one of the user's; of None's, each is."""
@@ -6033,6 +6036,100 @@ def select_spent(connection: Any, users: Iterable[str], now: float) -> Spent:
     asked = [(user, window) for user in users for window in windows(now)]
     found = {key: connection.execute(query, (storable(key[0]), key[1])).fetchone() for key in asked}
     return {key: (int(row[0]), int(row[1])) for key, row in found.items() if row}
+
+
+# Queries, for a thread that may wait for the file: sums are read from `hour`, and never made from `request`.
+
+GROUPS = ("user", "model", "provider", "key")
+
+
+def usage_rows(
+    path: str,
+    since_hour: int,
+    until_hour: int,
+    by: Sequence[str] = (),
+    step_day: bool = False,
+    user: Optional[str] = None,
+) -> list[JsonDict]:
+    """What was used from one hour up to another, in hours since 1970, the second not included: a row for each value of
+    the columns `by` (some of GROUPS), and for each day if wanted; of one user if named. Raises sqlite3.Error, and
+    ValueError for what can't be grouped by."""
+    return [usage_row(group, sums) for group, sums in summed_usage(path, since_hour, until_hour, by, step_day, user)]
+
+
+def summed_usage(
+    path: str, since_hour: int, until_hour: int, by: Sequence[str], step_day: bool, user: Optional[str]
+) -> list[tuple[JsonDict, Sums]]:
+    """The same as sums: of each group its names and the columns SUMMED, dear ones first."""
+    if not set(by) <= set(GROUPS):
+        raise ValueError(f"it can be grouped by {', '.join(GROUPS)}")
+    names = [*(["day"] if step_day else []), *by]
+    columns = ["hour / 24" if name == "day" else name for name in names]
+    query = (
+        f"SELECT {', '.join([*columns, *(f'sum({name})' for name in SUMMED)])} FROM hour WHERE hour >= ? AND hour < ?"
+    )
+    query += " AND user = ?" if user is not None else ""
+    query += f" GROUP BY {', '.join(columns)}" if columns else ""
+    query += f" ORDER BY {'hour / 24, ' if step_day else ''}sum(cost) DESC, sum(requests) DESC LIMIT {LEDGER_GROUPS}"
+    found = query_ledger(path, query, [since_hour, until_hour, *([storable(user)] if user is not None else [])])
+    groups = [(dict(zip(names, row)), list(row[len(names) :])) for row in found]
+    for group, _ in groups:
+        if step_day:
+            group["day"] = windows_of_day(group["day"])[0]
+    return [(group, sums) for group, sums in groups if sums[0]]  # without a group, there is a row of nothing
+
+
+def usage_row(group: Mapping[str, str], sums: Sums) -> JsonDict:
+    """The names of a group and its sums, for people: USD, and the mean times in seconds."""
+    figures: JsonDict = dict(zip(SUMMED, sums))
+    cost, ttfb, streamed, duration = (figures.pop(name) for name in ("cost", "ttfb", "streamed", "duration"))
+    usd = None if cost is None else cost / 10**9
+    seconds = round(duration / figures["requests"] / 1000, 3)
+    return {
+        **group,
+        **figures,
+        "usd": usd,
+        "ttfb": round(ttfb / streamed / 1000, 3) if streamed else None,
+        "seconds": seconds,
+    }
+
+
+def request_rows(
+    path: str,
+    before: Optional[int] = None,
+    limit: int = 200,
+    user: Optional[str] = None,
+    model: Optional[str] = None,
+    key: Optional[str] = None,
+    errors: bool = False,
+) -> list[JsonDict]:
+    """The requests before the one with an id, newest first, by the names of their columns: those of a user, of a model
+    as it was asked for or sent, with a key, or that failed. Looks through LEDGER_SEARCHED_ROWS and no more. Raises
+    sqlite3.Error."""
+    newest = query_ledger(path, "SELECT max(id) FROM request", ())
+    below = min(before or 2**63 - 1, ((newest[0][0] or 0) if newest else 0) + 1)
+    wanted: list[tuple[str, list[Any]]] = [("id < ? AND id >= ?", [below, below - LEDGER_SEARCHED_ROWS])]
+    wanted += [("user = ?", [storable(user)])] if user is not None else []
+    wanted += [("(sent = ? OR model = ?)", [storable(model)] * 2)] if model is not None else []
+    wanted += [("key = ?", [storable(key)])] if key is not None else []
+    wanted += [("(status >= 400 OR coalesce(error, 'client_gone') NOT IN ('', 'client_gone'))", [])] if errors else []
+    names = ("id", *LedgerRow._fields)
+    query = f"SELECT {', '.join(names)} FROM request WHERE {' AND '.join(term for term, _ in wanted)}"
+    values = [value for _, values in wanted for value in values]
+    found = query_ledger(path, f"{query} ORDER BY id DESC LIMIT ?", [*values, max(1, min(limit, LEDGER_LISTED_ROWS))])
+    return [dict(zip(names, row)) for row in found]
+
+
+def query_ledger(path: str, query: str, values: Sequence[Any]) -> list[Any]:
+    """What a query finds; nothing where there is no file yet. Raises sqlite3.Error, and ValueError for a file of a
+    newer version."""
+    if not os.path.exists(path):
+        return []
+    connection = open_ledger(path)
+    try:
+        return list(connection.execute(query, values).fetchall()) if ledger_version(connection) else []
+    finally:
+        connection.close()
 
 
 def storable(value: Any) -> Union[str, int, None]:

@@ -1618,7 +1618,7 @@ ANY_JSON = st.recursive(
 COUNTS = st.integers(0, 10**12)
 
 
-@hypothesis.settings(max_examples=500)
+@hypothesis.settings(max_examples=200)
 @hypothesis.given(st.dictionaries(st.sampled_from(USAGE_NAMES), ANY_JSON, max_size=12) | ANY_JSON, ANY_JSON)
 def test_whatever_a_provider_calls_its_usage_is_read_without_a_fault(usage, beside):
     found = monorelay.used_of(usage, beside)
@@ -8524,6 +8524,110 @@ def test_a_ledger_that_a_reload_begins_is_written(tmp_path):
     it.put(row())
     it.finish()
     assert selected(tmp_path / "usage.db", "SELECT count(*) FROM request") == [1]
+
+
+HOUR = 3_600_000
+
+
+@pytest.fixture
+def some_days(tmp_path) -> str:
+    """A ledger of some days."""
+    path, at = tmp_path / "usage.db", 498_000 * HOUR  # 2026-10-24T00:00Z
+    rows = [
+        row(at=at, cost=3_000_000_000),
+        row(at=at + 23 * HOUR, user="bob", sent="gpt-5", key="spare", cost=None, output=None, stream=0),
+        row(at=at + 24 * HOUR, ttfb=700, duration=1000, cost=1),
+        row(at=at + 48 * HOUR, user="bob", status=429, sent="x", cost=None, error="upstream:rate_limit_error"),
+        row(at=at + 48 * HOUR, user="bob", sent="gpt-5", status=200, error="client_gone", complete=0, cost=None),
+    ]
+    assert Ledger(path, keep_days=4000).write(*rows) == []
+    return str(path)
+
+
+def test_usage_is_summed_by_what_is_asked_for(some_days):
+    alice = {
+        "user": "alice", "model": "claude-x", "requests": 2, "errors": 0, "untold": 0, "input": 20, "cache_read": 2000,
+        "cache_write": 10, "cache_write_long": 4, "output": 14, "usd": 3.000000001, "ttfb": 0.6, "seconds": 1.5,
+    }  # fmt: skip
+    rows = monorelay.usage_rows(some_days, 498_000, 498_049, ["user", "model"])
+    assert rows[0] == alice and [(it["user"], it["model"], it["requests"]) for it in rows[1:]] == [
+        ("bob", "gpt-5", 2), ("bob", "(other)", 1),
+    ]  # fmt: skip
+    assert (rows[1]["usd"], rows[1]["untold"], rows[1]["errors"]) == (None, 1, 0)
+    assert monorelay.usage_rows(some_days, 498_000, 498_049, ["user", "model"], user="alice") == [alice]
+    assert monorelay.usage_rows(some_days, 498_000, 498_048, user="bob")[0]["ttfb"] is None
+    (total,) = monorelay.usage_rows(some_days, 498_000, 498_049)
+    assert (total["requests"], total["errors"], total["usd"], total["output"]) == (5, 1, 3.000000001, 28)
+    days = monorelay.usage_rows(some_days, 498_000, 498_049, ["key"], step_day=True)
+    assert [(it["day"], it["key"], it["requests"]) for it in days] == [
+        ("2026-10-24", "team", 1), ("2026-10-24", "spare", 1), ("2026-10-25", "team", 1), ("2026-10-26", "team", 2),
+    ]  # fmt: skip
+    assert monorelay.usage_rows(some_days, 498_001, 498_023) == []
+    assert monorelay.usage_rows(some_days, 498_001, 498_023, ["provider"], True, "nobody") == []
+
+
+@pytest.mark.parametrize("by", [["day"], ["hour"], ["user", "1; DROP TABLE hour"], ["request"]])
+def test_usage_is_grouped_by_known_columns_only(some_days, by):
+    with pytest.raises(ValueError, match="it can be grouped by user, model, provider, key"):
+        monorelay.usage_rows(some_days, 0, 10**6, by)
+
+
+def test_requests_are_listed_newest_first_page_by_page(some_days):
+    def ids(**wanted: Any) -> list[int]:
+        return [it["id"] for it in monorelay.request_rows(some_days, **wanted)]
+
+    (newest,) = monorelay.request_rows(some_days, limit=1)
+    assert tuple(newest) == ("id", *monorelay.LedgerRow._fields)
+    assert (newest["id"], newest["user"], newest["complete"], newest["cost"]) == (5, "bob", 0, None)
+    assert ids() == [5, 4, 3, 2, 1]
+    assert (ids(limit=2), ids(limit=2, before=4), ids(before=1)) == ([5, 4], [3, 2], [])
+    assert ids(before=10**6) == ids(before=10**18) == [5, 4, 3, 2, 1]
+    assert (ids(user="alice"), ids(model="gpt-5"), ids(model="smart", user="bob")) == ([3, 1], [5, 2], [5, 4, 2])
+    assert (ids(key="spare"), ids(errors=True), ids(key="spare", errors=True), ids(user="")) == ([2], [4], [], [])
+    assert ids(limit=0) == [5] and ids(user="half \ud800") == []
+
+
+def test_a_ledger_that_is_not_there_yet_is_empty_and_stays_so(tmp_path):
+    path = tmp_path / "usage.db"
+    assert monorelay.usage_rows(str(path), 0, 10**6) == monorelay.request_rows(str(path)) == []
+    assert not path.exists()
+    path.touch()
+    assert monorelay.usage_rows(str(path), 0, 10**6) == monorelay.request_rows(str(path)) == []
+
+
+def test_a_ledgers_queries_only_read(some_days):
+    connection = monorelay.open_ledger(some_days)
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        connection.execute("DELETE FROM hour")
+    connection.close()
+
+
+def test_a_large_ledger_is_read_at_once(tmp_path):
+    path, now = str(tmp_path / "odd %3F#? name.db"), time.time()
+    users, models = [f"user{n}" for n in range(10)], ["claude-a", "claude-b", "gpt-5"]
+    rows = [
+        row(at=int(now * 1000) - n * 15_000, user=users[n % 10], sent=models[n % 3], status=500 if n % 4 == 0 else 200)
+        for n in range(172_000)
+    ]
+    monorelay.write_ledger(monorelay.LedgerSettings(path, 4000), rows, (), now)
+    until = int(now // 3600) + 1
+
+    def seconds(read: Callable[[], Any], count: int) -> float:
+        begun = time.process_time()
+        assert len(read()) == count
+        return time.process_time() - begun
+
+    def by_user() -> Any:
+        return monorelay.usage_rows(path, until - 31 * 24, until, ["user", "model"])
+
+    assert min(seconds(by_user, 35) for _ in range(3)) < 0.05
+    assert min(seconds(lambda: monorelay.request_rows(path, 100_000), 200) for _ in range(3)) < 0.05
+    assert min(seconds(lambda: monorelay.request_rows(path, limit=10**9), 1000) for _ in range(3)) < 0.05
+    assert min(seconds(lambda: monorelay.request_rows(path, user="nobody", errors=True), 0) for _ in range(3)) < 0.5
+    connection = monorelay.open_ledger(path)
+    plan = connection.execute("EXPLAIN QUERY PLAN " + monorelay.SWEEP_REQUESTS, (0,)).fetchall()
+    connection.close()
+    assert any("request_at" in step[-1] for step in plan) and not any(step[-1] == "SCAN request" for step in plan)
 
 
 def test_a_relay_begins_its_ledger_with_its_start_and_ends_it_with_its_end(relay, tmp_path):
