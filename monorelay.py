@@ -4,6 +4,7 @@
     python monorelay.py                          serve ./relay.json (or the one beside this file)
     python monorelay.py route MODEL              say where a request for it would go
     python monorelay.py check                    say what would be served, or what is wrong
+    python monorelay.py usage --days 7           what was used and what it cost, from the ledger
     python monorelay.py hash-password            a scrypt hash for relay.json
     python monorelay.py token USER --expires 30d a JWT for a user of relay.json
 
@@ -10080,7 +10081,7 @@ def outlast_script(serve: Callable[[], int]) -> int:
 
 # ==== Command line ==================================================================================
 #
-# Four commands, none of which needs a configuration file.
+# Commands, none of which needs a configuration file: what each does, and the options it takes.
 
 
 HELP = """usage: monorelay.py [COMMAND] [--config FILE] [--host HOST] [--port PORT]
@@ -10090,6 +10091,7 @@ One address for Claude Code, the Anthropic and OpenAI SDKs and curl. Without a c
 commands:
   check           validate the configuration and print what would be served
   route MODEL     print where a request for a model would go, and why
+  usage [FILE...] print what was used and what it cost, from the ledger or from several
   hash-password   read a password and print its hash for relay.json
   token USER      print a JWT for a user of relay.json
 
@@ -10098,6 +10100,9 @@ options:
   --host HOST     listen there instead of server.host
   --port PORT     listen there instead of server.port
   --expires TIME  how long a token is valid, such as 30d, 12h, 90m or 60s (default: 30d)
+  --days NUMBER   of which days the usage is, up to today, in UTC (default: 7)
+  --by COLUMNS    sum it up by some of user, model, provider, key and day (default: user,model)
+  --csv, --json   print the usage as CSV or JSON, and not as a table
   --version       print the version
   --help          print this
 """
@@ -10125,11 +10130,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 def run_command(arguments: Sequence[str]) -> int:
     """Takes the command line apart and does what it says; the exit status. Raises UsageError."""
-    known = [f"{name}=" for name in OPTIONS]
+    known = [name if name in FLAGS else f"{name}=" for name in (*OPTIONS, *FLAGS)]
     try:
         given, words = getopt.gnu_getopt(arguments, "h", [*known, "version", "help"])
     except getopt.GetoptError as error:
-        meant = "" if error.opt in OPTIONS else suggestion(f"--{error.opt}", [f"--{name}" for name in OPTIONS])
+        options = (*OPTIONS, *FLAGS)
+        meant = "" if error.opt in options else suggestion(f"--{error.opt}", [f"--{name}" for name in options])
         raise UsageError(f"{error.msg}{meant}") from None
     asked = dict(given)
     if "--help" in asked or "-h" in asked:
@@ -10143,7 +10149,7 @@ def run_command(arguments: Sequence[str]) -> int:
         raise UsageError(f"there is no command {command}{suggestion(command, COMMANDS)}")
     run, takes = COMMANDS[command]
     operand = {"token": "USER", "route": "MODEL"}.get(command)
-    if len(operands) != bool(operand):
+    if command != "usage" and len(operands) != bool(operand):
         raise UsageError(f"{command} takes one {operand}" if operand else f"{command} takes nothing but options")
     return run(read_options(asked, command, takes), *operands)
 
@@ -10156,7 +10162,7 @@ def read_options(asked: Mapping[str, str], command: str, takes: Sequence[str]) -
         if name not in takes:
             raise UsageError(f"{command} takes no {option}")
         try:
-            options[name] = OPTIONS[name](FromEnvironment(value))
+            options[name] = name in FLAGS or OPTIONS[name](FromEnvironment(value))
         except ValueError as error:
             raise UsageError(f"{option} {error}") from None
     return options
@@ -10170,6 +10176,15 @@ def lifetime(value: Any) -> int:
     return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
+def usage_columns(value: Any) -> tuple[str, ...]:
+    """The columns to sum up by, of a list with commas."""
+    columns = tuple(dict.fromkeys(value.replace(" ", "").split(",")))
+    for column in columns:
+        if column not in (*GROUPS, "day"):
+            raise ValueError(f"must be some of {', '.join((*GROUPS, 'day'))}{suggestion(column, (*GROUPS, 'day'))}")
+    return columns
+
+
 def run_check(options: JsonDict) -> int:
     """Prints what would be served."""
     path = config_path(options)
@@ -10179,6 +10194,97 @@ def run_check(options: JsonDict) -> int:
     for warning in file_warnings(path, config):
         print(f"warning: {warning}")
     return 0
+
+
+def run_usage(options: JsonDict, *paths: str) -> int:
+    """Prints what was used and what it cost; 1 if there is no ledger to tell it. Several files are summed up."""
+    by, days = options.get("by", ("user", "model")), options.get("days", 7)
+    if "csv" in options and "json" in options:
+        raise UsageError("usage prints --csv or --json")
+    if not has_sqlite():
+        print("monorelay: ledger: this Python has no sqlite3", file=sys.stderr)
+        return 1
+    import sqlite3
+
+    today = int(time.time() // 86400)
+    groups: dict[tuple[str, ...], Sums] = {}
+    for path in paths or (configured_ledger(options),):
+        if not os.path.exists(path):
+            print(
+                f"monorelay: {path}: there is no ledger yet; a relay begins it with its first request", file=sys.stderr
+            )
+            return 1
+        try:
+            add_usage(groups, path, by, (today - days + 1) * 24, (today + 1) * 24)
+        except (sqlite3.Error, ValueError) as error:
+            # What is to be undone first stands in its journal, and only who may write the file can do that.
+            died = "; a relay died while writing it, start one to mend it" if "readonly" in str(error) else ""
+            print(f"monorelay: {path}: {error}{died}", file=sys.stderr)
+            return 1
+    first, last = (windows_of_day(day)[0] for day in (today - days + 1, today))
+    rows = [usage_row(dict(zip(by, group)), sums) for group, sums in groups.items()]
+    rows.sort(key=lambda row: (row.get("day", ""), -(row["usd"] or 0), -row["requests"]))
+    total = [functools.reduce(plus, column) for column in zip(*groups.values())]
+    if "json" in options:
+        totals = usage_row({}, total) if total else {}
+        print(json.dumps({"from": first, "to": last, "by": by, "rows": rows, "total": totals}, indent=2))
+    elif "csv" in options:
+        print_csv(rows, by)
+    else:
+        print("\n".join(usage_table(rows, usage_row({}, total) if total else {}, by, f"from {first} to {last} (UTC)")))
+    return 0
+
+
+def configured_ledger(options: JsonDict) -> str:
+    """The path of the ledger that relay.json names. Raises ConfigError if it names none."""
+    path = config_path(options)
+    config = load_config(path, options)
+    if not config.ledger:
+        name = os.path.basename(path) or "built-in configuration"
+        raise ConfigError([f'{name}: there is no ledger; add "ledger": {{"path": "usage.db"}}, or name a file'])
+    return config.ledger.path
+
+
+def add_usage(groups: dict[tuple[str, ...], Sums], path: str, by: Sequence[str], since: int, until: int) -> None:
+    """Adds to the sums of each group what a ledger has from one hour up to another. Raises sqlite3.Error."""
+    columns = [column for column in by if column != "day"]
+    for group, sums in summed_usage(path, since, until, columns, "day" in by, None):
+        key = tuple(group[column] for column in by)
+        before = groups.get(key, [None] * len(SUMMED))
+        groups[key] = [plus(one, other) for one, other in zip(before, sums)]
+
+
+def print_csv(rows: Sequence[JsonDict], by: Sequence[str]) -> None:
+    """The rows as CSV (RFC 4180) with a head."""
+    import csv
+
+    figures = [name for name in SUMMED if name not in ("cost", "ttfb", "streamed", "duration")]
+    writer = csv.DictWriter(sys.stdout, [*by, *figures, "usd", "ttfb", "seconds"])
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def usage_table(rows: Sequence[JsonDict], total: JsonDict, by: Sequence[str], period: str) -> Iterator[str]:
+    """The rows as a table, with a total, for people."""
+    if not rows:
+        yield f"nothing was used {period}"
+        return
+    columns = ("requests", "errors", "input", "cache read", "cache write", "output", "cost")
+    lines = [[*by, *columns]]
+    for row in (*rows, {**dict.fromkeys(by, ""), by[0]: "total", **total}):
+        written = row["cache_write"] + row["cache_write_long"]
+        counts = (row["requests"], row["errors"], row["input"], row["cache_read"], written, row["output"])
+        cost = "?" if row["usd"] is None else f"${row['usd']:,.2f}"
+        lines.append([*(plain(row[name]).strip() for name in by), *(f"{count:,}" for count in counts), cost])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for number, line in enumerate(lines):
+        if number in (1, len(lines) - 1):
+            yield "  ".join("-" * width for width in widths)
+        names = [text.ljust(width) for text, width in zip(line, widths[: len(by)])]
+        yield "  ".join([*names, *(text.rjust(width) for text, width in zip(line[len(by) :], widths[len(by) :]))])
+    yield f"{period}; costs are estimates by the prices of the time, ? is without a price"
+    if total["untold"]:
+        yield f"{total['untold']:,} answers told nothing of their tokens, or not all of it"
 
 
 def run_hash_password(options: JsonDict) -> int:
@@ -10319,7 +10425,15 @@ def curl_line(config: Config, url: str, token: str) -> str:
 
 
 # The options of the command line with what checks each, and the commands: what runs them, the options they take.
-OPTIONS: Mapping[str, Check] = {"config": some_text, "host": some_text, "port": whole(0, 65535), "expires": lifetime}
+OPTIONS: Mapping[str, Check] = {
+    "config": some_text,
+    "host": some_text,
+    "port": whole(0, 65535),
+    "expires": lifetime,
+    "days": whole(1, LEDGER_SUMS_DAYS),
+    "by": usage_columns,
+}
+FLAGS = ("csv", "json")  # options without a value
 
 
 def run_route(options: JsonDict, model: str) -> int:
@@ -10361,6 +10475,7 @@ COMMANDS: Mapping[str, tuple[Callable[..., int], Sequence[str]]] = {
     "serve": (run_serve, ("config", "host", "port")),
     "check": (run_check, ("config", "host", "port")),
     "route": (run_route, ("config",)),
+    "usage": (run_usage, ("config", "days", "by", *FLAGS)),
     "hash-password": (run_hash_password, ()),
     "token": (run_token, ("config", "expires")),
 }

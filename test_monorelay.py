@@ -82,6 +82,7 @@ import base64
 import concurrent.futures
 import configparser
 import contextlib
+import csv
 import datetime
 import email.utils
 import fractions
@@ -8234,9 +8235,11 @@ def test_a_row_has_the_columns_of_the_table(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["usage.db", "usage.db-journal"]
 
 
+NOW = time.time()
 UNKNOWN_OR = st.none() | st.integers(0, 10**6)
 ROWS = st.builds(
-    row, at=st.integers(1_795_000_000_000, 1_795_400_000_000), user=st.sampled_from(["alice", "bob", ""]),
+    row, at=st.integers(0, 400_000_000).map(lambda ms: int(NOW * 1000) - ms),
+    user=st.sampled_from(["alice", "bob", ""]),
     sent=st.sampled_from(["claude-x", "gpt-5"]), provider=st.sampled_from(["anthropic", None]),
     key=st.sampled_from(["team", None]), status=st.sampled_from([200, 201, 400, 429, 502]), stream=st.integers(0, 1),
     ttfb=UNKNOWN_OR, input=UNKNOWN_OR, cache_read=UNKNOWN_OR, cache_write=UNKNOWN_OR, cache_write_long=UNKNOWN_OR,
@@ -8485,7 +8488,7 @@ def test_what_other_workers_have_spent_is_known_soon(tmp_path):
 @hypothesis.given(st.lists(ROWS, max_size=30), st.integers(0, 30))
 def test_what_was_spent_is_the_sum_of_what_is_written_and_what_waits(rows, written):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
-        patched.setattr(monorelay.time, "time", lambda: 1_795_200_000.0)
+        patched.setattr(monorelay.time, "time", lambda: NOW)
         it = monorelay.LedgerWriter(lambda message: None)
         it.use(parse({"echo": {}}, users=LIMITED, ledger={"path": str(Path(folder) / "usage.db")}))
         for one in rows[:written]:
@@ -8494,7 +8497,7 @@ def test_what_was_spent_is_the_sum_of_what_is_written_and_what_waits(rows, writt
         for one in rows[written:]:
             it.put(one)
         sums = monorelay.spent_sums(rows)
-        for user, window in itertools.product(("alice", "bob"), monorelay.windows(1_795_200_000.0)):
+        for user, window in itertools.product(("alice", "bob"), monorelay.windows(NOW)):
             assert it.spent(user, window) == sums.get((user, window), (0, 0))
 
 
@@ -8527,12 +8530,14 @@ def test_a_ledger_that_a_reload_begins_is_written(tmp_path):
 
 
 HOUR = 3_600_000
+MIDNIGHT = (int(NOW // 86400) - 3) * 24  # the hour in which three days ago begins
+DAYS = [monorelay.windows(NOW + number * 86400)[0] for number in (-3, -2, -1)]
 
 
 @pytest.fixture
 def some_days(tmp_path) -> str:
     """A ledger of some days."""
-    path, at = tmp_path / "usage.db", 498_000 * HOUR  # 2026-10-24T00:00Z
+    path, at = tmp_path / "usage.db", MIDNIGHT * HOUR
     rows = [
         row(at=at, cost=3_000_000_000),
         row(at=at + 23 * HOUR, user="bob", sent="gpt-5", key="spare", cost=None, output=None, stream=0),
@@ -8540,7 +8545,7 @@ def some_days(tmp_path) -> str:
         row(at=at + 48 * HOUR, user="bob", status=429, sent="x", cost=None, error="upstream:rate_limit_error"),
         row(at=at + 48 * HOUR, user="bob", sent="gpt-5", status=200, error="client_gone", complete=0, cost=None),
     ]
-    assert Ledger(path, keep_days=4000).write(*rows) == []
+    assert Ledger(path).write(*rows) == []
     return str(path)
 
 
@@ -8549,21 +8554,21 @@ def test_usage_is_summed_by_what_is_asked_for(some_days):
         "user": "alice", "model": "claude-x", "requests": 2, "errors": 0, "untold": 0, "input": 20, "cache_read": 2000,
         "cache_write": 10, "cache_write_long": 4, "output": 14, "usd": 3.000000001, "ttfb": 0.6, "seconds": 1.5,
     }  # fmt: skip
-    rows = monorelay.usage_rows(some_days, 498_000, 498_049, ["user", "model"])
+    rows = monorelay.usage_rows(some_days, MIDNIGHT, MIDNIGHT + 49, ["user", "model"])
     assert rows[0] == alice and [(it["user"], it["model"], it["requests"]) for it in rows[1:]] == [
         ("bob", "gpt-5", 2), ("bob", "(other)", 1),
     ]  # fmt: skip
     assert (rows[1]["usd"], rows[1]["untold"], rows[1]["errors"]) == (None, 1, 0)
-    assert monorelay.usage_rows(some_days, 498_000, 498_049, ["user", "model"], user="alice") == [alice]
-    assert monorelay.usage_rows(some_days, 498_000, 498_048, user="bob")[0]["ttfb"] is None
-    (total,) = monorelay.usage_rows(some_days, 498_000, 498_049)
+    assert monorelay.usage_rows(some_days, MIDNIGHT, MIDNIGHT + 49, ["user", "model"], user="alice") == [alice]
+    assert monorelay.usage_rows(some_days, MIDNIGHT, MIDNIGHT + 48, user="bob")[0]["ttfb"] is None
+    (total,) = monorelay.usage_rows(some_days, MIDNIGHT, MIDNIGHT + 49)
     assert (total["requests"], total["errors"], total["usd"], total["output"]) == (5, 1, 3.000000001, 28)
-    days = monorelay.usage_rows(some_days, 498_000, 498_049, ["key"], step_day=True)
+    days = monorelay.usage_rows(some_days, MIDNIGHT, MIDNIGHT + 49, ["key"], step_day=True)
     assert [(it["day"], it["key"], it["requests"]) for it in days] == [
-        ("2026-10-24", "team", 1), ("2026-10-24", "spare", 1), ("2026-10-25", "team", 1), ("2026-10-26", "team", 2),
+        (DAYS[0], "team", 1), (DAYS[0], "spare", 1), (DAYS[1], "team", 1), (DAYS[2], "team", 2),
     ]  # fmt: skip
-    assert monorelay.usage_rows(some_days, 498_001, 498_023) == []
-    assert monorelay.usage_rows(some_days, 498_001, 498_023, ["provider"], True, "nobody") == []
+    assert monorelay.usage_rows(some_days, MIDNIGHT + 1, MIDNIGHT + 23) == []
+    assert monorelay.usage_rows(some_days, MIDNIGHT + 1, MIDNIGHT + 23, ["provider"], True, "nobody") == []
 
 
 @pytest.mark.parametrize("by", [["day"], ["hour"], ["user", "1; DROP TABLE hour"], ["request"]])
@@ -9307,6 +9312,78 @@ def test_a_price_file_that_is_broken_at_the_start_is_an_error(tmp_path, text, to
     for command in (["check"], []):
         done = run(*command, cwd=tmp_path)
         assert done.returncode == 1 and told in done.stderr and done.stderr.count("\n") == 1, done
+
+
+def test_usage_is_a_table_of_the_ledger_that_relay_json_names(tmp_path):
+    (tmp_path / "relay.json").write_text(json.dumps({**settings({"echo": {}}), "ledger": {"path": "usage.db"}}))
+    done = run("usage", cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert f"monorelay: {tmp_path}/usage.db: there is no ledger yet" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["relay.json"], "none is made"
+    at = int(time.time() * 1000)
+    rows = [
+        *(row(cost=21_100_000_000, input=1_000_000) for _ in range(2)), row(at=at - 500 * 24 * HOUR),
+        row(user="b\x1b[1m", sent="gpt-5", cost=None, output=None), row(status=500, cost=None, input=None),
+    ]  # fmt: skip
+    Ledger(tmp_path / "usage.db").write(*rows)
+    done = run("usage", cwd=tmp_path)
+    today = monorelay.windows(time.time())[0]
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [" ".join(line.split()) for line in done.stdout.splitlines() if line[0] not in "-f"] == [
+        "user model requests errors input cache read cache write output cost",
+        "alice claude-x 2 0 2,000,000 2,000 14 14 $42.20",
+        '"b\\u001b[1m" gpt-5 1 0 10 1,000 7 0 ?',
+        "alice (other) 1 1 0 1,000 7 7 ?",
+        "total 4 1 2,000,010 4,000 28 21 $42.20",
+        "1 answers told nothing of their tokens, or not all of it",
+    ]
+    assert f" to {today} (UTC); costs are estimates" in done.stdout
+    assert len({len(line) for line in done.stdout.splitlines()[:7]}) == 1, "the columns are aligned"
+
+
+def test_usage_as_csv_and_json_and_of_several_files(some_days, tmp_path):
+    other = tmp_path / "other.db"
+    shutil.copy(some_days, other)
+    for files, times in ([some_days], 1), ([some_days, str(other)], 2):
+        done = run("usage", *files, "--days", "9", "--by", "user, day", "--csv", cwd=tmp_path)
+        lines = list(csv.DictReader(io.StringIO(done.stdout)))
+        assert [(it["day"], it["user"], int(it["requests"])) for it in lines] == [
+            (DAYS[0], "alice", times), (DAYS[0], "bob", times), (DAYS[1], "alice", times), (DAYS[2], "bob", 2 * times),
+        ]  # fmt: skip
+        assert [it["usd"] for it in lines] == [str(3.0 * times), "", str(times * 1e-9), ""]
+        done = run("usage", "--days", "9", "--by=provider", "--json", *files, cwd=tmp_path)
+        told = json.loads(done.stdout)
+        assert (told["by"], told["to"]) == (["provider"], monorelay.windows(time.time())[0])
+        assert [(it["provider"], it["requests"]) for it in told["rows"]] == [("anthropic", 5 * times)]
+        assert told["total"]["usd"] == 3.000000001 * times and told["total"]["ttfb"] == 0.55
+
+
+def test_usage_of_an_idle_week_is_nothing(tmp_path):
+    Ledger(tmp_path / "usage.db", keep_days=4000).write(row(at=int(time.time() * 1000) - 20 * 24 * HOUR))
+    assert run("usage", "usage.db", cwd=tmp_path).stdout.startswith("nothing was used from ")
+    assert json.loads(run("usage", "usage.db", "--json", cwd=tmp_path).stdout)["rows"] == []
+    assert "total" in run("usage", "usage.db", "--days", "22", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["usage"], 'relay.json: there is no ledger; add "ledger": {"path": "usage.db"}, or name a file'),
+        (["usage", "none.db"], "monorelay: none.db: there is no ledger yet"),
+        (["usage", "relay.json"], "monorelay: relay.json: file is not a database"),
+        (["usage", "--by", "usr"], "must be some of user, model, provider, key, day, did you mean user?"),
+        (["usage", "--days", "0"], "--days must be a whole number from 1 to 400"),
+        (["usage", "--csv", "--json"], "usage prints --csv or --json"),
+        (["check", "--csv"], "check takes no --csv"),
+        (["usage", "--jsno"], "did you mean --json?"),
+    ],
+)
+def test_usage_that_can_not_be_told_gets_one_line_that_says_why(tmp_path, arguments, told):
+    (tmp_path / "relay.json").write_text(json.dumps(settings({"echo": {}})))
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode in (1, 2) and done.stdout == "" and done.stderr.count("\n") == 1
+    assert told in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["relay.json"]
 
 
 def test_hash_password_reads_stdin(tmp_path):
