@@ -2416,6 +2416,7 @@ SUMS = (
     "requests", "errors", "untold", "input", "cache_read", "cache_write", "cache_write_long", "output", "cost", "ttfb",
     "streamed", "duration",
 )  # fmt: skip
+GROUPS = ("user", "model", "provider", "key")  # by which they are told apart
 Sums = list[Optional[int]]
 
 
@@ -3945,12 +3946,19 @@ def shortened(value: str) -> str:
 # requests may last for minutes.
 TTFB_LIMITS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, math.inf)
 DURATION_LIMITS = (*(0.08 * 2**power for power in range(14)), math.inf)
+COST = SUMS.index("cost")
 PRICED = len(SUMS)
 TTFB_AT = PRICED + 1
 DURATION_AT = TTFB_AT + len(TTFB_LIMITS)
 SERIES_LENGTH = DURATION_AT + len(DURATION_LIMITS)
-GROUPS = ("user", "model", "provider", "key")  # by which series are told apart
 HOUR_FIGURES = ("requests", "errors", "input", "cache_read", "output", "cost")
+
+
+def sums_of(series: Sequence[int]) -> Sums:
+    """The SUMS of a series, its cost only where there was a price."""
+    sums: Sums = list(series[: len(SUMS)])
+    sums[COST] = series[COST] if series[PRICED] else None
+    return sums
 
 
 class Tally:
@@ -4168,7 +4176,7 @@ def token_samples(series: Iterable[tuple[dict[str, str], list[int]]]) -> list[Sa
 
 def cost_samples(series: Iterable[tuple[dict[str, str], list[int]]]) -> list[Sample]:
     """Costs in USD."""
-    return [("", labels, sums[SUMS.index("cost")] / 10**9) for labels, sums in series]
+    return [("", labels, sums[COST] / 10**9) for labels, sums in series]
 
 
 def histogram(series: Iterable[tuple[dict[str, str], list[int]]], start: int, limits: Sequence[float]) -> list[Sample]:
@@ -6041,33 +6049,19 @@ def select_spent(connection: Any, users: Iterable[str], now: float) -> Spent:
 
 # Queries, for a thread that may wait for the file: sums are read from `hour`, and never made from `request`.
 
-GROUPS = ("user", "model", "provider", "key")
-
-
-def usage_rows(
-    path: str,
-    since_hour: int,
-    until_hour: int,
-    by: Sequence[str] = (),
-    step_day: bool = False,
-    user: Optional[str] = None,
-) -> list[JsonDict]:
-    """What was used from one hour up to another, in hours since 1970, the second not included: a row for each value of
-    the columns `by` (some of GROUPS), and for each day if wanted; of one user if named. Raises sqlite3.Error, and
-    ValueError for what can't be grouped by."""
-    return [usage_row(group, sums) for group, sums in summed_usage(path, since_hour, until_hour, by, step_day, user)]
-
 
 def summed_usage(
     path: str, since_hour: int, until_hour: int, by: Sequence[str], step_day: bool, user: Optional[str]
 ) -> list[tuple[JsonDict, Sums]]:
-    """The same as sums: of each group its names and the columns SUMMED, dear ones first."""
+    """What was used from one hour up to another, in hours since 1970, the second not included: the names and the SUMS
+    of each group by the columns `by` (some of GROUPS), and by the day if wanted; of one user if named; dear ones first.
+    Raises sqlite3.Error, and ValueError for what can't be grouped by."""
     if not set(by) <= set(GROUPS):
         raise ValueError(f"it can be grouped by {', '.join(GROUPS)}")
     names = [*(["day"] if step_day else []), *by]
     columns = ["hour / 24" if name == "day" else name for name in names]
     query = (
-        f"SELECT {', '.join([*columns, *(f'sum({name})' for name in SUMMED)])} FROM hour WHERE hour >= ? AND hour < ?"
+        f"SELECT {', '.join([*columns, *(f'sum({name})' for name in SUMS)])} FROM hour WHERE hour >= ? AND hour < ?"
     )
     query += " AND user = ?" if user is not None else ""
     query += f" GROUP BY {', '.join(columns)}" if columns else ""
@@ -6082,16 +6076,15 @@ def summed_usage(
 
 def usage_row(group: Mapping[str, str], sums: Sums) -> JsonDict:
     """The names of a group and its sums, for people: USD, and the mean times in seconds."""
-    figures: JsonDict = dict(zip(SUMMED, sums))
+    figures: JsonDict = dict(zip(SUMS, sums))
     cost, ttfb, streamed, duration = (figures.pop(name) for name in ("cost", "ttfb", "streamed", "duration"))
     usd = None if cost is None else cost / 10**9
-    seconds = round(duration / figures["requests"] / 1000, 3)
     return {
         **group,
         **figures,
         "usd": usd,
         "ttfb": round(ttfb / streamed / 1000, 3) if streamed else None,
-        "seconds": seconds,
+        "seconds": round(duration / figures["requests"] / 1000, 3) if figures["requests"] else None,
     }
 
 
@@ -6105,20 +6098,30 @@ def request_rows(
     errors: bool = False,
 ) -> list[JsonDict]:
     """The requests before the one with an id, newest first, by the names of their columns: those of a user, of a model
-    as it was asked for or sent, with a key, or that failed. Looks through LEDGER_SEARCHED_ROWS and no more. Raises
+    as it was asked for or sent, with a key, as provider/label, or that failed. Looks through LEDGER_SEARCHED_ROWS and no more. Raises
     sqlite3.Error."""
     newest = query_ledger(path, "SELECT max(id) FROM request", ())
     below = min(before or 2**63 - 1, ((newest[0][0] or 0) if newest else 0) + 1)
     wanted: list[tuple[str, list[Any]]] = [("id < ? AND id >= ?", [below, below - LEDGER_SEARCHED_ROWS])]
     wanted += [("user = ?", [storable(user)])] if user is not None else []
     wanted += [("(sent = ? OR model = ?)", [storable(model)] * 2)] if model is not None else []
-    wanted += [("key = ?", [storable(key)])] if key is not None else []
+    wanted += [("provider || '/' || key = ?", [storable(key)])] if key is not None else []
     wanted += [("(status >= 400 OR coalesce(error, 'client_gone') NOT IN ('', 'client_gone'))", [])] if errors else []
     names = ("id", *LedgerRow._fields)
     query = f"SELECT {', '.join(names)} FROM request WHERE {' AND '.join(term for term, _ in wanted)}"
     values = [value for _, values in wanted for value in values]
     found = query_ledger(path, f"{query} ORDER BY id DESC LIMIT ?", [*values, max(1, min(limit, LEDGER_LISTED_ROWS))])
     return [dict(zip(names, row)) for row in found]
+
+
+def hour_rows(path: str, since: int, user: Optional[str]) -> list[list[Any]]:
+    """The hours since one, by their number since 1970, and HOUR_FIGURES of each; of one user if named. Raises
+    sqlite3.Error."""
+    columns = ("requests", "errors", "input + cache_write + cache_write_long", "cache_read", "output", "cost")
+    query = f"SELECT hour, {', '.join(f'sum({column})' for column in columns)} FROM hour WHERE hour >= ?"
+    query += " AND user = ?" if user is not None else ""
+    values = [since] if user is None else [since, storable(user)]
+    return [list(row) for row in query_ledger(path, f"{query} GROUP BY hour ORDER BY hour", values)]
 
 
 def query_ledger(path: str, query: str, values: Sequence[Any]) -> list[Any]:
@@ -8306,20 +8309,23 @@ class History:
         if config.ledger:
             path, since, until = config.ledger.path, window_end(first) - 86400, window_end(last)
             hours = int(since // 3600), int(until // 3600)
-            rows = await self._read(lambda: usage_rows(path, *hours, by, daily, user))
+            groups = await self._read(lambda: summed_usage(path, *hours, by, daily, user))
         else:
-            rows = self._usage_in_memory(user, by)
-        rows.sort(key=lambda row: (row["usd"] or 0, row["requests"]), reverse=True)
-        total = total_row(rows)
-        priced = config.prices and (config.prices.as_of or True)
-        return {"from": first, "to": last, "by": list(by), "priced": priced, "rows": rows, "total": total}
+            groups = self._usage_in_memory(user, by)
+        total = [functools.reduce(plus, column) for column in zip(*(sums for _, sums in groups))]
+        return {
+            "from": first,
+            "to": last,
+            "by": list(by),
+            "priced": config.prices and (config.prices.as_of or True),
+            "rows": [usage_row(group, sums) for group, sums in groups],
+            "total": usage_row({}, total or [0] * len(SUMS)),
+        }
 
-    def _usage_in_memory(self, user: Optional[str], by: Sequence[str]) -> list[JsonDict]:
-        tally = self._service.workers.tally()
-        series = tally.by(*(GROUPS.index(name) for name in by), user=user)
-        return [
-            {**dict(zip(by, names)), **figures_of(dict(zip((*SUMS, "priced"), sums)))} for names, sums in series.items()
-        ]
+    def _usage_in_memory(self, user: Optional[str], by: Sequence[str]) -> list[tuple[JsonDict, Sums]]:
+        series = self._service.workers.tally().by(*(GROUPS.index(name) for name in by), user=user)
+        groups = [(dict(zip(by, names)), sums_of(sums)) for names, sums in series.items()]
+        return sorted(groups, key=lambda group: [figure or 0 for figure in (group[1][COST], group[1][0])], reverse=True)
 
     async def requests(self, query: dict[str, str]) -> JsonDict:
         """The answer of /api/requests."""
@@ -8469,17 +8475,6 @@ def quantiles(values: list[float]) -> Optional[list[float]]:
     """The median, and what 95% of the values don't exceed."""
     values.sort()
     return [values[math.ceil(len(values) * part) - 1] for part in (0.5, 0.95)] if values else None
-
-
-def figures_of(sums: Mapping[str, Any]) -> JsonDict:
-    """Sums of the ledger as they are told: costs in USD where there was a price, means of times in seconds."""
-    names = ("requests", "errors", "untold", "input", "cache_read", "cache_write", "cache_write_long", "output")
-    return {
-        **{name: sums[name] for name in names},
-        "usd": sums["cost"] / 10**9 if sums["priced"] else None,
-        "ttfb": sums["ttfb"] / sums["streamed"] / 1000 if sums["streamed"] else None,
-        "seconds": sums["duration"] / sums["requests"] / 1000 if sums["requests"] else None,
-    }
 
 
 def query_date(query: Mapping[str, str], name: str, default: str) -> str:
@@ -10250,7 +10245,7 @@ def add_usage(groups: dict[tuple[str, ...], Sums], path: str, by: Sequence[str],
     columns = [column for column in by if column != "day"]
     for group, sums in summed_usage(path, since, until, columns, "day" in by, None):
         key = tuple(group[column] for column in by)
-        before = groups.get(key, [None] * len(SUMMED))
+        before = groups.get(key, [None] * len(SUMS))
         groups[key] = [plus(one, other) for one, other in zip(before, sums)]
 
 
@@ -10258,7 +10253,7 @@ def print_csv(rows: Sequence[JsonDict], by: Sequence[str]) -> None:
     """The rows as CSV (RFC 4180) with a head."""
     import csv
 
-    figures = [name for name in SUMMED if name not in ("cost", "ttfb", "streamed", "duration")]
+    figures = [name for name in SUMS if name not in ("cost", "ttfb", "streamed", "duration")]
     writer = csv.DictWriter(sys.stdout, [*by, *figures, "usd", "ttfb", "seconds"])
     writer.writeheader()
     writer.writerows(rows)

@@ -8166,6 +8166,11 @@ def test_the_log_names_what_broke_an_answer_without_length(upstream, relay):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def usage_rows(path: str, since: int, until: int, by: Any = (), step_day: bool = False, user: Any = None) -> Any:
+    """The sums of a ledger as people get them."""
+    return [monorelay.usage_row(*group) for group in monorelay.summed_usage(path, since, until, by, step_day, user)]
+
+
 def row(**columns: Any) -> Any:
     """A row of the ledger: a stream that went well, but for these columns."""
     usual = {
@@ -8554,27 +8559,27 @@ def test_usage_is_summed_by_what_is_asked_for(some_days):
         "user": "alice", "model": "claude-x", "requests": 2, "errors": 0, "untold": 0, "input": 20, "cache_read": 2000,
         "cache_write": 10, "cache_write_long": 4, "output": 14, "usd": 3.000000001, "ttfb": 0.6, "seconds": 1.5,
     }  # fmt: skip
-    rows = monorelay.usage_rows(some_days, MIDNIGHT, MIDNIGHT + 49, ["user", "model"])
+    rows = usage_rows(some_days, MIDNIGHT, MIDNIGHT + 49, ["user", "model"])
     assert rows[0] == alice and [(it["user"], it["model"], it["requests"]) for it in rows[1:]] == [
         ("bob", "gpt-5", 2), ("bob", "(other)", 1),
     ]  # fmt: skip
     assert (rows[1]["usd"], rows[1]["untold"], rows[1]["errors"]) == (None, 1, 0)
-    assert monorelay.usage_rows(some_days, MIDNIGHT, MIDNIGHT + 49, ["user", "model"], user="alice") == [alice]
-    assert monorelay.usage_rows(some_days, MIDNIGHT, MIDNIGHT + 48, user="bob")[0]["ttfb"] is None
-    (total,) = monorelay.usage_rows(some_days, MIDNIGHT, MIDNIGHT + 49)
+    assert usage_rows(some_days, MIDNIGHT, MIDNIGHT + 49, ["user", "model"], user="alice") == [alice]
+    assert usage_rows(some_days, MIDNIGHT, MIDNIGHT + 48, user="bob")[0]["ttfb"] is None
+    (total,) = usage_rows(some_days, MIDNIGHT, MIDNIGHT + 49)
     assert (total["requests"], total["errors"], total["usd"], total["output"]) == (5, 1, 3.000000001, 28)
-    days = monorelay.usage_rows(some_days, MIDNIGHT, MIDNIGHT + 49, ["key"], step_day=True)
+    days = usage_rows(some_days, MIDNIGHT, MIDNIGHT + 49, ["key"], step_day=True)
     assert [(it["day"], it["key"], it["requests"]) for it in days] == [
         (DAYS[0], "team", 1), (DAYS[0], "spare", 1), (DAYS[1], "team", 1), (DAYS[2], "team", 2),
     ]  # fmt: skip
-    assert monorelay.usage_rows(some_days, MIDNIGHT + 1, MIDNIGHT + 23) == []
-    assert monorelay.usage_rows(some_days, MIDNIGHT + 1, MIDNIGHT + 23, ["provider"], True, "nobody") == []
+    assert usage_rows(some_days, MIDNIGHT + 1, MIDNIGHT + 23) == []
+    assert usage_rows(some_days, MIDNIGHT + 1, MIDNIGHT + 23, ["provider"], True, "nobody") == []
 
 
 @pytest.mark.parametrize("by", [["day"], ["hour"], ["user", "1; DROP TABLE hour"], ["request"]])
 def test_usage_is_grouped_by_known_columns_only(some_days, by):
     with pytest.raises(ValueError, match="it can be grouped by user, model, provider, key"):
-        monorelay.usage_rows(some_days, 0, 10**6, by)
+        usage_rows(some_days, 0, 10**6, by)
 
 
 def test_requests_are_listed_newest_first_page_by_page(some_days):
@@ -8594,10 +8599,10 @@ def test_requests_are_listed_newest_first_page_by_page(some_days):
 
 def test_a_ledger_that_is_not_there_yet_is_empty_and_stays_so(tmp_path):
     path = tmp_path / "usage.db"
-    assert monorelay.usage_rows(str(path), 0, 10**6) == monorelay.request_rows(str(path)) == []
+    assert usage_rows(str(path), 0, 10**6) == monorelay.request_rows(str(path)) == []
     assert not path.exists()
     path.touch()
-    assert monorelay.usage_rows(str(path), 0, 10**6) == monorelay.request_rows(str(path)) == []
+    assert usage_rows(str(path), 0, 10**6) == monorelay.request_rows(str(path)) == []
 
 
 def test_a_ledgers_queries_only_read(some_days):
@@ -8623,7 +8628,7 @@ def test_a_large_ledger_is_read_at_once(tmp_path):
         return time.process_time() - begun
 
     def by_user() -> Any:
-        return monorelay.usage_rows(path, until - 31 * 24, until, ["user", "model"])
+        return usage_rows(path, until - 31 * 24, until, ["user", "model"])
 
     assert min(seconds(by_user, 35) for _ in range(3)) < 0.05
     assert min(seconds(lambda: monorelay.request_rows(path, 100_000), 200) for _ in range(3)) < 0.05
@@ -8637,9 +8642,9 @@ def test_a_large_ledger_is_read_at_once(tmp_path):
 
 def test_a_relay_begins_its_ledger_with_its_start_and_ends_it_with_its_end(relay, tmp_path):
     it = relay({"echo": {}}, ledger={"path": str(tmp_path / "usage.db")}).server
-    it.ledger.put(row())
+    it.service.ledger.put(row())
     it.reload(parse({"echo": {}}, ledger={"path": str(tmp_path / "other.db")}))
-    it.ledger.put(row())
+    it.service.ledger.put(row())
     it.stop()
     found = [selected(path, "SELECT count(*) FROM request")[0] for path in tmp_path.glob("*.db")]
     assert sum(found) == 2
@@ -8649,7 +8654,7 @@ def test_a_relay_begins_its_ledger_with_its_start_and_ends_it_with_its_end(relay
 def test_a_relay_has_a_thread_for_its_ledger_only_if_there_is_one(relay, tmp_path, monkeypatch, sections):
     monkeypatch.chdir(tmp_path)
     it = relay({"echo": {}}, **sections)
-    assert (it.server.ledger._thread is not None) == bool(sections)
+    assert (it.server.service.ledger._thread is not None) == bool(sections)
     assert it.post("/v1/messages", prompt()).status == 200 and (sections or not list(tmp_path.iterdir()))
 
 
