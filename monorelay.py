@@ -10074,6 +10074,926 @@ def outlast_script(serve: Callable[[], int]) -> int:
     return 0
 
 
+# ==== Page =======================================================================================
+#
+# The live page is one document without any data: style, markup and script, no library, nothing from elsewhere. It signs
+# in, keeps the token for its tab, and asks /api/live, /api/usage and /api/requests for what it shows.
+#
+# What it shows was named by clients: models, users, paths, errors. So it makes text of everything and markup of
+# nothing, and its policy has the browser take only the script and the style that stand here, by their hashes. `style`
+# attributes are forbidden with that: what varies is set by the script.
+#
+# Now comes from memory by /api/live, then from the roll-up and the ledger. A hidden tab closes its stream and draws
+# nothing. Of ten thousand requests some sixty rows are elements.
+
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>MonoRelay</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath
+ d='M1 3h4l3 5 3-5h4M1 13h4l3-5 3 5h4' fill='none' stroke='%233c7a8c' stroke-width='2'/%3E%3C/svg%3E">
+<style>
+:root {
+  color-scheme: light dark;
+  --page: light-dark(#f6f6f3, #121416); --panel: light-dark(#ffffff, #1a1d20); --line: light-dark(#e3e3dd, #2b3035);
+  --ink: light-dark(#1c2024, #e4e5e2); --quiet: light-dark(#62686f, #98a0a8);
+  --accent: light-dark(#2b6f83, #7cbccd); --bar: light-dark(#8db4bf, #48788a);
+  --good: light-dark(#2a7549, #74c493); --warn: light-dark(#8a5a00, #e2b35a); --bad: light-dark(#b3261e, #ff8f85);
+  font: 13px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+}
+@media (min-width: 2000px) { :root { font-size: 18px; } }
+* { box-sizing: border-box; margin: 0; }
+body { background: var(--page); color: var(--ink); padding: 0 max(1rem, 50vw - 62rem) 1.5rem; }
+[hidden], .own .others { display: none !important; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+.quiet, .note, th, dt { color: var(--quiet); font-weight: 400; }
+[data-tone="good"] > .tone { color: var(--good); }
+[data-tone="warn"] > .tone { color: var(--warn); }
+[data-tone="bad"] > .tone { color: var(--bad); }
+
+button, select, input { font: inherit; color: inherit; }
+button, select, .field input {
+  background: var(--panel); border: 1px solid var(--line); border-radius: 5px; padding: .2rem .6rem;
+}
+button:hover, select:hover { border-color: var(--accent); }
+select { max-width: 12rem; }
+td button { background: none; border: 0; padding: 0; max-width: 100%; overflow: hidden; text-overflow: ellipsis; }
+td button:hover { text-decoration: underline; text-underline-offset: 3px; }
+code { font: .92em ui-monospace, monospace; background: var(--page); padding: .1em .35em; overflow-wrap: anywhere; }
+
+header, .bar { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem .7rem; }
+header { gap: .3rem 1.2rem; padding: .8rem 0; }
+h1 { font-size: 1.25rem; font-weight: 650; letter-spacing: -.01em; }
+h1 svg { width: 1.1em; height: 1.1em; vertical-align: -.15em; margin-right: .3em; stroke: var(--accent); }
+h2 { font-size: 1rem; font-weight: 600; }
+.end { margin-left: auto; display: flex; align-items: center; gap: .7rem; }
+
+.panel, .tiles > div { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; min-width: 0; }
+.panel { padding: .7rem .9rem .5rem; }
+.tiles { display: grid; grid-template-columns: repeat(4, 1fr) 1.5fr 1.1fr; gap: .75rem; }
+.tiles > div { padding: .6rem .9rem; }
+.tiles dd { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.tiles dt + dd { font-size: 1.7rem; line-height: 1.35; font-weight: 550; letter-spacing: -.02em; }
+.columns { display: grid; grid-template-columns: minmax(0, 6fr) minmax(0, 5fr); gap: .75rem; margin: .75rem 0; }
+.columns > div { display: flex; flex-direction: column; gap: .75rem; }
+.scrolls { overflow: auto; scrollbar-width: thin; max-height: 26rem; overscroll-behavior: contain; }
+.grows { flex: 1; display: flex; flex-direction: column; }
+.grows .scrolls { flex: 1 1 13rem; max-height: none; min-height: 13rem; }
+#advice { margin-top: .75rem; border-left: 3px solid var(--accent); }
+#advice ol { padding-left: 1.3rem; }
+#advice li { margin: .25rem 0; }
+
+table { width: 100%; border-collapse: collapse; }
+th, td { text-align: left; padding: .28rem .9rem .28rem 0; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th { position: sticky; top: 0; z-index: 1; background: var(--panel); border: 0; box-shadow: 0 1px var(--line); }
+th { font-size: .92em; }
+th:last-child, td:last-child { padding-right: .3rem; }
+.num { text-align: right; }
+td.cut { overflow: hidden; text-overflow: ellipsis; max-width: 0; }
+td.wraps { white-space: normal; min-width: 9rem; }
+tbody:not(#rows):empty::before { content: "nothing yet"; color: var(--quiet); }
+.gauge { display: flex; align-items: center; gap: .55rem; font-size: .92em; }
+.gauge i { flex: none; width: 3.5rem; height: .4rem; border-radius: 1rem; background: var(--line); overflow: hidden; }
+.gauge b { display: block; height: 100%; background: var(--bar); }
+.gauge[data-tone="warn"] b { background: var(--warn); }
+.gauge[data-tone="bad"] b { background: var(--bad); }
+#box { max-height: min(75vh, 60rem); overflow-anchor: none; contain: content; }
+#box table { table-layout: fixed; min-width: 78rem; }
+#rows td { height: round(1.95rem, 1px); padding-block: 0; overflow: hidden; text-overflow: ellipsis; }
+#rows tr:hover { background: color-mix(in srgb, var(--bar) 12%, transparent); }
+.gap td { padding: 0; border: 0; }
+
+#hours { display: block; width: 100%; font-size: 11px; fill: var(--quiet); }
+#hours line { stroke: var(--line); }
+#hours .ok { fill: var(--bar); }
+#hours g:hover .ok { fill: var(--accent); }
+#hours .failed { fill: var(--bad); }
+#hours .quiet { opacity: .5; }
+
+dialog { margin: auto; width: min(34rem, 94vw); padding: 1.2rem 1.4rem; background: var(--panel); color: inherit; }
+dialog { border: 1px solid var(--line); border-radius: 10px; }
+dialog::backdrop { background: color-mix(in srgb, var(--page) 70%, transparent); }
+dialog h2 { font-size: 1.2rem; margin-bottom: .6rem; overflow-wrap: anywhere; }
+#signin { width: min(24rem, 94vw); }
+.field { display: block; margin: .6rem 0; }
+.field input { display: block; width: 100%; padding: .45rem .6rem; background: var(--page); }
+.or { border-top: 1px solid var(--line); margin-top: 1.1rem; padding-top: .7rem; }
+#signin button { width: 100%; padding: .5rem; margin-bottom: .8rem; background: var(--accent); color: var(--panel); }
+#problem { color: var(--bad); min-height: 1.5em; }
+#facts { display: grid; grid-template-columns: auto 1fr; gap: .15rem 1.2rem; margin-bottom: 1rem; }
+#facts dd, #attempts { overflow-wrap: anywhere; }
+#attempts { padding-left: 1.3rem; margin-bottom: 1rem; }
+
+@media (prefers-reduced-motion: no-preference) {
+  [data-tone="good"] #sign { animation: breathe 3s ease-in-out infinite; }
+  @keyframes breathe { 50% { opacity: .35; } }
+}
+@media (max-width: 1100px) {
+  .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+  .columns { grid-template-columns: minmax(0, 1fr); }
+}
+@media (max-width: 640px) { /* a row becomes a card of four columns: names, then figures below their titles */
+  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .5rem; }
+  .tiles dt + dd { font-size: 1.35rem; }
+  .tiles > div:nth-child(n + 5) { grid-column: span 2; }
+  .bar select { flex: 1 1 6rem; max-width: none; min-width: 0; }
+  thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  table, tbody, #box table { display: block; min-width: 0; }
+  tbody:not(.gap) tr { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 0 .6rem; }
+  tbody:not(.gap) tr { padding: .45rem 0; border-bottom: 1px solid var(--line); align-content: start; }
+  #rows tr { height: round(8.4rem, 1px); }
+  td.num, td.half, td.line, #rows td { border: 0; padding: 0; height: auto; max-width: none; text-align: left; }
+  td.num, td.half, td.line { overflow: hidden; text-overflow: ellipsis; order: 2; }
+  td.half { grid-column: span 2; }
+  td.line { grid-column: 1 / -1; order: 1; }
+  td.bare { order: 0; }
+  td.line.bare { order: 1; }
+  td:not(.bare)::before { content: attr(data-title); display: block; font-size: .8em; line-height: 1.2; }
+  td:not(.bare)::before { color: var(--quiet); }
+  .extra { display: none; }
+}
+</style>
+</head>
+<body>
+<header>
+  <h1><svg viewBox="0 0 16 16" aria-hidden="true"><path d="M1 3h4l3 5 3-5h4M1 13h4l3-5 3 5h4" fill="none"
+    stroke-width="2"/></svg>MonoRelay</h1>
+  <span class="quiet" id="where"></span>
+  <span id="link"><span class="tone"><span id="sign" aria-hidden="true">◌</span>
+    <span id="words">connecting</span></span></span>
+  <span class="end"><span class="quiet" id="me"></span><button id="leave" type="button" hidden>Sign out</button></span>
+</header>
+<p class="unseen" role="status" id="status"></p>
+<main hidden>
+  <dl class="tiles" id="tiles"></dl>
+  <section class="panel" id="advice" aria-labelledby="h0" hidden><h2 id="h0">What to set next</h2><div></div></section>
+  <div class="columns">
+    <div>
+      <section class="panel others"><h2 id="h1">Keys</h2>
+        <div class="scrolls" tabindex="0" role="region" aria-labelledby="h1"><table aria-labelledby="h1">
+          <tbody id="keys"></tbody></table></div></section>
+      <section class="panel grows"><h2 id="h2">Running</h2>
+        <div class="scrolls" tabindex="0" role="region" aria-labelledby="h2"><table aria-labelledby="h2">
+          <tbody id="running"></tbody></table><p class="note" id="more"></p></div></section>
+    </div>
+    <div>
+      <section class="panel"><h2>Requests an hour</h2><div id="chart"></div></section>
+      <section class="panel"><div class="bar"><h2 id="h3">Users</h2>
+        <select class="end" id="days" aria-label="Period"><option value="">today (UTC)<option value="7">7 days
+          <option value="30">30 days</select></div>
+        <div class="scrolls" tabindex="0" role="region" aria-labelledby="h3"><table aria-labelledby="h3">
+          <tbody id="users"></tbody></table></div></section>
+      <section class="panel"><h2 id="h4">Models</h2>
+        <div class="scrolls" tabindex="0" role="region" aria-labelledby="h4"><table aria-labelledby="h4">
+          <tbody id="models"></tbody></table></div></section>
+    </div>
+  </div>
+  <section class="panel">
+    <form class="bar" id="filters"><h2 id="h5">Requests</h2><span class="note end" id="loaded"></span>
+      <label><input type="checkbox" name="errors"> failed only</label>
+      <select name="user" class="others" aria-label="User"></select><select name="model" aria-label="Model"></select>
+      <select name="key" class="others" aria-label="Key"></select><button type="button" id="clear">Clear</button></form>
+    <div class="scrolls" id="box" tabindex="0" role="region" aria-labelledby="h5"><table aria-labelledby="h5">
+      <tbody class="gap" id="above" aria-hidden="true"><tr><td></tbody><tbody id="rows"></tbody>
+      <tbody class="gap" id="below" aria-hidden="true"><tr><td></tbody></table><p class="note" id="none"></p></div>
+  </section>
+</main>
+<dialog id="signin" aria-labelledby="h6"><form>
+  <h2 id="h6">Sign in to MonoRelay</h2>
+  <label class="field">User <input name="username" autocomplete="username" autofocus></label>
+  <label class="field">Password <input name="password" type="password" autocomplete="current-password"></label>
+  <label class="field or">or a key of the relay <input name="key" type="password" autocomplete="off"></label>
+  <p id="problem" role="alert"></p><button>Sign in</button>
+  <p class="note">Kept for this tab only. The relay's access key is in its configuration, or in what it printed when it
+    started.</p>
+</form></dialog>
+<dialog id="detail" aria-labelledby="h7"><h2 id="h7"></h2><dl id="facts"></dl><h2>Attempts</h2><ol id="attempts"></ol>
+  <form method="dialog"><button>Close</button></form></dialog>
+<script>
+"use strict";
+// Users, models, paths and errors are named by strangers: they become text (textContent, append) and nothing else.
+
+// ---- figures: what isn't known is "?" ----
+
+const grouped = new Intl.NumberFormat("en");
+const format = (parts) => new Intl.DateTimeFormat("en-GB", parts);
+const toHour = format({ hour: "2-digit", minute: "2-digit" }), toDay = format({ day: "numeric", month: "short" });
+const toSecond = format({ timeStyle: "medium" });
+const unknown = (value) => value === null || value === undefined;
+const count = (value) => unknown(value) ? "?" : grouped.format(value);
+const fixed = (value, digits) => unknown(value) ? "?" : value.toFixed(digits);
+const dollars = (value) => unknown(value) ? "?" : `$${value < 1000 ? fixed(value, 2) : count(Math.round(value))}`;
+const percent = (part) => `${Math.round(part * 100)} %`;
+const date = (seconds) => new Date(seconds * 1000);
+
+// 1234 as 1.23k; with a unit as 1.23 kB.
+function short(value, unit = "") {
+  if (unknown(value)) return "?";
+  const [size, letter] = [[1e9, "G"], [1e6, "M"], [1e3, "k"]].find(([size]) => value >= size) ?? [1, ""];
+  const digits = size === 1 ? 0 : value < 10 * size ? 2 : value < 100 * size ? 1 : 0;
+  return (value / size).toFixed(digits) + (unit && " ") + letter + unit;
+}
+
+function duration(seconds) {
+  if (unknown(seconds)) return "?";
+  if (seconds < 120) return `${seconds.toFixed(seconds < 10 && seconds % 1 ? 1 : 0)} s`;
+  return seconds < 7200 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;
+}
+
+// The time of day of what is near, the day of what is not; in the reader's zone.
+const isNear = (seconds) => Math.abs(seconds - now()) < 20 * 3600;
+const hour = (seconds) => (isNear(seconds) ? toHour : toDay).format(date(seconds));
+const moment = (seconds) => isNear(seconds) ? toSecond.format(date(seconds)) :
+  `${toDay.format(date(seconds))}, ${toHour.format(date(seconds))}`;
+const utc = (seconds) => date(seconds).toISOString().replace("T", " ").slice(0, 19) + " UTC";
+
+// ---- elements ----
+
+const $ = (id) => document.getElementById(id);
+
+function element(tag, kind, ...children) {
+  const made = document.createElement(tag);
+  made.className = kind;
+  made.append(...children);
+  return made;
+}
+
+function drawing(tag, attributes, ...children) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
+// Shows a text or an element in a place, and leaves alone what is there already.
+function put(parent, value) {
+  const text = String(value ?? "—");
+  if (value instanceof Node) {
+    if (!parent.firstChild?.isEqualNode(value)) parent.replaceChildren(value);
+  } else if (parent.textContent !== text) {
+    parent.textContent = text;
+    parent.title = text.length > 12 ? text : "";
+  }
+}
+
+// Heads a table, and returns what shows items in it. Rows that stay keep their element, and so focus and selection.
+// Columns are title, classes, width and content. Narrow screens have four columns, of which `half` takes two and `line`
+// all; `bare` is shown without its title there, `extra` not at all. Roles are said, for CSS that turns rows into grids
+// takes them away.
+function table(id, keyOf, toneOf, columns) {
+  const body = $(id), head = body.parentNode.createTHead().insertRow();
+  for (const [title, kind, width] of columns) {
+    head.append(Object.assign(element("th", kind, title), { scope: "col", width }));
+  }
+  body.parentNode.role = "table";
+  const newRow = () => Object.assign(element("tr", "", ...columns.map(([title, kind]) => {
+    const cell = Object.assign(element("td", kind), { role: "cell" });
+    cell.dataset.title = title;
+    return cell;
+  })), { role: "row" });
+  let shown = new Map();
+  return (items) => {
+    const before = shown;
+    shown = new Map(items.map((item) => [keyOf(item), before.get(keyOf(item)) ?? newRow()]));
+    for (const [key, row] of before) if (!shown.has(key)) row.remove();
+    items.forEach((item, index) => {
+      const row = shown.get(keyOf(item));
+      if (body.children[index] !== row) body.insertBefore(row, body.children[index] ?? null);
+      row.dataset.tone = toneOf(item);
+      columns.forEach(([, , , content], column) => put(row.cells[column], content(item)));
+    });
+  };
+}
+
+// A name that, when pressed, shows the requests that it had.
+function choice(filter, value, shown = value) {
+  const made = element("button", "", shown);
+  Object.assign(made.dataset, { filter, value });
+  made.title = `${value}: show its requests`;
+  return made;
+}
+
+function gauge(used, words) {
+  const made = element("span", "gauge", element("i", "", element("b", "")), words);
+  made.dataset.tone = used >= 0.95 ? "bad" : used >= 0.8 ? "warn" : "";
+  made.querySelector("b").style.width = `${Math.min(Math.max(used * 100, 0), 100)}%`;
+  return made;
+}
+
+const stack = (made) => made.length ? element("div", "", ...made) : "—";
+
+// ---- the tables ----
+
+const STATES = {
+  ok: ["good", "● ok"], echo: ["good", "● built in"], client: ["", "◇ the client's"], missing: ["", "○ no key"],
+  cooling: ["warn", "◐ cooling"], reading: ["", "↥ reading"], waiting: ["warn", "◌ waiting"],
+  retrying: ["bad", "↻ retrying"], streaming: ["good", "▸ streaming"],
+};
+const LIMITS = {
+  input_tokens: "tokens in", output_tokens: "tokens out", unified_5h: "5 hours", unified_7d: "7 days",
+  usd_per_day: "day", usd_per_month: "month", tokens_per_day: "tokens", requests_per_minute: "minute",
+};
+const place = (provider, key) => key ? `${provider} / ${key}` : provider || "—";
+const route = (asked, sent) => sent && sent !== asked ? `${asked} → ${sent}` : asked || "—";
+const keyOf = ({ provider, key }) => `${provider}/${key ?? ""}`;
+const failed = (row) => row.status >= 400 || Boolean(row.error && row.error !== "client_gone");
+const rowTone = (row) => failed(row) ? "bad" : row.complete ? "good" : "warn";
+const outcome = (row) => `${failed(row) ? "✕" : row.complete ? "✓" : "◌"} ${row.status || "—"} ` +
+  (row.error === "client_gone" ? "client left" : (row.error ?? "").replace("upstream:", ""));
+
+function stateOf({ state, why, models, for: seconds, told }) {
+  if (state === "missing") return `${STATES.missing[1]}: ${why}`;
+  const words = [STATES[state]?.[1] ?? state];
+  if (!unknown(seconds)) words.push(duration(Math.max(0, Math.ceil(seconds - (now() - told)))));
+  if (!unknown(why)) words.push(`(${why})`);
+  if (models) words.push(`for ${models.join(", ")}`);
+  return words.join(" ");
+}
+
+// What the last response left of a key's limits; of those that have begun anew since, nothing is known.
+function headroom({ limits, state }) {
+  const valid = limits.filter(({ reset }) => unknown(reset) || reset > now());
+  if (!valid.length && (state === "ok" || state === "cooling")) return "?";
+  return stack(valid.map(({ limit, used, left, reset }) => {
+    const rest = unknown(left) ? "" : `, ${short(left)} left`;
+    const back = used < 0.8 || unknown(reset) ? "" : `, back ${hour(reset)}`;
+    return gauge(used, `${LIMITS[limit] ?? limit} ${percent(used)} used${rest}${back}`);
+  }));
+}
+
+function budgets({ user }) {
+  return stack(view.budgets.filter((budget) => budget.user === user).map(({ limit, used, of }) => {
+    const amount = (value) => limit.startsWith("usd") ? dollars(value).replace(".00", "") : short(value);
+    const words = used < of ? `${amount(of - used)} of ${amount(of)} left` : `✕ ${amount(of)} spent`;
+    return gauge(of ? used / of : 1, `${LIMITS[limit] ?? limit}: ${words}`);
+  }));
+}
+
+function speed({ requests, errors, untold, output, seconds, ttfb }) {
+  const told = requests - errors - untold;
+  return told > 0 && output && seconds > ttfb ? fixed(output / told / (seconds - ttfb), 0) : "?";
+}
+
+const toneOf = ({ state, why }) => why === 401 || why === 402 ? "bad" : STATES[state]?.[0] ?? "";
+
+const showKeys = table("keys", keyOf, toneOf, [
+  ["Provider / key", "half bare cut", "24%", (one) => choice("key", keyOf(one), place(one.provider, one.key))],
+  ["State", "tone half bare wraps", "22%", stateOf],
+  ["Attempts", "num", "", (one) => count(one.requests)],
+  ["Failed", "num", "", (one) => count(one.errors)],
+  ["Last failure", "half", "", (one) => one.failed ? `${hour(one.failed[0])}, ${one.failed[1]}` : "—"],
+  ["Headroom", "line bare", "34%", headroom],
+]);
+
+const showRunning = table("running", (run) => run.request, toneOf, [
+  ["User", "others half bare cut", "14%", (run) => run.user],
+  ["Model", "line bare cut", "32%", (run) => route(run.model, run.sent)],
+  ["Provider / key", "line bare cut", "19%", (run) => place(run.provider, run.key)],
+  ["State", "tone half bare", "", (run) => stateOf(run) + (run.attempts > 1 ? `, try ${run.attempts}` : "")],
+  ["For", "num", "", (run) => duration(now() - run.since)],
+  ["First byte", "num", "", (run) => unknown(run.ttfb) ? "—" : duration(run.ttfb)],
+  ["Bytes", "num", "", (run) => short(run.bytes, "B")],
+]);
+
+const showUsers = table("users", (sum) => sum.user, () => "", [
+  ["User", "line bare cut", "26%", (sum) => choice("user", sum.user)],
+  ["Requests", "num", "", (sum) => count(sum.requests)],
+  ["Tokens in", "num", "", (sum) => short(sum.input + sum.cache_read + sum.cache_write)],
+  ["Out", "num", "", (sum) => short(sum.output)],
+  ["Cost ≈", "num", "", (sum) => dollars(sum.usd)],
+  ["Budget", "line bare", "", budgets],
+]);
+
+const showModels = table("models", (sum) => sum.model, () => "", [
+  ["Model", "line bare cut", "40%", (sum) => choice("model", sum.model)],
+  ["Requests", "num", "", (sum) => count(sum.requests)],
+  ["Failed", "num", "", (sum) => count(sum.errors)],
+  ["First byte", "num", "", (sum) => duration(sum.ttfb)],
+  ["Tokens/s ≈", "num", "", speed],
+  ["Cached", "num", "", (sum) => short(sum.cache_read)],
+  ["Out", "num", "", (sum) => short(sum.output)],
+  ["Cost ≈", "num", "", (sum) => dollars(sum.usd)],
+]);
+
+const showRows = table("rows", (row) => row.request, rowTone, [
+  ["Ended", "half bare", "9%", timeOf],
+  ["Status", "tone half bare", "16%", outcome],
+  ["User", "others half bare", "10%", (row) => row.user],
+  ["Model", "line bare", "20%", (row) => route(row.model, row.sent)],
+  ["Provider / key", "half bare", "12%", (row) => place(row.provider, row.key)],
+  ["Tries", "num extra", "4%", (row) => count(row.attempts)],
+  ["First, s", "num", "5%", (row) => fixed(row.ttfb, 2)],
+  ["Time, s", "num", "5%", (row) => fixed(row.seconds, 2)],
+  ["In", "num extra", "5%", (row) => count(row.input)],
+  ["Cached", "num extra", "6%", (row) => count(row.cache_read)],
+  ["Out", "num", "5%", (row) => count(row.output)],
+  ["Cost ≈ $", "num", "6%", (row) => fixed(row.usd, 4)],
+]);
+
+function timeOf(row) {
+  const made = element("button", "", moment(row.at));
+  made.dataset.request = row.request;
+  made.title = `${utc(row.at)}: show all of it`;
+  return made;
+}
+
+// All that is known of a request, in a dialog.
+function showDetail(row) {
+  const rate = row.output && row.seconds > row.ttfb ? row.output / (row.seconds - row.ttfb) : null;
+  const facts = [
+    ["Ended", `${moment(row.at)} (${utc(row.at)})`], ["User", row.user], ["Path", row.path],
+    ["Model", route(row.model, row.sent)], ["Error", row.error || "—"],
+    ["Whole answer", row.complete ? "yes" : "no"],
+    ["First byte", `${fixed(row.ttfb, 3)} s`], ["Duration", `${fixed(row.seconds, 3)} s`],
+    ["Tokens in", `${count(row.input)}, and ${count(row.cache_read)} from the cache, ${count(row.cache_write)} to it`],
+    ["Tokens out", `${count(row.output)}, ≈ ${fixed(rate, 0)} a second`], ["Tier", row.tier || "standard"],
+    ["Cost", unknown(row.usd) ? "? (no price, or no tokens told)" : `≈ $${fixed(row.usd, 6)}`], ["Id", row.request],
+  ];
+  const tried = (row.tried || "").split(" ").filter(Boolean);
+  if (tried.length < row.attempts) tried.push(`${place(row.provider, row.key)}: ${row.status || "—"}`);
+  put($("h7"), outcome(row));
+  $("facts").replaceChildren(...facts.flatMap(([name, value]) => [element("dt", "", name), element("dd", "", value)]));
+  $("attempts").replaceChildren(...tried.map((attempt) => element("li", "", attempt)));
+  $("detail").showModal();
+}
+
+// ---- above the tables ----
+
+function drawTiles() {
+  const from = Math.floor(now() / 3600) - 1, late = view.hours.filter(([one]) => one >= from);
+  const [requests, errors] = [1, 2].map((column) => late.reduce((sum, row) => sum + row[column], 0));
+  const oldest = now() - Math.min(now(), ...view.running.map((run) => run.since));
+  const share = requests ? `${fixed(errors / requests * 100, 1)} % of ${count(requests)}` : "no requests";
+  const tiles = [
+    ["Running now", count(view.active), view.active ? `oldest for ${duration(oldest)}` : "nothing"],
+    ["Last minute", `${count(view.minute.requests)} req`, `${view.minute.errors || "none"} failed`],
+    [`Failed since ${hour(from * 3600)}`, count(errors), share, errors ? "bad" : ""],
+    ["First byte, median", duration(view.ttfb?.[0]), `95 % within ${duration(view.ttfb?.[1])}`],
+    ...(usage ? sums() : [["Tokens", "…", ""], ["Cost", "…", ""]]),
+  ];
+  tiles.forEach(([label, value, note, tone = ""], index) => {
+    const tile = $("tiles").children[index] ??
+      $("tiles").appendChild(element("div", "", element("dt", ""), element("dd", "tone"), element("dd", "note")));
+    [label, value, note].forEach((text, part) => put(tile.children[part], text));
+    tile.dataset.tone = tone;
+  });
+  document.title = view.active ? `${count(view.active)} running · MonoRelay` : "MonoRelay";
+}
+
+function sums() {
+  const { total, priced } = usage.users;
+  const period = view.ledger ? $("days").selectedOptions[0].text : `since ${moment(view.since)}`;
+  const unpriced = usage.models.rows.filter((sum) => unknown(sum.usd) && sum.output).map((sum) => sum.model);
+  const more = total.untold ? `${count(total.untold)} requests untold` : `${short(total.cache_write)} to them`;
+  const tokens = `${short(total.input)} in · ${short(total.output)} out`;
+  const cost = unknown(total.usd) ? "?" : `≈ ${dollars(total.usd)}${unpriced.length ? " + ?" : ""}`;
+  const note = unknown(priced) ? "no prices are set" : unpriced.length ? `no price for ${unpriced.join(", ")}` :
+    `by prices ${priced === true ? "without a date" : `of ${priced}`}`;
+  const cached = `${short(total.cache_read)} from caches · ${more}`;
+  return [[`Tokens ${period}`, tokens, cached], [`Cost ${period}`, cost, note]];
+}
+
+// What its owner could set next, with the words for relay.json.
+function drawAdvice() {
+  const missing = view.keys.filter((one) => one.state === "missing").map((one) => one.why).join(", or ");
+  const isServed = view.keys.some((one) => ["ok", "cooling", "client"].includes(one.state));
+  const advice = [
+    [missing && !isServed, "Only echo answers so far. For the models of a provider: ", missing],
+    [usage && unknown(usage.users.priced), "The costs aren't known. Name prices: ", '"prices": "model_prices.json"'],
+    [!view.ledger, "All of this ends with the relay. To keep it: ", '"ledger": { "path": "usage.db" }'],
+  ].filter(([applies]) => applies && view.admin);
+  $("advice").hidden = !advice.length;
+  const items = advice.map(([, words, setting]) => element("li", "", words, element("code", "", setting)));
+  put($("advice").lastElementChild, element("ol", "", ...items));
+}
+
+// The bars of the last 24 or 48 hours: requests, and on top of them the failed ones with their number.
+function drawHours() {
+  const width = $("chart").clientWidth, height = 150, floor = 128, left = 40, number = width > 900 ? 48 : 24;
+  const step = (width - left) / number, last = Math.floor(now() / 3600);
+  const told = new Map(view.hours.map((row) => [row[0], row]));
+  const hours = Array.from({ length: number }, (_, index) => last - number + 1 + index);
+  const requestsIn = (one) => told.get(one)?.[1] ?? 0;
+  const most = Math.max(4, ...hours.map(requestsIn)), scale = (floor - 16) / most;
+  const text = (x, y, words, anchor, kind = "") => drawing("text", { x, y, class: kind, "text-anchor": anchor }, words);
+  const block = (kind, x, y, high) =>
+    drawing("rect", { class: kind, x: x + step * 0.12, y, width: step * 0.76, height: high, rx: 1.5 });
+  const parts = [most, Math.round(most / 2), 0].flatMap((value) => {
+    const y = floor - value * scale;
+    return [drawing("line", { x1: left, x2: width, y1: y, y2: y }), text(left - 6, y + 4, short(value), "end")];
+  });
+  hours.forEach((one, index) => {
+    const x = left + index * step, middle = x + step / 2, from = toHour.format(date(one * 3600));
+    const [, requests, errors] = told.get(one) ?? [one, one * 3600 + 3600 > view.since ? 0 : null, 0];
+    const good = (requests - errors) * scale, bad = errors && Math.max(errors * scale, 2), top = floor - good - bad - 1;
+    const bar = drawing("g", {}, drawing("title", {}, `${from}: ${count(requests)} requests, ${count(errors)} failed`),
+      drawing("rect", { x, y: 0, width: step, height: floor, opacity: 0 }), block("ok", x, floor - good, good));
+    if (requests === null) bar.append(text(middle, floor - 4, "?", "middle", "quiet"));
+    if (errors) bar.append(block("failed", x, top, bad));
+    if (errors && short(errors).length * 6 < step) bar.append(text(middle, top - 4, short(errors), "middle", "failed"));
+    if ((last - one) % 4 === 2) parts.push(text(middle, height - 5, from, "middle"));
+    parts.push(bar);
+  });
+  const label = `${count(hours.reduce((sum, one) => sum + requestsIn(one), 0))} requests in ${number} hours`;
+  const attributes = { id: "hours", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label };
+  put($("chart"), drawing("svg", attributes, ...parts));
+}
+
+// ---- the last requests: an array of all that were loaded, and elements for those in sight ----
+
+const PAGE = 200, MOST_ROWS = 50000;
+const ENDED = ("id at user model sent provider key status ttfb seconds input cache_read output cost cache_write " +
+  "attempts tried error path stream complete request tier").split(" ");
+const RUNNING = "request user model sent provider key state seconds ttfb bytes attempts".split(" ");
+const known = new Map();
+let rows = [], next = null, loading = null;
+
+const named = (names) => (list) => Object.fromEntries(names.map((name, index) => [name, list[index]]));
+const scaled = (value, size) => unknown(value) ? null : value / size;
+const fromLive = (list) => ({ ...named(ENDED)(list), usd: scaled(list[ENDED.indexOf("cost")], 1e9) });
+const fromLedger = (row) => ({
+  ...row, at: row.at / 1000, ttfb: scaled(row.ttfb, 1000), seconds: scaled(row.duration, 1000),
+  usd: scaled(row.cost, 1e9),
+  cache_write: unknown(row.cache_write) ? null : row.cache_write + (row.cache_write_long ?? 0),
+});
+
+const matches = (row) => (!filters.user || filters.user === row.user) && (!filters.key || filters.key === keyOf(row)) &&
+  (!filters.model || [row.model, row.sent].includes(filters.model)) && (!filters.errors || failed(row));
+
+function remember(found) {
+  const fresh = found.filter((row) => !known.has(row.request) && matches(row));
+  for (const row of fresh) known.set(row.request, row);
+  return fresh;
+}
+
+// Puts new rows, newest first, above the others; what is being read stays where it is.
+function addNewest(found) {
+  const fresh = remember(found);
+  rows = fresh.concat(rows);
+  if ($("box").scrollTop > 0) $("box").scrollTop += fresh.length * rowHeight();
+}
+
+async function loadRows(older = false) {
+  if (older && (loading || next === null)) return;
+  loading?.abort();
+  const mine = loading = new AbortController();
+  try {
+    const query = new URLSearchParams({ limit: PAGE, ...(older && { before: next }), ...filters });
+    const page = await (await ask(`api/requests?${query}`, { signal: mine.signal })).json();
+    if (mine !== loading) return;
+    const found = page.rows.map(fromLedger);
+    if (!older && !found.some((row) => known.has(row.request))) forgetRows();
+    if (older || !rows.length) next = page.next;
+    if (older) rows = rows.concat(remember(found));
+    else addNewest(found);
+    if (!older) addNewest(recent.filter((row) => row.at > (found.at(-1)?.at ?? 0)).toReversed());
+    put($("none"), rows.length ? "" : emptyWords());
+    loading = null;
+    draw();
+  } catch (error) {
+    if (mine !== loading) return;
+    put($("none"), `The requests can't be shown: ${error.message}`);
+    await pause(5);
+    if (document.hidden) await turn();
+    if (mine !== loading) return;
+    loading = null;
+    loadRows(older);
+  }
+}
+
+function forgetRows() {
+  known.clear();
+  [rows, next] = [[], null];
+}
+
+function emptyWords() {
+  if (Object.values(filters).some(Boolean)) return "No request is like that.";
+  const body = '{"model": "echo", "max_tokens": 64, "messages": [{"role": "user", "content": "Hello"}]}';
+  const command = `curl ${new URL("v1/messages", location)} -H "x-api-key: YOUR KEY" -d '${body}'`;
+  return element("span", "", "No request yet. Try one: ", element("code", "", command));
+}
+
+const rowHeight = () => $("rows").firstChild?.getBoundingClientRect().height || 26;
+
+function drawRows() {
+  const box = $("box"), height = rowHeight();
+  const first = Math.max(0, Math.floor(box.scrollTop / height) - 10);
+  const end = Math.min(rows.length, Math.ceil((box.scrollTop + box.clientHeight) / height) + 10);
+  $("above").rows[0].cells[0].style.height = `${first * height}px`;
+  $("below").rows[0].cells[0].style.height = `${(rows.length - end) * height}px`;
+  showRows(rows.slice(first, end));
+  [...$("rows").rows].forEach((row, index) => row.setAttribute("aria-rowindex", first + index + 2));
+  $("rows").parentNode.setAttribute("aria-rowcount", next === null ? rows.length + 1 : -1);
+  put($("loaded"), `${count(rows.length)} loaded${next === null ? ", all there are" : ""}`);
+  if (end > rows.length - PAGE / 2) loadRows(true);
+}
+
+// ---- filters: they stand in the address, to be kept, shared and gone back to ----
+
+let filters = {};
+
+function readAddress() {
+  const query = new URLSearchParams(location.search);
+  filters = Object.fromEntries(["user", "model", "key", "errors"].map((name) => [name, query.get(name) ?? ""]));
+  $("filters").elements.errors.checked = Boolean(filters.errors);
+  $("days").value = query.get("days") ?? "";
+  if ($("days").selectedIndex < 0) $("days").value = "";
+  forgetRows();
+  $("box").scrollTop = 0;
+  if (view) loadRows();
+  if (view) loadUsage();
+}
+
+function setFilters(changes) {
+  const query = new URLSearchParams(location.search);
+  for (const [name, value] of Object.entries(changes)) value ? query.set(name, value) : query.delete(name);
+  history.pushState(null, "", query.size ? `?${query}` : location.pathname);
+  readAddress();
+}
+
+function drawChoices() {
+  const names = (by, of) => (usage?.[of].rows ?? []).map((sum) => sum[by]);
+  const offered = { user: names("user", "users"), model: names("model", "models"), key: view.keys.map(keyOf) };
+  for (const [name, values] of Object.entries(offered)) {
+    const select = $("filters").elements[name], wanted = [...new Set(["", ...values, filters[name]])];
+    const list = JSON.stringify(wanted);
+    if (document.activeElement !== select && select.dataset.offered !== list) {
+      select.replaceChildren(...wanted.map((value) => new Option(value || `all ${name}s`, value)));
+      select.dataset.offered = list;
+    }
+    select.value = filters[name];
+  }
+}
+
+// ---- sums, asked for at most once in ten seconds ----
+
+let usage = null, usageAt = 0, usageStale = false, usageQuery = "";
+
+async function loadUsage() {
+  [usageAt, usageStale] = [performance.now(), false];
+  const day = (ago) => date(now() - 86400 * ago).toISOString().slice(0, 10);
+  const query = usageQuery = `from=${day(($("days").value || 1) - 1)}&to=${day(0)}`;
+  try {
+    const [users, models] = await Promise.all(["user", "model"].map(
+      async (by) => (await ask(`api/usage?${query}&by=${by}`)).json()));
+    if (query === usageQuery) usage = { users, models };
+    draw();
+  } catch (error) {
+    usageStale = true;
+    say(`The sums can't be shown: ${error.message}`);
+  }
+}
+
+// ---- drawing: when something comes, and each second; never in a hidden tab, which gets no frames ----
+
+let view = null, recent = [], frame = 0, timer = 0;
+const now = () => performance.now() / 1000 + view.offset;
+
+function draw() {
+  frame ||= requestAnimationFrame(() => {
+    frame = 0;
+    clearTimeout(timer);
+    timer = setTimeout(draw, 1000);
+    if (view) drawAll();
+  });
+}
+
+function drawAll() {
+  drawTiles();
+  drawAdvice();
+  drawHours();
+  showKeys(view.keys);
+  showRunning(view.running);
+  const more = view.active - view.running.length;
+  put($("more"), more > 0 ? `and ${count(more)} more` : "");
+  if (usage) showUsers(usage.users.rows);
+  if (usage) showModels(usage.models.rows);
+  $("days").hidden = !view.ledger;
+  drawChoices();
+  drawRows();
+  if (usageStale && performance.now() - usageAt > 10000) loadUsage();
+}
+
+// ---- the live stream ----
+
+const merged = (old, changed = [], key) => [...new Map([...old, ...changed].map((one) => [key(one), one])).values()];
+
+function take(event, data) {
+  const ended = (data.ended ?? []).map(fromLive), keys = data.keys?.map((one) => ({ ...one, told: data.now }));
+  const running = data.running?.map(named(RUNNING)).map((run) => ({ ...run, since: data.now - run.seconds }));
+  const told = { ...data, running: running ?? view?.running, offset: data.now - performance.now() / 1000 };
+  recent = recent.concat(ended).slice(-PAGE);
+  usageStale ||= ended.length > 0;
+  if (event === "state") {
+    view = { ...told, keys };
+    begin();
+  } else if (view) {
+    view = {
+      ...view, ...told, keys: merged(view.keys, keys, keyOf), hours: merged(view.hours, data.hours, ([one]) => one),
+      budgets: merged(view.budgets, data.budgets, (budget) => `${budget.limit} ${budget.user}`),
+    };
+    addNewest(ended.toReversed());
+    const errors = ended.filter(failed).length;
+    if (errors) say(`${errors} failed`);
+    if (rows.length) put($("none"), "");
+    if (rows.length > MOST_ROWS) readAddress();
+  }
+  draw();
+}
+
+function begin() {
+  document.body.classList.toggle("own", !view.admin);
+  document.querySelector("main").hidden = false;
+  put($("where"), `${view.version} · ${location.host}`);
+  loadRows();
+  loadUsage();
+}
+
+let connection = new AbortController(), lastId = "";
+
+// Reads the stream to its end. Raises what fetch() does, and after 40 seconds in which nothing came.
+async function follow(arrived) {
+  const { signal } = connection = new AbortController();
+  const patience = () => setTimeout(() => connection.abort(new Error("nothing came for 40 s")), 40000);
+  let waiting = patience(), text = "";
+  try {
+    const response = await ask("api/live", { signal, headers: lastId ? { "last-event-id": lastId } : {} });
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let read = await reader.read(); !read.done; read = await reader.read()) {
+      clearTimeout(waiting);
+      waiting = patience();
+      const events = (text + read.value).split("\n\n");
+      text = events.pop();
+      for (const event of events) {
+        const fields = Object.fromEntries(event.split("\n").map((line) => line.split(/: (.*)/s, 2)));
+        if (fields.data) take(fields.event, JSON.parse(fields.data));
+        lastId = fields.id ?? lastId;
+      }
+      if (view) arrived();
+    }
+  } finally {
+    clearTimeout(waiting);
+  }
+}
+
+const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, seconds * 1000));
+const turn = () => new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true }));
+
+async function live() {
+  for (let wait = 1; ; wait = Math.min(wait * 2, 30)) {
+    if (document.hidden) await turn();
+    let why = "the relay ended it";
+    try {
+      await follow(() => {
+        wait = 0.5;
+        tell("good", "●", `live, ${toSecond.format(date(now()))}`);
+      });
+    } catch (error) {
+      why = error.message;
+    }
+    if (document.hidden) continue;
+    tell("bad", "▲", `no connection, again in ${Math.max(wait, 1)} s (${why})`);
+    await pause(Math.max(wait, 1));
+  }
+}
+
+function tell(tone, sign, words) {
+  if ($("link").dataset.tone !== tone) say(words);
+  $("link").dataset.tone = tone;
+  put($("sign"), sign);
+  put($("words"), words);
+}
+
+// What a screen reader is told: one line, and at most one in ten seconds.
+let saidAt = -Infinity, toSay = 0;
+function say(words) {
+  clearTimeout(toSay);
+  toSay = setTimeout(() => {
+    saidAt = performance.now();
+    put($("status"), words);
+  }, Math.max(0, saidAt + 10000 - performance.now()));
+}
+
+// ---- who is asking: a token in this tab's memory, sent in a header ----
+
+let session = JSON.parse(sessionStorage.getItem("monorelay")), signingIn = null;
+
+const send = (path, options, token) => fetch(path, {
+  cache: "no-store", ...options, headers: { ...options.headers, ...(token && { authorization: `Bearer ${token}` }) },
+});
+
+// A response that is no error. Raises Error with the relay's words.
+async function checked(response) {
+  if (response.ok) return response;
+  const told = await response.json().catch(() => null);
+  throw new Error(told?.error?.message ?? `status ${response.status}`);
+}
+
+// A response to whoever is signed in; where nobody is any more, asks for that first.
+async function ask(path, options = {}) {
+  for (;;) {
+    const used = session, response = used && await send(path, options, used.token);
+    if (used && response.status !== 401) return checked(response);
+    if (used === session) await (signingIn ??= signIn().finally(() => { signingIn = null; }));
+  }
+}
+
+async function post(path, value) {
+  const options = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(value) };
+  return (await checked(await send(path, options))).json();
+}
+
+// Renews the session, or has a person sign in, over what is shown.
+async function signIn() {
+  const old = session;
+  session = null;
+  const renewed = old?.refresh && await post("api/auth/refresh", { refresh_token: old.refresh }).catch(() => null);
+  if (renewed) return keep({ ...old, token: renewed.access_token, refresh: renewed.refresh_token });
+  const form = $("signin").firstElementChild;
+  put($("problem"), old ? "The sign-in has expired. Please sign in again." : "");
+  if (!$("signin").open) $("signin").showModal();
+  while (!session) {
+    await new Promise((resolve) => { form.onsubmit = (event) => { event.preventDefault(); resolve(); }; });
+    const { username, password, key } = Object.fromEntries(new FormData(form));
+    put($("problem"), "");
+    try {
+      keep(await identified(username, password, key.trim()));
+    } catch (error) {
+      put($("problem"), `✕ ${error.message}`);
+    }
+  }
+  form.reset();
+  $("signin").close();
+  if (old && old.name !== session.name) location.reload();
+}
+
+// The session of whose password or key it is. Raises Error with the relay's words.
+async function identified(username, password, key) {
+  if (/[^\x21-\x7e]/.test(key)) throw new Error("that is no key: it has spaces, or letters beyond ASCII");
+  const login = key ? { access_token: key } : await post("api/auth/login", { username, password });
+  const me = await (await checked(await send("api/auth/me", {}, login.access_token))).json();
+  return { token: login.access_token, refresh: login.refresh_token, name: me.username };
+}
+
+function keep(signedIn) {
+  session = signedIn;
+  sessionStorage.setItem("monorelay", JSON.stringify(session));
+  put($("me"), session.name);
+  $("leave").hidden = false;
+}
+
+// ---- what a person does ----
+
+addEventListener("popstate", readAddress);
+addEventListener("resize", draw);
+document.addEventListener("visibilitychange", () => document.hidden ? connection.abort() : draw());
+$("box").addEventListener("scroll", () => requestAnimationFrame(drawRows), { passive: true });
+$("signin").addEventListener("cancel", (event) => event.preventDefault());
+$("signin").addEventListener("close", () => session || $("signin").showModal());
+$("days").addEventListener("change", () => setFilters({ days: $("days").value }));
+$("clear").addEventListener("click", () => setFilters({ user: "", model: "", key: "", errors: "" }));
+$("filters").addEventListener("submit", (event) => event.preventDefault());
+$("filters").addEventListener("change", ({ target: { name, type, value, checked } }) =>
+  setFilters({ [name]: type === "checkbox" ? (checked ? "1" : "") : value }));
+$("leave").addEventListener("click", () => {
+  sessionStorage.removeItem("monorelay");
+  location.reload();
+});
+document.addEventListener("click", ({ target }) => {
+  const { filter, value, request } = target.closest("td button")?.dataset ?? {};
+  if (filter) setFilters({ [filter]: value });
+  if (request) showDetail(known.get(request));
+});
+
+readAddress();
+if (session) keep(session);
+live();
+</script>
+</body>
+</html>
+"""
+
+
+@functools.lru_cache(maxsize=1)
+def dashboard_policy() -> str:
+    """The value of `content-security-policy` that goes with PAGE (W3C CSP 3). It names the only script and style."""
+    script, style = hash_of("script"), hash_of("style")
+    return (
+        f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    )
+
+
+def hash_of(tag: str) -> str:
+    """The one element of this kind in PAGE, as a source in a policy: the SHA-256 of what is between its tags."""
+    content = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
 # ==== Command line ==================================================================================
 #
 # Commands, none of which needs a configuration file: what each does, and the options it takes.
