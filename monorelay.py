@@ -6060,9 +6060,7 @@ def summed_usage(
         raise ValueError(f"it can be grouped by {', '.join(GROUPS)}")
     names = [*(["day"] if step_day else []), *by]
     columns = ["hour / 24" if name == "day" else name for name in names]
-    query = (
-        f"SELECT {', '.join([*columns, *(f'sum({name})' for name in SUMS)])} FROM hour WHERE hour >= ? AND hour < ?"
-    )
+    query = f"SELECT {', '.join([*columns, *(f'sum({name})' for name in SUMS)])} FROM hour WHERE hour >= ? AND hour < ?"
     query += " AND user = ?" if user is not None else ""
     query += f" GROUP BY {', '.join(columns)}" if columns else ""
     query += f" ORDER BY {'hour / 24, ' if step_day else ''}sum(cost) DESC, sum(requests) DESC LIMIT {LEDGER_GROUPS}"
@@ -6098,8 +6096,8 @@ def request_rows(
     errors: bool = False,
 ) -> list[JsonDict]:
     """The requests before the one with an id, newest first, by the names of their columns: those of a user, of a model
-    as it was asked for or sent, with a key, as provider/label, or that failed. Looks through LEDGER_SEARCHED_ROWS and no more. Raises
-    sqlite3.Error."""
+    as it was asked for or sent, with a key as provider/label, or that failed. Looks through LEDGER_SEARCHED_ROWS and no
+    more. Raises sqlite3.Error."""
     newest = query_ledger(path, "SELECT max(id) FROM request", ())
     below = min(before or 2**63 - 1, ((newest[0][0] or 0) if newest else 0) + 1)
     wanted: list[tuple[str, list[Any]]] = [("id < ? AND id >= ?", [below, below - LEDGER_SEARCHED_ROWS])]
@@ -8503,7 +8501,8 @@ async def answer_dashboard(exchange: Exchange) -> Response:
     """The page that shows what happens; it holds no data, and asks for a token itself."""
     if not exchange.config.server.dashboard:
         raise NotFound("there is no page here: server.dashboard is false")
-    return exchange.respond_with(PAGE.encode("utf-8"), "text/html; charset=utf-8", page_fields())
+    fields = [("content-security-policy", dashboard_policy()), *PAGE_FIELDS]
+    return exchange.respond_with(PAGE.encode("utf-8"), "text/html; charset=utf-8", fields)
 
 
 async def answer_root(exchange: Exchange) -> Response:
@@ -10976,6 +10975,16 @@ live();
 </body>
 </html>
 """
+
+
+# What no browser may do with the page: guess its type, tell others where it was, keep it, open or embed it elsewhere.
+PAGE_FIELDS = (
+    ("x-content-type-options", "nosniff"),
+    ("referrer-policy", "no-referrer"),
+    ("cache-control", "no-store"),
+    ("cross-origin-opener-policy", "same-origin"),
+    ("cross-origin-resource-policy", "same-origin"),
+)
 
 
 @functools.lru_cache(maxsize=1)
