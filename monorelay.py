@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# coding: utf-8 (said to Python 2, that it may come as far as the line which tells it what is needed)  # noqa: UP009
 """MonoRelay: one file between Anthropic and OpenAI clients and the providers that its owner configured.
 
     python monorelay.py                          serve ./relay.json (or the one beside this file)
@@ -60,6 +61,7 @@ import socket
 import ssl
 import struct
 import sys
+import textwrap
 import threading
 import time
 import types
@@ -68,6 +70,9 @@ import zlib
 from collections.abc import Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, Callable, NamedTuple, NoReturn, Optional, TypeVar, Union
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
+
+if sys.version_info < (3, 9):  # noqa: UP036
+    sys.exit(f"MonoRelay needs Python 3.9 or later, this is {sys.version.split()[0]}")
 
 __version__ = "1.0.0"
 
@@ -184,6 +189,8 @@ THROTTLED_NAMES = 4096
 THROTTLED_CHARACTERS = 200  # of each
 COMPARED_PRODUCT = 100_000  # of characters, for "did you mean": 20 ms at worst, 250 names of the usual length
 COMPARED_CHARACTERS = 64
+COMPARED_PATTERNS = 50
+LISTED_NAMES = 8  # in a message
 REMEMBERED_PATH_CHARACTERS = 200
 MODEL_CHARACTERS = 256  # of a model's name; the longest known ones, ARNs of inference profiles, have some 120
 BOARD_PLACE_BYTES = 1024 * 1024  # of a worker, for what has to be known soon; and as much for the rest
@@ -210,6 +217,7 @@ LOG_LAST_SECONDS = 1.0
 CUT_SECONDS = 2 * LOG_LAST_SECONDS  # within which a worker must have logged what it cuts, and ended
 CUT_NAMED = 5  # requests whose ids one line of the log has room for
 CUT_LINES = 1000  # requests that are logged when they are cut at the end
+TLS_WARNING_SECONDS = 60.0  # between two warnings of clients that take the port for one of HTTPS
 LOG_VALUE_CHARACTERS = 200
 LOGGED_CHARACTERS = LOG_VALUE_CHARACTERS + 1  # of a text from outside so much is kept, which shows that it was longer
 LOG_BACKLOG_LINES = 4000  # more than that waiting for a blocked stderr is dropped, and counted,
@@ -712,6 +720,11 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
+def listing(names: Sequence[str]) -> str:
+    """The first names, separated by commas."""
+    return ", ".join([*names[:LISTED_NAMES], *["…"] * (len(names) > LISTED_NAMES)])
+
+
 def close_matches(name: str, known: Iterable[str], count: int) -> list[str]:
     """At most `count` of the known names, those closest to `name`, the best first. Long names have none, and of
     many only the first are compared: that takes time in proportion to the product of their lengths."""
@@ -840,6 +853,8 @@ def one_of(*choices: str) -> Check:
 
 def texts(value: Any) -> tuple[str, ...]:
     """The strings of a list, none of them empty."""
+    if isinstance(value, str) and value:
+        raise ValueError(f"must be a list: write [{json.dumps(str(value))}]")
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
         raise ValueError("must be a list of strings that aren't empty")
     return tuple(str(item) for item in value)
@@ -847,6 +862,8 @@ def texts(value: Any) -> tuple[str, ...]:
 
 def text_or_texts(value: Any) -> tuple[str, ...]:
     """The strings of a list, or the one that stands for it."""
+    if not isinstance(value, (str, list)):
+        raise ValueError(f"must be a string or a list of strings, not {kind_of(value)}")
     found = texts([value] if isinstance(value, str) else value)
     if not found:
         raise ValueError("must name at least one")
@@ -1108,7 +1125,7 @@ def read_settings(table: Mapping[str, tuple[Check, Any]], given: Any, place: str
     section = read_object(given, place, problems)
     for key in section:
         if key not in table:
-            problems.add(join(place, key), f"unknown key{suggestion(key, table)}")
+            problems.add(join(place, key), f"unknown key{suggested_setting(key, table)}")
     found = {}
     for key, (check, default) in table.items():
         found[key] = default
@@ -1118,6 +1135,20 @@ def read_settings(table: Mapping[str, tuple[Check, Any]], given: Any, place: str
             except ValueError as error:
                 problems.add(join(place, key), str(error))
     return found
+
+
+# What other programs call a setting of a provider.
+OTHER_NAMES = {
+    "api_key": "keys", "api_keys": "keys", "apikey": "keys", "key": "keys", "token": "keys",
+    "api_base": "base_url", "api_url": "base_url", "url": "base_url", "endpoint": "base_url", "type": "format",
+}  # fmt: skip
+
+
+def suggested_setting(name: str, table: Collection[str]) -> str:
+    """Which setting an unknown one was probably meant to be, or else all that there are."""
+    other = OTHER_NAMES.get(name.lower().replace("-", "_"), "")
+    meant = f", did you mean {other}?" if other in table else suggestion(name, table)
+    return meant or f"; there are {', '.join(sorted(table))}"
 
 
 def read_user(name: str, given: Any, problems: Problems) -> User:
@@ -1377,21 +1408,29 @@ def without_stand_in(targets: list[Target]) -> list[Target]:
 
 def check_aliases(config: Config, problems: Problems) -> None:
     """Every alias must end at a provider, and none at itself."""
-    sound = not problems.lines  # else an alias may lead nowhere because of what is reported already
     for alias, names in config.aliases.items():
         if alias.count("*") > 1:
             problems.add(join("aliases", alias), "must have one * at most")
         try:
-            dangling = [name for name in names if not follow(config, name, (alias,))]
+            for name in names:
+                follow(config, name, (alias,))
         except ValueError as error:
             problems.add(join("aliases", alias), str(error))
             continue
         # Where a name with a * in it leads to, requests will tell.
-        for name in dangling if sound and "*" not in alias else ():
+        for name in [name for name in names if "*" not in alias and not leads_on(config, name, alias)]:
             meant = suggestion(name, [*config.aliases, *config.routes])
             problems.add(
                 join("aliases", alias), f"{name} is neither an alias, nor matches a route, nor names a provider{meant}"
             )
+
+
+def leads_on(config: Config, name: str, alias: str) -> bool:
+    """Whether the name that an alias stands for is something, if only a route that names no provider: that is told at
+    the route."""
+    base, _, provider = name.rpartition("@")
+    named = bool(base) and provider in config.providers
+    return named or bool(find_alias(config, name, (alias,))[0]) or matches_any(name, config.routes)
 
 
 def start_obstacle(config: Config) -> str:
@@ -1432,6 +1471,7 @@ class Caller(NamedTuple):
     name: str
     admin: bool  # shows an access key of the owner
     user: Optional[User]  # the entry of relay.json, when there is one
+    expires: Optional[float] = None  # when the token does, in seconds since 1970
 
     @property
     def sees_all(self) -> bool:
@@ -1605,13 +1645,16 @@ def identify(tokens: Sequence[str], config: Config, now: float) -> Caller:
         owner = config.user_keys.get(hashlib.sha256(token.encode("latin-1")).digest()) if config.user_keys else None
         if owner and config.users[owner].enabled:
             return Caller(owner, False, config.users[owner])
+        if token.startswith("sk-"):
+            problem = problem or Unauthenticated("this is a provider's key; use the relay's own")
+            continue
         if config.server.jwt_secret is None:
             problem = Unauthenticated("the token is not an access key of this relay")
             continue
         try:
             claims = verify_token(token, config.server.jwt_secret.reveal(), now)
             name = subject(claims, "access", config)
-            return Caller(name, False, config.users.get(name))
+            return Caller(name, False, config.users.get(name), claims["exp"])
         except TokenError as error:
             problem = error
     raise problem or Unauthenticated("a token is needed: send `Authorization: Bearer TOKEN` or `x-api-key: TOKEN`")
@@ -1709,7 +1752,7 @@ class Throttle:
         return 0.0
 
     def left(self, name: str, limit: int, now: float) -> int:
-        """How many events may happen at once."""
+        """How many events may still happen now."""
         times = self._times.get(name[:THROTTLED_CHARACTERS], collections.deque())
         self._drop_old(times, now)
         return max(0, limit - len(times) - sum(count for _, count in self._elsewhere(name, now)))
@@ -1743,9 +1786,9 @@ def resolve(config: Config, name: str) -> list[Target]:
     that matches. Raises NotFound with the names that are close, and Unavailable for a disabled provider."""
     targets = find_targets(config, name)
     if not targets:
-        known = [*config.aliases, *(pattern for pattern in config.routes if "*" not in pattern), *ECHO_MODELS]
-        close = close_matches(name, known, 3) or sorted([*config.aliases, *config.routes])[:8]
-        raise NotFound(f"no route for the model {name!r}; this relay knows {', '.join(close)}", "no_route")
+        close = close_models(config, name)
+        known = f", did you mean {' or '.join(close)}?" if close else f"; this relay knows {known_models(config)}"
+        raise NotFound(f"no route for the model {name!r}{known}", "no_route")
     serving = [target for target in targets if target.provider.serves(target.model)]
     if not serving:
         raise NotFound(f"the `models` of {targets[0].provider.name} don't admit {targets[0].model!r}", "no_route")
@@ -1753,6 +1796,19 @@ def resolve(config: Config, name: str) -> list[Target]:
     if not enabled:
         raise not_usable(serving[0].provider)
     return [target for index, target in enumerate(enabled) if target not in enabled[:index]]
+
+
+def close_models(config: Config, name: str) -> list[str]:
+    """At most three names of models that are close to this one; else patterns whose beginning is close to its own."""
+    names = [*config.aliases, *config.routes]
+    close = close_matches(name, [*(known for known in names if "*" not in known), *ECHO_MODELS], 3)
+    stems = {pattern: pattern.partition("*")[0] for pattern in names[:COMPARED_PATTERNS] if "*" in pattern}
+    return close or [pattern for pattern, stem in stems.items() if close_matches(name[: len(stem)], [stem], 1)][:3]
+
+
+def known_models(config: Config) -> str:
+    """The names and patterns that this relay has a way for."""
+    return listing(sorted([*config.aliases, *config.routes])) or "none"
 
 
 def find_targets(config: Config, name: str) -> list[Target]:
@@ -1817,10 +1873,11 @@ def first_provider(config: Config, format: str) -> Provider:
 
 def not_usable(provider: Provider) -> Unavailable:
     """The error for a provider that requests can't be sent to."""
-    problem = (
-        "has no key; set one in relay.json or its environment" if provider.enabled else "is disabled in relay.json"
-    )
-    return Unavailable(f"the provider {provider.name} {problem}", "provider_has_no_key", lasts=True)
+    name = f"the provider {provider.name}"
+    if not provider.enabled:
+        return Unavailable(f"{name} is disabled in relay.json", "provider_disabled", lasts=True)
+    problem = "has no key; set one in relay.json or its environment"
+    return Unavailable(f"{name} {problem}", "provider_has_no_key", lasts=True)
 
 
 # ==== Key pool ===================================================================================
@@ -2852,7 +2909,7 @@ def response_decoder(head: ResponseHead, method: str) -> Decoder:
     if "transfer-encoding" in fields.names:
         codings = [coding.lower() for coding in fields.all("transfer-encoding")]
         if "content-length" in fields or codings != ["chunked"] or head.version == 0:
-            raise FramingError("the framing is contradictory")
+            raise FramingError("the Transfer-Encoding is given twice, isn't chunked, or stands beside a Content-Length")
         return ChunkedDecoder(RESPONSE_HEAD_BYTES)
     if "content-length" not in fields.names:
         return CloseDecoder()
@@ -3176,12 +3233,14 @@ def has_model(tool: Any) -> bool:
 def read_at_once(body: bytes, restricted: bool = True) -> BodyFacts:
     """The facts of a short JSON body; `restricted`: of one whose sender may use some models only. Raises BadRequest."""
     try:
-        text = body.decode("utf-8").strip(JSON_BLANKS)
-        document, end = BODY_DECODER.raw_decode(text)
+        text = body.decode("utf-8").rstrip(JSON_BLANKS)
+        document, end = BODY_DECODER.raw_decode(text, len(text) - len(text.lstrip(JSON_BLANKS)))
         if end < len(text):
             raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError as error:
-        raise not_json(error.msg) from None
+        if body.startswith(codecs.BOM_UTF8):
+            raise not_json("it begins with a byte order mark") from None
+        raise not_json(f"line {error.lineno} column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError):
         raise not_json("it is not in UTF-8, or nested too deeply") from None
     if not isinstance(document, tuple):
@@ -5724,6 +5783,10 @@ def find_malloc_trim() -> Callable[[int], object]:
 # to 3.51.2 may corrupt a file to which two connections write.
 
 
+# For a terminal of the usual width.
+BANNER_LINE = textwrap.TextWrapper(80, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False)
+
+
 class LogWriter:
     """Writes lines to stderr from a thread of its own: a log that is slow, or gone, holds up nobody."""
 
@@ -5759,12 +5822,12 @@ class LogWriter:
             self._put(f"time={clock} level={level} message={plain(message)}")
 
     def announce(self, lines: Sequence[str]) -> None:
-        """Takes the lines of the banner."""
+        """Takes the lines of the banner. Of those that come as several, commands, none is broken."""
         if self.style == "json":
             for line in lines:
                 self.say(line.strip())
         elif lines:
-            self._put("\n".join(lines))
+            self._put("\n".join(line if "\n" in line else BANNER_LINE.fill(line) for line in lines))
 
     def warn(self, message: str) -> None:
         """Takes a warning."""
@@ -6210,13 +6273,14 @@ class HeldBodies:
 class RequestBody:
     """The body of a request, to be read in pieces as they arrive."""
 
-    def __init__(self, channel: Channel, head: RequestHead, limit: int, loop: EventLoop) -> None:
+    def __init__(self, channel: Channel, head: RequestHead, limit: int, loop: EventLoop, setting: str = "") -> None:
         self.length = self._announced = head.body_length
         self._chunks = ChunkedDecoder() if head.body_length is None else None
         self._decoder: Decoder = self._chunks or LengthDecoder(head.body_length or 0)
         self._channel = channel
         self._loop = loop
         self._limit = limit
+        self._setting = setting  # of relay.json, that says so
         self._taken = 0
         self._latest = math.inf  # when it must have come
         self.watch: Callable[[bytes], object] = lambda piece: None  # sees each piece as it comes
@@ -6315,7 +6379,12 @@ class RequestBody:
             raise MalformedRequest("the body takes too long", 408) from None
 
     def _too_large(self) -> TooLarge:
-        return TooLarge(f"the body is over this relay's limit of {self._limit} bytes")
+        return TooLarge(f"the body is over this relay's limit of {size_text(self._limit, self._setting)}")
+
+
+def size_text(count: int, setting: str) -> str:
+    """A limit as a person reads it, and the setting that it comes from."""
+    return f"{count / MEGABYTE:g} MB (server.{setting})" if setting else f"{count} bytes"
 
 
 # ==== Upstream ===================================================================================
@@ -7645,7 +7714,8 @@ class Service:
         self.tally.users = config.users
         self.ledger.use(config)
         targets = functools.lru_cache(maxsize=1024)(functools.partial(targets_for, config))
-        self.routing: tuple[Config, Callable[[str, str], list[Target]]] = config, targets
+        routing = config, targets
+        self.routing: tuple[Config, Callable[[str, str], list[Target]]] = routing
 
     @property
     def config(self) -> Config:
@@ -7843,7 +7913,7 @@ class LoginGate:
         for name, limit in ((network, LOGINS_PER_ADDRESS), (f"{network} {username[:100]}", LOGINS_PER_USER)):
             wait = self._attempts.wait_seconds(name, limit, self._loop.now)
             if wait:
-                raise RateLimited("too many logins; wait a while", wait)
+                raise RateLimited(f"too many logins; again in {math.ceil(wait)} s", wait)
 
     async def check(self, given: str, hashed: str, address: str) -> bool:
         """Whether the hash is that of the password. Raises RateLimited while too many wait for that."""
@@ -8001,7 +8071,9 @@ class Exchange:
         self.uses_model = self.endpoint.path not in COUNTING_PATHS
         self.check_may_call()
         if not self.may_use(facts.model):
-            raise Forbidden(f"{self.record.caller} may not use the model {facts.model!r}")
+            allowed = self.caller.user.models if self.caller.user and self.caller.user.models else ()
+            only = f"only {listing(allowed)}" if allowed else "and no other"
+            raise Forbidden(f"{self.record.caller} may not use the model {facts.model!r}, {only}")
         if self.is_restricted() and self._is_ambiguous(facts):
             raise hidden_model(self.caller)
 
@@ -8052,7 +8124,7 @@ class Exchange:
             wait = self.service.requests.wait_seconds(self.caller.name, limit, self.loop.now)
             workers.show_soon()
             if wait:
-                raise RateLimited(f"{self.caller.name} is over {limit} requests a minute", wait)
+                raise RateLimited(f"{self.caller.name} is over {limit} requests a minute; again in {math.ceil(wait)} s", wait)
 
     # -- its body
 
@@ -8062,13 +8134,18 @@ class Exchange:
         return int(self.config.server.max_body_mb * MEGABYTE)
 
     @property
+    def upload_limit(self) -> int:
+        """How many bytes a body may have that streams through."""
+        return int(self.config.server.max_upload_mb * MEGABYTE)
+
+    @property
     def body_ended(self) -> bool:
         """Whether nothing of the body is still to come."""
         return self._incoming is None or self._incoming.finished
 
-    def open_body(self, limit: int) -> RequestBody:
-        """The body, still to be read. Raises TooLarge."""
-        self._incoming = RequestBody(self.channel, self.request, limit, self.loop)
+    def open_body(self, limit: int, setting: str = "") -> RequestBody:
+        """The body, still to be read; the setting is where its limit comes from. Raises TooLarge."""
+        self._incoming = RequestBody(self.channel, self.request, limit, self.loop, setting)
         return self._incoming
 
     async def read_body(self, required: bool) -> ReadBody:
@@ -8076,7 +8153,10 @@ class Exchange:
         UnsupportedCoding and Unavailable."""
         fields, user = self.request.fields, self.caller.user
         coding = fields.get("content-encoding", "identity").lower()
-        incoming, body = self.open_body(self.body_limit), ReadBody(user is not None and user.models is not None)
+        incoming, body = (
+            self.open_body(self.body_limit, "max_body_mb"),
+            ReadBody(user is not None and user.models is not None),
+        )
         encoded: list[bytes] = []
         while True:
             piece = incoming.arrived() or await incoming.read()
@@ -8125,7 +8205,8 @@ class Exchange:
             self._hold(len(piece))
             body.add(piece)
             if body.size > self.body_limit:
-                raise TooLarge(f"the decompressed body is over this relay's limit of {self.body_limit} bytes")
+                limit = size_text(self.body_limit, "max_body_mb")
+                raise TooLarge(f"the decompressed body is over this relay's limit of {limit}")
             await checkpoint(self.loop)
             await self.catch_up(body)
 
@@ -8204,7 +8285,7 @@ async def answer_health(exchange: Exchange) -> Response:
 
 async def answer_telemetry(exchange: Exchange) -> Response:
     """Takes Claude Code's telemetry, and forgets it."""
-    body = exchange.open_body(exchange.body_limit)
+    body = exchange.open_body(exchange.body_limit, "max_body_mb")
     while not body.finished:
         await body.read()
     return exchange.respond(204)
@@ -8262,8 +8343,22 @@ async def read_login(exchange: Exchange, *names: str) -> dict[str, str]:
 
 
 async def answer_me(exchange: Exchange) -> Response:
-    """Tells whose token it is."""
-    return exchange.respond(200, {"username": exchange.caller.name, "admin": exchange.caller.admin})
+    """Tells whose token it is, how long it lasts, and what its user may do."""
+    caller = exchange.caller
+    return exchange.respond(
+        200, {"username": caller.name, "admin": caller.admin, "expires": caller.expires, **limits_of(exchange)}
+    )
+
+
+def limits_of(exchange: Exchange) -> JsonDict:
+    """The limits of the caller, and what is left of them; None where there is none."""
+    user, now = exchange.caller.user, exchange.loop.now
+    a_minute = user.requests_per_minute if user else 0
+    return {
+        "models": list(user.models) if user and user.models is not None else None,
+        "requests_per_minute": a_minute or None,
+        "requests_left": exchange.service.requests.left(exchange.caller.name, a_minute, now) if a_minute else None,
+    }
 
 
 async def answer_catalogue(exchange: Exchange) -> Response:
@@ -8579,7 +8674,7 @@ async def answer_any(exchange: Exchange) -> Response:
 
 async def answer_form(exchange: Exchange) -> Response:
     """Relays a form as it comes: by its model where that stands before its file, else to the first provider."""
-    body = exchange.open_body(int(exchange.config.server.max_upload_mb * MEGABYTE))
+    body = exchange.open_body(exchange.upload_limit, "max_upload_mb")
     form = await exchange.read_form(body)
     if not form.model:
         return await relay_to_first(exchange, body)
@@ -8604,8 +8699,7 @@ def watch_form(form: FormWalk, caller: Caller, piece: bytes) -> None:
 
 async def answer_first_provider(exchange: Exchange) -> Response:
     """Relays what belongs to one account at a provider: files, batches, the list of models."""
-    limit = int(exchange.config.server.max_upload_mb * MEGABYTE)
-    return await relay_to_first(exchange, exchange.open_body(limit))
+    return await relay_to_first(exchange, exchange.open_body(exchange.upload_limit, "max_upload_mb"))
 
 
 # By which Claude Code, Codex and opencode tell their sessions apart.
@@ -8875,6 +8969,9 @@ def unreserved(path: str) -> str:
 # and is lenient where RFC 9112 is strict, is not used.
 
 
+TLS_HELLO = b"\x16\x03"  # how a TLS client begins (RFC 8446 §5.1)
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves one connection: request after request, as a task of the event loop."""
 
@@ -9047,6 +9144,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             head = exchange.head = exchange.request = parse_request_head(data)
         except MalformedRequest:
             exchange.format = likely_format(data)
+            if data.startswith(TLS_HELLO):
+                self.server.warn_of_tls(exchange.address)
             raise
         record, path = exchange.record, head.path
         record.method, record.path = head.method[:LOGGED_CHARACTERS], path[:LOGGED_CHARACTERS]
@@ -9187,7 +9286,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self._spare = io.FileIO(os.devnull)
         self._spare_lock = threading.Lock()  # guards the spare descriptor
         self._accepting = True
-        self._refusal_logged = -math.inf
+        self._refusal_logged = self._tls_logged = -math.inf
         self._started = False
 
     @property
@@ -9232,6 +9331,15 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self.served.discard(handler)
         self.idle.pop(handler, None)
         self.unproven.pop(handler, None)
+
+    def warn_of_tls(self, address: str) -> None:
+        """Logs now and then that somebody speaks TLS to this port."""
+        now = self.service.loop.now
+        if now - self._tls_logged > TLS_WARNING_SECONDS:
+            self._tls_logged = now
+            self.log.warn(
+                f"{address} speaks TLS to this port, which is plain HTTP: its base_url must begin with http://"
+            )
 
     def start(self) -> None:
         """Starts its threads: one serves, one accepts, one writes the log."""
@@ -9489,9 +9597,14 @@ def config_path(options: JsonDict) -> str:
     return next((path for path in ("relay.json", beside) if os.path.exists(path)), "")
 
 
+def config_name(path: str) -> str:
+    """What a configuration is called in messages."""
+    return os.path.basename(path) or "built-in configuration"
+
+
 def load_config(path: str, options: JsonDict) -> Config:
     """The configuration in a file, with the address of the command line. Raises ConfigError and OSError."""
-    name = os.path.basename(path) or "built-in configuration"
+    name = config_name(path)
     if path:
         with open(path, "rb") as file:
             data = file.read()
@@ -9906,8 +10019,9 @@ class Supervisor:
         except (ConfigError, OSError):
             pass  # the file is broken at the moment: the configuration of the start still holds
         server = RelayServer(config, None, self._listeners, place)
+        operator = Operator(server, self._path, self._options, seen, parent, place.worker == 0)
         server.start()
-        return Operator(server, self._path, self._options, seen, parent, place.worker == 0).run(signals)
+        return operator.run(signals)
 
     def _reap(self) -> Iterator[tuple[int, float]]:
         """The workers that have ended, and when each was started."""
@@ -9984,6 +10098,9 @@ def config_warnings(config: Config) -> Iterator[str]:
     yield from price_warnings(config)
     if config.ledger and not has_sqlite():
         yield "ledger: this Python has no sqlite3; nothing is kept"
+    run_secret = config.run_secrets.jwt_secret if config.run_secrets else None
+    if config.server.jwt_secret in (None, run_secret) and any(user.password for user in config.users.values()):
+        yield "server.jwt_secret: is not set, so that all who log in have to do so again when the relay restarts"
     if "admin" in config.users:
         yield "users.admin: is called like the owner; give it another name to tell them apart in the log"
     if not any(provider.usable for provider in config.providers.values()) or not (config.routes or config.aliases):
@@ -11013,6 +11130,7 @@ HELP = """usage: monorelay.py [COMMAND] [--config FILE] [--host HOST] [--port PO
 One address for Claude Code, the Anthropic and OpenAI SDKs and curl. Without a command it serves.
 
 commands:
+  serve           serve until a signal says otherwise
   check           validate the configuration and print what would be served
   route MODEL     print where a request for a model would go, and why
   usage [FILE...] print what was used and what it cost, from the ledger or from several
@@ -11028,7 +11146,10 @@ options:
   --by COLUMNS    sum it up by some of user, model, provider, key and day (default: user,model)
   --csv, --json   print the usage as CSV or JSON, and not as a table
   --version       print the version
-  --help          print this
+  --help          print this, or how a command is used
+
+example:
+  MONORELAY_ACCESS_KEY=try-me python3 monorelay.py --port 8788
 """
 
 
@@ -11062,20 +11183,33 @@ def run_command(arguments: Sequence[str]) -> int:
         meant = "" if error.opt in options else suggestion(f"--{error.opt}", [f"--{name}" for name in options])
         raise UsageError(f"{error.msg}{meant}") from None
     asked = dict(given)
-    if "--help" in asked or "-h" in asked:
-        print(HELP, end="")
+    if "--help" in asked or "-h" in asked or words[:1] == ["help"]:
+        print(help_text(words[-1] if words else ""), end="")
         return 0
-    if "--version" in asked:
+    if "--version" in asked or words == ["version"]:
         print(f"MonoRelay {__version__}")
         return 0
     command, *operands = words or ["serve"]
     if command not in COMMANDS:
-        raise UsageError(f"there is no command {command}{suggestion(command, COMMANDS)}")
+        alike = [known for known in COMMANDS if known[0] == command[:1]]
+        meant = ", did you mean serve?" if command in ("start", "run", "up") else suggestion(command, alike)
+        raise UsageError(f"there is no command {command[:LOG_VALUE_CHARACTERS]}{meant}")
     run, takes = COMMANDS[command]
-    operand = {"token": "USER", "route": "MODEL"}.get(command)
+    operand = OPERANDS.get(command)
     if command != "usage" and len(operands) != bool(operand):
         raise UsageError(f"{command} takes one {operand}" if operand else f"{command} takes nothing but options")
     return run(read_options(asked, command, takes), *operands)
+
+
+def help_text(command: str) -> str:
+    """How the program is used, or one command of it."""
+    if command not in COMMANDS:
+        return HELP
+    takes = [f"--{name}" for name in COMMANDS[command][1]]
+    lines = [line for line in HELP.splitlines() if line.startswith((f"  {command}", *(f"  {name} " for name in takes)))]
+    options = "".join(f" [{line.split()[0]} {line.split()[1]}]" for line in lines[1:])
+    operand = f" {OPERANDS[command]}" if command in OPERANDS else ""
+    return "\n".join([f"usage: monorelay.py {command}{operand}{options}", "", *lines, ""])
 
 
 def read_options(asked: Mapping[str, str], command: str, takes: Sequence[str]) -> JsonDict:
@@ -11088,7 +11222,7 @@ def read_options(asked: Mapping[str, str], command: str, takes: Sequence[str]) -
         try:
             options[name] = name in FLAGS or OPTIONS[name](FromEnvironment(value))
         except ValueError as error:
-            raise UsageError(f"{option} {error}") from None
+            raise UsageError(f"{option} {error}: {value[:LOG_VALUE_CHARACTERS]!r}") from None
     return options
 
 
@@ -11219,6 +11353,9 @@ def run_hash_password(options: JsonDict) -> int:
         import getpass
 
         given = getpass.getpass("Password: ")
+        if given and getpass.getpass("Again: ") != given:
+            print("monorelay: these were two passwords; try again", file=sys.stderr)
+            return 1
     else:
         given = sys.stdin.readline().rstrip("\r\n")
     if not given:
@@ -11230,13 +11367,16 @@ def run_hash_password(options: JsonDict) -> int:
 
 def run_token(options: JsonDict, username: str) -> int:
     """Prints an access token for a user."""
-    config = load_config(config_path(options), options)
+    path = config_path(options)
+    config, name = load_config(path, options), config_name(path)
     if not config.server.jwt_secret:
-        raise ConfigError(["relay.json: server.jwt_secret: is not set, so there is nothing to sign a token with"])
+        raise ConfigError([f"{name}: server.jwt_secret: is not set, so there is nothing to sign a token with"])
     if not config.any_subject and username not in config.users:
-        raise ConfigError([f"relay.json: users: there is no {username}{suggestion(username, config.users)}"])
+        raise ConfigError([f"{name}: users: there is no {username}{suggestion(username, config.users)}"])
     claims = token_claims(username, "access", options.get("expires", 30 * 86400), config, time.time())
     print(sign_token(claims, config.server.jwt_secret.reveal()))
+    expires = utc_time(claims["exp"])
+    print(f"valid for {username} until {expires}Z", file=sys.stderr)
     return 0
 
 
@@ -11258,9 +11398,9 @@ def run_serve(options: JsonDict) -> int:
         # Python's own way out would wait for a log that nobody reads.
         os._exit(Supervisor(config, path, options, listeners).run(signals, lines))
     server = RelayServer(config, None, listeners)
+    operator = Operator(server, path, options, seen)
     server.log.announce(lines)
     server.start()
-    operator = Operator(server, path, options, seen)
     return outlast_script(lambda: operator.run(signals))
 
 
@@ -11293,15 +11433,66 @@ def banner(config: Config, path: str, url: str, made_up: bool) -> Iterator[str]:
     access key that was made up for this run."""
     yield f"MonoRelay {__version__} serves {path or 'its built-in configuration'} at {url}"
     yield from describe_config(config)
+    for missing in missing_keys(config, path):
+        yield f"  missing    {missing}"
     for warning in file_warnings(path, config):
         yield f"  warning    {warning}"
     token = config.server.access_keys[0].reveal() if made_up else token_expression(config, os.path.abspath(path))
     if made_up:
-        yield f"  access key {token} (made for this run; set MONORELAY_ACCESS_KEY to choose one)"
+        yield f"  access key {token}"
+        yield "             (made for this run; set MONORELAY_ACCESS_KEY to choose one)"
     yield f"  try it     {curl_line(config, url, token)}"
-    yield f"  clients    Claude Code: ANTHROPIC_BASE_URL={url}"
+    if re.fullmatch(r"\$\w+", token):
+        yield f"             (in a shell where {token[1:]} is set as here)"
+    shown = token or "THE_KEY_OF_A_USER"
+    yield f"  clients    Claude Code:\n{INDENT}ANTHROPIC_BASE_URL={url} \\\n{INDENT}ANTHROPIC_AUTH_TOKEN={shown} claude"
     yield f"             Anthropic SDKs: base_url {url}"
     yield f"             OpenAI SDKs, Vercel AI SDK: base_url {url}/v1"
+    yield "  stop it    Ctrl-C"
+
+
+INDENT = " " * 15  # of the lines of a command
+
+
+def missing_keys(config: Config, path: str) -> Iterator[str]:
+    """What to set for each provider that has no key, and for which routes echo stands in until then."""
+    for provider in config.providers.values():
+        if provider.enabled and provider.keys == ():
+            variables = key_variables(path, provider.name)
+            remedy = f"set {' or '.join(variables)}" if variables else f"put one into providers.{provider.name}.keys"
+            routes = [
+                pattern
+                for pattern, names in config.routes.items()
+                if provider.name in names and answers_for_others(config, names)
+            ]
+            meanwhile = f"; until then echo answers for {listing(routes)}" if routes else ""
+            yield f"{provider.name} has no key: {remedy}{meanwhile}"
+
+
+def answers_for_others(config: Config, names: Sequence[str]) -> bool:
+    """Whether echo stands in for the other providers of a route."""
+    targets = without_stand_in([Target(config.providers[name], "") for name in names])
+    return any(target.provider.format == "echo" for target in targets)
+
+
+def key_variables(path: str, provider: str) -> list[str]:
+    """The variables of the environment that the keys of a provider are read from."""
+    try:
+        keys = json.dumps(written(path)["providers"][provider]["keys"])
+    except (KeyError, TypeError):
+        return []
+    return [match[1] for match in re.finditer(VARIABLE, keys) if not match[1].startswith("file:")]
+
+
+def written(path: str) -> Any:
+    """The configuration as it stands in the file, variables and all."""
+    try:
+        if not path:
+            return json.loads(BUILT_IN_CONFIG)
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return {}
 
 
 def token_expression(config: Config, path: str) -> str:
@@ -11311,8 +11502,8 @@ def token_expression(config: Config, path: str) -> str:
             if value == key.reveal() and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 return f"${name}"
     if config.server.access_keys:
-        for index, written in enumerate(written_access_keys(path)):
-            if Secret(written) in config.server.access_keys:
+        for index, key_text in enumerate(written_access_keys(path)):
+            if Secret(key_text) in config.server.access_keys:
                 code = 'import json,sys;k=json.load(open(sys.argv[1]))["server"]["access_key"]'
                 code += f";print(k if isinstance(k,str) else k[{index}])"
                 return f"$(python3 -c {shlex.quote(code)} {shlex.quote(path)})"
@@ -11325,13 +11516,12 @@ def token_expression(config: Config, path: str) -> str:
 
 
 def written_access_keys(path: str) -> list[str]:
-    """The access keys as they stand in the file, variables and all."""
+    """The access keys as they stand in the file."""
     try:
-        with open(path, encoding="utf-8") as file:
-            written = json.load(file)["server"]["access_key"]
-    except (OSError, ValueError, KeyError, TypeError):
+        keys = written(path)["server"]["access_key"]
+    except (KeyError, TypeError):
         return []
-    return [written] if isinstance(written, str) else [str(key) for key in written]
+    return [keys] if isinstance(keys, str) else [str(key) for key in keys]
 
 
 def curl_line(config: Config, url: str, token: str) -> str:
@@ -11343,9 +11533,11 @@ def curl_line(config: Config, url: str, token: str) -> str:
     except RelayError:
         to_echo = False
     if not to_echo:
-        return f'curl {url}/v1/models -H "x-api-key: {token}"'
-    body = '{"model":"echo","max_tokens":64,"messages":[{"role":"user","content":"Hello, relay!"}]}'
-    return f"curl {url}/v1/messages -H \"x-api-key: {token}\" -H 'content-type: application/json' -d '{body}'"
+        return f'curl {url}/v1/models \\\n{INDENT}-H "x-api-key: {token}"'
+    body = (
+        f'{{"model": "echo", "max_tokens": 64,\n{INDENT}"messages": [{{"role": "user", "content": "Hello, relay!"}}]}}'
+    )
+    return f"curl {url}/v1/messages \\\n{INDENT}-H \"x-api-key: {token}\" \\\n{INDENT}-d '{body}'"
 
 
 # The options of the command line with what checks each, and the commands: what runs them, the options they take.
@@ -11395,6 +11587,7 @@ def route_reasons(config: Config, name: str, passed: tuple[str, ...] = ()) -> li
     return [f"{name}: begins with the provider's name"]
 
 
+OPERANDS = {"token": "USER", "route": "MODEL"}
 COMMANDS: Mapping[str, tuple[Callable[..., int], Sequence[str]]] = {
     "serve": (run_serve, ("config", "host", "port")),
     "check": (run_check, ("config", "host", "port")),

@@ -4390,7 +4390,7 @@ def test_a_users_key_is_that_user_with_all_limits(upstream, relay):
     users = {"alice": {"key": [USER_KEY, OTHER_KEY, ""], "models": ["claude-*"], "requests_per_minute": 1},
              "bob": {"key": "bob-key-0123456789", "enabled": False}}  # fmt: skip
     it = relay({"anthropic": provider}, users=users, routes={"*": "anthropic"})
-    assert it.ask("GET", "/api/auth/me", None, token=OTHER_KEY).json == {"username": "alice", "admin": False}
+    assert it.ask("GET", "/api/auth/me", None, token=OTHER_KEY).json["username"] == "alice"
     assert it.post("/v1/messages", prompt("gpt-5"), token=USER_KEY).status == 403
     assert [it.post("/v1/messages", prompt(), token=key).status for key in (USER_KEY, OTHER_KEY)] == [200, 429]
     for wrong in ("bob-key-0123456789", USER_KEY[:-1], USER_KEY + "x"):
@@ -4559,6 +4559,59 @@ def test_a_file_in_utf_16_is_told_as_such(tmp_path):
     (tmp_path / "relay.json").write_text('{"providers": {}}', encoding="utf-16")
     with pytest.raises(monorelay.ConfigError, match=r"relay\.json: is in UTF-16; save it as UTF-8"):
         monorelay.load_config(str(tmp_path / "relay.json"), {})
+
+
+def test_what_is_probably_meant_is_said_or_all_that_there_is():
+    text = changed("providers/one/api_key", "k")
+    assert problems(text) == ["relay.json: providers.one.api_key: unknown key, did you mean keys?"]
+    (problem,) = problems(changed("users/alice/budget", 5))
+    assert problem.startswith("relay.json: users.alice.budget: unknown key; there are enabled, key, models, ")
+    (problem,) = problems(changed("providers/one/models", "claude-*"))
+    assert problem.endswith('must be a list: write ["claude-*"]')
+    (problem,) = problems(changed("routes/claude-*", 5))
+    assert problem.endswith("must be a string or a list of strings, not a number")
+
+
+def test_an_alias_to_nowhere_is_reported_with_all_else():
+    document = json.loads(changed("aliases/fast", ["claud-a", "gpt-5"]))
+    document["routes"]["claude-*"] = "onne"
+    document["users"]["alice"]["password"] = "secret"
+    document["aliases"]["by-route"] = "claude-x"
+    found = problems(json.dumps(document))
+    assert len(found) == 3, found
+    for place in ("aliases.fast: claud-a is neither", "routes.claude-*: there is no provider onne", "alice.password"):
+        assert any(place in problem for problem in found), found
+
+
+def test_a_password_without_jwt_secret_is_warned_of():
+    users = {"alice": {"password": PASSWORD_HASH}}
+    for secret, count in ((JWT_SECRET, 0), ("", 1)):
+        config = parse(users=users, server={"jwt_secret": secret})
+        for given in (config, monorelay.with_run_secrets(config, None)):
+            warnings = list(monorelay.config_warnings(given))
+            assert sum("server.jwt_secret: is not set" in warning for warning in warnings) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("clade-sonnet-4-5", "no route for the model 'clade-sonnet-4-5', did you mean claude-*?"),
+        ("fsat", "no route for the model 'fsat', did you mean fast?"),
+        ("zzz", "no route for the model 'zzz'; this relay knows a0, a1, a2, a3, a4, a5, a6, a7, …"),
+    ],
+)
+def test_a_model_without_route_is_told_what_is_close_or_what_there_is(name, told):
+    aliases = {"fast": "claude-x", **{f"a{number}": "claude-x" for number in range(9)}}
+    config = parse(routes={"claude-*": "anthropic"}, aliases=aliases)
+    with pytest.raises(monorelay.NotFound) as caught:
+        monorelay.resolve(config, name)
+    assert caught.value.message == told
+
+
+@pytest.mark.parametrize("count", [10, 10_000])
+def test_an_unknown_model_is_compared_with_few_patterns(count):
+    config = parse(routes={f"{'claude-' * 9}{number}*": "anthropic" for number in range(count)})
+    assert seconds_each(lambda: monorelay.close_models(config, "claude_" * 9), 3) < 0.05
 
 
 def test_a_route_is_explained(tmp_path):
@@ -6128,7 +6181,8 @@ def test_nobody_else_is_let_in(upstream, relay, lines, path):
 def test_any_subject_is_let_in_when_there_are_no_users(relay):
     it = relay({"echo": {}}, server={"jwt_secret": JWT_SECRET})
     token = jwt.encode(claims(sub="anyone"), JWT_SECRET, "HS256")
-    assert it.ask("GET", "/api/auth/me", token=token).json == {"username": "anyone", "admin": False}
+    me = it.ask("GET", "/api/auth/me", token=token).json
+    assert (me["username"], me["admin"], me["models"]) == ("anyone", False, None)
 
 
 def test_health_probes_and_telemetry_need_no_token_or_give_nothing(relay):
@@ -6155,14 +6209,59 @@ def test_login_refresh_and_me(relay):
         assert (got.json["token_type"], got.json["user"]) == ("bearer", {"username": "alice"})
         access = jwt.decode(got.json["access_token"], JWT_SECRET, ["HS256"])
         assert access["sub"] == "alice" and 0 < access["exp"] - time.time() <= got.json["expires_in"]
-        assert it.ask("GET", "/api/auth/me", token=got.json["access_token"]).json == {
-            "username": "alice",
-            "admin": False,
-        }
+        me = it.ask("GET", "/api/auth/me", token=got.json["access_token"]).json
+        assert (me["username"], me["admin"], me["expires"]) == ("alice", False, access["exp"])
         assert it.post("/v1/messages", prompt("echo"), token=got.json["access_token"]).status == 200
         assert it.post("/v1/messages", prompt("echo"), token=got.json["refresh_token"]).status == 401
         got = it.post("/api/auth/refresh", {"refresh_token": got.json["refresh_token"]}, token="")
     assert it.ask("GET", "/api/auth/me").json["admin"] is True
+
+
+def test_me_tells_limits_and_what_is_left_of_them(upstream, relay):
+    key = "key-of-alice-0123456789"
+    users = {"alice": {"key": key, "models": ["claude-*"], "requests_per_minute": 2}}
+    it = relay({"anthropic": upstream(answer())}, users=users)
+    for left in (2, 1, 0, 0):
+        assert it.ask("GET", "/api/auth/me", token=key).json == {
+            "username": "alice", "admin": False, "expires": None, "models": ["claude-*"], "requests_per_minute": 2,
+            "requests_left": left,
+        }  # fmt: skip
+        it.post("/v1/messages", prompt(), token=key)
+    assert it.ask("GET", "/api/auth/me").json == {
+        "username": "admin", "admin": True, "expires": None, "models": None, "requests_per_minute": None,
+        "requests_left": None,
+    }  # fmt: skip
+
+
+def test_who_may_not_or_not_now_is_told_what_may_be_and_when(upstream, relay):
+    key = "key-of-alice-0123456789"
+    users = {"alice": {"key": key, "models": ["claude-*", "fast"], "requests_per_minute": 1}}
+    it = relay({"anthropic": upstream(answer())}, users=users)
+    got = it.post("/v1/messages", prompt("gpt-5"), token=key)
+    message = refused(got, 403, "permission_error")
+    assert message == "alice may not use the model 'gpt-5', only claude-*, fast"
+    assert it.post("/v1/messages", prompt(), token=key).status == 200
+    got = it.post("/v1/messages", prompt(), token=key)
+    message = refused(got, 429, "rate_limit_error")
+    assert message == f"alice is over 1 requests a minute; again in {got.get('retry-after')} s"
+
+
+def test_a_disabled_provider_has_a_code_of_its_own(relay):
+    it = relay({"anthropic": {"base_url": "http://127.0.0.1:9", "enabled": False}})
+    got = it.post("/v1/messages", prompt())
+    assert "is disabled" in refused(got, 503, "api_error")
+    assert (got.get("x-monorelay-error"), got.get("x-should-retry")) == ("provider_disabled", "false")
+
+
+@pytest.mark.parametrize("secret", ["", JWT_SECRET])
+def test_a_providers_key_is_told_from_a_token(relay, secret):
+    it = relay({"echo": {}}, server={"jwt_secret": secret})
+    for token in ("sk-ant-api03-abc", "sk-proj-abc"):
+        message = refused(it.ask("GET", "/v1/models", token=token), 401, "authentication_error", openai_shape=True)
+        assert message == "this is a provider's key; use the relay's own"
+    expired = jwt.encode(claims(exp=1), JWT_SECRET, "HS256")
+    got = it.ask("GET", "/v1/models", None, f"Authorization: Bearer {expired}", token="sk-ant-api03-abc")
+    assert "provider's key" not in got.json["error"]["message"], "the other token tells more"
 
 
 @pytest.mark.parametrize(
@@ -6648,6 +6747,8 @@ def test_a_batch_with_a_model_beside_it_is_never_sent_twice(upstream, relay):
         ("GET", "/favicon.ico", None, 404, "not_found_error", ""),
         ("GET", "/v1/messages", None, 405, "invalid_request_error", ""),
         ("DELETE", "/v1/models", None, 405, "invalid_request_error", ""),
+        ("POST", "/v1/messages", b' {\n "model": x}', 400, "invalid_request_error", "line 2 column 11: Expecting"),
+        ("POST", "/v1/messages", b'\xef\xbb\xbf{"model": "x"}', 400, "invalid_request_error", "a byte order mark"),
         ("POST", "/health", {}, 405, "invalid_request_error", ""),
         ("GET", "/api/auth/login", None, 405, "invalid_request_error", ""),
         ("TRACE", "/v1/messages", None, 405, "invalid_request_error", ""),
@@ -7615,6 +7716,19 @@ def test_a_body_over_the_limit_is_a_413_that_a_sending_client_can_read(upstream,
     assert not provider.requests
 
 
+def test_a_413_tells_the_limit_in_megabytes_and_its_setting(upstream, relay):
+    it = relay({"anthropic": upstream(answer())}, server={"max_body_mb": 0.5, "max_upload_mb": 1})
+    large = b'{"model":"claude-test","x":"' + b"0" * (2 << 20) + b'"}'
+    for path, body, more, words in (
+        ("/v1/messages", large, [], "0.5 MB (server.max_body_mb)"),
+        ("/v1/messages", gzip.compress(large), ["Content-Encoding: gzip"], "0.5 MB (server.max_body_mb)"),
+        ("/v1/files", large, [], "1 MB (server.max_upload_mb)"),
+    ):
+        with it.client() as client:
+            got = client.ask("POST", path, body, ANTHROPIC_VERSION, *more)
+        assert words in refused(got, 413, "request_too_large")
+
+
 def test_an_upload_streams_through_while_it_is_sent(upstream, relay):
     gate, half = threading.Event(), b"x" * 100_000
 
@@ -8084,6 +8198,15 @@ def test_each_request_is_one_line_that_tells_what_happened(upstream, relay):
     assert all(hidden not in line for hidden in ("secret=query", TOKEN, "sk-a", "Hello"))
     it.post("/v1/messages", prompt())
     assert it.logged("=31", "=7")
+
+
+def test_who_speaks_tls_to_the_port_is_a_warning_now_and_then(relay):
+    it = relay({"echo": {}})
+    for _ in range(3):
+        with it.client() as client, pytest.raises(ssl.SSLError):
+            ssl.create_default_context().wrap_socket(client.sock, server_hostname="localhost")
+    it.logged("127.0.0.1 speaks TLS to this port", "http://")
+    assert it.log.getvalue().count("speaks TLS") == 1
 
 
 def test_the_log_can_be_json_or_off(relay):
@@ -9203,6 +9326,32 @@ def program(tmp_path) -> Iterator[Callable[..., Program]]:
         assert "Traceback" not in one.text(), one.text()
 
 
+@pytest.mark.parametrize("arguments", [["token", "--help"], ["help", "token"]])
+def test_a_command_has_a_help_of_its_own(tmp_path, arguments):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("usage: monorelay.py token USER [--config FILE] [--expires")
+    assert "a JWT" in done.stdout and "--port" not in done.stdout
+
+
+def test_an_older_python_is_told_so_in_the_first_line_that_it_can_not_read():
+    lines = (HERE / "monorelay.py").read_text("utf-8").splitlines()
+    assert re.match(r"#.*?coding[:=] *utf-8\b", lines[1]), "Python 2 reads no other file"
+    first = next(number for number, line in enumerate(lines) if re.search(r"\bf[\"']", line))
+    assert "needs Python 3.9 or later" in lines[first]
+    assert not [line for line in lines[:first] if re.match(r"\w+ *[:=]|class |def |@", line)], "nothing is made before"
+
+
+@pytest.mark.parametrize("version", ["2.7", "3.6", "3.7", "3.8"])
+def test_an_older_python_prints_what_is_needed(version, tmp_path):
+    elsewhere = next(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"), None)
+    python = elsewhere or shutil.which(f"python{version}")
+    if not python:
+        pytest.skip(f"there is no Python {version} here")
+    done = subprocess.run([python, PROGRAM[1]], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and "MonoRelay needs Python 3.9 or later, this is " in done.stderr
+    assert version == "2.7" or done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("option", ["--version", "--help"])
 def test_version_and_help(tmp_path, option):
     done = run(option, cwd=tmp_path)
@@ -9210,11 +9359,47 @@ def test_version_and_help(tmp_path, option):
     assert monorelay.__version__ in done.stdout if option == "--version" else "hash-password" in done.stdout
 
 
+def curl_command(it: Program) -> str:
+    """What the banner says to try."""
+    eventually(lambda: "stop it" in it.text())
+    return re.search(r"^  try it +(curl .*\n(?: {15}.*\n)*)", it.text(), re.M)[1]
+
+
+def test_the_banner_tells_what_is_missing_and_fits_a_terminal(program):
+    config = settings({"anthropic": {"base_url": "https://a.example", "keys": ["${SOME_KEY:-}"]},
+                       "openai": {"base_url": "https://o.example/v1", "keys": []}, "echo": {}},
+                      routes={"claude-*": ["anthropic", "echo"], "gpt-*": "openai"},
+                      server={"access_key": "${OWNER_KEY}"}, aliases={f"alias-{n}": "claude-x" for n in range(9)},
+                      users={f"user-{n}": {} for n in range(20)})  # fmt: skip
+    it = program(config, env={**os.environ, "OWNER_KEY": TOKEN})
+    curl_command(it)
+    lines = it.text().splitlines()
+    assert max(map(len, lines[1:])) <= 80, lines
+    told = " ".join(it.text().split())
+    assert "missing anthropic has no key: set SOME_KEY; until then echo answers for claude-*" in told
+    assert "missing openai has no key: put one into providers.openai.keys" in told and "gpt-* clients" not in told
+    assert "(in a shell where OWNER_KEY is set as here)" in told and "Ctrl-C" in told
+    assert f"ANTHROPIC_BASE_URL={it.url} \\ ANTHROPIC_AUTH_TOKEN=$OWNER_KEY claude" in told and TOKEN not in told
+
+
+def test_claude_codes_line_of_the_banner_can_be_pasted(program):
+    config = settings({"echo": {}})
+    del config["server"]["access_key"]
+    it = program(config, env={name: value for name, value in os.environ.items() if name != "MONORELAY_ACCESS_KEY"})
+    curl_command(it)
+    line = re.search(r"ANTHROPIC_BASE_URL=.*? claude$", it.text(), re.M | re.S)[0]
+    done = subprocess.run(["bash", "-c", line.removesuffix("claude") + "env"], capture_output=True, text=True)
+    given = dict(entry.split("=", 1) for entry in done.stdout.splitlines() if entry.startswith("ANTHROPIC_"))
+    with Client(given["ANTHROPIC_BASE_URL"]) as client:
+        assert client.ask("GET", "/api/auth/me", token=given["ANTHROPIC_AUTH_TOKEN"]).status == 200
+
+
 def test_the_banner_never_shows_a_key_of_the_owner(program):
     key = "mr-chosen-by-the-owner"
     it = program(settings({"echo": {}}, server={"access_key": key}))
-    line = re.search(r"^ *try it +(curl .*)$", it.text(), re.M)[1]
-    done = subprocess.run(["bash", "-c", line], cwd="/", capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    done = subprocess.run(
+        ["bash", "-c", curl_command(it)], cwd="/", capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+    )
     assert json.loads(done.stdout)["type"] == "message" and key not in it.text()
 
 
@@ -9261,6 +9446,27 @@ def test_an_edit_of_the_env_file_is_taken_up(program, tmp_path):
     (tmp_path / "keys.env").write_text("OWNER=second-key-0123456789\n")
     eventually(lambda: "was reloaded" in it.text())
     assert [status(f"{which}-key-0123456789") for which in ("first", "second")] == [401, 200]
+
+
+@pytest.mark.parametrize(("again", "status"), [(b"horse\n", 0), (b"house\n", 1)])
+def test_hash_password_asks_twice_at_a_terminal(tmp_path, again, status):
+    near, far = os.openpty()
+    process = subprocess.Popen([*PROGRAM, "hash-password"], cwd=tmp_path, stdin=far, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    try:
+        seen = b""
+        for prompt_text, typed in ((b"Password: ", b"horse\n"), (b"Again: ", again)):
+            while not seen.endswith(prompt_text):
+                seen += process.stderr.read(1)
+            os.write(near, typed)
+        printed, rest = process.communicate(timeout=TIMEOUT_SECONDS)
+    finally:
+        process.kill()
+        os.close(near)
+        os.close(far)
+    assert process.returncode == status
+    assert monorelay.check_password("horse", printed.decode().strip()) == (status == 0)
+    assert (b"two passwords" in rest) == (status == 1)
 
 
 def test_an_edit_of_the_price_file_is_taken_up_and_a_broken_one_keeps_the_old_prices(relay, tmp_path):
@@ -9402,7 +9608,9 @@ def test_hash_password_reads_stdin(tmp_path):
         (["chek"], "there is no command chek, did you mean check?"),
         (["--prot", "80"], "option --prot not recognized, did you mean --port?"),
         (["--port"], "option --port requires argument"),
-        (["--port", "high"], "--port must be a number"),
+        (["--port", "high"], "--port must be a number, not a string: 'high'"),
+        (["start"], "there is no command start, did you mean serve?"),
+        (["users"], "there is no command users; see"),
         (["--config", ""], "--config must not be empty"),
         (["check", "--expires", "3d"], "check takes no --expires"),
         (["check", "this"], "check takes nothing but options"),
@@ -9426,6 +9634,12 @@ def test_token_makes_a_jwt_for_a_user(tmp_path):
         and claimed["sub"] == "alice"
         and abs(claimed["exp"] - time.time() - 30 * 86400) < 60
     )
+    assert done.stderr == f"valid for alice until {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(claimed['exp']))}\n"
+    (tmp_path / "relay.json").rename(tmp_path / "team.json")
+    assert run("token", "alcie", "--config", "team.json", cwd=tmp_path).stderr == (
+        "team.json: users: there is no alcie, did you mean alice?\n"
+    )
+    (tmp_path / "team.json").rename(tmp_path / "relay.json")
     for arguments in (["nobody"], ["alice", "--expires", "soon"], ["alice", "--expires", "-1d"]):
         done = run("token", *arguments, cwd=tmp_path)
         assert done.returncode and done.stdout == "" and "Traceback" not in done.stderr, arguments
@@ -9497,10 +9711,8 @@ def test_the_banners_curl_line_works_as_pasted(program, tmp_path):
     config = settings({"echo": {}, "openai": {"base_url": "https://a.example", "keys": []}})
     del config["server"]["access_key"]
     it = program(config)
-    text = it.text()
+    command, text = curl_command(it), it.text()
     assert "echo" in text and "openai" in text and f"{it.url}/v1" in text and "ANTHROPIC_BASE_URL" in text
-    command = text[text.index("curl ") :]
-    command = re.split(r"(?<!\\)\n", command)[0]
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=10)
     assert done.returncode == 0 and json.loads(done.stdout)["type"] == "message", (command, done)
     it.signal(signal.SIGTERM)
