@@ -71,6 +71,11 @@ from collections.abc import Collection, Coroutine, Generator, Iterable, Iterator
 from typing import IO, Any, Callable, NamedTuple, NoReturn, Optional, TypeVar, Union
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
+try:
+    from compression import zstd  # type: ignore[import-not-found]
+except ImportError:  # Python before 3.14, or built without it
+    zstd = None
+
 if sys.version_info < (3, 9):  # noqa: UP036
     sys.exit(f"MonoRelay needs Python 3.9 or later, this is {sys.version.split()[0]}")
 
@@ -116,6 +121,7 @@ RECEIVE_BYTES = 64 * 1024
 JSON_VALUES = 1_000_000
 TLS_RECEIVE_BYTES = 16 * 1024  # one record's; of the shortest ones, which may cost 10 µs each, it holds some 600
 INFLATED_BYTES = 64 * 1024  # at a time
+ZSTD_WINDOW_LOG = 23  # 8 MiB, the most that a sender may want to be remembered (RFC 9659 §3)
 FORM_SEEN_BYTES = 64 * 1024  # of a form are read for its model, which stands before its file
 FORM_FIELD_BYTES = 4096  # of the header of a part in it, and of the model
 # What is held of a side that sends faster than the other takes it, or of a client that sends ahead.
@@ -3703,33 +3709,53 @@ class FormWalk:
 
 
 class Inflater:
-    """Decompresses a gzip or deflate body in steps. Raises UnsupportedCoding for any other."""
+    """Decompresses a body in steps: gzip, deflate and, where Python has it, zstd. Raises UnsupportedCoding for any
+    other coding."""
 
     def __init__(self, pieces: Iterable[bytes], coding: str) -> None:
-        if coding not in ("gzip", "x-gzip", "deflate"):
-            name = header_text(coding[:100])
-            raise UnsupportedCoding(f"the content-encoding {name} can't be read here; send gzip or none")
         self._pieces = iter(pieces)
         self._coding = coding
-        # 32 lets zlib tell gzip and zlib headers apart (zlib manual, inflateInit2).
-        self._inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)
+        self._inflater: Any
+        if coding == "zstd" and zstd:
+            limit = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
+            self._inflater, self._decompress = zstd.ZstdDecompressor(options=limit), self._decompress_zstd
+        elif coding in ("gzip", "x-gzip", "deflate"):
+            # 32 lets zlib tell gzip and zlib headers apart (zlib manual, inflateInit2).
+            self._inflater, self._decompress = zlib.decompressobj(32 + zlib.MAX_WBITS), self._decompress_zlib
+        else:
+            hint = "; for Codex, set features.enable_request_compression=false" if coding == "zstd" else ""
+            name = header_text(coding[:100])
+            raise UnsupportedCoding(f"the content-encoding {name} can't be read here; send gzip or none{hint}")
 
     @property
     def finished(self) -> bool:
         """Whether the content is whole."""
-        return self._inflater.eof
+        return bool(self._inflater.eof)
 
     def go_on(self) -> bytes:
         """The next piece of the content, of INFLATED_BYTES at most. Raises BadRequest."""
-        data = self._inflater.unconsumed_tail or next(self._pieces, b"")
-        try:
-            content = self._inflater.decompress(data, INFLATED_BYTES)
-        except zlib.error:
-            content, data = b"", b""
+        content, goes_on = self._decompress()
         over_limit = self.finished and (self._inflater.unused_data or any(self._pieces))
-        if over_limit or not (data or content or self.finished):
+        if over_limit or not (goes_on or content or self.finished):
             raise BadRequest(f"the body is not what its content-encoding {self._coding} says")
         return content
+
+    def _decompress_zlib(self) -> tuple[bytes, bool]:
+        """The next content, and whether there was something to decompress."""
+        data = self._inflater.unconsumed_tail or next(self._pieces, b"")
+        try:
+            return self._inflater.decompress(data, INFLATED_BYTES), bool(data)
+        except zlib.error:
+            return b"", False
+
+    def _decompress_zstd(self) -> tuple[bytes, bool]:
+        """The same; what it hasn't decompressed yet, the decompressor keeps."""
+        held = not self._inflater.needs_input
+        data = b"" if held else next(self._pieces, b"")
+        try:
+            return self._inflater.decompress(data, INFLATED_BYTES), held or bool(data)
+        except zstd.ZstdError:
+            return b"", False
 
 
 # ==== Event streams =================================================================================
