@@ -1085,6 +1085,9 @@ def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.jso
     if not is_text(document.get("env_file", "")):
         problems.add("env_file", "must be the path of a file")
     sections = {key: read_object(document.get(key, {}), key, problems) for key in SECTIONS}
+    for key in SECTIONS:
+        if "" in sections[key]:
+            problems.add(key, "a name in it is empty")
     server = read_settings(SERVER_SETTINGS, sections["server"], "server", problems)
     server["access_keys"] = server.pop("access_key")
     users = {user: read_user(user, given, problems) for user, given in sections["users"].items()}

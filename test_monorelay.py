@@ -888,6 +888,8 @@ def test_config_reports_all_problems_at_once():
         ("users/alice/tokens_since", 1700000000, "users.alice.tokens_since"),
         ("users/alice/tokens_since", "2026-02-30T12:00:00Z", "users.alice.tokens_since"),
         ("providers", [], "providers"),
+        *((section, {"": {}}, f"{section}: a name in it is empty") for section in ("users", "providers")),
+        *((section, {"": "one"}, f"{section}: a name in it is empty") for section in ("aliases", "routes")),
         ("providers/one", "https://x.example", "providers.one"),
         ("providers/one/format", "antropic", "providers.one.format"),
         ("providers/one/base_url", "one.example", "providers.one.base_url"),
@@ -9388,7 +9390,8 @@ def test_an_older_python_is_told_so_in_the_first_line_that_it_can_not_read():
     assert re.match(r"#.*?coding[:=] *utf-8\b", lines[1]), "Python 2 reads no other file"
     first = next(number for number, line in enumerate(lines) if re.search(r"\bf[\"']", line))
     assert "needs Python 3.9 or later" in lines[first]
-    assert not [line for line in lines[:first] if re.match(r"\w+ *(:.*)?=|class |def |@", line)], "nothing is made before"
+    made = [line for line in lines[:first] if re.match(r"\w+ *(:.*)?=|class |def |@", line)]
+    assert not made, "nothing is made before"
 
 
 @pytest.mark.parametrize("version", ["2.7", "3.6", "3.7", "3.8"])
