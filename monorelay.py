@@ -4378,7 +4378,8 @@ def echo_response(
         require(request, "model", is_text, "Input should be a valid string")
         asked_error(request["model"])
         try:
-            if any(beta.startswith("mid-conversation-system-") for beta in betas):
+            request["betas"] = betas  # as the SDKs call them
+            if has_beta(request, "mid-conversation-"):
                 request["messages"] = without_system_turns(request.get("messages"))
             return compose(request, hashlib.sha256(body).hexdigest()[:24], int(now))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
@@ -4393,6 +4394,11 @@ def echo_error(path: str, fault: EchoFault, request_id: str) -> EchoResponse:
     kind = ERROR_KINDS.get(fault.status, "api_error" if fault.status >= 500 else "invalid_request_error")
     document = error_body(format, kind, str(fault), kind, request_id)
     return EchoResponse(fault.status, "application/json", [(0.0, document)], len(document))
+
+
+def has_beta(request: JsonDict, name: str) -> bool:
+    """Whether a request asks for a version of this beta."""
+    return any(beta.startswith(name) for beta in request["betas"])
 
 
 def without_system_turns(messages: Any) -> Any:
@@ -4669,7 +4675,8 @@ def check_sampling(request: JsonDict) -> None:
         require(thinking, "budget_tokens", is_whole, "Input should be a valid integer", "thinking.enabled.")
         if thinking["budget_tokens"] < 1024:
             raise EchoFault(400, "thinking.enabled.budget_tokens: Input should be greater than or equal to 1024")
-        if thinking["budget_tokens"] >= request["max_tokens"]:
+        # Interleaved, the budget is that of all turns together.
+        if thinking["budget_tokens"] >= request["max_tokens"] and not has_beta(request, "interleaved-thinking-"):
             raise EchoFault(400, "`max_tokens` must be greater than `thinking.budget_tokens`")
 
 
@@ -4916,7 +4923,8 @@ def echo_responses(request: JsonDict, identity: str, now: int) -> EchoResponse:
     results = items[-1].get("type") == "function_call_output"
     asked = [item for item in items if item.get("role") == "user"] or items
     text = str(items[-1].get("output")) if results else content_text(asked[-1].get("content"))
-    tools = [{"name": tool["name"], "input_schema": tool.get("parameters")} for tool in request.get("tools") or []]
+    functions = [tool for tool in request.get("tools") or [] if tool.get("type", "function") == "function"]
+    tools = [{"name": tool["name"], "input_schema": tool.get("parameters")} for tool in functions]
     tool = {} if results else called_tool({"model": request["model"], "tools": tools})
     limited = {**request, "max_tokens": request.get("max_output_tokens"), "messages": items}
     reply = openai_reply(limited, f"resp_{identity}", text, tool)
@@ -8101,7 +8109,7 @@ class Exchange:
         self.check_may_call()
         if not self.may_use(facts.model):
             allowed = self.caller.user.models if self.caller.user and self.caller.user.models else ()
-            only = f"only {listing(allowed)}" if allowed else "and no other"
+            only = f"only {listing(allowed)}" if allowed else "nor any other"
             raise Forbidden(f"{self.record.caller} may not use the model {facts.model!r}, {only}")
         if self.is_restricted() and self._is_ambiguous(facts):
             raise hidden_model(self.caller)

@@ -2791,11 +2791,27 @@ def test_echo_takes_system_turns_only_with_their_beta(echo):
     beta = "anthropic-beta: claude-code-20250219,mid-conversation-system-2026-04-07"
     taken = echo.ask("POST", "/v1/messages", asked, ANTHROPIC_VERSION, beta)
     assert (taken.status, taken.json["content"][0]["text"]) == (200, "And that.")
+    other = "anthropic-beta: mid-conversation-tool-changes-2026-07-01"
+    assert echo.ask("POST", "/v1/messages", asked, ANTHROPIC_VERSION, other).status == 200
     refusal = echo.ask("POST", "/v1/messages", asked, ANTHROPIC_VERSION)
     assert refusal.status == 400 and refusal.json["error"]["message"].startswith("messages.1.role: ")
     nobody = json.dumps(prompt("echo", messages=None)).encode()
     refusal = echo.ask("POST", "/v1/messages", nobody, ANTHROPIC_VERSION, beta)
     assert refusal.status == 400 and refusal.json["error"]["message"].startswith("messages: ")
+
+
+@pytest.mark.parametrize(("beta", "status"), [("interleaved-thinking-2025-05-14", 200), ("claude-code-20250219", 400)])
+def test_echo_takes_a_budget_for_thinking_above_max_tokens_only_with_its_beta(echo, beta, status):
+    asked = prompt("echo", max_tokens=1024, thinking={"type": "enabled", "budget_tokens": 4096})
+    got = echo.post("/v1/messages", asked, ANTHROPIC_VERSION, f"anthropic-beta: {beta}")
+    assert got.status == status and (status == 200 or "budget_tokens" in got.json["error"]["message"])
+
+
+def test_echo_calls_functions_and_no_tools_of_other_kinds(echo):
+    look, search = {"type": "function", "name": "look"}, {"type": "web_search"}
+    for model, tools in (("echo", [search]), ("echo-tool", [search, look])):
+        got = echo.post("/v1/responses", {"model": model, "input": "hi", "tools": tools})
+        assert got.status == 200 and got.json["output"][0].get("name") == (None if model == "echo" else "look")
 
 
 def test_echo_speaks_openai(echo):
@@ -6237,6 +6253,9 @@ def test_me_tells_limits_and_what_is_left_of_them(upstream, relay):
 
 def test_who_may_not_or_not_now_is_told_what_may_be_and_when(upstream, relay):
     key = "key-of-alice-0123456789"
+    nothing = relay({"echo": {}}, users={"alice": {"key": key, "models": []}})
+    message = refused(nothing.post("/v1/messages", prompt("echo"), token=key), 403, "permission_error")
+    assert message == "alice may not use the model 'echo', nor any other"
     users = {"alice": {"key": key, "models": ["claude-*", "fast"], "requests_per_minute": 1}}
     it = relay({"anthropic": upstream(answer())}, users=users)
     got = it.post("/v1/messages", prompt("gpt-5"), token=key)
