@@ -5862,7 +5862,7 @@ class LogWriter:
         """Takes the lines of the banner. Of those that come as several, commands, none is broken."""
         if self.style == "json":
             for line in lines:
-                self.say(line.strip())
+                self.say(" ".join(line.replace("\\\n", "").split()))
         elif lines:
             self._put("\n".join(line if "\n" in line else BANNER_LINE.fill(line) for line in lines))
 
@@ -10185,6 +10185,11 @@ def may_have_price(prices: Prices, provider: Provider, pattern: str) -> bool:
 def file_warnings(path: str, config: Config) -> Iterator[str]:
     """What is probably wrong, and what is unsafe about the file itself: secrets in it that others may read."""
     yield from config_warnings(config)
+    for provider in config.providers.values():
+        try:
+            proxy_for(provider)
+        except OSError as error:
+            yield f"providers.{provider.name}: the proxy to it can't be used: {error.strerror}"
     try:
         with open(path, encoding="utf-8") as file:
             source = file.read()
@@ -11481,7 +11486,7 @@ def banner(config: Config, path: str, url: str, made_up: bool) -> Iterator[str]:
     yield f"  try it     {curl_line(config, url, token)}"
     if re.fullmatch(r"\$\w+", token):
         yield f"             (in a shell where {token[1:]} is set as here)"
-    shown = token or "THE_KEY_OF_A_USER"
+    shown = token or "YOUR_KEY"
     yield f"  clients    Claude Code:\n{INDENT}ANTHROPIC_BASE_URL={url} \\\n{INDENT}ANTHROPIC_AUTH_TOKEN={shown} claude"
     yield f"             Anthropic SDKs: base_url {url}"
     yield f"             OpenAI SDKs, Vercel AI SDK: base_url {url}/v1"
@@ -11544,12 +11549,22 @@ def token_expression(config: Config, path: str) -> str:
                 code = 'import json,sys;k=json.load(open(sys.argv[1]))["server"]["access_key"]'
                 code += f";print(k if isinstance(k,str) else k[{index}])"
                 return f"$(python3 -c {shlex.quote(code)} {shlex.quote(path)})"
+            elsewhere = re.fullmatch(VARIABLE, key_text)
+            if elsewhere:
+                return from_file(elsewhere[1], os.path.dirname(path), config.env_file)
     if config.server.access_keys or not config.server.jwt_secret:
         return ""
     anybody = "me" if config.any_subject else ""
     user = next((user.name for user in config.users.values() if user.models is None), anybody)
     command = ["python3", os.path.abspath(__file__), "token", user, "--config", path]
     return f"$({' '.join(map(shlex.quote, command))})" if user else ""
+
+
+def from_file(name: str, folder: str, env_file: str) -> str:
+    """What a shell replaces by a variable of the env_file, or by what the file holds that it names."""
+    if name.startswith("file:"):
+        return f"$(cat {shlex.quote(os.path.join(folder, name[len('file:') :]))})"
+    return f'$(. {shlex.quote(os.path.join(folder, env_file))}; echo "${name}")' if env_file else ""
 
 
 def written_access_keys(path: str) -> list[str]:

@@ -9466,6 +9466,25 @@ def test_claude_codes_line_of_the_banner_can_be_pasted(program):
         assert client.ask("GET", "/api/auth/me", token=given["ANTHROPIC_AUTH_TOKEN"]).status == 200
 
 
+@pytest.mark.parametrize("kept_in", ["env_file", "file"])
+def test_the_banners_curl_line_finds_a_key_that_is_kept_in_a_file(program, tmp_path, kept_in):
+    (tmp_path / "keys.env").write_text("OWNER='key-in-a-file-0123456789'\n")
+    (tmp_path / "key").write_text("key-in-a-file-0123456789\n")
+    key = "${OWNER}" if kept_in == "env_file" else "${file:key}"
+    it = program({**settings({"echo": {}}, server={"access_key": key}), "env_file": "keys.env"})
+    done = subprocess.run(["bash", "-c", curl_command(it)], cwd="/", capture_output=True, text=True, timeout=10)
+    assert json.loads(done.stdout)["type"] == "message" and "key-in-a-file" not in it.text()
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1080", "http://127.0.0.1:1080"])
+def test_a_proxy_that_is_not_http_is_told_at_the_start(tmp_path, proxy):
+    (tmp_path / "relay.json").write_text(json.dumps(settings({"anthropic": {"base_url": "https://a.example"}})))
+    done = run("check", cwd=tmp_path, env={**os.environ, "HTTPS_PROXY": proxy, "https_proxy": proxy, "NO_PROXY": ""})
+    assert done.returncode == 0
+    told = "warning: providers.anthropic: the proxy to it can't be used: a proxy by socks5"
+    assert (told in done.stdout) == proxy.startswith("socks")
+
+
 def test_the_banner_never_shows_a_key_of_the_owner(program):
     key = "mr-chosen-by-the-owner"
     it = program(settings({"echo": {}}, server={"access_key": key}))
