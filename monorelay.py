@@ -124,6 +124,7 @@ INFLATED_BYTES = 64 * 1024  # at a time
 ZSTD_WINDOW_LOG = 23  # 8 MiB, the most that a sender may want to be remembered (RFC 9659 §3)
 FORM_SEEN_BYTES = 64 * 1024  # of a form are read for its model, which stands before its file
 FORM_FIELD_BYTES = 4096  # of the header of a part in it, and of the model
+FORM_PARTS = 100  # are looked at; most forms have two or three
 # What is held of a side that sends faster than the other takes it, or of a client that sends ahead.
 HELD_BYTES = 256 * 1024
 # The same of a client that hasn't shown a token: a head's worth, and mostly far less.
@@ -3632,6 +3633,7 @@ class FormWalk:
         self._at = -2  # how many bytes are
         self._go_on: Callable[[], bool] = self._pass_content  # False when more has to come first
         self._in_model = False
+        self._parts = 0
 
     @property
     def seen(self) -> int:
@@ -3677,8 +3679,9 @@ class FormWalk:
         if end < 4:
             return len(self._held) > FORM_FIELD_BYTES and self._give_up()
         header = self._held[:end]
-        match = PART_HEADER.fullmatch(header)
-        if not match or end > FORM_FIELD_BYTES:
+        match = PART_HEADER.fullmatch(header) if end <= FORM_FIELD_BYTES else None
+        self._parts += 1
+        if not match or self._parts > FORM_PARTS:
             return self._give_up()
         name, file = match[1].decode("utf-8", "replace"), match[2]
         if name == "model" and not file and not self.settled:

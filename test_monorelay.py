@@ -7877,6 +7877,18 @@ def test_a_forms_model_is_found_as_clients_write_it(header):
     assert fed([body])[0::2] == ("whisper-1", False)
 
 
+@pytest.mark.parametrize("filling", ["many parts", "boundaries", "almost boundaries", "a long header"])
+def test_no_form_takes_long(filling):
+    body = {
+        "many parts": form(*[("a", "")] * 5_000),
+        "boundaries": form(file=b"--b0undary" * 25_000),
+        "almost boundaries": form(file=b"\r\n--b0undar" * 20_000),
+        "a long header": form(("a" * 250_000, "")),
+    }[filling]
+    pieces = [body[start : start + 64] for start in range(0, 16_000, 64)]
+    assert seconds_each(lambda: fed([body]), 1) < 0.02 and seconds_each(lambda: fed(pieces), 1) < 0.02
+
+
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 @pytest.mark.parametrize(("asked", "sent"), [("whisper-1", "whisper-1"), ("ears", "gpt-4o-transcribe")])
 def test_a_forms_model_decides_where_it_goes_and_its_file_streams_through(upstream, relay, asked, sent, framing):
