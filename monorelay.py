@@ -2544,6 +2544,11 @@ def window_end(window: str) -> float:
     return (end - datetime.date(1970, 1, 1)).days * 86400.0
 
 
+def usd_text(nano: float) -> str:
+    """So many 10^-9 USD for people: cents, and two more digits of what is less than a dollar."""
+    return f"${nano / 1e9:,.2f}" if nano >= 1e9 or not nano else f"${nano / 1e9:.4f}"
+
+
 def spent_over(user: User, spent: Callable[[str], tuple[int, int]], now: float) -> Optional[Overspent]:
     """The budget that keeps the user from starting another request; of several, the one that lasts longest. spent()
     tells what was spent in a window: 10^-9 USD, and tokens without those read from a cache."""
@@ -2555,7 +2560,9 @@ def spent_over(user: User, spent: Callable[[str], tuple[int, int]], now: float) 
         until = datetime.datetime.fromtimestamp(window_end(window), datetime.timezone.utc)
         rest = f"in {window} (UTC); the budget begins anew at {until:%Y-%m-%dT%H:%M:%SZ}"
         if usd and cost * PRICE_UNIT >= exact(usd) * 10**9:
-            return Overspent(f"{user.name} has spent ${cost / 1e9:.2f} of ${usd:.2f} {rest}", window_end(window))
+            return Overspent(
+                f"{user.name} has spent {usd_text(cost)} of {usd_text(usd * 1e9)} {rest}", window_end(window)
+            )
         if tokens and count >= tokens:
             return Overspent(f"{user.name} has used {count} of {tokens} tokens {rest}", window_end(window))
     return None
@@ -8164,7 +8171,9 @@ class Exchange:
             wait = self.service.requests.wait_seconds(self.caller.name, limit, self.loop.now)
             workers.show_soon()
             if wait:
-                raise RateLimited(f"{self.caller.name} is over {limit} requests a minute; again in {math.ceil(wait)} s", wait)
+                raise RateLimited(
+                    f"{self.caller.name} is over {limit} requests a minute; again in {math.ceil(wait)} s", wait
+                )
 
     # -- its body
 
@@ -8386,7 +8395,14 @@ async def answer_me(exchange: Exchange) -> Response:
     """Tells whose token it is, how long it lasts, and what its user may do."""
     caller = exchange.caller
     return exchange.respond(
-        200, {"username": caller.name, "admin": caller.admin, "expires": caller.expires, **limits_of(exchange)}
+        200,
+        {
+            "username": caller.name,
+            "admin": caller.admin,
+            "viewer": caller.sees_all and not caller.admin,
+            "expires": caller.expires,
+            **limits_of(exchange),
+        },
     )
 
 
@@ -8398,6 +8414,7 @@ def limits_of(exchange: Exchange) -> JsonDict:
         "models": list(user.models) if user and user.models is not None else None,
         "requests_per_minute": a_minute or None,
         "requests_left": exchange.service.requests.left(exchange.caller.name, a_minute, now) if a_minute else None,
+        "budgets": exchange.service.budgets(user.name) if user else [],
     }
 
 
@@ -8504,7 +8521,7 @@ class LivePage:
         self._loop = exchange.loop
         self._service.pages += 1
         self._last: JsonDict = {}  # what it was told
-        self._told: dict[str, int] = {}  # requests that it knows to have ended, and when
+        self._told: Optional[dict[str, int]] = None  # requests that it knows to have ended, and when
         self._hours: list[list[Any]] = []
         self._hours_at = -math.inf
         seen = exchange.request.fields.get("last-event-id")
@@ -8580,17 +8597,19 @@ class LivePage:
 
     def _ended(self) -> list[list[Any]]:
         """The requests that have ended since it was last asked; at first, the last ones."""
-        own, now = self._exchange.own_name(), int(time.time() * 1000)
-        # What another worker has to tell comes up to two seconds late.
-        since = now - LIVE_LATE_SECONDS * 1000 if self._told else (self._resumes_at or now) - LIVE_LATE_SECONDS * 1000
+        own, begins = self._exchange.own_name(), self._told is None
+        told, known_until = self._told or {}, self._resumes_at if begins else int(time.time() * 1000)
+        # What another worker has to tell comes a little later.
+        since = known_until - LIVE_LATE_SECONDS * 1000
         rows: list[LedgerRow] = []
         for row in reversed(self._service.workers.tally().ended):
-            if row.at < since and (self._told or self._resumes_at or len(rows) >= FIRST_ROWS):
+            if row.at < since or (begins and not self._resumes_at and len(rows) >= FIRST_ROWS):
                 break
-            if row.is_of(own) and row.request not in self._told:
+            if row.is_of(own) and row.request not in told:
                 rows.append(row)
-        self._told = {request: at for request, at in self._told.items() if at >= since}
-        self._told |= {row.request: row.at for row in rows}
+        self._told = {request: at for request, at in told.items() if at >= since} | {
+            row.request: row.at for row in rows
+        }
         return [ended_row(row) for row in reversed(rows)]
 
 
@@ -10124,14 +10143,7 @@ def config_warnings(config: Config) -> Iterator[str]:
     """What is allowed and probably wrong, and how to mend it."""
     for provider in config.providers.values():
         yield from provider_warnings(provider, f"providers.{provider.name}")
-    passed: list[str] = []
-    for pattern in config.routes:
-        before = next((other for other in passed if matches_any(pattern, [other])), None)
-        if before:
-            yield f"routes.{pattern}: is never reached, {before} matches first; put it before that"
-        if REGULAR_EXPRESSION.search(pattern):
-            yield f"routes.{pattern}: looks like a regular expression; patterns know *, ? and [...] only"
-        passed.append(pattern)
+    yield from route_warnings(config)
     for alias, name in ((alias, name) for alias, names in config.aliases.items() for name in names):
         if "@" in name and name.rpartition("@")[2] not in config.providers:
             yield f"aliases.{alias}: {name} names no provider of this file, and goes upstream as it is"
@@ -10145,6 +10157,18 @@ def config_warnings(config: Config) -> Iterator[str]:
         yield "users.admin: is called like the owner; give it another name to tell them apart in the log"
     if not any(provider.usable for provider in config.providers.values()) or not (config.routes or config.aliases):
         yield "nothing is served: there must be a provider with a key, and a route or an alias to it"
+
+
+def route_warnings(config: Config) -> Iterator[str]:
+    """What is probably wrong with the routes."""
+    passed: list[str] = []
+    for pattern in config.routes:
+        before = next((other for other in passed if matches_any(pattern, [other])), None)
+        if before:
+            yield f"routes.{pattern}: is never reached, {before} matches first; put it before that"
+        if REGULAR_EXPRESSION.search(pattern):
+            yield f"routes.{pattern}: looks like a regular expression; patterns know *, ? and [...] only"
+        passed.append(pattern)
 
 
 def provider_warnings(provider: Provider, place: str) -> Iterator[str]:
@@ -11377,7 +11401,7 @@ def usage_table(rows: Sequence[JsonDict], total: JsonDict, by: Sequence[str], pe
     for row in (*rows, {**dict.fromkeys(by, ""), by[0]: "total", **total}):
         written = row["cache_write"] + row["cache_write_long"]
         counts = (row["requests"], row["errors"], row["input"], row["cache_read"], written, row["output"])
-        cost = "?" if row["usd"] is None else f"${row['usd']:,.2f}"
+        cost = "?" if row["usd"] is None else usd_text(row["usd"] * 1e9)
         lines.append([*(plain(row[name]).strip() for name in by), *(f"{count:,}" for count in counts), cost])
     widths = [max(map(len, column)) for column in zip(*lines)]
     for number, line in enumerate(lines):
@@ -11493,6 +11517,8 @@ def banner(config: Config, path: str, url: str, made_up: bool) -> Iterator[str]:
     yield f"  clients    Claude Code:\n{INDENT}ANTHROPIC_BASE_URL={url} \\\n{INDENT}ANTHROPIC_AUTH_TOKEN={shown} claude"
     yield f"             Anthropic SDKs: base_url {url}"
     yield f"             OpenAI SDKs, Vercel AI SDK: base_url {url}/v1"
+    if config.server.dashboard:
+        yield f"  page       {url}/dashboard"
     yield "  stop it    Ctrl-C"
 
 
