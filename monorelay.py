@@ -8310,7 +8310,8 @@ def hidden_model(caller: Caller) -> Forbidden:
     """The error for a user who may use some models only, where others may be named out of sight."""
     return Forbidden(
         f"{caller.name} may use some models only, and what this request would use can't be seen here; "
-        "send application/json with one `model`, and no other in the query, `fallbacks` or `tools`"
+        "send application/json with one `model`, or a form with one before its file, and no other in the query, "
+        "`fallbacks` or `tools`"
     )
 
 
