@@ -6134,11 +6134,14 @@ def read_ledger(path: str, users: Iterable[str], now: float) -> Spent:
 
 
 def open_ledger(path: str) -> Any:
-    """A connection that only reads. Raises sqlite3.Error."""
+    """A connection that only reads, and makes no file. Raises sqlite3.Error."""
     import sqlite3
 
-    address = quote(os.path.abspath(path).replace(os.sep, "/"))
-    return sqlite3.connect(f"file:{address}?mode=ro", uri=True, timeout=LEDGER_LOCK_SECONDS, isolation_level=None)
+    # With mode=ro it could not undo what a process has left that died while writing, and so not read it.
+    address = f"file:{quote(os.path.abspath(path).replace(os.sep, '/'))}?mode=rw"
+    connection = sqlite3.connect(address, uri=True, timeout=LEDGER_LOCK_SECONDS, isolation_level=None)
+    connection.execute("PRAGMA query_only = 1")
+    return connection
 
 
 def ledger_version(connection: Any) -> int:
@@ -11345,9 +11348,7 @@ def run_usage(options: JsonDict, *paths: str) -> int:
         try:
             add_usage(groups, path, by, (today - days + 1) * 24, (today + 1) * 24)
         except (sqlite3.Error, ValueError) as error:
-            # What is to be undone first stands in its journal, and only who may write the file can do that.
-            died = "; a relay died while writing it, start one to mend it" if "readonly" in str(error) else ""
-            print(f"monorelay: {path}: {error}{died}", file=sys.stderr)
+            print(f"monorelay: {path}: {error}", file=sys.stderr)
             return 1
     first, last = (windows_of_day(day)[0] for day in (today - days + 1, today))
     rows = [usage_row(dict(zip(by, group)), sums) for group, sums in groups.items()]

@@ -8576,6 +8576,32 @@ def test_a_process_that_is_killed_leaves_a_ledger_that_holds_together(tmp_path):
     assert_sums_are_exact(tmp_path / "usage.db")
 
 
+DYING = """
+import monorelay, os, signal, sqlite3
+connection = sqlite3.connect("usage.db", isolation_level=None)
+connection.execute("PRAGMA journal_mode = TRUNCATE")
+connection.execute("PRAGMA cache_size = 5")
+connection.execute("BEGIN IMMEDIATE")
+connection.executemany("INSERT INTO spent VALUES (?, '2026-11', 1, 1)", [(f"user{n}",) for n in range(9000)])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_process_has_begun_that_dies_is_undone_by_whoever_reads_first(tmp_path):
+    path = tmp_path / "usage.db"
+    Ledger(path).write(row(cost=70))
+    before = path.stat().st_size
+    for reads in (
+        lambda: run("usage", "usage.db", "--by", "user", "--csv", cwd=tmp_path).stdout.count("alice"),
+        lambda: len(monorelay.usage_rows(str(path), 0, 10**6, ["user"])),
+        lambda: int(Ledger(path, users=LIMITED).spent("alice", monorelay.windows(time.time())[0]) == (70, 24)),
+    ):
+        subprocess.run([sys.executable, "-c", DYING], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)})
+        assert path.stat().st_size > 2 * before, "half of it is in the file"
+        assert reads() == 1 and path.stat().st_size == before
+        assert_sums_are_exact(path)
+
+
 def test_rows_wait_for_a_disk_that_is_full(tmp_path):
     full = (
         "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))\n"
