@@ -10221,6 +10221,9 @@ def file_warnings(path: str, config: Config) -> Iterator[str]:
             proxy_for(provider)
         except OSError as error:
             yield f"providers.{provider.name}: the proxy to it can't be used: {error.strerror}"
+    folder = os.path.dirname(config.ledger.path) if config.ledger else ""
+    if folder and not os.access(folder, os.W_OK):
+        yield f"ledger.path: nothing can be written to the folder {folder}; make it, or name another one"
     try:
         with open(path, encoding="utf-8") as file:
             source = file.read()
