@@ -11496,7 +11496,8 @@ def describe_config(config: Config) -> Iterator[str]:
     if config.users:
         yield f"  users      {', '.join(config.users)}"
     if config.ledger:
-        yield f"  ledger     {config.ledger.path}, kept for {config.ledger.keep_days} days"
+        path = config.ledger.path.removeprefix(os.path.join(os.getcwd(), ""))
+        yield f"  ledger     {path}, kept for {config.ledger.keep_days} days"
     if config.prices:
         count, day = len(config.prices.by_name) + len(config.prices.by_pattern), config.prices.as_of
         yield f"  prices     {count} entries{f' of {day}' if day else ''}"
