@@ -253,7 +253,8 @@ ECHO_BODY_BYTES = 1024 * 1024  # echo reads no more
 ECHO_AT_ONCE_BYTES = 16 * 1024  # it answers more in a thread
 DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
 
-# What a relay serves when there is no relay.json at all: the same as the shipped file.
+# What a relay serves when there is no relay.json at all: the same as the shipped file, but for the ledger. Nobody has
+# asked for a file, and there is no folder to be named.
 BUILT_IN_CONFIG = """{
   "server": {
     "host": "127.0.0.1",
