@@ -5988,7 +5988,8 @@ class LedgerWriter:
         self._spent: Spent = {}  # as the file had it at last
         self._unwritten: Spent = {}  # of the rows that wait
         self._warned_at = -math.inf
-        self.dropped = 0
+        self.dropped = 0  # rows, since the start
+        self._dropped_told = 0
 
     @property
     def waiting(self) -> int:
@@ -6080,6 +6081,9 @@ class LedgerWriter:
                     self._unwritten[key] = before[0] - cost, before[1] - tokens
         for _ in batch:
             self._rows.popleft()
+        if self.dropped > self._dropped_told:
+            self._warn(f"{self.dropped - self._dropped_told} rows of the ledger were dropped: too many waited for it")
+            self._dropped_told = self.dropped
         return True
 
     def _note_failure(self, path: str, seen: tuple[int, ...], error: Exception) -> None:
@@ -6092,8 +6096,7 @@ class LedgerWriter:
         now = time.monotonic()
         if now - self._warned_at >= LEDGER_WARNING_SECONDS:
             self._warned_at = now
-            dropped = f", {self.dropped} were dropped" if self.dropped else ""
-            self._warn(f"the ledger {path} can't be written: {error}; {len(self._rows)} rows wait for it{dropped}")
+            self._warn(f"the ledger {path} can't be written: {error}; {len(self._rows)} rows wait for it")
 
 
 def write_ledger(settings: LedgerSettings, rows: Sequence[LedgerRow], users: Iterable[str], now: float) -> Spent:
