@@ -3792,12 +3792,12 @@ USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 USAGE_OPENING = re.compile(rb'"usage" ?: ?\{')
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
 # What a usage object tells, in Anthropic's words and in OpenAI's two sets of them.
-USAGE_NAMES = (
+USAGE_NAMES = frozenset({
     "input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "cache_creation",
     "service_tier", "speed", "inference_geo", "server_tool_use", "iterations",
     "prompt_tokens", "completion_tokens", "prompt_tokens_details", "input_tokens_details",
     "prompt_cache_hit_tokens", "cached_tokens",
-)  # fmt: skip
+})  # fmt: skip
 
 
 def is_cut_off(line: bytes) -> bool:
@@ -3874,28 +3874,28 @@ class Usage:
         """Looks through the next bytes of a response."""
         if self._held:
             data, self._held = self._held + data, b""
-        if b'"usage"' in data:
+        if b'"usage"' in data and USAGE_OPENING.search(data):
             self._look(data, is_stream)
         elif not data.endswith(b"\n"):
             self._held = data[-USAGE_OPENING_BYTES:]
 
     def _look(self, data: bytes, is_stream: bool) -> None:
-        """Looks through data in which there is a usage."""
+        """Reads the last usage objects that open in the data."""
         held = max(0, len(data) - USAGE_OPENING_BYTES)
-        for opening in collections.deque(USAGE_OPENING.finditer(data), maxlen=USAGES_AT_ONCE):
+        for opening in [*USAGE_OPENING.finditer(data)][-USAGES_AT_ONCE:]:
             start = opening.end() - 1
             try:
                 usage, _ = USAGE_DECODER.raw_decode(data[start : start + USAGE_BYTES].decode("utf-8", "replace"))
             except (ValueError, RecursionError):
                 held = min(held, max(opening.start(), len(data) - USAGE_BYTES))
                 continue
-            told = {name: usage[name] for name in USAGE_NAMES if usage.get(name) is not None}
+            told = {name: usage[name] for name in USAGE_NAMES & usage.keys() if usage[name] is not None}
             if not told:
                 continue
-            line_start = max(data.rfind(b"\n", 0, start), data.rfind(b"\r", 0, start)) + 1
-            self._is_placeholder = is_stream and b'"message_start"' in data[line_start:start]
+            line_start = max(data.rfind(b"\n", 0, start), data.rfind(b"\r", 0, start))
+            self._is_placeholder = is_stream and b'"message_start"' in data[line_start + 1 : start]
             self._found = {**self._found, **told} if is_stream else told
-            tier = OPENAI_TIER.search(data)
+            tier = OPENAI_TIER.search(data) if b'"service_tier"' in data else None
             self._tier = tier[1].decode("ascii") if tier else ""
         if not data.endswith(b"\n"):
             self._held = data[held:]
