@@ -10344,7 +10344,7 @@ h2 { font-size: 1rem; font-weight: 600; }
 #advice li { margin: .25rem 0; }
 
 table { width: 100%; border-collapse: collapse; }
-th, td { text-align: left; padding: .28rem .9rem .28rem 0; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { text-align: left; padding: .28rem .8rem .28rem 0; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { position: sticky; top: 0; z-index: 1; background: var(--panel); border: 0; box-shadow: 0 1px var(--line); }
 th { font-size: .92em; }
 th:last-child, td:last-child { padding-right: .3rem; }
@@ -10598,8 +10598,11 @@ const route = (asked, sent) => sent && sent !== asked ? `${asked} → ${sent}` :
 const keyOf = ({ provider, key }) => `${provider}/${key ?? ""}`;
 const failed = (row) => row.status >= 400 || Boolean(row.error && row.error !== "client_gone");
 const rowTone = (row) => failed(row) ? "bad" : row.complete ? "good" : "warn";
-const outcome = (row) => `${failed(row) ? "✕" : row.complete ? "✓" : "◌"} ${row.status || "—"} ` +
-  (row.error === "client_gone" ? "client left" : (row.error ?? "").replace("upstream:", ""));
+
+function outcome(row) {
+  const reason = row.error === "client_gone" ? "client left" : (row.error ?? "").replace("upstream:", "");
+  return `${failed(row) ? "✕" : row.complete ? "✓" : "◌"} ${row.status || "—"} ${reason}`.trim();
+}
 
 function stateOf({ state, why, models, for: seconds, told }) {
   if (state === "missing") return `${STATES.missing[1]}: ${why}`;
@@ -10611,7 +10614,7 @@ function stateOf({ state, why, models, for: seconds, told }) {
 }
 
 // What the last response left of a key's limits; of those that have begun anew since, nothing is known.
-function headroom({ limits, state }) {
+function headroom({ limits = [], state }) {
   const valid = limits.filter(({ reset }) => unknown(reset) || reset > now());
   if (!valid.length && (state === "ok" || state === "cooling")) return "?";
   return stack(valid.map(({ limit, used, left, reset }) => {
@@ -10628,6 +10631,9 @@ function budgets({ user }) {
     return gauge(of ? used / of : 1, `${LIMITS[limit] ?? limit}: ${words}`);
   }));
 }
+
+// What a model read anew; what it had in its cache is told apart.
+const tokensIn = ({ input, cache_write }) => unknown(input) ? null : input + (cache_write ?? 0);
 
 function speed({ requests, errors, untold, output, seconds, ttfb }) {
   const told = requests - errors - untold;
@@ -10656,9 +10662,10 @@ const showRunning = table("running", (run) => run.request, toneOf, [
 ]);
 
 const showUsers = table("users", (sum) => sum.user, () => "", [
-  ["User", "line bare cut", "26%", (sum) => choice("user", sum.user)],
+  ["User", "line bare cut", "23%", (sum) => choice("user", sum.user)],
   ["Requests", "num", "", (sum) => count(sum.requests)],
-  ["Tokens in", "num", "", (sum) => short(sum.input + sum.cache_read + sum.cache_write)],
+  ["Tokens in", "num", "", (sum) => short(tokensIn(sum))],
+  ["Cached", "num extra", "", (sum) => short(sum.cache_read)],
   ["Out", "num", "", (sum) => short(sum.output)],
   ["Cost ≈", "num", "", (sum) => dollars(sum.usd)],
   ["Budget", "line bare", "", budgets],
@@ -10669,7 +10676,8 @@ const showModels = table("models", (sum) => sum.model, () => "", [
   ["Requests", "num", "", (sum) => count(sum.requests)],
   ["Failed", "num", "", (sum) => count(sum.errors)],
   ["First byte", "num", "", (sum) => duration(sum.ttfb)],
-  ["Tokens/s ≈", "num", "", speed],
+  ["Out/s ≈", "num", "", speed],
+  ["Tokens in", "num", "", (sum) => short(tokensIn(sum))],
   ["Cached", "num", "", (sum) => short(sum.cache_read)],
   ["Out", "num", "", (sum) => short(sum.output)],
   ["Cost ≈", "num", "", (sum) => dollars(sum.usd)],
@@ -10684,7 +10692,7 @@ const showRows = table("rows", (row) => row.request, rowTone, [
   ["Tries", "num extra", "4%", (row) => count(row.attempts)],
   ["First, s", "num", "5%", (row) => fixed(row.ttfb, 2)],
   ["Time, s", "num", "5%", (row) => fixed(row.seconds, 2)],
-  ["In", "num extra", "5%", (row) => count(row.input)],
+  ["In", "num extra", "5%", (row) => count(tokensIn(row))],
   ["Cached", "num extra", "6%", (row) => count(row.cache_read)],
   ["Out", "num", "5%", (row) => count(row.output)],
   ["Cost ≈ $", "num", "6%", (row) => fixed(row.usd, 4)],
@@ -10744,12 +10752,12 @@ function sums() {
   const { total, priced } = usage.users;
   const period = view.ledger ? $("days").selectedOptions[0].text : `since ${moment(view.since)}`;
   const unpriced = usage.models.rows.filter((sum) => unknown(sum.usd) && sum.output).map((sum) => sum.model);
-  const more = total.untold ? `${count(total.untold)} requests untold` : `${short(total.cache_write)} to them`;
-  const tokens = `${short(total.input)} in · ${short(total.output)} out`;
+  const more = total.untold ? ` · ? in ${count(total.untold)} answers` : "";
+  const tokens = `${short(tokensIn(total))} in · ${short(total.output)} out`;
   const cost = unknown(total.usd) ? "?" : `≈ ${dollars(total.usd)}${unpriced.length ? " + ?" : ""}`;
   const note = unknown(priced) ? "no prices are set" : unpriced.length ? `no price for ${unpriced.join(", ")}` :
     `by prices ${priced === true ? "without a date" : `of ${priced}`}`;
-  const cached = `${short(total.cache_read)} from caches · ${more}`;
+  const cached = `${short(total.cache_read)} more from caches${more}`;
   return [[`Tokens ${period}`, tokens, cached], [`Cost ${period}`, cost, note]];
 }
 
@@ -10759,8 +10767,8 @@ function drawAdvice() {
   const isServed = view.keys.some((one) => ["ok", "cooling", "client"].includes(one.state));
   const advice = [
     [missing && !isServed, "Only echo answers so far. For the models of a provider: ", missing],
-    [usage && unknown(usage.users.priced), "The costs aren't known. Name prices: ", '"prices": "model_prices.json"'],
-    [!view.ledger, "All of this ends with the relay. To keep it: ", '"ledger": { "path": "usage.db" }'],
+    [usage && unknown(usage.users.priced), "No cost is known. Set in relay.json: ", '"prices": "model_prices.json"'],
+    [!view.ledger, "All of this ends with the relay. Set in relay.json: ", '"ledger": { "path": "usage.db" }'],
   ].filter(([applies]) => applies && view.admin);
   $("advice").hidden = !advice.length;
   const items = advice.map(([, words, setting]) => element("li", "", words, element("code", "", setting)));
@@ -10784,9 +10792,11 @@ function drawHours() {
   });
   hours.forEach((one, index) => {
     const x = left + index * step, middle = x + step / 2, from = toHour.format(date(one * 3600));
-    const [, requests, errors] = told.get(one) ?? [one, one * 3600 + 3600 > view.since ? 0 : null, 0];
+    const isKnown = one * 3600 + 3600 > view.since;
+    const [, requests, errors, , , , cost] = told.get(one) ?? [one, isKnown ? 0 : null, isKnown ? 0 : null];
     const good = (requests - errors) * scale, bad = errors && Math.max(errors * scale, 2), top = floor - good - bad - 1;
-    const bar = drawing("g", {}, drawing("title", {}, `${from}: ${count(requests)} requests, ${count(errors)} failed`),
+    const words = `${from}: ${count(requests)} requests, ${count(errors)} failed, ≈ ${dollars(scaled(cost, 1e9))}`;
+    const bar = drawing("g", {}, drawing("title", {}, words),
       drawing("rect", { x, y: 0, width: step, height: floor, opacity: 0 }), block("ok", x, floor - good, good));
     if (requests === null) bar.append(text(middle, floor - 4, "?", "middle", "quiet"));
     if (errors) bar.append(block("failed", x, top, bad));
@@ -10801,12 +10811,12 @@ function drawHours() {
 
 // ---- the last requests: an array of all that were loaded, and elements for those in sight ----
 
-const PAGE = 200, MOST_ROWS = 50000;
+const PAGE_ROWS = 200, MOST_ROWS = 50000;
 const ENDED = ("id at user model sent provider key status ttfb seconds input cache_read output cost cache_write " +
   "attempts tried error path stream complete request tier").split(" ");
 const RUNNING = "request user model sent provider key state seconds ttfb bytes attempts".split(" ");
 const known = new Map();
-let rows = [], next = null, loading = null;
+let rows = [], next, loading = null;  // next: what the page behind them is asked by, null if there is none
 
 const named = (names) => (list) => Object.fromEntries(names.map((name, index) => [name, list[index]]));
 const scaled = (value, size) => unknown(value) ? null : value / size;
@@ -10820,10 +10830,13 @@ const fromLedger = (row) => ({
 const matches = (row) => (!filters.user || filters.user === row.user) && (!filters.key || filters.key === keyOf(row)) &&
   (!filters.model || [row.model, row.sent].includes(filters.model)) && (!filters.errors || failed(row));
 
+// Those of the rows that are new and pass the filters.
 function remember(found) {
-  const fresh = found.filter((row) => !known.has(row.request) && matches(row));
-  for (const row of fresh) known.set(row.request, row);
-  return fresh;
+  return found.filter((row) => {
+    const isNew = !known.has(row.request) && matches(row);
+    if (isNew) known.set(row.request, row);
+    return isNew;
+  });
 }
 
 // Puts new rows, newest first, above the others; what is being read stays where it is.
@@ -10834,19 +10847,23 @@ function addNewest(found) {
 }
 
 async function loadRows(older = false) {
-  if (older && (loading || next === null)) return;
+  if (older && (loading || !next)) return;
   loading?.abort();
   const mine = loading = new AbortController();
   try {
-    const query = new URLSearchParams({ limit: PAGE, ...(older && { before: next }), ...filters });
-    const page = await (await ask(`api/requests?${query}`, { signal: mine.signal })).json();
+    const wanted = Object.entries({ limit: PAGE_ROWS, before: older && next, ...filters }).filter(([, value]) => value);
+    const page = await (await ask(`api/requests?${new URLSearchParams(wanted)}`, { signal: mine.signal })).json();
     if (mine !== loading) return;
     const found = page.rows.map(fromLedger);
-    if (!older && !found.some((row) => known.has(row.request))) forgetRows();
-    if (older || !rows.length) next = page.next;
-    if (older) rows = rows.concat(remember(found));
-    else addNewest(found);
-    if (!older) addNewest(recent.filter((row) => row.at > (found.at(-1)?.at ?? 0)).toReversed());
+    // After a gap the newest page joins the rows, if it reaches them, and else replaces them.
+    if (!older && !(next !== undefined && found.some((row) => known.has(row.request)))) forgetRows();
+    if (older || next === undefined) next = page.next;
+    if (older) {
+      rows = rows.concat(remember(found));
+    } else {
+      addNewest([...found, ...recent.filter((row) => row.at > (found.at(-1)?.at ?? 0))]);
+      rows.sort((one, other) => other.at - one.at);
+    }
     put($("none"), rows.length ? "" : emptyWords());
     loading = null;
     draw();
@@ -10863,7 +10880,7 @@ async function loadRows(older = false) {
 
 function forgetRows() {
   known.clear();
-  [rows, next] = [[], null];
+  [rows, next] = [[], undefined];
 }
 
 function emptyWords() {
@@ -10884,8 +10901,8 @@ function drawRows() {
   showRows(rows.slice(first, end));
   [...$("rows").rows].forEach((row, index) => row.setAttribute("aria-rowindex", first + index + 2));
   $("rows").parentNode.setAttribute("aria-rowcount", next === null ? rows.length + 1 : -1);
-  put($("loaded"), `${count(rows.length)} loaded${next === null ? ", all there are" : ""}`);
-  if (end > rows.length - PAGE / 2) loadRows(true);
+  put($("loaded"), rows.length ? `${count(rows.length)} loaded${next === null ? ", all there are" : ""}` : "");
+  if (end > rows.length - PAGE_ROWS / 2) loadRows(true);
 }
 
 // ---- filters: they stand in the address, to be kept, shared and gone back to ----
@@ -10982,10 +10999,10 @@ function take(event, data) {
   const ended = (data.ended ?? []).map(fromLive), keys = data.keys?.map((one) => ({ ...one, told: data.now }));
   const running = data.running?.map(named(RUNNING)).map((run) => ({ ...run, since: data.now - run.seconds }));
   const told = { ...data, running: running ?? view?.running, offset: data.now - performance.now() / 1000 };
-  recent = recent.concat(ended).slice(-PAGE);
+  recent = recent.concat(ended).slice(-PAGE_ROWS);
   usageStale ||= ended.length > 0;
   if (event === "state") {
-    view = { ...told, keys };
+    view = { hours: [], budgets: [], ...told, keys: keys ?? [], running: running ?? [] };
     begin();
   } else if (view) {
     view = {
@@ -11109,6 +11126,7 @@ async function signIn() {
   session = null;
   const renewed = old?.refresh && await post("api/auth/refresh", { refresh_token: old.refresh }).catch(() => null);
   if (renewed) return keep({ ...old, token: renewed.access_token, refresh: renewed.refresh_token });
+  tell("warn", "◌", "signed out");
   const form = $("signin").firstElementChild;
   put($("problem"), old ? "The sign-in has expired. Please sign in again." : "");
   if (!$("signin").open) $("signin").showModal();

@@ -8456,8 +8456,8 @@ UNKNOWN_OR = st.none() | st.integers(0, 10**6)
 ROWS = st.builds(
     row, at=st.integers(0, 400_000_000).map(lambda ms: int(NOW * 1000) - ms),
     user=st.sampled_from(["alice", "bob", ""]),
-    sent=st.sampled_from(["claude-x", "gpt-5"]), provider=st.sampled_from(["anthropic", None]),
-    key=st.sampled_from(["team", None]), status=st.sampled_from([200, 201, 400, 429, 502]), stream=st.integers(0, 1),
+    sent=st.sampled_from(["claude-x", "gpt-5"]), provider=st.sampled_from(["anthropic", ""]),
+    key=st.sampled_from(["team", ""]), status=st.sampled_from([200, 201, 400, 429, 502]), stream=st.integers(0, 1),
     ttfb=UNKNOWN_OR, input=UNKNOWN_OR, cache_read=UNKNOWN_OR, cache_write=UNKNOWN_OR, cache_write_long=UNKNOWN_OR,
     output=UNKNOWN_OR, cost=st.none() | st.integers(0, 10**15), error=st.sampled_from([None, "client_gone", "cut"]),
 )  # fmt: skip
@@ -8476,9 +8476,9 @@ def test_the_sums_of_a_ledger_are_those_of_its_rows(batches):
 
 
 def test_names_that_nobody_answered_to_are_one_model_in_the_sums(tmp_path):
-    Ledger(tmp_path / "usage.db").write(*(row(sent=f"invented-{n}", status=404) for n in range(50)), row(sent=None))
+    Ledger(tmp_path / "usage.db").write(*(row(sent=f"invented-{n}", status=404) for n in range(50)), row())
     assert selected(tmp_path / "usage.db", "SELECT model, requests, errors FROM hour ORDER BY 1") == [
-        ("(other)", 50, 50), ("smart", 1, 0),
+        ("(other)", 50, 50), ("claude-x", 1, 0),
     ]  # fmt: skip
 
 
