@@ -1,12 +1,13 @@
 # /// script
 # requires-python = ">=3.9"
-# dependencies = ["pytest", "anthropic", "openai", "PyJWT", "hypothesis", "trustme", "PyYAML"]
+# dependencies = ["pytest", "anthropic", "openai", "PyJWT", "hypothesis", "trustme", "PyYAML", "selenium"]
 # ///
 """The tests of MonoRelay: `python3 test_monorelay.py [pytest's arguments]`.
 
 The block above names everything the tests need beyond the standard library. A plain run installs that into
 .venv/ (one folder per Python version) and starts pytest there; `uv run test_monorelay.py` brings its own
-environment. `-m slow` runs the soak, the crowd and all that is tried at full size instead of the rest.
+environment. `-m slow` runs the soak, the crowd and all that is tried at full size instead of the rest, `-m browser`
+what needs Debian's chromium and chromium-driver.
 
 Three things talk to each other in most tests: a raw client, a relay started in this process, and a provider
 whose every byte is scripted. Streaming and cancelling are proved by gates (`threading.Event`), never by
@@ -61,14 +62,15 @@ def environment(requirements: list[str]) -> Path:
 
 
 # A coroutine that nobody awaits is a call that never happened: Python only warns of it, and where it is collected.
-PYTEST = ["-m", "pytest", "-q", "--strict-markers", "-p", "no:cacheprovider", "-o", "markers=slow: takes a minute",
+MARKERS = "markers=slow: takes a minute\nbrowser: needs Chromium"
+PYTEST = ["-m", "pytest", "-q", "--strict-markers", "-p", "no:cacheprovider", "-o", MARKERS,
           "-W", "error::RuntimeWarning", "-W", "error::pytest.PytestUnraisableExceptionWarning"]  # fmt: skip
 
 
 def run_pytest(arguments: list[str]) -> None:
-    """Replaces this process by pytest on this file; what is marked slow runs only when asked for."""
+    """Replaces this process by pytest on this file; what is marked slow or browser runs only when asked for."""
     python = Path(sys.executable) if installed(dependencies()) else environment(dependencies())
-    options = [] if "-m" in arguments else ["-m", "not slow"]
+    options = [] if "-m" in arguments else ["-m", "not slow and not browser"]
     print(f"Running pytest on Python {sys.version.split()[0]}", flush=True)
     os.execv(python, [str(python), *PYTEST, *options, "--rootdir", str(HERE), __file__, *arguments])
 
@@ -9370,6 +9372,389 @@ def test_making_room_looks_at_each_stuck_connection_once(relay, count):
     finally:
         server.idle.clear()
         server.unproven.clear()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Page: the document, and what a browser makes of it
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_policy_names_the_documents_only_script_and_style():
+    policy = dict(part.split(" ", 1) for part in monorelay.dashboard_policy().split("; "))
+    for tag in ("script", "style"):
+        (content,) = re.findall(f"<{tag}\\b[^>]*>(.*?)</{tag}>", monorelay.PAGE, re.S)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert policy["default-src"] == "'none'" and policy["connect-src"] == "'self'"
+    assert policy["require-trusted-types-for"] == "'script'" and policy["frame-ancestors"] == "'none'"
+
+
+def test_the_document_makes_no_markup_and_fetches_nothing_from_elsewhere():
+    """No sink of HTML or code, no attribute that the policy forbids, no address but that of SVG's namespace."""
+    sinks = r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\(|Function\(|srcdoc|\.href\b|\.src\b"
+    assert not re.search(sinks, monorelay.PAGE)
+    assert not re.search(r"""\s(?:style|on\w+)=["']""", monorelay.PAGE)
+    assert set(re.findall(r"\bhttps?://[^'\" ]+", monorelay.PAGE)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"localStorage|document\.cookie|EventSource", monorelay.PAGE)
+
+
+class Browser:
+    """A headless Chromium with a profile of its own. The page's own names are at hand in its scripts."""
+
+    def __init__(self, folder: Path) -> None:
+        from selenium import webdriver
+
+        chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+        assert chromium and driver, "to test the page, install a browser: apt-get install chromium chromium-driver"
+        options = webdriver.ChromeOptions()
+        options.binary_location = chromium
+        for argument in (
+            "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+            "disable-component-update", "disable-sync", f"user-data-dir={folder}",
+        ):  # fmt: skip
+            options.add_argument(f"--{argument}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self.driver = webdriver.Chrome(options, webdriver.ChromeService(driver))
+        self.driver.set_script_timeout(4 * TIMEOUT_SECONDS)
+
+    def run(self, script: str, *values: Any) -> Any:
+        """What the JavaScript expression is; the values are its `arguments`."""
+        return self.driver.execute_script(f"return {script}", *values)
+
+    def until(self, script: str, *values: Any) -> Any:
+        """The same, once it is true."""
+        return eventually(lambda: self.run(script, *values), 2 * TIMEOUT_SECONDS)
+
+    def texts(self, selector: str) -> list[str]:
+        """The texts of all elements that match, white space at their ends dropped."""
+        return self.run("[...document.querySelectorAll(arguments[0])].map((one) => one.textContent.trim())", selector)
+
+    def rows(self, table: str) -> list[list[str]]:
+        """The cells of a table's rows."""
+        return self.run("[...$(arguments[0]).rows].map((row) => [...row.cells].map((cell) => cell.textContent))", table)
+
+    def settle(self) -> None:
+        """Waits until what is known is drawn."""
+        self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+
+    def press(self, selector: str) -> None:
+        from selenium.webdriver.common.by import By
+
+        self.driver.find_element(By.CSS_SELECTOR, selector).click()
+
+    def size(self, width: int, height: int) -> None:
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 700}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    def prefer(self, **features: str) -> None:
+        """What a person has set in the system, such as prefers_color_scheme."""
+        named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": named})
+
+    def open(self, relay: Relay, query: str = "") -> None:
+        self.driver.get(f"{relay.url}/dashboard{query}")
+        self.until("$('signin').open")
+
+    def sign_in(self, key: str = "", username: str = "", password: str = "") -> None:
+        """Fills in the form, and sends it by the Enter key."""
+        from selenium.webdriver.common.by import By
+        from selenium.webdriver.common.keys import Keys
+
+        for name, value in {"username": username, "password": password, "key": key}.items():
+            field = self.driver.find_element(By.CSS_SELECTOR, f"#signin [name={name}]")
+            field.clear()
+            field.send_keys(value)
+        field.send_keys(Keys.ENTER)
+
+    def show(self, relay: Relay, key: str = TOKEN, query: str = "") -> None:
+        """Opens the page, signs in with a key, and waits for what is live."""
+        self.open(relay, query)
+        self.sign_in(key)
+        self.until("$('link').dataset.tone === 'good'")
+
+    def complaints(self) -> list[str]:
+        """What stood on the console, but for the responses of 401 that the page asks a person about."""
+        return [entry["message"] for entry in self.driver.get_log("browser") if "status of 401" not in entry["message"]]
+
+
+@pytest.fixture
+def browser(tmp_path) -> Iterator[Browser]:
+    """A browser in which the page breaks no policy and raises no error."""
+    it = Browser(tmp_path / "profile")
+    try:
+        it.size(1440, 1200)
+        yield it
+        assert it.complaints() == []
+    finally:
+        it.driver.quit()
+
+
+@pytest.mark.browser
+def test_the_page_shows_a_request_as_it_runs_and_when_it_has_ended(upstream, relay, browser):
+    gate = threading.Event()
+    provider = {"upstream": upstream(gated_stream(gate)), "keys": [{"key": "sk-secret", "label": "team"}]}
+    it = relay({"anthropic": provider}, aliases={"smart": "claude-test@anthropic"})
+    browser.show(it)
+    assert browser.texts("#tiles dd")[:2] == ["0", "nothing"] and browser.rows("running") == []
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", json.dumps(prompt("smart", stream=True)).encode()))
+        browser.until("$('running').rows.length === 1 && $('running').textContent.includes('streaming')")
+        (row,) = browser.rows("running")
+        assert row[:4] == ["admin", "smart → claude-test", "anthropic / team", "▸ streaming"]
+        assert re.fullmatch(r"\d+\.\d s|\d+ s", row[4]) and row[5].endswith(" s") and row[6].endswith("B")
+        assert browser.run("$('rows').rows.length") == 0 and browser.texts("#tiles dd")[0] == "1"
+        gate.set()
+        client.answer()
+    browser.until("$('running').rows.length === 0 && $('rows').rows.length === 1")
+    (row,) = browser.rows("rows")
+    assert row[1:6] == ["✓ 200", "admin", "smart → claude-test", "anthropic / team", "1"]
+    assert "sk-secret" not in browser.run("document.documentElement.outerHTML")
+    assert "?" not in row[8] and row[11] == "?"  # tokens are told, and there is no price
+
+
+@pytest.mark.browser
+def test_failed_requests_can_be_found_with_their_attempts(upstream, relay, browser):
+    first, second = upstream(replies(answer(529))), upstream(replies(answer(200), answer(529)))
+    it = relay({"anthropic": first, "anthropic2": second})
+    for status in (200, 529):
+        assert it.post("/v1/messages", prompt()).status == status
+    browser.show(it)
+    browser.until("$('rows').rows.length === 2")
+    browser.press("#filters [name=errors]")
+    browser.until("$('rows').rows.length === 1 && location.search === '?errors=1'")
+    assert browser.rows("rows")[0][1].startswith("✕ 529")
+    browser.press("#rows button")
+    attempts = browser.texts("#attempts li")
+    assert sorted(attempt.split("/")[0] for attempt in attempts) == ["anthropic", "anthropic2"]
+    assert all(attempt.endswith(":529") for attempt in attempts)
+    browser.press("#detail button")
+    browser.driver.back()
+    browser.until("$('rows').rows.length === 2 && location.search === '' && !$('filters').elements.errors.checked")
+    browser.driver.forward()
+    browser.until("$('rows').rows.length === 1 && $('filters').elements.errors.checked")
+    browser.driver.refresh()  # the tab is still signed in
+    browser.until("$('rows').rows.length === 1 && $('link').dataset.tone === 'good'")
+
+
+HOSTILE = "<img src=x onerror=hacked=1>"
+
+
+@pytest.mark.browser
+def test_names_that_strangers_chose_are_shown_as_text(relay, browser):
+    aliases = {HOSTILE: "echo", f"{HOSTILE}!": "echo-error-500"}
+    it = relay({"echo": {}}, server={"jwt_secret": JWT_SECRET}, aliases=aliases)
+    user = "</script><script>hacked=1</script>\u202e&amp;"
+    claims = {"sub": user, "type": "access", "exp": int(time.time()) + 600}
+    token = jwt.encode(claims, JWT_SECRET, "HS256")
+    assert it.post("/v1/messages", prompt(HOSTILE), token=token).status == 200
+    assert it.post("/v1/messages", prompt(f"{HOSTILE}!"), token=token).status == 500
+    browser.show(it)
+    browser.until("$('rows').rows.length === 2 && $('users').rows.length && $('models').rows.length")
+    assert {row[2] for row in browser.rows("rows")} == {user}
+    assert all(row[3].startswith(HOSTILE) for row in browser.rows("rows"))
+    assert user in [row[0] for row in browser.rows("users")]
+    browser.press("#users button")
+    browser.until("new URLSearchParams(location.search).get('user') === arguments[0]", user)
+    browser.until("$('filters').elements.user.value === arguments[0] && $('rows').rows.length === 2", user)
+    browser.press("#rows button")
+    assert browser.run("$('facts').textContent").count(user) == 1
+    assert browser.run("document.querySelectorAll('main img, dialog img, main script, main a, dialog a').length") == 0
+    assert browser.run("window.hacked") is None
+
+
+@pytest.mark.browser
+def test_a_user_sees_only_their_own(relay, browser):
+    users = {name: {"key": f"key-of-{name}-0123456789"} for name in ("alice", "bob")}
+    it = relay({"echo": {}}, users=users)
+    for name, user in users.items():
+        assert it.post("/v1/messages", prompt(f"echo-{name}"), token=user["key"]).status == 200
+    browser.show(it, users["alice"]["key"])
+    browser.until("$('rows').rows.length && $('users').rows.length")
+    assert browser.texts("#me") == ["alice"]
+    assert [row[3] for row in browser.rows("rows")] == ["echo-alice"]
+    assert [row[0] for row in browser.rows("users")] == ["alice"] and browser.rows("keys") == []
+    assert "bob" not in browser.run("document.documentElement.outerHTML")
+    shown = browser.run("[$('keys'), $('advice'), $('filters').elements.user].map((one) => one.checkVisibility())")
+    assert shown == [False, False, False]
+
+
+@pytest.mark.browser
+def test_signing_in_by_password_and_by_key(relay, browser):
+    it = relay({"echo": {}}, server={"jwt_secret": JWT_SECRET}, users={"alice": {"password": PASSWORD_HASH}})
+    browser.open(it)
+    browser.sign_in("no-key-of-this-relay")
+    browser.until("$('problem').textContent.startsWith('✕ ')")
+    browser.sign_in("a key\u00e9")
+    browser.until("$('problem').textContent.includes('no key')")
+    browser.sign_in(username="alice", password="wrong")
+    browser.until("$('problem').textContent.startsWith('✕ ') && !$('problem').textContent.includes('no key')")
+    browser.sign_in(username="alice", password=PASSWORD)
+    browser.until("$('link').dataset.tone === 'good' && !$('signin').open")
+    assert browser.texts("#me") == ["alice"] and browser.run("location.href") == f"{it.url}/dashboard"
+    assert browser.run("document.cookie") == "" and browser.run("localStorage.length") == 0
+    assert browser.run("Object.keys(sessionStorage)") == ["monorelay"]
+    browser.press("#leave")
+    browser.until("$('signin').open && sessionStorage.length === 0")
+
+
+@pytest.mark.browser
+def test_an_expired_token_is_asked_for_again_over_what_was_seen(relay, browser):
+    it = relay({"echo": {}}, server={"jwt_secret": JWT_SECRET}, users={"alice": {"password": PASSWORD_HASH}})
+    claims = {"sub": "alice", "type": "access", "exp": int(time.time()) + 4}
+    token = jwt.encode(claims, JWT_SECRET, "HS256")
+    assert it.post("/v1/messages", prompt("echo"), token=token).status == 200
+    browser.show(it, token, "?model=echo")
+    browser.until("$('rows').rows.length === 1")
+    browser.until("$('signin').open")
+    assert "expired" in browser.texts("#problem")[0]
+    assert browser.run("$('rows').rows.length") == 1 and browser.run("location.search") == "?model=echo"
+    browser.sign_in(username="alice", password=PASSWORD)
+    browser.until("$('link').dataset.tone === 'good' && !$('signin').open")
+    assert browser.run("$('rows').rows.length") == 1 and browser.run("location.search") == "?model=echo"
+
+
+@pytest.mark.browser
+def test_a_hidden_tab_asks_for_nothing_and_catches_up_when_it_is_seen(relay, browser):
+    it = relay({"echo": {}})
+    browser.show(it)
+    browser.driver.execute_script(
+        """window.asked = []; const honest = fetch;
+        window.fetch = (path, options) => { asked.push([path, options.headers]); return honest(path, options); };
+        Object.defineProperty(document, "hidden", { configurable: true, get: () => true });
+        document.dispatchEvent(new Event("visibilitychange"));"""
+    )
+    assert it.post("/v1/messages", prompt("echo-unseen")).status == 200
+    browser.until("connection.signal.aborted")
+    time.sleep(1.5)  # in which two ticks would have come
+    assert browser.run("asked") == [] and browser.rows("rows") == []
+    browser.driver.execute_script("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
+    browser.until("$('rows').rows.length === 1 && $('link').dataset.tone === 'good'")
+    path, headers = browser.run("asked[0]")
+    assert path == "api/live" and headers["last-event-id"].isdecimal() and TOKEN not in path
+
+
+@pytest.mark.browser
+def test_the_page_comes_back_after_the_relay_was_away(program, browser):
+    """It tries again, and asks nobody: the key is still the right one."""
+    port = unused_port()
+    first = program(settings({"echo": {}}), "--port", str(port))
+    browser.show(first)
+    first.signal(signal.SIGTERM)
+    assert first.ended() == 0
+    browser.until("$('link').dataset.tone === 'bad' && $('words').textContent.includes('again in')")
+    program(settings({"echo": {}}), "--port", str(port))
+    browser.until("$('link').dataset.tone === 'good'")
+    assert not browser.run("$('signin').open")
+    assert all("ERR_CONNECTION_REFUSED" in entry or "CHUNKED" in entry for entry in browser.complaints())
+
+
+@pytest.mark.browser
+def test_with_echo_alone_the_page_says_what_to_set_next(relay, browser):
+    it = relay({"anthropic": {"base_url": "http://127.0.0.1:9", "keys": []}, "echo": {}})
+    browser.show(it)
+    browser.until("$('advice').checkVisibility() && $('advice').querySelectorAll('li').length === 3")
+    assert "echo" in browser.texts("#advice li")[0]
+    assert [re.findall("prices|ledger", text)[-1] for text in browser.texts("#advice li")[1:]] == ["prices", "ledger"]
+    (command,) = browser.texts("#none code")
+    command = command.replace("YOUR KEY", TOKEN)
+    done = subprocess.run(["bash", "-c", f"{command} -s"], capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    assert json.loads(done.stdout)["content"] == [{"type": "text", "text": "Hello"}]
+    browser.until("$('rows').rows.length === 1")
+    assert browser.texts("#none") == [""]
+
+
+# The texts whose contrast with what is behind them is below 4.5 : 1.
+FAINT_TEXTS = """
+const linear = (part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+const light = (color) => {
+  const [red, green, blue] = color.match(/[\\d.]+/g).map((part) => linear(part / 255));
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+};
+const ground = (one) => {
+  const color = getComputedStyle(one).backgroundColor;
+  return color.startsWith("rgb(") ? light(color) : ground(one.parentElement);
+};
+const isText = (one) => [...one.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+return [...document.querySelectorAll("main *, header *")].filter((one) => {
+  if (one.namespaceURI.endsWith("svg") || !one.checkVisibility() || !isText(one)) return false;
+  const [dim, bright] = [light(getComputedStyle(one).color), ground(one)].sort((one, other) => one - other);
+  return (bright + 0.05) / (dim + 0.05) < 4.5;
+}).map((one) => one.textContent);
+"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1440])
+def test_the_page_can_be_read_on_small_and_large_screens_by_day_and_by_night(relay, browser, width, scheme):
+    it = relay({"anthropic": {"base_url": "http://127.0.0.1:9"}, "echo": {}}, routes={"echo*": "echo"})
+    for model in ("echo", "echo-error-529", "echo-of-a-model-with-a-name-that-goes-on-and-on-and-on"):
+        it.post("/v1/messages", prompt(model))
+    browser.size(width, 900)
+    browser.prefer(prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
+    browser.show(it)
+    browser.until("$('rows').rows.length === 3 && $('models').rows.length > 0")
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    assert browser.run("document.getAnimations().length") == 0
+    assert browser.driver.execute_script(FAINT_TEXTS) == []  # WCAG 2.2, 1.4.3
+    is_dark = browser.run("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every((part) => part < 60)")
+    assert is_dark == (scheme == "dark")
+
+
+@pytest.mark.browser
+def test_every_control_has_a_name_and_every_table_its_headings(relay, browser):
+    """As a screen reader is told: by Chromium's accessibility tree."""
+    it = relay({"echo": {}})
+    it.post("/v1/messages", prompt("echo"))
+    browser.show(it)
+    browser.until("$('rows').rows.length === 1 && $('models').rows.length === 1")
+    nodes = browser.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    told = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node["ignored"]]
+    controls = ("button", "checkbox", "combobox", "textbox", "region", "table", "image", "dialog")
+    assert [role for role, name in told if role in controls and not name] == []
+    assert {"Keys", "Running", "Users", "Models", "Requests"} <= {name for role, name in told if role == "table"}
+    assert {"Status", "Model", "First byte", "Headroom"} <= {name for role, name in told if role == "columnheader"}
+    assert [role for role, _ in told].count("status") == 1
+
+
+@pytest.mark.browser
+def test_ten_thousand_requests_scroll_and_stay_where_they_are(relay, browser, tmp_path):
+    it = relay({"echo": {}}, ledger={"path": str(tmp_path / "usage.db")})
+    one = request("POST", "/v1/messages", json.dumps(prompt("echo", max_tokens=1)).encode())
+    with it.client() as client:
+        for _ in range(10_000):
+            client.send(one)
+            client.answer()
+    browser.show(it)
+    browser.until("$('rows').rows.length > 20")
+    deadline = time.monotonic() + 60
+    while browser.run("rows.length") < 10_000:
+        assert time.monotonic() < deadline
+        browser.driver.execute_script("$('box').scrollTop = $('box').scrollHeight")
+        browser.settle()
+    assert browser.run("$('rows').rows.length") < 100
+    took = browser.driver.execute_async_script(
+        """const done = arguments[0], took = []; let last = performance.now();
+        $("box").scrollTop = 0;
+        requestAnimationFrame(function step(now) {
+          took.push(now - last);
+          last = now;
+          $("box").scrollTop += 200;
+          took.length < 200 ? requestAnimationFrame(step) : done(took.sort((a, b) => a - b));
+        });"""
+    )
+    assert took[100] < 34, f"half of the frames took {took[100]:.0f} ms"
+    # Where somebody reads, nothing moves when requests end; and what has the focus keeps it.
+    browser.driver.execute_script("$('box').scrollTop = 5000")
+    browser.settle()
+    where = "[document.activeElement.dataset.request, document.activeElement.getBoundingClientRect().top]"
+    browser.driver.execute_script("$('rows').querySelectorAll('button')[15].focus({ preventScroll: true })")
+    before, count = browser.run(where), browser.run("rows.length")
+    assert it.post("/v1/messages", prompt("echo")).status == 200
+    browser.until("rows.length > arguments[0]", count)
+    browser.settle()
+    after = browser.run(where)
+    assert after[0] == before[0] and abs(after[1] - before[1]) < 2
 
 
 # ------------------------------------------------------------------------------------------------------------
