@@ -2443,7 +2443,7 @@ class LedgerRow(NamedTuple):
     @property
     def failed(self) -> bool:
         """Whether it counts as an error: a client that leaves is none."""
-        return self.status >= 400 or self.error not in (None, "", "client_gone")
+        return (self.status or 0) >= 400 or self.error not in (None, "", "client_gone")
 
     def is_of(self, user: Optional[str]) -> bool:
         """Whether it is one of the user's; of None's, each is."""
@@ -2461,7 +2461,7 @@ class LedgerRow(NamedTuple):
     @property
     def answered(self) -> bool:
         """Whether a model has answered, and not with an error."""
-        return 200 <= self.status < 300
+        return 200 <= (self.status or 0) < 300
 
     @property
     def untold(self) -> bool:
@@ -2475,7 +2475,7 @@ class LedgerRow(NamedTuple):
         return (
             1, int(self.failed), int(self.untold), self.input or 0, self.cache_read or 0, self.cache_write or 0,
             self.cache_write_long or 0, self.output or 0, self.cost, (self.ttfb or 0) * streamed, streamed,
-            self.duration,
+            self.duration or 0,
         )  # fmt: skip
 
 
@@ -2492,7 +2492,9 @@ def hour_sums(rows: Iterable[LedgerRow]) -> dict[tuple[int, str, str, str, str],
     """What the rows add to the table `hour`: the columns SUMS by hour, user, model, provider and key."""
     sums: dict[tuple[int, str, str, str, str], Sums] = {}
     for row in rows:
-        key = (row.at // 3_600_000, row.user, row.sent if row.answered else OTHER, row.provider, row.key)
+        # What SQLite doesn't take was made None by storable().
+        model = (row.sent or row.model or "") if row.answered else OTHER
+        key = (row.at // 3_600_000, row.user, model, row.provider or "", row.key or "")
         before = sums.get(key, [None] * len(SUMS))
         sums[key] = [plus(figure, added) for figure, added in zip(before, row.figures)]
     return sums

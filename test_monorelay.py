@@ -6248,13 +6248,16 @@ def test_me_tells_limits_and_what_is_left_of_them(upstream, relay):
     it = relay({"anthropic": upstream(answer())}, users=users)
     for left in (2, 1, 0, 0):
         assert it.ask("GET", "/api/auth/me", token=key).json == {
-            "username": "alice", "admin": False, "expires": None, "models": ["claude-*"], "requests_per_minute": 2,
-            "requests_left": left,
+            "username": "alice", "admin": False, "viewer": False, "expires": None, "models": ["claude-*"],
+            "requests_per_minute": 2, "requests_left": left,
+            "budgets": [
+                {"user": "alice", "limit": "requests_per_minute", "used": 2 - left, "of": 2, "reset": None}
+            ],
         }  # fmt: skip
         it.post("/v1/messages", prompt(), token=key)
     assert it.ask("GET", "/api/auth/me").json == {
-        "username": "admin", "admin": True, "expires": None, "models": None, "requests_per_minute": None,
-        "requests_left": None,
+        "username": "admin", "admin": True, "viewer": False, "expires": None, "models": None,
+        "requests_per_minute": None, "requests_left": None, "budgets": [],
     }  # fmt: skip
 
 
@@ -8602,7 +8605,7 @@ def test_what_a_process_has_begun_that_dies_is_undone_by_whoever_reads_first(tmp
     before = path.stat().st_size
     for reads in (
         lambda: run("usage", "usage.db", "--by", "user", "--csv", cwd=tmp_path).stdout.count("alice"),
-        lambda: len(monorelay.usage_rows(str(path), 0, 10**6, ["user"])),
+        lambda: len(usage_rows(str(path), 0, 10**6, ["user"])),
         lambda: int(Ledger(path, users=LIMITED).spent("alice", monorelay.windows(time.time())[0]) == (70, 24)),
     ):
         subprocess.run([sys.executable, "-c", DYING], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)})
@@ -8834,7 +8837,7 @@ def test_requests_are_listed_newest_first_page_by_page(some_days):
     assert (ids(limit=2), ids(limit=2, before=4), ids(before=1)) == ([5, 4], [3, 2], [])
     assert ids(before=10**6) == ids(before=10**18) == [5, 4, 3, 2, 1]
     assert (ids(user="alice"), ids(model="gpt-5"), ids(model="smart", user="bob")) == ([3, 1], [5, 2], [5, 4, 2])
-    assert (ids(key="spare"), ids(errors=True), ids(key="spare", errors=True), ids(user="")) == ([2], [4], [], [])
+    assert (ids(key="anthropic/spare"), ids(errors=True), ids(key="spare"), ids(user="")) == ([2], [4], [], [])
     assert ids(limit=0) == [5] and ids(user="half \ud800") == []
 
 
@@ -10131,7 +10134,7 @@ def test_hash_password_reads_stdin(tmp_path):
         (["--port"], "option --port requires argument"),
         (["--port", "high"], "--port must be a number, not a string: 'high'"),
         (["start"], "there is no command start, did you mean serve?"),
-        (["users"], "there is no command users; see"),
+        (["users"], "there is no command users, did you mean usage?; see"),
         (["--config", ""], "--config must not be empty"),
         (["check", "--expires", "3d"], "check takes no --expires"),
         (["check", "this"], "check takes nothing but options"),
@@ -11774,7 +11777,7 @@ def test_the_readme_has_every_field_of_the_log():
         if getattr(record, name) == "":
             setattr(record, name, "x")
     record.first_byte, record.attempts = 1.0, 2
-    record.usage.read(b'{"usage":{"input_tokens":1,"output_tokens":2}}')
+    record.used, record.cost = monorelay.Used(1, 2, 3, 4, 5), 6
     told = [name for cell in readme_tables()["field"] for name in re.findall(r"`(\w+)`", cell)]
     assert sorted([*told, "level"]) == sorted(json.loads(record.line(2.0, "json")))
 
