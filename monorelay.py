@@ -2162,7 +2162,8 @@ def key_states(
 
 def key_state(provider: Provider, cooling: Sequence[tuple[str, Cooling]], now: float) -> JsonDict:
     """Whether a key can be used, and why not: `models` are those that cool, if not all of them do."""
-    state: JsonDict = {"state": "client" if provider.client_keys else "ok", "for": None, "why": None, "models": None}
+    usual = "echo" if provider.format == "echo" else "client" if provider.client_keys else "ok"
+    state: JsonDict = {"state": usual, "for": None, "why": None, "models": None}
     if not provider.usable:
         return {**state, "state": "missing", "why": "has no key"}
     if cooling:
@@ -9166,6 +9167,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.busy = True
         exchange = Exchange(self.service, self.channel, str(self.client_address[0]))
         self.record = exchange.record
+        self.service.running[exchange] = None
         try:
             return await self._send(exchange, await self._respond(exchange, data))
         except (ClientGone, GeneratorExit):
