@@ -50,6 +50,7 @@ import itertools
 import json
 import math
 import mmap
+import operator
 import os
 import queue
 import random
@@ -188,7 +189,7 @@ LOGINS_PER_USER = 10  # a minute, for each address: nobody can lock a user out f
 LOGINS_PER_ADDRESS = 30  # a minute
 LOGINS_WAITING = 8  # for their password to be hashed, which takes 50 ms each
 SECRET_FILE_CHARACTERS = 64 * 1024
-RATE_LIMITS = 12  # of a key that are remembered; Anthropic tells of seven kinds
+RATE_LIMIT_FIELDS = 40  # of a response that are remembered; Anthropic sends some 20
 LOGIN_BODY_BYTES = 16 * 1024  # who logs in hasn't shown a token yet
 LOGIN_BODY_SECONDS = 20.0  # as for a head
 TRUSTED_ADDRESSES = 1000
@@ -1956,15 +1957,67 @@ class Limit(NamedTuple):
     at: float  # when it was told
 
 
+RATE_LIMIT = re.compile(
+    "anthropic-ratelimit-(?P<kind>[a-z0-9-]{1,30})-(?P<part>limit|remaining|reset|utilization)"
+    "|x-ratelimit-(?P<openai_part>limit|remaining|reset)-(?P<openai_kind>requests|tokens)"
+)
+OPENAI_SPAN = re.compile(
+    r"(?:([0-9]{1,6})d)?(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,6}(?:\.[0-9]{1,9})?)s)?"
+    r"(?:([0-9]{1,9})ms)?"
+)
+
+
+def rate_limits(fields: Pairs, now: float) -> dict[str, Limit]:
+    """What a response says of the provider's limits for its key, by Anthropic's names in snake case (`requests`,
+    `input_tokens`, `unified_5h`). A unified limit tells the fraction that is spent, the others what is left.
+    Sources: the headers `anthropic-ratelimit-*`, and OpenAI's `x-ratelimit-*`."""
+    told: dict[str, dict[str, str]] = {}
+    for name, value in fields:
+        match = RATE_LIMIT.fullmatch(name)
+        if match:
+            kind, part = match["kind"] or match["openai_kind"], match["part"] or match["openai_part"]
+            told.setdefault(kind.replace("-", "_"), {})[part] = value
+    found = {kind: read_limit(parts, now) for kind, parts in told.items()}
+    return {kind: limit for kind, limit in found.items() if limit}
+
+
+def read_limit(parts: Mapping[str, str], now: float) -> Optional[Limit]:
+    """One limit from the values of its headers; None where they don't tell what is spent."""
+    numbers = {name: int(value) for name, value in parts.items() if re.fullmatch("[0-9]{1,15}", value)}
+    reset, spent = reset_time(parts.get("reset", ""), now), parts.get("utilization", "")
+    if re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,9})?", spent):
+        return Limit(float(spent), None, None, reset, now)
+    left, limit = numbers.get("remaining"), numbers.get("limit")
+    return Limit(1 - left / limit, left, limit, reset, now) if left is not None and limit else None
+
+
+def reset_time(value: str, now: float) -> Optional[float]:
+    """When a limit is whole again, in seconds since 1970: from such seconds, a time by RFC 3339, or OpenAI's
+    span such as `1m30s`. None for anything else."""
+    if re.fullmatch("[0-9]{9,11}", value):
+        return float(value)
+    try:
+        return moment(value)
+    except ValueError:
+        pass
+    span = OPENAI_SPAN.fullmatch(value)
+    if not value or not span:
+        return None
+    days, hours, minutes, seconds, milliseconds = (float(part or 0) for part in span.groups())
+    return now + ((days * 24 + hours) * 60 + minutes) * 60 + seconds + milliseconds / 1000
+
+
 class KeyRecord:
     """How a key has fared of late, for its owner to see."""
 
-    __slots__ = ("failed", "hours", "limits")
+    __slots__ = ("failed", "hours", "limits_at", "limits_told")
 
     def __init__(self) -> None:
         self.hours: dict[int, list[int]] = {}  # clock hour: attempts, and how many of them failed
         self.failed: Optional[tuple[float, str]] = None  # when last, and why
-        self.limits: dict[str, Limit] = {}
+        # The header fields in which the provider last told its rate limits, and when: read when somebody asks.
+        self.limits_told: Pairs = []
+        self.limits_at = 0.0
 
 
 QUARANTINE_FACTOR = 10  # times `cooldown`: its owner has to do something first
@@ -2096,10 +2149,11 @@ class KeyPool:
             counts[1] += 1
             record.failed = (clock, outcome)
 
-    def note_limits(self, candidate: Candidate, limits: Mapping[str, Limit]) -> None:
-        """Notes what the provider said of its limits for a key."""
-        if limits:
-            self._record(candidate).limits.update(limits)
+    def note_limits(self, candidate: Candidate, told: Pairs, clock: float) -> None:
+        """Notes what the provider says of its limits for a key, as limit_fields() has it."""
+        if told:
+            record = self._record(candidate)
+            record.limits_told, record.limits_at = told, clock
 
     def _record(self, candidate: Candidate) -> KeyRecord:
         return self.records.setdefault((candidate.target.provider.name, candidate.label), KeyRecord())
@@ -2183,7 +2237,10 @@ def record_document(record: KeyRecord) -> JsonDict:
     return {
         "hours": [[hour, *counts] for hour, counts in record.hours.items()],
         "failed": record.failed,
-        "limits": [{"limit": name, **limit._asdict()} for name, limit in record.limits.items()],
+        "limits": [
+            {"limit": name, **limit._asdict()}
+            for name, limit in rate_limits(record.limits_told, record.limits_at).items()
+        ],
     }
 
 
@@ -2262,74 +2319,77 @@ NOTHING_TOLD = Used()
 def used_of(usage: Any, service_tier: str = "") -> Used:
     """What the usage object of a response tells, in either format; of a stream, its objects merged into one. Where the
     object has no service tier, the one given beside it counts. What is no sound count is as if not named."""
-    usage = section_of(usage)
-    tier = word_of(usage.get("service_tier")) or word_of(service_tier)
-    speed = word_of(usage.get("speed"))
-    used = tokens_of(usage)._replace(
-        tier="" if tier in ("standard", "default") else tier,
-        speed="" if speed == "standard" else speed,
-        geo=word_of(usage.get("inference_geo")),
-        web_searches=count_of(section_of(usage.get("server_tool_use")), "web_search_requests") or 0,
+    if not isinstance(usage, dict):
+        return NOTHING_TOLD
+    tier, speed = word_of(usage.get("service_tier")) or word_of(service_tier), word_of(usage.get("speed"))
+    used = Used(
+        *tokens_of(usage),
+        "" if tier in ("standard", "default") else tier,
+        "" if speed == "standard" else speed,
+        word_of(usage.get("inference_geo")),
+        counts_of(usage.get("server_tool_use")).get("web_search_requests", 0),
     )
-    return used._replace(iterations=tuple(iterations_of(usage.get("iterations"), used)))
+    return used._replace(iterations=tuple(iterations_of(usage["iterations"], used))) if "iterations" in usage else used
 
 
 def iterations_of(listed: Any, used: Used) -> Iterator[tuple[str, Used]]:
     """The steps of which a response tells, each with the tier, speed and place of the whole."""
     if not isinstance(listed, list) or len(listed) > USAGE_ITERATIONS:
         return
-    for entry in map(section_of, listed):
-        step = tokens_of(entry)
-        model = entry.get("model")
-        if step.input is not None:
+    for entry in listed:
+        tokens = tokens_of(entry) if isinstance(entry, dict) else NO_TOKENS
+        if tokens is not NO_TOKENS:
+            model = entry.get("model")
             name = model if isinstance(model, str) and len(model) <= MODEL_CHARACTERS else ""
-            yield name, step._replace(tier=used.tier, speed=used.speed, geo=used.geo)
+            yield name, Used(*tokens, used.tier, used.speed, used.geo)
 
 
-def tokens_of(usage: Mapping[str, Any]) -> Used:
+Tokens = tuple[Optional[int], Optional[int], Optional[int], Optional[int], Optional[int]]  # by KINDS
+NO_TOKENS: Tokens = (None, None, None, None, None)
+
+
+def tokens_of(usage: JsonDict) -> Tokens:
     """The tokens by kind. What the object doesn't name is 0, unless it names none at all."""
-    details = section_of(usage.get("prompt_tokens_details")) or section_of(usage.get("input_tokens_details"))
-    split = section_of(usage.get("cache_creation"))
-    total, output = (
-        count_of(usage, "prompt_tokens", "input_tokens"),
-        count_of(usage, "completion_tokens", "output_tokens"),
-    )
+    given = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+    counts, details, split = counts_of(usage), counts_of(given), counts_of(usage.get("cache_creation"))
+    total = counts.get("prompt_tokens", counts.get("input_tokens"))
+    output = counts.get("completion_tokens", counts.get("output_tokens"))
     # DeepSeek and Moonshot have names of their own for what was read.
-    cached, written = count_of(details, "cached_tokens"), count_of(details, "cache_write_tokens")
-    read = cached or count_of(usage, "cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens")
-    write = written or count_of(usage, "cache_creation_input_tokens")
-    brief, lasting = count_of(split, "ephemeral_5m_input_tokens"), count_of(split, "ephemeral_1h_input_tokens")
-    lasting = lasting or count_of(section_of(details.get("cache_write_tokens_details")), "ttl_12h_tokens")
-    if {total, output, cached, written, read, write, brief, lasting} == {None}:
-        return Used()
+    cached, written = details.get("cached_tokens"), details.get("cache_write_tokens")
+    read = cached or next((counts[name] for name in CACHED_NAMES if name in counts), None)
+    write = written or counts.get("cache_creation_input_tokens")
+    brief, lasting = split.get("ephemeral_5m_input_tokens"), split.get("ephemeral_1h_input_tokens")
+    if given and written and not lasting:
+        lasting = counts_of(given.get("cache_write_tokens_details")).get("ttl_12h_tokens")
+    if total is output is cached is written is read is write is brief is lasting is None:
+        return NO_TOKENS
     total, read, lasting = total or 0, read or 0, lasting or 0
     # A stream's last total rules: an earlier split by lifetime may not add up to it.
     write = (brief or 0) + lasting if write is None else write
-    if count_of(usage, "prompt_tokens") is not None or cached is not None or written is not None:
+    if "prompt_tokens" in counts or cached is not None or written is not None:
         read = min(read, total)
         write = min(write, total - read)
         total -= read + write
     lasting = min(lasting, write)
-    return Used(total, read, write - lasting, lasting, output or 0)
+    return total, read, write - lasting, lasting, output or 0
 
 
-def section_of(value: Any) -> Mapping[str, Any]:
-    """The value, if it is an object; else an empty one."""
-    return value if isinstance(value, dict) else {}
+CACHED_NAMES = ("cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens")
 
 
-def count_of(section: Mapping[str, Any], *names: str) -> Optional[int]:
-    """The first sound count that stands under one of the names."""
-    for name in names:
-        value = section.get(name)
-        if type(value) is int and 0 <= value <= USAGE_COUNT:
-            return value
-    return None
+def counts_of(section: Any) -> dict[str, int]:
+    """The sound counts of an object; none if it isn't one."""
+    if not isinstance(section, dict):
+        return {}
+    return {name: value for name, value in section.items() if type(value) is int and 0 <= value <= USAGE_COUNT}
+
+
+WORD = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 def word_of(value: Any) -> str:
     """A word of a provider, such as a service tier; empty if it is none, or a long one."""
-    is_word = isinstance(value, str) and len(value) <= USAGE_WORD_CHARACTERS and re.fullmatch(r"[\w.-]+", value, re.A)
+    is_word = isinstance(value, str) and len(value) <= USAGE_WORD_CHARACTERS and WORD.fullmatch(value)
     return value if is_word else ""
 
 
@@ -2470,12 +2530,12 @@ class LedgerRow(NamedTuple):
         return self.answered and (self.input is None or self.output is None)
 
     @property
-    def figures(self) -> tuple[Optional[int], ...]:
+    def figures(self) -> tuple[int, ...]:
         """What it adds to SUMS."""
         streamed = int(bool(self.stream) and self.ttfb is not None)
         return (
             1, int(self.failed), int(self.untold), self.input or 0, self.cache_read or 0, self.cache_write or 0,
-            self.cache_write_long or 0, self.output or 0, self.cost, (self.ttfb or 0) * streamed, streamed,
+            self.cache_write_long or 0, self.output or 0, self.cost or 0, (self.ttfb or 0) * streamed, streamed,
             self.duration or 0,
         )  # fmt: skip
 
@@ -2485,6 +2545,7 @@ SUMS = (
     "requests", "errors", "untold", "input", "cache_read", "cache_write", "cache_write_long", "output", "cost", "ttfb",
     "streamed", "duration",
 )  # fmt: skip
+COST = SUMS.index("cost")
 GROUPS = ("user", "model", "provider", "key")  # by which they are told apart
 Sums = list[Optional[int]]
 
@@ -2492,12 +2553,16 @@ Sums = list[Optional[int]]
 def hour_sums(rows: Iterable[LedgerRow]) -> dict[tuple[int, str, str, str, str], Sums]:
     """What the rows add to the table `hour`: the columns SUMS by hour, user, model, provider and key."""
     sums: dict[tuple[int, str, str, str, str], Sums] = {}
+    priced = set()
     for row in rows:
         # What SQLite doesn't take was made None by storable().
         model = (row.sent or row.model or "") if row.answered else OTHER
         key = (row.at // 3_600_000, row.user, model, row.provider or "", row.key or "")
-        before = sums.get(key, [None] * len(SUMS))
-        sums[key] = [plus(figure, added) for figure, added in zip(before, row.figures)]
+        sums[key] = [*map(operator.add, sums.get(key, [0] * len(SUMS)), row.figures)]
+        if row.cost is not None:
+            priced.add(key)
+    for key in sums.keys() - priced:
+        sums[key][COST] = None
     return sums
 
 
@@ -3072,54 +3137,12 @@ def retry_after_seconds(value: str, now: float) -> Optional[float]:
     return min(seconds, RETRY_AFTER_LIMIT_SECONDS) if seconds >= 0 else None
 
 
-RATE_LIMIT = re.compile(
-    "anthropic-ratelimit-(?P<kind>[a-z0-9-]{1,30})-(?P<part>limit|remaining|reset|utilization)"
-    "|x-ratelimit-(?P<openai_part>limit|remaining|reset)-(?P<openai_kind>requests|tokens)"
-)
-OPENAI_SPAN = re.compile(
-    r"(?:([0-9]{1,6})d)?(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,6}(?:\.[0-9]{1,9})?)s)?"
-    r"(?:([0-9]{1,9})ms)?"
-)
-
-
-def rate_limits(fields: Headers, now: float) -> dict[str, Limit]:
-    """What a response says of the provider's limits for its key, by Anthropic's names in snake case (`requests`,
-    `input_tokens`, `unified_5h`). A unified limit tells the fraction that is spent, the others what is left.
-    Sources: the headers `anthropic-ratelimit-*`, and OpenAI's `x-ratelimit-*`."""
-    told: dict[str, dict[str, str]] = {}
-    for name in fields.names:
-        match = RATE_LIMIT.fullmatch(name) if "ratelimit-" in name else None
-        if match and len(told) < RATE_LIMITS:
-            kind, part = match["kind"] or match["openai_kind"], match["part"] or match["openai_part"]
-            told.setdefault(kind.replace("-", "_"), {})[part] = fields.get(name)[:100]
-    found = {kind: read_limit(parts, now) for kind, parts in told.items()}
-    return {kind: limit for kind, limit in found.items() if limit}
-
-
-def read_limit(parts: Mapping[str, str], now: float) -> Optional[Limit]:
-    """One limit from the values of its headers; None where they don't tell what is spent."""
-    numbers = {name: int(value) for name, value in parts.items() if re.fullmatch("[0-9]{1,15}", value)}
-    reset, spent = reset_time(parts.get("reset", ""), now), parts.get("utilization", "")
-    if re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,9})?", spent):
-        return Limit(float(spent), None, None, reset, now)
-    left, limit = numbers.get("remaining"), numbers.get("limit")
-    return Limit(1 - left / limit, left, limit, reset, now) if left is not None and limit else None
-
-
-def reset_time(value: str, now: float) -> Optional[float]:
-    """When a limit is whole again, in seconds since 1970: from such seconds, a time by RFC 3339, or OpenAI's
-    span such as `1m30s`. None for anything else."""
-    if re.fullmatch("[0-9]{9,11}", value):
-        return float(value)
-    try:
-        return moment(value)
-    except ValueError:
-        pass
-    span = OPENAI_SPAN.fullmatch(value)
-    if not value or not span:
-        return None
-    days, hours, minutes, seconds, milliseconds = (float(part or 0) for part in span.groups())
-    return now + ((days * 24 + hours) * 60 + minutes) * 60 + seconds + milliseconds / 1000
+def limit_fields(fields: Headers) -> Pairs:
+    """What a response says of the provider's rate limits, with names in lower case."""
+    if "ratelimit-" not in ",".join(fields.names):
+        return []
+    told = [(name, value[:100]) for name, (_, value) in zip(fields.names, fields.pairs) if "ratelimit-" in name]
+    return told[:RATE_LIMIT_FIELDS]
 
 
 # Responses after which another key or target is tried; 400, 404, 413 and 422 are about the request, and would be the
@@ -3892,12 +3915,14 @@ class Usage:
             except (ValueError, RecursionError):
                 held = min(held, max(opening.start(), len(data) - USAGE_BYTES))
                 continue
-            told = {name: usage[name] for name in USAGE_NAMES & usage.keys() if usage[name] is not None}
-            if not told:
+            if USAGE_NAMES.isdisjoint(usage):
                 continue
             line_start = max(data.rfind(b"\n", 0, start), data.rfind(b"\r", 0, start))
             self._is_placeholder = is_stream and b'"message_start"' in data[line_start + 1 : start]
-            self._found = {**self._found, **told} if is_stream else told
+            if is_stream:
+                told = {name: usage[name] for name in USAGE_NAMES & usage.keys() if usage[name] is not None}
+                usage = {**self._found, **told}
+            self._found = usage
             tier = OPENAI_TIER.search(data) if b'"service_tier"' in data else None
             self._tier = tier[1].decode("ascii") if tier else ""
         if not data.endswith(b"\n"):
@@ -4048,7 +4073,6 @@ def shortened(value: str) -> str:
 # requests may last for minutes.
 TTFB_LIMITS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, math.inf)
 DURATION_LIMITS = (*(0.08 * 2**power for power in range(14)), math.inf)
-COST = SUMS.index("cost")
 PRICED = len(SUMS)
 TTFB_AT = PRICED + 1
 DURATION_AT = TTFB_AT + len(TTFB_LIMITS)
@@ -4084,8 +4108,7 @@ class Tally:
         model, user, failed = self._model_label(row), self._user_label(row.user), int(row.failed)
         self.statuses[(row.provider, model, str(row.status))] += 1
         sums = self._sums((user, model, row.provider, row.key))
-        for index, figure in enumerate(row.figures):
-            sums[index] += figure or 0
+        sums[:PRICED] = map(operator.add, sums, row.figures)
         sums[PRICED] += row.cost is not None
         if row.stream and row.ttfb is not None:
             sums[TTFB_AT + bisect.bisect_left(TTFB_LIMITS, row.ttfb / 1000)] += 1
@@ -4110,8 +4133,7 @@ class Tally:
             figures = self.hours.setdefault(name, [0] * len(HOUR_FIGURES))
         written = (row.cache_write or 0) + (row.cache_write_long or 0)
         told = (1, failed, (row.input or 0) + written, row.cache_read or 0, row.output or 0, row.cost or 0)
-        for index, figure in enumerate(told):
-            figures[index] += figure
+        figures[:] = map(operator.add, figures, told)
         counts = self.seconds.get(second)
         if counts is None:
             self.seconds = {known: self.seconds[known] for known in self.seconds if known > second - 60}
@@ -7268,7 +7290,7 @@ class Relay:
         own_fault = (status == 401 and request.names_account) or (status >= 500 and not request.is_sent)
         own_fault = own_fault or (provider.client_keys and 400 <= status < 500)
         clock = time.time()
-        self.keys.note_limits(candidate, rate_limits(response.head.fields, clock))
+        self.keys.note_limits(candidate, limit_fields(response.head.fields), clock)
         if status >= 400:
             self.keys.note(candidate, "5xx" if status >= 500 else str(status), clock)
         if provider.format != "echo" and request.blames and not own_fault:
