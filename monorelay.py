@@ -8106,14 +8106,17 @@ class Exchange:
         return own_response(error.status, body, [*fields, *self.cors()], record.request_id, error.close)
 
     def respond_with(self, body: bytes, kind: str, fields: Iterable[tuple[str, str]] = ()) -> Response:
-        """A response of the relay's own that isn't JSON; not for scripts of other origins. Raises Unavailable."""
+        """A response of the relay's own that isn't JSON. Raises Unavailable."""
         if len(body) > RECEIVE_BYTES:
             self._hold(len(body))
         return own_response(200, body, [("content-type", kind), *fields], self.record.request_id)
 
     def cors(self, relayed: Iterable[tuple[str, str]] = ()) -> Pairs:
-        """What lets a browser's script read the response, if it may."""
-        return cors_fields(self.config.server.cors_origins, self.head.fields, relayed) if self.head else []
+        """What lets a browser's script of another origin read the response, if it may; never what the page shows."""
+        origins, head = self.config.server.cors_origins, self.head
+        if not origins or not head or known_form(head.path[:REMEMBERED_PATH_CHARACTERS]) in PAGE_PATHS:
+            return []
+        return cors_fields(origins, head.fields, relayed)
 
     # -- its query
 
@@ -8947,6 +8950,7 @@ ENDPOINTS: Mapping[str, tuple[tuple[str, ...], Answerer]] = {
 OPEN_ENDPOINTS = (  # they need no token
     answer_alive, answer_root, answer_dashboard, answer_health, answer_login, answer_refresh,
 )  # fmt: skip
+PAGE_PATHS = frozenset({"/dashboard", "/metrics", "/api/live", "/api/usage", "/api/requests"})  # not for other origins
 # Where the top-level `model` of a JSON body is what decides which model works, and nothing is created.
 MODEL_PATHS = frozenset(path for path, (_, answer) in ENDPOINTS.items() if answer is answer_by_model) | {
     "/v1/audio/speech", "/v1/images/generations", "/v1/moderations", "/v1/responses/compact",
