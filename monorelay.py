@@ -114,7 +114,7 @@ CHUNK_LINE_BYTES = 4096
 STREAM_LINE_BYTES = 64 * 1024
 LABORIOUS_LINES = 2000  # or chunks, in what has come at once: they may take 0.3 ms
 USAGE_BYTES = 16 * 1024  # of a response's usage object; some have 1,500
-USAGE_OPENING_BYTES = len('"usage" : {')
+USAGE_NAME_BYTES = 40  # of the name before it, or of a service tier that stands beside it
 USAGES_AT_ONCE = 8  # the last ones of what has come at once: some servers send one with each word
 # One recv: a TLS record is 16 KiB, four of them make system calls rare.
 RECEIVE_BYTES = 64 * 1024
@@ -3893,40 +3893,55 @@ class Usage:
         """The tokens by their kinds, as far as they were told."""
         if not self._found:
             return NOTHING_TOLD
-        used = used_of(self._found, self._tier)
+        # Anthropic has its tier within, and raw input of tools beside.
+        used = used_of(self._found, "" if OPENAI_NAMES.isdisjoint(self._found) else self._tier)
         return used._replace(output=None) if self._is_placeholder else used
 
     def read(self, data: bytes, is_stream: bool) -> None:
         """Looks through the next bytes of a response."""
         if self._held:
             data, self._held = self._held + data, b""
-        if b'"usage"' in data and USAGE_OPENING.search(data):
-            self._look(data, is_stream)
-        elif not data.endswith(b"\n"):
-            self._held = data[-USAGE_OPENING_BYTES:]
-
-    def _look(self, data: bytes, is_stream: bool) -> None:
-        """Reads the last usage objects that open in the data."""
-        held = max(0, len(data) - USAGE_OPENING_BYTES)
-        for opening in [*USAGE_OPENING.finditer(data)][-USAGES_AT_ONCE:]:
-            start = opening.end() - 1
-            try:
-                usage, _ = USAGE_DECODER.raw_decode(data[start : start + USAGE_BYTES].decode("utf-8", "replace"))
-            except (ValueError, RecursionError):
-                held = min(held, max(opening.start(), len(data) - USAGE_BYTES))
-                continue
-            if USAGE_NAMES.isdisjoint(usage):
-                continue
-            line_start = max(data.rfind(b"\n", 0, start), data.rfind(b"\r", 0, start))
-            self._is_placeholder = is_stream and b'"message_start"' in data[line_start + 1 : start]
-            if is_stream:
-                told = {name: usage[name] for name in USAGE_NAMES & usage.keys() if usage[name] is not None}
-                usage = {**self._found, **told}
-            self._found = usage
-            tier = OPENAI_TIER.search(data) if b'"service_tier"' in data else None
-            self._tier = tier[1].decode("ascii") if tier else ""
-        if not data.endswith(b"\n"):
+        ends_line = is_stream and data.endswith(b"\n")
+        if b'"usage"' in data:
+            held = self._look(data, is_stream)
+        elif ends_line:
+            return
+        else:
+            held = max(0, len(data) - USAGE_NAME_BYTES)
+        if b'"service_tier"' in data:
+            tiers = OPENAI_TIER.findall(data)
+            self._tier = tiers[-1].decode("ascii") if tiers else self._tier
+        if not ends_line:
             self._held = data[held:]
+
+    def _look(self, data: bytes, is_stream: bool) -> int:
+        """Reads the last usage objects in the data; from where on it is needed once more has come."""
+        before, *parts = data.rsplit(b'"usage"', USAGES_AT_ONCE)
+        at, held = len(before), max(0, len(data) - USAGE_NAME_BYTES)
+        for part in parts:
+            value = part[:USAGE_BYTES].lstrip(b" :")
+            if not value or value.startswith(b"{"):
+                try:
+                    usage, _ = USAGE_DECODER.raw_decode(value.decode("utf-8", "replace"))
+                except (ValueError, RecursionError):
+                    held = min(held, max(at, len(data) - USAGE_BYTES))
+                else:
+                    self._take(usage, before, is_stream)
+            at += len(b'"usage"') + len(part)
+            before = part
+        return held
+
+    def _take(self, usage: JsonDict, before: bytes, is_stream: bool) -> None:
+        """Takes what a usage object tells, if it does; `before`: what stands before it."""
+        if USAGE_NAMES.isdisjoint(usage):
+            return
+        if is_stream:
+            line = before[max(before.rfind(b"\n"), before.rfind(b"\r")) + 1 :]
+            if b'"content_block' in line:
+                return  # a tool's input may have a `usage` of its own; of a whole answer it stands before the real one
+            self._is_placeholder = b'"message_start"' in line
+            usage = {**self._found, **{name: usage[name] for name in USAGE_NAMES & usage.keys()}}
+        self._found = usage
 
 
 # ==== Records =======================================================================================

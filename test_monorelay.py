@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.9"
-# dependencies = ["pytest", "anthropic", "openai", "PyJWT", "hypothesis", "trustme", "PyYAML", "selenium"]
+# dependencies = ["pytest", "anthropic", "openai", "PyJWT", "hypothesis", "trustme", "PyYAML", "selenium", "prometheus_client"]
 # ///
 """The tests of MonoRelay: `python3 test_monorelay.py [pytest's arguments]`.
 
