@@ -3815,7 +3815,6 @@ ENDS_IN_NAME = re.compile(rb"(?:^|[\r\n])event:[^\r\n]*(?:\r\n|\n|\r)\Z")  # an 
 EVENT_IS_ERROR = re.compile(rb'(?:^|[\r\n])(?:event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error"))')
 FIRST_EVENT_IS_ERROR = rb'event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error")'
 USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-USAGE_OPENING = re.compile(rb'"usage" ?: ?\{')
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
 # What a usage object tells, in Anthropic's words and in OpenAI's two sets of them.
 USAGE_NAMES = frozenset({
@@ -3824,6 +3823,8 @@ USAGE_NAMES = frozenset({
     "prompt_tokens", "completion_tokens", "prompt_tokens_details", "input_tokens_details",
     "prompt_cache_hit_tokens", "cached_tokens",
 })  # fmt: skip
+
+OPENAI_NAMES = frozenset({"prompt_tokens", "completion_tokens", "input_tokens_details"})
 
 
 def is_cut_off(line: bytes) -> bool:
@@ -3940,7 +3941,8 @@ class Usage:
             if b'"content_block' in line:
                 return  # a tool's input may have a `usage` of its own; of a whole answer it stands before the real one
             self._is_placeholder = b'"message_start"' in line
-            usage = {**self._found, **{name: usage[name] for name in USAGE_NAMES & usage.keys()}}
+            told = {name: usage[name] for name in USAGE_NAMES & usage.keys() if usage[name] is not None}
+            usage = {**self._found, **told}
         self._found = usage
 
 

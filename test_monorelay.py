@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.9"
-# dependencies = ["pytest", "anthropic", "openai", "PyJWT", "hypothesis", "trustme", "PyYAML", "selenium", "prometheus_client"]
+# dependencies = [
+#   "pytest", "anthropic", "openai", "PyJWT", "hypothesis", "trustme", "PyYAML", "selenium", "prometheus_client",
+# ]
 # ///
 """The tests of MonoRelay: `python3 test_monorelay.py [pytest's arguments]`.
 
@@ -2548,6 +2550,252 @@ def test_a_line_of_100_megabytes_is_relayed_in_bounded_memory(upstream, relay):
                 peak = max(peak, resident_bytes())
     assert length == len(b"event: message_start\ndata: ") + 100 * (1 << 20) + 2 + len(ANTHROPIC_EVENTS[-1])
     assert peak - before < 24 << 20
+
+
+def chunks(*documents: Any) -> bytes:
+    """An OpenAI stream of these chunks."""
+    return b"".join(b"data: " + json.dumps(document).encode() + b"\n\n" for document in documents) + b"data: [DONE]\n\n"
+
+
+CACHED = {"input_tokens": 10, "output_tokens": 1, "cache_read_input_tokens": 500, "cache_creation_input_tokens": 70,
+          "cache_creation": {"ephemeral_5m_input_tokens": 30, "ephemeral_1h_input_tokens": 40},
+          "service_tier": "standard", "inference_geo": "us"}  # fmt: skip
+STEPS = [{"type": "message", "input_tokens": 3, "output_tokens": 20, "model": "claude-test"},
+         {"type": "compaction", "input_tokens": 900, "output_tokens": 80, "cache_read_input_tokens": 7}]  # fmt: skip
+CHAT_USAGE = {"prompt_tokens": 100, "completion_tokens": 9, "total_tokens": 109,
+              "prompt_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 15, "audio_tokens": 0},
+              "completion_tokens_details": {"reasoning_tokens": 5}}  # fmt: skip
+RESPONSES_USAGE = {"input_tokens": 100, "output_tokens": 9, "total_tokens": 109,
+                   "input_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 15,
+                                            "cache_write_tokens_details": {"ttl_12h_tokens": 4}},
+                   "output_tokens_details": {"reasoning_tokens": 5}}  # fmt: skip
+DECOY = {"usage": {"input_tokens": 666_000, "output_tokens": 666_000, "service_tier": "priority"}}
+SAID = f'in the text: {json.dumps(DECOY)} "usage":{{'
+CALLED = {"type": "tool_use", "id": "t", "name": "f", "input": {**DECOY, "deep": [DECOY]}}
+DELTA = {"stop_reason": "end_turn", "stop_sequence": None}
+
+
+def said(usage: Any, *content: Any) -> dict[str, Any]:
+    """An Anthropic message."""
+    return {**MESSAGE, "content": [{"type": "text", "text": SAID}, *content], "usage": usage}
+
+
+def streamed(first: Any, last: Any, *blocks: Any) -> bytes:
+    """An Anthropic stream whose first and last events tell such a usage."""
+    events = [sse("message_start", message={**MESSAGE, "usage": first})]
+    for index, block in enumerate(blocks):
+        events += [
+            sse("content_block_start", index=index, content_block=block),
+            sse("content_block_delta", index=index, delta={"type": "text_delta", "text": SAID}),
+        ]
+    return b"".join([*events, sse("message_delta", delta=DELTA, usage=last), sse("message_stop")])
+
+
+def whole_chat(**fields: Any) -> dict[str, Any]:
+    message = {"role": "assistant", "content": SAID, "tool_calls": [
+        {"id": "t", "type": "function", "function": {"name": "f", "arguments": json.dumps(DECOY)}}]}  # fmt: skip
+    return {"id": "c1", "object": "chat.completion", "choices": [{"index": 0, "message": message}], **fields}
+
+
+SCHEMA = {"type": "function", "name": "f", "parameters": {"properties": {"usage": {"type": "object"}}}}
+
+
+def whole_response(**fields: Any) -> dict[str, Any]:
+    output = [{"type": "message", "content": [{"type": "output_text", "text": SAID}]}]
+    tier = {"service_tier": fields.pop("service_tier")} if "service_tier" in fields else {}
+    return {"id": "r1", "object": "response", "output": output, **tier, "tools": [SCHEMA], **fields, "user": None}
+
+
+def response_events(usage: Any, tier: str) -> bytes:
+    began = {"type": "response.created", "response": whole_response(usage=None, service_tier="auto")}
+    done = {"type": "response.completed", "response": whole_response(usage=usage, service_tier=tier)}
+    return b"".join(b"event: %s\ndata: %s\n\n" % (one["type"].encode(), json.dumps(one).encode()) for one in (began, done))
+
+
+CHOICE = {"choices": [{"index": 0, "delta": {"content": SAID}, "finish_reason": None}]}
+UNKNOWN = (None, None, None, None, None)
+# Path, the answer, and what the ledger has of it: input, cache_read, cache_write, cache_write_long, output, tier.
+USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
+    "a message": ("/v1/messages", said({"input_tokens": 25, "output_tokens": 3}), (25, 0, 0, 0, 3), None),
+    "cache lifetimes": ("/v1/messages", said({**CACHED, "output_tokens": 9}), (10, 500, 30, 40, 9), None),
+    "a cache without lifetimes": (
+        "/v1/messages",
+        said({name: count for name, count in CACHED.items() if name != "cache_creation"}),
+        (10, 500, 70, 0, 1),
+        None,
+    ),
+    "a decoy in a tool's input": ("/v1/messages", said({"input_tokens": 25, "output_tokens": 3}, CALLED), (25, 0, 0, 0, 3), None),
+    "totals before iterations": (
+        "/v1/messages",
+        said({"input_tokens": 3, "output_tokens": 550, "service_tier": "batch", "iterations": STEPS}),
+        (3, 0, 0, 0, 550),
+        "batch",
+    ),
+    "totals behind iterations": (
+        "/v1/messages",
+        said({"iterations": STEPS, "output_tokens": 550, "input_tokens": 3, "service_tier": "priority"}),
+        (3, 0, 0, 0, 550),
+        "priority",
+    ),
+    "a message without usage": ("/v1/messages", {**MESSAGE, "usage": None}, UNKNOWN, None),
+    "a usage over 16 KiB": (
+        "/v1/messages", said({"x": "x" * 20_000, "input_tokens": 25, "output_tokens": 3}), UNKNOWN, None),
+    "a stream": ("/v1/messages", streamed({"input_tokens": 25, "output_tokens": 1}, {"output_tokens": 12}, {"type": "text", "text": ""}), (25, 0, 0, 0, 12), None),
+    "a stream's cache lifetimes": (
+        "/v1/messages",
+        streamed(CACHED, {"input_tokens": 10, "cache_creation_input_tokens": 75, "cache_read_input_tokens": 500, "output_tokens": 12}),
+        (10, 500, 35, 40, 12),
+        None,
+    ),
+    "a stream's iterations": (
+        "/v1/messages",
+        streamed({"input_tokens": 3, "output_tokens": 1}, {"output_tokens": 550, "iterations": STEPS}),
+        (3, 0, 0, 0, 550),
+        None,
+    ),
+    "a decoy in a stream's tool": (
+        "/v1/messages",
+        streamed({"input_tokens": 25, "output_tokens": 1}, {"output_tokens": 12}, CALLED),
+        (25, 0, 0, 0, 12),
+        None,
+    ),
+    "a chat": ("/v1/chat/completions", whole_chat(usage=CHAT_USAGE, service_tier="flex"), (25, 60, 15, 0, 9), "flex"),
+    "a chat's tier before": ("/v1/chat/completions", whole_chat(service_tier="default", usage=CHAT_USAGE), (25, 60, 15, 0, 9), None),
+    "a chat without usage": ("/v1/chat/completions", whole_chat(), UNKNOWN, None),
+    "a completion": ("/v1/completions", {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 2}}, (4, 0, 0, 0, 2), None),
+    "an embedding": ("/v1/embeddings", {"data": [], "usage": {"prompt_tokens": 4, "total_tokens": 4}}, (4, 0, 0, 0, 0), None),
+    "a chat's stream": (
+        "/v1/chat/completions",
+        chunks({**CHOICE, "usage": None}, {"choices": [], "usage": CHAT_USAGE, "service_tier": "priority"}),
+        (25, 60, 15, 0, 9),
+        "priority",
+    ),
+    "a chat's stream without usage": ("/v1/chat/completions", chunks({**CHOICE, "usage": None}, CHOICE), UNKNOWN, None),
+    "a chat's stream with usage in each chunk": (
+        "/v1/chat/completions",
+        chunks(*({**CHOICE, "usage": {"prompt_tokens": 4, "completion_tokens": n}} for n in range(40))),
+        (4, 0, 0, 0, 39),
+        None,
+    ),
+    "a response": ("/v1/responses", whole_response(usage=RESPONSES_USAGE, service_tier="scale"), (25, 60, 11, 4, 9), "scale"),
+    "a response's stream": ("/v1/responses", response_events(RESPONSES_USAGE, "flex"), (25, 60, 11, 4, 9), "flex"),
+    "a response's long tools": (
+        "/v1/responses",
+        whole_response(service_tier="flex", instructions="long " * 30_000, usage=RESPONSES_USAGE),
+        (25, 60, 11, 4, 9),
+        "flex",
+    ),
+}  # fmt: skip
+
+
+def told_in_pieces(body: bytes, is_stream: bool, cuts: list[int]) -> Any:
+    """What is read of a body that arrives cut at these places."""
+    usage, lines = monorelay.Usage(), monorelay.LineSplitter()
+    for start, end in zip([0, *cuts], [*cuts, len(body)]):
+        piece = body[start:end]
+        usage.read(lines.feed(piece) if is_stream else piece, is_stream)
+    usage.read(lines.flush(), is_stream)
+    return usage.used
+
+
+@pytest.mark.parametrize("name", USAGE_TOLD)
+def test_what_an_answer_says_was_used_is_told_as_it_says(upstream, relay, name):
+    path, said, tokens, tier = USAGE_TOLD[name]
+    is_stream = isinstance(said, bytes)
+    sent = STREAM_HEAD + chunked(said) if is_stream else answer(200, json.dumps(said).encode())
+    it = relay({"openai" if "messages" not in path else "anthropic": upstream(sent)})
+    assert it.post(path, prompt("m", stream=is_stream)).status == 200
+    row = eventually(lambda: it.server.service.tally.ended)[0]
+    assert (row.input, row.cache_read, row.cache_write, row.cache_write_long, row.output) == tokens
+    assert (row.tier, row.stream, row.complete, row.status, row.error) == (tier, is_stream, 1, 200, None)
+    line = it.logged(path)
+    assert ("input=" in line) == (tokens is not UNKNOWN) and (tokens is UNKNOWN or f" output={tokens[4]}" in line)
+
+
+@pytest.mark.parametrize("name", USAGE_TOLD)
+def test_what_was_used_is_the_same_however_an_answer_arrives(name):
+    _, said, tokens, tier = USAGE_TOLD[name]
+    is_stream = isinstance(said, bytes)
+    for body in [said] if is_stream else [json.dumps(said).encode(), json.dumps(said, indent=1).encode()]:
+        begins = body.find(b'"usage"')
+        bytewise = list(range(1, len(body))) if len(body) < 6000 else list(range(begins - 60, len(body)))
+        ways = [[], bytewise, *([cut] for cut in range(max(1, begins - 60), min(len(body), begins + 600)))]
+        for cuts in ways:
+            used = told_in_pieces(body, is_stream, cuts)
+            assert used[:5] == tokens and (used.tier or None) == tier, cuts[:5]
+
+
+@hypothesis.given(st.sampled_from(sorted(USAGE_TOLD)), st.data())
+def test_what_was_used_is_the_same_wherever_an_answer_is_cut(name, data):
+    _, said, tokens, tier = USAGE_TOLD[name]
+    body = said if isinstance(said, bytes) else json.dumps(said).encode()
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(body) - 1), max_size=12)))
+    used = told_in_pieces(body, isinstance(said, bytes), cuts)
+    assert used[:5] == tokens and (used.tier or None) == tier
+
+
+def test_the_steps_of_a_stream_are_charged_by_their_own_models(upstream, relay):
+    steps = [{**STEPS[0], "model": "dear"}, {**STEPS[1], "model": "cheap"}]
+    stream = streamed({"input_tokens": 3, "output_tokens": 1}, {"output_tokens": 20, "iterations": steps})
+    it = relay({"anthropic": upstream(STREAM_HEAD + chunked(stream))},
+               prices={"dear": {"input": 10, "output": 100}, "cheap": {"input": 1, "output": 2, "cache_read": 0}})  # fmt: skip
+    it.post("/v1/messages", prompt("dear", stream=True))
+    row = eventually(lambda: it.server.service.tally.ended)[0]
+    assert (row.output, row.cost) == (20, (3 * 10 + 20 * 100 + 900 * 1 + 80 * 2) * 1000)
+
+
+def test_what_message_start_says_of_the_output_is_no_figure(upstream, relay):
+    """The client leaves before message_delta: what is known is kept, with its cost, and the rest is unknown."""
+    gate = threading.Event()
+    it = relay({"anthropic": upstream(gated_stream(gate))}, prices={"*": {"input": 2, "output": 8}})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        client.until(ANTHROPIC_EVENTS[0])
+    row = eventually(lambda: it.server.service.tally.ended)[0]
+    gate.set()
+    assert (row.input, row.output, row.complete, row.error, row.untold) == (25, None, 0, "client_gone", True)
+    assert row.cost == 25 * 2000 and not row.failed
+    line = it.logged("client_gone")
+    assert " input=25" in line and "output=" not in line
+
+
+def test_counting_tokens_is_no_use_of_a_model(upstream, relay):
+    it = relay({"anthropic": upstream(answer(200, b'{"input_tokens":9,"usage":{"input_tokens":9,"output_tokens":1}}'))})
+    assert it.post("/v1/messages/count_tokens", prompt()).status == 200
+    assert "tokens" not in it.logged("/v1/messages/count_tokens").replace("count_tokens", "")
+    it.post("/v1/messages", prompt())
+    rows = eventually(lambda: it.server.service.tally.ended)
+    assert [row.path for row in rows] == ["/v1/messages"]
+
+
+EVIL_USAGES = {
+    "openings": b'"usage":{' * 8000,
+    "nested objects": b'"usage":{"x":' * 5000,
+    "a long list": b'"usage":{"a":[' + b"1," * 30_000,
+    "many digits": b'"usage":{"input_tokens":' + b"9" * 60_000,
+    "lists within lists": b'"usage":{"a":' + b"[" * 60_000,
+    "an endless string": b'"usage":{"a":"' + b"\\u0041" * 10_000,
+    "whole ones": b'"usage":{"input_tokens":1},' * 2500,
+    "tiers": b'"service_tier":"flex",' * 3000,
+    "tiers and openings": b'"service_tier":"flex","usage":{' * 2000,
+    "blanks": b'"usage" ' * 8000,
+    "one line of stream": b"data: " + b'"usage":{"x":1},' * 4000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("name", EVIL_USAGES)
+def test_no_answer_makes_it_dear_to_look_what_was_used(name, is_stream):
+    """Neither when it comes at once nor byte by byte; and little of it is held."""
+    usage = monorelay.Usage()
+    begin = time.process_time()
+    usage.read(EVIL_USAGES[name], is_stream)
+    assert time.process_time() - begin < 0.05
+    assert len(usage._held) <= monorelay.USAGE_BYTES
+    assert seconds_each(lambda: usage.read(b"1", is_stream), 20) < 0.005
+    assert len(usage._held) <= monorelay.USAGE_BYTES + 200
+    usage.read(b'\n,"usage":{"input_tokens":7,"output_tokens":8}}\n', is_stream)
+    assert usage.used[::4][:2] == (7, 8)
 
 
 # ------------------------------------------------------------------------------------------------------------
