@@ -6038,6 +6038,11 @@ class LedgerWriter:
         """How many rows aren't written yet."""
         return len(self._rows)
 
+    @property
+    def path(self) -> str:
+        """The file that keeps the rows; empty if nothing does."""
+        return self._settings.path if self._settings and self._keeping else ""
+
     def use(self, config: Config) -> None:
         """Writes where this configuration says, from the next transaction on."""
         self._keeping = bool(config.ledger) and has_sqlite()
@@ -8508,9 +8513,9 @@ class History:
 
     async def usage(self, user: Optional[str], first: str, last: str, by: Sequence[str], daily: bool) -> JsonDict:
         """The answer of /api/usage: sums from one day to another, which is included. `user`: of no one else."""
-        config = self._service.config
-        if config.ledger:
-            path, since, until = config.ledger.path, window_end(first) - 86400, window_end(last)
+        config, path = self._service.config, self._service.ledger.path
+        if path:
+            since, until = window_end(first) - 86400, window_end(last)
             hours = int(since // 3600), int(until // 3600)
             groups = await self._read(lambda: summed_usage(path, *hours, by, daily, user))
         else:
@@ -8532,12 +8537,11 @@ class History:
 
     async def requests(self, query: dict[str, str]) -> JsonDict:
         """The answer of /api/requests."""
-        ledger, limit = self._service.config.ledger, min(int(query.get("limit") or 200), ROWS_AT_ONCE)
+        path, limit = self._service.ledger.path, min(int(query.get("limit") or 200), ROWS_AT_ONCE)
         before = int(query.get("before") or 2**62)
         names = {name: query[name] for name in ("user", "model", "key") if query.get(name)}
         errors = query.get("errors") == "1"
-        if ledger:
-            path = ledger.path
+        if path:
             rows = await self._read(lambda: request_rows(path, before, limit, errors=errors, **names))
         else:
             rows = self._requests_in_memory(before, limit, names, errors)
@@ -8550,9 +8554,8 @@ class History:
 
     async def hours(self, user: Optional[str]) -> list[list[Any]]:
         """The last TALLIED_HOURS hours: their number since 1970, and HOUR_FIGURES of each."""
-        ledger, since = self._service.config.ledger, int(time.time() // 3600) - TALLIED_HOURS + 1
-        if ledger:
-            path = ledger.path
+        path, since = self._service.ledger.path, int(time.time() // 3600) - TALLIED_HOURS + 1
+        if path:
             return await self._read(lambda: hour_rows(path, since, user))
         sums: dict[int, list[int]] = {}
         for (hour, owner), figures in self._service.workers.tally().hours.items():
@@ -8562,7 +8565,15 @@ class History:
 
     async def _read(self, read: Callable[[], list[Any]]) -> list[Any]:
         """What is read from the ledger, in a thread. Raises Unavailable."""
-        return await in_thread(self._service.loop, read, start=self._reader.call)
+        import sqlite3
+
+        def attempt() -> list[Any]:
+            try:
+                return read()
+            except (sqlite3.Error, ValueError) as error:
+                raise Unavailable(f"the ledger can't be read: {error}", "ledger_unreadable") from None
+
+        return await in_thread(self._service.loop, attempt, start=self._reader.call)
 
 
 class LivePage:
@@ -8627,8 +8638,12 @@ class LivePage:
         """How everything is, as far as the caller may see it."""
         exchange, service = self._exchange, self._service
         own, config, clock = exchange.own_name(), service.config, time.time()
-        if self._loop.now >= self._hours_at + (HOURS_SECONDS if config.ledger else 0):
-            self._hours, self._hours_at = await service.history.hours(own), self._loop.now
+        if self._loop.now >= self._hours_at + (HOURS_SECONDS if service.ledger.path else 0):
+            self._hours_at = self._loop.now
+            try:
+                self._hours = await service.history.hours(own)
+            except Unavailable:
+                pass  # what happens now is told all the same
         tally = service.workers.tally()
         running = [row for row in service.workers.running() if own in (None, row[RUNNING_USER])]
         for row in running:
@@ -8638,7 +8653,7 @@ class LivePage:
             "version": __version__,
             "since": round(tally.since, 3),
             "admin": own is None,
-            "ledger": config.ledger is not None,
+            "ledger": bool(service.ledger.path),
             "active": len(running),
             "running": running[:RUNNING_ROWS],
             "keys": service.workers.keys(config) if own is None else [],
