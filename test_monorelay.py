@@ -9150,6 +9150,473 @@ def test_a_relay_has_a_thread_for_its_ledger_only_if_there_is_one(relay, tmp_pat
     assert it.post("/v1/messages", prompt()).status == 200 and (sections or not list(tmp_path.iterdir()))
 
 
+# -- a week of traffic: every account agrees with what the providers told
+
+
+KIND_NAMES = ("input", "cache_read", "cache_write", "cache_write_long", "output")
+FIGURES = ("requests", "errors", "untold", *KIND_NAMES, "cost")
+ODD_RATES = {  # USD a token: what most requests cost is no whole number of 10^-9 USD
+    "claude-a": ("3.00000013e-06", "3.1e-07", "3.7500001e-06", "6.0000007e-06", "1.50000003e-05"),
+    "claude-b": ("5e-06", "5.000009e-07", "6.25e-06", "1e-05", "2.5e-05"),
+    "gpt-a": ("1.2500000007e-06", "1.25e-07", "1.5e-06", "2.5e-06", "1.00001e-05"),
+}
+RATE_NAMES = ("input_cost_per_token", "cache_read_input_token_cost", "cache_creation_input_token_cost",
+              "cache_creation_input_token_cost_above_1hr", "output_cost_per_token")  # fmt: skip
+
+
+class Bill(NamedTuple):
+    """What a provider has told of one attempt; `kinds` is None where it told no tokens."""
+
+    plan: dict[str, Any]
+    model: str
+    provider: str
+    key: str
+    status: int
+    stream: bool
+    kinds: tuple[int | None, ...] | None
+    complete: bool
+
+    @property
+    def cost(self) -> int | None:
+        """In 10^-9 USD, half a unit rounded up."""
+        if self.kinds is None or self.model not in ODD_RATES:
+            return None
+        rates = map(fractions.Fraction, ODD_RATES[self.model])
+        usd = sum(rate * (count or 0) for rate, count in zip(rates, self.kinds))
+        return math.floor(usd * 10**9 + fractions.Fraction(1, 2))
+
+    @property
+    def answered(self) -> bool:
+        return self.status == 200
+
+    @property
+    def failed(self) -> bool:
+        return self.status >= 400 or self.plan["fate"] == "cut"
+
+    @property
+    def figures(self) -> tuple[int | None, ...]:
+        """What it adds to FIGURES."""
+        untold = self.answered and (self.kinds is None or self.kinds[-1] is None)
+        return 1, int(self.failed), int(untold), *(count or 0 for count in self.kinds or (0,) * 5), self.cost
+
+
+def usage_in(path: str, kinds: tuple[int, ...]) -> dict[str, Any]:
+    """The usage object of these tokens in the format of the path."""
+    plain, read, write, long, output = kinds
+    if path.endswith("/messages"):
+        split = {"ephemeral_5m_input_tokens": write, "ephemeral_1h_input_tokens": long}
+        return {"input_tokens": plain, "cache_read_input_tokens": read, "cache_creation_input_tokens": write + long,
+                "cache_creation": split, "output_tokens": output, "service_tier": "standard"}  # fmt: skip
+    details = {"cached_tokens": read, "cache_write_tokens": write + long,
+               "cache_write_tokens_details": {"ttl_12h_tokens": long}}  # fmt: skip
+    total = plain + read + write + long
+    if path.endswith("/responses"):
+        return {"input_tokens": total, "input_tokens_details": details, "output_tokens": output}
+    return {"prompt_tokens": total, "prompt_tokens_details": details, "completion_tokens": output}
+
+
+def plan_in(asked: Any) -> dict[str, Any]:
+    """What the text of a request tells its provider to do."""
+    return json.loads(asked["input"] if "input" in asked else asked["messages"][0]["content"])
+
+
+class Billing:
+    """Providers that do what each request's text says, and write down what they told."""
+
+    def __init__(self) -> None:
+        self.bills: list[Bill] = []
+        self.attempts: Counter[tuple[str, str, str]] = Counter()  # provider, key, status
+
+    def of(self, plan: dict[str, Any]) -> list[Bill]:
+        return [bill for bill in self.bills if bill.plan["number"] == plan["number"]]
+
+    def script(self, provider: str) -> Script:
+        def script(connection: Connection) -> None:
+            while True:
+                asked = connection.read_request()
+                if not self.answer(provider, connection, asked.target, asked):
+                    return
+
+        return script
+
+    def answer(self, provider: str, connection: Connection, path: str, asked: Message) -> bool:
+        """Answers one request; whether the connection can be used for another."""
+        body, plan = asked.json, plan_in(asked.json)
+        key = (asked.get("x-api-key") or asked.get("authorization").removeprefix("Bearer ")).removeprefix("sk-")
+        fate, before, stream = plan["fate"], len(self.of(plan)), body.get("stream", False)
+        kinds = tuple(plan["kinds"])
+
+        def bill(status: int, stream: bool, told: tuple[int | None, ...] | None, complete: bool = True) -> str:
+            self.bills.append(Bill(plan, body["model"], provider, key, status, stream, told, complete))
+            self.attempts[(provider, key, str(status))] += 1
+            return f"x-bill: {len(self.bills) - 1}"
+
+        refusals = {"failover": 429 if before < 1 else 0, "elsewhere": 529 if provider == "anthropic" else 0,
+                    "fails": 500, "refused": 400}  # fmt: skip
+        status = refusals.get(fate, 0)
+        if status:
+            connection.send(answer(status, b'{"error":{"type":"x","message":"no"}}', bill(status, False, None)))
+        elif stream:
+            return self.stream(connection, path, body, fate, kinds, bill)
+        elif fate == "left":
+            bill(0, False, None, complete=False)
+            return not connection.ended_within(TIMEOUT_SECONDS)
+        else:
+            whole = json.dumps({**self.document(path, body["model"]), "usage": usage_in(path, kinds)}).encode()
+            number = bill(200, False, None if fate == "cut" else kinds, fate != "cut")
+            sent = answer(200, whole, number)
+            connection.send(sent[: len(sent) - len(whole) // 2] if fate == "cut" else sent)
+        return fate != "cut"
+
+    @staticmethod
+    def document(path: str, model: str) -> dict[str, Any]:
+        """A whole answer but for its usage."""
+        if path.endswith("/messages"):
+            return {**MESSAGE, "model": model, "content": [{"type": "text", "text": "Hi"}], "stop_reason": "end_turn"}
+        if path.endswith("/responses"):
+            return {"id": "resp_1", "object": "response", "status": "completed", "model": model, "output": [],
+                    "service_tier": "default"}  # fmt: skip
+        choice = {"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop"}
+        return {"id": "c1", "object": "chat.completion", "created": 1, "model": model, "choices": [choice]}
+
+    def stream(self, connection: Connection, path: str, body: Any, fate: str, kinds: Any, bill: Any) -> bool:
+        """Sends the stream, or its first event, and writes down what that told."""
+        usage, told = usage_in(path, kinds), kinds
+        if path.endswith("/messages"):
+            events = list(ANTHROPIC_EVENTS)
+            events[0] = sse("message_start", message={**MESSAGE, "usage": {**usage, "output_tokens": 2}})
+            events[-2] = sse("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": kinds[-1]})
+            if fate in ("cut", "left"):
+                told = (*kinds[:-1], None)  # its output is only a placeholder
+        elif path.endswith("/responses"):
+            document = self.document(path, body["model"])
+            events = [sse("response.created", response={**document, "status": "in_progress", "usage": None}),
+                      sse("response.completed", response={**document, "usage": usage})]  # fmt: skip
+            told = None if fate in ("cut", "left") else kinds
+        else:
+            tells = body.get("stream_options", {}).get("include_usage")
+            last = json.dumps({"object": "chat.completion.chunk", "choices": [], "usage": usage})
+            ending = [f"data: {last}\n\n".encode()] if tells else []
+            events = [*OPENAI_EVENTS[:-1], *ending, OPENAI_EVENTS[-1]]
+            told = kinds if tells and fate not in ("cut", "left") else None
+        number = bill(200, True, told, fate not in ("cut", "left"))
+        connection.send(STREAM_HEAD.replace(b"\r\n\r\n", f"\r\n{number}\r\n\r\n".encode()), chunk(events[0]))
+        if fate == "cut":
+            return False
+        if fate == "left":
+            return not connection.ended_within(TIMEOUT_SECONDS)
+        connection.send(chunked(*events[1:]))
+        return True
+
+
+STYLES = {  # path, streamed, model as it is asked for
+    "message": ("/v1/messages", False, "claude-a"), "message stream": ("/v1/messages", True, "smart"),
+    "chat": ("/v1/chat/completions", False, "gpt-a"), "chat stream": ("/v1/chat/completions", True, "gpt-a"),
+    "chat without a price": ("/v1/chat/completions", False, "gpt-unpriced"),
+    "response": ("/v1/responses", False, "gpt-a"), "response stream": ("/v1/responses", True, "gpt-a"),
+}  # fmt: skip
+FATES = ("whole", "failover", "elsewhere", "fails", "refused", "cut", "left", "untold")
+WEEK_USERS = {"alice": {"key": "key-of-alice-0123", "usd_per_month": 10**6}, "bob": {"usd_per_day": 10**6}}
+ALIASES = {"smart": "claude-b"}
+
+
+class Week:
+    """A relay whose clock is moved through the seven days up to now while three users call it."""
+
+    def __init__(self, upstream: Any, relay: Any, folder: Path, patched: pytest.MonkeyPatch) -> None:
+        self.now = self.end = time.time()
+        patched.setattr(time, "time", lambda: self.now)
+        self.path = folder / "usage.db"
+        self.billing = Billing()
+        self.delivered: list[tuple[int, str, str, Bill]] = []  # day, user, model as asked for
+        prices = {
+            model: {"litellm_provider": "any", **dict(zip(RATE_NAMES, map(float, rates)))}
+            for model, rates in ODD_RATES.items()
+        }
+        keys = [{"key": f"sk-{label}", "label": label} for label in ("team", "spare")]
+        scripted = {name: upstream(self.billing.script(name)) for name in ("anthropic", "anthropic2", "openai")}
+        self.relay = relay(
+            {name: {"upstream": it, "keys": keys, "key_strategy": "round-robin"} for name, it in scripted.items()},
+            ledger={"path": str(self.path)}, prices=prices, users=WEEK_USERS, aliases=ALIASES,
+            server={"jwt_secret": JWT_SECRET}, routes={"claude-*": ["anthropic", "anthropic2"], "gpt-*": "openai"},
+        )  # fmt: skip
+        expires = self.end + 30 * 86400
+        self.tokens = {"admin": TOKEN, "alice": WEEK_USERS["alice"]["key"],
+                       "bob": jwt.encode({"sub": "bob", "exp": expires}, JWT_SECRET, "HS256")}  # fmt: skip
+
+    def live(self) -> None:
+        """Each user sends a request of each style to each fate, the first of them whole."""
+        chance, tally = random.Random(7), self.relay.server.service.tally
+        wanted = list(itertools.product(self.tokens, STYLES, FATES))
+        chance.shuffle(wanted)
+        wanted = [*itertools.product(self.tokens, STYLES, FATES[:1]), *wanted]
+        for number, (user, style, fate) in enumerate(wanted):
+            self.now = self.end - 6 * 86400 * (1 - number / len(wanted))
+            kinds = [chance.randrange(10 ** chance.randrange(1, 6)) for _ in KIND_NAMES]
+            self.call({"number": number, "fate": fate, "kinds": kinds}, user, *STYLES[style])
+            eventually(lambda count=number + 1: sum(tally.statuses.values()) == count)
+        self.now = self.end
+        eventually(lambda: not self.relay.server.service.ledger.waiting)
+
+    def call(self, plan: dict[str, Any], user: str, path: str, stream: bool, model: str) -> None:
+        """Sends a request and finds the bill of the attempt whose answer came."""
+        text = json.dumps(plan)
+        body = {"model": model, "stream": stream, "max_tokens": 9}
+        if path.endswith("/responses"):
+            body["input"] = text
+        else:
+            body["messages"] = [{"role": "user", "content": text}]
+        if path.endswith("/completions") and plan["fate"] != "untold":
+            body["stream_options"] = {"include_usage": True}
+        with self.relay.client() as client:
+            client.send(request("POST", path, json.dumps(body).encode(), token=self.tokens[user]))
+            if plan["fate"] == "left":
+                if stream:
+                    client.until(b"\n\n")
+                else:
+                    eventually(lambda: self.billing.of(plan))
+                told = None
+            else:
+                head = Message(client.until(b"\r\n\r\n"), b"")
+                client.rest() if plan["fate"] == "cut" else read_body(client, head)
+                told = head.get("x-bill")
+        bill = self.billing.bills[int(told)] if told else self.billing.of(plan)[-1]
+        self.delivered.append((int(self.now // 86400), user, model, bill))
+
+    def sums(self, *by: str, first: int = 0, last: int = 10**6, user: str = "") -> dict[tuple[Any, ...], list[Any]]:
+        """FIGURES by some of day, user, model, provider and key, as the providers told them."""
+        found: dict[tuple[Any, ...], list[Any]] = {}
+        for day, owner, _, bill in self.delivered:
+            if first <= day <= last and user in ("", owner):
+                names = {"day": monorelay.windows_of_day(day)[0], "user": owner, "provider": bill.provider,
+                         "model": bill.model if bill.answered else "(other)", "key": bill.key}  # fmt: skip
+                sums = found.setdefault(tuple(names[name] for name in by), [None] * len(FIGURES))
+                sums[:] = [monorelay.plus(one, other) for one, other in zip(sums, bill.figures)]
+        return found
+
+
+    def total(self, **chosen: Any) -> list[Any]:
+        return self.sums(**chosen).get((), [0] * len(FIGURES))
+
+
+def read_body(client: Client, head: Message) -> None:
+    """Reads the rest of an answer."""
+    if head.get("transfer-encoding"):
+        for _ in iter(client.chunk, b""):
+            pass
+    else:
+        client.take(int(head.get("content-length")))
+
+
+def figures_of(row: dict[str, Any]) -> list[Any]:
+    """The FIGURES of a row of `usage` or /api/usage, whose numbers may be text."""
+    counts = [int(row[name]) for name in FIGURES[:-1]]
+    return [*counts, None if row["usd"] in (None, "") else nano(row["usd"])]
+
+
+def nano(usd: Any) -> int:
+    """10^-9 USD as a whole number, which it must be."""
+    exact = fractions.Fraction(str(usd)) * 10**9
+    assert exact.denominator == 1, usd
+    return int(exact)
+
+
+def grouped(rows: list[dict[str, Any]], *by: str) -> dict[tuple[Any, ...], list[Any]]:
+    found = {tuple(row[name] for name in by): figures_of(row) for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def samples(it: Relay) -> dict[tuple[str, ...], float]:
+    """The metrics by name and values of their labels."""
+    text = it.ask("GET", "/metrics").body.decode()
+    return {
+        (name, *(value for _, value in re.findall(r'(\w+)="([^"]*)"', labels))): value
+        for name, labels, value in re.findall(r"^(\w+)(?:\{(.*)\})? (\S+)$", text, re.M)
+    }
+
+
+@pytest.fixture
+def week(upstream, relay, tmp_path, monkeypatch) -> Week:
+    it = Week(upstream, relay, tmp_path, monkeypatch)
+    it.live()
+    return it
+
+
+GROUPINGS = [("user",), ("model",), ("provider",), ("key",), ("user", "model"), ("model", "provider", "key", "user")]
+
+
+def test_all_accounts_of_a_week_agree_with_what_the_providers_told(week, tmp_path):
+    days = sorted({day for day, *_ in week.delivered})
+    assert len(days) == 7 and {bill.status for *_, bill in week.delivered} == {0, 200, 400, 500}
+    check_rows(week)
+    check_queries(week, days)
+    check_command_line(week, tmp_path)
+    check_metrics(week)
+    check_memory(week)
+    check_budgets(week)
+    check_log(week)
+    assert_sums_are_exact(week.path)
+
+
+def check_rows(week: Week) -> None:
+    """The rows in the file are those of the providers, one by one; /api/requests tells all of them, page by page."""
+    told = Counter(
+        (day, user, asked, bill.model, bill.provider, bill.key, bill.status, bill.stream, bill.cost, bill.complete,
+         bill.failed, len(week.billing.of(bill.plan)), *(bill.kinds or (None,) * 5))
+        for day, user, asked, bill in week.delivered
+    )  # fmt: skip
+    columns = ("user", "model", "sent", "provider", "key", "status", "stream", "cost", "complete")
+    rows, before, pages = [], "", 0
+    while before is not None:
+        page = week.relay.ask("GET", f"/api/requests?limit=50&before={before}").json
+        rows, before, pages = rows + page["rows"], page["next"], pages + 1
+    assert pages > 3 and [row["id"] for row in rows] == list(range(len(week.delivered), 0, -1))
+    assert told == Counter(
+        (row["at"] // 86_400_000, *(row[name] for name in columns),
+         row["status"] >= 400 or row["error"] not in (None, "client_gone"), row["attempts"],
+         *(row[name] for name in KIND_NAMES))
+        for row in rows
+    )  # fmt: skip
+    names = ("id", *monorelay.LedgerRow._fields)
+    assert selected(week.path, f"SELECT {', '.join(names)} FROM request ORDER BY id DESC") == [
+        tuple(row[name] for name in names) for row in rows
+    ]
+    for query, chosen in {
+        "user=alice": lambda user, asked, bill: user == "alice",
+        "model=smart": lambda user, asked, bill: asked == "smart",
+        "model=claude-b&key=anthropic2/team": lambda user, asked, bill: (
+            bill.model == "claude-b" and (bill.provider, bill.key) == ("anthropic2", "team")
+        ),
+        "errors=1": lambda user, asked, bill: bill.failed,
+    }.items():
+        found = week.relay.ask("GET", f"/api/requests?limit=1000&{query}").json["rows"]
+        assert len(found) == sum(chosen(*one) for _, *one in week.delivered) > 0, query
+    for user in ("alice", "bob"):
+        own = week.relay.ask("GET", "/api/requests?limit=1000&user=admin", token=week.tokens[user]).json["rows"]
+        assert {row["user"] for row in own} == {user} and len(own) == len(week.delivered) // 3
+
+
+def check_queries(week: Week, days: list[int]) -> None:
+    """/api/usage, for the whole week and for a part of it, by everything and day by day."""
+    for first, last in ((days[0], days[-1]), (days[2], days[4]), (days[-1], days[-1])):
+        period = "from={}&to={}".format(*(monorelay.windows_of_day(day)[0] for day in (first, last)))
+        for by, user, step in itertools.product(GROUPINGS, week.tokens, ("", "day")):
+            query = f"/api/usage?{period}&by={','.join(by)}&step={step}"
+            got = week.relay.ask("GET", query, token=week.tokens[user]).json
+            chosen = {"first": first, "last": last, "user": "" if user == "admin" else user}
+            names = (*(["day"] if step else []), *by)
+            assert grouped(got["rows"], *names) == week.sums(*names, **chosen), query
+            assert figures_of(got["total"]) == week.total(**chosen)
+
+
+def check_command_line(week: Week, folder: Path) -> None:
+    """`usage` as JSON, as CSV and as a table."""
+    for by in (("user", "model"), ("day", "provider", "key")):
+        command = ["usage", "usage.db", "--days", "9", "--by", ",".join(by)]
+        told = json.loads(run(*command, "--json", cwd=folder).stdout)
+        assert grouped(told["rows"], *by) == week.sums(*by) and figures_of(told["total"]) == week.total()
+        lines = list(csv.DictReader(io.StringIO(run(*command, "--csv", cwd=folder).stdout)))
+        assert grouped(lines, *by) == week.sums(*by)
+    lines = run("usage", "usage.db", "--days", "9", "--by", "user", cwd=folder).stdout.splitlines()
+    found = {words[0]: words[1:] for words in (line.split() for line in lines)}
+    for name, (requests, errors, _, plain, read, write, long, output, cost) in (
+        *((user, sums) for (user,), sums in week.sums("user").items()), ("total", week.total()),
+    ):  # fmt: skip
+        counts = [f"{count:,}" for count in (requests, errors, plain, read, write + long, output)]
+        assert found[name] == [*counts, monorelay.usd_text(cost)]
+
+
+def check_metrics(week: Week) -> None:
+    """The counters since the start, by model, user, status and attempt."""
+    found = samples(week.relay)
+    by_status = Counter((bill.provider, bill.model, str(bill.status)) for *_, bill in week.delivered)
+    assert by_status == {key[1:]: int(value) for key, value in found.items() if key[0] == "monorelay_requests_total"}
+    for prefix, by in (("monorelay", ("provider", "model")), ("monorelay_user", ("user",))):
+        for names, sums in week.sums(*by).items():
+            if "(other)" in names:
+                continue  # what failed has no tokens, and the counters know its model
+            told = dict(zip(FIGURES, sums))
+            assert [int(found[(f"{prefix}_tokens_total", *names, kind)]) for kind in KIND_NAMES] == sums[3:8]
+            assert nano(found[(f"{prefix}_cost_usd_total", *names)]) == (told["cost"] or 0)
+            if by == ("user",):
+                assert int(found[("monorelay_user_requests_total", *names)]) == told["requests"]
+    for (provider,), sums in week.sums("provider").items():
+        assert int(found[("monorelay_untold_usage_total", provider)]) == sums[FIGURES.index("untold")]
+    tried = Counter[tuple[str, str]]()
+    for (name, *labels), value in found.items():
+        if name == "monorelay_upstream_attempts_total":
+            tried[tuple(labels[:2])] += int(value)
+    counted = Counter[tuple[str, str]]()
+    for (provider, key, status), count in week.billing.attempts.items():
+        counted[(provider, key)] += count if status != "0" else 0
+    assert tried == counted
+
+
+def check_memory(week: Week) -> None:
+    """What is in memory since the start, for whoever has no ledger, is what the ledger has."""
+    history, hour = week.relay.server.service.history, int(week.now // 3600)
+    for by in [by for by in GROUPINGS if "model" not in by]:  # that of what failed is known here
+        in_memory = {tuple(group.values()): sums for group, sums in history._usage_in_memory(None, by)}
+        in_file = monorelay.summed_usage(str(week.path), 0, hour + 1, by, False, None)
+        assert in_memory == {tuple(group.values()): sums for group, sums in in_file}
+    for user in (None, *week.tokens):
+        sums: dict[int, list[int]] = {}
+        for (at, owner), figures in week.relay.server.service.tally.hours.items():
+            if at > hour - monorelay.TALLIED_HOURS and user in (None, owner):
+                sums[at] = [one + other for one, other in zip(sums.get(at, [0] * 6), figures)]
+        found = monorelay.hour_rows(str(week.path), hour - monorelay.TALLIED_HOURS + 1, user)
+        assert {at: [figure or 0 for figure in figures] for at, *figures in found} == sums
+
+
+def check_budgets(week: Week) -> None:
+    """What a user has spent of its budget, in the window that it has."""
+    (today, month) = monorelay.windows(week.now)
+    for user, window, length in (("alice", month, 7), ("bob", today, 10)):
+        (budget,) = week.relay.ask("GET", "/api/auth/me", token=week.tokens[user]).json["budgets"]
+        spent = [sums[-1] or 0 for (day,), sums in week.sums("day", user=user).items() if day[:length] == window]
+        assert nano(budget["used"]) == sum(spent)
+
+
+def check_log(week: Week) -> None:
+    """The lines of the log, summed up."""
+    text = week.relay.log.getvalue()
+    sums = dict(zip(FIGURES, week.total()))
+    assert sum(map(nano, re.findall(r" cost=(\S+)", text))) == sums["cost"]
+    for kind in KIND_NAMES:
+        assert sum(map(int, re.findall(rf" {kind}=(\d+)", text))) == sums[kind]
+
+
+def test_what_a_bill_of_anthropics_was_is_told_everywhere(upstream, program, tmp_path):
+    """A bill of 4.614 cents for the writes and 0.825 for the output, which leaves out 3 tokens of input."""
+    usage = {"input_tokens": 3, "cache_creation_input_tokens": 12304, "cache_read_input_tokens": 0, "output_tokens": 1}
+    events = list(ANTHROPIC_EVENTS)
+    events[0] = sse("message_start", message={**MESSAGE, "usage": usage})
+    events[-2] = sse("message_delta", delta={"stop_reason": "end_turn"}, usage={**usage, "output_tokens": 550})
+    (tmp_path / "prices.json").write_text(json.dumps({"claude-3-7-sonnet-20250219": LITELLM_PRICES["claude-sonnet"]}))
+    config = settings({"anthropic": upstream(STREAM_HEAD + chunked(*events))}, ledger={"path": "usage.db"})
+    it = program({**config, "prices": "prices.json"})
+    with Client(it.url) as client:
+        got = client.ask("POST", "/v1/messages", json.dumps(prompt("claude-3-7-sonnet-20250219", stream=True)).encode())
+        assert got.body == b"".join(events)
+        eventually(lambda: (tmp_path / "usage.db").exists() and selected(tmp_path / "usage.db", "SELECT * FROM hour"))
+        today = monorelay.windows(time.time())[0]
+        by_api = client.ask("GET", f"/api/usage?from={DAYS[-1]}&to={today}").json
+        counters = client.ask("GET", "/metrics").body.decode()
+    bill = 54_399_000
+    for table in ("request", "hour"):
+        assert selected(tmp_path / "usage.db", f"SELECT cost FROM {table}") == [bill]
+    assert selected(tmp_path / "usage.db", "SELECT cost, tokens FROM spent") == [(bill, 12_857)] * 2
+    told = json.loads(run("usage", "--json", cwd=tmp_path).stdout)
+    for usage in (by_api, told):
+        assert [row["usd"] for row in (*usage["rows"], usage["total"])] == [0.054399] * 2
+    for labels in ('cost_usd_total{provider="anthropic",model="claude-3-7-sonnet-20250219"}',
+                   'user_cost_usd_total{user="admin"}'):  # fmt: skip
+        assert f"\nmonorelay_{labels} 0.054399\n" in counters
+    assert eventually(lambda: re.search(r" cost=(\S+)", it.text()))[1] == "0.054399000"
+    assert run("usage", cwd=tmp_path).stdout.count(" $0.0544") == 2
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Server: admission, deadlines, reload, drain
 # ------------------------------------------------------------------------------------------------------------
