@@ -2010,9 +2010,10 @@ def reset_time(value: str, now: float) -> Optional[float]:
 class KeyRecord:
     """How a key has fared of late, for its owner to see."""
 
-    __slots__ = ("failed", "hours", "limits_at", "limits_told")
+    __slots__ = ("failed", "hours", "limits_at", "limits_told", "outcomes")
 
     def __init__(self) -> None:
+        self.outcomes: dict[str, int] = {}  # how many attempts ended so
         self.hours: dict[int, list[int]] = {}  # clock hour: attempts, and how many of them failed
         self.failed: Optional[tuple[float, str]] = None  # when last, and why
         # The header fields in which the provider last told its rate limits, and when: read when somebody asks.
@@ -2035,7 +2036,6 @@ class KeyPool:
         self._cooling: collections.OrderedDict[tuple[str, ...], Cooling] = collections.OrderedDict()
         self._turns: collections.Counter[str] = collections.Counter()
         self.records: dict[tuple[str, str], KeyRecord] = {}  # of a provider and the label of its key
-        self.attempts: collections.Counter[tuple[str, str, str]] = collections.Counter()  # the same, and the outcome
         self.changed: Callable[[], object] = lambda: None  # called when something cools or has recovered
 
     def order(self, targets: Iterable[Target], session: str, now: float) -> list[Candidate]:
@@ -2138,8 +2138,8 @@ class KeyPool:
 
     def note(self, candidate: Candidate, outcome: str, clock: float) -> None:
         """Notes what became of an attempt: `ok`, or what it met. `clock` is in seconds since 1970."""
-        self.attempts[(candidate.target.provider.name, candidate.label, outcome)] += 1
         record, hour = self._record(candidate), int(clock // 3600)
+        record.outcomes[outcome] = record.outcomes.get(outcome, 0) + 1
         counts = record.hours.get(hour)
         if counts is None:
             record.hours = {known: record.hours[known] for known in record.hours if known == hour - 1}
@@ -2156,7 +2156,11 @@ class KeyPool:
             record.limits_told, record.limits_at = told, clock
 
     def _record(self, candidate: Candidate) -> KeyRecord:
-        return self.records.setdefault((candidate.target.provider.name, candidate.label), KeyRecord())
+        name = (candidate.target.provider.name, candidate.label)
+        record = self.records.get(name)
+        if record is None:
+            record = self.records[name] = KeyRecord()
+        return record
 
     def cooling(self, provider: str, mark: str, now: float) -> list[tuple[str, Cooling]]:
         """What cools of a key: the model, or nothing for all of them, and the entry."""
@@ -2229,12 +2233,13 @@ def key_state(provider: Provider, cooling: Sequence[tuple[str, Cooling]], now: f
     return state
 
 
-EMPTY_RECORD: JsonDict = {"hours": [], "failed": None, "limits": []}
+EMPTY_RECORD: JsonDict = {"outcomes": {}, "hours": [], "failed": None, "limits": []}
 
 
 def record_document(record: KeyRecord) -> JsonDict:
     """What is known of a key, as JSON has it."""
     return {
+        "outcomes": record.outcomes,
         "hours": [[hour, *counts] for hour, counts in record.hours.items()],
         "failed": record.failed,
         "limits": [
@@ -2244,13 +2249,23 @@ def record_document(record: KeyRecord) -> JsonDict:
     }
 
 
+def records_by_key(shown: Iterable[list[list[Any]]]) -> dict[tuple[str, str], JsonDict]:
+    """What several workers show of keys: provider, label and record_document() of each, joined by key."""
+    known: dict[tuple[str, str], list[JsonDict]] = {}
+    for provider, label, document in itertools.chain.from_iterable(shown):
+        known.setdefault((provider, label), []).append(document)
+    return {name: joined_records(documents) for name, documents in known.items()}
+
+
 def joined_records(records: Iterable[JsonDict]) -> JsonDict:
     """What several workers know of a key."""
+    outcomes: collections.Counter[str] = collections.Counter()
     hours: collections.Counter[int] = collections.Counter()
     failures: collections.Counter[int] = collections.Counter()
     limits: dict[str, JsonDict] = {}
     failed = None
     for record in records:
+        outcomes.update(record["outcomes"])
         for hour, total, failing in record["hours"]:
             hours[hour] += total
             failures[hour] += failing
@@ -2259,7 +2274,7 @@ def joined_records(records: Iterable[JsonDict]) -> JsonDict:
             if limit["limit"] not in limits or limits[limit["limit"]]["at"] < limit["at"]:
                 limits[limit["limit"]] = limit
     counts = [[hour, total, failures[hour]] for hour, total in hours.items()]
-    return {"hours": counts, "failed": failed, "limits": list(limits.values())}
+    return {"outcomes": outcomes, "hours": counts, "failed": failed, "limits": list(limits.values())}
 
 
 def told(candidate: Candidate, name: tuple[str, ...]) -> str:
@@ -4113,7 +4128,6 @@ class Tally:
         self.hours: dict[tuple[int, str], list[int]] = {}  # by clock hour and user: HOUR_FIGURES
         self.seconds: dict[int, list[int]] = {}  # of the last minute: requests and errors
         self.statuses: collections.Counter[tuple[str, str, str]] = collections.Counter()  # provider, model, status
-        self.attempts: collections.Counter[tuple[str, str, str]] = collections.Counter()  # provider, key, outcome
         self.refused: collections.Counter[str] = collections.Counter()  # codes of the relay's own errors
         self.ended: collections.deque[LedgerRow] = collections.deque(maxlen=ENDED_ROWS)
         self.users: Collection[str] = ()  # those of relay.json, which are always told apart
@@ -4134,11 +4148,11 @@ class Tally:
         self.ended.append(row)
 
     def _sums(self, names: tuple[str, str, str, str]) -> list[int]:
-        if names not in self.series:
-            if len(self.series) >= TALLIED_SERIES:
-                names = (OTHER, OTHER, OTHER, OTHER)
-            return self.series.setdefault(names, [0] * SERIES_LENGTH)
-        return self.series[names]
+        sums = self.series.get(names)
+        if sums is None:
+            names = names if len(self.series) < TALLIED_SERIES else (OTHER, OTHER, OTHER, OTHER)
+            sums = self.series.setdefault(names, [0] * SERIES_LENGTH)
+        return sums
 
     def _add_to_times(self, row: LedgerRow, user: str, failed: int) -> None:
         """Counts a request in its hour and its second."""
@@ -4181,7 +4195,6 @@ class Tally:
             "hours": [[*names, *figures] for names, figures in self.hours.items()],
             "seconds": [[second, *counts] for second, counts in self.seconds.items()],
             "statuses": [[*names, count] for names, count in self.statuses.items()],
-            "attempts": [[*names, count] for names, count in self.attempts.items()],
             "refused": [[code, count] for code, count in self.refused.items()],
             "ended": list(self.ended),
         }
@@ -4191,8 +4204,6 @@ class Tally:
         self.since = min(self.since, shared["since"])
         for *names, count in shared["statuses"]:
             self.statuses[tuple(names)] += count
-        for *names, count in shared["attempts"]:
-            self.attempts[tuple(names)] += count
         for code, count in shared["refused"]:
             self.refused[code] += count
         for table, width in (("series", 4), ("hours", 2), ("seconds", 1)):
@@ -4267,8 +4278,9 @@ def metric_families(
         for (provider, model, status), count in tally.statuses.items()
     ]
     attempts = [
-        ("", {"provider": provider, "key": key, "outcome": outcome}, count)
-        for (provider, key, outcome), count in tally.attempts.items()
+        ("", {"provider": key["provider"], "key": key["key"], "outcome": outcome}, count)
+        for key in keys
+        for outcome, count in key["outcomes"].items()
     ]
     named = [({"provider": key["provider"], "key": key["key"]}, key) for key in keys]
     cooling = [("", labels, int(key["state"] == "cooling")) for labels, key in named]
@@ -7798,7 +7810,6 @@ class Service:
         self.logins = LoginGate(self.loop)
         self.ledger = LedgerWriter(log.warn)
         self.tally = Tally(time.time())
-        self.tally.attempts = self.relay.keys.attempts  # counted there
         self.running: dict[Exchange, None] = {}  # requests whose responses aren't all sent
         self.connections: Collection[object] = ()  # of clients
         self.pages = 0  # that follow what happens
@@ -7978,14 +7989,9 @@ class Workers:
     def keys(self, config: Config) -> list[JsonDict]:
         """How each key is."""
         self.look()
-        known: dict[tuple[str, str], list[JsonDict]] = {}
-        for name, record in self._service.relay.keys.records.items():
-            known.setdefault(name, []).append(record_document(record))
-        for figures in self._other_figures():
-            for provider, label, document in figures["keys"]:
-                known.setdefault((provider, label), []).append(document)
-        records = {name: joined_records(documents) for name, documents in known.items()}
         pool, now = self._service.relay.keys, self._service.loop.now
+        own = [[*name, record_document(record)] for name, record in pool.records.items()]
+        records = records_by_key([own, *(figures["keys"] for figures in self._other_figures())])
         return key_states(config.providers.values(), pool, records, now, time.time())
 
     def gauges(self) -> dict[str, float]:
@@ -9943,15 +9949,14 @@ class PlaceOnBoard(NamedTuple):
         """Adds this worker's figures, which has ended, to those of the others that have."""
         last = self.board.places - 1
         tally, gauges = Tally(math.inf), collections.Counter[str]()
-        for figures in self._figures_to_keep(last):
+        kept = list(filter(None, map(self.board.read, (last, 2 * self.worker + 1))))
+        for figures in kept:
             tally.include(figures["tally"])
             gauges.update({name: value for name, value in figures["gauges"].items() if name.endswith("_total")})
-        self.board.write(last, {"tally": tally.shared(), "running": [], "keys": [], "gauges": gauges})
+        keys = [[*name, record] for name, record in records_by_key(figures["keys"] for figures in kept).items()]
+        self.board.write(last, {"tally": tally.shared(), "running": [], "keys": keys, "gauges": gauges})
         self.board.clear(2 * self.worker)
         self.board.clear(2 * self.worker + 1)
-
-    def _figures_to_keep(self, last: int) -> list[JsonDict]:
-        return list(filter(None, map(self.board.read, (last, 2 * self.worker + 1))))
 
 
 OPERATOR_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
