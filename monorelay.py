@@ -1746,7 +1746,7 @@ class Throttle:
     def __init__(self, period_seconds: float = 60.0) -> None:
         self._period = period_seconds
         self._times: collections.OrderedDict[str, collections.deque[float]] = collections.OrderedDict()
-        # What other workers have let through: by name, seconds on the monotonic clock, and how many events in each.
+        # What other workers have let through: by name, seconds on the monotonic clock, and how many events up to each.
         self.elsewhere: Mapping[str, Sequence[tuple[float, int]]] = {}
 
     def wait_seconds(self, name: str, limit: int, now: float) -> float:
@@ -1770,11 +1770,11 @@ class Throttle:
         return max(0, limit - len(times) - sum(count for _, count in self._elsewhere(name, now)))
 
     def counts(self, now: float) -> dict[str, list[tuple[int, int]]]:
-        """How many events there were for each name, by the second, for the other workers."""
+        """How many events there were for each name up to each full second, for the other workers."""
         for times in self._times.values():
             self._drop_old(times, now)
         return {
-            name: list(collections.Counter(map(int, times)).items()) for name, times in self._times.items() if times
+            name: list(collections.Counter(map(math.ceil, times)).items()) for name, times in self._times.items() if times
         }
 
     def _drop_old(self, times: "collections.deque[float]", now: float) -> None:
@@ -1988,7 +1988,7 @@ def read_limit(parts: Mapping[str, str], now: float) -> Optional[Limit]:
     if re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,9})?", spent):
         return Limit(float(spent), None, None, reset, now)
     left, limit = numbers.get("remaining"), numbers.get("limit")
-    return Limit(1 - left / limit, left, limit, reset, now) if left is not None and limit else None
+    return Limit(max(0.0, 1 - left / limit), left, limit, reset, now) if left is not None and limit else None
 
 
 def reset_time(value: str, now: float) -> Optional[float]:
@@ -2223,7 +2223,7 @@ def key_state(provider: Provider, cooling: Sequence[tuple[str, Cooling]], now: f
     usual = "echo" if provider.format == "echo" else "client" if provider.client_keys else "ok"
     state: JsonDict = {"state": usual, "for": None, "why": None, "models": None}
     if not provider.usable:
-        return {**state, "state": "missing", "why": "has no key"}
+        return {**state, "state": "missing", "why": f"set a key for {provider.name}"}
     if cooling:
         whole = [entry for model, entry in cooling if not model] or [entry for _, entry in cooling]
         longest = max(whole, key=lambda entry: entry.until)
@@ -4345,7 +4345,8 @@ def histogram(series: Iterable[tuple[dict[str, str], list[int]]], start: int, li
 
 
 def label_text(text: str) -> str:
-    """Text as the value of a label."""
+    """Text as the value of a label; half a surrogate pair, which UTF-8 doesn't have, as it is written in Python."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
@@ -8163,7 +8164,7 @@ class Exchange:
 
     def own_name(self) -> Optional[str]:
         """The name of a caller who may see only what is his own; None for one who sees all."""
-        return None if self.caller.sees_all else self.caller.name
+        return None if self.caller.sees_all else self.caller.name[:LOGGED_CHARACTERS]
 
     def may_use(self, model: str) -> bool:
         """Whether the caller's `models` admit the name."""
@@ -8543,15 +8544,15 @@ class History:
 
     async def requests(self, query: dict[str, str]) -> JsonDict:
         """The answer of /api/requests."""
-        path, limit = self._service.ledger.path, min(int(query.get("limit") or 200), ROWS_AT_ONCE)
-        before = int(query.get("before") or 2**62)
+        path, limit = self._service.ledger.path, max(1, min(int(query.get("limit") or 200), ROWS_AT_ONCE))
+        before = int(query.get("before") or 0) or 2**62
         names = {name: query[name] for name in ("user", "model", "key") if query.get(name)}
         errors = query.get("errors") == "1"
         if path:
             rows = await self._read(lambda: request_rows(path, before, limit, errors=errors, **names))
         else:
             rows = self._requests_in_memory(before, limit, names, errors)
-        return {"rows": rows, "next": rows[-1]["id"] if len(rows) == limit else None}
+        return {"rows": rows, "next": rows[-1]["id"] if rows and len(rows) == limit else None}
 
     def _requests_in_memory(self, before: int, limit: int, names: Mapping[str, str], errors: bool) -> list[JsonDict]:
         rows: Iterable[LedgerRow] = reversed(self._service.workers.tally().ended)
@@ -8707,7 +8708,7 @@ def query_date(query: Mapping[str, str], name: str, default: str) -> str:
     """A day of a query. Raises BadRequest."""
     value = query.get(name) or default
     try:
-        if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
+        if re.fullmatch("[12][0-9]{3}-[0-9]{2}-[0-9]{2}", value):
             return datetime.date.fromisoformat(value).isoformat()
     except ValueError:
         pass
@@ -8722,7 +8723,7 @@ async def answer_metrics(exchange: Exchange) -> Response:
     tally, gauges = workers.tally(), workers.gauges()
     await checkpoint(exchange.loop)
     text = metrics_text(tally, workers.keys(exchange.config), {**gauges, "process_start_time_seconds": tally.since})
-    return exchange.respond_with(text.encode("utf-8", "replace"), "text/plain; version=0.0.4; charset=utf-8")
+    return exchange.respond_with(text.encode("utf-8"), "text/plain; version=0.0.4; charset=utf-8")
 
 
 async def answer_dashboard(exchange: Exchange) -> Response:
