@@ -9150,6 +9150,98 @@ def test_a_relay_has_a_thread_for_its_ledger_only_if_there_is_one(relay, tmp_pat
     assert it.post("/v1/messages", prompt()).status == 200 and (sections or not list(tmp_path.iterdir()))
 
 
+def test_a_ledger_that_can_not_be_written_is_warned_of_once_a_minute(tmp_path, monkeypatch):
+    class Clock:
+        now = time.monotonic()
+        time = staticmethod(time.time)
+        monotonic = staticmethod(lambda: Clock.now)
+
+    (tmp_path / "file").touch()
+    warnings: list[str] = []
+    it = monorelay.LedgerWriter(warnings.append)
+    it.use(parse({"echo": {}}, ledger={"path": str(tmp_path / "file" / "usage.db")}))
+    it.put(row())
+    told = []
+    with monkeypatch.context() as patched:
+        patched.setattr(monorelay, "time", Clock)
+        for seconds in (0, 1, 58, 2, 59, 2):
+            Clock.now += seconds
+            assert not it._flush()
+            told.append(len(warnings))
+    assert told == [1, 1, 1, 2, 2, 3]
+
+
+def first_state(it: Any) -> Any:
+    """What the page is told at first."""
+    with Client(it.url) as client:
+        client.send(request("GET", "/api/live"))
+        return json.loads(client.until(b"\n\n").rpartition(b"data: ")[2])
+
+
+@pytest.mark.parametrize("how", ["locked", "of a newer version", "no database"])
+def test_a_ledger_that_can_not_be_read_is_said_to_be_and_holds_up_nothing_else(relay, tmp_path, how):
+    path = tmp_path / "usage.db"
+    it = relay({"echo": {}}, ledger={"path": str(path)})
+    holder = sqlite3.connect(path, isolation_level=None)
+    if how == "no database":
+        path.write_bytes(b"no database at all" * 100)
+    else:
+        holder.execute("PRAGMA user_version = 2" if how == "of a newer version" else "BEGIN EXCLUSIVE")
+    for query in ("/api/usage", "/api/requests"):
+        got = it.ask("GET", query)
+        assert (got.status, got.get("x-monorelay-error")) == (503, "ledger_unreadable")
+        assert got.json["error"]["message"].startswith("the ledger can't be read: ")
+    state = first_state(it)
+    assert state["ledger"] and state["hours"] == [] and state["active"] == 0
+    begun = time.monotonic()
+    assert it.post("/v1/messages", prompt()).status == it.ask("GET", "/metrics").status == 200
+    assert time.monotonic() - begun < 0.5
+    holder.close()
+    assert "internal error" not in it.log.getvalue()
+
+
+def without_sqlite(folder: Path) -> dict[str, Any]:
+    """The environment of a Python that has no sqlite3."""
+    (folder / "sitecustomize.py").write_text("import sys\nsys.modules['sqlite3'] = sys.modules['_sqlite3'] = None\n")
+    return {"env": {**os.environ, "PYTHONPATH": str(folder)}}
+
+
+@pytest.mark.parametrize("how", ["no sqlite3", "below a file", "disk full"])
+def test_a_relay_without_a_place_for_its_ledger_serves_all_the_same(program, tmp_path, how):
+    path = tmp_path / ("relay.json/usage.db" if how == "below a file" else "usage.db")
+    options: dict[str, Any] = {}
+    if how == "no sqlite3":
+        options = without_sqlite(tmp_path)
+    if how == "disk full":
+        options["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    config = settings({"echo": {}}, ledger={"path": str(path)}, users={"alice": {"key": "key-of-alice-0123"}})
+    it = program(config, **options)
+    eventually(lambda: "stop it" in it.text())
+    slowest, body = 0.0, json.dumps(prompt(stream=True)).encode()
+    with Client(it.url) as client:
+        for number in range(40):
+            begun = time.monotonic()
+            got = client.ask("POST", "/v1/messages", body, token="key-of-alice-0123")
+            slowest = max(slowest, time.monotonic() - begun)
+            assert (got.status, events_of(got.body)[-1][0]) == (200, "message_stop")
+            threading.Event().wait(0.08)  # so that several attempts are made to write
+            assert number or client.ask("GET", "/health").status == 200
+        usage, listed = client.ask("GET", "/api/usage"), client.ask("GET", "/api/requests")
+        counters = client.ask("GET", "/metrics").body.decode()
+    assert slowest < 0.5 and 'monorelay_user_requests_total{user="alice"} 40\n' in counters
+    told = it.text()
+    assert "internal error" not in told and first_state(it)["ledger"] == (how != "no sqlite3")
+    if how == "no sqlite3":
+        assert "ledger: this Python has no sqlite3; nothing is kept" in " ".join(told.split())
+        assert usage.json["total"]["requests"] == len(listed.json["rows"]) == 40, "what is in memory is told"
+        assert "\nmonorelay_ledger_rows_waiting 0\n" in counters and "can't be written" not in told
+        done = run("usage", cwd=tmp_path, **options)
+        assert (done.returncode, done.stderr) == (1, "monorelay: ledger: this Python has no sqlite3\n")
+    else:
+        assert usage.json["rows"] == listed.json["rows"] == []
+        assert told.count("can't be written") == 1 and "\nmonorelay_ledger_rows_waiting 40\n" in counters
+
+
 # -- a week of traffic: every account agrees with what the providers told
 
 
