@@ -1774,7 +1774,9 @@ class Throttle:
         for times in self._times.values():
             self._drop_old(times, now)
         return {
-            name: list(collections.Counter(map(math.ceil, times)).items()) for name, times in self._times.items() if times
+            name: list(collections.Counter(map(math.ceil, times)).items())
+            for name, times in self._times.items()
+            if times
         }
 
     def _drop_old(self, times: "collections.deque[float]", now: float) -> None:
