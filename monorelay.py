@@ -12,7 +12,7 @@
 Three storeys, of rooms that know only those above them:
 
     ┌ decides  limits · errors · config · auth · routing · key pool · ledger rules · HTTP/1.1 · JSON bodies ·
-    │          event streams · access log · echo                    no socket, clock, file or environment
+    │          event streams · formats · access log · echo          no socket, clock, file or environment
     ├ waits    event loop · request body · upstream · relay · catalogue · log writer
     └ runs     responses · endpoints · handler · server · command line
 
@@ -116,6 +116,8 @@ LABORIOUS_LINES = 2000  # or chunks, in what has come at once: they may take 0.3
 USAGE_BYTES = 16 * 1024  # of a response's usage object; some have 1,500
 USAGE_NAME_BYTES = 40  # of the name before it, or of a service tier that stands beside it
 USAGES_AT_ONCE = 8  # the last ones of what has come at once: some servers send one with each word
+TRANSLATED_AT_ONCE_BYTES = 16 * 1024  # which takes some milliseconds; a longer body is translated in a thread
+PING_SECONDS = 15.0  # without an event in a translated stream; Claude Code tells its user of 20
 # One recv: a TLS record is 16 KiB, four of them make system calls rare.
 RECEIVE_BYTES = 64 * 1024
 # A JSON body of more values takes a second to walk; the largest conversations have some 100,000.
@@ -177,8 +179,8 @@ OPEN_ACCESS_KEY_CHARACTERS = 16  # the least for a relay that listens beyond thi
 CATALOGUE_BYTES = 2 * 1024 * 1024  # of a provider's list; the longest known has 1 MB
 ECHO_VALUES = 50_000  # in a request to echo, which take up to 5 MB
 CATALOGUE_VALUES = 100_000  # which `json` reads in some 10 ms
+INTEGER_DIGITS = 64  # of an integer that is read: long ones take time in proportion to the square of their length
 CATALOGUE_AT_ONCE = 200  # entries whose targets are looked for, which takes some milliseconds
-LISTED_DIGITS = 20  # of an integer in it
 LISTED_MODELS = 1000  # of a provider; the longest known list has some 500
 LISTED_ENTRY_CHARACTERS = 2048  # in its strings; the usual ones have 100 to 1,000
 LISTED_ENTRY_VALUES = 128  # the usual ones have up to 80
@@ -288,7 +290,8 @@ BUILT_IN_CONFIG = """{
 # ==== Errors =====================================================================================
 #
 # RelayError                what the client is told; carries status, type (`kind`) and short code
-#  ├─ BadRequest            400  └─ MalformedRequest: the connection is closed, too
+#  ├─ BadRequest            400  ├─ MalformedRequest: the connection is closed, too
+#  │                             └─ Untranslatable: the format of the provider can't say it
 #  ├─ Unauthenticated       401  └─ TokenError, one subclass a reason
 #  ├─ Forbidden             403
 #  ├─ NotFound              404
@@ -304,6 +307,7 @@ BUILT_IN_CONFIG = """{
 #  ├─ Unreachable           nothing was sent
 #  ├─ BrokenExchange        sent, and then no (whole) head of a response
 #  └─ NoResponse              sent, and silent for the provider's timeout
+# AnswerFault               what a provider's answer holds instead of a message, when it is translated
 # EchoFault                 what echo was asked to answer, or finds wrong
 # FramingError              bytes that are not HTTP/1.1; whose fault it is, the caller knows
 # EarlyResponse               no fault: a provider that answers while it is still being sent the request
@@ -539,6 +543,18 @@ class ProviderKey(NamedTuple):
     mark: str  # tells it from another one that has its label after a reload, and shows nothing of it
 
 
+class Translation(NamedTuple):
+    """How requests in the other format are translated for a provider."""
+
+    max_tokens_field: str = "auto"  # max_tokens or max_completion_tokens: what its models take; auto: by its host
+    reasoning: str = "none"  # or effort: whether it can be told how much to think
+    reasoning_back: str = "none"  # or the name of the member in which it wants its thinking back
+    system_turns: str = ""  # keep, user or lead: where the system's words may stand that come later; empty: by format
+    default_max_tokens: int = 8192  # for requests that say nothing, where the format demands it
+    drop: tuple[str, ...] = ()  # members that it refuses
+    extra: str = "{}"  # members that it gets besides, as JSON
+
+
 class Provider(NamedTuple):
     """A provider as relay.json describes it, its base_url taken apart."""
 
@@ -561,6 +577,7 @@ class Provider(NamedTuple):
     query: str = ""  # of its base_url, which goes upstream with each request
     proxy: str = ""  # its URL, or "direct"; where empty, the environment tells
     client_keys: bool = False  # whether clients bring their own credential for it
+    translate: Optional[Translation] = Translation()  # None: it gets requests in its own format only
 
     @property
     def usable(self) -> bool:
@@ -1003,6 +1020,20 @@ def listed_or_client(value: Any) -> Any:
     return value if value == "client" else listed(value)
 
 
+def object_or_boolean(value: Any) -> Any:
+    """The object of settings, or whether there may be some."""
+    if not isinstance(value, (bool, dict)):
+        raise ValueError(f"must be true, false or an object of settings, not {kind_of(value)}")
+    return value
+
+
+def json_object(value: Any) -> str:
+    """The object as JSON."""
+    if not isinstance(value, dict):
+        raise ValueError(f"must be an object, not {kind_of(value)}")
+    return json.dumps(value, allow_nan=False)
+
+
 def provider_key(value: Any, number_in_list: int) -> Optional[ProviderKey]:
     """The key that an entry of `keys` stands for; None when it is empty. Raises ValueError."""
     entry = {"key": value} if isinstance(value, str) else value
@@ -1067,6 +1098,16 @@ PROVIDER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "auth_header": (one_of("x-api-key", "authorization", "api-key"), ""),
     "models": (texts, ()),
     "proxy": (proxy_url, ""),
+    "translate": (object_or_boolean, True),  # read_translation looks into it
+}
+TRANSLATION_SETTINGS: Mapping[str, tuple[Check, Any]] = {
+    "max_tokens_field": (one_of("auto", "max_tokens", "max_completion_tokens"), "auto"),
+    "reasoning": (one_of("none", "effort"), "none"),
+    "reasoning_back": (one_of("none", "reasoning_content", "reasoning"), "none"),
+    "system_turns": (one_of("keep", "user", "lead"), ""),
+    "default_max_tokens": (whole(1, 10_000_000), 8192),
+    "drop": (texts, ()),
+    "extra": (json_object, "{}"),
 }
 SECTIONS = ("server", "users", "providers", "aliases", "routes")
 TOP_LEVEL = (*SECTIONS, "env_file", "ledger", "prices")
@@ -1218,6 +1259,7 @@ def read_provider(name: str, given: Any, problems: Problems) -> Provider:
     settings = read_settings(PROVIDER_SETTINGS, given, place, problems)
     settings["client_keys"] = settings["keys"] == "client"
     settings["keys"] = None if settings["client_keys"] else read_keys(settings["keys"], join(place, "keys"), problems)
+    settings["translate"] = read_translation(settings["translate"], settings["format"], place, problems)
     kind, url = settings["format"], settings.pop("base_url")
     if len(problems.lines) == before:
         if not kind:
@@ -1259,6 +1301,17 @@ def read_keys(value: Any, place: str, problems: Problems) -> Optional[tuple[Prov
         if count > 1:
             problems.add(place, f"two keys are labelled {label}")
     return found
+
+
+def read_translation(value: Any, format: str, place: str, problems: Problems) -> Optional[Translation]:
+    """How a provider is translated for; None where it isn't."""
+    if value is False:
+        return None
+    given = value if isinstance(value, dict) else {}
+    settings = read_settings(TRANSLATION_SETTINGS, given, join(place, "translate"), problems)
+    # Most servers of OpenAI's format take the system's words anywhere; of Claude's models only some do.
+    settings["system_turns"] = settings["system_turns"] or ("lead" if format == "anthropic" else "keep")
+    return Translation(**settings)
 
 
 # -- prices
@@ -1843,13 +1896,19 @@ def asked_name(config: Config, name: str) -> str:
     return base if base and provider in config.providers else name
 
 
-def targets_for(config: Config, name: str, format: str) -> list[Target]:
-    """The usable targets of a model that speak the format, in order of preference.
+def understands(provider: Provider, format: str, translates: bool) -> bool:
+    """Whether a provider takes requests in the format; `translates`: in translation, too."""
+    return provider.format in (format, "echo") or (translates and provider.translate is not None)
+
+
+def targets_for(config: Config, name: str, format: str, translates: bool = False) -> list[Target]:
+    """The usable targets of a model that speak the format, in order of preference; `translates`: or may be translated
+    to.
 
     Raises NotFound when no route leads to one, BadRequest when all of them speak the other format, and Unavailable when
     none of them has a key."""
     targets = resolve(config, name)
-    speaking = [target for target in targets if target.provider.format in (format, "echo")]
+    speaking = [target for target in targets if understands(target.provider, format, translates)]
     if not speaking:
         other = "/v1/chat/completions" if format == "anthropic" else "/v1/messages"
         raise BadRequest(
@@ -1863,13 +1922,14 @@ def targets_for(config: Config, name: str, format: str) -> list[Target]:
 
 
 def callable_targets(config: Config, name: str, format: str) -> list[Target]:
-    """The usable targets of a model that speak the format, in order of preference; none where a request would fail."""
+    """The usable targets of a model that speak the chat format or may be translated to, in order of preference; none
+    where a request would fail."""
     return [
         target
         for target in find_targets(config, name)
         if target.provider.usable
         and target.provider.serves(target.model)
-        and target.provider.format in (format, "echo")
+        and understands(target.provider, format, translates=True)
     ]
 
 
@@ -2401,12 +2461,12 @@ def counts_of(section: Any) -> dict[str, int]:
     return {name: value for name, value in section.items() if type(value) is int and 0 <= value <= USAGE_COUNT}
 
 
-WORD = re.compile(r"[A-Za-z0-9_.-]+")
+USAGE_WORD = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 def word_of(value: Any) -> str:
     """A word of a provider, such as a service tier; empty if it is none, or a long one."""
-    is_word = isinstance(value, str) and len(value) <= USAGE_WORD_CHARACTERS and WORD.fullmatch(value)
+    is_word = isinstance(value, str) and len(value) <= USAGE_WORD_CHARACTERS and USAGE_WORD.fullmatch(value)
     return value if is_word else ""
 
 
@@ -3322,6 +3382,13 @@ def not_json(problem: str) -> BadRequest:
     return BadRequest(f"the body is not valid JSON: {problem}", "not_json")
 
 
+def short_integer(digits: str) -> int:
+    """The integer. Raises ValueError for a long one, which takes time in proportion to the square of its length."""
+    if len(digits) > INTEGER_DIGITS:
+        raise ValueError("an integer is too long")
+    return int(digits)
+
+
 def takes_long(body: bytes) -> bool:
     """Whether a JSON body is to be walked: it is long, or it is quick to walk since it has few strings."""
     if len(body) > JSON_AT_ONCE_BYTES:
@@ -3345,7 +3412,7 @@ class JsonWalk:
         self._at = 0  # how much of that is
         self._before = 0  # how many bytes were before it
         self._state = "start"
-        self._values = 0
+        self.values = 0
         self._around = bytearray()  # of each list and object that is open: whether it stands in an object
         self._decoder: Optional[codecs.IncrementalDecoder] = None  # of the long string that is being read
         self._within_character = False  # whether what was passed over of it may have ended within a character
@@ -3400,7 +3467,7 @@ class JsonWalk:
             start, at, end = at, match.end(), match.end(kind)
             if not following or (kind == SCALAR and end - start == LONG_STRING_BYTES):
                 raise self._malformed(start)
-            self._values += VALUES_OF_KIND[kind]
+            self.values += VALUES_OF_KIND[kind]
             if kind == QUOTE:
                 at = end = self._begin_string(end)
             if len(self._around) <= 2 or self._names[0] == "tools":
@@ -3411,7 +3478,7 @@ class JsonWalk:
 
     def _check(self) -> None:
         """Raises BadRequest for too many values, or an end that comes too early."""
-        if self._values > JSON_VALUES:
+        if self.values > JSON_VALUES:
             raise BadRequest(f"the body has more than {JSON_VALUES} values")
         if self.finished and (self._decoder or self._state != "end"):
             raise not_json("it is cut off")
@@ -3533,13 +3600,14 @@ class ReadBody:
     add(), finish() and locate_model() it wants go_on() for as long as it is `behind`. It is held until a response has
     begun."""
 
-    __slots__ = ("_restricted", "_walk", "behind", "content", "facts", "problem", "sent", "size")
+    __slots__ = ("_restricted", "_walk", "behind", "content", "facts", "problem", "sent", "size", "values")
 
     def __init__(self, restricted: bool = True) -> None:
         self._restricted = restricted  # whether its sender may use some models only
         self.content: list[bytes] = []  # in pieces, without its content-encoding
         self.sent = self.content  # as the client sent it
         self.size = 0  # of the content
+        self.values = 0  # in it, if it was walked; a short one has no more than half its bytes
         self.facts: Optional[BodyFacts] = None  # of one that is JSON with a model
         self.problem = ("", "")  # why it isn't that, and the code of the error
         self.behind = False  # whether there is work to do that takes long
@@ -3590,7 +3658,7 @@ class ReadBody:
                 walk.go_on()
                 self.behind = walk.behind
                 if walk.finished:
-                    self.facts, self._walk = walk.facts, None
+                    self.facts, self.values, self._walk = walk.facts, walk.values, None
         except BadRequest as error:
             self.problem, self.behind, self._walk = (error.message, error.code), False, None
 
@@ -3963,6 +4031,2108 @@ class Usage:
         self._found = usage
 
 
+# ==== Formats =======================================================================================
+#
+# A request in one chat format may go to a provider that speaks the other. Messages, Anthropic's format, is the hub: it
+# says more than OpenAI's chat/completions, here called chat.
+#
+#   client of Messages   chat_request      ─▶ provider of chat        client of chat   messages_request ─▶ provider
+#                        ◀─ ChatReader                                                 ◀─ MessageReader    of Messages
+#
+# A reader takes an answer document by document, as a stream brings them, and makes documents of the client's format of
+# it; a whole answer is a stream of one document. So a whole answer and the same one streamed pass through the same
+# code, and give the same message.
+#
+# What is a hint (caching, sampling, billing) may be left out, and is named to the client. What would make the answer
+# wrong, or lacks its place in the other format, is refused. Nothing is fetched, repaired or made up, and nothing is
+# remembered from one request to the next: what has to come back is put into what clients send back, ids of tool calls
+# and signatures of thinking.
+
+TRANSLATED_VALUES = 250_000  # in a body: `json` takes up to 50 ms for as many
+TRANSLATED_ESCAPES = 2_000_000  # in its strings, and 30 ms for these: many clients escape all but ASCII
+TRANSLATED_HELD_BYTES = 512 * 1024  # of an event, and of what waits for its turn in a streamed answer
+WRITTEN_CHARACTERS = 64 * 1024  # of a string at a time
+WAITING_BYTES = 128  # that each piece of what waits takes besides
+TOOL_CALLS = 128  # in an answer: as many tools as OpenAI allows in a request
+TOOL_NAME_CHARACTERS = 256  # in an answer
+TOOL_ID_CHARACTERS = 2048  # one that carries another is longer than that by a third
+SIGNATURE_CHARACTERS = 8 * TRANSLATED_HELD_BYTES  # each character of thinking may take six, and base64 a third more
+DROPPED_NAMES = 20  # of what was left out are told
+CHAT_STOPS = 4  # OpenAI's limit
+USER_ID_CHARACTERS = 256  # Anthropic's limit
+# Characters of JSON and code that most tokenizers make one token of, and what they make of other things.
+TOKENS_PER_CHARACTER = 0.3
+MESSAGE_TOKENS = 4
+IMAGE_TOKENS = 1600
+DOCUMENT_TOKENS_PER_CHARACTER = 0.037  # of base64: 2,500 for 50 KB
+
+TOOL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # as Anthropic wants it
+CARRIED_ID = "toolu_x"  # begins an id that stands for another provider's, which is in it as base64
+CARRIED_THINKING = "mr1."  # begins a signature of ours
+BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+DATA_URI = re.compile(r"data:([a-z]+/[a-z0-9.+-]+)(?:;[a-z0-9=_-]+)*;base64,", re.IGNORECASE)
+IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+# What tools that run at Anthropic have left in the history.
+SERVER_BLOCK = re.compile(r"server_tool_use|mcp_tool_use|advisor.*|[a-z_]+_tool_result")
+TEXT_JOINT = "\n\n"  # between blocks that become one text
+BILLING_BLOCK = "x-anthropic-billing-header:"  # begins a text for Anthropic alone, which other caches stumble over
+
+
+class Untranslatable(BadRequest):
+    """The request says what the provider's format can't."""
+
+    code = "untranslatable"
+
+
+class AnswerFault(Exception):
+    """A provider's answer holds an error, or what no message can hold. `status` is what it should have had."""
+
+    def __init__(self, message: str, status: int = 502, text: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.text = text  # all that the provider said
+
+
+class Asked(NamedTuple):
+    """What is known of a translated request when its answer comes."""
+
+    format: str  # of the client, which the answer is to have
+    model: str  # as the client calls it
+    provider: str
+    stream: bool
+    id: str  # of the request
+    created: int  # when, in seconds since 1970
+    names: Mapping[str, str] = types.MappingProxyType({})  # of tools: as sent, and as the client calls them
+    with_usage: bool = False  # whether a chat stream is to end with its usage
+    thinking: str = "hidden"  # or "shown", or "omitted": a block without its text
+    thinking_returns: bool = False  # whether the provider wants its thinking back
+    input_tokens: int = 0  # by estimate
+
+
+class Translated(NamedTuple):
+    """A request in the format of a provider."""
+
+    path: str  # behind /v1
+    body: list[bytes]  # in pieces
+    dropped: tuple[str, ...]  # the names of what was left out
+    asked: Asked
+
+
+class Draft:
+    """A translation that is being made: for whom, and what is left out of it."""
+
+    def __init__(self, target: Target) -> None:
+        self.model = target.model
+        self.provider = target.provider
+        self.knobs = target.provider.translate or Translation()
+        self.names: dict[str, str] = {}  # of tools: as sent, and as the client calls them
+        self.about_answer: JsonDict = {}  # what Asked has to know besides
+        self._dropped: dict[str, None] = {}
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """The names of what was left out, each once."""
+        return tuple(self._dropped)
+
+    def drop(self, name: str) -> None:
+        """Notes that something is left out."""
+        if len(self._dropped) < DROPPED_NAMES:
+            self._dropped[name[:LOG_VALUE_CHARACTERS]] = None
+
+    def drop_rest(self, members: Mapping[str, Any], known: Collection[str], place: str = "") -> None:
+        """Notes which members are left out, since nobody here knows them."""
+        for name, value in members.items():
+            if name not in known and value is not None:
+                self.drop(join(place, name))
+
+    def refusal(self, place: str, what: str) -> Untranslatable:
+        """The error for what can't be said to the provider."""
+        format = "OpenAI" if self.provider.format == "openai" else "Anthropic"
+        return Untranslatable(
+            f"{place}: {what[:LOG_VALUE_CHARACTERS]} can't be sent to the provider {self.provider.name} "
+            f"({format} format)"
+        )
+
+    def refuse_members(self, members: Mapping[str, Any], refused: Iterable[str]) -> None:
+        """Raises Untranslatable for the first of these members that has a value."""
+        for name in refused:
+            if members.get(name):
+                raise self.refusal(name, "this field")
+
+    def tool_name(self, name: str) -> str:
+        """The name of a tool as it is sent: cut and marked where the other format would refuse it."""
+        longest = 64 if self.provider.format == "openai" else 128
+        sent = name
+        if not re.fullmatch(r"[a-zA-Z0-9_-]+", name) or len(name) > longest:
+            digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+            sent = f"{re.sub('[^a-zA-Z0-9_-]', '_', name[:55])}_{digest}"
+            self.names[sent] = name
+        return sent
+
+    def finished(self, body: JsonDict) -> JsonDict:
+        """The body with what the provider's knobs take out of it and put into it."""
+        for name in self.knobs.drop:
+            if body.pop(name, None) is not None:
+                self.drop(name)
+        return {**body, **json.loads(self.knobs.extra)}
+
+
+def translate_request(
+    pieces: Sequence[bytes], values: int, target: Target, asked_model: str, request_id: str, now: float
+) -> Translated:
+    """A request to the other format of the target, of a body in pieces that has so many values. Raises BadRequest, as
+    Untranslatable where it is sound. What isn't needed any more is let go at once: it may be as large as the body."""
+    draft = Draft(target)
+    try:
+        request = read_document(pieces, values)
+        stream = request.get("stream") is True
+        if target.provider.format == "openai":
+            format, path, made = "anthropic", "/chat/completions", chat_request(request, draft)
+        else:
+            format, path, made = "openai", "/messages", messages_request(request, draft)
+        del request
+        written = json_pieces(draft.finished(made))
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply to be translated") from None
+    asked = Asked(
+        format, asked_model, target.provider.name, stream, request_id, int(now), draft.names, **draft.about_answer
+    )
+    return Translated(path, written, draft.dropped, asked)
+
+
+def read_document(pieces: Sequence[bytes], values: int, errors: str = "strict") -> JsonDict:
+    """The JSON object in the pieces, which have so many values. Raises BadRequest for what is none, or would take
+    `json` too long."""
+    if values > TRANSLATED_VALUES or sum(piece.count(b"\\") for piece in pieces) > TRANSLATED_ESCAPES:
+        raise BadRequest(f"more than {TRANSLATED_VALUES} values or {TRANSLATED_ESCAPES} escapes aren't translated")
+    try:
+        document = read_json(b"".join(pieces).decode("utf-8", errors))
+    except ValueError as error:
+        raise not_json(str(error)) from None
+    if not isinstance(document, dict):
+        raise BadRequest("the body must be a JSON object", "not_json")
+    return document
+
+
+def read_json(text: str) -> Any:
+    """The value of a JSON text that is written again. Raises ValueError, also for what can't be: 1e400."""
+    return json.loads(text, parse_int=short_integer, parse_float=finite, parse_constant=refuse_constant)
+
+
+def finite(digits: str) -> float:
+    """The number. Raises ValueError for one that is too large."""
+    if math.isinf(float(digits)):
+        raise ValueError("a number is too large")
+    return float(digits)
+
+
+def dump(value: Any) -> str:
+    """The value as JSON text without blanks."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def json_pieces(document: JsonDict) -> list[bytes]:
+    """The document as JSON in pieces. Its long strings are taken out of it, and each is let go when it is written: they
+    may be most of a body, and are held twice only one after another."""
+    mark = f"{random.getrandbits(128):032x}"  # which no client can foresee
+    long: list[str] = []
+    waiting: list[Any] = [document]
+    while waiting:
+        holder = waiting.pop()
+        for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+            if isinstance(value, str) and len(value) > WRITTEN_CHARACTERS:
+                holder[key] = f"{mark}{len(long)}{mark}"
+                long.append(value)
+            elif isinstance(value, (dict, list)):
+                waiting.append(value)
+    del value
+    pieces = []
+    for number, part in enumerate(re.split(f"{mark}([0-9]+){mark}", dump(document))):
+        text = long[int(part)] if number % 2 else ""
+        for at in range(0, len(text), WRITTEN_CHARACTERS):
+            pieces.append(encoded(dump(text[at : at + WRITTEN_CHARACTERS])[1:-1]))
+        if number % 2:
+            long[int(part)] = ""
+        else:
+            pieces.append(encoded(part))
+    return pieces
+
+
+def encoded(text: str) -> bytes:
+    """JSON text in UTF-8; half a surrogate pair, which that can't hold, stays an escape."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text).encode("utf-8")
+
+
+# -- what requests are read with
+
+
+def objects(value: Any, place: str) -> list[JsonDict]:
+    """The objects of a list. Raises BadRequest."""
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise BadRequest(f"{place}: Input should be a list of objects")
+    return value
+
+
+def string(value: Any, place: str) -> str:
+    """The string. Raises BadRequest."""
+    if not isinstance(value, str):
+        raise BadRequest(f"{place}: Input should be a valid string")
+    return value
+
+
+def strings(value: Any, place: str) -> list[str]:
+    """The strings of a list, or the one that stands for it. Raises BadRequest."""
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list):
+        raise BadRequest(f"{place}: Input should be a list of strings")
+    return [string(item, place) for item in items]
+
+
+def listed_objects(value: Any) -> list[JsonDict]:
+    """The objects of a list, whatever else is in it; none where there is no list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def member(value: JsonDict, name: str) -> JsonDict:
+    """The object that a member is, or an empty one."""
+    found = value.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def call_name(value: Any, place: str) -> str:
+    """The id of a call. Raises BadRequest."""
+    if len(string(value, place)) > TOOL_ID_CHARACTERS:
+        raise BadRequest(f"{place}: Input should have at most {TOOL_ID_CHARACTERS} characters")
+    return str(value)
+
+
+def positive_count(value: Any, place: str) -> int:
+    """The number, which counts something and is more than 0. Raises BadRequest."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BadRequest(f"{place}: Input should be an integer of 1 or more")
+    return value
+
+
+class Turn(NamedTuple):
+    """Messages of one role that follow each other, as one: their blocks, each with its place in the request."""
+
+    role: str
+    place: str
+    blocks: list[tuple[str, JsonDict]]
+
+    def of(self, kind: str) -> list[tuple[str, JsonDict]]:
+        """Its blocks of a type."""
+        return [(place, block) for place, block in self.blocks if block.get("type") == kind]
+
+
+def turns_of(messages: Any) -> list[Turn]:
+    """The turns of the messages, in either format: text becomes a block. Raises BadRequest."""
+    turns: list[Turn] = []
+    for index, message in enumerate(objects(messages, "messages")):
+        place, role, content = f"messages.{index}", message.get("role"), message.get("content")
+        if isinstance(content, str):
+            blocks = [(f"{place}.content", {"type": "text", "text": content})]
+        else:
+            listed = objects([] if content is None else content, f"{place}.content")
+            blocks = [(f"{place}.content.{number}", block) for number, block in enumerate(listed)]
+        if turns and turns[-1].role == role:
+            turns[-1].blocks.extend(blocks)
+        else:
+            turns.append(Turn(string(role, f"{place}.role"), place, blocks))
+    return turns
+
+
+def reminder(text: str) -> str:
+    """Words of the system within a user's message."""
+    return f"<system-reminder>\n{text}\n</system-reminder>"
+
+
+# -- Messages to chat: the request
+
+# Where the answer would be wrong without them.
+MESSAGES_REFUSED = ("container", "mcp_servers", "fallbacks", "inference_geo")
+MESSAGES_KNOWN = {
+    *MESSAGES_REFUSED, "model", "messages", "system", "max_tokens", "temperature", "top_p", "stop_sequences", "stream",
+    "tools", "tool_choice", "thinking", "output_config", "output_format", "metadata", "cache_control",
+}  # fmt: skip
+NEW_LIMIT_HOSTS = re.compile(r"api\.openai\.com|.*\.openai\.azure\.com")  # whose models refuse `max_tokens`
+
+
+def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
+    """A request of Messages as one of chat. Raises BadRequest."""
+    draft.refuse_members(request, MESSAGES_REFUSED)
+    field = draft.knobs.max_tokens_field
+    if field == "auto":
+        field = "max_completion_tokens" if NEW_LIMIT_HOSTS.fullmatch(draft.provider.host) else "max_tokens"
+    if request.get("max_tokens") == 0:
+        raise draft.refusal("max_tokens", "0")
+    chat = {
+        "model": draft.model,
+        "messages": ChatTurns(draft).of(request),
+        field: positive_count(request.get("max_tokens"), "max_tokens"),
+    }
+    chat.update((name, request[name]) for name in ("temperature", "top_p") if request.get(name) is not None)
+    stops = strings(request.get("stop_sequences") or [], "stop_sequences")
+    if len(stops) > CHAT_STOPS:
+        raise draft.refusal("stop_sequences", f"more than {CHAT_STOPS} of them")
+    if stops:
+        chat["stop"] = stops
+    if request.get("stream") is True:
+        chat.update(stream=True, stream_options={"include_usage": True})
+    chat.update(chat_tools(request, draft))
+    chat.update(chat_reasoning(request, draft))
+    chat.update(chat_output(request, draft))
+    draft.drop_rest(request, MESSAGES_KNOWN)
+    draft.drop_rest(member(request, "metadata"), (), "metadata")
+    draft.about_answer = about_message(request, draft)
+    return chat
+
+
+def about_message(request: JsonDict, draft: Draft) -> JsonDict:
+    """What a request of Messages says of its answer, as Asked has it."""
+    thinking = member(request, "thinking")
+    shown = "omitted" if thinking.get("display") == "omitted" else "shown"
+    return {
+        "thinking": shown if thinking.get("type") in ("enabled", "adaptive") else "hidden",
+        "thinking_returns": draft.knobs.reasoning_back != "none",
+        "input_tokens": estimated_tokens(request),
+    }
+
+
+def chat_tools(request: JsonDict, draft: Draft) -> JsonDict:
+    """The members of a chat request that are about tools."""
+    tools = objects(request.get("tools") or [], "tools")
+    written = [chat_tool(tool, f"tools.{index}", draft) for index, tool in enumerate(tools)]
+    choice = member(request, "tool_choice")
+    kind = str(choice.get("type"))
+    words = {"auto": "auto", "any": "required", "none": "none"}
+    if choice and kind not in words and kind != "tool":
+        raise draft.refusal("tool_choice", f"the type {kind}")
+    if not written:
+        return {}
+    members: JsonDict = {"tools": written}
+    if kind == "tool":
+        name = draft.tool_name(string(choice.get("name"), "tool_choice.name"))
+        members["tool_choice"] = {"type": "function", "function": {"name": name}}
+    elif choice:
+        members["tool_choice"] = words[kind]
+    if choice.get("disable_parallel_tool_use") is True and kind != "none":
+        members["parallel_tool_calls"] = False
+    return members
+
+
+TOOL_KNOWN = {
+    "type", "name", "description", "input_schema", "strict", "allowed_callers", "cache_control", "defer_loading",
+    "eager_input_streaming",
+}  # fmt: skip
+
+
+def chat_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
+    """A tool of the client's own."""
+    kind = tool.get("type") or "custom"
+    if kind != "custom":
+        raise draft.refusal(place, f"a tool of the type {kind}")
+    if "direct" not in strings(tool.get("allowed_callers") or "direct", f"{place}.allowed_callers"):
+        raise draft.refusal(f"{place}.allowed_callers", "a tool that only code may call")
+    function: JsonDict = {"name": draft.tool_name(string(tool.get("name"), f"{place}.name"))}
+    if tool.get("description"):
+        function["description"] = string(tool["description"], f"{place}.description")
+    schema = tool.get("input_schema")
+    function["parameters"] = with_object_type(schema if isinstance(schema, dict) else {}, draft)
+    if tool.get("strict") is True:
+        function["strict"] = True
+    draft.drop_rest(tool, TOOL_KNOWN, "tools")
+    return {"type": "function", "function": function}
+
+
+# What Gemini refuses wherever it stands in a schema.
+GEMINI_REFUSED = frozenset(
+    {"$schema", "additionalProperties", "propertyNames", "exclusiveMinimum", "exclusiveMaximum", "const"}
+)
+
+
+def with_object_type(schema: JsonDict, draft: Draft) -> JsonDict:
+    """A tool's schema with the members that OpenAI requires at its root, and without those that servers stumble over;
+    else as it is."""
+    found = {name: value for name, value in schema.items() if name != "$schema" and (name, value) != ("required", None)}
+    found.setdefault("type", "object")
+    if found["type"] == "object":
+        found.setdefault("properties", {})
+    if draft.provider.host == "generativelanguage.googleapis.com":
+        found = dict(without_refused(found))
+    return found
+
+
+def without_refused(schema: Any) -> Any:
+    """A schema without what Gemini refuses."""
+    if isinstance(schema, list):
+        return [without_refused(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {}
+    for name, value in schema.items():
+        if name == "properties" and isinstance(value, dict):  # whose names are the tool's own
+            found[name] = {key: without_refused(item) for key, item in value.items()}
+        elif name not in GEMINI_REFUSED:
+            found[name] = value if name in ("enum", "required", "default") else without_refused(value)
+    return found
+
+
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
+
+
+def chat_reasoning(request: JsonDict, draft: Draft) -> JsonDict:
+    """How much the model is to think, where the provider can be told."""
+    thinking, output = member(request, "thinking"), member(request, "output_config")
+    effort, thinks = output.get("effort"), thinking.get("type") in ("enabled", "adaptive")
+    if draft.knobs.reasoning == "none":
+        draft.drop_rest({"thinking": thinks or None, "output_config.effort": effort}, ())
+        return {}
+    if thinking.get("type") == "disabled":
+        return {}
+    budget = thinking.get("budget_tokens")
+    if effort is None and isinstance(budget, (int, float)):
+        effort = "low" if budget < 4096 else "medium" if budget < 16384 else "high"
+    if effort is None:
+        return {}
+    if effort not in EFFORTS:
+        raise BadRequest(f"output_config.effort: Input should be one of {', '.join(EFFORTS)}")
+    return {"reasoning_effort": "xhigh" if effort == "max" else effort}
+
+
+def chat_output(request: JsonDict, draft: Draft) -> JsonDict:
+    """The form that the answer is to have."""
+    output = member(request, "output_config")
+    form = member(output, "format") or member(request, "output_format")
+    draft.drop_rest(output, ("effort", "format"), "output_config")
+    if not form:
+        return {}
+    schema = form.get("schema")
+    if form.get("type") != "json_schema" or not isinstance(schema, dict):
+        raise draft.refusal("output_config.format", f"the type {form.get('type')}")
+    json_schema = {"name": "output", "schema": schema, "strict": is_strict(schema)}
+    return {"response_format": {"type": "json_schema", "json_schema": json_schema}}
+
+
+def is_strict(schema: Any) -> bool:
+    """Whether OpenAI can promise to follow the schema: each object names all that it may hold, and requires it."""
+    if isinstance(schema, list):
+        return all(map(is_strict, schema))
+    if not isinstance(schema, dict):
+        return True
+    if schema.get("type") == "object" or "properties" in schema:
+        given = schema.get("required")
+        required = given if isinstance(given, list) else []
+        is_closed = schema.get("additionalProperties") is False
+        if not is_closed or any(name not in required for name in member(schema, "properties")):
+            return False
+    return all(map(is_strict, schema.values()))
+
+
+class ChatTurns:
+    """Writes the messages of a chat request: what answers calls directly behind them, then what a user says."""
+
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
+        self._messages: list[JsonDict] = []
+        self._calls: list[str] = []  # those of the last turn that aren't answered yet
+        self._lead: list[str] = []  # what the system says at the beginning
+        self._reminders: list[str] = []  # what it says later, and waits for the next place where it may stand
+
+    def of(self, request: JsonDict) -> list[JsonDict]:
+        """The messages for a request. Raises BadRequest."""
+        self._lead = system_texts(request.get("system"), "system")
+        turns = turns_of(request.get("messages"))
+        said = [turn for turn in turns if turn.role != "system" and turn.blocks]
+        if not said:
+            raise BadRequest("messages: at least one message is required")
+        if said[-1].role == "assistant":
+            raise self._draft.refusal("messages", "a final assistant message (prefill)")
+        writers = {"system": self._write_system, "user": self._write_user, "assistant": self._write_assistant}
+        for turn in turns:
+            if turn.role not in writers:
+                raise self._draft.refusal(f"{turn.place}.role", f"the role {turn.role}")
+            writers[turn.role](turn, turn is said[-1])
+        self._write_reminders()
+        lead = [{"role": "system", "content": TEXT_JOINT.join(self._lead)}] if self._lead else []
+        for message in self._messages:
+            if message["role"] == "user":
+                message["content"] = content_of(message["content"])
+        return lead + self._messages
+
+    def _say(self, parts: list[JsonDict]) -> None:
+        """Writes what the user says; some servers take no two messages of a user in a row."""
+        if self._messages and self._messages[-1]["role"] == "user":
+            self._messages[-1]["content"] += parts
+        elif parts:
+            self._messages.append({"role": "user", "content": parts})
+
+    def _write_system(self, turn: Turn, last: bool) -> None:
+        """What the system says later on, where the provider wants it."""
+        texts = [said for place, block in turn.blocks for said in system_texts([block], place)]
+        if self._draft.knobs.system_turns == "lead":
+            self._lead += texts
+        else:
+            self._reminders += texts
+        if self._draft.knobs.system_turns == "keep" and not self._calls:
+            self._write_reminders()
+
+    def _write_reminders(self) -> None:
+        """Writes what waits, as the system's or the user's words."""
+        if self._reminders and self._draft.knobs.system_turns == "keep":
+            self._messages.append({"role": "system", "content": TEXT_JOINT.join(self._reminders)})
+        else:
+            self._say([text_part(reminder(said)) for said in self._reminders])
+        self._reminders = []
+
+    def _write_assistant(self, turn: Turn, last: bool) -> None:
+        """One message: its text, then its calls."""
+        self._check_answered(turn, ())
+        self._write_reminders()
+        self._write_leftovers(turn)
+        texts = [string(block.get("text"), f"{place}.text") for place, block in turn.of("text")]
+        thoughts = [own_thinking(block, self._draft.provider.name) for _, block in turn.of("thinking")]
+        calls = [self._call(block, place) for place, block in turn.of("tool_use")]
+        if not turn.blocks:
+            return
+        message: JsonDict = {"role": "assistant", "content": "".join(texts) or (None if calls else "")}
+        message.update(self._thinking("".join(thoughts)))
+        if calls:
+            message["tool_calls"] = calls
+        self._messages.append(message)
+        self._calls = [call["id"] for call in calls]
+
+    def _write_leftovers(self, turn: Turn) -> None:
+        """What isn't the assistant's own: a compaction tells what the user said before."""
+        for place, block in turn.blocks:
+            kind = str(block.get("type"))
+            if kind == "compaction" or SERVER_BLOCK.fullmatch(kind):
+                self._say(self._parts(block, place))
+            elif kind not in ("text", "tool_use", "thinking", "redacted_thinking"):
+                raise self._draft.refusal(place, f"a block of the type {kind}")
+
+    def _thinking(self, thought: str) -> JsonDict:
+        """The provider's own thinking, where it wants it back."""
+        field = self._draft.knobs.reasoning_back
+        if field == "none" or (field == "reasoning" and not thought):
+            return {}
+        return {field: thought or " "}  # some refuse a turn without it, and some an empty one
+
+    def _call(self, block: JsonDict, place: str) -> JsonDict:
+        given = block.get("input")
+        if not isinstance(given, dict):
+            raise self._draft.refusal(f"{place}.input", "what is no object")
+        name = self._draft.tool_name(string(block.get("name"), f"{place}.name"))
+        call_id = self._call_id(call_name(block.get("id"), f"{place}.id"))
+        return {"id": call_id, "type": "function", "function": {"name": name, "arguments": dump(given)}}
+
+    def _call_id(self, name: str) -> str:
+        """The id of a call as this provider knows it, or wants it."""
+        found = carried_id(name)
+        if self._draft.provider.host != "api.mistral.ai" or re.fullmatch("[a-zA-Z0-9]{9}", found):
+            return found
+        digits = int.from_bytes(hashlib.sha256(found.encode("utf-8", "surrogatepass")).digest(), "big")
+        return "".join(BASE62[digits // 62**power % 62] for power in range(9))
+
+    def _write_user(self, turn: Turn, last: bool) -> None:
+        """First the results of calls, each a message, then one with all the rest: pictures in results too, since a
+        result holds text only."""
+        results = turn.of("tool_result")
+        rest = [(place, block) for place, block in turn.blocks if block.get("type") != "tool_result"]
+        self._check_answered(turn, results)
+        parts: list[JsonDict] = []
+        for place, result in results:
+            call_id = self._call_id(result["tool_use_id"])
+            told, media = self._result(result, place)
+            self._messages.append({"role": "tool", "tool_call_id": call_id, "content": told})
+            if media and (len(results) > 1 or rest):
+                parts.append(text_part(f"[tool result {call_id}]"))
+            parts += media
+        self._calls = []
+        self._write_reminders()
+        for place, block in rest:
+            if last and SERVER_BLOCK.fullmatch(str(block.get("type"))):
+                raise self._draft.refusal(place, f"a block of the type {block['type']}")
+            parts += self._parts(block, place)
+        self._say(parts)
+
+    def _check_answered(self, turn: Turn, results: Sequence[tuple[str, JsonDict]]) -> None:
+        """Raises BadRequest, in Anthropic's words, unless each call of the turn before has its result, and each result
+        its call."""
+        open_calls = dict.fromkeys(self._calls)
+        for place, result in results:
+            given = call_name(result.get("tool_use_id"), f"{place}.tool_use_id")
+            if self._call_id(given) not in open_calls:
+                raise Untranslatable(
+                    f"{place}: unexpected `tool_use_id` found in `tool_result` blocks: {given}. "
+                    "Each `tool_result` block must have a corresponding `tool_use` block in the previous message."
+                )
+            del open_calls[self._call_id(given)]
+        if open_calls:
+            raise Untranslatable(
+                f"{turn.place}: `tool_use` ids were found without `tool_result` blocks immediately after: "
+                f"{', '.join(open_calls)[:TOOL_ID_CHARACTERS]}"
+            )
+
+    def _result(self, result: JsonDict, place: str) -> tuple[str, list[JsonDict]]:
+        """What a tool has returned: its text, and what isn't text."""
+        content = result.get("content")
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else objects(content or [], place)
+        parts = [
+            part for number, block in enumerate(blocks) for part in self._parts(block, f"{place}.content.{number}")
+        ]
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        media = [part for part in parts if part["type"] != "text"]
+        told = TEXT_JOINT.join(texts)
+        if media and not texts:
+            told = "(see the next message)"
+        if result.get("is_error") is True and not told.startswith("Error"):
+            told = f"Error: {told}" if told else "Error"
+        return told, media
+
+    def _parts(self, block: JsonDict, place: str) -> list[JsonDict]:
+        """The parts of a chat message that a user's block becomes."""
+        kind = str(block.get("type"))
+        if kind == "text":
+            said = string(block.get("text"), f"{place}.text")
+            return [text_part(said)] if said else []
+        if kind == "image":
+            return [{"type": "image_url", "image_url": {"url": self._image_url(member(block, "source"), place)}}]
+        if kind == "document":
+            return self._document(block, place)
+        if kind == "search_result":
+            texts = [str(block.get("title") or ""), str(block.get("source") or ""), *plain_texts(block.get("content"))]
+            return [text_part(TEXT_JOINT.join(filter(None, texts)))]
+        if kind == "tool_reference":
+            return [text_part(f"Tool available: {block.get('tool_name')}")]
+        if kind == "compaction":
+            return [text_part(string(block.get("content"), f"{place}.content"))]
+        if SERVER_BLOCK.fullmatch(kind):
+            self._draft.drop(kind)
+            return []
+        raise self._draft.refusal(place, f"a block of the type {kind}")
+
+    def _image_url(self, source: JsonDict, place: str) -> str:
+        if source.get("type") == "base64":
+            data = string(source.get("data"), f"{place}.source.data")
+            return f"data:{string(source.get('media_type'), f'{place}.source.media_type')};base64,{data}"
+        if source.get("type") == "url":
+            return string(source.get("url"), f"{place}.source.url")
+        raise self._draft.refusal(place, f"an image with a source of the type {source.get('type')}")
+
+    def _document(self, block: JsonDict, place: str) -> list[JsonDict]:
+        """A document: a PDF as a file, anything else as text under its title."""
+        source, title = member(block, "source"), block.get("title")
+        if member(block, "citations").get("enabled"):
+            self._draft.drop("citations")
+        kind = source.get("type")
+        if kind == "base64" and source.get("media_type") == "application/pdf":
+            data = f"data:application/pdf;base64,{string(source.get('data'), f'{place}.source.data')}"
+            return [{"type": "file", "file": {"filename": str(title or "document.pdf"), "file_data": data}}]
+        heading = [text_part(said) for said in (title, block.get("context")) if said and isinstance(said, str)]
+        if kind == "text":
+            return [*heading, text_part(string(source.get("data"), f"{place}.source.data"))]
+        if kind == "content":
+            content = source.get("content")
+            inner = [text_part(content)] if isinstance(content, str) else []
+            for number, part in enumerate([] if inner else objects(content, f"{place}.source.content")):
+                inner += self._parts(part, f"{place}.source.content.{number}")
+            return heading + inner
+        raise self._draft.refusal(place, f"a document with a source of the type {kind}")
+
+
+def system_texts(value: Any, place: str) -> list[str]:
+    """What the system says, without what is for Anthropic alone. Raises BadRequest."""
+    if isinstance(value, str):
+        return [value] if value else []
+    blocks = objects([] if value is None else value, place)
+    texts = [string(block.get("text", block.get("content")), f"{place}.{index}") for index, block in enumerate(blocks)]
+    return [said for index, said in enumerate(texts) if said and not (index == 0 and said.startswith(BILLING_BLOCK))]
+
+
+def text_part(said: str) -> JsonDict:
+    """Text as a part of a message, the same in both formats."""
+    return {"type": "text", "text": said}
+
+
+def content_of(parts: list[JsonDict]) -> Union[str, list[JsonDict]]:
+    """The parts as the content of a chat message: one text if that is all they are, since simple servers know no
+    parts."""
+    if all(part["type"] == "text" for part in parts):
+        return TEXT_JOINT.join(part["text"] for part in parts)
+    return parts
+
+
+def plain_texts(content: Any) -> list[str]:
+    """The texts of a content, in either format."""
+    if isinstance(content, str):
+        return [content]
+    return [block["text"] for block in listed_objects(content) if isinstance(block.get("text"), str)]
+
+
+def estimated_tokens(request: JsonDict) -> int:
+    """How many tokens a request of Messages has, more or less: what its texts have, and its pictures and documents by
+    size, never by their base64."""
+    texts, tokens = list(plain_texts(request.get("system"))), 0.0
+    waiting: list[Any] = []
+    for message in objects(request.get("messages") or [], "messages"):
+        tokens += MESSAGE_TOKENS
+        waiting.append(message.get("content"))
+    while waiting:
+        block = waiting.pop()
+        if isinstance(block, str):
+            texts.append(block)
+        elif isinstance(block, list):
+            waiting += block
+        elif isinstance(block, dict) and block.get("type") == "image":
+            tokens += IMAGE_TOKENS
+        elif isinstance(block, dict) and member(block, "source").get("type") == "base64":
+            tokens += len(str(block["source"].get("data"))) * DOCUMENT_TOKENS_PER_CHARACTER
+        elif isinstance(block, dict) and block.get("type") == "tool_use":
+            texts += [str(block.get("name")), dump(block.get("input"))]
+        elif isinstance(block, dict):
+            waiting += [block.get(name) for name in ("text", "thinking", "content", "source", "data", "title")]
+    for tool in objects(request.get("tools") or [], "tools"):
+        texts += [str(tool.get("name")), str(tool.get("description", "")), dump(tool.get("input_schema", {}))]
+    return math.ceil(tokens + TOKENS_PER_CHARACTER * sum(map(len, texts)))
+
+
+# -- what comes back
+
+
+def carrying_id(name: str) -> str:
+    """The id of a call as Anthropic takes it, from which carried_id() tells the other one."""
+    return name if TOOL_ID.fullmatch(name) else CARRIED_ID + base64url(name.encode("utf-8", "surrogatepass"))
+
+
+def carried_id(name: str) -> str:
+    """The id of a call that another one carries, else that one itself."""
+    if not name.startswith(CARRIED_ID):
+        return name
+    try:
+        found = from_base64url(name[len(CARRIED_ID) :]).decode("utf-8", "surrogatepass")
+    except (ValueError, TokenError):
+        return name
+    return found or name
+
+
+def thinking_signature(provider: str, thought: str) -> str:
+    """The signature of a provider's thinking, which carries the text where that isn't shown."""
+    carried = {"p": provider, "x": thought} if thought else {"p": provider}
+    return CARRIED_THINKING + base64url(json.dumps(carried).encode("ascii"))
+
+
+def own_thinking(block: JsonDict, provider: str) -> str:
+    """The text of a thinking block, if it is this provider's own; else nothing."""
+    sealed = block.get("signature")
+    if not isinstance(sealed, str) or not sealed.startswith(CARRIED_THINKING) or len(sealed) > SIGNATURE_CHARACTERS:
+        return ""
+    try:
+        carried = json.loads(from_base64url(sealed[len(CARRIED_THINKING) :]))
+        if carried.get("p") != provider:
+            return ""
+        return string(block.get("thinking") or carried.get("x", ""), "")
+    except (ValueError, AttributeError, RelayError):
+        return ""
+
+
+# -- chat to Messages: the request
+
+CHAT_REFUSED = (
+    "audio", "web_search_options", "logprobs", "top_logprobs", "functions", "function_call",
+)  # fmt: skip
+# Passed on as they are: clients of chat put them where Anthropic's own endpoint for chat takes them, too.
+CHAT_PASSED = ("top_k", "thinking", "cache_control")
+# What says nothing when it has this value.
+CHAT_NOTHING = {
+    "n": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "modalities": ["text"], "store": False,
+    "logprobs": False, "top_logprobs": 0, "parallel_tool_calls": True,
+}  # fmt: skip
+CHAT_KNOWN = {
+    *CHAT_REFUSED, *CHAT_PASSED, "model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p",
+    "n", "stop", "stream", "stream_options", "tools", "tool_choice", "parallel_tool_calls", "response_format",
+    "reasoning_effort", "service_tier", "user", "safety_identifier",
+}  # fmt: skip
+ANY_OBJECT = "Answer with one JSON object only."
+
+
+def messages_request(chat: JsonDict, draft: Draft) -> JsonDict:
+    """A request of chat as one of Messages. Raises BadRequest."""
+    chat = {name: value for name, value in chat.items() if value is not None and CHAT_NOTHING.get(name, ()) != value}
+    draft.refuse_members(chat, CHAT_REFUSED)
+    if "n" in chat:
+        raise draft.refusal("n", "more than one choice")
+    if "modalities" in chat and "audio" in strings(chat["modalities"], "modalities"):
+        raise draft.refusal("modalities", "audio")
+    turns = MessageTurns(draft)
+    request: JsonDict = {
+        "model": draft.model,
+        "messages": turns.of(chat),
+        "max_tokens": longest_answer(chat, draft),
+        **{name: chat[name] for name in CHAT_PASSED if name in chat},
+        **message_sampling(chat, draft),
+        **message_tools(chat, draft),
+        **message_output(chat, draft, turns.system),
+    }
+    if turns.system:
+        plain = len(turns.system) == 1 and set(turns.system[0]) == {"type", "text"}
+        request["system"] = turns.system[0]["text"] if plain else turns.system
+    if chat.get("stream") is True:
+        request["stream"] = True
+    user = chat.get("safety_identifier") or chat.get("user")
+    if isinstance(user, str) and "@" not in user and len(user) <= USER_ID_CHARACTERS:
+        request["metadata"] = {"user_id": user}
+    elif user:
+        draft.drop("safety_identifier" if chat.get("safety_identifier") else "user")
+    tier = {"auto": "auto", "default": "standard_only"}.get(str(chat.get("service_tier")))
+    if tier:
+        request["service_tier"] = tier
+    elif "service_tier" in chat:
+        draft.drop("service_tier")
+    draft.drop_rest(chat, CHAT_KNOWN)
+    draft.about_answer = {"with_usage": member(chat, "stream_options").get("include_usage") is True}
+    return request
+
+
+def longest_answer(chat: JsonDict, draft: Draft) -> int:
+    """How many tokens the answer may have."""
+    given = chat.get("max_completion_tokens") or chat.get("max_tokens")
+    if not given or given == -1:  # which some clients send for no limit
+        return draft.knobs.default_max_tokens
+    return positive_count(given, "max_completion_tokens" if chat.get("max_completion_tokens") else "max_tokens")
+
+
+def message_sampling(chat: JsonDict, draft: Draft) -> JsonDict:
+    """Temperature, or else top_p: Claude refuses both at once. And where to stop."""
+    members: JsonDict = {}
+    temperature = chat.get("temperature")
+    if isinstance(temperature, (int, float)) and temperature > 1:
+        draft.drop("temperature")
+        temperature = 1
+    if temperature is not None:
+        members["temperature"] = temperature
+    if temperature is not None and "top_p" in chat:
+        draft.drop("top_p")
+    elif "top_p" in chat:
+        members["top_p"] = chat["top_p"]
+    stops = strings(chat.get("stop") or [], "stop")
+    kept = [stop for stop in stops if stop.strip()]
+    if len(kept) < len(stops):
+        draft.drop("stop")
+    return {**members, "stop_sequences": kept} if kept else members
+
+
+def message_tools(chat: JsonDict, draft: Draft) -> JsonDict:
+    """The members of a request of Messages that are about tools."""
+    tools = [
+        message_tool(tool, f"tools.{index}", draft)
+        for index, tool in enumerate(objects(chat.get("tools") or [], "tools"))
+    ]
+    choice = chat.get("tool_choice")
+    written: JsonDict = {}
+    if isinstance(choice, dict):
+        kind = str(choice.get("type"))
+        if kind == "allowed_tools":
+            allowed = member(choice, kind)
+            names = {
+                draft.tool_name(string(member(tool, "function").get("name"), "tool_choice"))
+                for tool in objects(allowed.get("tools"), "tool_choice.allowed_tools.tools")
+            }
+            tools = [tool for tool in tools if tool["name"] in names]
+            written = {"type": "any" if allowed.get("mode") == "required" else "auto"}
+        elif kind == "function":
+            name = string(member(choice, "function").get("name"), "tool_choice.function.name")
+            written = {"type": "tool", "name": draft.tool_name(name)}
+        else:
+            raise draft.refusal("tool_choice", f"the type {kind}")
+    elif choice is not None:
+        words = {"auto": "auto", "required": "any", "none": "none"}
+        if str(choice) not in words:
+            raise draft.refusal("tool_choice", f"{choice!r}")
+        written = {"type": words[str(choice)]}
+    if not tools:
+        return {}
+    if chat.get("parallel_tool_calls") is False and written.get("type") != "none":
+        written = {"type": "auto", **written, "disable_parallel_tool_use": True}
+    return {"tools": tools, "tool_choice": written} if written else {"tools": tools}
+
+
+def message_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
+    """A function as a tool."""
+    if tool.get("type") != "function":
+        raise draft.refusal(place, f"a tool of the type {tool.get('type')}")
+    function = member(tool, "function")
+    schema = function.get("parameters") or {"type": "object", "properties": {}}
+    if not isinstance(schema, dict) or schema.get("type", "object") != "object":
+        raise draft.refusal(f"{place}.function.parameters", "what is no schema of an object")
+    written: JsonDict = {"name": draft.tool_name(string(function.get("name"), f"{place}.function.name"))}
+    if function.get("description"):
+        written["description"] = string(function["description"], f"{place}.function.description")
+    written["input_schema"] = schema if "type" in schema else {"type": "object", **schema}
+    if function.get("strict") is True:
+        written["strict"] = True
+    cached = tool.get("cache_control") or function.get("cache_control")
+    return {**written, "cache_control": cached} if cached else written
+
+
+def message_output(chat: JsonDict, draft: Draft, system: list[JsonDict]) -> JsonDict:
+    """The form that the answer is to have, and how much thought goes into it."""
+    members: JsonDict = {}
+    config: JsonDict = {}
+    form = member(chat, "response_format")
+    kind = form.get("type", "text")
+    if kind == "json_schema":
+        schema = member(form, "json_schema").get("schema")
+        if not isinstance(schema, dict):
+            raise BadRequest("response_format.json_schema.schema: Input should be an object")
+        config["format"] = {"type": "json_schema", "schema": schema}
+    elif kind == "json_object":
+        system.append(text_part(ANY_OBJECT))
+        draft.drop("response_format")
+    elif kind != "text":
+        raise draft.refusal("response_format", f"the type {kind}")
+    effort = chat.get("reasoning_effort")
+    if effort is not None and draft.knobs.reasoning == "none":
+        draft.drop("reasoning_effort")
+    elif effort == "none":
+        members["thinking"] = {"type": "disabled"}
+    elif effort is not None:
+        members["thinking"] = {"type": "adaptive"}
+        config["effort"] = "low" if effort == "minimal" else string(effort, "reasoning_effort")
+    return {**members, "output_config": config} if config else members
+
+
+class MessageTurns:
+    """Writes the messages of a request of Messages: results of calls come first in the user's turn behind them."""
+
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
+        self.system: list[JsonDict] = []  # what the system says at the beginning
+        self._messages: list[JsonDict] = []
+        self._later: list[JsonDict] = []  # what it says later, and waits for the place where it may stand
+        self._calls: set[str] = set()  # those of the last turn
+        self._results = 0  # how many results the turn begins with
+
+    def of(self, chat: JsonDict) -> list[JsonDict]:
+        """The messages for a request. Raises BadRequest."""
+        writers = {"user": self._write_user, "assistant": self._write_assistant, "tool": self._write_result}
+        for index, message in enumerate(objects(chat.get("messages"), "messages")):
+            place, role = f"messages.{index}", str(message.get("role"))
+            if role in ("system", "developer"):
+                self._write_system(message, place)
+            elif role in writers:
+                writers[role](message, place)
+            else:
+                raise self._draft.refusal(f"{place}.role", f"the role {role}")
+        self._write_later()
+        if not self._messages:
+            raise BadRequest("messages: at least one message with content is required")
+        self._strip_prefill()
+        return self._messages
+
+    def _say(self, role: str, blocks: list[JsonDict]) -> None:
+        """Writes blocks of a role, into the same message while it lasts."""
+        if self._messages and self._messages[-1]["role"] == role:
+            self._messages[-1]["content"] += blocks
+        elif blocks:
+            self._messages.append({"role": role, "content": blocks})
+            self._results = 0
+
+    def _write_system(self, message: JsonDict, place: str) -> None:
+        texts = self._blocks(message.get("content"), f"{place}.content")
+        if any(block["type"] != "text" for block in texts):
+            raise self._draft.refusal(f"{place}.content", "what is no text, from the system,")
+        if not self._messages or self._draft.knobs.system_turns == "lead":
+            self.system += texts
+        else:
+            self._later += texts
+
+    def _write_later(self) -> None:
+        """Writes what the system says later: where models know that, it stands behind a user's turn."""
+        later, self._later = self._later, []
+        if later and self._draft.knobs.system_turns == "keep":
+            self._messages.append({"role": "system", "content": later})
+        elif later:
+            self._say("user", [{**block, "text": reminder(block["text"])} for block in later])
+
+    def _write_user(self, message: JsonDict, place: str) -> None:
+        if self._draft.knobs.system_turns == "user":
+            self._write_later()
+        self._say("user", self._blocks(message.get("content"), f"{place}.content"))
+
+    def _write_assistant(self, message: JsonDict, place: str) -> None:
+        """One turn: thinking that was handed back, then text, then calls."""
+        self._draft.refuse_members(message, ("audio", "function_call"))
+        self._write_later()
+        blocks = [
+            {name: value for name, value in block.items() if name != "index"}
+            for block in objects(message.get("thinking_blocks") or [], f"{place}.thinking_blocks")
+            if (block.get("type") == "thinking" and block.get("signature")) or block.get("type") == "redacted_thinking"
+        ]
+        blocks += self._blocks(message.get("content"), f"{place}.content")
+        calls = objects(message.get("tool_calls") or [], f"{place}.tool_calls")
+        for number, call in enumerate(calls):
+            blocks.append(self._call(call, f"{place}.tool_calls.{number}"))
+        self._say("assistant", blocks)
+        self._calls = {block["id"] for block in blocks if block["type"] == "tool_use"}
+
+    def _call(self, call: JsonDict, place: str) -> JsonDict:
+        function = member(call, "function")
+        if call.get("type", "function") != "function":
+            raise self._draft.refusal(place, f"a call of the type {call['type']}")
+        given = function.get("arguments")
+        try:
+            arguments = read_json(given or "{}")
+        except (ValueError, TypeError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise self._draft.refusal(f"{place}.function.arguments", "what is no JSON object")
+        name = self._draft.tool_name(string(function.get("name"), f"{place}.function.name"))
+        return {
+            "type": "tool_use",
+            "id": carrying_id(call_name(call.get("id"), f"{place}.id")),
+            "name": name,
+            "input": arguments,
+        }
+
+    def _write_result(self, message: JsonDict, place: str) -> None:
+        call_id = carrying_id(call_name(message.get("tool_call_id"), f"{place}.tool_call_id"))
+        if call_id not in self._calls:
+            raise Untranslatable(f"{place}: there is no call before it with the tool_call_id {call_id}")
+        result: JsonDict = {"type": "tool_result", "tool_use_id": call_id}
+        content = message.get("content")
+        blocks = self._blocks(content, f"{place}.content")
+        if blocks:
+            result["content"] = content if isinstance(content, str) else blocks
+        if self._messages[-1]["role"] == "user":
+            self._messages[-1]["content"].insert(self._results, result)
+        else:
+            self._say("user", [result])
+        self._results += 1
+
+    def _blocks(self, content: Any, place: str) -> list[JsonDict]:
+        """The blocks of a content; texts without a character are left out, since Anthropic refuses them."""
+        if isinstance(content, str):
+            return [text_part(content)] if content.strip() else []
+        parts = objects([] if content is None else content, place)
+        found = [self._block(part, f"{place}.{number}") for number, part in enumerate(parts)]
+        return [block for block in found if block["type"] != "text" or block["text"].strip()]
+
+    def _block(self, part: JsonDict, place: str) -> JsonDict:
+        kind = part.get("type")
+        if kind in ("text", "refusal"):
+            block = text_part(string(part.get(kind), f"{place}.{kind}"))
+        elif kind == "image_url":
+            block = self._image(string(member(part, "image_url").get("url"), f"{place}.image_url.url"), place)
+        elif kind == "file":
+            block = self._file(member(part, "file"), place)
+        else:
+            raise self._draft.refusal(place, f"a part of the type {kind}")
+        return {**block, "cache_control": part["cache_control"]} if part.get("cache_control") else block
+
+    def _image(self, url: str, place: str) -> JsonDict:
+        kind = DATA_URI.match(url)
+        if not kind and url.startswith(("http://", "https://")):
+            return {"type": "image", "source": {"type": "url", "url": url}}
+        if not kind or kind[1].lower() not in IMAGE_TYPES:
+            raise self._draft.refusal(place, "an image that is neither a URL nor JPEG, PNG, GIF or WebP in base64")
+        source = {"type": "base64", "media_type": kind[1].lower(), "data": url[kind.end() :]}
+        return {"type": "image", "source": source}
+
+    def _file(self, file: JsonDict, place: str) -> JsonDict:
+        if "file_data" not in file:
+            raise self._draft.refusal(place, "a file that isn't in the request")
+        data = string(file["file_data"], f"{place}.file.file_data")
+        kind = DATA_URI.match(data)
+        media, encoded = (kind[1].lower(), data[kind.end() :]) if kind else ("application/pdf", data)
+        if media == "application/pdf":
+            source = {"type": "base64", "media_type": media, "data": encoded}
+        elif media.startswith("text/"):
+            try:
+                said = base64.b64decode(encoded, validate=True).decode("utf-8")
+            except ValueError:
+                raise BadRequest(f"{place}.file.file_data: Input should be base64 of UTF-8") from None
+            source = {"type": "text", "media_type": "text/plain", "data": said}
+        else:
+            raise self._draft.refusal(place, f"a file of the type {media}")
+        title = {"title": file["filename"]} if isinstance(file.get("filename"), str) else {}
+        return {"type": "document", "source": source, **title}
+
+    def _strip_prefill(self) -> None:
+        """Takes the blanks off the end of an answer that Claude is to go on with: it refuses them."""
+        final = self._messages[-1]["content"][-1]
+        if self._messages[-1]["role"] == "assistant" and final["type"] == "text":
+            final["text"] = final["text"].rstrip()
+
+
+# -- chat to Messages: the answer
+
+
+class ArgumentsScan:
+    """Tells, as the text of an object comes, whether it is whole: its brackets are closed."""
+
+    _INSIDE = re.compile(r'["\\]')
+    _OUTSIDE = re.compile(r'["{}\[\]]')
+
+    def __init__(self) -> None:
+        self.whole = False
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False  # the next character means nothing
+
+    def feed(self, text: str) -> None:
+        """Takes what comes next."""
+        at = 0
+        while at < len(text):
+            if self._escaped:
+                self._escaped = False
+                at += 1
+                continue
+            mark = (self._INSIDE if self._in_string else self._OUTSIDE).search(text, at)
+            if not mark:
+                break
+            at = mark.end()
+            if mark[0] == "\\":
+                self._escaped = True
+            elif mark[0] == '"':
+                self._in_string = not self._in_string
+            else:
+                self._depth += 1 if mark[0] in "{[" else -1
+                self.whole = self._depth <= 0
+
+
+class Call:
+    """A call of a tool, as it comes in a chat answer."""
+
+    __slots__ = ("arguments", "closed", "id", "is_open", "name", "scan", "sent")
+
+    def __init__(self) -> None:
+        self.id = self.name = ""
+        self.arguments = bytearray()  # what has come of its JSON
+        self.sent = 0  # how much of that is written
+        self.scan = ArgumentsScan()
+        self.is_open = self.closed = False
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether its arguments are a JSON object; none at all stand for an empty one."""
+        try:
+            return isinstance(read_json(self.arguments.decode("utf-8", "surrogatepass").strip() or "{}"), dict)
+        except (ValueError, RecursionError):
+            return False
+
+
+class MessageWriter:
+    """Writes a message as the events of Messages: one block after another, counted from 0."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._events: list[JsonDict] = []
+        self._thought = bytearray()  # what isn't shown of a block of thinking, and goes into its signature
+        self.begun = False
+        self.open = ""  # the type of the block that is open
+        self.blocks = 0  # how many were begun
+
+    def take(self) -> list[JsonDict]:
+        """The events written since the last time."""
+        events, self._events = self._events, []
+        return events
+
+    def begin(self, id: str) -> None:
+        """Begins the message."""
+        self.begun = True
+        usage = {
+            "input_tokens": self._asked.input_tokens, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
+            "output_tokens": 0,
+        }  # fmt: skip
+        message: JsonDict = {
+            "id": answer_id("msg_", id or self._asked.id), "type": "message", "role": "assistant",
+            "model": self._asked.model, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage,
+        }  # fmt: skip
+        self._events.append({"type": "message_start", "message": message})
+
+    def write(self, kind: str, said: str) -> None:
+        """Writes text or thinking, into a new block unless one of its type is open."""
+        if self.open != kind:
+            self._open(kind, {"type": "text", "text": ""} if kind == "text" else EMPTY_THINKING)
+        if kind == "text":
+            self._delta({"type": "text_delta", "text": said})
+        elif self._asked.thinking == "shown":
+            self._delta({"type": "thinking_delta", "thinking": said})
+        elif self._asked.thinking_returns and len(self._thought) <= TRANSLATED_HELD_BYTES:
+            self._thought += said.encode("utf-8", "surrogatepass")
+
+    def open_call(self, id: str, name: str) -> None:
+        """Begins a call."""
+        name = self._asked.names.get(name, name)
+        self._open("tool_use", {"type": "tool_use", "id": carrying_id(id), "name": name, "input": {}})
+
+    def write_arguments(self, part: str) -> None:
+        """Writes a part of the open call's arguments."""
+        self._delta({"type": "input_json_delta", "partial_json": part})
+
+    def close(self) -> None:
+        """Ends the block that is open."""
+        if self.open == "thinking":
+            whole = self._thought if len(self._thought) <= TRANSLATED_HELD_BYTES else b""
+            thought, self._thought = whole.decode("utf-8", "surrogatepass"), bytearray()
+            self._delta({"type": "signature_delta", "signature": thinking_signature(self._asked.provider, thought)})
+        if self.open:
+            self._events.append({"type": "content_block_stop", "index": self.blocks - 1})
+        self.open = ""
+
+    def end(self, reason: str, sequence: Optional[str], usage: JsonDict) -> None:
+        """Ends the message."""
+        self.close()
+        delta = {"stop_reason": reason, "stop_sequence": sequence}
+        self._events += [{"type": "message_delta", "delta": delta, "usage": usage}, {"type": "message_stop"}]
+
+    def _open(self, kind: str, block: JsonDict) -> None:
+        self.close()
+        self.open = kind
+        self._events.append({"type": "content_block_start", "index": self.blocks, "content_block": dict(block)})
+        self.blocks += 1
+
+    def _delta(self, delta: JsonDict) -> None:
+        self._events.append({"type": "content_block_delta", "index": self.blocks - 1, "delta": delta})
+
+
+EMPTY_THINKING = {"type": "thinking", "thinking": "", "signature": ""}
+# What a chat answer ends for, in the words of Messages; any other word is an end like `stop`.
+STOP_REASONS = {"length": "max_tokens", "max_tokens": "max_tokens", "content_filter": "refusal"}
+
+
+def answer_id(prefix: str, id: str) -> str:
+    """An answer's id as the client's format has it."""
+    tail = re.sub("^(?:msg_|chatcmpl-|req_)", "", id[:TOOL_ID_CHARACTERS])
+    return prefix + re.sub("[^a-zA-Z0-9_-]", "-", tail)[:64]
+
+
+class ChatReader:
+    """Reads a chat answer, chunk by chunk, into the events of a message.
+
+    Servers differ. A call's `index` may be absent, always 0, or begin at 1: it is a name for the call and no position.
+    Calls may come mixed: the first one is written as it comes, the others wait until it is whole. The usage may stand
+    in a chunk of its own, in the last or in each; the end may be a finish_reason, [DONE], or both."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._writer = MessageWriter(asked)
+        self._id = ""
+        self._calls: list[Call] = []  # those that aren't written to their end, in their order; the first may be open
+        self._named: dict[Any, Call] = {}  # the last one of each index
+        self._ids: set[str] = set()
+        self._count = 0  # of calls that have come,
+        self._closed = 0  # and of those written
+        self._held = 0  # bytes that are kept
+        self._later: list[tuple[str, str]] = []  # what was said while a call was open
+        self._blanks: list[str] = []  # text without a character so far, which may stand before nothing
+        self._said = 0  # characters, of all kinds
+        self._over = False  # nothing more comes
+        self._finish = self._sequence = ""
+        self._refused = False
+        self._usage: JsonDict = {}
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the answer has said why it ends."""
+        return bool(self._finish)
+
+    @property
+    def _is_cut_off(self) -> bool:
+        """Whether the answer reached the limit of its length."""
+        return STOP_REASONS.get(self._finish) == "max_tokens"
+
+    def begin(self) -> list[JsonDict]:
+        """The first event, where the client is to have it before anything has come."""
+        if not self._writer.begun:
+            self._writer.begin(self._id)
+        return self._writer.take()
+
+    def read(self, chunk: JsonDict) -> tuple[list[JsonDict], bool]:
+        """The events that a chunk adds, and whether it is known to be the last one. Raises AnswerFault."""
+        if chunk.get("error"):
+            raise fault_of(chunk)
+        usage, ended = chunk.get("usage"), False
+        if isinstance(usage, dict):
+            self._usage, ended = usage, self.may_end
+        if isinstance(chunk.get("id"), str):
+            self._id = self._id or chunk["id"]
+        choices = chunk.get("choices")
+        ours = (it for it in listed_objects(choices) if it.get("index", 0) == 0)
+        choice = None if self.may_end else next(ours, None)
+        if choice is not None:
+            self._read_choice(choice)
+        return self._writer.take(), ended
+
+    def end(self) -> list[JsonDict]:
+        """The events that end the message. Raises AnswerFault."""
+        events, self._over = self.begin(), True
+        self._advance(is_followed=True)
+        for kind, said in self._later:
+            self._writer.write(kind, said)
+        if not self._writer.blocks:
+            self._writer.write("text", "".join(self._blanks))
+        reason = STOP_REASONS.get(self._finish) or ("tool_use" if self._closed else "end_turn")
+        if self._refused:
+            reason = "refusal"
+        elif reason == "end_turn" and self._sequence:
+            reason = "stop_sequence"
+        self._writer.end(reason, self._sequence if reason == "stop_sequence" else None, self._counted())
+        return events + self._writer.take()
+
+    def _read_choice(self, choice: JsonDict) -> None:
+        if not self._writer.begun:
+            self._writer.begin(self._id)
+        delta = member(choice, "delta") or member(choice, "message")
+        thought, said = reasoning_of(delta), "".join(plain_texts(delta.get("content")))
+        if thought and self._asked.thinking != "hidden":
+            self._say("thinking", thought)
+        if said:
+            self._say("text", said)
+        if delta.get("refusal") and isinstance(delta["refusal"], str):
+            self._refused = True
+            self._say("text", delta["refusal"])
+        for position, entry in enumerate(listed_objects(delta.get("tool_calls"))):
+            self._read_call({**entry, "index": position} if "message" in choice else entry)
+        if isinstance(delta.get("function_call"), dict):
+            self._read_call({"index": "function_call", "function": delta["function_call"]})
+        finish = choice.get("finish_reason")
+        if finish == "error":
+            raise fault_of(choice)
+        if isinstance(finish, str) and finish not in ("", "null"):
+            self._finish = finish
+            sequence = choice.get("stop_reason")
+            self._sequence = sequence if isinstance(sequence, str) else ""
+
+    def _say(self, kind: str, said: str) -> None:
+        """Writes text or thinking, or keeps it: blank text until something follows, and any behind an unfinished
+        call."""
+        self._said += len(said)
+        if self._calls and all(call.scan.whole for call in self._calls):
+            self._advance(is_followed=True)
+        if self._calls:
+            if said.strip():
+                self._hold(len(said) + WAITING_BYTES)
+                self._later.append((kind, said))
+        elif kind == "text" and self._writer.open != "text" and not said.strip():
+            self._hold(len(said) + WAITING_BYTES)
+            self._blanks.append(said)
+        else:
+            blanks, self._blanks = self._blanks if kind == "text" else [], []
+            self._writer.write(kind, "".join([*blanks, said]))
+
+    def _hold(self, size: int) -> None:
+        """Takes room for what has to wait. Raises AnswerFault."""
+        self._held += size
+        if self._held > TRANSLATED_HELD_BYTES:
+            raise AnswerFault(f"more than {TRANSLATED_HELD_BYTES} bytes of the provider's answer wait for their turn")
+
+    def _read_call(self, entry: JsonDict) -> None:
+        """Takes a part of a call. Raises AnswerFault."""
+        function = member(entry, "function")
+        id, name = (value if isinstance(value, str) else "" for value in (entry.get("id"), function.get("name")))
+        part = function.get("arguments")
+        part = part if isinstance(part, str) else "" if part is None else dump(part)
+        if len(id) > TOOL_ID_CHARACTERS:
+            raise AnswerFault("the provider's answer calls a tool by an id that is too long")
+        call = self._call_of(entry.get("index"), id, bool(name and part.strip()))
+        call.id = call.id or id
+        if not call.is_open and not call.closed:
+            call.name = call.name if call.name == name else (call.name + name)[: TOOL_NAME_CHARACTERS + 1]
+        if call.closed:
+            if part.strip():
+                raise AnswerFault("the provider's answer adds to a call that was complete")
+            return
+        data = part.encode("utf-8", "surrogatepass")
+        self._said += len(part)
+        self._hold(len(data))
+        call.arguments += data
+        call.scan.feed(part)
+        self._advance(is_followed=False)
+
+    def _call_of(self, index: Any, id: str, begins: bool) -> Call:
+        """The call that a part belongs to; one that `begins` has a name and arguments."""
+        key = index if isinstance(index, (int, str)) else ("id", id) if id else "last"
+        call = self._named.get(key)
+        is_new = call is None or (call.id and id and id != call.id) or (begins and not id and call.scan.whole)
+        if call is None or is_new:
+            call = Call()
+            self._count += 1
+            if self._count > TOOL_CALLS:
+                raise AnswerFault(f"the provider's answer calls more than {TOOL_CALLS} tools")
+            self._calls.append(call)
+            self._named[key] = call
+        self._named["last"] = call
+        return call
+
+    def _advance(self, is_followed: bool) -> None:
+        """Writes what can be written of the calls: one is over when it is whole and something follows, or the answer is
+        over. Raises AnswerFault."""
+        while self._calls:
+            call, is_followed = self._calls[0], is_followed or len(self._calls) > 1
+            is_over = self._over or (is_followed and call.scan.whole)
+            if not call.is_open and not self._open(call, is_over):
+                return
+            if call.is_open and len(call.arguments) > call.sent:
+                self._writer.write_arguments(call.arguments[call.sent :].decode("utf-8", "surrogatepass"))
+                call.sent = len(call.arguments)
+            if not is_over:
+                return
+            self._close(call)
+
+    def _open(self, call: Call, is_over: bool) -> bool:
+        """Begins to write a call as soon as enough of it is known; whether that is so. Raises AnswerFault."""
+        if not is_over and not (call.name and call.id):
+            return False
+        if not call.name or len(call.name) > TOOL_NAME_CHARACTERS:
+            raise AnswerFault("the provider's answer calls a tool without a name, or by one that is too long")
+        if self._is_cut_off and not call.is_sound:
+            return True  # nobody may execute it, and nothing of it was written
+        digest = hashlib.sha256(f"{self._id}\0{self._closed}".encode("utf-8", "surrogatepass")).hexdigest()
+        id = call.id or f"call_{digest[:24]}"
+        while id in self._ids:
+            id += "_2"
+        self._ids.add(id)
+        self._blanks = []
+        self._writer.open_call(id, call.name)
+        call.is_open = True
+        return True
+
+    def _close(self, call: Call) -> None:
+        """Ends a call. Raises AnswerFault for arguments that nobody can execute, unless the answer was cut off."""
+        if not call.is_sound and not self._is_cut_off:
+            raise AnswerFault("the provider sent malformed tool arguments")
+        self._writer.close()
+        self._calls.pop(0)
+        self._closed += call.is_open
+        self._held -= len(call.arguments)
+        call.arguments, call.closed = bytearray(), True
+
+    def _counted(self) -> JsonDict:
+        """The usage in the terms of Messages, whose input leaves out what was read from a cache or written to it; an
+        estimate where the provider tells none, since clients compact a conversation by it."""
+        usage, details = self._usage, member(self._usage, "prompt_tokens_details")
+        if not usage:
+            written = math.ceil(self._said * TOKENS_PER_CHARACTER)
+            return usage_of(self._asked.input_tokens, 0, 0, written)
+        prompt, output = count_of(usage.get("prompt_tokens")), count_of(usage.get("completion_tokens"))
+        cached = (details.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"), usage.get("cached_tokens"))
+        read = next(filter(None, map(count_of, cached)), 0)
+        stored = count_of(details.get("cache_write_tokens")) or count_of(usage.get("cache_creation_input_tokens"))
+        thought = count_of(member(usage, "completion_tokens_details").get("reasoning_tokens"))
+        if thought and count_of(usage.get("total_tokens")) == prompt + output + thought:
+            output += thought  # xAI counts it apart
+        fresh = max(0, prompt - read - stored)
+        # Claude Code takes 0 for not told, and would count the cached part twice.
+        return usage_of(fresh or min(1, prompt), stored, read, output)
+
+
+def reasoning_of(delta: JsonDict) -> str:
+    """The thinking in a delta, by the first of the names that servers have for it: others are copies."""
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        if delta.get(name) and isinstance(delta[name], str):
+            return str(delta[name])
+    told = [entry.get("text") or entry.get("summary") for entry in listed_objects(delta.get("reasoning_details"))]
+    for part in listed_objects(delta.get("content")):
+        if part.get("type") == "thinking":
+            told += plain_texts(part.get("thinking"))
+    return "".join(said for said in told if isinstance(said, str))
+
+
+def count_of(value: Any) -> int:
+    """A number of tokens, 0 for what is none."""
+    return int(value) if isinstance(value, (int, float)) and 0 < value < 1e15 else 0
+
+
+def usage_of(fresh: int, stored: int, read: int, output: int) -> JsonDict:
+    """The usage of a message."""
+    return {
+        "input_tokens": fresh, "cache_creation_input_tokens": stored, "cache_read_input_tokens": read,
+        "output_tokens": output,
+    }  # fmt: skip
+
+
+class WholeMessage:
+    """Collects the events of a message into the message."""
+
+    def __init__(self) -> None:
+        self._message: JsonDict = {}
+        self._parts: list[str] = []  # of the block that is open
+
+    def add(self, event: JsonDict) -> None:
+        """Takes the next event."""
+        kind = event["type"]
+        if kind == "message_start":
+            self._message = event["message"]
+        elif kind == "content_block_start":
+            self._message["content"].append(event["content_block"])
+        elif kind == "content_block_delta":
+            delta = event["delta"]
+            if delta["type"] == "signature_delta":
+                self._message["content"][-1]["signature"] = delta["signature"]
+            else:
+                self._parts.append(delta.get("text") or delta.get("thinking") or delta.get("partial_json") or "")
+        elif kind == "content_block_stop":
+            self._end_block()
+        elif kind == "message_delta":
+            self._message.update(event["delta"], usage=event["usage"])
+
+    def _end_block(self) -> None:
+        block, whole = self._message["content"][-1], "".join(self._parts)
+        self._parts = []
+        if block["type"] != "tool_use":
+            block[block["type"]] = whole
+            return
+        try:
+            block["input"] = read_json(whole.strip() or "{}")
+        except ValueError:
+            self._message["content"].pop()  # it was cut off
+
+    def document(self) -> JsonDict:
+        """The message. Raises AnswerFault if there is none."""
+        if not self._message.get("content"):
+            self._message["content"] = [{"type": "text", "text": ""}]
+        return self._message
+
+
+# -- Messages to chat: the answer
+
+FINISH_REASONS = {
+    "max_tokens": "length", "model_context_window_exceeded": "length", "tool_use": "tool_calls",
+    "refusal": "content_filter",
+}  # fmt: skip
+PING: JsonDict = {"type": "ping"}
+
+
+class MessageReader:
+    """Reads the events of a message into the chunks of a chat answer. Blocks that chat doesn't know are left out: what
+    tools at Anthropic have found stands in the text behind them."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._id = ""
+        self._begun = False
+        self._open = ""  # the type of the block that is open
+        self._given: JsonDict = {}  # the input with which a call began
+        self._has_arguments = False  # whether something of them has come
+        self._calls = 0
+        self._thoughts = 0
+        self._reason = ""
+        self._refusal: Optional[str] = None
+        self._usage: JsonDict = {}
+
+    may_end = False  # only its last event ends a message
+
+    def begin(self) -> list[JsonDict]:
+        """The first chunk, where the client is to have it before anything has come."""
+        if self._begun:
+            return []
+        self._begun = True
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def read(self, event: JsonDict) -> tuple[list[JsonDict], bool]:
+        """The chunks that an event adds, and whether it is the last one. Raises AnswerFault."""
+        kind = event.get("type")
+        if kind == "error" or event.get("error"):
+            raise fault_of(event)
+        if kind == "message":
+            return self._read_whole(event), True
+        if kind == "ping":
+            return [PING], False
+        if kind == "message_start":
+            message = member(event, "message")
+            self._id = str(message.get("id") or "")
+            self._count(message)
+            return self.begin(), False
+        if kind == "content_block_start":
+            return self.begin() + self._start(member(event, "content_block")), False
+        if kind == "content_block_delta":
+            return self._read_delta(member(event, "delta")), False
+        if kind == "content_block_stop":
+            return self._stop(), False
+        if kind == "message_delta":
+            self._read_end(member(event, "delta"))
+            self._count(event)
+        return [], kind == "message_stop"
+
+    def end(self) -> list[JsonDict]:
+        """The chunks that end the answer."""
+        finish = FINISH_REASONS.get(self._reason, "stop")
+        if finish == "tool_calls" and not self._calls:
+            finish = "stop"
+        delta = {"refusal": self._refusal} if self._refusal else {}
+        chunks = [*self.begin(), self._chunk(delta, finish)]
+        if self._asked.with_usage or not self._asked.stream:
+            chunks.append({**self._chunk({}), "choices": [], "usage": self._counted()})
+        return chunks
+
+    def _read_whole(self, message: JsonDict) -> list[JsonDict]:
+        """The chunks of a message that comes as a whole."""
+        self._id = str(message.get("id") or "")
+        self._count(message)
+        chunks = self.begin()
+        for block in listed_objects(message.get("content")):
+            chunks += self._start(block) + self._stop()
+        self._read_end(message)
+        return chunks
+
+    def _read_end(self, delta: JsonDict) -> None:
+        self._reason = str(delta.get("stop_reason") or self._reason)
+        explanation = member(delta, "stop_details").get("explanation")
+        self._refusal = explanation if isinstance(explanation, str) else self._refusal
+
+    def _count(self, event: JsonDict) -> None:
+        """Takes the figures of a usage: what isn't told again stays."""
+        usage = member(event, "usage")
+        self._usage.update((name, value) for name, value in usage.items() if value is not None)
+
+    def _start(self, block: JsonDict) -> list[JsonDict]:
+        self._open = str(block.get("type"))
+        if self._open == "tool_use":
+            return self._start_call(block)
+        if self._open == "redacted_thinking":
+            self._thoughts += 1
+            return [self._thinking_chunk(type=self._open, data=block.get("data"))]
+        if self._open == "thinking":
+            self._thoughts += 1
+            deltas = [
+                {"type": f"{name}_delta", name: block[name]} for name in ("thinking", "signature") if block.get(name)
+            ]
+        else:
+            deltas = (
+                [{"type": "text_delta", "text": block["text"]}] if self._open == "text" and block.get("text") else []
+            )
+        return [chunk for delta in deltas for chunk in self._read_delta(delta)]
+
+    def _start_call(self, block: JsonDict) -> list[JsonDict]:
+        name = str(block.get("name") or "")
+        if self._calls >= TOOL_CALLS or len(name) > TOOL_NAME_CHARACTERS:
+            raise AnswerFault("the provider's answer calls too many tools, or one by a name that is too long")
+        self._calls += 1
+        self._given, self._has_arguments = member(block, "input"), False
+        function = {"name": self._asked.names.get(name, name), "arguments": ""}
+        call_id = carried_id(str(block.get("id") or ""))
+        call = {"index": self._calls - 1, "id": call_id, "type": "function", "function": function}
+        return [self._chunk({"tool_calls": [call]})]
+
+    def _read_delta(self, delta: JsonDict) -> list[JsonDict]:
+        kind = delta.get("type")
+        said = delta.get({"input_json_delta": "partial_json"}.get(str(kind), str(kind).partition("_")[0]))
+        if not said or not isinstance(said, str):
+            return []
+        if kind == "text_delta":
+            return [self._chunk({"content": said})]
+        if kind == "thinking_delta":
+            return [self._thinking_chunk(said, type="thinking", thinking=said)]
+        if kind == "signature_delta":
+            return [self._thinking_chunk(type="thinking", signature=said)]
+        if kind == "input_json_delta" and self._open == "tool_use":
+            return [self._arguments(said)]
+        return []
+
+    def _stop(self) -> list[JsonDict]:
+        is_bare = self._open == "tool_use" and not self._has_arguments
+        self._open = ""
+        return [self._arguments(dump(self._given))] if is_bare else []
+
+    def _arguments(self, part: str) -> JsonDict:
+        self._has_arguments = True
+        return self._chunk({"tool_calls": [{"index": self._calls - 1, "function": {"arguments": part}}]})
+
+    def _thinking_chunk(self, said: str = "", **block: Any) -> JsonDict:
+        """A part of thinking, by DeepSeek's name for those who show it, and as LiteLLM has it for those who send it
+        back."""
+        shown = {"reasoning_content": said} if said else {}
+        return self._chunk({**shown, "thinking_blocks": [{"index": self._thoughts - 1, **block}]})
+
+    def _chunk(self, delta: JsonDict, finish: Optional[str] = None) -> JsonDict:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        usage = {"usage": None} if self._asked.with_usage else {}
+        return {
+            "id": answer_id("chatcmpl-", self._id or self._asked.id), "object": "chat.completion.chunk",
+            "created": self._asked.created, "model": self._asked.model, "choices": [choice], **usage,
+        }  # fmt: skip
+
+    def _counted(self) -> JsonDict:
+        """The usage in the terms of chat, whose prompt holds what was read from a cache or written to it."""
+        usage = self._usage
+        read, stored = (
+            count_of(usage.get("cache_read_input_tokens")),
+            count_of(usage.get("cache_creation_input_tokens")),
+        )
+        prompt, output = count_of(usage.get("input_tokens")) + read + stored, count_of(usage.get("output_tokens"))
+        thought = count_of(member(usage, "output_tokens_details").get("thinking_tokens"))
+        return {
+            "prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": stored},
+            "completion_tokens_details": {"reasoning_tokens": thought},
+        }  # fmt: skip
+
+
+class WholeChat:
+    """Collects the chunks of a chat answer into the answer."""
+
+    def __init__(self) -> None:
+        self._last: JsonDict = {}
+        self._texts: dict[str, list[str]] = {"content": [], "reasoning_content": [], "refusal": []}
+        self._calls: list[JsonDict] = []
+        self._arguments: list[list[str]] = []
+        self._thoughts: list[dict[str, list[str]]] = []
+        self._finish: Optional[str] = None
+
+    def add(self, chunk: JsonDict) -> None:
+        """Takes the next chunk."""
+        if chunk is PING:
+            return
+        self._last = chunk
+        for choice in chunk["choices"]:
+            delta, self._finish = choice["delta"], choice["finish_reason"]
+            for name, texts in self._texts.items():
+                texts.append(delta.get(name) or "")
+            for call in delta.get("tool_calls", ()):
+                if call["index"] == len(self._calls):
+                    self._calls.append({name: call[name] for name in ("id", "type", "function")})
+                    self._arguments.append([])
+                self._arguments[call["index"]].append(call["function"]["arguments"])
+            for block in delta.get("thinking_blocks", ()):
+                if block["index"] == len(self._thoughts):
+                    self._thoughts.append({})
+                for name, value in block.items():
+                    self._thoughts[-1].setdefault(name, []).append(value)
+
+    def document(self) -> JsonDict:
+        """The answer. Raises AnswerFault if there is none."""
+        if not self._last:
+            raise AnswerFault("the provider's answer holds no message")
+        texts = {name: "".join(parts) for name, parts in self._texts.items()}
+        content = texts["content"] or (None if self._calls else "")
+        message: JsonDict = {"role": "assistant", "content": content, "refusal": texts["refusal"] or None}
+        if texts["reasoning_content"]:
+            message["reasoning_content"] = texts["reasoning_content"]
+        if self._thoughts:
+            message["thinking_blocks"] = [
+                {
+                    name: "".join(parts) if name != "type" else parts[0]
+                    for name, parts in block.items()
+                    if name != "index"
+                }
+                for block in self._thoughts
+            ]
+        if self._calls:
+            message["tool_calls"] = self._calls
+        for call, parts in zip(self._calls, self._arguments):
+            call["function"] = {**call["function"], "arguments": "".join(parts)}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self._finish or "stop"}
+        return {**self._last, "object": "chat.completion", "choices": [choice]}
+
+
+# -- an answer in bytes
+
+
+class EventReader:
+    """Reads the data of the events of a stream, however it is cut."""
+
+    def __init__(self) -> None:
+        self._line = bytearray()  # which hasn't ended yet
+        self._data: list[bytes] = []  # lines of data of an event that hasn't ended yet
+        self._size = 0  # of both
+        self._after_cr = False  # a LF would belong to the line before
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The data of each event that the next bytes complete. Raises AnswerFault for one that is too long."""
+        if self._after_cr and data[:1] == b"\n":
+            data = data[1:]
+        self._after_cr = data.endswith(b"\r") or (self._after_cr and not data)
+        for line in data.splitlines(keepends=True):
+            self._size += len(line)
+            if self._size > TRANSLATED_HELD_BYTES:
+                raise AnswerFault(f"the provider sent an event of more than {TRANSLATED_HELD_BYTES} bytes")
+            self._line += line
+            if line[-1:] in (b"\n", b"\r"):
+                whole, self._line = bytes(self._line).rstrip(b"\r\n"), bytearray()
+                if whole:
+                    self._add(whole)
+                else:
+                    yield from self.flush()
+
+    def _add(self, line: bytes) -> None:
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            self._data.append(value[1:] if value[:1] == b" " else value)
+
+    def flush(self) -> Iterator[bytes]:
+        """The data of the event that ends here, also of one that the end of the stream ends."""
+        if self._line:
+            self._add(bytes(self._line))
+            self._line = bytearray()
+        data, self._data, self._size = self._data, [], 0
+        if data:
+            yield b"\n".join(data)
+
+
+class AnswerTranslator:
+    """Translates one answer: a stream by feed(), ping() and close(), else whole()."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._events = EventReader()
+        self._reader = ChatReader(asked) if asked.format == "anthropic" else MessageReader(asked)
+        self.ended = False  # whether the client has all that it will get
+        self.failed = False  # whether that ends with an error
+        self.fault: Optional[AnswerFault] = None  # of the provider, if that is why
+
+    def feed(self, data: bytes) -> bytes:
+        """What goes to the client for the next bytes of a stream."""
+        return self._framed(self._read_events(self._events.feed(data)))
+
+    def close(self) -> bytes:
+        """What goes to the client when nothing more comes."""
+        return self._framed(self._read_end())
+
+    def ping(self) -> bytes:
+        """What goes to the client when nothing has come for a while: a sign of life, or the end of an answer of which
+        nothing more is needed."""
+        return self.close() if self._reader.may_end else self._framed([*self._reader.begin(), PING])
+
+    def fail(self, message: str, kind: str, code: str) -> bytes:
+        """What goes to the client of a stream that came to nothing."""
+        self.ended = self.failed = True
+        return error_event(self._asked.format, kind, message, code, self._asked.id)
+
+    def whole(self, body: bytes, is_stream: bool) -> bytes:
+        """What goes to the client for an answer of which all has come, whether it asked for a stream or not. Raises
+        AnswerFault."""
+        read = itertools.chain(self._read_events(self._events.feed(body)), self._read_end())
+        events = read if is_stream else self._read_whole(body)
+        try:
+            if self._asked.stream:
+                return b"".join(map(self._bytes_of, events)) + self._last_line()
+            collector = WholeMessage() if self._asked.format == "anthropic" else WholeChat()
+            for event in events:
+                collector.add(event)
+            text = dump(collector.document())
+        except RecursionError:
+            raise nested_too_deeply() from None
+        del collector
+        return encoded(text)
+
+    def _framed(self, events: Iterable[JsonDict]) -> bytes:
+        """The events as they go out, with what tells of a fault among them."""
+        sent = []
+        try:
+            for event in events:
+                sent.append(self._bytes_of(event))
+            return b"".join(sent) + (self._last_line() if self.ended else b"")
+        except (AnswerFault, RecursionError) as error:
+            fault = self.fault = error if isinstance(error, AnswerFault) else nested_too_deeply()
+            _, kind, message, code = error_terms(self._asked.format, fault.status, fault.message, fault.text)
+            return b"".join(sent) + self.fail(message, kind, code or (kind if fault.text else "upstream_broken"))
+
+    def _bytes_of(self, event: JsonDict) -> bytes:
+        if self._asked.format == "anthropic":
+            return f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode("ascii")
+        return b": ping\n\n" if event is PING else f"data: {json.dumps(event)}\n\n".encode("ascii")
+
+    def _last_line(self) -> bytes:
+        return b"" if self._asked.format == "anthropic" else b"data: [DONE]\n\n"
+
+    def _read_events(self, events: Iterable[bytes]) -> Iterator[JsonDict]:
+        """What the events of a stream become. Raises AnswerFault."""
+        for data in events:
+            if self.ended:
+                return
+            is_last = data.strip() == b"[DONE]"
+            if not is_last:
+                found, is_last = self._reader.read(read_answer(data))
+                yield from found
+            if is_last:
+                self.ended = True
+                yield from self._reader.end()
+
+    def _read_end(self) -> Iterator[JsonDict]:
+        """What the end of a stream becomes. Raises AnswerFault unless the answer is complete."""
+        yield from self._read_events(self._events.flush())
+        if self.ended:
+            return
+        if not self._reader.may_end:
+            raise AnswerFault("the provider's stream ended before it was finished")
+        self.ended = True
+        yield from self._reader.end()
+
+    def _read_whole(self, body: bytes) -> Iterator[JsonDict]:
+        """What a whole answer becomes. Raises AnswerFault."""
+        found, _ = self._reader.read(read_answer(body))
+        if not found:
+            raise AnswerFault("the provider's answer holds no message")
+        self.ended = True
+        yield from found
+        yield from self._reader.end()
+
+
+def nested_too_deeply() -> AnswerFault:
+    """The fault of an answer that can't be written again."""
+    return AnswerFault("the provider's answer is nested too deeply")
+
+
+def read_answer(data: bytes) -> JsonDict:
+    """A document of an answer. Raises AnswerFault for what is none, or would take `json` too long."""
+    try:
+        return read_document([data], sum(map(data.count, (b",", b"[", b"{"))), errors="replace")
+    except (BadRequest, RecursionError):
+        raise AnswerFault("the provider sent what is no JSON object, or one of too many values") from None
+
+
+# -- errors
+
+ERROR_CHARACTERS = 4096  # of a provider's words are told
+STATUS_KINDS: Mapping[str, Mapping[int, str]] = {
+    "anthropic": {
+        400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
+        404: "not_found_error", 408: "timeout_error", 413: "request_too_large", 422: "invalid_request_error",
+        429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error", 529: "overloaded_error",
+    },
+    "openai": {
+        400: "invalid_request_error", 401: "authentication_error", 402: "insufficient_quota", 403: "permission_error",
+        404: "not_found_error", 408: "timeout_error", 413: "request_too_large", 422: "invalid_request_error",
+        429: "rate_limit_error", 504: "timeout_error",
+    },
+}  # fmt: skip
+CODES = {404: "model_not_found", 429: "rate_limit_exceeded", 503: "overloaded", 529: "overloaded"}  # of OpenAI
+# How providers say that a request is longer than the model can read, each in its own words; collected by pi-mono.
+OVERFLOW = re.compile(
+    r"""(?ix) context_length_exceeded | exceed_context_size_error | maximum\ context\ length | context\ window\ exceeds
+    | exceeds?\ the\ (?:model's\ )?(?:context\ window|maximum\ context|available\ context|limit\ of\ [0-9]+)
+    | exceeds\ the\ maximum\ number\ of\ tokens | maximum\ prompt\ length | reduce\ the\ length\ of\ the\ messages
+    | too\ large\ for\ model\ with | greater\ than\ the\ context\ length | exceeded\ model\ token\ limit
+    | prompt\ is\ too\ long | exceed\ context\ limit"""
+)
+# A limit of tokens a minute that one request alone is over: no waiting helps.
+NEVER_FITS = re.compile(r"(?i)request too large for model.*limit ([0-9]{1,12}), requested ([0-9]{1,12})")
+OVERFLOW_LIMIT = re.compile(
+    r"""(?ix) (?: maximum\ (?:context|prompt)\ length\ (?:is|of) | number\ of\ tokens\ allowed
+    | too\ large\ for\ model\ with | exceeds\ the\ limit\ of | available\ context\ size | model\ token\ limit
+    | n_ctx"? | > ) [:\ (]* ([0-9]{1,12})"""
+)
+OVERFLOW_INPUT = re.compile(
+    r"""(?ix) ([0-9]{1,12}) (?: \ in\ the\ messages | \ input\ tokens | \ tokens\ from\ the\ input | \ of\ text\ input
+    | \ tokens\ >)
+    | (?: resulted\ in | token\ count \ ?\( | count\ of | contains(?:\ at\ least)? | request\ \( | requested:
+    | n_prompt_tokens"?:) \ ? ([0-9]{1,12})"""
+)
+OVERFLOW_OUTPUT = re.compile(
+    r"""(?ix) ([0-9]{1,12}) \ (?: in\ the\ (?:completion|output) | (?:tokens\ )?for\ the\ completion | output\ tokens)
+    | is\ too\ large: \ ? ([0-9]{1,12})"""
+)
+
+
+def error_answer(status: int, content: bytes, asked: Asked) -> tuple[int, bytes]:
+    """A provider's error in the client's format; its status stays, but where a context overflow has another one."""
+    text = content[:ERROR_BYTES].decode("utf-8", "replace")
+    words = error_words(content) or f"HTTP {status} from the provider {asked.provider}"
+    status, kind, message, code = error_terms(asked.format, status, words, text)
+    return status, error_body(asked.format, kind, message, code or kind, asked.id)
+
+
+def fault_answer(fault: AnswerFault, asked: Asked) -> tuple[int, bytes]:
+    """An error that stood in an answer of another status, in the client's format."""
+    status, kind, message, code = error_terms(asked.format, fault.status, fault.message, fault.text)
+    return status, error_body(asked.format, kind, message, code or "upstream_broken", asked.id)
+
+
+def first_fault(content: bytes) -> Optional[AnswerFault]:
+    """The error with which a stream begins, if it does."""
+    try:
+        document = read_answer(next(EventReader().feed(content), b"{}"))
+    except AnswerFault:
+        return None  # which is told when it is translated
+    return fault_of(document) if document.get("error") else None
+
+
+def error_terms(format: str, status: int, message: str, text: str) -> tuple[int, str, str, str]:
+    """Status, type, message and code by which a client of the format acts rightly; `text` is all that the provider
+    said."""
+    code = CODES.get(status, "")
+    overflows = OVERFLOW.search(text) if status in (400, 413, 422) else status == 429 and NEVER_FITS.search(text)
+    if overflows or (status == 413 and not text):  # Cerebras says nothing
+        status, code = 400, "context_length_exceeded"
+        message = overflow_message(message, text) if format == "anthropic" else message
+    kind = STATUS_KINDS[format].get(status) or ("invalid_request_error" if status < 500 else "")
+    return status, kind or ("api_error" if format == "anthropic" else "server_error"), message, code
+
+
+def overflow_message(message: str, text: str) -> str:
+    """A context overflow in the words by which Claude Code compacts the conversation, or asks for a shorter answer."""
+    never = NEVER_FITS.search(text)
+    limit, given, output = (figure_in(pattern, text) for pattern in (OVERFLOW_LIMIT, OVERFLOW_INPUT, OVERFLOW_OUTPUT))
+    if never:
+        limit, given = int(never[1]), int(never[2])
+    if limit and given and output and given <= limit:
+        return (
+            f"input length and `max_tokens` exceed context limit: {given} + {output} > {limit}, decrease input length "
+            f"or `max_tokens` and try again ({message})"
+        )
+    figures = f": {given} tokens > {limit} maximum" if limit and given else ""
+    return f"prompt is too long{figures} ({message}) capability_rejected: prompt_too_long"
+
+
+def figure_in(pattern: re.Pattern[str], text: str) -> int:
+    """The number that a pattern finds, else 0."""
+    match = pattern.search(text)
+    return int(next(filter(None, match.groups()), "0")) if match else 0
+
+
+def error_words(content: bytes) -> str:
+    """What a provider's error says, wherever it says it; empty for a page of HTML."""
+    text = content[:ERROR_CHARACTERS].decode("utf-8", "replace").strip()
+    if text.startswith("<"):
+        return ""
+    try:
+        document = json.loads(content[:PEEKED_BYTES])
+    except (ValueError, RecursionError):
+        return text
+    return words_of(document)[:ERROR_CHARACTERS] or text
+
+
+def words_of(document: Any) -> str:
+    """The message of an error; the reason behind it too, where OpenRouter has put it."""
+    if isinstance(document, list):
+        return "; ".join(filter(None, map(words_of, document[:DROPPED_NAMES])))
+    if not isinstance(document, dict):
+        return document if isinstance(document, str) else ""
+    error = document.get("error")
+    found = words_of(error) if error else ""
+    for name in ("message", "detail", "errors", "msg"):
+        found = found or words_of(document.get(name))
+    where = document.get("loc")
+    if isinstance(where, list):
+        found = f"{'.'.join(map(str, where[:DROPPED_NAMES]))}: {found}"
+    raw = member(document, "metadata").get("raw")
+    return f"{found}: {raw}" if isinstance(raw, str) else found
+
+
+def fault_of(document: JsonDict) -> AnswerFault:
+    """The error that an answer tells of in its midst."""
+    error = document.get("error")
+    told = error if isinstance(error, dict) else document
+    figures = [told.get(name) for name in ("code", "status", "status_code")]
+    status = next((figure for figure in figures if isinstance(figure, int) and 400 <= figure < 600), 0)
+    kind = str(told.get("type") or told.get("code"))
+    for word, meant in FAULT_WORDS.items():
+        status = status or (meant if word in kind else 0)
+    text = json.dumps(document)[:ERROR_BYTES]
+    return AnswerFault(
+        (words_of(document) or "the provider's answer holds an error")[:ERROR_CHARACTERS], status or 502, text
+    )
+
+
+FAULT_WORDS = {"overloaded": 529, "rate_limit": 429, "invalid_request": 400, "context": 400, "timeout": 504}
+
+
 # ==== Records =======================================================================================
 #
 # What is told of each request: one line, whatever becomes of it. It holds no header values and nothing of a body, and
@@ -3978,9 +6148,9 @@ class AccessRecord:
     """What the log tells of one request."""
 
     __slots__ = (
-        "attempts", "bytes_sent", "caller", "client", "complete", "cost", "error", "first_byte", "is_stream", "key",
-        "method", "model", "path", "provider", "request_id", "sent_model", "started", "status", "tried", "upstream_id",
-        "usage", "used", "when",
+        "attempts", "bytes_sent", "caller", "client", "complete", "cost", "dropped", "error", "first_byte", "is_stream",
+        "key", "method", "model", "path", "provider", "request_id", "sent_model", "started", "status", "translated",
+        "tried", "upstream_id", "usage", "used", "when",
     )  # fmt: skip
 
     def __init__(self, when: float, started: float) -> None:
@@ -3992,6 +6162,7 @@ class AccessRecord:
         self.provider = self.key = self.error = ""
         self.upstream_id = ""  # the provider's own id of the request
         self.tried = ""  # what each failed attempt met
+        self.translated = self.dropped = ""  # between which formats, and what was left out
         self.status = self.bytes_sent = self.attempts = 0
         self.is_stream = self.complete = False  # complete: the whole response went out
         self.usage = Usage()
@@ -4034,15 +6205,13 @@ class AccessRecord:
         names = (self.client, self.caller, self.method, self.path, self.model, self.sent_model, self.provider, self.key)
         figures = self._figures(now)
         if style == "json":
-            numbers = {name: json.loads(figure) for name, figure in (told.split("=") for told in figures.split())}
+            numbers = {name: json.loads(figure) for name, figure in (pair.split("=") for pair in figures.split())}
             known = dict(zip(NAMED, names))
-            rest = {"upstream_id": self.upstream_id, "tried": self.tried, "error": self.error}
+            rest = {name: getattr(self, name) for name in TOLD_LAST}
             opening = {"time": clock, "level": "info", "id": self.request_id}
             return log_json({**opening, **known, **numbers, **rest})
-        upstream_id = f" upstream_id={plain(self.upstream_id)}" if self.upstream_id else ""
-        tried = f" tried={plain(self.tried)}" if self.tried else ""
-        error = f" error={plain(self.error)}" if self.error else ""
-        return f"time={clock} id={self.request_id}{log_names(*names)}{figures}{upstream_id}{tried}{error}"
+        told = "".join([f" {name}={plain(value)}" for name in TOLD_LAST if (value := getattr(self, name))])
+        return f"time={clock} id={self.request_id}{log_names(*names)}{figures}{told}"
 
     def _figures(self, now: float) -> str:
         """The numbers that are known, as they stand in a line."""
@@ -4069,6 +6238,7 @@ def utc_time(seconds: int) -> str:
 
 
 ALWAYS_TOLD = ("input", "output")  # the other kinds only where there are some
+TOLD_LAST = ("upstream_id", "translated", "dropped", "tried", "error")
 NAMED = ("client", "caller", "method", "path", "model", "sent", "provider", "key")
 PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]*")  # printable ASCII but space, quote, = and backslash
 
@@ -6918,7 +9088,9 @@ def unescaped(text: str) -> str:
 class UpstreamResponse:
     """A response whose head has been read; its body may still be coming."""
 
-    __slots__ = ("candidate", "channel", "content", "decoder", "has_body", "head", "is_stream", "whole_request")
+    __slots__ = (
+        "candidate", "channel", "content", "decoder", "has_body", "head", "is_stream", "translated", "whole_request",
+    )  # fmt: skip
 
     def __init__(self, candidate: Candidate, channel: Channel, head: ResponseHead, decoder: Decoder) -> None:
         self.candidate = candidate
@@ -6928,6 +9100,7 @@ class UpstreamResponse:
         self.content = b""  # of the body, decoded and not passed on yet
         self.whole_request = True  # False when it came before the request had been sent
         self.has_body = True  # False for one that must not have any: a provider may send one nevertheless
+        self.translated: Optional[Translated] = None  # the request, if it was that
         # What came encoded has no lines to be told apart.
         coding = head.fields.get("content-encoding").lower()
         self.is_stream = media_type(head.fields) == "text/event-stream" and coding in ("", "identity")
@@ -6955,6 +9128,8 @@ class UpstreamResponse:
     @property
     def begins_with_error(self) -> bool:
         """Whether it is a stream whose first event tells of an error."""
+        if self.translated:
+            return self.is_stream and first_fault(self.content) is not None
         return self.is_stream and re.match(FIRST_EVENT_IS_ERROR, self.content) is not None
 
     @property
@@ -7015,6 +9190,10 @@ class UpstreamRequest(NamedTuple):
     record: AccessRecord
     blames: bool = True  # whether what goes wrong with it says something about keys and providers
     searches: bool = False  # whether it asks for something that another key may know when one doesn't
+    # Makes of it what another format's target gets; None where that can't be.
+    translate: Optional[Callable[[Target], Coroutine[float, None, "UpstreamRequest"]]] = None
+    format: str = ""  # in which the client has made it, where it may be translated
+    translated: Optional[Translated] = None  # what was made of it
 
     @property
     def only_once(self) -> bool:
@@ -7041,6 +9220,7 @@ class UpstreamRequest(NamedTuple):
 
 
 LINE_END = re.compile(rb"[\r\n]")
+EVENT_DATA = re.compile(rb"(?:^|[\r\n])data:[^\r\n]*[\r\n]")
 EVENT_END = re.compile(rb"\n\n|\r\r|\r\n\r\n")
 
 
@@ -7081,7 +9261,10 @@ class Attempt:
             self._sent = await self._send()
             response = await self._read_head()
             response.whole_request = self._sent
-            if response.is_stream:
+            response.translated = self._request.translated
+            if response.is_stream and response.translated:
+                await self._read_first_event(response)
+            elif response.is_stream:
                 await self._read_first_line(response)
                 if response.begins_with_error:
                     await peek(self._loop, response, event_only=True)
@@ -7170,6 +9353,21 @@ class Attempt:
                 raise
             news = await absorb(self._loop, response)
 
+    async def _read_first_event(self, response: UpstreamResponse) -> None:
+        """Waits for the first data of a stream that is translated, but not for long. Raises BrokenExchange and
+        FramingError."""
+        channel, deadline = response.channel, self._loop.now + PEEK_SECONDS
+        while (
+            not EVENT_DATA.search(response.content)
+            and not response.decoder.finished
+            and len(response.content) <= STREAM_LINE_BYTES
+        ):
+            try:
+                await more_of(self._loop, channel, response.candidate, deadline)
+            except Overdue:
+                return
+            await absorb(self._loop, response)
+
 
 async def absorb(loop: EventLoop, response: UpstreamResponse) -> bytes:
     """Decodes what has come of a response, after what others have to do where that takes long; returns what it adds.
@@ -7179,12 +9377,15 @@ async def absorb(loop: EventLoop, response: UpstreamResponse) -> bytes:
     return response.absorb(response.channel.take())
 
 
-async def more_of(loop: EventLoop, channel: Channel, candidate: Candidate) -> None:
-    """Waits for more of a response. Raises BrokenExchange and NoResponse."""
+async def more_of(loop: EventLoop, channel: Channel, candidate: Candidate, deadline: float = math.inf) -> None:
+    """Waits for more of a response. Raises BrokenExchange, NoResponse, and Overdue at a deadline before that."""
     provider, before = candidate.target.provider, len(channel.received)
+    latest = loop.now + provider.timeout
     try:
-        await channel.arrival(loop.now + provider.timeout)
+        await channel.arrival(min(latest, deadline))
     except Overdue:
+        if deadline < latest:
+            raise
         raise NoResponse(f"the provider {provider.name} sent nothing for {provider.timeout:g} seconds") from None
     if len(channel.received) == before:
         raise BrokenExchange(f"the provider {provider.name} closed the connection without an answer")
@@ -7234,15 +9435,21 @@ class Relay:
         """The response to deliver: the first that isn't a failure, else the last one there was. Raises
         UpstreamFailed, UpstreamSilent, Unavailable, ClientGone, and what reading the body raises."""
         last: Optional[UpstreamResponse] = None
-        problem, code, last_try = "there is no provider to try", "upstream_unreachable", False
+        refusal: Optional[BadRequest] = None  # what the first target said that the request can't be translated to
+        problem, code, last_try = "", "upstream_unreachable", False
         try:
             for candidate in request.candidates:
+                try:
+                    wanted = await self._wanted(request, candidate.target)
+                except BadRequest as error:
+                    refusal = refusal or error
+                    continue
                 self._record_attempt(request.record, candidate)
-                attempt = await self._attempt(request, candidate, fresh=request.only_once or last_try)
+                attempt = await self._attempt(wanted, candidate, fresh=request.only_once or last_try)
                 response = attempt.response
                 if response:
                     last = self._more_telling(last, response)
-                    if last_try or not self._is_failure(request, response) or request.is_spent:
+                    if last_try or not self._is_failure(wanted, response) or request.is_spent:
                         break
                 else:
                     problem, code = attempt.problem, attempt.code
@@ -7257,9 +9464,17 @@ class Relay:
                 last.release(self.connections)
             raise
         if not last:
-            raise UpstreamFailed(problem, code)
+            if refusal and not problem:
+                raise refusal
+            raise UpstreamFailed(problem or "there is no provider to try", code)
         self._record_attempt(request.record, last.candidate, 0)
         return await self._presented(request, last)
+
+    async def _wanted(self, request: UpstreamRequest, target: Target) -> UpstreamRequest:
+        """The request as the target gets it. Raises BadRequest where it can't be translated to that."""
+        if not request.translate or target.provider.format in (request.format, "echo"):
+            return request
+        return await request.translate(target)
 
     def finish(self, response: UpstreamResponse, failed: bool) -> None:
         """Lets go of a response; one that `failed` in its midst cools the key with the model, so that the client's next
@@ -7320,6 +9535,8 @@ class Relay:
         if response.begins_with_error:
             # Told in a stream that was opened too early: overloaded, unless it is the request's own fault.
             status = 400 if b"invalid_request_error" in response.content else 529
+            fault = first_fault(response.content) if response.translated else None
+            status = fault.status if fault else status
         if status == 400 and NO_CREDIT.search(response.content):
             status = 402
         # What the client itself has caused says nothing about a key: an account that it named, an upload that it
@@ -7369,7 +9586,7 @@ def problem_of(request: UpstreamRequest, response: UpstreamResponse) -> tuple[st
     status, name = response.head.status, f"the provider {response.candidate.target.provider.name}"
     if 300 <= status < 400 and status != 304 and "location" in response.head.fields:
         return f"{name} answered with a redirect ({status}): correct its base_url in relay.json", "upstream_redirect"
-    own_fault = request.names_account and ABOUT_ACCOUNT.search(response.content)
+    own_fault = request.names_account and not response.translated and ABOUT_ACCOUNT.search(response.content)
     if status == 401 and not own_fault and not response.candidate.target.provider.client_keys:
         key = f"key {response.candidate.label}" if response.candidate.key else "lack of a key"
         reason = "401" if response.quotes_key else f"401 {error_code(response.content)}".strip()
@@ -7498,13 +9715,6 @@ async def read_rest(loop: EventLoop, response: UpstreamResponse) -> bytes:
     if body.count(b"[") + body.count(b",") + 4 * body.count(b"{") > CATALOGUE_VALUES:
         raise FramingError("the list of models has too many values")
     return body
-
-
-def short_integer(digits: str) -> int:
-    """The integer. Raises ValueError for a long one, which takes time in proportion to the square of its length."""
-    if len(digits) > LISTED_DIGITS:
-        raise ValueError("an integer is too long")
-    return int(digits)
 
 
 def listed_entries(text: str) -> Iterator[JsonDict]:
@@ -7640,6 +9850,7 @@ class Response(NamedTuple):
     body: bytes = b""
     relayed: Optional[UpstreamResponse] = None
     rewriter: Union[ResultsUrlRewriter, KeyEraser, None] = None  # of its body
+    translator: Optional[AnswerTranslator] = None  # of an event stream in the other format
     close: bool = False  # whether the connection can't be used for another request
     live: Optional["LivePage"] = None  # what goes on telling, instead of a body
 
@@ -7671,8 +9882,13 @@ class Outgoing:
         self._chunked = self.until_close = False
         relayed = response.relayed
         self._decoder = relayed.decoder if relayed else LengthDecoder(0)
-        self._lines = LineSplitter() if relayed and relayed.is_stream else None  # of an event stream
+        self._translator = response.translator
+        passes = relayed is not None and relayed.is_stream and not self._translator
+        self._lines = LineSplitter() if passes else None  # of an event stream
         self._filter = self._lines or response.rewriter
+        self._untranslated = b""  # what has come, and waits until others had their turn
+        self._source_ended = False  # whether nothing more will come of what is translated
+        self.heard_at = 0.0  # when the provider last sent something, if that matters
         # Whether a stream has to say that it is over, since its framing won't, and whether it has.
         self._awaits_end = self._lines is not None and isinstance(self._decoder, CloseDecoder)
         self._sees_end = False
@@ -7688,9 +9904,9 @@ class Outgoing:
         length = relayed.head.fields.get("content-length") if relayed else str(len(response.body))
         if response.live:
             length = ""
-        if self._lines and relayed:
+        if relayed and (self._lines or self._translator):
             fields += [pair for pair in UNBUFFERED if pair[0] not in relayed.head.fields]
-        if length and status != 204 and not self._filter:  # RFC 9110 §8.6
+        if length and status != 204 and not (self._filter or self._translator):  # RFC 9110 §8.6
             fields.append(("content-length", length))
         elif not bodyless and version >= 1:
             self._chunked = True
@@ -7702,14 +9918,18 @@ class Outgoing:
             fields.append(("connection", "close"))
         elif version == 0:
             fields.append(("connection", "keep-alive"))
-        record.status, record.first_byte, record.is_stream = status, now, self._lines is not None
+        record.status, record.first_byte = status, now
+        record.is_stream = self._lines is not None or self._translator is not None
         head = head_bytes(f"HTTP/1.1 {status} {response.reason}", fields)
+        if relayed and self._translator:
+            self.heard_at = now
+            return head + (self._passed(relayed.take_content()) or self.ping())
         if relayed:
             return head + self._passed(relayed.take_content())
         self.ended = record.complete = bodyless or not response.live
         return head if bodyless or response.live else head + self._counted(response.body)
 
-    def go_on(self, data: bytes) -> bytes:
+    def tell(self, data: bytes) -> bytes:
         """What goes out for the next part of what the relay itself tells; nothing is its end."""
         self.ended = self._record.complete = not data
         return LAST_CHUNK if not data and self._chunked else self._counted(data)
@@ -7732,16 +9952,22 @@ class Outgoing:
         self.keep_alive = record.complete = False
         self.ended = True
         self.must_reset = self.until_close
-        if not self._lines:
-            return b""
         kind = "timeout_error" if code == "upstream_timeout" else "api_error"
-        event = b"\n\n" if self._lines.mid_line else b"\n"
-        event += error_event(self._format, kind, message, code, record.request_id)
+        if self._translator:
+            event = self._translator.fail(message, kind, code)
+        elif self._lines:
+            event = b"\n\n" if self._lines.mid_line else b"\n"
+            event += error_event(self._format, kind, message, code, record.request_id)
+        else:
+            return b""
         return chunk(event) if self._chunked else event
 
     def _close(self, broken: bool) -> bytes:
         """What goes out when the provider has closed: rightly where nothing else marks the end, unless the connection
         is broken; and for a stream if it has said that it is over."""
+        if self._translator:
+            self._source_ended = True
+            return self._translate()
         if self._lines and self._lines.held and not is_cut_off(self._lines.held):
             self._look_for_end(self._lines.held)
         if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not (self._awaits_end or broken)):
@@ -7751,6 +9977,11 @@ class Outgoing:
 
     def _passed(self, content: bytes) -> bytes:
         """The content as it goes out, whole lines of it in a stream, with its end if it has come."""
+        if self._translator:
+            self._untranslated += content
+            self._source_ended = self._decoder.finished
+            self._record.usage.read(content, is_stream=True)
+            return self._translate()
         if self._filter:
             content = self._filter.feed(content)
             if self._decoder.finished:
@@ -7763,6 +9994,48 @@ class Outgoing:
         self.ended = self._record.complete = self._decoder.finished
         framed = self._counted(content)
         return framed + LAST_CHUNK if self.ended and self._chunked else framed
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something waits to be translated, once others had their turn: go_on() does a part of it."""
+        return bool(self._untranslated) and not self.ended
+
+    def go_on(self) -> bytes:
+        """What goes out for the next part of what waits to be translated."""
+        return self._translate()
+
+    @property
+    def is_translated(self) -> bool:
+        """Whether it is an event stream in translation, which is to bring something now and then."""
+        return self._translator is not None
+
+    def ping(self) -> bytes:
+        """What goes out when nothing has come for a while that could be translated."""
+        return self._sent(self._translator.ping()) if self._translator else b""
+
+    def _translate(self) -> bytes:
+        """What goes out for the next part of what has come in the provider's format, and at its end."""
+        assert self._translator
+        part, self._untranslated = (
+            self._untranslated[:TRANSLATED_AT_ONCE_BYTES],
+            self._untranslated[TRANSLATED_AT_ONCE_BYTES:],
+        )
+        sent = self._translator.feed(part)
+        if self._source_ended and not self._untranslated and not self._translator.ended:
+            sent += self._translator.close()
+        return self._sent(sent)
+
+    def _sent(self, translated: bytes) -> bytes:
+        """Translated events as they go out, with the end of the body if it is proper; an error has none."""
+        assert self._translator
+        self.ended, fault = self._translator.ended, self._translator.fault
+        if fault:
+            self.failed = fault.status != 400  # which is about the request
+            self._record.error = "upstream:error" if fault.text else "upstream_broken"
+            self.keep_alive, self.must_reset = False, self.until_close
+            return self._counted(translated)
+        self._record.complete = self.ended
+        return self._counted(translated) + (LAST_CHUNK if self.ended and self._chunked else b"")
 
     def _look_for_end(self, content: bytes) -> None:
         """Notes whether a stream says that it is over; a name does only when its data has come, too."""
@@ -7784,7 +10057,7 @@ class Outgoing:
         if content:
             self._record.bytes_sent += len(content)
             self._last_byte = content[-1:]
-            if self._response.relayed:
+            if self._response.relayed and not self._translator:
                 self._record.usage.read(content, self._lines is not None)
             if self._lines and b"error" in content and EVENT_IS_ERROR.search(content):
                 self.failed = b"invalid_request_error" not in content
@@ -7830,7 +10103,7 @@ class Service:
         self.ledger.use(config)
         targets = functools.lru_cache(maxsize=1024)(functools.partial(targets_for, config))
         routing = config, targets
-        self.routing: tuple[Config, Callable[[str, str], list[Target]]] = routing
+        self.routing: tuple[Config, Callable[[str, str, bool], list[Target]]] = routing
 
     @property
     def config(self) -> Config:
@@ -8118,7 +10391,7 @@ class Exchange:
         """A response of the relay's own. Raises Unavailable for a long one that there is no room for."""
         body = b"" if document is None else json.dumps(document).encode("ascii")
         if len(body) > RECEIVE_BYTES:  # a long list of models, held for as long as its client takes it
-            self._hold(len(body))
+            self.hold(len(body))
         return own_response(status, body, [*fields, *self.cors()], self.record.request_id)
 
     def error_response(self, error: RelayError) -> Response:
@@ -8139,7 +10412,7 @@ class Exchange:
     def respond_with(self, body: bytes, kind: str, fields: Iterable[tuple[str, str]] = ()) -> Response:
         """A response of the relay's own that isn't JSON. Raises Unavailable."""
         if len(body) > RECEIVE_BYTES:
-            self._hold(len(body))
+            self.hold(len(body))
         return own_response(200, body, [("content-type", kind), *fields], self.record.request_id)
 
     def cors(self, relayed: Iterable[tuple[str, str]] = ()) -> Pairs:
@@ -8218,7 +10491,7 @@ class Exchange:
         """The targets of a model. Raises NotFound, which tells only who may use all of them what other models there
         are, and Unavailable."""
         try:
-            return self._targets(model, self.endpoint.format)
+            return self._targets(model, self.endpoint.format, self.endpoint.path in TRANSLATED_PATHS)
         except NotFound as error:
             if not self.is_restricted():
                 raise
@@ -8275,7 +10548,7 @@ class Exchange:
         encoded: list[bytes] = []
         while True:
             piece = incoming.arrived() or await incoming.read()
-            self._hold(len(piece))
+            self.hold(len(piece))
             if coding == "identity":
                 body.add(piece)
                 if body.behind:
@@ -8307,7 +10580,7 @@ class Exchange:
         form, pieces = FormWalk((boundary[1] or boundary[2]) if boundary else ""), [b""]
         while boundary and not form.settled and form.seen < FORM_SEEN_BYTES and not body.finished:
             piece = await body.read()
-            self._hold(len(piece))
+            self.hold(len(piece))
             append_piece(pieces, piece)
             form.feed(piece[: FORM_SEEN_BYTES - form.seen])
         body.put_back(b"".join(pieces), form.span)
@@ -8317,7 +10590,7 @@ class Exchange:
         """Adds the content of a compressed body. Raises BadRequest, TooLarge and Unavailable."""
         while not inflater.finished:
             piece = inflater.go_on()
-            self._hold(len(piece))
+            self.hold(len(piece))
             body.add(piece)
             if body.size > self.body_limit:
                 limit = size_text(self.body_limit, "max_body_mb")
@@ -8340,7 +10613,7 @@ class Exchange:
                 return False
         return self._incoming is not None and await self._incoming.discard()
 
-    def _hold(self, count: int) -> None:
+    def hold(self, count: int) -> None:
         """Takes room for so many bytes. Raises Unavailable."""
         self.service.bodies.claim(count)
         self._held += count
@@ -8501,8 +10774,9 @@ async def answer_catalogue(exchange: Exchange) -> Response:
     for entry in entries:
         if entry["id"] == wanted:
             return exchange.respond(200, model_entry(entry, exchange.format))
-    targets = callable_targets(exchange.config, wanted[:MODEL_CHARACTERS], exchange.format)
-    if targets and targets[0].provider.format != "echo" and exchange.may_use(wanted):
+    possible = callable_targets(exchange.config, wanted[:MODEL_CHARACTERS], exchange.format)
+    targets = [target for target in possible if target.provider.format == exchange.format]
+    if targets and exchange.may_use(wanted):
         exchange.endpoint = exchange.endpoint._replace(path=f"/models/{quote(targets[0].model)}")
         order = exchange.service.relay.keys.order(targets[:1], exchange.caller.name, exchange.loop.now)
         return await relay(exchange, ReadBody(), order)
@@ -8848,7 +11122,8 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
     asked = exchange.record.model = body.facts.model
     exchange.check_model(body.facts)
     targets = exchange.targets_of(asked)
-    if all(target.model == asked and target.provider.format != "echo" for target in targets):
+    format = exchange.endpoint.format
+    if all(target.model == asked and target.provider.format == format for target in targets):
         exchange.release_room(body.drop_decoded())
     else:
         body.locate_model()
@@ -8860,6 +11135,10 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
     named = next((fields.get(name) for name in SESSION_HEADERS if name in fields), "")
     session = named or body.facts.session or exchange.record.caller
     candidates = exchange.service.relay.keys.order(targets, session, exchange.loop.now)
+    if exchange.endpoint.path == COUNTING_PATH:
+        if candidates[0].target.provider.format not in (format, "echo"):
+            return await estimated_count(exchange, body, candidates[0].target)
+        candidates = [it for it in candidates if it.target.provider.format in (format, "echo")]
     return await relay(exchange, body, candidates[:1] if exchange.endpoint.creates else candidates)
 
 
@@ -8890,13 +11169,9 @@ async def relay(
     exchange: Exchange, body: Union[ReadBody, RequestBody], candidates: Sequence[Candidate], searches: bool = False
 ) -> Response:
     """The response of the first candidate that gives one which isn't a failure."""
-    request, endpoint = exchange.request, exchange.endpoint
-    if "x-monorelay-key" not in request.fields:
-        candidates = without_client_keys(candidates)
-    target = endpoint.target(request.query)
-    record = exchange.record
-    wanted = UpstreamRequest(request, target, endpoint.by_model, body, candidates, record, searches=searches)
-    relayed = await exchange.service.relay.obtain(wanted)
+    relayed = await exchange.service.relay.obtain(upstream_request(exchange, body, candidates, searches))
+    if relayed.translated:
+        return await translated_response(exchange, relayed, relayed.translated)
     if relayed.candidate.target.provider.format != "echo":  # which tells the body as long as its response lasts
         exchange.let_go()
     exchange.record.upstream_id = relayed.request_id[:LOGGED_CHARACTERS]
@@ -8910,6 +11185,170 @@ async def relay(
         raise
 
 
+def upstream_request(
+    exchange: Exchange, body: Union[ReadBody, RequestBody], candidates: Sequence[Candidate], searches: bool
+) -> UpstreamRequest:
+    """The request as it is relayed. Raises Unauthenticated."""
+    request, endpoint = exchange.request, exchange.endpoint
+    if "x-monorelay-key" not in request.fields:
+        candidates = without_client_keys(candidates)
+    target = endpoint.target(request.query)
+    record = exchange.record
+    wanted = UpstreamRequest(request, target, endpoint.by_model, body, candidates, record, searches=searches)
+    if isinstance(body, ReadBody) and endpoint.path in TRANSLATED_PATHS:
+        wanted = wanted._replace(translate=TranslatedRequest(exchange, body).to, format=endpoint.format)
+    return wanted
+
+
+# What may go to a provider of the other format, behind /v1.
+COUNTING_PATH = "/messages/count_tokens"
+TRANSLATED_PATHS = frozenset({"/messages", COUNTING_PATH, "/chat/completions"})
+# Header fields of a client's that make sense to any provider: who it is, and by what to find its request.
+TRANSLATED_HEADERS = frozenset(
+    {
+        "user-agent",
+        "x-request-id",
+        "traceparent",
+        "tracestate",
+        "baggage",
+        "b3",
+        "x-cloud-trace-context",
+        "x-amzn-trace-id",
+    }
+)
+# What the body of a response is, which a translation changes.
+BODY_HEADERS = frozenset(
+    {"content-type", "content-length", "content-encoding", "content-md5", "etag", "digest", "repr-digest"}
+)
+
+
+class TranslatedRequest:
+    """A request as targets of the other format get it, made when the first key of one is tried."""
+
+    def __init__(self, exchange: "Exchange", body: ReadBody) -> None:
+        self._exchange = exchange
+        self._body = body
+        self._target: Optional[Target] = None  # the one it was made for last,
+        self._made: Union[UpstreamRequest, BadRequest, None] = None  # and what came of it
+        self._size = 0
+
+    async def to(self, target: Target) -> UpstreamRequest:
+        """The request for a target. Raises BadRequest, and Unavailable when there is no room for it."""
+        if target != self._target:
+            self._exchange.release_room(self._size)
+            self._target, self._made, self._size = target, None, 0
+            try:
+                self._made = await self._make(target)
+            except BadRequest as error:
+                self._made = error
+        if not isinstance(self._made, UpstreamRequest):
+            assert self._made
+            raise self._made
+        return self._made
+
+    async def _make(self, target: Target) -> UpstreamRequest:
+        exchange = self._exchange
+        asked, request = exchange.record.model, exchange.request
+        content, values, made_at = self._body.content, self._body.values, time.time()
+
+        def work() -> Translated:
+            return translate_request(content, values, target, asked, exchange.record.request_id, made_at)
+
+        made = await at_leisure(exchange.loop, self._body.size, work)
+        self._size = sum(map(len, made.body))
+        exchange.hold(self._size)
+        fields = [pair for pair in request.headers if pair[0].lower() in TRANSLATED_HEADERS]
+        fields += [("Content-Type", "application/json"), *client_credential(request, target.provider)]
+        body = ReadBody()
+        body.content += made.body
+        head = RequestHead("POST", request.path, "", 1, Headers(fields), self._size)
+        translated = made._replace(body=[])
+        return UpstreamRequest(head, made.path, True, body, (), exchange.record, translated=translated)
+
+
+def client_credential(request: RequestHead, provider: Provider) -> Pairs:
+    """The client's own credential, where the provider takes that, as servers of its format read it."""
+    given = request.fields.all("x-api-key") + request.fields.all("authorization")
+    if not provider.client_keys or not given:
+        return []
+    credential = given[0].rpartition(" ")[2]
+    is_bearer = provider.auth_header == "authorization"
+    named = ("Authorization", f"Bearer {credential}") if is_bearer else ("x-api-key", credential)
+    return [named, *(("x-monorelay-key", token) for token in request.fields.all("x-monorelay-key"))]
+
+
+async def at_leisure(loop: EventLoop, size: int, work: Callable[[], Result]) -> Result:
+    """What work() returns for a body of this size: called in a thread if that may take long."""
+    if size <= TRANSLATED_AT_ONCE_BYTES:
+        return work()
+    return await in_thread(loop, work, start=loop.worker.call)
+
+
+async def estimated_count(exchange: Exchange, body: ReadBody, target: Target) -> Response:
+    """How many tokens a request has that would be translated for its target: an estimate of the relay's own. Raises
+    BadRequest."""
+    content, values, record = body.content, body.values, exchange.record
+    record.provider, record.sent_model = target.provider.name, target.model
+
+    def work() -> int:
+        return estimated_tokens(read_document(content, values))
+
+    tokens = await at_leisure(exchange.loop, body.size, work)
+    fields = [
+        ("x-monorelay-provider", header_text(target.provider.name)),
+        ("x-monorelay-model", header_text(target.model)),
+        ("x-monorelay-estimated", "true"),
+    ]
+    return exchange.respond(200, {"input_tokens": tokens}, fields)
+
+
+async def translated_response(exchange: Exchange, relayed: UpstreamResponse, translated: Translated) -> Response:
+    """The response to a translated request, in the client's format. Raises UpstreamFailed, UpstreamSilent and
+    Unavailable."""
+    exchange.let_go()
+    record, asked = exchange.record, translated.asked
+    record.upstream_id = relayed.request_id[:LOGGED_CHARACTERS]
+    record.translated = f"{asked.format}>{relayed.candidate.target.provider.format}"
+    record.dropped = ", ".join(translated.dropped)
+    fields, failed = translated_fields(exchange, relayed), False
+    is_error = relayed.head.status >= 400 or relayed.begins_with_error
+    if asked.stream and relayed.is_stream and not is_error:
+        fields.append(("content-type", "text/event-stream"))
+        return Response(200, reason_of(200), fields, relayed=relayed, translator=AnswerTranslator(asked))
+    try:
+        if is_error:
+            record.error = f"upstream:{error_type(relayed.content)}".rstrip(":")
+            return translated_error(fields, relayed, asked)
+        body = await whole_body(exchange, relayed)
+        record.usage.read(body, relayed.is_stream)
+        work = functools.partial(AnswerTranslator(asked).whole, body, relayed.is_stream)
+        answer = await at_leisure(exchange.loop, len(body), work)
+        fields.append(("content-type", "text/event-stream" if asked.stream else "application/json"))
+        return Response(200, reason_of(200), fields, answer)
+    except AnswerFault as fault:
+        failed = True
+        if not fault.text:
+            raise UpstreamFailed(fault.message, "upstream_broken") from None
+        record.error = "upstream:error"
+        status, told = fault_answer(fault, asked)
+        return Response(status, reason_of(status), [*fields, ("content-type", "application/json")], told)
+    except (UpstreamFailed, UpstreamSilent):
+        failed = True
+        raise
+    finally:
+        exchange.service.relay.finish(relayed, failed)
+
+
+def translated_error(fields: Pairs, relayed: UpstreamResponse, asked: Asked) -> Response:
+    """A provider's error in the client's format, with the status that it has, or should have had."""
+    fault = first_fault(relayed.content) if relayed.head.status < 400 else None
+    if fault:
+        status, body = fault_answer(fault, asked)
+    else:
+        status, body = error_answer(relayed.head.status, relayed.content, asked)
+    return Response(status, reason_of(status), [*fields, ("content-type", "application/json")], body)
+
+
 def without_client_keys(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
     """The candidates that need no credential of the client's own. Raises Unauthenticated when there are none."""
     found = [candidate for candidate in candidates if not candidate.target.provider.client_keys]
@@ -8920,6 +11359,40 @@ def without_client_keys(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         "relay's token in `x-monorelay-key`",
         "client_key_needed",
     )
+
+
+def translated_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
+    """The header of a response that is translated."""
+    fields = [pair for pair in relayed_fields(exchange, relayed) if pair[0].lower() not in BODY_HEADERS]
+    record, names = exchange.record, {name.lower() for name, _ in fields}
+    fields += [(name, record.request_id) for name in ("request-id", "x-request-id") if name not in names]
+    fields.append(("x-monorelay-translated", record.translated))
+    if record.dropped:
+        fields.append(("x-monorelay-dropped", header_text(record.dropped)))
+    return fields
+
+
+async def whole_body(exchange: Exchange, relayed: UpstreamResponse) -> bytes:
+    """The whole body of a response that is to be translated. Raises UpstreamFailed, UpstreamSilent and Unavailable."""
+    pieces, size, limit = [relayed.take_content()], 0, exchange.body_limit
+    provider = relayed.candidate.target.provider.name
+    try:
+        while True:
+            exchange.hold(len(pieces[-1]))
+            size += len(pieces[-1])
+            if size > limit:
+                raise UpstreamFailed(f"the answer of the provider {provider} is over {limit} bytes", "upstream_broken")
+            if relayed.decoder.finished:
+                return b"".join(pieces)
+            await more_of(exchange.loop, relayed.channel, relayed.candidate)
+            pieces.append(await absorb(exchange.loop, relayed))
+            relayed.take_content()
+    except NoResponse as error:
+        raise UpstreamSilent(str(error)) from None
+    except (BrokenExchange, FramingError):
+        if isinstance(relayed.decoder, CloseDecoder) and not relayed.channel.broken:
+            return b"".join(pieces)
+        raise UpstreamFailed(f"the provider {provider} broke off its answer", "upstream_broken") from None
 
 
 def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
@@ -9351,10 +11824,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         client why no more will."""
         relayed = response.relayed
         if response.live:
-            return outgoing.go_on(await response.live.next())
+            return outgoing.tell(await response.live.next())
         assert relayed
         upstream, timeout = relayed.channel, relayed.candidate.target.provider.timeout
         try:
+            if outgoing.is_translated:
+                return await self._next_translated(outgoing, upstream, timeout)
             if not upstream.received and not upstream.ended:
                 await upstream.arrival(self.loop.now + timeout)
             if is_laborious(upstream.received):
@@ -9364,6 +11839,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Unavailable as error:  # the relay shuts down
             return outgoing.fail(error.message, error.code)
         return outgoing.feed(upstream.take(), upstream.ended, upstream.broken)
+
+    async def _next_translated(self, outgoing: Outgoing, upstream: Channel, timeout: float) -> bytes:
+        """What goes out next of a translated stream, within PING_SECONDS. Raises Overdue when the provider has been
+        silent for its timeout."""
+        pinged_at = self.loop.now + PING_SECONDS
+        sent = b""
+        while not sent and not outgoing.ended:
+            if outgoing.is_behind:
+                await checkpoint(self.loop)
+                sent = outgoing.go_on()
+                continue
+            silent_at = outgoing.heard_at + timeout
+            try:
+                if not upstream.received and not upstream.ended:
+                    await upstream.arrival(min(pinged_at, silent_at))
+            except Overdue:
+                if silent_at <= pinged_at:
+                    raise
+                return outgoing.ping()
+            if self.loop.now > pinged_at:
+                return outgoing.ping()
+            outgoing.heard_at = self.loop.now
+            if is_laborious(upstream.received):
+                await checkpoint(self.loop)
+            sent = outgoing.feed(upstream.take(), upstream.ended, upstream.broken)
+        return sent
 
     async def _linger(self) -> None:
         """Closes our side at once, the rest when the client has read and closed, too. Closed outright, the
@@ -11742,10 +14243,18 @@ def run_route(options: JsonDict, model: str) -> int:
     print("\n".join(route_reasons(config, model)))
     for number, target in enumerate(targets, 1):
         provider = target.provider
-        paths = {"anthropic": "/v1/messages", "openai": "/v1/chat/completions"}.get(provider.format, "both formats")
-        state = f"for {paths}" if provider.usable else "skipped, it has no key"
+        state = f"for {served_paths(provider)}" if provider.usable else "skipped, it has no key"
         print(f"  {number}. {target.model} at {provider.name} ({provider.format}): {state}")
     return 0 if any(target.provider.usable for target in targets) else 1
+
+
+def served_paths(provider: Provider) -> str:
+    """At which paths a provider serves chats, and how."""
+    paths = {"anthropic": "/v1/messages", "openai": "/v1/chat/completions"}
+    if provider.format not in paths:
+        return "both formats"
+    own = paths.pop(provider.format)
+    return f"{own}, and {paths.popitem()[1]} translated" if provider.translate else own
 
 
 def route_reasons(config: Config, name: str, passed: tuple[str, ...] = ()) -> list[str]:

@@ -37,7 +37,7 @@ HERE = Path(__file__).resolve().parent
 def dependencies() -> list[str]:
     """The requirements that the script block at the top of this file names."""
     source = Path(__file__).read_text(encoding="utf-8")
-    return re.findall(r'"([^"]+)"', re.search(r"^# dependencies = \[(.*)\]$", source, re.M)[1])
+    return re.findall(r'"([^"]+)"', re.search(r"^# dependencies = \[(.*?)\]", source, re.M | re.S)[1])
 
 
 def installed(requirements: list[str]) -> bool:
@@ -90,6 +90,7 @@ import csv
 import datetime
 import email.utils
 import fractions
+import functools
 import gc
 import gzip
 import hmac
@@ -533,6 +534,11 @@ def parse(providers: dict[str, Any] | None = None, **sections: Any) -> Any:
     """The Config of such a relay.json."""
     providers = {"anthropic": {"base_url": "http://127.0.0.1:9"}} if providers is None else providers
     return monorelay.parse_config(json.dumps(settings(providers, **sections)), {})
+
+
+def both_formats(upstream: Upstream) -> dict[str, Any]:
+    """A provider of each format, for its own paths only."""
+    return {name: {"upstream": upstream, "translate": False} for name in ("anthropic", "openai")}
 
 
 class Relay:
@@ -996,6 +1002,44 @@ def test_config_refuses_a_hash_that_the_relay_never_computes(cost):
 def test_config_takes_every_hash_that_it_makes():
     assert PASSWORD_HASH.startswith("scrypt$")
     monorelay.parse_config(changed("users/alice/password", PASSWORD_HASH), {"KEY": "an-access-key-here"})
+
+
+KNOBS = {"max_tokens_field": "max_tokens", "reasoning": "effort", "reasoning_back": "reasoning", "system_turns": "user",
+         "default_max_tokens": 5, "drop": ["seed"], "extra": {"a": {"b": [1]}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["openai", "anthropic"])
+def test_a_provider_says_how_it_is_translated_for(format):
+    def read(**given: Any) -> Any:
+        provider = {"format": format, "base_url": "http://127.0.0.1:9/v1", **given}
+        return monorelay.parse_config(json.dumps({"providers": {"a": provider}}), {}).providers["a"]
+
+    assert read(translate=False).translate is None
+    usual = read().translate
+    assert usual == read(translate=True).translate == read(translate={}).translate
+    assert usual.system_turns == ("lead" if format == "anthropic" else "keep") and usual.max_tokens_field == "auto"
+    given = read(translate=KNOBS).translate._asdict()
+    assert given == {**KNOBS, "drop": ("seed",), "extra": json.dumps(KNOBS["extra"])}
+    assert hash(read(translate=KNOBS))
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("no", "providers.a.translate: must be true, false or an object of settings, not a string"),
+        ({"reasonin": "none"}, "providers.a.translate.reasonin: unknown key, did you mean reasoning?"),
+        ({"system_turns": "keeps"}, "providers.a.translate.system_turns: must be one of keep, user, lead"),
+        ({"default_max_tokens": 0}, "providers.a.translate.default_max_tokens: must be a whole number"),
+        ({"drop": "seed"}, 'providers.a.translate.drop: must be a list: write ["seed"]'),
+        ({"extra": []}, "providers.a.translate.extra: must be an object, not a list"),
+    ],
+    ids=brief,
+)
+def test_what_is_wrong_with_a_translation_is_told_by_its_place(given, problem):
+    provider = {"format": "openai", "base_url": "http://127.0.0.1:9/v1", "translate": given}
+    with pytest.raises(monorelay.ConfigError) as caught:
+        monorelay.parse_config(json.dumps({"providers": {"a": provider}}), {})
+    assert [line.startswith(f"relay.json: {problem}") for line in caught.value.problems] == [True], caught.value
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2799,23 +2843,20 @@ def test_no_answer_makes_it_dear_to_look_what_was_used(name, is_stream):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Echo
+# Formats: requests and answers in the other chat format, without any socket
 # ------------------------------------------------------------------------------------------------------------
 
 
 def events_of(body: bytes) -> list[tuple[str, Any]]:
-    """The (event, data) pairs of a stream."""
+    """The (event, data) pairs of a stream, without its comments."""
     pairs = []
     for block in body.decode().split("\n\n")[:-1]:
+        if block.startswith(":"):
+            continue
         fields = dict(line.split(": ", 1) for line in block.split("\n"))
         data = fields["data"]
         pairs.append((fields.get("event", ""), data if data == "[DONE]" else json.loads(data)))
     return pairs
-
-
-@pytest.fixture
-def echo(relay) -> Relay:
-    return relay({"echo": {}}, aliases={"claude-opus-4-5": "echo"})
 
 
 TOOL = {
@@ -2824,6 +2865,2095 @@ TOOL = {
     "input_schema": {"type": "object", "properties": {"at": {"type": "string"}}},
 }
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
+
+
+def target_of(format: str = "openai", host: str = "127.0.0.1", **knobs: Any) -> Any:
+    """A target whose provider speaks the format, with the knobs of its `translate`."""
+    provider = {"format": format, "base_url": f"http://{host}/v1", "translate": knobs or True}
+    config = monorelay.parse_config(json.dumps({"providers": {"acme": provider}}), {})
+    return monorelay.Target(config.providers["acme"], "model-upstream")
+
+
+def translated(request: dict[str, Any], target: Any = None, raw: bytes = b"") -> tuple[dict[str, Any], Any]:
+    """The request as the provider gets it, and what else is known of it."""
+    body = raw or json.dumps(request).encode()
+    made = monorelay.translate_request([body], 0, target or target_of(), "model-asked", "req_1", 7.5)
+    return json.loads(b"".join(made.body)), made
+
+
+def to_chat(target: Any = None, **fields: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A request of Messages with these fields as the provider gets it, and what was left out."""
+    body, made = translated(prompt(**fields), target)
+    assert made.path == "/chat/completions"
+    return body, made.dropped
+
+
+def to_messages(target: Any = None, **fields: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A chat request with these fields as the provider gets it, and what was left out."""
+    body, made = translated(chat(**fields), target or target_of("anthropic"))
+    assert made.path == "/messages"
+    return body, made.dropped
+
+
+def not_translated(made: Callable[[], object]) -> str:
+    """Why a request isn't translated."""
+    with pytest.raises(monorelay.BadRequest) as caught:
+        made()
+    return caught.value.message
+
+
+def user(*blocks: Any) -> dict[str, Any]:
+    return {"role": "user", "content": list(blocks)}
+
+
+def assistant(*blocks: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": list(blocks)}
+
+
+def said(text: str, **more: Any) -> dict[str, Any]:
+    return {"type": "text", "text": text, **more}
+
+
+def tool_use(id: str, name: str = "look", **given: Any) -> dict[str, Any]:
+    return {"type": "tool_use", "id": id, "name": name, "input": given}
+
+
+def tool_result(id: str, content: Any = None, **more: Any) -> dict[str, Any]:
+    return {"type": "tool_result", "tool_use_id": id, **({} if content is None else {"content": content}), **more}
+
+
+def image_part(data: str = "AAAA") -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+
+
+HELLO = {"role": "user", "content": "Hello there"}
+CALLS = [HELLO, assistant(said("Looking. "), tool_use("toolu_1", at="door"), tool_use("toolu_2"))]
+PDF = {"type": "base64", "media_type": "application/pdf", "data": "JVBERg=="}
+
+
+def test_q1_system_blocks_become_one_text_without_the_billing_line():
+    blocks = [said("x-anthropic-billing-header: v=1"), said("You", cache_control={"type": "ephemeral"}), said("look.")]
+    body, dropped = to_chat(system=blocks)
+    assert body["messages"] == [{"role": "system", "content": "You\n\nlook."}, HELLO] and dropped == ()
+    assert to_chat(system="")[0]["messages"] == [HELLO]
+    assert to_chat(system="Be.")[0]["messages"][0] == {"role": "system", "content": "Be."}
+
+
+def test_q2_and_q3_results_come_first_and_their_pictures_behind_all_of_them():
+    results = [tool_result("toolu_1", [said("a"), IMAGE, said("b")]), tool_result("toolu_2", "open")]
+    body, _ = to_chat(messages=[*CALLS, user(said("And?"), results[0], IMAGE, results[1])])
+    assert body["messages"][2:] == [
+        {"role": "tool", "tool_call_id": "toolu_1", "content": "a\n\nb"},
+        {"role": "tool", "tool_call_id": "toolu_2", "content": "open"},
+        user(said("[tool result toolu_1]"), image_part(), said("And?"), image_part()),
+    ]
+    alone = [HELLO, assistant(tool_use("t1")), user(tool_result("t1", [IMAGE]))]
+    assert to_chat(messages=alone)[0]["messages"][2:] == [
+        {"role": "tool", "tool_call_id": "t1", "content": "(see the next message)"},
+        user(image_part()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("result", "told"),
+    [
+        (tool_result("t1", "no such door", is_error=True), "Error: no such door"),
+        (tool_result("t1", "Error: no", is_error=True), "Error: no"),
+        (tool_result("t1", is_error=True), "Error"),
+        (tool_result("t1"), ""),
+        (tool_result("t1", []), ""),
+        (tool_result("t1", [{"type": "tool_reference", "tool_name": "dig"}]), "Tool available: dig"),
+        (
+            tool_result("t1", [{"type": "search_result", "title": "T", "source": "S", "content": [said("x")]}]),
+            "T\n\nS\n\nx",
+        ),
+        (tool_result("t1", [{"type": "document", "source": {"type": "text", "data": "d"}}]), "d"),
+    ],
+)
+def test_q4_and_q5_what_a_tool_returned_is_text(result, told):
+    body, _ = to_chat(messages=[HELLO, assistant(tool_use("t1")), user(result)])
+    assert body["messages"][2:] == [{"role": "tool", "tool_call_id": "t1", "content": told}]
+
+
+def test_q6_to_q8_an_assistants_turn_is_one_message():
+    results = user(tool_result("toolu_1", "x"), tool_result("toolu_2", "y"))
+    message = to_chat(messages=[*CALLS, results])[0]["messages"][1]
+    assert message["content"] == "Looking. " and [call["id"] for call in message["tool_calls"]] == [
+        "toolu_1",
+        "toolu_2",
+    ]
+    assert [json.loads(call["function"]["arguments"]) for call in message["tool_calls"]] == [{"at": "door"}, {}]
+    only_calls = [HELLO, assistant(tool_use("t1")), user(tool_result("t1"))]
+    assert to_chat(messages=only_calls)[0]["messages"][1]["content"] is None
+    thought = {"type": "thinking", "thinking": "hm", "signature": "foreign"}
+    only_thought = [HELLO, assistant(thought), assistant({"type": "redacted_thinking", "data": "x"}), HELLO]
+    body, dropped = to_chat(messages=only_thought)
+    assert body["messages"] == [HELLO, {"role": "assistant", "content": ""}, HELLO] and dropped == ()
+
+
+def test_q9_thinking_goes_back_to_the_provider_that_thought_it():
+    own = {"type": "thinking", "thinking": "hm", "signature": monorelay.thinking_signature("acme", "")}
+    kept = {"type": "thinking", "thinking": "", "signature": monorelay.thinking_signature("acme", "hidden")}
+    other = {"type": "thinking", "thinking": "hm", "signature": monorelay.thinking_signature("other", "")}
+    broken = {"type": "thinking", "thinking": "hm", "signature": "mr1.AAAA"}
+    turns = [HELLO]
+    for block in (own, kept, other, broken):
+        turns += [assistant(block, said("so")), HELLO]
+
+    def told(knob: str) -> list[Any]:
+        body, _ = to_chat(target_of(reasoning_back=knob), messages=turns)
+        return [message.get(knob) for message in body["messages"] if message["role"] == "assistant"]
+
+    assert told("reasoning_content") == ["hm", "hidden", " ", " "]
+    assert told("reasoning") == ["hm", "hidden", None, None]
+    assert told("none") == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("choice", "written"),
+    [
+        ({"type": "any"}, "required"),
+        ({"type": "none"}, "none"),
+        ({"type": "auto"}, "auto"),
+        ({"type": "tool", "name": "look"}, {"type": "function", "function": {"name": "look"}}),
+    ],
+)
+def test_q10_tool_choice_has_its_word(choice, written):
+    body, _ = to_chat(tools=[TOOL], tool_choice=choice)
+    assert body["tool_choice"] == written and "parallel_tool_calls" not in body
+    for tools in ({}, {"tools": []}):
+        body, _ = to_chat(**tools, tool_choice={**choice, "disable_parallel_tool_use": True})
+        assert not {"tools", "tool_choice", "parallel_tool_calls"} & set(body)
+
+
+def test_q11_parallel_calls_can_be_switched_off_and_never_on():
+    def parallel(**choice: Any) -> Any:
+        return to_chat(tools=[TOOL], tool_choice=choice)[0].get("parallel_tool_calls")
+
+    assert parallel(type="auto", disable_parallel_tool_use=True) is False
+    assert parallel(type="auto", disable_parallel_tool_use=False) is None
+    assert parallel(type="none", disable_parallel_tool_use=True) is None
+
+
+WEB_SEARCH = {"type": "web_search_20250305", "name": "web_search"}
+UPLOAD = {"type": "container_upload", "file_id": "f"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        pytest.param({"stop_sequences": list("abcde")}, "stop_sequences: more than 4 of them", id="q12"),
+        pytest.param({"tools": [WEB_SEARCH]}, "tools.0: a tool of the type web_search_20250305", id="q13"),
+        pytest.param(
+            {"tools": [TOOL, {"type": "bash_20250124", "name": "bash"}]},
+            "tools.1: a tool of the type bash_20250124",
+            id="bash",
+        ),
+        pytest.param({"tool_choice": {"type": "some"}}, "tool_choice: the type some", id="choice"),
+        pytest.param(
+            {"messages": [user({"type": "document", "source": {"type": "url", "url": "u"}})]},
+            "messages.0.content.0: a document with a source of the type url",
+            id="q17",
+        ),
+        pytest.param(
+            {"messages": [user({"type": "image", "source": {"type": "file", "file_id": "f"}})]},
+            "messages.0.content.0: an image with a source of the type file",
+            id="file",
+        ),
+        pytest.param(
+            {"messages": [HELLO, assistant(said("{"))]}, "messages: a final assistant message (prefill)", id="q18"
+        ),
+        pytest.param(
+            {"messages": [HELLO, user(said("a"), {"type": "hologram"})]},
+            "messages.1.content.1: a block of the type hologram",
+            id="q19",
+        ),
+        pytest.param(
+            {"messages": [HELLO, assistant({"type": "hologram"}), HELLO]},
+            "messages.1.content.0: a block of the type hologram",
+            id="q19-assistant",
+        ),
+        pytest.param(
+            {"messages": [user(UPLOAD)]}, "messages.0.content.0: a block of the type container_upload", id="upload"
+        ),
+        pytest.param(
+            {"messages": [user({"type": "web_search_tool_result", "tool_use_id": "s"})]},
+            "messages.0.content.0: a block of the type web_search_tool_result",
+            id="server-result",
+        ),
+        pytest.param({"messages": [{"role": "judge", "content": "x"}]}, "messages.0.role: the role judge", id="role"),
+        pytest.param(
+            {"messages": [HELLO, assistant({**tool_use("t"), "input": [1]}), HELLO]},
+            "messages.1.content.0.input: what is no object",
+            id="input",
+        ),
+        pytest.param({"max_tokens": 0}, "max_tokens: 0", id="prewarm"),
+        pytest.param({"mcp_servers": [{"url": "x"}]}, "mcp_servers: this field", id="mcp"),
+        pytest.param({"container": "c"}, "container: this field", id="container"),
+        pytest.param({"fallbacks": [{"model": "m"}]}, "fallbacks: this field", id="fallbacks"),
+        pytest.param(
+            {"output_config": {"format": {"type": "regex"}}}, "output_config.format: the type regex", id="form"
+        ),
+    ],
+)
+def test_what_chat_cannot_say_is_refused_by_field_and_provider(fields, words):
+    assert not_translated(lambda: to_chat(**fields)) == f"{words} can't be sent to the provider acme (OpenAI format)"
+
+
+def test_calls_and_results_must_pair_as_anthropic_has_it():
+    missing = [*CALLS, user(tool_result("toolu_2", "x"))]
+    told = "messages.2: `tool_use` ids were found without `tool_result` blocks immediately after: toolu_1"
+    assert not_translated(lambda: to_chat(messages=missing)) == told
+    surplus = [*CALLS, user(tool_result("toolu_1"), tool_result("toolu_2"), tool_result("toolu_3"))]
+    assert "messages.2.content.2: unexpected `tool_use_id`" in not_translated(lambda: to_chat(messages=surplus))
+    twice = [*CALLS, user(tool_result("toolu_1"), tool_result("toolu_2"), tool_result("toolu_2"))]
+    assert "messages.2.content.2: unexpected" in not_translated(lambda: to_chat(messages=twice))
+
+
+def test_q14_a_long_name_goes_there_and_back():
+    name = "mcp__" + "server" * 9 + "__tool.with dots"
+    history = [HELLO, assistant(tool_use("t1", name)), user(tool_result("t1"))]
+    fields = {"tools": [{**TOOL, "name": name}], "tool_choice": {"type": "tool", "name": name}, "messages": history}
+    body, made = translated(prompt(**fields))
+    sent = body["tools"][0]["function"]["name"]
+    assert re.fullmatch(r"[a-zA-Z0-9_-]{64}", sent) and sent[:55] == name[:55]
+    assert body["tool_choice"]["function"]["name"] == sent
+    assert body["messages"][1]["tool_calls"][0]["function"]["name"] == sent
+    answer = whole_answer(made.asked, completion(calls=[call(0, "c1", sent, "{}")], finish="tool_calls"))
+    assert answer["content"][0]["name"] == name
+
+
+def test_q15_the_systems_later_words_part_no_call_from_its_result():
+    turns = [
+        *CALLS,
+        {"role": "system", "content": "Mind."},
+        user(tool_result("toolu_1"), tool_result("toolu_2"), said("?")),
+        {"role": "system", "content": [said("Last.")]},
+    ]
+
+    def roles(knob: str) -> list[tuple[str, Any]]:
+        body, _ = to_chat(target_of(system_turns=knob), system="First.", messages=turns)
+        return [
+            (message["role"], message["content"])
+            for message in body["messages"]
+            if message["role"] in ("system", "user")
+        ]
+
+    assert roles("keep") == [
+        ("system", "First."),
+        ("user", "Hello there"),
+        ("system", "Mind."),
+        ("user", "?"),
+        ("system", "Last."),
+    ]
+    assert roles("lead") == [("system", "First.\n\nMind.\n\nLast."), ("user", "Hello there"), ("user", "?")]
+    mind, last = (f"<system-reminder>\n{text}\n</system-reminder>" for text in ("Mind.", "Last."))
+    assert roles("user") == [("system", "First."), ("user", "Hello there"), ("user", f"{mind}\n\n?\n\n{last}")]
+    body, _ = to_chat(messages=turns)
+    assert [message["role"] for message in body["messages"]] == [
+        "user",
+        "assistant",
+        "tool",
+        "tool",
+        "system",
+        "user",
+        "system",
+    ]
+
+
+def test_q16_a_schema_stays_as_it_is_but_for_what_servers_stumble_over():
+    schema = {
+        "$defs": {"a": {"$schema": "kept"}},
+        "anyOf": [{"type": "object"}],
+        "additionalProperties": {},
+        "format": "uri",
+    }
+    body, dropped = to_chat(
+        tools=[
+            {
+                "name": "t",
+                "input_schema": {**schema, "$schema": "x", "required": None},
+                "strict": True,
+                "cache_control": {},
+                "defer_loading": True,
+                "input_examples": [{}],
+            }
+        ]
+    )
+    assert body["tools"] == [
+        {
+            "type": "function",
+            "function": {"name": "t", "parameters": {**schema, "type": "object", "properties": {}}, "strict": True},
+        }
+    ]
+    assert dropped == ("tools.input_examples",)
+    for gemini in ({"const": 1, "type": "object"}, {"properties": {"const": {"const": 1, "type": "string"}}}):
+        target = target_of(host="generativelanguage.googleapis.com")
+        parameters = to_chat(target, tools=[{"name": "t", "input_schema": gemini}])[0]["tools"][0]["function"][
+            "parameters"
+        ]
+        names = {"const": {"type": "string"}} if "properties" in gemini else {}
+        assert parameters == {"type": "object", "properties": names}
+
+
+def test_q17_documents_become_files_and_texts():
+    blocks = [
+        {"type": "document", "source": PDF, "title": "a.pdf"},
+        {"type": "document", "source": PDF, "citations": {"enabled": True}},
+        {"type": "document", "title": "T", "context": "C", "source": {"type": "text", "data": "D"}},
+        {"type": "document", "source": {"type": "content", "content": [said("E"), IMAGE]}},
+    ]
+    body, dropped = to_chat(messages=[user(*blocks)])
+    data = "data:application/pdf;base64,JVBERg=="
+    assert body["messages"][0]["content"] == [
+        {"type": "file", "file": {"filename": "a.pdf", "file_data": data}},
+        {"type": "file", "file": {"filename": "document.pdf", "file_data": data}},
+        said("T"),
+        said("C"),
+        said("D"),
+        said("E"),
+        image_part(),
+    ]
+    assert dropped == ("citations",)
+
+
+def test_what_server_tools_left_in_the_history_is_left_out_and_named():
+    history = assistant(
+        {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
+        {"type": "web_search_tool_result", "tool_use_id": "s", "content": []},
+        said("Found."),
+    )
+    body, dropped = to_chat(messages=[HELLO, history, HELLO])
+    assert body["messages"][1] == {"role": "assistant", "content": "Found."}
+    assert dropped == ("server_tool_use", "web_search_tool_result")
+
+
+def test_q20_who_the_user_is_stays_here():
+    body, dropped = to_chat(
+        metadata={"user_id": "someone"}, top_k=5, service_tier="auto", speed="fast", context_management={}
+    )
+    assert set(body) == {"model", "messages", "max_tokens"}
+    assert dropped == ("top_k", "service_tier", "speed", "context_management", "metadata.user_id")
+
+
+@pytest.mark.parametrize(
+    ("host", "knobs", "field"),
+    [
+        ("api.openai.com", {}, "max_completion_tokens"),
+        ("me.openai.azure.com", {}, "max_completion_tokens"),
+        ("api.mistral.ai", {}, "max_tokens"),
+        ("api.openai.com", {"max_tokens_field": "max_tokens"}, "max_tokens"),
+        ("127.0.0.1", {"max_tokens_field": "max_completion_tokens"}, "max_completion_tokens"),
+    ],
+)
+def test_q22_the_limit_has_the_name_that_the_host_knows(host, knobs, field):
+    body, _ = to_chat(target_of(host=host, **knobs))
+    assert {name: value for name, value in body.items() if name.startswith("max")} == {field: 64}
+
+
+CLAUDE_CODE = {
+    "model": "claude-opus-4-6",
+    "max_tokens": 32000,
+    "stream": True,
+    "metadata": {"user_id": json.dumps({"device_id": "d" * 130})},
+    "system": [
+        said("x-anthropic-billing-header: cc_version=2.1"),
+        said("You are Claude Code.", cache_control={"type": "ephemeral"}),
+    ],
+    "thinking": {"type": "adaptive", "display": "omitted"},
+    "output_config": {"effort": "max"},
+    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    "tools": [
+        {
+            "name": "Bash",
+            "description": "Runs.",
+            "eager_input_streaming": True,
+            "input_schema": {
+                "$schema": "http://json-schema.org/draft-07/schema#",
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {"command": {"type": "string"}, "timeout": {"type": "number", "exclusiveMinimum": 0}},
+            },
+        }
+    ],
+    "messages": [
+        user(said("<system-reminder>\nx\n</system-reminder>"), said("Go", cache_control={"type": "ephemeral"})),
+        {"role": "system", "content": "Be quick."},
+    ],
+}
+
+
+def test_q23_what_claude_code_sends_is_valid_for_openai():
+    body, made = translated(CLAUDE_CODE, target_of(reasoning="effort"))
+    openai.types.chat.completion_create_params.CompletionCreateParamsStreaming(**body)
+    messages = [
+        {"role": "system", "content": "You are Claude Code."},
+        {"role": "user", "content": "<system-reminder>\nx\n</system-reminder>\n\nGo"},
+        {"role": "system", "content": "Be quick."},
+    ]
+    assert body["messages"] == messages and body["reasoning_effort"] == "xhigh"
+    assert body["stream"] is True and body["stream_options"] == {"include_usage": True}
+    assert made.dropped == ("context_management", "metadata.user_id")
+    assert made.asked.thinking == "omitted" and made.asked.stream and made.asked.input_tokens > 50
+    _, made = translated(CLAUDE_CODE)
+    assert set(made.dropped) == {"context_management", "metadata.user_id", "thinking", "output_config.effort"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "effort"),
+    [
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "low"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 10000}}, "medium"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 32000}}, "high"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}, "output_config": {"effort": "xhigh"}}, "xhigh"),
+        ({"thinking": {"type": "adaptive"}}, None),
+        ({"thinking": {"type": "disabled"}, "output_config": {"effort": "high"}}, None),
+    ],
+)
+def test_thinking_becomes_an_effort_where_the_provider_knows_one(fields, effort):
+    assert to_chat(target_of(reasoning="effort"), **fields)[0].get("reasoning_effort") == effort
+    assert "reasoning_effort" not in to_chat(**fields)[0]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_form_of_the_answer_is_strict_where_the_schema_is(strict):
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "string"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    if not strict:
+        del schema["required"]
+    for fields in (
+        {"output_config": {"format": {"type": "json_schema", "schema": schema}}},
+        {"output_format": {"type": "json_schema", "schema": schema}},
+    ):
+        form = to_chat(**fields)[0]["response_format"]
+        assert form == {"type": "json_schema", "json_schema": {"name": "output", "schema": schema, "strict": strict}}
+
+
+def test_q24_half_a_surrogate_pair_arrives_as_it_was_sent():
+    for body in (prompt(messages=[user(said("\ud83d"))]), chat(messages=[user(said("\ud83d"))])):
+        target = target_of("openai" if "max_tokens" in body else "anthropic")
+        text = json.dumps(translated(body, target)[0])
+        assert '"\\ud83d"' in text
+    history = [HELLO, assistant(tool_use("t", at="\ud83d")), user(tool_result("t"))]
+    function = to_chat(messages=history)[0]["messages"][1]["tool_calls"][0]["function"]
+    assert json.loads(function["arguments"]) == {"at": "\ud83d"}
+
+
+def test_mistral_gets_ids_of_nine_letters_and_the_same_ones_each_time():
+    history = [
+        HELLO,
+        assistant(tool_use("toolu_1"), tool_use("abcDEF123")),
+        user(tool_result("toolu_1"), tool_result("abcDEF123")),
+    ]
+    for _ in range(2):
+        _, answer, first, second = to_chat(target_of(host="api.mistral.ai"), messages=history)[0]["messages"]
+        ids = [call["id"] for call in answer["tool_calls"]]
+        assert re.fullmatch("[a-zA-Z0-9]{9}", ids[0]) and ids[1] == "abcDEF123"
+        assert [first["tool_call_id"], second["tool_call_id"]] == ids
+    assert ids[0] == "mlsdQGRqB" or len(ids[0]) == 9
+
+
+def test_the_owners_knobs_take_fields_out_and_put_some_in():
+    target = target_of(drop=["temperature", "stream_options"], extra={"top_k": 3, "chat_template_kwargs": {"a": [1]}})
+    body, dropped = to_chat(target, temperature=0.5, stop_sequences=["x"])
+    assert "temperature" not in body and body["top_k"] == 3 and body["chat_template_kwargs"] == {"a": [1]}
+    assert dropped == ("temperature",) and body["stop"] == ["x"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": "x"},
+        {"messages": ["x"]},
+        {"messages": []},
+        {"messages": [{"role": 1, "content": "x"}]},
+        {"messages": [{"role": "user", "content": 5}]},
+        {"messages": [user({"type": "text", "text": 5})]},
+        {"messages": [user({"type": "image", "source": {"type": "base64"}})]},
+        {"messages": [user({})]},
+        {"messages": [user({"type": ["text"]})]},
+        {"messages": [HELLO, assistant({"type": "tool_use"}), HELLO]},
+        {"messages": [user({"type": "tool_result"})]},
+        {"max_tokens": None},
+        {"max_tokens": "5"},
+        {"max_tokens": True},
+        {"tools": {}, "x": 1, "system": 5},
+        {"system": [5]},
+        {"tools": [{}]},
+        {"stop_sequences": [5]},
+        {"stop_sequences": 5},
+        {"tools": [TOOL], "tool_choice": {"type": "tool"}},
+        {"tools": ["x"]},
+        {"output_config": {"format": {}, "effort": []}, "max_tokens": 0},
+    ],
+    ids=brief,
+)
+def test_what_is_no_sound_request_of_messages_is_a_400(fields):
+    assert ": " in not_translated(lambda: to_chat(**fields))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"[]",
+        b"{",
+        b'{"a":1e400,"model":"m","max_tokens":1,"messages":[{"role":"user","content":"x"}]}',
+        b'{"stop_sequences":["x"],"top_p":1e400,"model":"m","max_tokens":1,"messages":[{"role":"user","content":"x"}]}',
+        b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}",
+        b"[" * 300_000,
+        b'{"a":NaN}',
+    ],
+    ids=brief,
+)
+@pytest.mark.parametrize("format", ["openai", "anthropic"])
+def test_what_is_no_json_or_too_much_of_it_is_a_400(raw, format):
+    if b'"a":1e400' in raw:  # which isn't passed on
+        raw = raw.replace(b'"a"', b'"top_p"')
+    assert not_translated(lambda: translated({}, target_of(format), raw))
+
+
+def test_estimates_count_texts_and_tools_and_never_base64():
+    def estimate(**fields: Any) -> int:
+        return monorelay.estimated_tokens(prompt(**fields))
+
+    empty = estimate(messages=[])
+    assert empty == 0 and estimate(messages=[user(said("x" * 1000))]) == 304
+    assert estimate(system="x" * 1000, messages=[]) == estimate(system=[said("x" * 1000)], messages=[]) == 300
+    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "A" * 1_000_000}}
+    assert estimate(messages=[user(picture)]) == 1604
+    assert estimate(messages=[user(tool_result("t", [picture, said("x" * 100)]))]) == 1634
+    assert estimate(messages=[], tools=[TOOL]) >= 20
+    assert estimate(messages=[assistant(tool_use("t", at="x" * 1000))]) > 300
+    pdf = {"type": "document", "source": {**PDF, "data": "A" * 68_000}}
+    assert 2400 < estimate(messages=[user(pdf)]) < 2700
+
+
+@pytest.mark.parametrize("odd", ["é", '"', "\\", "\n", "\ud83d", "\U0001f600", "x"])
+def test_long_strings_are_written_like_short_ones(odd):
+    texts = [odd * size for size in (1, 65536, 65537, 140_000)]
+    body, _ = to_chat(messages=[user(*map(said, texts), IMAGE)], system=texts[2])
+    assert body["messages"] == [{"role": "system", "content": texts[2]}, user(*map(said, texts), image_part())]
+
+
+@pytest.mark.parametrize("format", ["openai", "anthropic"])
+def test_a_translation_holds_as_much_as_the_body_and_little_more_while_it_is_made(format):
+    data = "A" * 4_000_000
+    picture = {**IMAGE, "source": {**IMAGE["source"], "data": data}} if format == "openai" else image_part(data)
+    body = json.dumps(prompt(messages=[user(picture)])).encode()
+    pieces, target = [body[at : at + 65536] for at in range(0, len(body), 65536)], target_of(format)
+    del body, picture, data
+    tracemalloc.start()
+    try:
+        made = monorelay.translate_request(pieces, 0, target, "m", "req_1", 0.0)
+        held, peak = tracemalloc.get_traced_memory()
+        size = sum(map(len, made.body))
+        assert held < 1.1 * size and peak < 2.2 * size, "beside the body itself"
+    finally:
+        tracemalloc.stop()
+
+
+# -- from chat
+
+
+def test_t1_the_systems_words_lead():
+    body, _ = to_messages(messages=[{"role": "system", "content": "You"}, HELLO])
+    assert body["system"] == "You" and body["messages"] == [user(said("Hello there"))]
+    turns = [
+        {"role": "developer", "content": "A"},
+        {"role": "system", "content": [said("B", cache_control={"type": "ephemeral"})]},
+        HELLO,
+        {"role": "system", "content": "C"},
+        assistant_said("D"),
+        HELLO,
+    ]
+    body, _ = to_messages(messages=turns)
+    assert body["system"] == [said("A"), said("B", cache_control={"type": "ephemeral"}), said("C")]
+
+    def roles(knob: str) -> list[str]:
+        made, _ = to_messages(target_of("anthropic", system_turns=knob), messages=turns)
+        return [message["role"] for message in made["messages"]]
+
+    assert roles("lead") == ["user", "assistant", "user"]
+    assert roles("keep") == ["user", "system", "assistant", "user"]
+    assert roles("user") == ["user", "assistant", "user"]
+
+
+def assistant_said(text: Any, *calls: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A turn of the assistant in a chat request."""
+    return {"role": "assistant", "content": text, **({"tool_calls": list(calls)} if calls else {}), **more}
+
+
+def called(id: str, arguments: Any = "{}", name: str = "look") -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def returned(id: str, content: Any = "ok") -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": id, "content": content}
+
+
+def test_t2_results_and_the_users_words_are_one_turn():
+    calls = assistant_said("Looking.", called("a", '{"at":1}'), called("b"))
+    for order in (
+        [returned("a"), returned("b"), HELLO],
+        [returned("a"), HELLO, returned("b")],
+        [HELLO, returned("a"), returned("b")],
+    ):
+        body, _ = to_messages(messages=[HELLO, calls, *order])
+        assert body["messages"][1:] == [
+            assistant(said("Looking."), tool_use("a", at=1), tool_use("b")),
+            user(tool_result("a", "ok"), tool_result("b", "ok"), said("Hello there")),
+        ]
+    body, _ = to_messages(messages=[HELLO, calls, returned("a", None), returned("b", [said("x"), image_part()])])
+    assert body["messages"][2]["content"] == [tool_result("a"), tool_result("b", [said("x"), IMAGE])]
+
+
+@pytest.mark.parametrize(("arguments", "given"), [("", {}), (None, {}), ('{"a":1}', {"a": 1}), (" {} ", {})])
+def test_t3_arguments_are_an_object(arguments, given):
+    body, _ = to_messages(messages=[HELLO, assistant_said(None, called("a", arguments)), returned("a")])
+    assert body["messages"][1] == assistant({**tool_use("a"), "input": given})
+
+
+CHAT_FILE = {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERg=="}
+
+
+def test_t4_pictures_and_files():
+    parts = [
+        image_part(),
+        {"type": "image_url", "image_url": {"url": "data:image/jpeg;charset=x;base64,BBBB", "detail": "low"}},
+        {"type": "image_url", "image_url": {"url": "https://a/b.png"}},
+        {"type": "file", "file": CHAT_FILE},
+        {"type": "file", "file": {"file_data": "JVBERg=="}},
+        {"type": "file", "file": {"filename": "a.txt", "file_data": "data:text/markdown;base64,SGk="}},
+    ]
+    body, _ = to_messages(messages=[user(*parts)])
+    assert body["messages"][0]["content"] == [
+        IMAGE,
+        {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": "BBBB"}},
+        {"type": "image", "source": {"type": "url", "url": "https://a/b.png"}},
+        {"type": "document", "source": PDF, "title": "a.pdf"},
+        {"type": "document", "source": PDF},
+        {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "Hi"}, "title": "a.txt"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({}, 8192),
+        ({"max_tokens": 5}, 5),
+        ({"max_completion_tokens": 6, "max_tokens": 5}, 6),
+        ({"max_tokens": 0}, 8192),
+        ({"max_tokens": -1}, 8192),
+        ({"max_completion_tokens": None}, 8192),
+    ],
+)
+def test_t5_a_limit_is_made_up_where_none_is_given(fields, tokens):
+    assert to_messages(**fields)[0]["max_tokens"] == tokens
+    assert to_messages(target_of("anthropic", default_max_tokens=77))[0]["max_tokens"] == 77
+
+
+def test_t6_to_t8_sampling_stops_and_choices():
+    body, dropped = to_messages(temperature=1.5, top_p=0.5)
+    assert body["temperature"] == 1 and "top_p" not in body and dropped == ("temperature", "top_p")
+    assert to_messages(top_p=0.5)[0]["top_p"] == 0.5
+    assert to_messages(stop="x")[0]["stop_sequences"] == ["x"]
+    body, dropped = to_messages(stop=["\n", "y"])
+    assert body["stop_sequences"] == ["y"] and dropped == ("stop",)
+    tools = [{"type": "function", "function": {"name": "look", "parameters": TOOL["input_schema"]}}]
+    for choice, parallel, written in (
+        ("none", False, {"type": "none"}),
+        (None, False, {"type": "auto", "disable_parallel_tool_use": True}),
+        ("required", False, {"type": "any", "disable_parallel_tool_use": True}),
+        ("auto", True, {"type": "auto"}),
+        ({"type": "function", "function": {"name": "look"}}, None, {"type": "tool", "name": "look"}),
+        (None, None, None),
+    ):
+        body, dropped = to_messages(tools=tools, tool_choice=choice, parallel_tool_calls=parallel)
+        assert body.get("tool_choice") == written and len(body["tools"]) == 1 and dropped == ()
+    assert "tool_choice" not in to_messages(tool_choice="auto", parallel_tool_calls=False)[0]
+
+
+def test_t9_allowed_tools_are_those_that_go():
+    tools = [{"type": "function", "function": {"name": name}} for name in "ab"]
+    for mode, kind in (("auto", "auto"), ("required", "any")):
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools[1:]}}
+        body, _ = to_messages(tools=tools, tool_choice=choice)
+        assert [tool["name"] for tool in body["tools"]] == ["b"] and body["tool_choice"] == {"type": kind}
+
+
+def test_t10_the_form_of_the_answer():
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 1}}}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    body, dropped = to_messages(response_format=form)
+    assert body["output_config"] == {"format": {"type": "json_schema", "schema": schema}} and dropped == ()
+    body, dropped = to_messages(response_format={"type": "json_object"})
+    assert body["system"] == "Answer with one JSON object only." and dropped == ("response_format",)
+    assert "output_config" not in to_messages(response_format={"type": "text"})[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        pytest.param({"n": 2}, "n: more than one choice", id="t11-n"),
+        pytest.param({"logprobs": True}, "logprobs: this field", id="t11-logprobs"),
+        pytest.param({"top_logprobs": 3}, "top_logprobs: this field", id="t11-top"),
+        pytest.param({"functions": [{}]}, "functions: this field", id="functions"),
+        pytest.param({"audio": {"voice": "a"}}, "audio: this field", id="audio"),
+        pytest.param({"modalities": ["text", "audio"]}, "modalities: audio", id="modalities"),
+        pytest.param({"web_search_options": {"a": 1}}, "web_search_options: this field", id="search"),
+        pytest.param({"tools": [{"type": "custom", "custom": {}}]}, "tools.0: a tool of the type custom", id="custom"),
+        pytest.param({"tool_choice": {"type": "custom"}}, "tool_choice: the type custom", id="choice"),
+        pytest.param(
+            {"messages": [user({"type": "input_audio"})]},
+            "messages.0.content.0: a part of the type input_audio",
+            id="t4-audio",
+        ),
+        pytest.param(
+            {"messages": [user({"type": "file", "file": {"file_id": "f"}})]},
+            "messages.0.content.0: a file that isn't in the request",
+            id="t4-file",
+        ),
+        pytest.param(
+            {"messages": [HELLO, assistant_said(None, called("a", "[1]")), returned("a")]},
+            "messages.1.tool_calls.0.function.arguments: what is no JSON object",
+            id="t3",
+        ),
+        pytest.param(
+            {"messages": [HELLO, assistant_said(None, called("a", "{")), returned("a")]},
+            "messages.1.tool_calls.0.function.arguments: what is no JSON object",
+            id="t3-broken",
+        ),
+        pytest.param(
+            {"messages": [HELLO, {"role": "function", "name": "f", "content": "x"}]},
+            "messages.1.role: the role function",
+            id="role",
+        ),
+        pytest.param(
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
+            "tools.0.function.parameters: what is no schema of an object",
+            id="root",
+        ),
+        pytest.param({"response_format": {"type": "grammar"}}, "response_format: the type grammar", id="form"),
+    ],
+)
+def test_what_messages_cannot_say_is_refused_by_field_and_provider(fields, words):
+    assert (
+        not_translated(lambda: to_messages(**fields))
+        == f"{words} can't be sent to the provider acme (Anthropic format)"
+    )
+
+
+def test_t12_texts_without_a_character_are_left_out():
+    turns = [user(said(""), said("Hi")), assistant_said("  "), user(said("\n")), HELLO]
+    assert to_messages(messages=turns)[0]["messages"] == [user(said("Hi"), said("Hello there"))]
+    assert "at least one message" in not_translated(lambda: to_messages(messages=[{"role": "user", "content": " "}]))
+    assert to_messages(messages=[HELLO, assistant_said("It is \n")])[0]["messages"][1] == assistant(said("It is"))
+
+
+def test_t13_a_schema_without_a_type_is_one_of_an_object():
+    tools = [
+        {"type": "function", "function": {"name": "f", **given}}
+        for given in ({}, {"parameters": None}, {"parameters": {"properties": {}}})
+    ]
+    body, _ = to_messages(tools=tools)
+    assert all(tool["input_schema"] == {"type": "object", "properties": {}} for tool in body["tools"])
+
+
+def test_t14_odd_ids_are_carried_and_come_back():
+    odd = "functions.Bash:0"
+    turns = [HELLO, assistant_said(None, called(odd)), returned(odd)]
+    first, second = (to_messages(messages=turns)[0]["messages"] for _ in range(2))
+    sent = first[1]["content"][0]["id"]
+    assert first == second and re.fullmatch("[a-zA-Z0-9_-]+", sent) and first[2]["content"][0]["tool_use_id"] == sent
+    history = [HELLO, assistant(tool_use(sent)), user(tool_result(sent))]
+    assert to_chat(messages=history)[0]["messages"][2]["tool_call_id"] == odd
+    assert "tool_call_id" in not_translated(lambda: to_messages(messages=[HELLO, returned("x")]))
+
+
+@hypothesis.given(st.text(min_size=1))
+def test_any_id_of_a_call_can_be_carried(id):
+    carried = monorelay.carrying_id(id)
+    assert re.fullmatch("[a-zA-Z0-9_-]+", carried)
+    assert monorelay.carried_id(carried) == id or id.startswith("toolu_x")
+
+
+def test_t15_what_anthropics_own_members_say_passes():
+    tools = [{"type": "function", "function": {"name": "f"}, "cache_control": {"type": "ephemeral"}}]
+    body, dropped = to_messages(
+        top_k=5,
+        thinking={"type": "enabled", "budget_tokens": 1024},
+        tools=tools,
+        messages=[user(said("x", cache_control={"type": "ephemeral"}))],
+    )
+    assert body["top_k"] == 5 and body["thinking"] == {"type": "enabled", "budget_tokens": 1024} and dropped == ()
+    assert (
+        body["tools"][0]["cache_control"] == body["messages"][0]["content"][0]["cache_control"] == {"type": "ephemeral"}
+    )
+
+
+def test_hints_of_chat_are_left_out_and_named_unless_they_say_nothing():
+    nothing = {
+        "n": 1,
+        "presence_penalty": 0,
+        "logit_bias": {},
+        "modalities": ["text"],
+        "logprobs": False,
+        "store": False,
+        "top_logprobs": None,
+        "stop": None,
+        "stream": False,
+        "stream_options": None,
+    }
+    assert to_messages(**nothing) == (to_messages()[0], ())
+    hints = {
+        "seed": 1,
+        "store": True,
+        "metadata": {"a": "b"},
+        "frequency_penalty": 1,
+        "logit_bias": {"5": 1},
+        "verbosity": "low",
+        "prediction": {"type": "content"},
+        "prompt_cache_key": "k",
+        "reasoning_effort": "high",
+        "service_tier": "flex",
+    }
+    body, dropped = to_messages(**hints)
+    assert body == to_messages()[0] and set(dropped) == set(hints)
+    assert to_messages(user="u1")[0]["metadata"] == {"user_id": "u1"}
+    assert to_messages(user="a@b.c")[1] == ("user",) and "metadata" not in to_messages(user="a@b.c")[0]
+    assert to_messages(service_tier="default")[0]["service_tier"] == "standard_only"
+    effort = to_messages(target_of("anthropic", reasoning="effort"), reasoning_effort="minimal")[0]
+    assert effort["thinking"] == {"type": "adaptive"} and effort["output_config"] == {"effort": "low"}
+
+
+def test_thinking_that_chat_clients_hand_back_leads_the_turn():
+    blocks = [
+        {"index": 0, "type": "thinking", "thinking": "hm", "signature": "s"},
+        {"type": "thinking", "thinking": "unsigned"},
+    ]
+    turn = assistant_said("So.", thinking_blocks=blocks, reasoning_content="hm")
+    body, dropped = to_messages(messages=[HELLO, turn, HELLO])
+    assert (
+        body["messages"][1] == assistant({"type": "thinking", "thinking": "hm", "signature": "s"}, said("So."))
+        and dropped == ()
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": 5},
+        {"messages": [5]},
+        {"messages": [user(5)]},
+        {"messages": [{"role": "user", "content": 5}]},
+        {"messages": [user({"type": "text"})]},
+        {"messages": [user({"type": "image_url", "image_url": "x"})]},
+        {"messages": [HELLO, assistant_said(None, {})]},
+        {"messages": [HELLO, assistant_said(5)]},
+        {"tools": [5]},
+        {"tools": [{}]},
+        {"stop": [5]},
+        {"max_tokens": "5"},
+        {"response_format": {"type": "json_schema"}},
+        {"tool_choice": "some"},
+        {"messages": [{"role": [], "content": "x"}]},
+        {"messages": [{"role": "system", "content": [image_part()]}, HELLO]},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": 5},
+        {"max_tokens": [5]},
+    ],
+    ids=brief,
+)
+def test_what_is_no_sound_chat_request_is_a_400(fields):
+    assert ": " in not_translated(lambda: to_messages(**fields))
+
+
+JSON_VALUE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 5)
+    | st.text(max_size=3)
+    | st.sampled_from(["text", "tool_use", "user", "assistant"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "type",
+                    "text",
+                    "role",
+                    "content",
+                    "id",
+                    "name",
+                    "input",
+                    "source",
+                    "messages",
+                    "tool_calls",
+                    "function",
+                    "arguments",
+                    "tool_use_id",
+                    "tool_call_id",
+                    "image_url",
+                    "url",
+                    "file",
+                    "data",
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+MEMBERS = [
+    "messages",
+    "system",
+    "tools",
+    "tool_choice",
+    "stop",
+    "stop_sequences",
+    "thinking",
+    "output_config",
+    "metadata",
+    "response_format",
+    "stream_options",
+    "max_tokens",
+    "temperature",
+    "user",
+    "modalities",
+    "reasoning_effort",
+]
+
+
+@hypothesis.settings(max_examples=400)
+@hypothesis.given(
+    st.dictionaries(st.sampled_from(MEMBERS), JSON_VALUE, max_size=4), st.sampled_from(["openai", "anthropic"])
+)
+def test_nothing_that_a_client_sends_breaks_the_translation(fields, format):
+    with contextlib.suppress(monorelay.BadRequest):
+        translated({**prompt(), **fields}, target_of(format, reasoning="effort", reasoning_back="reasoning"))
+
+
+# -- answers of chat
+
+
+def asked_of(format: str = "anthropic", **fields: Any) -> Any:
+    """What is known of a request of that format when its answer comes."""
+    known = {
+        "model": "model-asked",
+        "provider": "acme",
+        "stream": False,
+        "id": "req_1",
+        "created": 7,
+        "thinking": "shown",
+        "input_tokens": 11,
+        **fields,
+    }
+    return monorelay.Asked(format=format, **known)
+
+
+def call(index: int | None, id: str | None = None, name: str | None = None, arguments: Any = None) -> dict[str, Any]:
+    """A part of a call in a chunk."""
+    function = {key: value for key, value in (("name", name), ("arguments", arguments)) if value is not None}
+    known = {key: value for key, value in (("index", index), ("id", id)) if value is not None}
+    return {**known, "type": "function", "function": function}
+
+
+def delta(finish: str | None = None, usage: Any = None, **fields: Any) -> dict[str, Any]:
+    """A chunk of a chat answer."""
+    calls = {"tool_calls": fields.pop("calls")} if "calls" in fields else {}
+    choice = {"index": 0, "delta": {**fields, **calls}, "finish_reason": finish}
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": "m",
+        "choices": [choice],
+        **({"usage": usage} if usage is not None else {}),
+    }
+
+
+USAGE = {"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 25}
+USED = {"input_tokens": 20, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 5}
+GUESSED = {**USED, "input_tokens": 11}
+
+
+def completion(finish: str | None = "stop", usage: Any = USAGE, **fields: Any) -> dict[str, Any]:
+    """A whole chat answer."""
+    made = delta(finish, **fields)
+    made["choices"][0]["message"] = {"role": "assistant", "content": None, **made["choices"][0].pop("delta")}
+    return {**made, "object": "chat.completion", "usage": usage}
+
+
+def whole_answer(asked: Any, document: Any, is_stream: bool = False) -> Any:
+    """A whole answer as its client gets it."""
+    body = document if isinstance(document, bytes) else json.dumps(document).encode()
+    return json.loads(monorelay.AnswerTranslator(asked).whole(body, is_stream))
+
+
+def sse_of(chunks: list[Any], done: bool = True) -> bytes:
+    """Chunks as a provider streams them."""
+    return b"".join(b"data: %b\n\n" % json.dumps(one).encode() for one in chunks) + b"data: [DONE]\n\n" * done
+
+
+def streamed(asked: Any, data: bytes, size: int = 1 << 20) -> tuple[bytes, bool]:
+    """What a client gets of a stream that comes in pieces of that size, and whether it failed."""
+    it = monorelay.AnswerTranslator(asked._replace(stream=True))
+    sent = b"".join(it.feed(data[at : at + size]) for at in range(0, len(data), size) if not it.ended)
+    sent += b"" if it.ended else it.close()
+    assert it.ended
+    return sent, it.failed
+
+
+def follow_grammar(events: list[tuple[str, Any]]) -> None:
+    """Checks that events come as Anthropic's clients need them: one block at a time, counted from 0."""
+    kinds = [name for name, data in events if name != "ping"]
+    assert all(name == data["type"] for name, data in events)
+    assert kinds[0] == "message_start" and kinds[-2:] == ["message_delta", "message_stop"]
+    start, end = events[0][1]["message"], dict(events)["message_delta"]
+    assert set(start) == {"id", "type", "role", "model", "content", "stop_reason", "stop_sequence", "usage"}
+    assert start["id"].startswith("msg_") and start["content"] == [] and start["role"] == "assistant"
+    assert all(isinstance(count, int) for usage in (start["usage"], end["usage"]) for count in usage.values())
+    current, number = None, 0
+    for name, data in events:
+        if name == "content_block_start":
+            assert current is None and data["index"] == number
+            current = data["content_block"]["type"]
+        elif name == "content_block_delta":
+            allowed = {
+                "text": ["text_delta"],
+                "thinking": ["thinking_delta", "signature_delta"],
+                "tool_use": ["input_json_delta"],
+            }
+            assert data["index"] == number and data["delta"]["type"] in allowed[current]
+        elif name == "content_block_stop":
+            assert data["index"] == number and current
+            current, number = None, number + 1
+    assert current is None and number
+    calls = sum(data["content_block"]["type"] == "tool_use" for name, data in events if name == "content_block_start")
+    assert end["delta"]["stop_reason"] and (end["delta"]["stop_reason"] != "tool_use" or calls)
+
+
+def accumulated(asked: Any, data: bytes) -> dict[str, Any]:
+    """The message that Anthropic's own SDK makes of a translated stream."""
+    sent, failed = streamed(asked, data)
+    assert not failed, sent
+    follow_grammar(events_of(sent))
+    with (
+        serving(sent) as url,
+        anthropic.Anthropic(api_key="x", base_url=url, max_retries=0) as client,
+        client.messages.stream(model="m", max_tokens=5, messages=[HELLO]) as stream,
+    ):
+        message = stream.get_final_message().to_dict()
+    return {name: value for name, value in message.items() if (name, value) != ("stop_details", None)}
+
+
+@contextlib.contextmanager
+def serving(stream: bytes) -> Iterator[str]:
+    """The URL of a provider that answers with this stream."""
+    provider = Upstream(replies_then_closes(STREAM_HEAD, chunked(stream)))
+    try:
+        yield provider.url
+    finally:
+        provider.stop()
+
+
+def message_of(content: list[Any], reason: str = "end_turn", usage: Any = USED, sequence: Any = None) -> dict[str, Any]:
+    return {
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "model": "model-asked",
+        "content": content,
+        "stop_reason": reason,
+        "stop_sequence": sequence,
+        "usage": usage,
+    }
+
+
+def signed(thinking: str) -> dict[str, Any]:
+    return {"type": "thinking", "thinking": thinking, "signature": monorelay.thinking_signature("acme", "")}
+
+
+LOOK = tool_use("c1", at="door")
+ARGUMENTS = '{"at": "door"}'
+# A whole chat answer, the message that it becomes.
+ANSWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "r1-stop": (completion(content="Hi"), message_of([said("Hi")])),
+    "r2-stop-with-calls": (
+        completion(content="Hi", calls=[call(None, "c1", "look", ARGUMENTS)]),
+        message_of([said("Hi"), LOOK], "tool_use"),
+    ),
+    "r3-calls": (
+        completion("tool_calls", calls=[call(None, "c1", "look", ARGUMENTS), call(None, "c2", "dig", "")]),
+        message_of([LOOK, tool_use("c2", "dig")], "tool_use"),
+    ),
+    "r4-calls-without-any": (completion("tool_calls", content="Hi"), message_of([said("Hi")])),
+    "r5-length": (completion("length", content="Hi"), message_of([said("Hi")], "max_tokens")),
+    "r6-filter": (completion("content_filter", content=""), message_of([said("")], "refusal")),
+    "r7-stop-sequence": (lambda it: (it["choices"][0].update(stop_reason="END"), it)[1])(completion(content="Hi")),
+    "r8-unknown": (completion("eos", content="Hi"), message_of([said("Hi")])),
+    "r9-none": (
+        completion(None, content="Hi", calls=[call(None, "c1", "look", ARGUMENTS)]),
+        message_of([said("Hi"), LOOK], "tool_use"),
+    ),
+    "r9-refusal": (completion(refusal="No."), message_of([said("No.")], "refusal")),
+    "r10-cached": (
+        completion(
+            content="Hi", usage={**USAGE, "prompt_tokens_details": {"cached_tokens": 15, "cache_write_tokens": 3}}
+        ),
+        message_of(
+            [said("Hi")],
+            usage={**USED, "input_tokens": 2, "cache_creation_input_tokens": 3, "cache_read_input_tokens": 15},
+        ),
+    ),
+    "r10-all-cached": (
+        completion(content="Hi", usage={**USAGE, "prompt_tokens_details": {"cached_tokens": 20}}),
+        message_of([said("Hi")], usage={**USED, "input_tokens": 1, "cache_read_input_tokens": 20}),
+    ),
+    "r11-xai": (
+        completion(
+            content="Hi", usage={**USAGE, "total_tokens": 32, "completion_tokens_details": {"reasoning_tokens": 7}}
+        ),
+        message_of([said("Hi")], usage={**USED, "output_tokens": 12}),
+    ),
+    "r11-openai": (
+        completion(content="Hi", usage={**USAGE, "completion_tokens_details": {"reasoning_tokens": 3}}),
+        message_of([said("Hi")]),
+    ),
+    "r12-deepseek": (
+        completion(content="Hi", usage={**USAGE, "prompt_cache_hit_tokens": 5}),
+        message_of([said("Hi")], usage={**USED, "input_tokens": 15, "cache_read_input_tokens": 5}),
+    ),
+    "r12-moonshot": (
+        completion(content="Hi", usage={**USAGE, "cached_tokens": 5}),
+        message_of([said("Hi")], usage={**USED, "input_tokens": 15, "cache_read_input_tokens": 5}),
+    ),
+    "r13-null": (
+        completion(content="Hello you", usage=None),
+        message_of([said("Hello you")], usage={**GUESSED, "output_tokens": 3}),
+    ),
+    "r13-odd": (
+        completion(content="Hi", usage={"prompt_tokens": 20.0, "completion_tokens": None}),
+        message_of([said("Hi")], usage={**USED, "output_tokens": 0}),
+    ),
+    "r14-nothing": (completion(content=None), message_of([said("")])),
+    "r15-length": (
+        completion("length", content="Hi", calls=[call(None, "c1", "look", '{"at": "do')]),
+        message_of([said("Hi")], "max_tokens"),
+    ),
+    "r17-mistral": (
+        completion(content=[{"type": "thinking", "thinking": [said("hm")]}, said("Hi"), said(" you")]),
+        message_of([signed("hm"), said("Hi you")]),
+    ),
+    "r18-content": (
+        completion(content="Hi", reasoning_content="hm", reasoning="hm"),
+        message_of([signed("hm"), said("Hi")]),
+    ),
+    "r18-reasoning": (
+        completion(content="Hi", reasoning="hm", reasoning_details=[{"text": "hm"}]),
+        message_of([signed("hm"), said("Hi")]),
+    ),
+    "r18-details": (
+        completion(content="Hi", reasoning_details=[{"text": "h"}, {"summary": "m"}, {"data": "x"}]),
+        message_of([signed("hm"), said("Hi")]),
+    ),
+    "blank-before-calls": (
+        completion(content="\n\n", calls=[call(None, "c1", "look", ARGUMENTS)]),
+        message_of([LOOK], "tool_use"),
+    ),
+    "blank-alone": (completion(content="\n\n"), message_of([said("\n\n")])),
+    "legacy": (completion(function_call={"name": "look", "arguments": ARGUMENTS}), None),
+    "dict-arguments": (completion(calls=[call(None, "c1", "look", {"at": "door"})]), message_of([LOOK], "tool_use")),
+    "same-ids": (
+        completion(calls=[call(None, "c1", "look", ARGUMENTS), call(None, "c1", "look", "{}")]),
+        message_of([LOOK, tool_use("c1_2")], "tool_use"),
+    ),
+    "kimi-ids": (
+        completion(calls=[call(None, "functions.look:0", "look", "{}")]),
+        message_of([tool_use(monorelay.carrying_id("functions.look:0"))], "tool_use"),
+    ),
+}
+ANSWERS["r7-stop-sequence"] = (ANSWERS["r7-stop-sequence"], message_of([said("Hi")], "stop_sequence", sequence="END"))
+
+
+def chunks_of(answer: dict[str, Any], pieces: int = 3) -> list[dict[str, Any]]:
+    """A whole chat answer as a stream of chunks, its texts and arguments in so many pieces."""
+    choice = answer["choices"][0]
+    message, chunks = choice["message"], [delta(role="assistant", content="")]
+
+    def cut(text: Any) -> list[Any]:
+        if not isinstance(text, str):
+            return [] if text is None else [[part] for part in text] if isinstance(text, list) else [text]
+        size = max(1, math.ceil(len(text) / pieces))
+        return [text[at : at + size] for at in range(0, len(text), size)]
+
+    thoughts = {name: message[name] for name in message if name.startswith("reasoning")}
+    for parts in itertools.zip_longest(*map(cut, thoughts.values())):
+        chunks.append(delta(**dict(zip(thoughts, parts))))
+    chunks += [delta(content=part) for part in cut(message["content"])]
+    chunks += [delta(refusal=part) for part in cut(message.get("refusal"))]
+    for index, one in enumerate(message.get("tool_calls") or ()):
+        arguments = cut(one["function"]["arguments"]) or [""]
+        chunks.append(delta(calls=[call(index, one["id"], one["function"]["name"], arguments[0])]))
+        chunks += [delta(calls=[call(index, None, None, part)]) for part in arguments[1:]]
+    if message.get("function_call"):
+        chunks.append(delta(function_call=message["function_call"]))
+    last = delta(choice["finish_reason"])
+    last["choices"][0].update({"stop_reason": choice["stop_reason"]} if "stop_reason" in choice else {})
+    return [*chunks, last, {**delta(), "choices": [], "usage": answer["usage"]}]
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_r_and_s21_a_whole_answer_and_its_stream_are_the_same_message(name):
+    answer, expected = ANSWERS[name]
+    whole = whole_answer(asked_of(), answer)
+    if expected:
+        assert whole == expected
+    assert set(whole) == set(message_of([]))
+    data = sse_of(chunks_of(answer))
+    assert whole_answer(asked_of(), data, is_stream=True) == whole
+    at_once = monorelay.AnswerTranslator(asked_of(stream=True)).whole(json.dumps(answer).encode(), is_stream=False)
+    follow_grammar(events_of(at_once))
+    sent = {streamed(asked_of(), data, size) for size in (1, 7, 1 << 20)}
+    assert len(sent) == 1
+    if name != "r15-length":  # of which a stream has shown a part
+        assert accumulated(asked_of(), data) == whole
+
+
+def ended_with(asked: Any, data: bytes) -> tuple[str, str]:
+    """The type and message of the error that a stream ends with."""
+    sent, failed = streamed(asked, data)
+    assert failed and b"message_stop" not in sent and b"[DONE]" not in sent
+    name, last = events_of(sent)[-1]
+    assert name == "error"
+    return last["error"]["type"], last["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        completion(calls=[call(None, "c1", "look", '{"at')]),
+        completion(calls=[call(None, "c1", "look", "[1]")]),
+        completion(calls=[call(None, "c1", None, "{}")]),
+        completion(calls=[call(None, "c1", "x" * 300, "{}")]),
+        completion(calls=[call(None, f"c{n}", "look", "{}") for n in range(200)]),
+        {},
+        {"choices": []},
+        {"choices": None},
+        b"[]",
+        b"x",
+        {"error": {"message": "no", "code": 502}},
+        {"error": "no"},
+        completion("error"),
+    ],
+    ids=brief,
+)
+def test_r15_and_r16_what_is_no_message_is_a_fault(document):
+    with pytest.raises(monorelay.AnswerFault) as caught:
+        whole_answer(asked_of(), document)
+    assert caught.value.status == 502 and caught.value.message
+    with pytest.raises(monorelay.AnswerFault) as caught:
+        whole_answer(asked_of(), {"error": {"message": "slow down", "code": 429}})
+    assert caught.value.status == 429 and caught.value.message == "slow down"
+
+
+def test_r15_malformed_arguments_end_a_stream_with_an_error():
+    for parts in (['{"at'], ["[1]"], ['{"a":1}', "}"], ["{'a'}"]):
+        data = sse_of([*(delta(calls=[call(0, "c1", "look", part)]) for part in parts), delta("tool_calls")])
+        assert ended_with(asked_of(), data) == ("api_error", "the provider sent malformed tool arguments")
+    cut_off = sse_of([delta(calls=[call(0, "c1", "look", '{"at')]), delta("length")])
+    assert dict(events_of(streamed(asked_of(), cut_off)[0]))["message_delta"]["delta"]["stop_reason"] == "max_tokens"
+
+
+STREAMS: dict[str, tuple[list[dict[str, Any]], list[Any], str]] = {
+    "s2-all": (
+        [
+            delta(role="assistant"),
+            delta(reasoning_content="h"),
+            delta(reasoning_content="m"),
+            delta(content="Hi"),
+            delta(content=" you"),
+            delta(calls=[call(0, "c1", "look", '{"at":')]),
+            delta(calls=[call(0, None, None, '"door"}')]),
+            delta(calls=[call(1, "c2", "dig", "{}")]),
+            delta("tool_calls", USAGE),
+        ],
+        [signed("hm"), said("Hi you"), LOOK, tool_use("c2", "dig")],
+        "tool_use",
+    ),
+    "s3-interleaved": (
+        [
+            delta(calls=[call(0, "c1", "look", "")]),
+            delta(calls=[call(1, "c2", "dig", "")]),
+            delta(calls=[call(1, arguments='{"a"')]),
+            delta(calls=[call(0, arguments='{"at":"door')]),
+            delta(calls=[call(1, arguments=":1}"), call(0, arguments='"}')]),
+            delta("tool_calls", USAGE),
+        ],
+        [LOOK, tool_use("c2", "dig", a=1)],
+        "tool_use",
+    ),
+    "s4-late-id": (
+        [
+            delta(calls=[call(0, None, "look", '{"at"')]),
+            delta(calls=[call(0, "c1", None, ':"door"}')]),
+            delta("tool_calls", USAGE),
+        ],
+        [LOOK],
+        "tool_use",
+    ),
+    "s4-late-name": (
+        [
+            delta(calls=[call(0, "c1", None, '{"at"')]),
+            delta(calls=[call(0, None, "look", ':"door"}')]),
+            delta("tool_calls", USAGE),
+        ],
+        [LOOK],
+        "tool_use",
+    ),
+    "s4-split-name": (
+        [
+            delta(calls=[call(0, None, "lo", "")]),
+            delta(calls=[call(0, "c1", "ok", ARGUMENTS)]),
+            delta("tool_calls", USAGE),
+        ],
+        [LOOK],
+        "tool_use",
+    ),
+    "s5-always-0": (
+        [
+            delta(calls=[call(0, "c1", "look", ARGUMENTS)]),
+            delta(calls=[call(0, "c2", "dig", "{}")]),
+            delta("tool_calls", USAGE),
+        ],
+        [LOOK, tool_use("c2", "dig")],
+        "tool_use",
+    ),
+    "s5b-no-index": (
+        [
+            delta(calls=[call(None, "c1", "look", '{"at"')]),
+            delta(calls=[call(None, None, None, ':"door"}')]),
+            delta(calls=[call(None, "c2", "dig", "{}")]),
+            delta("tool_calls", USAGE),
+        ],
+        [LOOK, tool_use("c2", "dig")],
+        "tool_use",
+    ),
+    "s5c-first-is-1": (
+        [delta(calls=[call(1, "c1", "look", ARGUMENTS)]), delta("tool_calls", USAGE)],
+        [LOOK],
+        "tool_use",
+    ),
+    "s6-empty-names": (
+        [
+            delta(calls=[call(0, "c1", "look", '{"at":')]),
+            delta(calls=[call(0, "", "", '"door"}')]),
+            delta("tool_calls", USAGE),
+        ],
+        [LOOK],
+        "tool_use",
+    ),
+    "s7-all-in-one": (
+        [delta("tool_calls", USAGE, content="Hi", calls=[call(None, "c1", "look", ARGUMENTS)])],
+        [said("Hi"), LOOK],
+        "tool_use",
+    ),
+    "s8-usage-always": (
+        [delta(content="H", usage={"prompt_tokens": 20, "completion_tokens": 1}), delta("stop", USAGE, content="i")],
+        [said("Hi")],
+        "end_turn",
+    ),
+    "s9-usage-last": (
+        [delta(content="Hi"), delta("stop"), {"id": "chatcmpl-1", "choices": [], "usage": USAGE}],
+        [said("Hi")],
+        "end_turn",
+    ),
+    "s13-two-ends": (
+        [
+            delta(content="Hi"),
+            delta("stop"),
+            delta("length", content="more"),
+            {"id": "chatcmpl-1", "choices": [], "usage": USAGE},
+        ],
+        [said("Hi")],
+        "end_turn",
+    ),
+    "s14-no-calls": ([delta(content="Hi"), delta("tool_calls", USAGE)], [said("Hi")], "end_turn"),
+    "s15-stop-with-calls": (
+        [delta(calls=[call(0, "c1", "look", ARGUMENTS)]), delta("stop", USAGE)],
+        [LOOK],
+        "tool_use",
+    ),
+    "s16-azure": (
+        [
+            {"id": "", "choices": [], "prompt_filter_results": []},
+            delta(role="assistant"),
+            delta(content="Hi"),
+            delta("stop", USAGE),
+        ],
+        [said("Hi")],
+        "end_turn",
+    ),
+    "s18-empty": ([delta(role="assistant", content=""), delta("stop", USAGE)], [said("")], "end_turn"),
+    "s19-trailing": (
+        [
+            delta(calls=[call(0, "c1", "look", ARGUMENTS)]),
+            delta(calls=[call(1, "c2", "dig", "{}")]),
+            delta(calls=[call(0, "", "", "")]),
+            delta("tool_calls", USAGE),
+        ],
+        [LOOK, tool_use("c2", "dig")],
+        "tool_use",
+    ),
+    "text-behind-call": (
+        [delta(calls=[call(0, "c1", "look", ARGUMENTS)]), delta(content="Hi"), delta("stop", USAGE)],
+        [LOOK, said("Hi")],
+        "tool_use",
+    ),
+    "text-within-call": (
+        [
+            delta(calls=[call(0, "c1", "look", '{"at":')]),
+            delta(content="\n"),
+            delta(content="Hi"),
+            delta(calls=[call(0, arguments='"door"}')]),
+            delta("stop", USAGE),
+        ],
+        [LOOK, said("Hi")],
+        "tool_use",
+    ),
+    "no-id": ([delta(calls=[call(0, None, "look", ARGUMENTS)]), delta("stop", USAGE)], None, "tool_use"),
+    "thinking-again": (
+        [delta(reasoning="a"), delta(content="b"), delta(reasoning="c"), delta(content="d"), delta("stop", USAGE)],
+        [signed("a"), said("b"), signed("c"), said("d")],
+        "end_turn",
+    ),
+    "other-choices": (
+        [delta(content="Hi"), {**delta(), "choices": [{"index": 1, "delta": {"content": "no"}}]}, delta("stop", USAGE)],
+        [said("Hi")],
+        "end_turn",
+    ),
+    "oddities": (
+        [
+            delta(content="Hi", tool_calls=None, refusal="", audio=None),
+            {"choices": [{"index": 0, "delta": None}]},
+            {"a": 1},
+            delta("stop", USAGE),
+        ],
+        [said("Hi")],
+        "end_turn",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_s_streams_of_chat_become_messages(name):
+    chunks, content, reason = STREAMS[name]
+    first = {"id": "chatcmpl-1"}
+    message = accumulated(asked_of(), sse_of([{**first, **one} if one.get("id") else one for one in chunks]))
+    if content is not None:
+        assert message["content"] == content
+    assert (message["stop_reason"], message["usage"]) == (reason, USED)
+    assert len({streamed(asked_of(), sse_of(chunks), size) for size in (1, 5, 1 << 20)}) == 1
+
+
+def test_an_id_is_made_up_where_there_is_none_and_is_the_same_each_time():
+    chunks = STREAMS["no-id"][0]
+    ids = {accumulated(asked_of(), sse_of(chunks))["content"][0]["id"] for _ in range(2)}
+    assert len(ids) == 1 and re.fullmatch("call_[0-9a-f]{24}", ids.pop())
+
+
+@pytest.mark.parametrize("done", [True, False])
+@pytest.mark.parametrize("finish", ["stop", None])
+def test_s10_and_s11_what_ends_a_stream(done, finish):
+    data = sse_of([delta(content="Hi"), delta(finish)], done)
+    if done or finish:
+        message = accumulated(asked_of(), data)
+        assert message["content"] == [said("Hi")] and message["stop_reason"] == "end_turn"
+        assert message["usage"] == {**GUESSED, "output_tokens": 1}
+    else:
+        assert ended_with(asked_of(), data) == ("api_error", "the provider's stream ended before it was finished")
+    without_a_line_end = data.rstrip(b"\n")
+    assert streamed(asked_of(), without_a_line_end)[1] == (not (done or finish))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ({"message": "Overloaded", "type": "overloaded_error"}, "overloaded_error"),
+        ({"message": "slow", "code": "rate_limit_exceeded"}, "rate_limit_error"),
+        ({"message": "bad", "code": 400}, "invalid_request_error"),
+        ({"message": "x"}, "api_error"),
+        ("x", "api_error"),
+    ],
+)
+def test_s12_an_error_in_the_midst_ends_the_stream(error, kind):
+    data = sse_of([delta(content="Hi"), {"error": error}, delta("stop")])
+    words = error["message"] if isinstance(error, dict) else error
+    assert ended_with(asked_of(), data) == (kind, words)
+    assert ended_with(asked_of(), b"data: nonsense\n\n")[0] == "api_error"
+
+
+def test_s17_comments_are_no_events_and_silence_gets_a_ping():
+    it = monorelay.AnswerTranslator(asked_of(stream=True))
+    assert it.feed(b": OPENROUTER PROCESSING\n\n") == b""
+    assert [name for name, _ in events_of(it.ping())] == ["message_start", "ping"]
+    assert [name for name, _ in events_of(it.ping())] == ["ping"]
+    sent = it.feed(sse_of([delta(content="Hi")], done=False))
+    assert [name for name, _ in events_of(sent)] == ["content_block_start", "content_block_delta"]
+    it.feed(sse_of([delta("stop")], done=False))
+    assert not it.ended
+    assert [name for name, _ in events_of(it.ping())][-1] == "message_stop" and it.ended and not it.failed
+
+
+def test_s22_each_part_of_a_call_leaves_before_the_next_comes():
+    it = monorelay.AnswerTranslator(asked_of(stream=True))
+    parts = []
+    for part in ('{"at', '": "do', 'or"}'):
+        sent = it.feed(sse_of([delta(calls=[call(0, "c1", "look", part)])], done=False))
+        parts += [data["delta"]["partial_json"] for name, data in events_of(sent) if name == "content_block_delta"]
+        assert "".join(parts).endswith(part)
+
+
+def test_thinking_is_shown_to_those_who_asked_for_it():
+    data = sse_of([delta(reasoning="hm"), delta(content="Hi"), delta("stop", USAGE)])
+    assert accumulated(asked_of(thinking="hidden"), data)["content"] == [said("Hi")]
+    omitted = accumulated(asked_of(thinking="omitted"), data)["content"]
+    assert omitted == [signed(""), said("Hi")]
+    kept = accumulated(asked_of(thinking="omitted", thinking_returns=True), data)["content"][0]
+    assert (
+        kept["thinking"] == ""
+        and monorelay.own_thinking(kept, "acme") == "hm"
+        and monorelay.own_thinking(kept, "b") == ""
+    )
+
+
+CALL_SCRIPT = st.lists(
+    st.dictionaries(st.text(max_size=4), st.text(max_size=6) | st.integers(), max_size=3), min_size=1, max_size=4
+)
+
+
+@hypothesis.given(CALL_SCRIPT, st.randoms(use_true_random=False), st.booleans(), st.booleans())
+def test_calls_in_any_order_of_their_parts_are_the_same_calls(inputs, chance, ascii, text_too):
+    """S3: however the parts of parallel calls are mixed, each call is whole, and they stand in the order in which they
+    began."""
+    queues = []
+    for index, given in enumerate(inputs):
+        text = json.dumps(given, ensure_ascii=ascii)
+        cuts = sorted(chance.sample(range(len(text) + 1), min(3, len(text) + 1)))
+        parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+        queues.append(
+            [call(index, f"c{index}", "look", parts[0])] + [call(index, None, None, part) for part in parts[1:]]
+        )
+    order, chunks = [], []
+    while any(queues):
+        index = chance.choice([number for number, queue in enumerate(queues) if queue])
+        order += [index] * (index not in order)
+        chunks.append(delta(calls=[queues[index].pop(0)]))
+        if text_too and chance.random() < 0.3:
+            chunks.append(delta(content=chance.choice(["\n", "x"])))
+    message = accumulated(asked_of(), sse_of([*chunks, delta("tool_calls", USAGE)]))
+    calls = [block for block in message["content"] if block["type"] == "tool_use"]
+    assert calls == [{**tool_use(f"c{index}"), "input": inputs[index]} for index in order]
+    texts = "".join(block["text"] for block in message["content"] if block["type"] == "text")
+    assert texts.count("x") == sum(one["choices"][0]["delta"].get("content") == "x" for one in chunks)
+
+
+CHUNK = st.builds(
+    delta,
+    st.none() | st.sampled_from(["stop", "length", "tool_calls", "error", ""]),
+    st.none() | JSON_VALUE,
+    content=JSON_VALUE,
+    reasoning=JSON_VALUE,
+    calls=JSON_VALUE
+    | st.lists(
+        st.builds(
+            call,
+            st.none() | st.integers(0, 2),
+            st.none() | st.text(max_size=2),
+            st.none() | st.text(max_size=2),
+            st.none() | st.sampled_from(["{", "}", "{}", "", '"a":1', "x"]) | JSON_VALUE,
+        ),
+        max_size=3,
+    ),
+)
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(
+    st.lists(
+        CHUNK
+        | st.dictionaries(st.sampled_from(["id", "choices", "usage", "error", "type", "message", "delta"]), JSON_VALUE),
+        max_size=6,
+    ),
+    st.booleans(),
+    st.integers(1, 60),
+    st.sampled_from(["anthropic", "openai"]),
+)
+def test_whatever_comes_the_client_gets_a_sound_stream_or_an_error(chunks, done, size, format):
+    data = sse_of(chunks, done)
+    sent, failed = streamed(asked_of(format), data, size)
+    assert (sent, failed) == streamed(asked_of(format), data)
+    events = events_of(sent)
+    if format == "anthropic" and not failed:
+        follow_grammar(events)
+    assert (events[-1][0] == "error") == failed
+    with contextlib.suppress(monorelay.AnswerFault):
+        whole_answer(asked_of(format), data, is_stream=True)
+
+
+def test_what_is_held_of_an_answer_is_bounded_and_costs_no_more_the_longer_it_gets():
+    def feed(piece: bytes, count: int) -> Any:
+        it = monorelay.AnswerTranslator(asked_of(stream=True))
+        for _ in range(count):
+            it.feed(piece)
+        return it
+
+    long_line = feed(b"x" * 65536, 20)
+    assert long_line.failed
+    waiting = sse_of([delta(calls=[call(0, "c1", "look", "{"), call(1, "c2", "look", "x" * 60_000)])], done=False)
+    assert feed(waiting, 20).failed
+    assert feed(sse_of([delta(content=" " * 60_000)], done=False), 20).failed
+    many = sse_of([delta(calls=[call(number, f"c{number}", "look", "{}")]) for number in range(200)], done=False)
+    assert feed(many, 1).failed
+    tiny = sse_of([delta(calls=[call(0, "c1", "look", "1")])], done=False)
+    some, more = (min(process_time(functools.partial(feed, tiny, count)) for _ in range(3)) for count in (1000, 4000))
+    assert more < 8 * some
+
+
+def process_time(run: Callable[[], object]) -> float:
+    begin = time.process_time()
+    run()
+    return time.process_time() - begin
+
+
+@pytest.mark.parametrize("line_end", sorted(LINE_ENDS))
+def test_s23_events_are_read_however_they_are_cut(line_end):
+    text = sse_of([delta(content="Grüße \u2028 \U0001f600"), delta("stop", USAGE)]).replace(b"\\u", b"\\u")
+    raw = json.dumps(delta(content="Grüße \u2028 \U0001f600"), ensure_ascii=False).encode()
+    data = b": hello\nevent: x\nid: 1\n\ndata:" + raw + b"\n\n" + text
+    data = data.replace(b"\n", LINE_ENDS[line_end])
+    for size in range(1, 40):
+        sent, failed = streamed(asked_of(), data, size)
+        assert not failed and sent == streamed(asked_of(), data)[0]
+    texts = [data["delta"]["text"] for name, data in events_of(sent) if name == "content_block_delta"]
+    assert texts == ["Grüße \u2028 \U0001f600"] * 2
+
+
+# -- answers of Messages
+
+
+def message_events(*blocks: Any, reason: str = "end_turn", usage: Any = None, size: int = 4) -> list[bytes]:
+    """A message as Anthropic streams it: deltas of that size."""
+    events = [sse("message_start", message=MESSAGE)]
+    for index, block in enumerate(blocks):
+        empty = {
+            "text": {**block, "text": ""},
+            "thinking": {**block, "thinking": "", "signature": ""},
+            "tool_use": {**block, "input": {}},
+        }
+        events.append(sse("content_block_start", index=index, content_block=empty.get(block["type"], block)))
+        whole = (
+            json.dumps(block["input"])
+            if block["type"] == "tool_use" and block["input"]
+            else block.get(block["type"], "")
+        )
+        name = "input_json" if block["type"] == "tool_use" else block["type"]
+        for at in range(0, len(whole), size):
+            part = {"partial_json" if name == "input_json" else name: whole[at : at + size]}
+            events.append(sse("content_block_delta", index=index, delta={"type": f"{name}_delta", **part}))
+        if block["type"] == "thinking":
+            events.append(
+                sse(
+                    "content_block_delta",
+                    index=index,
+                    delta={"type": "signature_delta", "signature": block["signature"]},
+                )
+            )
+        events += [sse("content_block_stop", index=index), sse("ping")]
+    ending = {"delta": {"stop_reason": reason, "stop_sequence": None}, "usage": usage or {"output_tokens": 12}}
+    return [*events, sse("message_delta", **ending), sse("message_stop")]
+
+
+SEARCHED = [
+    {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "x"}},
+    {"type": "web_search_tool_result", "tool_use_id": "s", "content": []},
+]
+THOUGHT = {"type": "thinking", "thinking": "hm, well", "signature": "sig"}
+REDACTED = {"type": "redacted_thinking", "data": "xyz"}
+
+
+def chat_message(content: str | None = None, calls: Any = None, **more: Any) -> dict[str, Any]:
+    return {
+        "role": "assistant",
+        "content": content,
+        "refusal": None,
+        **({"tool_calls": calls} if calls else {}),
+        **more,
+    }
+
+
+THINKING = {"reasoning_content": "hm, well", "thinking_blocks": [THOUGHT]}
+# Blocks, why they end, and the chat message and finish_reason that they become.
+MESSAGES: dict[str, tuple[list[Any], str, dict[str, Any], str]] = {
+    "text": ([said("Hello"), said(" you")], "end_turn", chat_message("Hello you"), "stop"),
+    "u1-all": (
+        [THOUGHT, said("Hi"), *SEARCHED, tool_use("toolu_1", at="door"), said("!"), tool_use("toolu_2", "dig")],
+        "tool_use",
+        chat_message("Hi!", [called("toolu_1", '{"at": "door"}'), called("toolu_2", "{}", "dig")], **THINKING),
+        "tool_calls",
+    ),
+    "u2-no-text": ([tool_use("toolu_1")], "tool_use", chat_message(None, [called("toolu_1", "{}")]), "tool_calls"),
+    "u5-pause": ([said("Hi")], "pause_turn", chat_message("Hi"), "stop"),
+    "u5-refusal": ([said("No")], "refusal", chat_message("No"), "content_filter"),
+    "u5-window": ([said("Hi")], "model_context_window_exceeded", chat_message("Hi"), "length"),
+    "length": ([said("Hi")], "max_tokens", chat_message("Hi"), "length"),
+    "sequence": ([said("Hi")], "stop_sequence", chat_message("Hi"), "stop"),
+    "server-tools-alone": (SEARCHED, "tool_use", chat_message(""), "stop"),
+    "unknown": ([{"type": "hologram"}, said("Hi")], "vanished", chat_message("Hi"), "stop"),
+    "redacted": (
+        [REDACTED, THOUGHT],
+        "end_turn",
+        chat_message("", reasoning_content="hm, well", thinking_blocks=[REDACTED, THOUGHT]),
+        "stop",
+    ),
+    "nothing": ([], "end_turn", chat_message(""), "stop"),
+}
+
+
+def openai_accumulated(data: bytes, **fields: Any) -> tuple[dict[str, Any], str, Any]:
+    """The message, the finish_reason and the usage that OpenAI's own SDK makes of a translated stream."""
+    sent, failed = streamed(asked_of("openai", **fields), data)
+    assert not failed and sent.endswith(b"data: [DONE]\n\n")
+    with (
+        serving(sent) as url,
+        openai.OpenAI(api_key="x", base_url=url, max_retries=0) as client,
+        client.chat.completions.stream(model="m", messages=[HELLO]) as stream,
+    ):
+        assert all(stream)  # it would raise for an answer that was cut off, only to say that it was
+        final = stream.current_completion_snapshot
+    return final.choices[0].message.to_dict(), final.choices[0].finish_reason, final.usage
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_u_a_whole_message_and_its_stream_are_the_same_chat_answer(name):
+    blocks, reason, expected, finish = MESSAGES[name]
+    used = {"input_tokens": 25, "output_tokens": 12}
+    whole = whole_answer(asked_of("openai"), {**MESSAGE, "content": blocks, "stop_reason": reason, "usage": used})
+    choice = whole["choices"][0]
+    for one in choice["message"].get("tool_calls", ()):
+        one["function"]["arguments"] = json.dumps(json.loads(one["function"]["arguments"]))
+    assert choice == {"index": 0, "message": expected, "logprobs": None, "finish_reason": finish}
+    assert (whole["id"], whole["object"], whole["created"], whole["model"]) == (
+        "chatcmpl-1",
+        "chat.completion",
+        7,
+        "model-asked",
+    )
+    assert (whole["usage"]["prompt_tokens"], whole["usage"]["completion_tokens"], whole["usage"]["total_tokens"]) == (
+        25,
+        12,
+        37,
+    )
+    openai.types.chat.ChatCompletion.model_validate(whole, strict=True)
+    for size in (1, 4, 1000):
+        data = b"".join(message_events(*blocks, reason=reason, size=size))
+        assert whole_answer(asked_of("openai"), data, is_stream=True)["choices"] == [choice]
+        assert len({streamed(asked_of("openai"), data, step) for step in (1, 9, 1 << 20)}) == 1
+    message, told, usage = openai_accumulated(data, with_usage=True)
+    kept = {key: value for key, value in message.items() if value is not None}
+    for block in kept.get("thinking_blocks", ()):
+        del block["index"]
+    for one in kept.get("tool_calls", ()):
+        one.pop("index", None)
+        one["function"].pop("parsed_arguments", None)
+    wanted = {key: value for key, value in expected.items() if value is not None}
+    assert (kept, told) == ({"content": "", **wanted}, finish) and usage.total_tokens == 37
+
+
+def test_u1_calls_are_counted_among_themselves():
+    data = b"".join(message_events(THOUGHT, said("Hi"), *SEARCHED, tool_use("a", x=1), said("!"), tool_use("b")))
+    chunks = [data for _, data in events_of(streamed(asked_of("openai"), data)[0])[:-1]]
+    assert {one["id"] for one in chunks} == {"chatcmpl-1"} and all(
+        one["object"] == "chat.completion.chunk" for one in chunks
+    )
+    entries = [entry for one in chunks for choice in one["choices"] for entry in choice["delta"].get("tool_calls", ())]
+    assert [entry["index"] for entry in entries if "id" in entry] == [0, 1]
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert "usage" not in chunks[0] and chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_u2_a_call_that_begins_with_its_input_has_it():
+    start = sse("content_block_start", index=0, content_block=tool_use("a", x=1))
+    data = (
+        ANTHROPIC_EVENTS[0] + start + sse("content_block_stop", index=0) + ANTHROPIC_EVENTS[-2] + ANTHROPIC_EVENTS[-1]
+    )
+    message, _, _ = openai_accumulated(data)
+    assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"x": 1}
+
+
+def test_u3_and_u7_the_usage_is_told_to_those_who_ask():
+    started = {"input_tokens": 3, "cache_read_input_tokens": 10, "cache_creation_input_tokens": 7, "output_tokens": 1}
+    ending = {
+        "input_tokens": 4,
+        "output_tokens": 12,
+        "cache_read_input_tokens": None,
+        "output_tokens_details": {"thinking_tokens": 6},
+    }
+    events = message_events(said("Hi"), usage=ending)
+    events[0] = sse("message_start", message={**MESSAGE, "usage": started})
+    sent, _ = streamed(asked_of("openai", with_usage=True), b"".join(events))
+    chunks = [data for _, data in events_of(sent)]
+    assert chunks[-1] == "[DONE]" and chunks[-2]["choices"] == []
+    assert chunks[-2]["usage"] == {
+        "prompt_tokens": 21,
+        "completion_tokens": 12,
+        "total_tokens": 33,
+        "prompt_tokens_details": {"cached_tokens": 10, "cache_write_tokens": 7},
+        "completion_tokens_details": {"reasoning_tokens": 6},
+    }
+    assert all(one["usage"] is None for one in chunks[:-2])
+    assert b'"usage"' not in streamed(asked_of("openai"), b"".join(events))[0]
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_u4_a_message_without_its_end_is_an_error(count):
+    data = b"".join(ANTHROPIC_EVENTS[:count])
+    assert ended_with(asked_of("openai"), data) == (
+        "server_error",
+        "the provider's stream ended before it was finished",
+    )
+    assert ended_with(asked_of("openai"), data + OVERLOADED) == ("server_error", "Overloaded")
+    assert (
+        ended_with(asked_of("openai"), data + b"event: error\ndata: " + OVERLOADED.split(b"data: ")[1])[0]
+        == "server_error"
+    )
+
+
+def test_u6_and_u8_pings_are_comments_and_unknown_events_nothing():
+    it = monorelay.AnswerTranslator(asked_of("openai", stream=True))
+    assert b"assistant" in it.feed(ANTHROPIC_EVENTS[0])
+    assert it.feed(sse("ping")) == b": ping\n\n" == it.ping()
+    assert it.feed(sse("weather", sky="blue")) == b""
+    assert it.feed(sse("content_block_delta", index=0, delta={"type": "citations_delta", "citation": {}})) == b""
+
+
+def test_a_called_tool_has_the_name_that_the_client_gave_it():
+    body, made = translated(chat(tools=[{"type": "function", "function": {"name": "my.tool"}}]), target_of("anthropic"))
+    assert re.fullmatch("my_tool_[0-9a-f]{8}", body["tools"][0]["name"])
+    answer = whole_answer(
+        made.asked, {**MESSAGE, "content": [tool_use("a", body["tools"][0]["name"])], "stop_reason": "tool_use"}
+    )
+    assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "my.tool"
+
+
+@pytest.mark.parametrize(
+    "text", ["1e400", "[" * 900 + "]" * 900, "1" * 500, '"\\ud83d"', "12345678901234567890123"], ids=brief
+)
+def test_odd_values_among_arguments_break_nothing(text):
+    call = f'{{"id":"c","function":{{"name":"f","arguments":{{"a":{text}}}}}}}'.encode()
+    whole = b'{"choices":[{"message":{"tool_calls":[%b]}}]}' % call
+    block = b'{"type":"tool_use","id":"c","name":"f","input":{"a":%b}}' % text.encode()
+    message = b'{"type":"message","content":[%b],"stop_reason":"tool_use"}' % block
+    start = b'data: {"type":"content_block_start","content_block":%b}\n\n' % block
+    for asked, answer, stream in (
+        (asked_of(), whole, b"data: %b\n\ndata: [DONE]\n\n" % whole.replace(b"message", b"delta")),
+        (asked_of("openai"), message, start + sse("content_block_stop") + sse("message_stop")),
+    ):
+        events = events_of(streamed(asked, stream)[0])
+        with contextlib.suppress(monorelay.AnswerFault):
+            arguments = json.dumps(whole_answer(asked, answer))
+            assert text.strip('"\\') in arguments.replace(" ", "") and events[-1][0] != "error"
+
+
+@pytest.mark.parametrize(
+    "document", [b"x", b"[]", {}, {"type": "ping2"}, {"type": "error", "error": {"message": "no"}}], ids=brief
+)
+def test_what_is_no_message_of_anthropics_is_a_fault(document):
+    with pytest.raises(monorelay.AnswerFault):
+        whole_answer(asked_of("openai"), document)
+
+
+# -- errors
+
+
+@pytest.mark.parametrize(
+    ("status", "anthropic_kind", "openai_kind"),
+    [
+        (400, "invalid_request_error", "invalid_request_error"),
+        (402, "billing_error", "insufficient_quota"),
+        (403, "permission_error", "permission_error"),
+        (404, "not_found_error", "not_found_error"),
+        (408, "timeout_error", "timeout_error"),
+        (413, "request_too_large", "request_too_large"),
+        (422, "invalid_request_error", "invalid_request_error"),
+        (418, "invalid_request_error", "invalid_request_error"),
+        (429, "rate_limit_error", "rate_limit_error"),
+        (500, "api_error", "server_error"),
+        (502, "api_error", "server_error"),
+        (503, "overloaded_error", "server_error"),
+        (504, "timeout_error", "timeout_error"),
+        (529, "overloaded_error", "server_error"),
+    ],
+)
+def test_e1_an_error_has_the_type_of_its_status(status, anthropic_kind, openai_kind):
+    content = json.dumps({"error": {"message": "No.", "type": "strange", "code": "odd"}}).encode()
+    told, body = monorelay.error_answer(status, content, asked_of())
+    assert told == status and json.loads(body) == {
+        "type": "error",
+        "error": {"type": anthropic_kind, "message": "No."},
+        "request_id": "req_1",
+    }
+    told, body = monorelay.error_answer(status, content, asked_of("openai"))
+    error = json.loads(body)["error"]
+    assert (
+        told == status
+        and (error["message"], error["type"], error["param"]) == ("No.", openai_kind, None)
+        and error["code"]
+    )
+
+
+OVERFLOWS = {
+    (
+        "This model's maximum context length is 4096 tokens. However, your messages resulted in 5000 tokens."
+    ): "5000 tokens > 4096",
+    (
+        "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens (3000 in"
+        " the messages, 2000 in the completion)."
+    ): "3000 + 2000 > 4096",
+    "Your input exceeds the context window of this model. Please adjust your input.": "",
+    (
+        "'max_tokens' or 'max_completion_tokens' is too large: 2000. This model's maximum context length"
+        " is 4096 tokens and your request has 3000 input tokens"
+    ): "3000 + 2000 > 4096",
+    (
+        "This model's maximum context length is 4096 tokens. However, you requested 2000 output tokens "
+        "and your prompt contains at least 3000 input tokens, for a total of at least 5000 tokens."
+    ): "3000 + 2000 > 4096",
+    (
+        "Requested token count exceeds the model's maximum context length of 4096 tokens. You requested "
+        "a total of 5000 tokens: 3000 tokens from the input messages and 2000 tokens for the completion."
+    ): "3000 + 2000 > 4096",
+    (
+        "This endpoint's maximum context length is 4096 tokens. However, you requested about 5000 tokens"
+        " (3000 of text input, 2000 in the output)."
+    ): "3000 + 2000 > 4096",
+    "The input token count (5000) exceeds the maximum number of tokens allowed (4096).": "5000 tokens > 4096",
+    "This model's maximum prompt length is 4096 but the request contains 5000 tokens.": "5000 tokens > 4096",
+    "Please reduce the length of the messages or completion.": "",
+    (
+        "Prompt contains 5000 tokens and 0 draft tokens, too large for model with 4096 maximum context length"
+    ): "5000 tokens > 4096",
+    "request (5000 tokens) exceeds the available context size (4096 tokens), try increasing it": "5000 tokens > 4096",
+    "The number of tokens to keep from the initial prompt is greater than the context length.": "",
+    "prompt token count of 5000 exceeds the limit of 4096": "5000 tokens > 4096",
+    "invalid params, context window exceeds limit (2013)": "",
+    "Your request exceeded model token limit: 4096 (requested: 5000)": "5000 tokens > 4096",
+}
+
+
+@pytest.mark.parametrize("words", OVERFLOWS)
+def test_e2_a_context_overflow_is_told_in_the_words_that_clients_act_on(words):
+    status, body = monorelay.error_answer(400, json.dumps({"error": {"message": words}}).encode(), asked_of())
+    message = json.loads(body)["error"]["message"]
+    if "+" in OVERFLOWS[words]:
+        assert message.startswith(
+            f"input length and `max_tokens` exceed context limit: {OVERFLOWS[words]}, decrease input length"
+        )
+    else:
+        assert message.startswith(
+            f"prompt is too long: {OVERFLOWS[words]} maximum (" if OVERFLOWS[words] else "prompt is too long ("
+        )
+    assert status == 400 and f"({words})" in message
+    assert (
+        "too long"
+        not in json.loads(monorelay.error_answer(500, json.dumps({"error": words}).encode(), asked_of())[1])["error"][
+            "message"
+        ]
+    )
+    sent, _ = streamed(asked_of(), sse_of([{"error": {"message": words, "code": 400}}]))
+    assert events_of(sent)[-1][1]["error"]["message"] == message
+
+
+def test_e2_overflows_that_say_it_in_other_ways():
+    def told(status: int, content: bytes, format: str = "anthropic") -> tuple[int, Any]:
+        status, body = monorelay.error_answer(status, content, asked_of(format))
+        return status, json.loads(body)["error"]
+
+    coded = json.dumps({"error": {"message": "no", "code": "context_length_exceeded"}}).encode()
+    assert told(400, coded) == (
+        400,
+        {"type": "invalid_request_error", "message": "prompt is too long (no) capability_rejected: prompt_too_long"},
+    )
+    llama = b'{"error":{"message":"too big","type":"exceed_context_size_error","n_prompt_tokens":9,"n_ctx":8}}'
+    assert told(400, llama)[1]["message"].startswith("prompt is too long: 9 tokens > 8 maximum")
+    assert told(413, b"")[0] == 400 and told(400, b"")[1]["message"] == "HTTP 400 from the provider acme"
+    groq = b'{"error":{"message":"Request too large for model `m` on TPM: Limit 6000, Requested 9000, please"}}'
+    assert told(429, groq)[0] == 400 and "9000 tokens > 6000" in told(429, groq)[1]["message"]
+    assert told(429, b'{"error":{"message":"maximum context length"}}')[0] == 429
+    for words in (
+        "prompt is too long: 9 tokens > 8 maximum",
+        "input length and `max_tokens` exceed context limit: 9 + 1 > 8",
+    ):
+        status, error = told(
+            400,
+            json.dumps({"type": "error", "error": {"type": "invalid_request_error", "message": words}}).encode(),
+            "openai",
+        )
+        assert (status, error["message"], error["code"]) == (400, words, "context_length_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            b'{"error":{"message":"Provider returned error","metadata":{"raw":"the reason"}}}',
+            "Provider returned error: the reason",
+        ),
+        (b'{"detail":[{"loc":["body","a"],"msg":"Field required"},{"msg":"b"}]}', "body.a: Field required; b"),
+        (b'{"detail":"Not here"}', "Not here"),
+        (b'{"error":"bad"}', "bad"),
+        (b'{"message":"bad"}', "bad"),
+        (b'[{"error":{"code":400,"message":"Gemini says no"}}]', "Gemini says no"),
+        (b'{"errors":[{"message":"one"}]}', "one"),
+        (b"<html>Bad gateway</html>", "HTTP 502 from the provider acme"),
+        (b"plain words", "plain words"),
+        (b"", "HTTP 502 from the provider acme"),
+        (b'{"a":1}', '{"a":1}'),
+        (b"\xff", "\ufffd"),
+        (b'{"error":' * 5000, '{"error":' * 400),
+    ],
+    ids=brief,
+)
+def test_e3_an_error_keeps_the_providers_words_wherever_they_stand(content, words):
+    _, body = monorelay.error_answer(502, content, asked_of())
+    message = json.loads(body)["error"]["message"]
+    assert message == words if len(words) < 400 else message.startswith(words) and len(message) <= 4096
+
+
+@hypothesis.given(
+    st.binary(max_size=40) | JSON_VALUE.map(lambda value: json.dumps({"error": value}).encode()),
+    st.integers(400, 599),
+    st.sampled_from(["openai", "anthropic"]),
+)
+def test_any_error_can_be_told(content, status, format):
+    _, body = monorelay.error_answer(status, content, asked_of(format))
+    assert json.loads(body)["error"]["message"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Echo
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def echo(relay) -> Relay:
+    return relay({"echo": {}}, aliases={"claude-opus-4-5": "echo"})
+
+
 
 
 @pytest.mark.parametrize(
@@ -3666,7 +5796,8 @@ def test_both_sdks_list_the_models_of_all_providers(upstream, relay):
         answer(200, b'{"object":"list","data":[{"id":"gpt-x","object":"model","created":1,"owned_by":"o"}]}')
     )
     routes = {"claude-*": "anthropic", "gpt-*": "openai", "echo*": "echo"}
-    it = relay({"anthropic": claude, "openai": gpt, "echo": {}}, aliases={"fast": "claude-x"}, routes=routes)
+    providers = {"anthropic": {"upstream": claude, "translate": False}, "openai": {"upstream": gpt, "translate": False}}
+    it = relay({**providers, "echo": {}}, aliases={"fast": "claude-x"}, routes=routes)
     with anthropic.Anthropic(api_key=TOKEN, base_url=it.url, max_retries=0) as client:
         ids = [model.id for model in client.models.list(limit=2)]
         assert {"claude-x", "fast", "echo"} <= set(ids) and len(ids) == len(set(ids)), "every page, each name once"
@@ -4898,7 +7029,7 @@ def test_a_route_is_explained(tmp_path):
         "smart: is the alias smart -> claude-x, gpt-x@two",
         "claude-x: matches the route claude-* -> one",
         "gpt-x@two: names the provider two",
-        "  1. claude-x at one (anthropic): for /v1/messages",
+        "  1. claude-x at one (anthropic): for /v1/messages, and /v1/chat/completions translated",
         "  2. gpt-x at two (openai): skipped, it has no key",
     ])  # fmt: skip
     assert run("route", "any/claude-y[1m]", cwd=tmp_path).returncode == 0
@@ -4983,7 +7114,8 @@ def test_anthropic_paths(upstream, relay, method, path, target, base):
     provider = upstream(lambda connection: connection.send(
         answer(200, b"" if connection.read_request().method == "HEAD" else b'{"id": "x"}',
         "x-a: 1")))  # fmt: skip
-    it = relay({"openai": upstream(answer(500)), "anthropic": {"base_url": provider.url + base}})
+    other = {"upstream": upstream(answer(500)), "translate": False}
+    it = relay({"openai": other, "anthropic": {"base_url": provider.url + base}})
     body = json.dumps(prompt()).encode() if method == "POST" else None
     got = it.ask(method, path, body, "anthropic-version: 2026-10-21")
     assert (got.status, got.get("x-a"), got.body) == (200, "1", b"" if method == "HEAD" else b'{"id": "x"}')
@@ -5111,7 +7243,7 @@ def test_results_url_is_rewritten_only_where_it_points_at_the_provider(upstream,
 def test_a_providers_redirect_is_a_502_and_its_location_reaches_nobody(upstream, relay, path, status):
     elsewhere = "http://elsewhere.example/v1/messages"
     provider = upstream(answer(status, b'{"moved":"%s"}' % elsewhere.encode(), f"location: {elsewhere}"))
-    it = relay({"anthropic": provider, "openai": provider})
+    it = relay(both_formats(provider))
     got = it.ask("GET", path) if "files" in path else it.post(path, prompt())
     message = refused(got, 502, "api_error", openai_shape=path != "/v1/messages")
     assert got.get("x-monorelay-error") == "upstream_redirect" and "base_url" in message
@@ -5713,6 +7845,440 @@ def test_a_429_for_one_model_leaves_the_key_to_the_others_and_is_heeded_until_it
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Translation, as clients see it
+# ------------------------------------------------------------------------------------------------------------
+
+
+def json_reply(document: Any, status: int = 200, *headers: str) -> bytes:
+    return answer(status, json.dumps(document).encode(), *headers)
+
+
+def sse_reply(data: bytes) -> bytes:
+    return STREAM_HEAD + chunked(data)
+
+
+CHAT_HI = completion(content="Hi")
+ANTHROPIC_HI = {**MESSAGE, "content": [said("Hi")], "stop_reason": "end_turn"}
+CHAT_HI_STREAM = sse_reply(sse_of([delta(content="H"), delta(content="i"), delta("stop", USAGE)]))
+
+
+def test_a_message_is_asked_of_a_provider_of_chat(upstream, relay):
+    provider = upstream(
+        json_reply(CHAT_HI, 200, "x-request-id: up-1", "x-ratelimit-remaining-requests: 9", "etag: a", "set-cookie: b")
+    )
+    it = relay({"openai": provider})
+    headers = (
+        "anthropic-version: 2023-06-01",
+        "anthropic-beta: x",
+        "x-stainless-lang: js",
+        "user-agent: mine/1",
+        "x-request-id: r-1",
+        "traceparent: 00-1",
+        "x-app: cli",
+    )
+    got = it.post("/v1/messages?beta=true", prompt("gpt-test", top_k=5, metadata={"user_id": "u"}), *headers)
+    assert got.status == 200 and got.json == {**message_of([said("Hi")]), "model": "gpt-test"}
+    assert (got.get("x-monorelay-translated"), got.get("x-monorelay-dropped")) == (
+        "anthropic>openai",
+        "top_k, metadata.user_id",
+    )
+    assert (got.get("x-monorelay-provider"), got.get("x-monorelay-model")) == ("openai", "gpt-test")
+    assert (
+        got.get("x-request-id") == "up-1" and got.get("x-ratelimit-remaining-requests") == "9" and got.get("request-id")
+    )
+    assert got.all("content-type") == ["application/json"] and not got.get("etag") and not got.get("set-cookie")
+    sent = provider.requests[0]
+    assert sent.target == "/v1/chat/completions"  # Q21
+    assert sent.json == {"model": "gpt-test", "messages": [HELLO], "max_tokens": 64}
+    names = {name.lower() for name, _ in sent.headers}
+    assert names == {
+        "host",
+        "user-agent",
+        "x-request-id",
+        "traceparent",
+        "content-type",
+        "accept-encoding",
+        "authorization",
+        "content-length",
+    }
+    assert sent.get("authorization") == "Bearer sk-openai-secret" and sent.get("user-agent") == "mine/1"
+    line = it.logged("path=/v1/messages", "status=200")
+    assert "translated=anthropic>openai" in line and 'dropped="top_k, metadata.user_id"' in line
+    assert " input=20 output=5" in line and " upstream_id=up-1" in line
+
+
+def test_a_chat_is_asked_of_a_provider_of_messages(upstream, relay):
+    provider = upstream(json_reply(ANTHROPIC_HI, 200, "request-id: up-1"))
+    got = relay({"anthropic": provider}).post("/v1/chat/completions", chat("claude-test", seed=5))
+    assert (
+        got.status == 200
+        and got.json["choices"][0]["message"]["content"] == "Hi"
+        and got.json["model"] == "claude-test"
+    )
+    assert (got.get("x-monorelay-translated"), got.get("x-monorelay-dropped")) == ("openai>anthropic", "seed")
+    sent = provider.requests[0]
+    assert sent.json == {"model": "claude-test", "messages": [user(said("Hello there"))], "max_tokens": 8192}
+    assert sent.get("anthropic-version") == "2023-06-01" and sent.get("x-api-key") == "sk-anthropic-secret"
+    assert not sent.get("authorization") and got.get("x-request-id") and got.get("request-id") == "up-1"
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_a_translated_stream_leaves_event_by_event(upstream, relay, version):
+    chunks = [delta(content="H"), delta(content="i"), delta("stop", USAGE)]
+    pieces = [sse_of([one], done=False) for one in chunks] + [b"data: [DONE]\n\n"]
+    gates = [threading.Event() for _ in pieces]
+    it = relay({"openai": upstream(gated_pieces(pieces, gates))})
+    with it.client() as client:
+        asked = request("POST", "/v1/messages", json.dumps(prompt("gpt-test", stream=True)).encode())
+        client.send(asked.replace(b"HTTP/1.1", f"HTTP/{version}".encode()))
+        head = Message(client.until(b"\r\n\r\n"), b"")
+        assert head.status == 200 and head.get("content-type") == "text/event-stream"
+        assert head.get("cache-control") == "no-cache" and head.get("x-accel-buffering") == "no"
+        for words, gate in zip((b'"text": "H"', b'"text": "i"'), gates):
+            client.until(words)
+            gate.set()
+        for gate in gates:
+            gate.set()
+        rest = client.until(b'"message_stop"}\n\n')
+        assert b"message_delta" in rest
+    line = it.logged("path=/v1/messages")
+    assert "input=20 output=5" in line and "error" not in line
+
+
+def test_targets_keep_their_order_whatever_their_format(upstream, relay):
+    native, other = upstream(json_reply({}, 529)), upstream(json_reply(CHAT_HI))
+    it = relay({"anthropic": native, "openai": other})
+    got = it.post("/v1/messages", prompt())
+    assert got.json["content"] == [said("Hi")] and got.get("x-monorelay-attempts") == "2"
+    assert len(native.requests) == len(other.requests) == 1 and native.requests[0].json == prompt()
+    first, second = upstream(json_reply(ANTHROPIC_HI)), upstream(json_reply(CHAT_HI))
+    got = relay({"openai": second, "anthropic": first}).post("/v1/messages", prompt())
+    assert got.get("x-monorelay-provider") == "openai" and first.requests == []
+
+
+WITH_SEARCH = prompt(tools=[WEB_SEARCH])
+
+
+def test_what_cannot_be_translated_goes_to_the_next_target(upstream, relay):
+    """Q13."""
+    other, native = upstream(json_reply(CHAT_HI)), upstream(json_reply(ANTHROPIC_HI))
+    it = relay({"openai": {"upstream": other, "keys": ["k1", "k2"]}, "anthropic": native})
+    got = it.post("/v1/messages", WITH_SEARCH)
+    assert got.status == 200 and got.get("x-monorelay-attempts") == "1" and other.requests == []
+    assert native.requests[0].json == WITH_SEARCH and not got.get("x-monorelay-translated")
+    assert it.post("/v1/messages", prompt()).get("x-monorelay-provider") == "openai"  # it doesn't cool
+
+
+def test_what_no_target_can_take_is_a_400_that_names_field_and_provider(upstream, relay):
+    other, second = upstream(json_reply(CHAT_HI)), upstream(json_reply(CHAT_HI))
+    it = relay({"openai1": other, "openai2": second})
+    got = it.post("/v1/messages", WITH_SEARCH)
+    words = "tools.0: a tool of the type web_search_20250305 can't be sent to the provider openai1 (OpenAI format)"
+    assert refused(got, 400, "invalid_request_error") == words and got.get("x-monorelay-error") == "untranslatable"
+    assert got.get("x-should-retry") == "false" and other.requests == second.requests == []
+    assert "recovered" not in it.log.getvalue() and "comes last" not in it.log.getvalue()
+    got = relay({"anthropic": upstream(json_reply(CHAT_HI))}).post("/v1/chat/completions", chat(n=2))
+    assert "n: more than one choice" in refused(got, 400, "invalid_request_error", openai_shape=True)
+
+
+def test_an_answer_goes_before_a_refusal(upstream, relay):
+    native = upstream(json_reply({"type": "error", "error": {"type": "rate_limit_error", "message": "slow"}}, 429))
+    got = relay({"openai": upstream(json_reply(CHAT_HI)), "anthropic": native}).post("/v1/messages", WITH_SEARCH)
+    assert got.status == 429 and not got.get("x-monorelay-translated")
+
+
+def test_a_provider_may_refuse_translation(upstream, relay):
+    provider = upstream(json_reply(CHAT_HI))
+    it = relay({"openai": {"upstream": provider, "translate": False}})
+    got = it.post("/v1/messages", prompt())
+    assert "speaks the other format" in refused(got, 400, "invalid_request_error") and provider.requests == []
+    assert got.get("x-monorelay-error") == "other_format"
+    assert it.ask("GET", "/v1/models", None, ANTHROPIC_VERSION).json["data"] == []
+    both = relay(
+        {"openai": {"upstream": provider, "translate": False}, "anthropic": upstream(json_reply(ANTHROPIC_HI))}
+    )
+    assert both.post("/v1/messages", prompt()).get("x-monorelay-provider") == "anthropic"
+    got = relay({"anthropic": upstream(json_reply(CHAT_HI))}).post("/v1/responses", {"model": "m", "input": "x"})
+    assert got.get("x-monorelay-error") == "other_format"
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions"])
+def test_what_needs_no_translation_is_passed_on_byte_for_byte(upstream, relay, path):
+    body = b'{ "model" : "m",  "messages": [], "x": 1.50 }'
+    provider = upstream(answer(200, b'{ "a":1.50 }'))
+    it = relay(
+        {"anthropic" if path == "/v1/messages" else "openai": {"upstream": provider, "translate": {"drop": ["x"]}}}
+    )
+    got = it.post(path, body)
+    assert provider.requests[0].body == body and got.body == b'{ "a":1.50 }' and not got.get("x-monorelay-translated")
+
+
+def test_count_tokens_of_a_translated_target_is_estimated(upstream, relay):
+    other, native = upstream(json_reply(CHAT_HI)), upstream(json_reply({"input_tokens": 7}))
+    it = relay({"openai": other, "anthropic": native}, aliases={"native": "claude-test@anthropic"})
+    got = it.post("/v1/messages/count_tokens", {"model": "claude-test", "messages": [HELLO]})
+    assert (got.status, got.json) == (200, {"input_tokens": 8}) and other.requests == native.requests == []
+    assert got.get("x-monorelay-estimated") == "true" and got.get("x-monorelay-provider") == "openai"
+    got = it.post("/v1/messages/count_tokens", {"model": "native", "messages": [HELLO]})
+    assert got.json == {"input_tokens": 7} and not got.get("x-monorelay-estimated")
+    assert it.post("/v1/messages/count_tokens", {"model": "m", "messages": 5}).status == 400
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_has_the_clients_shape_and_the_providers_words(upstream, relay, stream):
+    """E1, E4, E5."""
+    provider = upstream(
+        json_reply({"error": {"message": "No such thing", "type": "x", "code": "y"}}, 404, "retry-after: 7")
+    )
+    it = relay({"openai": provider})
+    got = it.post("/v1/messages", prompt("gpt-test", stream=stream))
+    assert got.status == 404 and got.get("retry-after") == "7" and got.get("content-type") == "application/json"
+    assert got.json == {
+        "type": "error",
+        "error": {"type": "not_found_error", "message": "No such thing"},
+        "request_id": got.get("x-monorelay-request-id"),
+    }
+    assert not got.get("x-monorelay-error") and "error=upstream:x" in it.logged("status=404")
+    refusing = relay({"openai": upstream(json_reply({"error": {"message": "no", "code": "bad_key"}}, 401))})
+    assert "refused this relay's key" in refused(refusing.post("/v1/messages", prompt()), 502, "api_error")
+    full = json_reply(
+        {
+            "type": "error",
+            "error": {"type": "invalid_request_error", "message": "prompt is too long: 9 tokens > 8 maximum"},
+        },
+        400,
+    )
+    got = relay({"anthropic": upstream(full)}).post("/v1/chat/completions", chat(stream=stream))
+    assert got.status == 400 and got.json["error"]["code"] == "context_length_exceeded"
+
+
+def test_s12_an_error_at_the_beginning_of_a_stream_is_an_http_error(upstream, relay):
+    error = {"id": "gen-1", "choices": [], "error": {"message": "slow", "code": 429}}
+    failing = STREAM_HEAD + chunked(b": PROCESSING\n\n", sse_of([error]))
+    it = relay({"openai": upstream(failing)})
+    got = it.post("/v1/messages", prompt(stream=True))
+    assert got.status == 429 and got.json["error"] == {"type": "rate_limit_error", "message": "slow"}
+    both = relay({"openai": upstream(failing), "openai2": upstream(CHAT_HI_STREAM)})
+    got = both.post("/v1/messages", prompt(stream=True))
+    assert got.status == 200 and got.get("x-monorelay-provider") == "openai2"
+    follow_grammar(events_of(got.body))
+
+
+def test_r16_an_error_in_an_answer_of_200_has_its_status(upstream, relay):
+    it = relay({"openai": upstream(json_reply({"error": {"message": "slow", "code": 429}}))})
+    assert it.post("/v1/messages", prompt()).status == 429
+    it = relay({"openai": upstream(answer(200, b"<html>"))})
+    got = it.post("/v1/messages", prompt())
+    assert got.status == 502 and got.json["error"]["type"] == "api_error"
+
+
+@pytest.mark.parametrize("ending", ["closed", "chunk"])
+def test_s11_a_stream_that_ends_too_early_is_cut_behind_an_error(upstream, relay, ending):
+    data = STREAM_HEAD + chunk(sse_of([delta(content="Hi")], done=False)) + (b"0\r\n\r\n" if ending == "chunk" else b"")
+    it = relay({"openai": upstream(replies_then_closes(data))})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", json.dumps(prompt("gpt-test", stream=True)).encode()))
+        assert_died(client)
+    line = it.logged("path=/v1/messages")
+    assert "error=upstream_broken" in line and "comes last" in it.log.getvalue()
+    it = relay({"anthropic": upstream(replies_then_closes(STREAM_HEAD + chunk(b"".join(ANTHROPIC_EVENTS[:-1]))))})
+    with it.client() as client:
+        client.send(request("POST", "/v1/chat/completions", json.dumps(chat(stream=True)).encode()))
+        assert_died(client, anthropic=False)
+
+
+def test_s20_an_answer_that_is_no_stream_becomes_one_and_the_other_way_round(upstream, relay):
+    got = relay({"openai": upstream(json_reply(CHAT_HI))}).post("/v1/messages", prompt("gpt-test", stream=True))
+    follow_grammar(events_of(got.body))
+    assert got.get("content-type") == "text/event-stream"
+    got = relay({"openai": upstream(CHAT_HI_STREAM)}).post("/v1/messages", prompt("gpt-test"))
+    assert (
+        got.json == {**message_of([said("Hi")]), "model": "gpt-test"} and got.get("content-type") == "application/json"
+    )
+    broken = STREAM_HEAD + chunked(sse_of([delta(content="H")], done=False))
+    assert relay({"openai": upstream(broken)}).post("/v1/messages", prompt()).status == 502
+
+
+def test_s17_silence_gets_a_ping(upstream, relay, monkeypatch):
+    monkeypatch.setattr(monorelay, "PING_SECONDS", 0.2)
+    monkeypatch.setattr(monorelay, "PEEK_SECONDS", 0.2)
+    gate, comment = threading.Event(), threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(STREAM_HEAD)
+        while not comment.wait(0.05):
+            connection.send(chunk(b": PROCESSING\n\n"))
+        connection.wait(gate)
+        connection.send(chunked(sse_of([delta(content="Hi"), delta("stop", USAGE)])))
+
+    with relay({"openai": upstream(script)}).client() as client:
+        client.send(request("POST", "/v1/messages", json.dumps(prompt("gpt-test", stream=True)).encode()))
+        begun = client.until(b'"ping"}\n\n')
+        assert b"message_start" in begun
+        client.until(b'"ping"}\n\n')  # though comments come
+        comment.set()
+        client.until(b'"ping"}\n\n')
+        gate.set()
+        client.until(b'"message_stop"}\n\n')
+
+
+def test_a_translated_stream_that_stalls_is_cut_behind_an_error(upstream, relay):
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(STREAM_HEAD, chunk(sse_of([delta(content="Hi")], done=False)))
+        connection.ended_within(TIMEOUT_SECONDS)
+
+    it = relay({"openai": {"upstream": upstream(script), "timeout": 0.3}})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", json.dumps(prompt("gpt-test", stream=True)).encode()))
+        assert_died(client)
+    assert "error=upstream_timeout" in it.logged("path=/v1/messages")
+    assert it.post("/v1/messages", prompt()).status in (502, 504)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_s24_when_the_client_leaves_so_does_the_relay(upstream, relay, stream):
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        if stream:
+            connection.send(STREAM_HEAD, chunk(sse_of([delta(content="Hi")], done=False)))
+        else:
+            connection.send(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{")
+        connection.upstream.left = connection.ended_within(TIMEOUT_SECONDS)
+
+    provider = upstream(script)
+    it = relay({"openai": provider})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", json.dumps(prompt("gpt-test", stream=stream)).encode()))
+        if stream:
+            client.until(b"Hi")
+        else:
+            assert provider.called.wait(TIMEOUT_SECONDS)
+    eventually(lambda: provider.left, seconds=1.5)
+    it.logged("error=client_gone")
+    assert "comes last" not in it.log.getvalue()
+
+
+def test_the_catalogue_lists_what_translation_makes_callable(upstream, relay):
+    lists = upstream(json_reply({"object": "list", "data": [{"id": "gpt-test", "object": "model"}]}))
+    it = relay({"openai": lists}, aliases={"claude-mine": "gpt-test"})
+    listed = it.ask("GET", "/v1/models", None, ANTHROPIC_VERSION).json["data"]
+    assert [entry["id"] for entry in listed] == ["claude-mine", "gpt-test"] and listed[1]["type"] == "model"
+    assert it.ask("GET", "/v1/models/gpt-test", None, ANTHROPIC_VERSION).json["display_name"] == "gpt-test"
+    assert it.ask("GET", "/v1/models/other", None, ANTHROPIC_VERSION).status == 404 and len(lists.requests) == 1
+
+
+@pytest.mark.parametrize(("kind", "cools"), [("overloaded_error", True), ("invalid_request_error", False)])
+def test_an_error_within_a_translated_stream_cools_unless_it_is_the_requests(upstream, relay, kind, cools):
+    data = sse_of([delta(content="Hi"), {"error": {"message": "no", "type": kind}}], done=False)
+    it = relay({"openai": upstream(STREAM_HEAD + chunked(data))})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", json.dumps(prompt("gpt-test", stream=True)).encode()))
+        assert_died(client)
+    it.logged("path=/v1/messages", "error=upstream:error")
+    assert ("comes last" in it.log.getvalue()) == cools
+
+
+def test_a_flood_of_tiny_events_holds_up_nobody(upstream, relay):
+    """They are translated in parts, between which others are served."""
+    data = b"data:{}\n\n" * 200_000 + sse_of([delta(content="Hi"), delta("stop", USAGE)])
+    it = relay({"openai": upstream(sse_reply(data))})
+    with it.client() as client, it.client() as other:
+        client.send(request("POST", "/v1/messages", json.dumps(prompt("gpt-test", stream=True)).encode()))
+        client.until(b"message_start")
+        waits = []
+        while not waits or (client.buffer.find(b"message_stop") < 0 and len(waits) < 200):
+            begin = time.monotonic()
+            assert other.ask("GET", "/health").status == 200
+            waits.append(time.monotonic() - begin)
+            if select.select([client.sock], [], [], 0)[0] and not client.fill():
+                break
+        assert sorted(waits)[len(waits) // 2] < 0.1
+
+
+def test_texts_may_have_any_number_of_commas_and_a_body_only_so_many_values(upstream, relay):
+    provider = upstream(json_reply(CHAT_HI))
+    it = relay({"openai": provider})
+    commas = {"role": "user", "content": "1,2,3;[{" * 200_000}
+    assert it.post("/v1/messages", prompt(messages=[commas])).status == 200
+    assert provider.requests[0].json["messages"] == [commas]
+    for body in (many_values(250_010), prompt(messages=[{"role": "user", "content": "\n" * 2_000_001}])):
+        assert "aren't translated" in refused(it.post("/v1/messages", body), 400, "invalid_request_error")
+    assert len(provider.requests) == 1
+
+
+def test_large_requests_and_answers_are_translated_aside(upstream, relay):
+    text = "x" * 3_000_000
+    provider = upstream(json_reply(completion(content=text)))
+    it = relay({"openai": provider})
+    got = it.post("/v1/messages", prompt(messages=[{"role": "user", "content": text}]))
+    assert got.json["content"] == [said(text)] and provider.requests[0].json["messages"] == [
+        {"role": "user", "content": text}
+    ]
+    packed = gzip.compress(json.dumps(prompt(messages=[{"role": "user", "content": text}])).encode())
+    assert it.post("/v1/messages", packed, "content-encoding: gzip").json["content"] == [said(text)]
+    assert not provider.requests[1].get("content-encoding")
+    eventually(lambda: it.server.service.bodies.bytes == 0)
+    limited = relay({"openai": upstream(json_reply(completion(content=text)))}, server={"max_body_mb": 1})
+    assert "is over" in refused(limited.post("/v1/messages", prompt()), 502, "api_error")
+
+
+def test_an_alias_goes_by_its_name_in_the_answer_and_by_its_targets_upstream(upstream, relay):
+    provider = upstream(json_reply(CHAT_HI))
+    it = relay({"openai": provider}, aliases={"claude-mine": "gpt-test@openai"})
+    got = it.post("/v1/messages", prompt("claude-mine"))
+    assert got.json["model"] == "claude-mine" and provider.requests[0].json["model"] == "gpt-test"
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "value"), [("openai", "authorization", "Bearer sk-own"), ("anthropic", "x-api-key", "sk-own")]
+)
+def test_a_clients_own_key_goes_along_as_the_provider_reads_it(upstream, relay, format, name, value):
+    provider = upstream(json_reply(CHAT_HI if format == "openai" else ANTHROPIC_HI))
+    it = relay({format: {"upstream": provider, "keys": "client"}})
+    path = "/v1/messages" if format == "openai" else "/v1/chat/completions"
+    for header in ("x-api-key: sk-own", "authorization: Bearer sk-own"):
+        with it.client() as client:
+            headers = (header, f"x-monorelay-key: {TOKEN}")
+            client.send(request("POST", path, json.dumps(prompt()).encode(), *headers, token=""))
+            assert client.answer().status == 200
+        sent = provider.requests[-1]
+        credentials = [pair for pair in sent.headers if pair[0] in ("authorization", "x-api-key")]
+        assert credentials == [(name, value)] and TOKEN not in str(sent.headers)
+
+
+def test_the_official_sdks_talk_to_the_other_ones_provider(upstream, relay):
+    """S25 and U9, through the whole relay."""
+    stream = sse_reply(sse_of(STREAMS["s2-all"][0]))
+    it = relay(
+        {
+            "openai": upstream(stream),
+            "anthropic": upstream(sse_reply(b"".join(message_events(*MESSAGES["u1-all"][0], reason="tool_use")))),
+        },
+        routes={"gpt-*": "openai", "claude-*": "anthropic"},
+    )
+    with (
+        anthropic.Anthropic(api_key=TOKEN, base_url=it.url, max_retries=0) as client,
+        client.messages.stream(
+            model="gpt-test", max_tokens=4000, messages=[HELLO], thinking={"type": "enabled", "budget_tokens": 2000}
+        ) as events,
+    ):
+        message = events.get_final_message()
+    assert [block.type for block in message.content] == ["thinking", "text", "tool_use", "tool_use"]
+    assert message.content[2].input == {"at": "door"} and message.stop_reason == "tool_use"
+    with (
+        openai.OpenAI(api_key=TOKEN, base_url=f"{it.url}/v1", max_retries=0) as client,
+        client.chat.completions.stream(
+            model="claude-test", messages=[HELLO], stream_options={"include_usage": True}
+        ) as chunks,
+    ):
+        final = chunks.get_final_completion()
+    assert [call.function.name for call in final.choices[0].message.tool_calls] == ["look", "dig"]
+    assert final.choices[0].finish_reason == "tool_calls" and final.usage.completion_tokens == 12
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Relay: truncation is never passed off as an end
 # ------------------------------------------------------------------------------------------------------------
 
@@ -5757,7 +8323,7 @@ BEGUN = {
 def test_a_chunked_stream_that_ends_within_a_line_ends_in_an_error_event(upstream, relay, path, size):
     whole, cut = BEGUN[path]
     provider = upstream(STREAM_HEAD + chunked(*whole, cut + b"x" * size))
-    it = relay({"anthropic": provider, "openai": provider})
+    it = relay(both_formats(provider))
     with it.client() as client:
         client.send(request("POST", path, STREAMED))
         assert_died(client, after=b"".join(whole) + cut, anthropic=path == "/v1/messages")
@@ -5768,7 +8334,7 @@ def test_a_chunked_stream_that_ends_within_a_line_ends_in_an_error_event(upstrea
 def test_a_chunked_stream_whose_last_line_only_lacks_its_end_is_whole(upstream, relay, path):
     text = b"".join(BEGUN[path][0]) + b'data: {"half":false}'
     provider = upstream(STREAM_HEAD + chunked(text))
-    it = relay({"anthropic": provider, "openai": provider})
+    it = relay(both_formats(provider))
     assert it.post(path, STREAMED).body == text
     assert "upstream_broken" not in it.logged(path)
 
@@ -5960,7 +8526,7 @@ def test_a_stream_that_says_in_its_data_that_it_ends_gets_no_error_event(upstrea
     path, text = ENDINGS[name]
     head, frame, end = FRAMINGS[framing]
     provider = upstream(replies_then_closes(head, frame(text), end))
-    it = relay({"anthropic": provider, "openai": provider})
+    it = relay(both_formats(provider))
     got = it.post(path, prompt(stream=True))
     assert (got.status, got.body) == (200, text)
 
@@ -5990,7 +8556,7 @@ def test_a_stream_without_length_cut_anywhere_in_its_last_data_line_is_never_who
         connection.send(CLOSE_DELIMITED["events"], next(pieces))
 
     provider = upstream(script)
-    it = relay({"anthropic": provider, "openai": provider})
+    it = relay(both_formats(provider))
     for cut in cuts:
         with it.client() as client:
             client.send(request("POST", path, STREAMED))
@@ -6076,7 +8642,7 @@ def test_an_error_that_is_null_is_none(upstream, relay):
 )
 def test_words_that_only_look_like_an_end_are_none(upstream, relay, path, text):
     provider = upstream(replies_then_closes(CLOSE_DELIMITED["events"], text))
-    with relay({"anthropic": provider, "openai": provider}).client() as client:
+    with relay(both_formats(provider)).client() as client:
         client.send(request("POST", path, STREAMED))
         assert_died(client, after=text, anthropic=path == "/v1/messages")
 
@@ -7041,8 +9607,7 @@ def test_a_batch_with_a_model_beside_it_is_never_sent_twice(upstream, relay):
 def test_the_relays_own_errors(upstream, relay, method, path, body, status, kind, words):
     provider = upstream(answer())
     it = relay(
-        {"anthropic": provider, "openai": provider, "keyless": {"format": "anthropic",
-         "base_url": provider.url, "keys": [""]}},
+        {**both_formats(provider), "keyless": {"format": "anthropic", "base_url": provider.url, "keys": [""]}},
         routes={"claude-*x": "anthropic", "gpt-*": "openai", "keyless": "keyless"},
         aliases={"claude-fast": "claude-x"},
     )  # fmt: skip
@@ -7582,7 +10147,7 @@ def test_paths_that_climb_before_a_semicolon_are_404(upstream, relay, method, pa
 @pytest.mark.parametrize("length", [257, 4_097, 100_000, 8_000_000])
 def test_a_models_name_over_256_characters_is_a_bad_request(upstream, relay, length, coding):
     provider = upstream(answer())
-    it = relay({"anthropic": provider, "openai": provider})
+    it = relay(both_formats(provider))
     headers = ["Content-Encoding: gzip"] if coding else []
     for path, version in (
         ("/v1/messages", []),
