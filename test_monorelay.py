@@ -14963,6 +14963,17 @@ def readme_blocks() -> list[Block]:
     ]
 
 
+def readme_block(language: str, part: str = "") -> str:
+    """The text of the README's only block in this language, or the only one with this part."""
+    (block,) = (block for block in readme_blocks() if block.language == language and part in block.text)
+    return block.text
+
+
+def readme_config(part: str) -> Any:
+    """The README's only JSON block with this part."""
+    return json.loads(readme_block("json", part))
+
+
 def test_readme_is_there_and_has_blocks_of_each_kind():
     assert {"sh", "json", "python", "text"} <= {block.language for block in readme_blocks()}
 
@@ -14987,6 +14998,7 @@ def test_shipped_relay_json_runs_as_it_is(program):
 # Blocks that aren't run, by a part of their text, and why.
 README_NOT_RUN = {
     ".ci/bench": "it takes minutes; .ci/run runs a short form of it",
+    "curl -O https://": "it is of this network only that a test may be sure",
 }
 # What stands in for programs that not every machine has, or that would change it.
 SUDO = """#!/bin/sh
@@ -15007,15 +15019,19 @@ words, environ, mounts = sys.argv[3:], {"PATH": os.environ["PATH"]}, []
 while words[0].startswith("-"):
     option, value = words.pop(0), words.pop(0)
     if option == "-e":
-        environ[value] = os.environ[value]
+        name, given, there = value.partition("=")
+        environ[name] = there if given else os.environ[name]
     elif option == "-v":
         mounts.append(value.split(":"))
     else:
         assert option in ("-p", "--stop-timeout"), option
 image, *command = words
 assert image.startswith("python:"), image
-for here, there, _ in mounts:
+for here, there, *_ in mounts:
+    here = here if "/" in here else os.path.abspath("volume of " + here)
+    os.makedirs(here, exist_ok=True)
     command = [word.replace(there + "/", here + "/") for word in command]
+    environ = {name: here if value == there else value for name, value in environ.items()}
 os.execvpe(command[0], command, environ)
 """
 # kubectl itself is asked for what it would create.
@@ -15024,6 +15040,37 @@ exec {shutil.which("kubectl") or "true"} "$@" --dry-run=client
 """
 STAND_INS = {"sudo": SUDO, "uv": UV, "docker": DOCKER, "kubectl": KUBECTL}
 SERVES = re.compile(r"((\w+=\S+ )*(python3|uv run) monorelay\.py|docker run .*)", re.S)
+
+
+# What was used, as the README shows it: user, model as sent (none if no model answered), provider, how often, and the
+# tokens of each request by monorelay.KINDS.
+USED_IN_THE_README = [
+    ("alice", "claude-opus-4-5", "anthropic", 412, (90, 61_000, 2_300, 0, 640)),
+    ("alice", "claude-haiku-4-5", "anthropic", 655, (310, 9_000, 0, 0, 85)),
+    ("bob", "gpt-5", "openai", 96, (2_400, 11_000, 0, 0, 900)),
+    ("bob", "llama3.3:70b", "local", 19, (800, 0, 0, 0, 300)),
+    ("bob", "llama3.3:70b", "local", 12, ()),
+    ("bob", "", "openai", 3, ()),
+]
+
+
+def invented_ledger(path: Path, days: int, used: list[Any]) -> None:
+    """Writes a ledger in which these requests are spread over so many days, at the prices that the README gives."""
+    prices = monorelay.parse_prices(readme_config('"prices"')["prices"])
+    formats = {"anthropic": "anthropic", "openai": "openai", "local": "openai"}
+    described = {name: {"format": it, "base_url": "http://127.0.0.1:9/v1"} for name, it in formats.items()}
+    providers = parse(described).providers
+    now = time.time()
+    for user, sent, provider, count, tokens in used:
+        kinds = dict(zip(monorelay.KINDS, tokens or [None] * 5))
+        cost = monorelay.cost_of(prices, providers[provider], sent, monorelay.Used(**kinds))
+        usual = {"user": user, "model": sent or "gpt-nine", "sent": sent, "provider": provider, "key": "team"}
+        rows = [
+            row(at=int((now - days * 86400 * n / count) * 1000), request=f"req_{n}", cost=cost, **usual, **kinds,
+                status=200 if sent else 404, error=None if sent else "upstream:invalid_request_error")
+            for n in range(count)
+        ]  # fmt: skip
+        monorelay.write_ledger(monorelay.LedgerSettings(str(path), 90), rows, (), now)
 
 
 class ReadmeShell:
@@ -15047,6 +15094,11 @@ class ReadmeShell:
         (folder / "relay.json").write_text(shipped.replace("https://", nowhere).replace("8787", self.port))
         (folder / "keys.env").write_text("ANTHROPIC_API_KEY=sk-of-nobody\n")
         (folder / "monorelay@.service").write_text(readme_block("ini"))
+        self.used_relay = folder / "used"  # a folder with a ledger that is as the README has it
+        self.used_relay.mkdir()
+        for name in ("monorelay.py", "relay.json"):
+            shutil.copy(folder / name, self.used_relay)
+        invented_ledger(self.used_relay / "usage.db", 5, USED_IN_THE_README)
         environ = {name: value for name, value in os.environ.items() if not name.endswith("_KEY")}
         searched = [str(programs), str(Path(sys.executable).parent), environ["PATH"]]
         self.environ = {
@@ -15063,7 +15115,8 @@ class ReadmeShell:
             text = text.replace(path, ours)
         shell = [sys.executable] if block.language == "python" else ["bash", "-euo", "pipefail"]
         command = [*shell, "-c", text]
-        options: Any = {"cwd": self.folder, "env": self.environ, "stdin": subprocess.DEVNULL}
+        folder = self.used_relay if "monorelay.py usage" in text else self.folder
+        options: Any = {"cwd": folder, "env": self.environ, "stdin": subprocess.DEVNULL}
         if SERVES.fullmatch(text[text.startswith("export") and text.index("\n") + 1 :]):
             self.serve(command, options)
             return ""
@@ -15111,7 +15164,7 @@ def test_readme_commands_run_in_the_readmes_order_and_print_what_it_says(shell, 
 
 def masked(text: str) -> str:
     """The text without what differs from run to run."""
-    return re.sub(r"msg_\w+|20\d\d-[\d-]+T[\d:.]+Z", "", text).strip()
+    return re.sub(r"msg_\w+|20\d\d-[\d-]+(T[\d:.]+Z)?", "", text).strip()
 
 
 def readme_tables() -> dict[str, dict[str, str]]:
@@ -15128,8 +15181,9 @@ def readme_tables() -> dict[str, dict[str, str]]:
     [
         ("server", monorelay.SERVER_SETTINGS),
         ("users.NAME", monorelay.USER_SETTINGS),
+        ("ledger", monorelay.LEDGER_SETTINGS),
         ("providers.NAME", monorelay.PROVIDER_SETTINGS),
-        ("top level", dict.fromkeys([*monorelay.SECTIONS, "env_file"], (None, None))),
+        ("top level", dict.fromkeys(monorelay.TOP_LEVEL, (None, None))),
     ],
 )
 def test_the_readme_has_every_setting_with_its_default(section, table):
@@ -15154,6 +15208,14 @@ def test_the_readme_has_every_field_of_the_log():
     assert sorted([*told, "level"]) == sorted(json.loads(record.line(2.0, "json")))
 
 
+def test_the_readme_says_what_somebody_is_told_whose_budget_is_spent():
+    block = readme_block("json", '"usd_per_day"')
+    config = monorelay.parse_config(block, environ_of(block))
+    at = datetime.datetime(2026, 11, 26, 12, tzinfo=datetime.timezone.utc).timestamp()
+    told = monorelay.spent_over(config.users["alice"], lambda window: (20_130_000_000, 0), at).message
+    assert f"`{told}`" in (HERE / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("client", ["Anthropic SDKs", "OpenAI SDKs"])
 def test_the_readmes_settings_for_the_sdks_work(relay, monkeypatch, client):
     it = relay({"echo": {}})
@@ -15166,6 +15228,53 @@ def test_the_readmes_settings_for_the_sdks_work(relay, monkeypatch, client):
         assert openai.OpenAI().chat.completions.create(**asked).choices[0].message.content == "Hello"
     else:
         assert anthropic.Anthropic().messages.create(max_tokens=9, **asked).content[0].text == "Hello"
+
+
+def metrics_of_the_readme() -> dict[str, set[str]]:
+    """The labels of each metric in the README's table."""
+    rows = readme_tables()["metric"].items()
+    return {name: set(re.findall(r"\w+", labels)) for names, labels in rows for name in re.findall(r"\w+", names)}
+
+
+def names_of_metrics(text: str) -> dict[str, set[str]]:
+    """The metrics in the text of a scrape, and the labels that each has somewhere."""
+    found: dict[str, set[str]] = {}
+    for name, labels in re.findall(r"^(\w+?)(?:_bucket|_sum|_count)?(?:\{(.*)\})? \S+$", text, re.M):
+        found.setdefault(name, set()).update(set(re.findall(r"(\w+)=", labels)) - {"le"})
+    return found
+
+
+def test_the_readmes_viewer_scrapes_the_metrics_that_the_readme_names(upstream, relay):
+    limits = ("anthropic-ratelimit-requests-limit: 50", "anthropic-ratelimit-requests-remaining: 49")
+    (given,) = re.findall(r'`"users": (\{ "prometheus".*\})`', (HERE / "README.md").read_text(encoding="utf-8"))
+    users = json.loads(given.replace("${PROMETHEUS_KEY}", "a-key-of-16-characters"))
+    told = answer(200, b'{"usage": {"input_tokens": 5, "output_tokens": 7}}', *limits)
+    it = relay({"anthropic": upstream(told)}, users=users)
+    assert it.post("/v1/messages", prompt()).status == 200
+    assert it.post("/v1/messages", prompt("none@nowhere"), token="").status == 401
+    (job,) = yaml.safe_load(readme_block("yaml", "scrape_configs"))["scrape_configs"]
+    assert set(job) == {"job_name", "authorization", "static_configs"}  # the rest is as usual: http, /metrics, Bearer
+    assert job["authorization"]["credentials_file"] and job["static_configs"][0]["targets"] == ["127.0.0.1:8787"]
+    assert it.post("/v1/messages", prompt(), token=users["prometheus"]["key"]).status == 403
+    got = it.ask("GET", "/metrics", token=users["prometheus"]["key"])
+    assert got.status == 200
+    families = set(re.findall(r"^# TYPE (\w+)", got.body.decode(), re.M))
+    found = names_of_metrics(got.body.decode())
+    assert set(found) == families
+    assert metrics_of_the_readme() == found
+
+
+def test_the_readmes_queries_ask_for_metrics_and_labels_that_there_are():
+    queries = re.sub("\n +", " ", re.sub("^#.*\n", "", readme_block("promql"), flags=re.M)).splitlines()
+    told = metrics_of_the_readme()
+    assert len(queries) == 5
+    for query in queries:
+        asked = re.findall(r"(monorelay_\w+?)(?:_bucket)?\b(?:\{(\w+))?", query)
+        labels = {label for name, _ in asked for label in told[name]} | {"le"}
+        wanted = {label for _, label in asked if label}
+        for by in re.findall(r"by \(([^)]*)\)", query):
+            wanted |= set(by.split(", "))
+        assert asked and wanted <= labels, query
 
 
 def test_the_readmes_contents_are_its_sections():
@@ -15215,12 +15324,6 @@ http {
     include monorelay.conf;
 }
 """
-
-
-def readme_block(language: str) -> str:
-    """The text of the README's only block in this language."""
-    (block,) = (block for block in readme_blocks() if block.language == language)
-    return block.text
 
 
 def replaced(text: str, replacements: dict[str, str]) -> str:
