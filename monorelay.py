@@ -203,13 +203,16 @@ COMPARED_PATTERNS = 50
 LISTED_NAMES = 8  # in a message
 REMEMBERED_PATH_CHARACTERS = 200
 MODEL_CHARACTERS = 256  # of a model's name; the longest known ones, ARNs of inference profiles, have some 120
-BOARD_PLACE_BYTES = 1024 * 1024  # of a worker, for what has to be known soon; and as much for the rest
+# Of a worker, for what has to be known soon, and as much for the rest; the system gives memory only for what is used.
+BOARD_PLACE_BYTES = 4 * 1024 * 1024
 BOARD_READS = 3  # of a place that is being written meanwhile
 SHARED_SECONDS = 1.0  # how often a worker shows what it has counted,
 SHARED_SOON_SECONDS = 0.025  # and what limits and keys depend on, and
+SUMMED_SECONDS = 0.2  # how often it sums up what all have counted, which may take 10 ms, and
 LOOKED_SECONDS = 0.01  # how often it looks what the others have shown
 TALLIED_MODELS = 100  # that metrics tell apart, and
-TALLIED_USERS = 100  # users who aren't in relay.json
+TALLIED_USERS = 100  # users who aren't in relay.json, and
+TALLIED_NAME_BYTES = 200  # of either, as JSON; the longest known names of models have some 120
 TALLIED_SERIES = 1000  # users with their models, providers and keys
 TALLIED_HOURS = 48
 RUNNING_ROWS = 200  # requests that run, and
@@ -2087,6 +2090,7 @@ QUARANTINE_FACTOR = 10  # times `cooldown`: its owner has to do something first
 QUARANTINED = frozenset({401, 402})
 # Cooling entries name models, which clients may invent: beyond this many, the one begun first is forgotten.
 COOLING_ENTRIES = 4096
+SHARED_COOLING = 200  # of them other workers are told; with the longest names that is 600 KB
 
 
 class KeyPool:
@@ -2232,11 +2236,14 @@ class KeyPool:
             if entry.until > now and name[0] == provider and name[1:2] in ((), (mark,))
         ]
 
-    def shared(self) -> list[list[Any]]:
-        """What cools or has recovered, for the other workers."""
+    def shared(self, now: float) -> list[list[Any]]:
+        """What cools, or is still taken for cooling by others, for the other workers: of too many, whole providers and
+        keys, and what has changed last."""
+        known = [(name, entry) for name, entry in self._cooling.items() if max(entry.until, entry.known_until) > now]
+        known.sort(key=lambda one: (len(one[0]), -one[1].changed))
         return [
             [list(name), entry.until, entry.failures, entry.fixed, entry.why, entry.changed, entry.known_until]
-            for name, entry in self._cooling.items()
+            for name, entry in known[:SHARED_COOLING]
         ]
 
     def adopt(self, shared: Iterable[list[Any]]) -> None:
@@ -6291,6 +6298,11 @@ def sums_of(series: Sequence[int]) -> Sums:
     return sums
 
 
+def is_long_name(name: str) -> bool:
+    """Whether a name would take too much room in what the workers show one another."""
+    return len(json.dumps(name)) > TALLIED_NAME_BYTES
+
+
 class Tally:
     """What was counted since the start, by one process or by several together. What clients can name is bounded."""
 
@@ -6347,14 +6359,14 @@ class Tally:
     def _model_label(self, row: LedgerRow) -> str:
         """The model as it was sent, once a provider has answered for it: clients invent names."""
         if row.sent not in self._models:
-            if not 200 <= row.status < 300 or len(self._models) >= TALLIED_MODELS:
+            if not row.answered or len(self._models) >= TALLIED_MODELS or is_long_name(row.sent):
                 return OTHER
             self._models.add(row.sent)
         return row.sent
 
     def _user_label(self, user: str) -> str:
         if user not in self.users and user not in self._others:
-            if len(self._others) >= TALLIED_USERS:
+            if len(self._others) >= TALLIED_USERS or is_long_name(user):
                 return OTHER
             self._others.add(user)
         return user
@@ -10088,7 +10100,7 @@ class Service:
         self.tally = Tally(time.time())
         self.running: dict[Exchange, None] = {}  # requests whose responses aren't all sent
         self.connections: Collection[object] = ()  # of clients
-        self.pages = 0  # that follow what happens
+        self.pages: dict[LivePage, None] = {}  # that follow what happens
         self.workers = Workers(self, place)
         self.history = History(self)
         self.use(config)
@@ -10112,6 +10124,7 @@ class Service:
 
     def budgets(self, user: Optional[str]) -> list[JsonDict]:
         """What users have spent of what they may, and when that begins anew; of one, or of all."""
+        self.workers.look()
         (day, month), now = windows(time.time()), self.loop.now
         budgets: list[JsonDict] = []
         for owner in self.config.users.values():
@@ -10173,9 +10186,10 @@ class Workers:
         self._service = service
         self._place = place
         self._is_showing = False  # whether it is about to show what limits and keys depend on
-        self._shown_at = self._looked_at = self._asked_at = -math.inf
+        self._shown_at = self._looked_at = self._asked_at = self._summed_at = -math.inf
         self._seen: dict[int, int] = {}  # how often each of the others has shown that
         self._others: list[JsonDict] = []  # what the others have counted
+        self._sum = service.tally  # what all of them have, some tenths of a second ago
         if place:
             service.relay.keys.changed = self.show_soon
             service.loop.post(lambda: service.loop.start(self._show_figures(place)))
@@ -10190,7 +10204,7 @@ class Workers:
         loop, service = self._service.loop, self._service
         await pause(loop, self._shown_at + SHARED_SOON_SECONDS - loop.now)
         self._shown_at, self._is_showing = loop.now, False
-        place.show({"requests": service.requests.counts(loop.now), "cooling": service.relay.keys.shared()})
+        place.show({"requests": service.requests.counts(loop.now), "cooling": service.relay.keys.shared(loop.now)})
 
     async def _show_figures(self, place: "PlaceOnBoard") -> None:
         """Shows what this worker has counted and what runs, for as long as the loop runs."""
@@ -10205,9 +10219,10 @@ class Workers:
     def _figures(self) -> JsonDict:
         service = self._service
         records = service.relay.keys.records.items()
+        running = (exchange for exchange in service.running if exchange.uses_model)
         return {
             "tally": service.tally.shared(),
-            "running": [running_row(exchange) for exchange in itertools.islice(service.running, RUNNING_ROWS)],
+            "running": [running_row(exchange) for exchange in itertools.islice(running, RUNNING_ROWS)],
             "keys": [[*name, record_document(record)] for name, record in records],
             "gauges": self._gauges(),
         }
@@ -10247,13 +10262,14 @@ class Workers:
 
     def tally(self) -> Tally:
         """What all of them have counted."""
-        others = self._other_figures()
+        others, now = self._other_figures(), self._service.loop.now
         if not others:
             return self._service.tally
-        tally = Tally(self._service.tally.since)
-        for shared in (self._service.tally.shared(), *(figures["tally"] for figures in others)):
-            tally.include(shared)
-        return tally
+        if now >= self._summed_at + SUMMED_SECONDS:
+            self._summed_at, self._sum = now, Tally(self._service.tally.since)
+            for shared in (self._service.tally.shared(), *(figures["tally"] for figures in others)):
+                self._sum.include(shared)
+        return self._sum
 
     def running(self) -> list[list[Any]]:
         """What runs, the oldest first."""
@@ -10749,12 +10765,13 @@ async def answer_me(exchange: Exchange) -> Response:
 def limits_of(exchange: Exchange) -> JsonDict:
     """The limits of the caller, and what is left of them; None where there is none."""
     user, now = exchange.caller.user, exchange.loop.now
+    budgets = exchange.service.budgets(user.name) if user else []
     a_minute = user.requests_per_minute if user else 0
     return {
         "models": list(user.models) if user and user.models is not None else None,
         "requests_per_minute": a_minute or None,
         "requests_left": exchange.service.requests.left(exchange.caller.name, a_minute, now) if a_minute else None,
-        "budgets": exchange.service.budgets(user.name) if user else [],
+        "budgets": budgets,
     }
 
 
@@ -10866,30 +10883,44 @@ class LivePage:
         self._exchange = exchange
         self._service = exchange.service
         self._loop = exchange.loop
-        self._service.pages += 1
+        self._service.pages[self] = None
+        self._task = exchange.loop.current
+        self._is_sending = False  # what it was told last: as long as its client doesn't take it
+        self._config = self._service.config  # by which it was told
         self._last: JsonDict = {}  # what it was told
         self._told: Optional[dict[str, int]] = None  # requests that it knows to have ended, and when
         self._hours: list[list[Any]] = []
         self._hours_at = -math.inf
         seen = exchange.request.fields.get("last-event-id")
-        self._resumes_at = int(seen) // 4096 if re.fullmatch("[0-9]{1,16}", seen) else 0
+        # Until when it knows what has ended, in milliseconds since 1970; 0 for one that knows nothing.
+        self._known_until = int(seen) // 4096 if re.fullmatch("[0-9]{1,16}", seen) else 0
 
     def close(self) -> None:
         """Makes room for another page."""
-        self._service.pages -= 1
+        del self._service.pages[self]
+
+    def end(self) -> None:
+        """Ends it at once if its client takes nothing, while the relay drains; else it ends with its next look."""
+        if self._is_sending:
+            self._task.resume(shutting_down())
 
     async def next(self) -> bytes:
         """The next event, or a comment where nothing has happened for long; nothing at the end."""
+        self._is_sending = False
+        event = await self._next()
+        self._is_sending = True
+        return event
+
+    async def _next(self) -> bytes:
         quiet_until = self._loop.now + LIVE_QUIET_SECONDS
         while True:
             if self._last:
                 await pause(self._loop, LIVE_SECONDS)
             if self._service.draining or not self._may_go_on():
                 return b""
-            first = not self._last
             news = await self._news()
-            if first or len(news) > 1:
-                name = "state" if first else "tick"
+            if len(news) > 1:
+                name = "state" if "version" in news else "tick"
                 number = max([int(time.time() * 1000) * 4096, *(row[0] for row in news.get("ended", ()))])
                 return f"event: {name}\nid: {number}\ndata: {json.dumps(news)}\n\n".encode("ascii")
             if self._loop.now >= quiet_until:
@@ -10906,6 +10937,8 @@ class LivePage:
 
     async def _news(self) -> JsonDict:
         """What has changed since it was last asked; at first, everything."""
+        if self._service.config is not self._config:  # by which there may be other keys, and other budgets
+            self._config, self._last, self._hours_at = self._service.config, {}, -math.inf
         now = await self._state()
         before, self._last = self._last, now
         if not before:
@@ -10928,13 +10961,14 @@ class LivePage:
             except Unavailable:
                 pass  # what happens now is told all the same
         tally = service.workers.tally()
-        running = [row for row in service.workers.running() if own in (None, row[RUNNING_USER])]
+        since = self._hours[0][0] * 3600 if config.ledger and self._hours else math.inf
+        running = [[*row] for row in service.workers.running() if own in (None, row[RUNNING_USER])]
         for row in running:
             row[RUNNING_SINCE] = round(max(0.0, clock - row[RUNNING_SINCE]), 1)
         return {
             "now": round(clock, 3),
             "version": __version__,
-            "since": round(tally.since, 3),
+            "since": round(min(tally.since, since), 3),
             "admin": own is None,
             "ledger": bool(service.ledger.path),
             "active": len(running),
@@ -10948,13 +10982,12 @@ class LivePage:
 
     def _ended(self) -> list[list[Any]]:
         """The requests that have ended since it was last asked; at first, the last ones."""
-        own, begins = self._exchange.own_name(), self._told is None
-        told, known_until = self._told or {}, self._resumes_at if begins else int(time.time() * 1000)
+        own, told, is_new = self._exchange.own_name(), self._told or {}, not self._known_until
         # What another worker has to tell comes a little later.
-        since = known_until - LIVE_LATE_SECONDS * 1000
+        since, self._known_until = self._known_until - LIVE_LATE_SECONDS * 1000, int(time.time() * 1000)
         rows: list[LedgerRow] = []
         for row in reversed(self._service.workers.tally().ended):
-            if row.at < since or (begins and not self._resumes_at and len(rows) >= FIRST_ROWS):
+            if row.at < since or (is_new and len(rows) >= FIRST_ROWS):
                 break
             if row.is_of(own) and row.request not in told:
                 rows.append(row)
@@ -11021,7 +11054,7 @@ async def answer_root(exchange: Exchange) -> Response:
 async def answer_live(exchange: Exchange) -> Response:
     """What happens, as it happens, until the relay drains or the token expires. Raises Unavailable for one too many."""
     service = exchange.service
-    if service.pages >= PAGES:
+    if len(service.pages) >= PAGES:
         raise Unavailable(f"{PAGES} pages follow this relay already; close one", "too_many_pages")
     fields = [("content-type", "text/event-stream"), *UNBUFFERED]
     return exchange.respond(200, fields=fields)._replace(live=LivePage(exchange))
@@ -12064,6 +12097,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self.service.draining = True
         for handler in list(self.handlers):
             handler.close_if_idle()
+        for page in list(self.service.pages):
+            page.end()
 
     def _cut_all(self) -> None:
         """Ends the responses that are still on their way, each with an error where its client can read one."""
@@ -12383,16 +12418,26 @@ class Board:
         """How often the place was written."""
         return int(self._HEAD.unpack_from(self._memory, place * BOARD_PLACE_BYTES)[0])
 
-    def write(self, place: int, document: JsonDict) -> None:
-        """Shows a document instead of the last one; not one for which there is no room."""
+    def write(self, place: int, document: JsonDict) -> bool:
+        """Shows a document instead of the last one; False, and the last one stays, if there is no room for it."""
         data = json.dumps(document, separators=(",", ":")).encode("ascii")
         room = (BOARD_PLACE_BYTES - self._HEAD.size) // 2
-        if len(data) <= room:
-            start, number = place * BOARD_PLACE_BYTES, self.number(place) + 1
-            begin = start + self._HEAD.size + number % 2 * room
-            self._memory[begin : begin + len(data)] = data
-            head = self._HEAD.pack(number, len(data), zlib.crc32(data))
-            self._memory[start : start + len(head)] = head
+        if len(data) > room:
+            return False
+        start, number = place * BOARD_PLACE_BYTES, self.number(place) + 1
+        begin = start + self._HEAD.size + number % 2 * room
+        self._memory[begin : begin + len(data)] = data
+        head = self._HEAD.pack(number, len(data), zlib.crc32(data))
+        self._memory[start : start + len(head)] = head
+        return True
+
+    def write_figures(self, place: int, figures: JsonDict) -> None:
+        """Shows what was counted; of the requests that run or have ended, as many as there is room for."""
+        tally, running = figures["tally"], figures["running"]
+        for rows in (ENDED_ROWS, 100, 10, 0):
+            fewer = {**tally, "ended": tally["ended"][len(tally["ended"]) - min(rows, len(tally["ended"])) :]}
+            if self.write(place, {**figures, "tally": fewer, "running": running[:rows]}):
+                return
 
     def read(self, place: int) -> Optional[JsonDict]:
         """The document of a place; None where there is none, or it is being written too often."""
@@ -12420,12 +12465,13 @@ class PlaceOnBoard(NamedTuple):
     worker: int
 
     def show(self, document: JsonDict) -> None:
-        """Shows what limits and keys depend on."""
-        self.board.write(2 * self.worker, document)
+        """Shows what limits and keys depend on; the limits alone where there is no room for both."""
+        if not self.board.write(2 * self.worker, document):
+            self.board.write(2 * self.worker, {**document, "cooling": []})
 
     def show_figures(self, figures: JsonDict) -> None:
         """Shows what this worker has counted, and what runs."""
-        self.board.write(2 * self.worker + 1, figures)
+        self.board.write_figures(2 * self.worker + 1, figures)
 
     def _read(self, places: Iterable[int]) -> list[JsonDict]:
         own = (2 * self.worker, 2 * self.worker + 1)
@@ -12458,7 +12504,7 @@ class PlaceOnBoard(NamedTuple):
             tally.include(figures["tally"])
             gauges.update({name: value for name, value in figures["gauges"].items() if name.endswith("_total")})
         keys = [[*name, record] for name, record in records_by_key(figures["keys"] for figures in kept).items()]
-        self.board.write(last, {"tally": tally.shared(), "running": [], "keys": keys, "gauges": gauges})
+        self.board.write_figures(last, {"tally": tally.shared(), "running": [], "keys": keys, "gauges": gauges})
         self.board.clear(2 * self.worker)
         self.board.clear(2 * self.worker + 1)
 

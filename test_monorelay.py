@@ -2601,18 +2601,37 @@ def chunks(*documents: Any) -> bytes:
     return b"".join(b"data: " + json.dumps(document).encode() + b"\n\n" for document in documents) + b"data: [DONE]\n\n"
 
 
-CACHED = {"input_tokens": 10, "output_tokens": 1, "cache_read_input_tokens": 500, "cache_creation_input_tokens": 70,
-          "cache_creation": {"ephemeral_5m_input_tokens": 30, "ephemeral_1h_input_tokens": 40},
-          "service_tier": "standard", "inference_geo": "us"}  # fmt: skip
-STEPS = [{"type": "message", "input_tokens": 3, "output_tokens": 20, "model": "claude-test"},
-         {"type": "compaction", "input_tokens": 900, "output_tokens": 80, "cache_read_input_tokens": 7}]  # fmt: skip
-CHAT_USAGE = {"prompt_tokens": 100, "completion_tokens": 9, "total_tokens": 109,
-              "prompt_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 15, "audio_tokens": 0},
-              "completion_tokens_details": {"reasoning_tokens": 5}}  # fmt: skip
-RESPONSES_USAGE = {"input_tokens": 100, "output_tokens": 9, "total_tokens": 109,
-                   "input_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 15,
-                                            "cache_write_tokens_details": {"ttl_12h_tokens": 4}},
-                   "output_tokens_details": {"reasoning_tokens": 5}}  # fmt: skip
+CACHED = {
+    "input_tokens": 10,
+    "output_tokens": 1,
+    "cache_read_input_tokens": 500,
+    "cache_creation_input_tokens": 70,
+    "cache_creation": {"ephemeral_5m_input_tokens": 30, "ephemeral_1h_input_tokens": 40},
+    "service_tier": "standard",
+    "inference_geo": "us",
+}
+STEPS = [
+    {"type": "message", "input_tokens": 3, "output_tokens": 20, "model": "claude-test"},
+    {"type": "compaction", "input_tokens": 900, "output_tokens": 80, "cache_read_input_tokens": 7},
+]
+CHAT_USAGE = {
+    "prompt_tokens": 100,
+    "completion_tokens": 9,
+    "total_tokens": 109,
+    "prompt_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 15, "audio_tokens": 0},
+    "completion_tokens_details": {"reasoning_tokens": 5},
+}
+RESPONSES_USAGE = {
+    "input_tokens": 100,
+    "output_tokens": 9,
+    "total_tokens": 109,
+    "input_tokens_details": {
+        "cached_tokens": 60,
+        "cache_write_tokens": 15,
+        "cache_write_tokens_details": {"ttl_12h_tokens": 4},
+    },
+    "output_tokens_details": {"reasoning_tokens": 5},
+}
 DECOY = {"usage": {"input_tokens": 666_000, "output_tokens": 666_000, "service_tier": "priority"}}
 SAID = f'in the text: {json.dumps(DECOY)} "usage":{{'
 CALLED = {"type": "tool_use", "id": "t", "name": "f", "input": {**DECOY, "deep": [DECOY]}}
@@ -2636,8 +2655,11 @@ def streamed(first: Any, last: Any, *blocks: Any) -> bytes:
 
 
 def whole_chat(**fields: Any) -> dict[str, Any]:
-    message = {"role": "assistant", "content": SAID, "tool_calls": [
-        {"id": "t", "type": "function", "function": {"name": "f", "arguments": json.dumps(DECOY)}}]}  # fmt: skip
+    message = {
+        "role": "assistant",
+        "content": SAID,
+        "tool_calls": [{"id": "t", "type": "function", "function": {"name": "f", "arguments": json.dumps(DECOY)}}],
+    }
     return {"id": "c1", "object": "chat.completion", "choices": [{"index": 0, "message": message}], **fields}
 
 
@@ -2653,7 +2675,9 @@ def whole_response(**fields: Any) -> dict[str, Any]:
 def response_events(usage: Any, tier: str) -> bytes:
     began = {"type": "response.created", "response": whole_response(usage=None, service_tier="auto")}
     done = {"type": "response.completed", "response": whole_response(usage=usage, service_tier=tier)}
-    return b"".join(b"event: %s\ndata: %s\n\n" % (one["type"].encode(), json.dumps(one).encode()) for one in (began, done))
+    return b"".join(
+        b"event: %s\ndata: %s\n\n" % (one["type"].encode(), json.dumps(one).encode()) for one in (began, done)
+    )
 
 
 CHOICE = {"choices": [{"index": 0, "delta": {"content": SAID}, "finish_reason": None}]}
@@ -2668,7 +2692,12 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         (10, 500, 70, 0, 1),
         None,
     ),
-    "a decoy in a tool's input": ("/v1/messages", said({"input_tokens": 25, "output_tokens": 3}, CALLED), (25, 0, 0, 0, 3), None),
+    "a decoy in a tool's input": (
+        "/v1/messages",
+        said({"input_tokens": 25, "output_tokens": 3}, CALLED),
+        (25, 0, 0, 0, 3),
+        None,
+    ),
     "totals before iterations": (
         "/v1/messages",
         said({"input_tokens": 3, "output_tokens": 550, "service_tier": "batch", "iterations": STEPS}),
@@ -2683,11 +2712,28 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
     ),
     "a message without usage": ("/v1/messages", {**MESSAGE, "usage": None}, UNKNOWN, None),
     "a usage over 16 KiB": (
-        "/v1/messages", said({"x": "x" * 20_000, "input_tokens": 25, "output_tokens": 3}), UNKNOWN, None),
-    "a stream": ("/v1/messages", streamed({"input_tokens": 25, "output_tokens": 1}, {"output_tokens": 12}, {"type": "text", "text": ""}), (25, 0, 0, 0, 12), None),
+        "/v1/messages",
+        said({"x": "x" * 20_000, "input_tokens": 25, "output_tokens": 3}),
+        UNKNOWN,
+        None,
+    ),
+    "a stream": (
+        "/v1/messages",
+        streamed({"input_tokens": 25, "output_tokens": 1}, {"output_tokens": 12}, {"type": "text", "text": ""}),
+        (25, 0, 0, 0, 12),
+        None,
+    ),
     "a stream's cache lifetimes": (
         "/v1/messages",
-        streamed(CACHED, {"input_tokens": 10, "cache_creation_input_tokens": 75, "cache_read_input_tokens": 500, "output_tokens": 12}),
+        streamed(
+            CACHED,
+            {
+                "input_tokens": 10,
+                "cache_creation_input_tokens": 75,
+                "cache_read_input_tokens": 500,
+                "output_tokens": 12,
+            },
+        ),
         (10, 500, 35, 40, 12),
         None,
     ),
@@ -2704,10 +2750,25 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         None,
     ),
     "a chat": ("/v1/chat/completions", whole_chat(usage=CHAT_USAGE, service_tier="flex"), (25, 60, 15, 0, 9), "flex"),
-    "a chat's tier before": ("/v1/chat/completions", whole_chat(service_tier="default", usage=CHAT_USAGE), (25, 60, 15, 0, 9), None),
+    "a chat's tier before": (
+        "/v1/chat/completions",
+        whole_chat(service_tier="default", usage=CHAT_USAGE),
+        (25, 60, 15, 0, 9),
+        None,
+    ),
     "a chat without usage": ("/v1/chat/completions", whole_chat(), UNKNOWN, None),
-    "a completion": ("/v1/completions", {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 2}}, (4, 0, 0, 0, 2), None),
-    "an embedding": ("/v1/embeddings", {"data": [], "usage": {"prompt_tokens": 4, "total_tokens": 4}}, (4, 0, 0, 0, 0), None),
+    "a completion": (
+        "/v1/completions",
+        {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 2}},
+        (4, 0, 0, 0, 2),
+        None,
+    ),
+    "an embedding": (
+        "/v1/embeddings",
+        {"data": [], "usage": {"prompt_tokens": 4, "total_tokens": 4}},
+        (4, 0, 0, 0, 0),
+        None,
+    ),
     "a chat's stream": (
         "/v1/chat/completions",
         chunks({**CHOICE, "usage": None}, {"choices": [], "usage": CHAT_USAGE, "service_tier": "priority"}),
@@ -2721,7 +2782,12 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         (4, 0, 0, 0, 39),
         None,
     ),
-    "a response": ("/v1/responses", whole_response(usage=RESPONSES_USAGE, service_tier="scale"), (25, 60, 11, 4, 9), "scale"),
+    "a response": (
+        "/v1/responses",
+        whole_response(usage=RESPONSES_USAGE, service_tier="scale"),
+        (25, 60, 11, 4, 9),
+        "scale",
+    ),
     "a response's stream": ("/v1/responses", response_events(RESPONSES_USAGE, "flex"), (25, 60, 11, 4, 9), "flex"),
     "a response's long tools": (
         "/v1/responses",
@@ -2729,7 +2795,7 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         (25, 60, 11, 4, 9),
         "flex",
     ),
-}  # fmt: skip
+}
 
 
 def told_in_pieces(body: bytes, is_stream: bool, cuts: list[int]) -> Any:
@@ -2781,8 +2847,10 @@ def test_what_was_used_is_the_same_wherever_an_answer_is_cut(name, data):
 def test_the_steps_of_a_stream_are_charged_by_their_own_models(upstream, relay):
     steps = [{**STEPS[0], "model": "dear"}, {**STEPS[1], "model": "cheap"}]
     stream = streamed({"input_tokens": 3, "output_tokens": 1}, {"output_tokens": 20, "iterations": steps})
-    it = relay({"anthropic": upstream(STREAM_HEAD + chunked(stream))},
-               prices={"dear": {"input": 10, "output": 100}, "cheap": {"input": 1, "output": 2, "cache_read": 0}})  # fmt: skip
+    it = relay(
+        {"anthropic": upstream(STREAM_HEAD + chunked(stream))},
+        prices={"dear": {"input": 10, "output": 100}, "cheap": {"input": 1, "output": 2, "cache_read": 0}},
+    )
     it.post("/v1/messages", prompt("dear", stream=True))
     row = eventually(lambda: it.server.service.tally.ended)[0]
     assert (row.output, row.cost) == (20, (3 * 10 + 20 * 100 + 900 * 1 + 80 * 2) * 1000)
