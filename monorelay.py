@@ -10513,11 +10513,12 @@ class Exchange:
                 raise
             raise NotFound(f"no route for the model {model!r} at this path", error.code) from None
 
-    def count(self) -> None:
-        """Counts a request that is let through to a model. Raises RateLimited, and BudgetExceeded."""
+    def count(self, may_cost: bool = False) -> None:
+        """Counts a request that is let through to a model; `may_cost`: though its answer won't tell what. Raises
+        RateLimited, and BudgetExceeded."""
         user, workers = self.caller.user, self.service.workers
         workers.look()
-        if user and user.has_budget and self.uses_model:
+        if user and user.has_budget and (self.uses_model or may_cost):
             over = spent_over(user, functools.partial(self.service.ledger.spent, user.name), time.time())
             if over:
                 raise BudgetExceeded(over.message, over.ends - time.time())
@@ -11186,7 +11187,7 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
     if exchange.is_restricted() and names_model:
         raise hidden_model(exchange.caller)
     if names_model:
-        exchange.count()
+        exchange.count(may_cost=not path.endswith("/cancel"))
     searches = method in ("GET", "HEAD", "DELETE") and any(path.startswith(place) for place in SEARCHED_PATHS)
     if searches and provider.format != "echo":
         everywhere = [other for other in exchange.config.providers.values() if other.format == provider.format]
