@@ -8459,8 +8459,7 @@ def request_rows(
     """The requests before the one with an id, newest first, by the names of their columns: those of a user, of a model
     as it was asked for or sent, with a key as provider/label, or that failed. Looks through LEDGER_SEARCHED_ROWS and no
     more. Raises sqlite3.Error."""
-    newest = query_ledger(path, "SELECT max(id) FROM request", ())
-    below = min(before or 2**63 - 1, ((newest[0][0] or 0) if newest else 0) + 1)
+    below = search_start(path, before)
     wanted: list[tuple[str, list[Any]]] = [("id < ? AND id >= ?", [below, below - LEDGER_SEARCHED_ROWS])]
     wanted += [("user = ?", [storable(user)])] if user is not None else []
     wanted += [("(sent = ? OR model = ?)", [storable(model)] * 2)] if model is not None else []
@@ -8471,6 +8470,22 @@ def request_rows(
     values = [value for _, values in wanted for value in values]
     found = query_ledger(path, f"{query} ORDER BY id DESC LIMIT ?", [*values, max(1, min(limit, LEDGER_LISTED_ROWS))])
     return [dict(zip(names, row)) for row in found]
+
+
+def search_start(path: str, before: Optional[int]) -> int:
+    """The id below which the requests before the one with an id are looked for. Raises sqlite3.Error."""
+    newest = query_ledger(path, "SELECT max(id) FROM request", ())
+    return min(before or 2**63 - 1, ((newest[0][0] or 0) if newest else 0) + 1)
+
+
+def request_page(path: str, before: int, limit: int, **wanted: Any) -> tuple[list[JsonDict], Optional[int]]:
+    """The request_rows() before an id, and the id to ask for more by; None where there are no more. Raises
+    sqlite3.Error."""
+    below = search_start(path, before)
+    rows = request_rows(path, below, limit, **wanted)
+    end = rows[-1]["id"] if len(rows) == limit else below - LEDGER_SEARCHED_ROWS
+    older = query_ledger(path, "SELECT id FROM request WHERE id < ? LIMIT 1", (end,))
+    return rows, end if older else None
 
 
 def hour_rows(path: str, since: int, user: Optional[str]) -> list[list[Any]]:
@@ -10843,10 +10858,11 @@ class History:
         names = {name: query[name] for name in ("user", "model", "key") if query.get(name)}
         errors = query.get("errors") == "1"
         if path:
-            rows = await self._read(lambda: request_rows(path, before, limit, errors=errors, **names))
+            rows, following = await self._read(lambda: request_page(path, before, limit, errors=errors, **names))
         else:
             rows = self._requests_in_memory(before, limit, names, errors)
-        return {"rows": rows, "next": rows[-1]["id"] if rows and len(rows) == limit else None}
+            following = rows[-1]["id"] if rows and len(rows) == limit else None
+        return {"rows": rows, "next": following}
 
     def _requests_in_memory(self, before: int, limit: int, names: Mapping[str, str], errors: bool) -> list[JsonDict]:
         rows: Iterable[LedgerRow] = reversed(self._service.workers.tally().ended)
@@ -10864,11 +10880,11 @@ class History:
                 sums[hour] = [a + b for a, b in zip(sums.get(hour, [0] * len(figures)), figures)]
         return [[hour, *sums[hour]] for hour in sorted(sums)]
 
-    async def _read(self, read: Callable[[], list[Any]]) -> list[Any]:
+    async def _read(self, read: Callable[[], Result]) -> Result:
         """What is read from the ledger, in a thread. Raises Unavailable."""
         import sqlite3
 
-        def attempt() -> list[Any]:
+        def attempt() -> Result:
             try:
                 return read()
             except (sqlite3.Error, ValueError) as error:

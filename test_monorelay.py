@@ -11722,6 +11722,23 @@ def test_requests_are_listed_newest_first_page_by_page(some_days):
     assert ids(limit=0) == [5] and ids(user="half \ud800") == []
 
 
+def test_a_rare_request_is_found_however_many_there_are_before_it(relay, tmp_path, monkeypatch):
+    path = tmp_path / "usage.db"
+    rows = [row(request=f"req_{n}", user="bob" if n in (3, 57) else "alice") for n in range(100)]
+    assert Ledger(path).write(*rows) == []
+    monkeypatch.setattr(monorelay, "LEDGER_SEARCHED_ROWS", 10)
+    it = relay({"echo": {}}, ledger={"path": str(path)})
+    found, before, count = [], "", 0
+    while before is not None:
+        page = it.ask("GET", f"/api/requests?user=bob&limit=2&before={before}").json
+        found, before, count = found + [one["request"] for one in page["rows"]], page["next"], count + 1
+    assert (found, count) == (["req_57", "req_3"], 10)
+    for limit, following in ((10, [91, 81]), (0, [100, 99]), (1, [100, 99])):
+        first = it.ask("GET", f"/api/requests?limit={limit}").json["next"]
+        assert [first, it.ask("GET", f"/api/requests?limit={limit}&before={first}").json["next"]] == following
+    assert it.ask("GET", "/api/requests?limit=5&before=6").json["next"] is None, "there is none before the first"
+
+
 def test_a_ledger_that_is_not_there_yet_is_empty_and_stays_so(tmp_path):
     path = tmp_path / "usage.db"
     assert usage_rows(str(path), 0, 10**6) == monorelay.request_rows(str(path)) == []
