@@ -6019,7 +6019,7 @@ OVERFLOW = re.compile(
     | prompt\ is\ too\ long | exceed\ context\ limit"""
 )
 # A limit of tokens a minute that one request alone is over: no waiting helps.
-NEVER_FITS = re.compile(r"(?i)request too large for model.*limit ([0-9]{1,12}), requested ([0-9]{1,12})")
+NEVER_FITS = re.compile(r"(?i)request too large for model.{0,300}limit ([0-9]{1,12}), requested ([0-9]{1,12})")
 OVERFLOW_LIMIT = re.compile(
     r"""(?ix) (?: maximum\ (?:context|prompt)\ length\ (?:is|of) | number\ of\ tokens\ allowed
     | too\ large\ for\ model\ with | exceeds\ the\ limit\ of | available\ context\ size | model\ token\ limit

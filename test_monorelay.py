@@ -2341,10 +2341,11 @@ BEGINNINGS = ["", "a:", '"', '{"', '{"a":', "1;", "/", "GET /", "http://", "HTTP
 
 
 def near_misses(source: Any) -> list[str]:
-    """The words of a pattern, and each without its end: what it matches almost."""
+    """Words of a pattern, and each without its end: what it matches almost."""
     text = source.decode("latin-1") if isinstance(source, bytes) else source
     words = re.findall(r'[A-Za-z_"-][A-Za-z0-9_"/: .-]{2,}', re.sub(r"\[[^\]]*\]|\\[a-z]", " ", text))
-    return [piece for word in words for piece in (word, word[:-1], word + " ")]
+    pieces = [piece for word in dict.fromkeys(words) for piece in (word, word[:-1], word + " ")]
+    return pieces[:: max(1, len(pieces) // 30)]  # of a list of many words, some: each is tried behind each other
 
 
 def adversaries(source: Any, size: int) -> Iterator[Any]:
