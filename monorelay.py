@@ -4009,8 +4009,8 @@ class Usage:
 
     def _look(self, data: bytes, is_stream: bool) -> int:
         """Reads the last usage objects in the data; from where on it is needed once more has come."""
-        before, *parts = data.rsplit(b'"usage"', USAGES_AT_ONCE)
-        at, held = len(before), max(0, len(data) - USAGE_NAME_BYTES)
+        first, *parts = data.rsplit(b'"usage"', USAGES_AT_ONCE)
+        at, held = len(first), max(0, len(data) - USAGE_NAME_BYTES)
         for part in parts:
             value = part[:USAGE_BYTES].lstrip(b" :")
             if not value or value.startswith(b"{"):
@@ -4019,17 +4019,16 @@ class Usage:
                 except (ValueError, RecursionError):
                     held = min(held, max(at, len(data) - USAGE_BYTES))
                 else:
-                    self._take(usage, before, is_stream)
+                    self._take(usage, data, at, is_stream)
             at += len(b'"usage"') + len(part)
-            before = part
         return held
 
-    def _take(self, usage: JsonDict, before: bytes, is_stream: bool) -> None:
-        """Takes what a usage object tells, if it does; `before`: what stands before it."""
+    def _take(self, usage: JsonDict, data: bytes, at: int, is_stream: bool) -> None:
+        """Takes what a usage object tells, if it does; it stands there in the data."""
         if USAGE_NAMES.isdisjoint(usage):
             return
         if is_stream:
-            line = before[max(before.rfind(b"\n"), before.rfind(b"\r")) + 1 :]
+            line = data[max(data.rfind(b"\n", 0, at), data.rfind(b"\r", 0, at)) + 1 : at]
             if b'"content_block' in line:
                 return  # a tool's input may have a `usage` of its own; of a whole answer it stands before the real one
             self._is_placeholder = b'"message_start"' in line

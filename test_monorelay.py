@@ -2639,12 +2639,12 @@ CALLED = {"type": "tool_use", "id": "t", "name": "f", "input": {**DECOY, "deep":
 DELTA = {"stop_reason": "end_turn", "stop_sequence": None}
 
 
-def said(usage: Any, *content: Any) -> dict[str, Any]:
+def whole_message(usage: Any, *content: Any) -> dict[str, Any]:
     """An Anthropic message."""
     return {**MESSAGE, "content": [{"type": "text", "text": SAID}, *content], "usage": usage}
 
 
-def streamed(first: Any, last: Any, *blocks: Any) -> bytes:
+def message_stream(first: Any, last: Any, *blocks: Any) -> bytes:
     """An Anthropic stream whose first and last events tell such a usage."""
     events = [sse("message_start", message={**MESSAGE, "usage": first})]
     for index, block in enumerate(blocks):
@@ -2685,48 +2685,48 @@ CHOICE = {"choices": [{"index": 0, "delta": {"content": SAID}, "finish_reason": 
 UNKNOWN = (None, None, None, None, None)
 # Path, the answer, and what the ledger has of it: input, cache_read, cache_write, cache_write_long, output, tier.
 USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
-    "a message": ("/v1/messages", said({"input_tokens": 25, "output_tokens": 3}), (25, 0, 0, 0, 3), None),
-    "cache lifetimes": ("/v1/messages", said({**CACHED, "output_tokens": 9}), (10, 500, 30, 40, 9), None),
+    "a message": ("/v1/messages", whole_message({"input_tokens": 25, "output_tokens": 3}), (25, 0, 0, 0, 3), None),
+    "cache lifetimes": ("/v1/messages", whole_message({**CACHED, "output_tokens": 9}), (10, 500, 30, 40, 9), None),
     "a cache without lifetimes": (
         "/v1/messages",
-        said({name: count for name, count in CACHED.items() if name != "cache_creation"}),
+        whole_message({name: count for name, count in CACHED.items() if name != "cache_creation"}),
         (10, 500, 70, 0, 1),
         None,
     ),
     "a decoy in a tool's input": (
         "/v1/messages",
-        said({"input_tokens": 25, "output_tokens": 3}, CALLED),
+        whole_message({"input_tokens": 25, "output_tokens": 3}, CALLED),
         (25, 0, 0, 0, 3),
         None,
     ),
     "totals before iterations": (
         "/v1/messages",
-        said({"input_tokens": 3, "output_tokens": 550, "service_tier": "batch", "iterations": STEPS}),
+        whole_message({"input_tokens": 3, "output_tokens": 550, "service_tier": "batch", "iterations": STEPS}),
         (3, 0, 0, 0, 550),
         "batch",
     ),
     "totals behind iterations": (
         "/v1/messages",
-        said({"iterations": STEPS, "output_tokens": 550, "input_tokens": 3, "service_tier": "priority"}),
+        whole_message({"iterations": STEPS, "output_tokens": 550, "input_tokens": 3, "service_tier": "priority"}),
         (3, 0, 0, 0, 550),
         "priority",
     ),
     "a message without usage": ("/v1/messages", {**MESSAGE, "usage": None}, UNKNOWN, None),
     "a usage over 16 KiB": (
         "/v1/messages",
-        said({"x": "x" * 20_000, "input_tokens": 25, "output_tokens": 3}),
+        whole_message({"x": "x" * 20_000, "input_tokens": 25, "output_tokens": 3}),
         UNKNOWN,
         None,
     ),
     "a stream": (
         "/v1/messages",
-        streamed({"input_tokens": 25, "output_tokens": 1}, {"output_tokens": 12}, {"type": "text", "text": ""}),
+        message_stream({"input_tokens": 25, "output_tokens": 1}, {"output_tokens": 12}, {"type": "text", "text": ""}),
         (25, 0, 0, 0, 12),
         None,
     ),
     "a stream's cache lifetimes": (
         "/v1/messages",
-        streamed(
+        message_stream(
             CACHED,
             {
                 "input_tokens": 10,
@@ -2740,13 +2740,13 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
     ),
     "a stream's iterations": (
         "/v1/messages",
-        streamed({"input_tokens": 3, "output_tokens": 1}, {"output_tokens": 550, "iterations": STEPS}),
+        message_stream({"input_tokens": 3, "output_tokens": 1}, {"output_tokens": 550, "iterations": STEPS}),
         (3, 0, 0, 0, 550),
         None,
     ),
     "a decoy in a stream's tool": (
         "/v1/messages",
-        streamed({"input_tokens": 25, "output_tokens": 1}, {"output_tokens": 12}, CALLED),
+        message_stream({"input_tokens": 25, "output_tokens": 1}, {"output_tokens": 12}, CALLED),
         (25, 0, 0, 0, 12),
         None,
     ),
@@ -2847,7 +2847,7 @@ def test_what_was_used_is_the_same_wherever_an_answer_is_cut(name, data):
 
 def test_the_steps_of_a_stream_are_charged_by_their_own_models(upstream, relay):
     steps = [{**STEPS[0], "model": "dear"}, {**STEPS[1], "model": "cheap"}]
-    stream = streamed({"input_tokens": 3, "output_tokens": 1}, {"output_tokens": 20, "iterations": steps})
+    stream = message_stream({"input_tokens": 3, "output_tokens": 1}, {"output_tokens": 20, "iterations": steps})
     it = relay(
         {"anthropic": upstream(STREAM_HEAD + chunked(stream))},
         prices={"dear": {"input": 10, "output": 100}, "cheap": {"input": 1, "output": 2, "cache_read": 0}},
@@ -4651,7 +4651,7 @@ SEARCHED = [
     {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "x"}},
     {"type": "web_search_tool_result", "tool_use_id": "s", "content": []},
 ]
-THOUGHT = {"type": "thinking", "thinking": "hm, well", "signature": "sig"}
+THINKING = {"type": "thinking", "thinking": "hm, well", "signature": "sig"}
 REDACTED = {"type": "redacted_thinking", "data": "xyz"}
 
 
@@ -4665,12 +4665,12 @@ def chat_message(content: str | None = None, calls: Any = None, **more: Any) -> 
     }
 
 
-THINKING = {"reasoning_content": "hm, well", "thinking_blocks": [THOUGHT]}
+THINKING = {"reasoning_content": "hm, well", "thinking_blocks": [THINKING]}
 # Blocks, why they end, and the chat message and finish_reason that they become.
 MESSAGES: dict[str, tuple[list[Any], str, dict[str, Any], str]] = {
     "text": ([said("Hello"), said(" you")], "end_turn", chat_message("Hello you"), "stop"),
     "u1-all": (
-        [THOUGHT, said("Hi"), *SEARCHED, tool_use("toolu_1", at="door"), said("!"), tool_use("toolu_2", "dig")],
+        [THINKING, said("Hi"), *SEARCHED, tool_use("toolu_1", at="door"), said("!"), tool_use("toolu_2", "dig")],
         "tool_use",
         chat_message("Hi!", [called("toolu_1", '{"at": "door"}'), called("toolu_2", "{}", "dig")], **THINKING),
         "tool_calls",
@@ -4684,9 +4684,9 @@ MESSAGES: dict[str, tuple[list[Any], str, dict[str, Any], str]] = {
     "server-tools-alone": (SEARCHED, "tool_use", chat_message(""), "stop"),
     "unknown": ([{"type": "hologram"}, said("Hi")], "vanished", chat_message("Hi"), "stop"),
     "redacted": (
-        [REDACTED, THOUGHT],
+        [REDACTED, THINKING],
         "end_turn",
-        chat_message("", reasoning_content="hm, well", thinking_blocks=[REDACTED, THOUGHT]),
+        chat_message("", reasoning_content="hm, well", thinking_blocks=[REDACTED, THINKING]),
         "stop",
     ),
     "nothing": ([], "end_turn", chat_message(""), "stop"),
@@ -4744,7 +4744,7 @@ def test_u_a_whole_message_and_its_stream_are_the_same_chat_answer(name):
 
 
 def test_u1_calls_are_counted_among_themselves():
-    data = b"".join(message_events(THOUGHT, said("Hi"), *SEARCHED, tool_use("a", x=1), said("!"), tool_use("b")))
+    data = b"".join(message_events(THINKING, said("Hi"), *SEARCHED, tool_use("a", x=1), said("!"), tool_use("b")))
     chunks = [data for _, data in events_of(streamed(asked_of("openai"), data)[0])[:-1]]
     assert {one["id"] for one in chunks} == {"chatcmpl-1"} and all(
         one["object"] == "chat.completion.chunk" for one in chunks
