@@ -15316,6 +15316,11 @@ def test_the_readmes_settings_for_the_sdks_work(relay, monkeypatch, client):
         assert anthropic.Anthropic().messages.create(max_tokens=9, **asked).content[0].text == "Hello"
 
 
+def test_the_readmes_pictures_are_there_and_small():
+    paths = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (HERE / "README.md").read_text(encoding="utf-8"))
+    assert paths and all(0 < (HERE / path).stat().st_size < 200_000 for path in paths)
+
+
 def metrics_of_the_readme() -> dict[str, set[str]]:
     """The labels of each metric in the README's table."""
     rows = readme_tables()["metric"].items()
