@@ -15417,6 +15417,15 @@ http {
 """
 
 
+HAPROXY = shutil.which("haproxy", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
+needs_haproxy = pytest.mark.skipif(
+    not HAPROXY and os.environ.get("CI") != "true", reason="there is no HAProxy here; in CI it has to be"
+)
+each_balancer = pytest.mark.parametrize(
+    "balancer", [pytest.param("nginx", marks=needs_nginx), pytest.param("haproxy", marks=needs_haproxy)]
+)
+
+
 def replaced(text: str, replacements: dict[str, str]) -> str:
     """The text with each of these replaced; all must be in it."""
     for old, new in replacements.items():
@@ -15426,10 +15435,11 @@ def replaced(text: str, replacements: dict[str, str]) -> str:
 
 
 class Fleet:
-    """Two relays, a process each, behind nginx as the README configures it."""
+    """Two relays, a process each, behind nginx or HAProxy as the README configures it."""
 
-    def __init__(self, start: Callable[[int], Program], folder: Path, authority: trustme.CA) -> None:
-        assert NGINX, "nginx is not installed"
+    def __init__(self, balancer: str, start: Callable[[int], Program], folder: Path, authority: trustme.CA) -> None:
+        program = {"nginx": NGINX, "haproxy": HAPROXY}[balancer]
+        assert program, f"{balancer} is not installed"
         self.start = start
         self.relays = {port: start(port) for port in (unused_port(), unused_port())}
         self.port = unused_port()
@@ -15439,20 +15449,19 @@ class Fleet:
         issued.private_key_and_cert_chain_pem.write_to_path(folder / "relay.pem")
         (folder / "nginx.conf").write_text(NGINX_CONF)
         first, second = self.relays
-        ours = replaced(
-            readme_block("nginx"),
-            {
-                "127.0.0.1:8787": f"127.0.0.1:{first}",
-                "127.0.0.1:8788": f"127.0.0.1:{second}",
+        relays = {"127.0.0.1:8787": f"127.0.0.1:{first}", "127.0.0.1:8788": f"127.0.0.1:{second}"}
+        if balancer == "nginx":
+            own = {
                 "listen 443": f"listen 127.0.0.1:{self.port}",
                 "/etc/nginx/relay.crt": f"{folder}/relay.pem",
                 "/etc/nginx/relay.key": f"{folder}/relay.pem",
-            },
-        )
-        (folder / "monorelay.conf").write_text(ours)
-        self.process = subprocess.Popen(
-            [NGINX, "-p", str(folder), "-c", "nginx.conf", "-e", "error.log"], stderr=subprocess.DEVNULL
-        )
+            }
+            command = [program, "-p", str(folder), "-c", "nginx.conf", "-e", "error.log"]
+        else:
+            own = {"bind :443": f"bind 127.0.0.1:{self.port}", "/etc/haproxy/relay.pem": f"{folder}/relay.pem"}
+            command = [program, "-f", str(folder / "monorelay.conf")]
+        (folder / "monorelay.conf").write_text(replaced(readme_block(balancer), {**relays, **own}))
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
         eventually(lambda: self.client().close() is None)
 
     def client(self) -> Client:
@@ -15460,18 +15469,25 @@ class Fleet:
         client.sock = self.context.wrap_socket(client.sock, server_hostname="127.0.0.1")
         return client
 
+    def served(self, request_id: str) -> int:
+        """The port of the relay that has served the request."""
+        return eventually(lambda: next(port for port, relay in self.relays.items() if request_id in relay.text()))
+
     def stop(self) -> None:
         self.process.terminate()
-        assert self.process.wait(TIMEOUT_SECONDS) == 0
+        assert self.process.wait(TIMEOUT_SECONDS) in (0, -signal.SIGTERM)  # HAProxy ends by the signal
+
+
+CALLERS = [f"access-key-of-caller-{number}" for number in range(24)]
 
 
 @pytest.fixture
-def fleet(program, tmp_path, authority) -> Iterator[Callable[[Upstream], Fleet]]:
+def fleet(program, tmp_path, authority) -> Iterator[Callable[[str, Upstream], Fleet]]:
     made: list[Fleet] = []
 
-    def make(provider: Upstream) -> Fleet:
-        config = settings({"anthropic": provider})
-        made.append(Fleet(lambda port: program(config, "--port", str(port)), tmp_path, authority))
+    def make(balancer: str, provider: Upstream) -> Fleet:
+        config = settings({"anthropic": provider}, server={"access_key": [TOKEN, *CALLERS]})
+        made.append(Fleet(balancer, lambda port: program(config, "--port", str(port)), tmp_path, authority))
         return made[-1]
 
     yield make
@@ -15510,17 +15526,32 @@ class MarkingProvider:
             connection.send(chunked(*others) if asked.get("stream") else answer(200, json.dumps(mark).encode()))
 
 
-def ask_marked(client: Client, mark: str, stream: bool) -> None:
+def ask_marked(client: Client, mark: str, stream: bool, caller: str) -> None:
     """Asks, and sees to it that a whole answer with the mark comes."""
-    got = client.ask("POST", "/v1/messages", marked_prompt(mark, stream=stream))
+    got = client.ask("POST", "/v1/messages", marked_prompt(mark, stream=stream), token=caller)
     assert got.status == 200, got
     assert got.body == b"".join(marked_stream(mark)) if stream else got.json == mark
 
 
-@needs_nginx
-def test_a_stream_comes_through_nginx_event_by_event(upstream, fleet):
+@each_balancer
+def test_each_caller_is_sent_to_one_relay_in_whichever_header_the_key_is(upstream, fleet, balancer):
+    it, served = fleet(balancer, upstream(replies(*[answer(200)] * 99))), Counter[int]()
+    for caller in CALLERS:
+        with it.client() as client:
+            ports = set()
+            for header in (f"x-api-key: {caller}", f"authorization: Bearer {caller}"):
+                got = client.ask("POST", "/v1/messages", marked_prompt("any"), header, token="")
+                assert got.status == 200
+                ports.add(it.served(got.get("x-monorelay-request-id")))
+            assert len(ports) == 1
+            served.update(ports)
+    assert len(served) == 2
+
+
+@each_balancer
+def test_a_stream_comes_through_a_balancer_event_by_event(upstream, fleet, balancer):
     gates = [threading.Event() for _ in ANTHROPIC_EVENTS]
-    with fleet(upstream(gated_pieces(ANTHROPIC_EVENTS, gates))).client() as client:
+    with fleet(balancer, upstream(gated_pieces(ANTHROPIC_EVENTS, gates))).client() as client:
         client.send(request("POST", "/v1/messages", STREAMED))
         assert client.until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
         for event, gate in zip(ANTHROPIC_EVENTS, gates):
@@ -15529,8 +15560,8 @@ def test_a_stream_comes_through_nginx_event_by_event(upstream, fleet):
         client.until(b"\r\n0\r\n\r\n")
 
 
-@needs_nginx
-def test_an_upload_goes_through_nginx_as_it_comes(upstream, fleet):
+@each_balancer
+def test_an_upload_goes_through_a_balancer_as_it_comes(upstream, fleet, balancer):
     parts = [bytes([number]) * 50_000 for number in range(4)]
     arrived = [threading.Event() for _ in parts]
 
@@ -15541,7 +15572,7 @@ def test_an_upload_goes_through_nginx_as_it_comes(upstream, fleet):
             gate.set()
         connection.send(answer(200))
 
-    with fleet(upstream(script)).client() as client:
+    with fleet(balancer, upstream(script)).client() as client:
         length = f"content-length: {sum(map(len, parts))}"
         client.send(request("POST", "/v1/files", None, ANTHROPIC_VERSION, length))
         for part, gate in zip(parts, arrived):
@@ -15550,22 +15581,22 @@ def test_an_upload_goes_through_nginx_as_it_comes(upstream, fleet):
         assert client.answer().status == 200
 
 
-@needs_nginx
-def test_restarting_one_relay_after_the_other_behind_nginx_loses_no_request(upstream, fleet):
+@each_balancer
+def test_restarting_one_relay_after_the_other_behind_a_balancer_loses_no_request(upstream, fleet, balancer):
     provider = MarkingProvider()
-    it = fleet(upstream(provider))
+    it = fleet(balancer, upstream(provider))
     finished, over = Counter[int](), threading.Event()
 
     def visit(number: int) -> None:
         while not over.is_set():
             with it.client() as client:
                 for turn in range(100):
-                    ask_marked(client, f"{number}-{turn}", stream=turn % 2 == 1)
+                    ask_marked(client, f"{number}-{turn}", stream=turn % 2 == 1, caller=CALLERS[number])
                     finished[number] += 1
 
     def hold(number: int) -> None:
         with it.client() as client:
-            ask_marked(client, f"held-{number}", stream=number % 2 == 1)
+            ask_marked(client, f"held-{number}", stream=number % 2 == 1, caller=CALLERS[number])
 
     def wait_for_more(count: int) -> None:
         wanted = sum(finished.values()) + count
@@ -15574,7 +15605,7 @@ def test_restarting_one_relay_after_the_other_behind_nginx_loses_no_request(upst
     def restart(port: int) -> None:
         """Stops the relay on this port while it serves, and starts another one there when it has ended."""
         provider.gate.clear()
-        held = [pool.submit(hold, number) for number in range(8)]
+        held = [pool.submit(hold, number) for number in range(16)]
         assert all(provider.held.acquire(timeout=TIMEOUT_SECONDS) for _ in held)
         old = it.relays[port]
         old.signal(signal.SIGTERM)
@@ -15588,7 +15619,7 @@ def test_restarting_one_relay_after_the_other_behind_nginx_loses_no_request(upst
         wait_for_more(50)
         it.relays[port] = it.start(port)
 
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
         visitors = [pool.submit(visit, number) for number in range(8)]
         try:
             for port in list(it.relays):
@@ -15632,17 +15663,26 @@ def test_the_systemd_unit_is_valid(unit, tmp_path):
 def test_the_systemd_units_commands_start_reload_and_stop_a_relay(unit, tmp_path):
     service = unit["Service"]
     shutil.copy(HERE / "relay.json", tmp_path)
+    port = service["ExecStartPost"].rpartition(":")[2].split("/")[0]
+    assert service["ProtectSystem"] == "strict" and port in service["StateDirectory"]  # else relays share a ledger
+    state = tmp_path / "var" / "lib" / service["StateDirectory"]
+    state.mkdir(parents=True)  # as systemd does, which makes it the only place that can be written, and tells of it
+    environ = {**os.environ, "STATE_DIRECTORY": str(state), "MONORELAY_ACCESS_KEY": TOKEN}
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(shlex.split(service["ExecStart"]), cwd="/", stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            shlex.split(service["ExecStart"]), cwd="/", stderr=log, start_new_session=True, env=environ
+        )
     try:
         subprocess.run(shlex.split(service["ExecStartPost"]), check=True, timeout=2 * TIMEOUT_SECONDS)
-        port = service["ExecStartPost"].rpartition(":")[2].split("/")[0]
-        assert accepts(f"http://127.0.0.1:{port}")
+        with Client(f"http://127.0.0.1:{port}") as client:
+            assert client.ask("POST", "/v1/messages", json.dumps(prompt("echo")).encode()).status == 200
         reload = service["ExecReload"].replace("$MAINPID", str(process.pid))
         subprocess.run(shlex.split(reload), check=True, timeout=TIMEOUT_SECONDS)
         eventually(lambda: "reloaded" in (tmp_path / "log").read_text())
         process.send_signal(getattr(signal, service["KillSignal"]))
         assert process.wait(TIMEOUT_SECONDS) == 0
+        assert selected(state / "usage.db", "SELECT model FROM request") == ["echo"]
+        assert not list(tmp_path.glob("usage.db*"))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -15652,7 +15692,7 @@ def test_the_systemd_units_commands_start_reload_and_stop_a_relay(unit, tmp_path
 @pytest.fixture
 def manifest() -> dict[str, Any]:
     """The README's Kubernetes objects by their kind."""
-    return {it["kind"]: it for it in yaml.safe_load_all(readme_block("yaml"))}
+    return {it["kind"]: it for it in yaml.safe_load_all(readme_block("yaml", "Deployment"))}
 
 
 def test_the_manifest_fits_together(manifest, relay):
@@ -15666,8 +15706,15 @@ def test_the_manifest_fits_together(manifest, relay):
     pause = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
     drain_seconds = parse({"echo": {}}).server.drain_seconds
     assert pod["terminationGracePeriodSeconds"] > pause + drain_seconds
-    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
-    assert mount["name"] == volume["name"] and volume["configMap"]
+    mounts, volumes = ({it["name"]: it for it in listed} for listed in (container["volumeMounts"], pod["volumes"]))
+    assert mounts.keys() == volumes.keys() == {"relay", "state"}
+    assert mounts["relay"]["readOnly"] and volumes["relay"]["configMap"]
+    assert pod["securityContext"]["fsGroup"] == container["securityContext"]["runAsUser"]
+    # The ledger of the relay.json that lies here is on the volume that can be written, and that alone can be.
+    assert container["securityContext"]["readOnlyRootFilesystem"] and "emptyDir" in volumes["state"]
+    environ = {it["name"]: it["value"] for it in container["env"]}
+    config = monorelay.parse_config((HERE / "relay.json").read_text(encoding="utf-8"), environ)
+    assert str(Path(config.ledger.path).parent) == mounts["state"]["mountPath"] and "readOnly" not in mounts["state"]
     it = relay({"echo": {}})
     for probe in (container["readinessProbe"], container["livenessProbe"]):
         assert probe["httpGet"]["port"] == name == service["ports"][0]["targetPort"]
@@ -15675,13 +15722,15 @@ def test_the_manifest_fits_together(manifest, relay):
 
 
 @pytest.mark.parametrize("access_key, status", [("sixteen-characters", 0), ("short", 1), ("", 1)])
-def test_the_manifests_command_is_accepted_with_a_long_access_key(manifest, access_key, status):
+def test_the_manifests_command_is_accepted_with_a_long_access_key(manifest, tmp_path, access_key, status):
     (container,) = manifest["Deployment"]["spec"]["template"]["spec"]["containers"]
     python, *command = [*container["command"], *container["args"], "check"]
     folder = container["volumeMounts"][0]["mountPath"]
     command = [part.replace(f"{folder}/", f"{HERE}/") for part in command]
     environ = {**os.environ, "MONORELAY_JWT_SECRET": "", "MONORELAY_ACCESS_KEY": access_key}
+    environ |= {it["name"]: str(tmp_path) for it in container["env"]}
     done = subprocess.run(
         [sys.executable, *command], env=environ, capture_output=True, text=True, timeout=2 * TIMEOUT_SECONDS
     )
     assert python == "python" and done.returncode == status, done.stderr
+    assert status or (f"{tmp_path}/usage.db" in done.stdout and "ledger.path" not in done.stdout)
