@@ -6297,9 +6297,9 @@ def sums_of(series: Sequence[int]) -> Sums:
     return sums
 
 
-def is_long_name(name: str) -> bool:
-    """Whether a name would take too much room in what the workers show one another."""
-    return len(json.dumps(name)) > TALLIED_NAME_BYTES
+def is_odd_name(name: str) -> bool:
+    """Whether a name would take too much room in what the workers show one another, or isn't Unicode."""
+    return len(json.dumps(name)) > TALLIED_NAME_BYTES or name != name.encode("utf-8", "replace").decode("utf-8")
 
 
 class Tally:
@@ -6358,14 +6358,14 @@ class Tally:
     def _model_label(self, row: LedgerRow) -> str:
         """The model as it was sent, once a provider has answered for it: clients invent names."""
         if row.sent not in self._models:
-            if not row.answered or len(self._models) >= TALLIED_MODELS or is_long_name(row.sent):
+            if not row.answered or len(self._models) >= TALLIED_MODELS or is_odd_name(row.sent):
                 return OTHER
             self._models.add(row.sent)
         return row.sent
 
     def _user_label(self, user: str) -> str:
         if user not in self.users and user not in self._others:
-            if len(self._others) >= TALLIED_USERS or is_long_name(user):
+            if len(self._others) >= TALLIED_USERS or is_odd_name(user):
                 return OTHER
             self._others.add(user)
         return user

@@ -126,6 +126,7 @@ import anthropic
 import hypothesis
 import jwt
 import openai
+import prometheus_client.parser
 import pytest
 import trustme
 import yaml
@@ -10564,6 +10565,255 @@ def test_a_user_over_the_limit_leaves_nothing_of_a_gzip_body(upstream, relay):
         got = it.post("/v1/messages", zipped("claude-test")[0], "Content-Encoding: gzip", token=bearer())
         assert got.status == status
         eventually(lambda: held_bytes(it) == 0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Endpoints: what the owner, and each user, can see of what happens
+# ------------------------------------------------------------------------------------------------------------
+
+ALICE, BOB, GRAFANA = "key-of-alice-0123456789", "key-of-bob-0123456789", "key-of-grafana-0123456789"
+OWNERS = {"alice": {"key": ALICE}, "bob": {"key": BOB}, "grafana": {"key": GRAFANA, "viewer": True}}
+METRICS = {
+    "monorelay_requests_total": ("counter", {"provider", "model", "status"}),
+    "monorelay_request_duration_seconds": ("histogram", {"provider", "model"}),
+    "monorelay_time_to_first_byte_seconds": ("histogram", {"provider", "model"}),
+    "monorelay_tokens_total": ("counter", {"provider", "model", "kind"}),
+    "monorelay_cost_usd_total": ("counter", {"provider", "model"}),
+    "monorelay_untold_usage_total": ("counter", {"provider"}),
+    "monorelay_user_requests_total": ("counter", {"user"}),
+    "monorelay_user_tokens_total": ("counter", {"user", "kind"}),
+    "monorelay_user_cost_usd_total": ("counter", {"user"}),
+    "monorelay_upstream_attempts_total": ("counter", {"provider", "key", "outcome"}),
+    "monorelay_key_cooling": ("gauge", {"provider", "key"}),
+    "monorelay_key_remaining_ratio": ("gauge", {"provider", "key", "limit"}),
+    "monorelay_requests_running": ("gauge", set()),
+    "monorelay_connections_open": ("gauge", set()),
+    "monorelay_refused_total": ("counter", {"code"}),
+    "monorelay_log_lines_dropped_total": ("counter", set()),
+    "monorelay_ledger_rows_dropped_total": ("counter", set()),
+    "monorelay_ledger_rows_waiting": ("gauge", set()),
+    "monorelay_build_info": ("gauge", {"version"}),
+    "process_start_time_seconds": ("gauge", set()),
+}
+
+
+class Metrics:
+    """What Prometheus' own parser reads of a text."""
+
+    def __init__(self, text: str) -> None:
+        self.families = {}
+        for family in prometheus_client.parser.text_string_to_metric_families(text):
+            name = family.name + ("_total" if family.type == "counter" else "")
+            assert name not in self.families and family.documentation
+            self.families[name] = family
+        samples = [sample for family in self.families.values() for sample in family.samples]
+        self.samples = {(sample.name, *sorted(sample.labels.items())): sample.value for sample in samples}
+        assert len(self.samples) == len(samples), "a series is told twice"
+
+    def value(self, name: str, **labels: str) -> float:
+        """The sum of the samples that have these labels, among others."""
+        return sum(
+            value
+            for (named, *pairs), value in self.samples.items()
+            if named == name and set(labels.items()) <= set(pairs)
+        )
+
+    def labels(self, name: str, label: str) -> set[str]:
+        return {dict(pairs)[label] for named, *pairs in self.samples if named == name}
+
+
+def metrics(it: Any, token: str = TOKEN) -> Metrics:
+    """What a relay, or a program, tells Prometheus."""
+    with Client(it.url) as client:
+        got = client.ask("GET", "/metrics", token=token)
+    assert got.status == 200 and got.get("content-type") == "text/plain; version=0.0.4; charset=utf-8"
+    return Metrics(got.body.decode("utf-8"))
+
+
+def test_metrics_have_the_names_types_and_labels_of_the_contract(upstream, relay):
+    fields = (
+        "anthropic-ratelimit-requests-limit: 50",
+        "anthropic-ratelimit-requests-remaining: 10",
+        "anthropic-ratelimit-unified-5h-utilization: 0.25",
+        "anthropic-ratelimit-unified-5h-reset: 9999999999",
+    )
+    limited = STREAM_HEAD.replace(b"\r\n\r\n", "\r\n".join(["", *fields, "", ""]).encode())
+    provider = upstream(replies(answer(429), limited + chunked(*ANTHROPIC_EVENTS), answer(404)))
+    it = relay({"anthropic": two_keys(provider)}, users=OWNERS, prices={"*": {"input": 2, "output": 8}})
+    assert it.post("/v1/messages", prompt(stream=True), token=ALICE).status == 200
+    assert it.post("/v1/messages", prompt("nobody-has-it")).status == 404
+    assert it.post("/v1/messages", prompt(), token="").status == 401
+    eventually(lambda: len(it.server.service.tally.ended) == 2)
+    told = metrics(it, GRAFANA)
+    assert {name: family.type for name, family in told.families.items()} == {
+        n: kind for n, (kind, _) in METRICS.items()
+    }
+    for name, family in told.families.items():
+        assert family.samples, name
+        for sample in family.samples:
+            assert set(sample.labels) - {"le"} == METRICS[name][1], name
+    names = {"provider": "anthropic", "model": "claude-test"}
+    assert told.value("monorelay_requests_total", **names, status="200") == 1
+    assert told.value("monorelay_requests_total", provider="anthropic", model="(other)", status="404") == 1
+    assert told.value("monorelay_tokens_total", **names, kind="input") == 25
+    assert told.value("monorelay_tokens_total", **names, kind="output") == 12
+    assert told.labels("monorelay_tokens_total", "kind") == set(monorelay.KINDS)
+    assert math.isclose(told.value("monorelay_cost_usd_total", **names), (25 * 2 + 12 * 8) / 10**6)
+    assert told.value("monorelay_user_tokens_total", user="alice", kind="input") == 25
+    assert told.value("monorelay_user_requests_total", user="admin") == 1
+    assert told.value("monorelay_upstream_attempts_total", key="label-a", outcome="429") == 1
+    assert told.value("monorelay_upstream_attempts_total", key="label-b", outcome="ok") == 1
+    assert told.value("monorelay_key_cooling", key="label-a") == 1 and not told.value(
+        "monorelay_key_cooling", key="label-b"
+    )
+    assert told.value("monorelay_key_remaining_ratio", key="label-b", limit="requests") == 0.2
+    assert told.value("monorelay_key_remaining_ratio", key="label-b", limit="unified_5h") == 0.75
+    assert told.value("monorelay_refused_total", code="unauthenticated") == 1
+    assert told.value("monorelay_build_info", version=monorelay.__version__) == 1
+    assert abs(told.value("process_start_time_seconds") - time.time()) < 60
+    assert told.value("monorelay_connections_open") >= 1 and told.value("monorelay_requests_running") == 0
+
+
+def test_metrics_count_what_the_provider_has_seen(upstream, relay):
+    provider = upstream(replies(*[answer(status) for status in (200, 500, 200, 429, 400, 200, 200)] * 4))
+    it = relay({"anthropic": provider})
+    got = Counter(it.post("/v1/messages", prompt()).status for _ in range(20))
+    eventually(lambda: len(it.server.service.tally.ended) == 20)
+    told = metrics(it)
+    assert told.value("monorelay_requests_total") == sum(got.values()) == 20
+    assert all(told.value("monorelay_requests_total", status=str(status)) == count for status, count in got.items())
+    assert told.value("monorelay_upstream_attempts_total") == len(provider.requests)
+    assert told.value("monorelay_upstream_attempts_total", outcome="5xx") == got[500]
+    assert told.value("monorelay_untold_usage_total", provider="anthropic") == got[200]
+
+
+HOSTILE_NAME = 'a"b\\c\nd\\n{}=,#\r\t \x7f\x85\u2028\U0001f600'
+
+
+def test_metrics_hold_together_whatever_models_and_users_are_called(upstream, relay):
+    it = relay({"anthropic": upstream(answer())}, server={"jwt_secret": JWT_SECRET})
+    names = [HOSTILE_NAME, "\ud800", "\udfff", "\\ud800", "?", '"} 1\nmonorelay_evil 1\n#', "x" * 256, "le", "+Inf"]
+    for name in names:
+        token = token_of(HS256, {"sub": name, "exp": time.time() + 60})
+        body = json.dumps(prompt(name)).encode()
+        assert it.ask("POST", "/v1/messages", body, f"authorization: Bearer {token}", token="").status == 200
+    eventually(lambda: len(it.server.service.tally.ended) == len(names))
+    told = metrics(it)
+    assert set(told.families) == set(METRICS)
+    models, users = (
+        told.labels("monorelay_requests_total", "model"),
+        told.labels("monorelay_user_requests_total", "user"),
+    )
+    assert HOSTILE_NAME in models and HOSTILE_NAME in users and names[5] in models
+    assert len(models) == len(users) == len(names) - 2 and "(other)" in models & users and "x" * 256 not in models
+
+
+def test_metrics_tell_a_bounded_number_of_names_apart(upstream, relay):
+    """Models that a provider has answered for, and users whom only their tokens name: a hundred of each."""
+    it = relay(
+        {"anthropic": upstream(answer(404)), "anthropic2": upstream(answer())},
+        routes={"good-*": "anthropic2", "*": "anthropic"},
+        server={"jwt_secret": JWT_SECRET},
+    )
+    with it.client() as client:
+        for number in range(250):
+            token = token_of(HS256, {"sub": f"user-{number}", "exp": time.time() + 60})
+            name = f"{'good' if number % 2 else 'bad'}-{number}"
+            client.send(
+                request(
+                    "POST",
+                    "/v1/messages",
+                    json.dumps(prompt(name)).encode(),
+                    f"authorization: Bearer {token}",
+                    token="",
+                )
+            )
+            assert client.answer().status == (200 if number % 2 else 404)
+    eventually(lambda: len(it.server.service.tally.ended) == 250)
+    told = metrics(it)
+    models = told.labels("monorelay_requests_total", "model")
+    assert len(models) == 101 and all(name == "(other)" or name.startswith("good-") for name in models)
+    assert len(told.labels("monorelay_user_requests_total", "user")) == 101
+    assert told.value("monorelay_requests_total") == told.value("monorelay_user_requests_total") == 250
+    assert told.value("monorelay_requests_total", provider="anthropic", status="404") == 125
+
+
+def test_users_of_relay_json_are_told_apart_however_many_they_are():
+    tally = monorelay.Tally(0.0)
+    tally.users = {f"user-{number}": None for number in range(300)}
+    for number in range(300):
+        tally.add(row(user=f"user-{number}"))
+    assert len(tally.by(0)) == 300
+
+
+def test_series_are_bounded_and_nothing_is_lost_beyond():
+    tally = monorelay.Tally(0.0)
+    tally.users = {f"user-{number}": None for number in range(100)}
+    for number in range(5000):
+        tally.add(row(user=f"user-{number % 100}", sent=f"m-{number // 100}", cost=None if number % 2 else 5))
+    assert len(tally.series) <= monorelay.TALLIED_SERIES + 1 and len(tally.hours) <= monorelay.TALLIED_SERIES + 1
+    assert sum(sums[0] for sums in tally.series.values()) == 5000
+    assert sum(figures[0] for figures in tally.hours.values()) == 5000
+    assert len(monorelay.metrics_text(tally, [], {})) < 3_000_000
+
+
+@pytest.mark.parametrize(("token", "status"), [("", 401), ("wrong", 401), (ALICE, 403), (GRAFANA, 200), (TOKEN, 200)])
+def test_metrics_are_for_access_keys_and_viewers(relay, token, status):
+    it = relay({"echo": {}}, users=OWNERS)
+    got = it.ask("GET", "/metrics", token=token)
+    assert got.status == status
+    if status != 200:
+        refused(got, status, {401: "authentication_error", 403: "permission_error"}[status], openai_shape=True)
+
+
+@hypothesis.given(
+    st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**5) | st.none(), st.booleans()), max_size=30)
+)
+def test_a_histogram_is_cumulative_and_ends_in_all(times):
+    tally = monorelay.Tally(0.0)
+    for duration, ttfb, stream in times:
+        tally.add(row(duration=duration, ttfb=ttfb, stream=int(stream)))
+    told = Metrics(monorelay.metrics_text(tally, [], {}))
+    for name, values in (
+        ("monorelay_request_duration_seconds", [duration for duration, _, _ in times]),
+        ("monorelay_time_to_first_byte_seconds", [ttfb for _, ttfb, stream in times if stream and ttfb is not None]),
+    ):
+        buckets = {
+            float(dict(pairs)["le"]): value
+            for (named, *pairs), value in told.samples.items()
+            if named == f"{name}_bucket"
+        }
+        for limit, count in buckets.items():
+            assert count == sum(value / 1000 <= limit for value in values)
+        if times:
+            assert math.inf in buckets and told.value(f"{name}_count") == buckets[math.inf] == len(values)
+        assert math.isclose(told.value(f"{name}_sum"), sum(values) / 1000, abs_tol=1e-9)
+
+
+def counted_row(number: int) -> Any:
+    return row(
+        request=f"req_{number}",
+        user=f"u{number % 3}",
+        sent=f"m{number % 2}",
+        at=1_764_160_000_000 + number * 50_000,
+        error=None if number % 5 else "upstream_broken",
+        cost=None if number % 4 else number,
+    )
+
+
+@hypothesis.given(st.lists(st.integers(0, 3), max_size=60))
+def test_what_several_processes_have_counted_adds_up(places):
+    """Whichever of them has counted what, and through the JSON in which they tell it."""
+    alone, each, together = monorelay.Tally(5.0), [monorelay.Tally(5.0 + n) for n in range(4)], monorelay.Tally(9.0)
+    for number, place in enumerate(places):
+        alone.add(counted_row(number))
+        each[place].add(counted_row(number))
+    for one in each:
+        together.include(json.loads(json.dumps(one.shared())))
+    for table in ("series", "hours", "statuses"):
+        assert dict(getattr(together, table)) == dict(getattr(alone, table))
+    assert list(together.ended) == list(alone.ended) and together.since == 5.0
+    assert sum(map(sum, together.seconds.values())) >= sum(map(sum, alone.seconds.values()))
 
 
 # ------------------------------------------------------------------------------------------------------------
