@@ -10456,7 +10456,10 @@ class Exchange:
 
     def read_query(self, *names: str) -> dict[str, str]:
         """The parameters of the query that have a value. Raises BadRequest for others than these, and repeated ones."""
-        pairs = parse_qsl(self.request.query, max_num_fields=QUERY_FIELDS, errors="replace")
+        try:
+            pairs = parse_qsl(self.request.query, max_num_fields=QUERY_FIELDS, errors="replace")
+        except ValueError:
+            raise BadRequest(f"the query has more than {QUERY_FIELDS} parameters") from None
         query = dict(pairs)
         for name in query:
             if name not in names:
@@ -11003,14 +11006,14 @@ class LivePage:
         since, self._known_until = self._known_until - LIVE_LATE_SECONDS * 1000, int(time.time() * 1000)
         rows: list[LedgerRow] = []
         for row in reversed(self._service.workers.tally().ended):
-            if row.at < since or (is_new and len(rows) >= FIRST_ROWS):
+            if row.at < since:
                 break
             if row.is_of(own) and row.request not in told:
                 rows.append(row)
         self._told = {request: at for request, at in told.items() if at >= since} | {
             row.request: row.at for row in rows
         }
-        return [ended_row(row) for row in reversed(rows)]
+        return [ended_row(row) for row in reversed(rows[:FIRST_ROWS] if is_new else rows)]
 
 
 def last_minute(tally: Tally, user: Optional[str], clock: float) -> dict[str, int]:

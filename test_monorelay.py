@@ -10816,6 +10816,605 @@ def test_what_several_processes_have_counted_adds_up(places):
     assert sum(map(sum, together.seconds.values())) >= sum(map(sum, alone.seconds.values()))
 
 
+# ---- the page
+
+
+def live(it: Any, *headers: str, token: str = TOKEN, version: str = "1.1", **options: int) -> Client:
+    """A client that has asked for the live stream."""
+    client = Client(it.url, **options)
+    client.send(
+        request("GET", "/api/live", None, *headers, token=token).replace(b"HTTP/1.1", f"HTTP/{version}".encode())
+    )
+    return client
+
+
+def live_head(client: Client) -> Message:
+    """The head of a live stream, checked."""
+    head = Message(client.until(b"\r\n\r\n"), b"")
+    assert head.status == 200 and head.get("content-type") == "text/event-stream", head
+    return head
+
+
+def next_event(client: Client) -> tuple[str, int, Any]:
+    """The next event of a live stream: name, id and data."""
+    lines = dict(line.split(": ", 1) for line in client.chunk().decode("ascii").splitlines() if line)
+    return lines["event"], int(lines["id"]), json.loads(lines["data"])
+
+
+def ended_rows(client: Client, count: int) -> list[list[Any]]:
+    """So many requests that a live stream tells have ended."""
+    rows: list[list[Any]] = []
+    while len(rows) < count:
+        rows += next_event(client)[2].get("ended", [])
+    return rows
+
+
+def told_live(client: Client) -> tuple[str, Any, Any]:
+    """The first event of a live stream."""
+    live_head(client)
+    return next_event(client)
+
+
+def read_to_its_end(client: Client) -> bool:
+    """Reads a live stream until it ends in good order."""
+    return list(iter(client.chunk, b"")) is not None
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A page that is told of news more often."""
+    monkeypatch.setattr(monorelay, "LIVE_SECONDS", 0.05)
+    monkeypatch.setattr(monorelay, "HOURS_SECONDS", 0.1)
+
+
+ROW = (
+    "id",
+    "at",
+    "user",
+    "model",
+    "sent",
+    "provider",
+    "key",
+    "status",
+    "ttfb",
+    "seconds",
+    "input",
+    "cache_read",
+    "output",
+    "cost",
+    "cache_write",
+    "attempts",
+    "tried",
+    "error",
+    "path",
+    "stream",
+    "complete",
+    "request",
+    "tier",
+)
+RUNNING = ("request", "user", "model", "sent", "provider", "key", "state", "seconds", "ttfb", "bytes", "attempts")
+
+
+def test_a_page_is_told_the_state_and_then_what_changes(upstream, relay, quick):
+    gate = threading.Event()
+    provider = upstream(gated_stream(gate))
+    it = relay(
+        {"anthropic": provider, "echo": {}},
+        users=OWNERS,
+        routes={"echo": "echo", "*": "anthropic"},
+        aliases={"smart": "claude-test"},
+    )
+    with live(it) as page:
+        name, number, state = told_live(page)
+        assert name == "state" and number > time.time() * 1000 * 4000
+        assert set(state) == {
+            "now",
+            "version",
+            "since",
+            "admin",
+            "ledger",
+            "active",
+            "running",
+            "ended",
+            "keys",
+            "minute",
+            "ttfb",
+            "hours",
+            "budgets",
+        }
+        assert (state["version"], state["admin"], state["ledger"]) == (monorelay.__version__, True, False)
+        assert (state["active"], state["running"], state["ended"], state["hours"], state["ttfb"]) == (
+            0,
+            [],
+            [],
+            [],
+            None,
+        )
+        assert [(key["provider"], key["state"]) for key in state["keys"]] == [("anthropic", "ok"), ("echo", "echo")]
+        assert abs(state["now"] - time.time()) < 5 and state["minute"] == {"requests": 0, "errors": 0}
+        with it.client() as client:
+            client.send(request("POST", "/v1/messages", json.dumps(prompt("smart", stream=True)).encode(), token=ALICE))
+            client.until(ANTHROPIC_EVENTS[0])
+            name, _, news = next_event(page)
+            while not (news.get("running") and news["running"][0][9]):
+                name, _, news = next_event(page)
+            running = dict(zip(RUNNING, news["running"][0]))
+            assert name == "tick" and set(news) < set(state) and news["active"] == 1
+            assert running == {
+                **running,
+                "user": "alice",
+                "model": "smart",
+                "sent": "claude-test",
+                "provider": "anthropic",
+                "state": "streaming",
+                "attempts": 1,
+                "bytes": len(ANTHROPIC_EVENTS[0]),
+            }
+            assert 0 <= running["seconds"] < 5 and running["request"].startswith("req_")
+            gate.set()
+            client.until(b"0\r\n\r\n")
+        ended = dict(zip(ROW, ended_rows(page, 1)[0]))
+        assert ended == {
+            **ended,
+            "user": "alice",
+            "model": "smart",
+            "sent": "claude-test",
+            "status": 200,
+            "input": 25,
+            "output": 12,
+            "cost": None,
+            "tried": "",
+            "error": "",
+            "path": "/v1/messages",
+            "stream": 1,
+            "complete": 1,
+            "request": running["request"],
+            "tier": None,
+            "attempts": 1,
+        }
+        assert 0 <= ended["ttfb"] <= ended["seconds"] < 5 and abs(ended["at"] - time.time()) < 5
+    with live(it) as page:
+        state = told_live(page)[2]
+        assert [row[21] for row in state["ended"]] == [running["request"]] and state["hours"][0][1:4] == [1, 0, 25]
+        assert state["ttfb"] == [ended["ttfb"]] * 2 and state["minute"] == {"requests": 1, "errors": 0}
+
+
+def test_a_page_is_told_of_each_request_once_also_across_a_gap(relay, quick):
+    it = relay({"echo": {}})
+    told: list[str] = []
+    it.post("/v1/messages", prompt("echo"))
+    last = 0
+    for _ in range(4):
+        with live(it, *([f"last-event-id: {last}"] if last else [])) as page:
+            live_head(page)
+            for _ in range(8):
+                for _ in range(3):
+                    it.post("/v1/messages", prompt("echo"))
+                _, last, news = next_event(page)
+                told += [row[21] for row in news.get("ended", [])]
+        for _ in range(5):
+            it.post("/v1/messages", prompt("echo"))
+    with live(it, f"last-event-id: {last}") as page:
+        told += [row[21] for row in told_live(page)[2]["ended"]]
+    rows = [row.request for row in it.server.service.tally.ended]
+    assert set(rows) == set(told), "none is lost"
+    seen = Counter(told)
+    # Behind a gap, what has ended in the seconds before it is told again: the page knows these by their ids.
+    assert max(seen.values()) <= 5
+    with live(it) as page:
+        once = [row[21] for row in told_live(page)[2]["ended"]]
+        for _ in range(30):
+            it.post("/v1/messages", prompt("echo"))
+        once += [row[21] for row in ended_rows(page, 30)]
+        assert len(once) == len(set(once)) == min(len(rows), monorelay.FIRST_ROWS) + 30
+
+
+def test_a_page_that_was_slow_to_read_has_missed_nothing(relay, quick, monkeypatch):
+    """Though more time has gone by than is looked back."""
+    monkeypatch.setattr(monorelay, "LIVE_LATE_SECONDS", 0.0)
+    it = relay({"echo": {}})
+    page = monorelay.LivePage.__new__(monorelay.LivePage)
+
+    class Asked:
+        own_name = staticmethod(lambda: None)
+
+    page._exchange, page._service, page._told, page._known_until = Asked, it.server.service, None, 0
+    tally = it.server.service.tally
+    tally.add(row(request="req_a", at=int(time.time() * 1000)))
+    assert [told[21] for told in page._ended()] == ["req_a"]
+    tally.add(row(request="req_b", at=int(time.time() * 1000) + 5))
+    threading.Event().wait(0.1)
+    tally.add(row(request="req_c", at=int(time.time() * 1000)))
+    assert [told[21] for told in page._ended()] == ["req_b", "req_c"] and page._ended() == []
+
+
+@pytest.mark.parametrize("seen", ["0", "1", "99999999999999999999", "-1", "a", "9" * 16, "1 2"])
+def test_a_page_that_comes_back_with_an_odd_id_gets_the_state(relay, seen):
+    it = relay({"echo": {}})
+    it.post("/v1/messages", prompt("echo"))
+    eventually(lambda: it.server.service.tally.ended)
+    with live(it, f"last-event-id: {seen}") as page:
+        assert told_live(page)[0] == "state"
+
+
+def test_a_quiet_page_is_shown_that_the_connection_is_there(relay, quick, monkeypatch):
+    monkeypatch.setattr(monorelay, "LIVE_QUIET_SECONDS", 0.1)
+    it = relay({"echo": {}})
+    with live(it, token=TOKEN) as page:
+        told_live(page)
+        assert page.chunk() == b": nothing new\n\n" and page.chunk().startswith(b": ")
+
+
+def test_a_user_sees_only_what_is_his_own_and_no_keys(relay, quick, tmp_path):
+    users = {
+        **OWNERS,
+        "bob": {"key": BOB, "requests_per_minute": 60},
+        "alice": {"key": ALICE, "requests_per_minute": 5},
+    }
+    it = relay({"echo": {}}, users=users)
+    for token in (ALICE, BOB, BOB, TOKEN):
+        it.post("/v1/messages", prompt("echo"), token=token)
+    it.post("/v1/messages", prompt("echo-error-500"), token=BOB)
+    eventually(lambda: len(it.server.service.tally.ended) == 5)
+    for token, own, count in ((ALICE, "alice", 1), (BOB, "bob", 3), (GRAFANA, None, 5), (TOKEN, None, 5)):
+        with live(it, token=token) as page:
+            state = told_live(page)[2]
+        assert len(state["ended"]) == state["minute"]["requests"] == state["hours"][0][1] == count
+        assert own is None or {ended[2] for ended in state["ended"]} == {own}
+        assert bool(state["keys"]) == state["admin"] == (own is None)
+        assert {budget["user"] for budget in state["budgets"]} == ({own} if own else {"alice", "bob"})
+        rows = it.ask("GET", "/api/requests", token=token).json["rows"]
+        assert len(rows) == count and (own is None or {found["user"] for found in rows} == {own})
+        other = it.ask("GET", "/api/requests?user=bob", token=token).json["rows"]
+        assert {found["user"] for found in other} == ({own} if own else {"bob"})
+        usage = it.ask("GET", "/api/usage?by=user", token=token).json
+        assert usage["total"]["requests"] == count and usage["priced"] is None
+        assert own is None or [group["user"] for group in usage["rows"]] == [own]
+
+
+def test_a_page_ends_when_its_token_expires(relay, quick):
+    it = relay({"echo": {}}, users=OWNERS, server={"jwt_secret": JWT_SECRET})
+    token = token_of(HS256, {"sub": "alice", "exp": int(time.time()) + 2})
+    with live(it, f"authorization: Bearer {token}", token="") as page:
+        told_live(page)
+        assert read_to_its_end(page)
+    assert it.ask("GET", "/api/live", None, f"authorization: Bearer {token}", token="").status == 401
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"users": {"bob": {"key": BOB}}},
+        {"users": {**OWNERS, "alice": {"key": ALICE, "enabled": False}}},
+        {"users": {**OWNERS, "alice": {"key": BOB + "-other"}}},
+    ],
+)
+def test_a_page_ends_when_its_user_is_taken_away(relay, quick, change):
+    it = relay({"echo": {}}, users=OWNERS)
+    with live(it, token=ALICE) as page:
+        told_live(page)
+        it.server.reload(parse({"echo": {}}, **change))
+        assert read_to_its_end(page)
+
+
+def test_a_reload_is_a_new_state(relay, quick):
+    it = relay({"anthropic": {"base_url": "http://127.0.0.1:9"}, "echo": {}}, users=OWNERS)
+    with live(it) as page:
+        assert len(told_live(page)[2]["keys"]) == 2
+        it.server.reload(parse({"echo": {}}, users=OWNERS))
+        name, _, state = next_event(page)
+        assert name == "state" and [key["provider"] for key in state["keys"]] == ["echo"]
+
+
+def test_no_more_pages_than_fifty_and_each_that_leaves_makes_room(relay, quick):
+    it = relay({"echo": {}})
+    with contextlib.ExitStack() as stack:
+        pages = [stack.enter_context(live(it)) for _ in range(monorelay.PAGES)]
+        for page in pages:
+            told_live(page)
+        assert "close one" in refused(it.ask("GET", "/api/live"), 503, "api_error", openai_shape=True)
+        pages[0].reset()
+        assert eventually(lambda: len(it.server.service.pages) < monorelay.PAGES)
+        with live(it) as page:
+            assert told_live(page)[0] == "state"
+        assert metrics(it).value("monorelay_requests_total") == metrics(it).value("monorelay_requests_running") == 0
+    assert eventually(lambda: not it.server.service.pages)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_pages_hold_up_no_drain(relay, quick, monkeypatch, reads):
+    it = relay({"echo": {}})
+    with live(it, SO_RCVBUF=1 << 12) as page, it.client() as other:
+        told_live(page)
+        if not reads:
+            monkeypatch.setattr(monorelay.LivePage, "_news", filling)
+            eventually(lambda: next(iter(it.server.service.pages))._is_sending)
+        begin = time.monotonic()
+        it.server.stop(20.0)
+        assert time.monotonic() - begin < 2
+        assert not reads or read_to_its_end(page)
+        assert other.ended_within(1)
+    assert not it.server.service.pages
+
+
+async def filling(page: Any) -> dict[str, Any]:
+    """More news than a socket takes."""
+    return {"now": 1.0, "filling": "x" * 8_000_000}
+
+
+def test_a_page_that_reads_nothing_is_cut_and_holds_little(relay, quick, monkeypatch):
+    monkeypatch.setattr(monorelay, "STALLED_CLIENT_SECONDS", 0.3)
+    monkeypatch.setattr(monorelay.LivePage, "_news", filling)
+    it = relay({"echo": {}})
+    with live(it, SO_RCVBUF=1 << 12) as page:
+        eventually(lambda: it.server.service.pages)
+        tracemalloc.start()
+        before, most = tracemalloc.get_traced_memory()[0], 0
+        while it.server.service.pages:
+            most = max(most, tracemalloc.get_traced_memory()[0])
+            time.sleep(0.02)
+        tracemalloc.stop()
+        assert most - before < 60_000_000
+        with contextlib.suppress(ConnectionError):
+            assert not page.rest().endswith(b"0\r\n\r\n")
+
+
+def test_a_page_of_http_1_0_is_served_until_it_closes(relay, quick):
+    it = relay({"echo": {}})
+    with live(it, version="1.0") as page:
+        head = live_head(page)
+        assert head.get("transfer-encoding") is None and head.get("connection") == "close"
+        assert page.until(b"\n\n").startswith(b"event: state\nid: ")
+        it.post("/v1/messages", prompt("echo"))
+        page.until(b"event: tick\n")
+        it.server.stop(5.0)
+        page.rest()
+
+
+@pytest.mark.parametrize("method", ["HEAD", "POST", "PUT", "OPTIONS"])
+def test_the_live_stream_is_only_got(relay, method):
+    it = relay({"echo": {}})
+    got = it.ask(method, "/api/live")
+    assert got.status == 405 and got.get("allow") == "GET" and not it.server.service.pages
+    assert it.ask("GET", "/api/live", token="").status == 401
+
+
+PAGES = (
+    "/dashboard",
+    "/metrics",
+    "/api/live",
+    "/api/usage",
+    "/api/requests",
+    "/api/requests/",
+    "/api/%75sage",
+    "/%6detrics",
+)
+
+
+@pytest.mark.parametrize("path", PAGES)
+@pytest.mark.parametrize("origins", [["*"], ["https://app.example"]])
+def test_no_other_origin_reads_what_the_page_shows(relay, path, origins):
+    it = relay({"echo": {}}, server={"cors_origins": origins}, users=OWNERS)
+    asked = ["Access-Control-Request-Method: GET", "Access-Control-Request-Headers: authorization"]
+    found = []
+    for token in (TOKEN, ALICE, ""):
+        for method, fields in (("OPTIONS", asked), ("GET", []), ("POST", [])):
+            with it.client() as client:
+                client.send(request(method, path, None, "Origin: https://app.example", *fields, token=token))
+                found.append(Message(client.until(b"\r\n\r\n"), b""))
+    assert {200, 405} <= {got.status for got in found}
+    assert not [name for got in found for name, _ in got.headers if name.startswith("access-control-")]
+    assert it.ask("GET", "/health", None, "Origin: https://app.example").all("access-control-allow-origin")
+
+
+def test_a_browser_is_led_to_the_page_and_others_are_answered_as_before(relay):
+    it = relay({"echo": {}})
+    html = "accept: text/html,application/xhtml+xml,*/*;q=0.8"
+    got = it.ask("GET", "/", None, html, token="")
+    assert (got.status, got.get("location")) == (303, "/dashboard")
+    assert it.ask("GET", "/", token="").json["status"] == "ok"
+    assert it.ask("GET", "/", None, "accept: */*", token="").json["status"] == "ok"
+    assert it.ask("HEAD", "/", None, html, token="").status == 200
+    page = it.ask("GET", "/dashboard", token="")
+    assert page.status == 200 and page.get("content-type") == "text/html; charset=utf-8"
+    assert page.get("content-security-policy") == monorelay.dashboard_policy()
+    it = relay({"echo": {}}, server={"dashboard": False})
+    assert (
+        it.ask("GET", "/dashboard", token="").status == 404 and it.ask("GET", "/", None, html, token="").status == 200
+    )
+    assert it.ask("GET", "/api/usage").status == 200
+
+
+@pytest.mark.parametrize("ledger", [False, True])
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/api/requests?limit=0", 200), ("/api/requests?before=0", 200), ("/api/requests?limit=9999", 200),
+     ("/api/requests?before=9999999999999999", 200), ("/api/requests?before=-1", 400), ("/api/requests?limit=1e3", 400),
+     ("/api/requests?limit=1&limit=2", 400), ("/api/requests?errors=2", 400), ("/api/requests?x=1", 400),
+     ("/api/requests?user=%ED%A0%80&model=%00&key=%22", 200),
+     ("/api/requests?" + "&".join(f"a{n}=1" for n in range(40)), 400),
+     ("/api/usage?from=0001-01-01&to=9999-12-31", 400), ("/api/usage?from=1000-01-01&to=2999-12-31", 200),
+     ("/api/usage?from=2026-13-01", 400), ("/api/usage?from=2026-02-30", 400),
+     ("/api/usage?from=2026-12-01&to=2026-01-01", 200),
+     ("/api/usage?by=user,user", 200), ("/api/usage?by=", 200), ("/api/usage?by=status", 400),
+     ("/api/usage?by=user,model,provider,key&step=day", 200),
+     ("/api/usage?step=hour", 400), ("/api/usage?from=%D9%A1%D9%A1%D9%A1%D9%A1-01-01", 400)],
+)  # fmt: skip
+def test_odd_queries_are_answered_or_refused(relay, tmp_path, ledger, path, status):
+    it = relay({"echo": {}}, **({"ledger": {"path": str(tmp_path / "usage.db")}} if ledger else {}))
+    it.post("/v1/messages", prompt("echo"))
+    eventually(lambda: it.ask("GET", "/api/requests").json["rows"])
+    got = it.ask("GET", path)
+    assert got.status == status, got.body
+    assert status == 400 or "rows" in got.json
+    assert "internal error" not in it.log.getvalue()
+
+
+def test_requests_are_told_in_pages_newest_first(relay):
+    it = relay({"echo": {}}, users=OWNERS)
+    for number in range(25):
+        model = "echo-error-500" if number % 5 == 0 else "echo"
+        it.post("/v1/messages", prompt(model), token=ALICE if number % 2 else BOB)
+    eventually(lambda: len(it.server.service.tally.ended) == 25)
+    found, before = [], ""
+    while True:
+        got = it.ask("GET", f"/api/requests?limit=10{before}").json
+        found += got["rows"]
+        if not got["next"]:
+            break
+        before = f"&before={got['next']}"
+    assert [one["request"] for one in found] == [one.request for one in reversed(it.server.service.tally.ended)]
+    assert set(found[0]) == {"id", *monorelay.LedgerRow._fields}
+    for query, count in (
+        ("errors=1", 5),
+        ("user=alice", 12),
+        ("model=echo", 20),
+        ("key=echo/", 25),
+        ("user=alice&errors=1", 2),
+        ("user=", 25),
+    ):
+        assert len(it.ask("GET", f"/api/requests?{query}").json["rows"]) == count, query
+
+
+def test_a_ledger_that_can_not_be_read_is_told_and_ends_no_page(relay, quick, tmp_path):
+    path = tmp_path / "usage.db"
+    with contextlib.closing(sqlite3.connect(path)) as newer:
+        newer.execute("PRAGMA user_version = 99")
+    it = relay({"echo": {}}, ledger={"path": str(path)})
+    it.post("/v1/messages", prompt("echo"))
+    for asked in ("/api/usage", "/api/requests"):
+        assert "newer" in refused(it.ask("GET", asked), 503, "api_error", openai_shape=True)
+    with live(it) as page:
+        state = told_live(page)[2]
+        assert state["hours"] == [] and len(state["ended"]) == 1
+        it.post("/v1/messages", prompt("echo"))
+        assert ended_rows(page, 1)
+    assert "internal error" not in it.log.getvalue()
+
+
+# ---- viewers and budgets
+
+
+VIEWED = [
+    ("GET", "/api/auth/me"),
+    ("GET", "/metrics"),
+    ("GET", "/api/usage"),
+    ("GET", "/api/requests"),
+    ("GET", "/v1/models"),
+    ("GET", "/dashboard"),
+]
+
+
+def test_a_viewer_may_look_and_call_no_model(upstream, relay):
+    anthropic, openai = upstream(answer()), upstream(answer())
+    it = relay(
+        {"anthropic": anthropic, "openai": openai, "echo": {}},
+        users=OWNERS,
+        routes={"claude-*": "anthropic", "echo": "echo", "*": "openai"},
+    )
+    for method, path in VIEWED:
+        assert it.ask(method, path, token=GRAFANA).status == 200, path
+    seen = len(anthropic.requests), len(openai.requests)
+    form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper\r\n--b--\r\n'
+    kind = "content-type: multipart/form-data; boundary=b"
+    calls = [
+        *(
+            ("POST", path, json.dumps(prompt(model)).encode(), "content-type: application/json")
+            for path in (
+                "/v1/messages",
+                "/v1/messages/beta",
+                "/v1/chat/completions",
+                "/v1/completions",
+                "/v1/responses",
+                "/v1/embeddings",
+                "/v1/audio/speech",
+                "/v1/whatever/new",
+                "/v1/messages/count_tokens",
+            )
+            for model in ("claude-x", "gpt-x", "echo")
+        ),
+        ("POST", "/v1/audio/transcriptions", form, kind),
+        ("POST", "/v1/audio/transcriptions", b"--b--\r\n", kind),
+        ("POST", "/v1/messages/batches", b'{"requests":[]}', ANTHROPIC_VERSION),
+        ("POST", "/v1/batches", b"{}", "content-type: application/json"),
+        ("POST", "/v1/files", b"x", ANTHROPIC_VERSION),
+        ("POST", "/v1/files", form, kind),
+        ("POST", "/v1/whatever", b"", "x-a: b"),
+        ("GET", "/v1/files", None, ANTHROPIC_VERSION),
+        ("GET", "/v1/responses/resp_1", None, "x-a: b"),
+        ("DELETE", "/v1/files/f", None, "x-a: b"),
+        ("PUT", "/v1/whatever", b"{}", "x-a: b"),
+        ("GET", "/v1/realtime", None, "x-a: b"),
+        ("PATCH", "/v1/assistants/a", b'{"model":"gpt-x"}', "content-type: application/json"),
+    ]
+    for method, path, body, *headers in calls:
+        got = it.ask(method, path, body, *headers, token=GRAFANA)
+        assert got.status in (403, 400 if "count_tokens" in path or "messages" in path else 403), (method, path, got)
+        assert got.status == 403 or "claude" not in str(body), (path, body)
+    assert seen == (len(anthropic.requests), len(openai.requests))
+
+
+SPENDERS = {"users": {"alice": {"key": ALICE, "usd_per_day": 1}, "bob": {"key": BOB, "tokens_per_day": 100},
+                      "grafana": {"key": GRAFANA, "usd_per_month": 2}},
+            "prices": {"priced*": {"input": 1_000, "output": 1_000}}}  # fmt: skip
+
+
+def spending(tokens: int, **fields: int) -> bytes:
+    """An answer that says that it has used so many tokens."""
+    return answer(
+        200, json.dumps({**MESSAGE, "usage": {"input_tokens": tokens, "output_tokens": 0, **fields}}).encode()
+    )
+
+
+def budgeted(relay: Any, provider: Any, path: Path) -> Relay:
+    return relay({"anthropic": provider}, ledger={"path": str(path / "usage.db")}, **SPENDERS)
+
+
+@pytest.mark.parametrize(
+    ("token", "told"),
+    [
+        (ALICE, r"alice has spent \$1\.20 of \$1\.00 in 20\d\d-\d\d-\d\d \(UTC\)"),
+        (GRAFANA, r"grafana has spent \$2\.40 of \$2\.00 in 20\d\d-\d\d \(UTC\)"),
+        (BOB, r"bob has used 1200 of 100 tokens in"),
+    ],
+)
+def test_a_spent_budget_refuses_what_would_cost_and_survives_a_restart(upstream, relay, tmp_path, token, told):
+    provider = upstream(spending(1200, cache_read_input_tokens=0))
+    it = budgeted(relay, provider, tmp_path)
+    calls = 2 if token == GRAFANA else 1
+    for number in range(calls):
+        assert it.post("/v1/messages", prompt("priced"), token=token).status == 200
+        eventually(lambda: len(it.server.service.tally.ended) == number + 1)
+    for again in range(2):
+        seen = len(provider.requests)
+        for path, body in (("/v1/messages", prompt("priced")), ("/v1/messages/batches", {"requests": []})):
+            got = it.post(path, body, ANTHROPIC_VERSION, "content-type: application/json", token=token)
+            assert re.match(told, refused(got, 429, "rate_limit_error"))
+            assert got.get("x-monorelay-error") == "budget_exceeded" and got.get("x-should-retry") == "false"
+            assert 0 < int(got.get("retry-after")) <= 3600
+        assert len(provider.requests) == seen
+        assert it.post("/v1/messages/count_tokens", prompt("priced"), token=token).status == 200
+        assert it.ask("GET", "/v1/models", token=token).status == 200
+        assert it.post("/v1/messages", prompt("priced"), token=TOKEN).status == 200
+        budget = it.ask("GET", "/api/auth/me", token=token).json["budgets"][0]
+        assert budget["used"] >= budget["of"] and budget["reset"] > time.time()
+        if not again:
+            it.server.stop(1.0)
+            it = budgeted(relay, provider, tmp_path)
+
+
+def test_budgets_do_not_count_cache_reads_nor_what_has_no_price(upstream, relay, tmp_path):
+    it = budgeted(relay, upstream(spending(9, cache_read_input_tokens=10**6)), tmp_path)
+    for _ in range(11):
+        assert it.post("/v1/messages", prompt("free"), token=BOB).status == 200
+        assert it.post("/v1/messages", prompt("free"), token=ALICE).status == 200
+    eventually(lambda: len(it.server.service.tally.ended) == 22)
+    assert it.post("/v1/messages", prompt("free"), token=BOB).status == 200, "99 of 100"
+    eventually(lambda: len(it.server.service.tally.ended) == 23)
+    assert it.post("/v1/messages", prompt("free"), token=BOB).status == 429
+    assert it.post("/v1/messages", prompt("free"), token=ALICE).status == 200
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Handler: bodies and connections
 # ------------------------------------------------------------------------------------------------------------
