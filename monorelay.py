@@ -8235,7 +8235,7 @@ class LedgerWriter:
         return len(self._rows)
 
     @property
-    def path(self) -> str:
+    def file(self) -> str:
         """The file that keeps the rows; empty if nothing does."""
         return self._settings.path if self._settings and self._keeping else ""
 
@@ -10831,7 +10831,7 @@ class History:
 
     async def usage(self, user: Optional[str], first: str, last: str, by: Sequence[str], daily: bool) -> JsonDict:
         """The answer of /api/usage: sums from one day to another, which is included. `user`: of no one else."""
-        config, path = self._service.config, self._service.ledger.path
+        config, path = self._service.config, self._service.ledger.file
         if path:
             since, until = window_end(first) - 86400, window_end(last)
             hours = int(since // 3600), int(until // 3600)
@@ -10855,7 +10855,7 @@ class History:
 
     async def requests(self, query: dict[str, str]) -> JsonDict:
         """The answer of /api/requests."""
-        path, limit = self._service.ledger.path, max(1, min(int(query.get("limit") or 200), ROWS_AT_ONCE))
+        path, limit = self._service.ledger.file, max(1, min(int(query.get("limit") or 200), ROWS_AT_ONCE))
         before = int(query.get("before") or 0) or 2**62
         names = {name: query[name] for name in ("user", "model", "key") if query.get(name)}
         errors = query.get("errors") == "1"
@@ -10873,7 +10873,7 @@ class History:
 
     async def hours(self, user: Optional[str]) -> list[list[Any]]:
         """The last TALLIED_HOURS hours: their number since 1970, and HOUR_FIGURES of each."""
-        path, since = self._service.ledger.path, int(time.time() // 3600) - TALLIED_HOURS + 1
+        path, since = self._service.ledger.file, int(time.time() // 3600) - TALLIED_HOURS + 1
         if path:
             return await self._read(lambda: hour_rows(path, since, user))
         sums: dict[int, list[int]] = {}
@@ -10973,7 +10973,7 @@ class LivePage:
         """How everything is, as far as the caller may see it."""
         exchange, service = self._exchange, self._service
         own, config, clock = exchange.own_name(), service.config, time.time()
-        if self._loop.now >= self._hours_at + (HOURS_SECONDS if service.ledger.path else 0):
+        if self._loop.now >= self._hours_at + (HOURS_SECONDS if service.ledger.file else 0):
             self._hours_at = self._loop.now
             try:
                 self._hours = await service.history.hours(own)
@@ -10989,7 +10989,7 @@ class LivePage:
             "version": __version__,
             "since": round(min(tally.since, since), 3),
             "admin": own is None,
-            "ledger": bool(service.ledger.path),
+            "ledger": bool(service.ledger.file),
             "active": len(running),
             "running": running[:RUNNING_ROWS],
             "keys": service.workers.keys(config) if own is None else [],

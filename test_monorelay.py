@@ -4652,7 +4652,7 @@ SEARCHED = [
     {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "x"}},
     {"type": "web_search_tool_result", "tool_use_id": "s", "content": []},
 ]
-THINKING = {"type": "thinking", "thinking": "hm, well", "signature": "sig"}
+THOUGHTS = {"type": "thinking", "thinking": "hm, well", "signature": "sig"}
 REDACTED = {"type": "redacted_thinking", "data": "xyz"}
 
 
@@ -4666,12 +4666,12 @@ def chat_message(content: str | None = None, calls: Any = None, **more: Any) -> 
     }
 
 
-THINKING = {"reasoning_content": "hm, well", "thinking_blocks": [THINKING]}
+THINKING = {"reasoning_content": "hm, well", "thinking_blocks": [THOUGHTS]}
 # Blocks, why they end, and the chat message and finish_reason that they become.
 MESSAGES: dict[str, tuple[list[Any], str, dict[str, Any], str]] = {
     "text": ([said("Hello"), said(" you")], "end_turn", chat_message("Hello you"), "stop"),
     "u1-all": (
-        [THINKING, said("Hi"), *SEARCHED, tool_use("toolu_1", at="door"), said("!"), tool_use("toolu_2", "dig")],
+        [THOUGHTS, said("Hi"), *SEARCHED, tool_use("toolu_1", at="door"), said("!"), tool_use("toolu_2", "dig")],
         "tool_use",
         chat_message("Hi!", [called("toolu_1", '{"at": "door"}'), called("toolu_2", "{}", "dig")], **THINKING),
         "tool_calls",
@@ -4685,9 +4685,9 @@ MESSAGES: dict[str, tuple[list[Any], str, dict[str, Any], str]] = {
     "server-tools-alone": (SEARCHED, "tool_use", chat_message(""), "stop"),
     "unknown": ([{"type": "hologram"}, said("Hi")], "vanished", chat_message("Hi"), "stop"),
     "redacted": (
-        [REDACTED, THINKING],
+        [REDACTED, THOUGHTS],
         "end_turn",
-        chat_message("", reasoning_content="hm, well", thinking_blocks=[REDACTED, THINKING]),
+        chat_message("", reasoning_content="hm, well", thinking_blocks=[REDACTED, THOUGHTS]),
         "stop",
     ),
     "nothing": ([], "end_turn", chat_message(""), "stop"),
@@ -4745,7 +4745,7 @@ def test_u_a_whole_message_and_its_stream_are_the_same_chat_answer(name):
 
 
 def test_u1_calls_are_counted_among_themselves():
-    data = b"".join(message_events(THINKING, said("Hi"), *SEARCHED, tool_use("a", x=1), said("!"), tool_use("b")))
+    data = b"".join(message_events(THOUGHTS, said("Hi"), *SEARCHED, tool_use("a", x=1), said("!"), tool_use("b")))
     chunks = [data for _, data in events_of(streamed(asked_of("openai"), data)[0])[:-1]]
     assert {one["id"] for one in chunks} == {"chatcmpl-1"} and all(
         one["object"] == "chat.completion.chunk" for one in chunks
