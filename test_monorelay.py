@@ -11384,7 +11384,7 @@ def test_a_spent_budget_refuses_what_would_cost_and_survives_a_restart(upstream,
     calls = 2 if token == GRAFANA else 1
     for number in range(calls):
         assert it.post("/v1/messages", prompt("priced"), token=token).status == 200
-        eventually(lambda: len(it.server.service.tally.ended) == number + 1)
+        eventually(lambda count=number + 1: len(it.server.service.tally.ended) == count)
     for again in range(2):
         seen = len(provider.requests)
         for path, body in (("/v1/messages", prompt("priced")), ("/v1/messages/batches", {"requests": []})):
