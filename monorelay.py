@@ -10867,7 +10867,7 @@ class History:
         return {"rows": rows, "next": following}
 
     def _requests_in_memory(self, before: int, limit: int, names: Mapping[str, str], errors: bool) -> list[JsonDict]:
-        rows: Iterable[LedgerRow] = reversed(self._service.workers.tally().ended)
+        rows = sorted(self._service.workers.tally().ended, key=row_number, reverse=True)
         found = ({"id": row_number(row), **row._asdict()} for row in rows if row.matches(names, errors))
         return list(itertools.islice((row for row in found if row["id"] < before), limit))
 

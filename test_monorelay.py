@@ -1509,6 +1509,159 @@ def test_what_a_pool_remembers_is_bounded_whatever_models_are_invented(status, c
     assert len(pool.pool._cooling) <= 10_000
 
 
+def others_view(it: Pool, now: float) -> Pool:
+    """A second worker's pool, which has taken over what the first one shares."""
+    other = Pool()
+    other.pool.adopt(json.loads(json.dumps(it.pool.shared(now))))
+    return other
+
+
+def test_what_cools_in_one_worker_cools_in_another_until_it_recovers_there():
+    it = Pool()
+    it.failed(it.first(), 429, 20, now=100)
+    other = others_view(it, 100)
+    assert other.labels(101) == it.labels(101) == "k1 k2 k0" and other.labels(121) == "k0 k1 k2"
+    it.failed(it.first(), 500, None, now=100)
+    other.pool.adopt(it.pool.shared(100.5))
+    it.succeeded(it.order(100.5)[1], now=100.5)
+    assert other.labels(100.6) != it.labels(100.6)
+    other.pool.adopt(it.pool.shared(100.6))
+    assert other.labels(100.6) == it.labels(100.6) == "k1 k2 k0"
+
+
+def test_of_two_workers_views_the_later_one_holds():
+    first, second = Pool(), Pool()
+    first.failed(first.first(), 429, 50, now=100)
+    second.failed(second.first(), 429, 10, now=105)
+    first.pool.adopt(second.pool.shared(105))
+    second.pool.adopt(first.pool.shared(105))
+    assert first.labels(116) == second.labels(116) == "k0 k1 k2"
+    second.pool.adopt([[["anthropic", "x", "m"], 1e9, 1, True, "429", 99.0, 0.0]])
+    assert len(second.pool._cooling) == 2
+
+
+def test_what_has_recovered_is_forgotten_when_nobody_takes_it_for_cooling_any_more():
+    it = Pool()
+    it.failed(it.first(), 500, None, now=100)
+    it.succeeded(it.order(100)[-1], now=100.2)
+    assert [shared[1] for shared in it.pool.shared(100.5)] == [0.0] and it.pool.shared(101.5) == []
+    it.pool.forget(100.5)
+    assert it.pool._cooling
+    it.pool.forget(101.5)
+    assert not it.pool._cooling
+
+
+def test_whole_keys_are_shared_before_the_models_that_clients_invent():
+    it = Pool()
+    for number in range(1000):
+        it.failed(it.first(name=f"{number}{'x' * 200}@anthropic"), 429, 500, now=100 + number / 1000)
+    it.failed(it.first(name="claude-a@anthropic"), 401, None, now=100)
+    it.pool.unreachable(it.order(name="x@anthropic2")[0], now=100)
+    shared = it.pool.shared(100.5)
+    assert len(shared) == monorelay.SHARED_COOLING and [len(entry[0]) for entry in shared[:3]] == [1, 2, 3]
+    assert shared[2][0][2].startswith("999")
+
+
+KEY_LIMITS = {"anthropic-ratelimit-requests-limit": "50", "anthropic-ratelimit-requests-remaining": "40",
+           "anthropic-ratelimit-requests-reset": "2023-11-14T22:14:20Z"}  # fmt: skip
+
+
+def key_documents(it: Pool, clock: float = UNIX_TIME, now: float = 100.0) -> list[dict[str, Any]]:
+    records = {name: monorelay.record_document(record) for name, record in it.pool.records.items()}
+    return monorelay.key_states(
+        it.config.providers.values(), it.pool, records, now, clock
+    )
+
+
+def test_how_a_key_is_says_what_it_has_met_and_what_is_left():
+    it = Pool()
+    first, second, _ = it.order()
+    other = it.first(name="claude-a@anthropic2")
+    for _ in range(3):
+        it.pool.note(first, "ok", UNIX_TIME)
+    it.pool.note(first, "429", UNIX_TIME - 3600)
+    it.pool.note(first, "429", UNIX_TIME - 7200)
+    it.failed(first, 429, 30, now=100)
+    it.pool.note(second, "401", UNIX_TIME)
+    it.failed(second, 401, None, now=100)
+    it.pool.unreachable(other, now=100)
+    fields = monorelay.Headers([(name, value) for name, value in KEY_LIMITS.items()])
+    it.pool.note_limits(first, monorelay.rate_limits(fields, UNIX_TIME))
+    keys = {(key["provider"], key["key"]): key for key in key_documents(it)}
+    assert list(keys) == [("anthropic", "k0"), ("anthropic", "k1"), ("anthropic", "k2"), ("anthropic2", "other")]
+    k0 = keys["anthropic", "k0"]
+    assert (k0["state"], k0["for"], k0["why"], k0["models"]) == ("cooling", 30.0, "429", ["claude-a"])
+    assert k0["failed"][1] == "429" and k0["limits"] == [
+        {
+            "limit": "requests",
+            "used": pytest.approx(0.2),
+            "left": 40,
+            "of": 50,
+            "reset": UNIX_TIME + 60,
+            "at": UNIX_TIME,
+        }
+    ]
+    k1 = keys["anthropic", "k1"]
+    assert (k1["state"], k1["for"], k1["why"], k1["models"]) == ("cooling", 300.0, "401", None)
+    assert (k1["requests"], k1["errors"], k1["failed"]) == (1, 1, (UNIX_TIME, "401"))
+    assert keys["anthropic", "k2"]["state"] == "ok" and keys["anthropic", "k2"]["requests"] == 0
+    assert keys["anthropic2", "other"]["why"] == "no connection" and keys["anthropic2", "other"]["models"] is None
+    later = {(key["provider"], key["key"]): key for key in key_documents(it, UNIX_TIME + 61, 131)}
+    assert later["anthropic", "k0"]["limits"] == [] and later["anthropic", "k0"]["state"] == "ok"
+    assert key_documents(it, UNIX_TIME + 3 * 3600)[0]["requests"] == 0
+
+
+def test_keys_that_are_missing_the_clients_own_or_built_in_say_so():
+    config = parse(
+        {
+            "anthropic": {"base_url": "http://127.0.0.1:9", "keys": []},
+            "openai": {"base_url": "http://127.0.0.1:9/v1", "keys": "client"},
+            "anthropic2": {"base_url": "http://127.0.0.1:9", "enabled": False},
+            "echo": {},
+        }
+    )
+    states = monorelay.key_states(config.providers.values(), Pool().pool, {}, 0.0, UNIX_TIME)
+    assert [(key["provider"], key["key"], key["state"], key["why"]) for key in states] == [
+        ("anthropic", "", "missing", "set a key for anthropic"),
+        ("openai", "", "client", None),
+        ("echo", "", "echo", None),
+    ]
+    assert all(
+        set(key) == {"provider", "key", "state", "for", "why", "models", "requests", "errors", "failed", "limits"}
+        for key in states
+    )
+
+
+def test_what_several_workers_know_of_a_key_is_one():
+    pools = [Pool(), Pool(), Pool()]
+    for number, it in enumerate(pools):
+        it.pool.note(it.first(), "ok", UNIX_TIME)
+        it.pool.note(it.first(), f"50{number}", UNIX_TIME + number)
+        it.pool.note_limits(it.first(), {"tokens": monorelay.Limit(number / 10, None, None, None, UNIX_TIME + number)})
+    joined = monorelay.joined_records(
+        json.loads(json.dumps(monorelay.record_document(it.pool.records["anthropic", "k0"]))) for it in pools
+    )
+    assert joined["hours"] == [[int(UNIX_TIME // 3600), 6, 3]]
+    assert list(joined["failed"]) == [UNIX_TIME + 2, "502"] and [limit["used"] for limit in joined["limits"]] == [0.2]
+
+
+def test_what_is_remembered_of_a_key_is_bounded_whatever_its_provider_tells():
+    it = Pool()
+    candidate = it.first()
+
+    def told(number: int) -> None:
+        kind = f"{number:x}".translate(str.maketrans("0123456789", "ghijklmnop"))
+        fields = {f"anthropic-ratelimit-x-{kind}-{n}-utilization": "0.5" for n in range(200)}
+        it.pool.note_limits(candidate, monorelay.rate_limits(monorelay.Headers([*fields.items()]), UNIX_TIME + number))
+        it.pool.note(candidate, "ok", UNIX_TIME + number * 3600)
+
+    for number in range(100):
+        told(number)
+    record = it.pool.records["anthropic", "k0"]
+    assert len(record.limits) == monorelay.RATE_LIMITS and len(record.hours) == 2
+    assert {limit.at for limit in record.limits.values()} == {UNIX_TIME + 99}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Ledger rules
 # ------------------------------------------------------------------------------------------------------------
@@ -2445,6 +2598,128 @@ def test_chunks_cost_the_same_whether_they_come_whole_or_a_byte_at_a_time(openin
     # A call takes about a microsecond; looking again at all that came before would take seconds.
     assert min(read(1) for _ in range(3)) < 0.2
     assert min(read(len(data)) for _ in range(3)) < 0.02
+
+
+def limits(**fields: str) -> dict[str, Any]:
+    """What these headers say of limits, their names with _ for -."""
+    return monorelay.rate_limits(
+        monorelay.Headers([(name.replace("_", "-"), value) for name, value in fields.items()]), UNIX_TIME
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (
+            {
+                "anthropic_ratelimit_input_tokens_limit": "1000",
+                "anthropic_ratelimit_input_tokens_remaining": "250",
+                "anthropic_ratelimit_input_tokens_reset": "2023-11-14T22:13:50Z",
+            },
+            {"input_tokens": (0.75, 250, 1000, UNIX_TIME + 30)},
+        ),
+        (
+            {
+                "anthropic_ratelimit_unified_5h_utilization": "0.97",
+                "anthropic_ratelimit_unified_5h_reset": "1700003600",
+                "anthropic_ratelimit_unified_5h_status": "allowed",
+                "anthropic_ratelimit_unified_status": "allowed",
+                "anthropic_ratelimit_unified_reset": "1700003600",
+                "anthropic_ratelimit_unified_7d_utilization": "1.04",
+            },
+            {"unified_5h": (0.97, None, None, UNIX_TIME + 3600), "unified_7d": (1.04, None, None, None)},
+        ),
+        (
+            {
+                "x_ratelimit_limit_requests": "60",
+                "x_ratelimit_remaining_requests": "0",
+                "x_ratelimit_reset_requests": "1m30.5s",
+                "x_ratelimit_limit_tokens": "150000",
+                "x_ratelimit_remaining_tokens": "149984",
+                "x_ratelimit_reset_tokens": "6ms",
+            },
+            {
+                "requests": (1.0, 0, 60, UNIX_TIME + 90.5),
+                "tokens": (pytest.approx(16 / 150000), 149984, 150000, pytest.approx(UNIX_TIME + 0.006)),
+            },
+        ),
+        (
+            {
+                "x_ratelimit_limit_requests": "60",
+                "x_ratelimit_remaining_requests": "59",
+                "x_ratelimit_reset_requests": "1d2h3m4s",
+            },
+            {"requests": (pytest.approx(1 / 60), 59, 60, UNIX_TIME + 93784)},
+        ),
+        (
+            {"anthropic_ratelimit_requests_limit": "50", "anthropic_ratelimit_requests_remaining": "70"},
+            {"requests": (0.0, 70, 50, None)},
+        ),
+        ({"anthropic_ratelimit_requests_limit": "50"}, {}),
+        ({"anthropic_ratelimit_requests_remaining": "50"}, {}),
+        ({"anthropic_ratelimit_requests_limit": "0", "anthropic_ratelimit_requests_remaining": "0"}, {}),
+        ({"x_ratelimit_limit": "60", "x_ratelimit_remaining": "3", "ratelimit_limit": "9"}, {}),
+        ({}, {}),
+    ],
+)
+def test_what_a_provider_says_of_its_limits(fields, expected):
+    found = limits(**fields)
+    assert {name: (limit.used, limit.left, limit.of, limit.reset) for name, limit in found.items()} == expected
+    assert all(limit.at == UNIX_TIME for limit in found.values())
+
+
+ODD_NUMBERS = ["", "-1", "1e3", "NaN", "inf", "0x10", "1.5.2", "\u0661", "9" * 400, "1, 2", "+5", " ", "12.", "1_000"]
+
+
+@pytest.mark.parametrize("value", ODD_NUMBERS)
+@pytest.mark.parametrize("part", ["limit", "remaining", "utilization"])
+def test_limits_that_are_no_numbers_are_not_told(part, value):
+    usual = {"limit": "50", "remaining": "40"}
+    fields = {f"anthropic_ratelimit_x_{name}": told for name, told in {**usual, part: value}.items()}
+    assert limits(**fields) == (
+        {} if part != "utilization" else limits(**{name: told for name, told in fields.items() if part not in name})
+    )
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "soon",
+        "-5",
+        "1e9",
+        "99999999999999",
+        "2023-11-14",
+        "2023-11-14T22:13:50",
+        "s",
+        "m",
+        "0001-01-01T00:00:00+23:59",
+        "9999-12-31T23:59:59-23:59",
+        "1.s",
+        "5s3m",
+        "\u0661s",
+        "Tue, 14 Nov 2023",
+    ],
+)
+def test_a_reset_that_is_no_time_is_unknown(value):
+    found = limits(anthropic_ratelimit_x_utilization="0.5", anthropic_ratelimit_x_reset=value)["x"]
+    assert found.used == 0.5 and (found.reset is None or abs(found.reset) < 1e12)
+
+
+@hypothesis.given(
+    st.dictionaries(
+        st.from_regex(
+            r"(anthropic-ratelimit-[a-z0-9-]{1,40}|x-ratelimit-)(limit|remaining|reset|utilization)?(-requests|-tokens)?",
+            fullmatch=True,
+        ),
+        st.text(st.characters(max_codepoint=255), max_size=200),
+        max_size=60,
+    )
+)
+def test_no_headers_make_a_fault_or_more_limits_than_a_few(fields):
+    found = monorelay.rate_limits(monorelay.Headers([*fields.items()]), UNIX_TIME)
+    assert len(found) <= monorelay.RATE_LIMITS and all(limit.used >= 0 for limit in found.values())
+    json.dumps([limit._asdict() for limit in found.values()], allow_nan=False)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -11263,7 +11538,9 @@ def test_requests_are_told_in_pages_newest_first(relay):
         if not got["next"]:
             break
         before = f"&before={got['next']}"
-    assert [one["request"] for one in found] == [one.request for one in reversed(it.server.service.tally.ended)]
+    rows = sorted(it.server.service.tally.ended, key=monorelay.row_number, reverse=True)
+    assert [one["request"] for one in found] == [one.request for one in rows]
+    assert [one.at for one in rows] == sorted((one.at for one in rows), reverse=True)
     assert set(found[0]) == {"id", *monorelay.LedgerRow._fields}
     for query, count in (
         ("errors=1", 5),
@@ -14846,6 +15123,260 @@ def test_workers_share_the_port_and_a_dead_one_is_replaced(program):
     assert eventually(lambda: all(accepts(it.url) for _ in range(20)))
     it.signal(signal.SIGTERM)
     assert it.ended() == 0
+
+
+# ---- what workers know together
+
+
+def asked_of_workers(
+    it: Program, count: int, method: str, path: str, body: Any = None, token: str = TOKEN
+) -> list[Message]:
+    """What so many requests get, each on a connection of its own and all at once, so that every worker has some."""
+
+    def ask(_: int) -> Message:
+        with Client(it.url) as client:
+            return client.ask(method, path, None if body is None else json.dumps(body).encode(), token=token)
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        return list(pool.map(ask, range(count)))
+
+
+def workers_of(config: dict[str, Any], count: int, **server: Any) -> dict[str, Any]:
+    return {**config, "server": {**config["server"], "workers": count, "drain_seconds": 1, **server}}
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_requests_a_minute_hold_for_all_workers_together(program, workers):
+    config = settings({"echo": {}}, users={"alice": {"key": ALICE, "requests_per_minute": 20}})
+    it = program(workers_of(config, workers))
+    eventually(lambda: len(children(it)) == workers)
+    got: Counter[int] = Counter()
+    for _ in range(60):
+        got.update(answer.status for answer in asked_of_workers(it, 1, "POST", "/v1/messages", prompt("echo"), ALICE))
+        time.sleep(0.03)
+    assert got == {200: 20, 429: 40}
+    for answer in asked_of_workers(it, 20, "GET", "/api/auth/me", token=ALICE):
+        assert answer.json["requests_left"] == 0
+        assert answer.json["budgets"] == [
+            {"user": "alice", "limit": "requests_per_minute", "used": 20, "of": 20, "reset": None}
+        ]
+
+
+def test_a_burst_over_all_workers_passes_little_more_than_it_may(program):
+    config = settings({"echo": {}}, users={"alice": {"key": ALICE, "requests_per_minute": 30}})
+    it = program(workers_of(config, 4))
+    eventually(lambda: len(children(it)) == 4)
+    passed = sum(got.status == 200 for got in asked_of_workers(it, 400, "POST", "/v1/messages", prompt("echo"), ALICE))
+    assert 30 <= passed <= 4 * 30
+    time.sleep(0.1)
+    assert {got.status for got in asked_of_workers(it, 50, "POST", "/v1/messages", prompt("echo"), ALICE)} == {429}
+
+
+@pytest.mark.parametrize("status", [429, 401])
+def test_a_key_that_cools_in_one_worker_cools_in_the_others(upstream, program, status):
+    def script(connection: Connection) -> None:
+        while True:
+            asked = connection.read_request()
+            connection.send(answer(status) if asked.get("x-api-key") == "sk-a" else answer())
+
+    provider = upstream(script)
+    it = program(workers_of(settings({"anthropic": two_keys(provider)}), 4))
+    eventually(lambda: len(children(it)) == 4)
+    assert asked_of_workers(it, 1, "POST", "/v1/messages", prompt())[0].get("x-monorelay-attempts") == "2"
+    time.sleep(0.1)
+    for got in asked_of_workers(it, 60, "POST", "/v1/messages", prompt()):
+        assert (got.status, got.get("x-monorelay-attempts")) == (200, "1")
+    used = Counter(asked.get("x-api-key") for asked in provider.requests)
+    assert used["sk-a"] == 1 and it.text().count("comes last") == 1
+
+    def all_agree() -> bool:
+        texts = [Metrics(got.body.decode()) for got in asked_of_workers(it, 12, "GET", "/metrics")]
+        return all(told.value("monorelay_key_cooling", key="label-a") == 1 for told in texts)
+
+    assert eventually(all_agree)
+
+
+def test_every_worker_tells_the_figures_of_all_and_keeps_those_of_one_that_was_killed(upstream, program):
+    provider = upstream(spending(7))
+    config = settings({"anthropic": provider}, users=OWNERS, prices={"*": {"input": 1, "output": 1}})
+    it = program(workers_of(config, 3))
+    eventually(lambda: len(children(it)) == 3)
+    for token in (ALICE, BOB):
+        assert {got.status for got in asked_of_workers(it, 30, "POST", "/v1/messages", prompt(), token)} == {200}
+
+    def told_by_all() -> bool:
+        for got in asked_of_workers(it, 9, "GET", "/metrics"):
+            told = Metrics(got.body.decode())
+            assert told.value("monorelay_requests_total", status="200") == 60 == len(provider.requests)
+            assert told.value("monorelay_tokens_total", kind="input") == 420
+            assert told.value("monorelay_upstream_attempts_total", outcome="ok") == 60
+            assert told.value("monorelay_user_requests_total", user="alice") == 30
+            assert told.value("monorelay_request_duration_seconds_count") == 60
+            assert told.value("monorelay_requests_running") == 0
+        for got in asked_of_workers(it, 9, "GET", "/api/usage?by=user", token=ALICE):
+            assert (got.json["total"]["requests"], got.json["total"]["input"]) == (30, 210)
+        for got in asked_of_workers(it, 9, "GET", "/api/requests?limit=1000"):
+            assert len({found["request"] for found in got.json["rows"]}) == 60
+        for _ in range(6):
+            with live(it) as page:
+                state = told_live(page)[2]
+            assert sum(hour[1] for hour in state["hours"]) == state["minute"]["requests"] == 60
+            assert sum(key["requests"] for key in state["keys"]) == 60
+        return True
+
+    assert eventually(told_by_all)
+    for worker in list(children(it))[:2]:
+        os.kill(worker, signal.SIGKILL)
+        eventually(lambda dead=worker: dead not in children(it) and len(children(it)) == 3)
+    assert eventually(told_by_all)
+
+
+def test_running_requests_of_all_workers_are_shown_with_their_age(upstream, program):
+    """Also when several pages look at the same moment."""
+    gate = threading.Event()
+    it = program(workers_of(settings({"anthropic": upstream(gated_stream(gate))}), 2))
+    eventually(lambda: len(children(it)) == 2)
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            client = stack.enter_context(Client(it.url))
+            client.send(request("POST", "/v1/messages", STREAMED))
+            client.until(ANTHROPIC_EVENTS[0])
+        pages = [stack.enter_context(live(it)) for _ in range(6)]
+        for page in pages:
+            live_head(page)
+        seen: list[list[Any]] = [[] for _ in pages]
+
+        def looked() -> bool:
+            for number, page in enumerate(pages):
+                seen[number] = next_event(page)[2].get("running", seen[number])
+                assert all(0 <= run[7] < 60 for run in seen[number]), seen[number]
+            return all(len(runs) == 8 for runs in seen)
+
+        eventually(looked)
+        assert looked() and looked()
+        gate.set()
+    assert eventually(lambda: metrics(it).value("monorelay_requests_running") == 0)
+
+
+def test_budgets_hold_for_all_workers(upstream, program):
+    """What one has spent, the others know in two seconds."""
+    config = settings({"anthropic": upstream(spending(1200))}, ledger={"path": "usage.db"}, **SPENDERS)
+    it = program(workers_of(config, 3))
+    eventually(lambda: len(children(it)) == 3)
+    assert asked_of_workers(it, 1, "POST", "/v1/messages", prompt("priced"), ALICE)[0].status == 200
+    time.sleep(2.5)
+    found = asked_of_workers(it, 40, "POST", "/v1/messages", prompt("free"), ALICE)
+    assert {(got.status, got.get("x-monorelay-error")) for got in found} == {(429, "budget_exceeded")}
+
+
+def test_a_board_is_read_whole_though_several_write_without_pause():
+    board, writers, stop = monorelay.Board(5), 3, time.monotonic() + 1.5
+    pids = []
+    for worker in range(writers):
+        if not (pid := os.fork()):
+            number = 0
+            while time.monotonic() < stop:
+                number += 1
+                board.write(worker, {"worker": worker, "number": number, "filling": [number] * (number * 37 % 5000)})
+            os._exit(0)
+        pids.append(pid)
+    reads, gave_up, last = 0, 0, [0] * writers
+    while time.monotonic() < stop:
+        for worker in range(writers):
+            document = board.read(worker)
+            if document is None:
+                gave_up += 1
+                continue
+            reads += 1
+            number = document["number"]
+            assert document == {"worker": worker, "number": number, "filling": [number] * (number * 37 % 5000)}
+            assert number >= last[worker]
+            last[worker] = number
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * writers
+    assert reads > 100 and min(last) > 10 and board.read(3) is None
+    assert [board.read(worker)["number"] for worker in range(writers)] >= last
+
+
+@hypothesis.settings(max_examples=20)
+@hypothesis.given(st.lists(st.tuples(st.integers(0, 2), st.dictionaries(st.text(max_size=5), st.text(max_size=9)))))
+def test_a_board_shows_what_was_written_last(writes):
+    board, last = monorelay.Board(3), {}
+    for place, document in writes:
+        assert board.write(place, document)
+        last[place] = document
+    assert [board.read(place) for place in range(3)] == [last.get(place) for place in range(3)]
+
+
+def test_what_there_is_no_room_for_leaves_what_was_there():
+    board = monorelay.Board(3)
+    assert board.write(1, {"a": 1})
+    assert not board.write(1, {"a": "x" * monorelay.BOARD_PLACE_BYTES})
+    assert board.read(0) is board.read(2) is None and board.read(1) == {"a": 1}
+    assert (
+        board.write(1, {"a": "x" * (monorelay.BOARD_PLACE_BYTES // 2 - 100)}) and board.read(0) is board.read(2) is None
+    )
+    board.clear(1)
+    assert not board.read(1)
+
+
+def test_figures_are_shown_with_fewer_rows_where_there_is_no_room_for_all():
+    place = monorelay.PlaceOnBoard(monorelay.Board(5), 0)
+    tally = monorelay.Tally(0.0)
+    for number in range(monorelay.ENDED_ROWS):
+        odd = "\U0001f600" * 256
+        tally.add(row(request=f"req_{number}", model=odd, sent=odd, path=odd[:200], user=odd[:200]))
+    running = [["req", "u" * 200, "\U0001f600" * 256, "\U0001f600" * 256, "p", "k", "waiting", 1.0, None, 0, 1]] * 200
+    figures = {"tally": tally.shared(), "running": running, "keys": [], "gauges": {"x_total": 3}}
+    place.show_figures(figures)
+    found = monorelay.PlaceOnBoard(place.board, 1).other_figures()[0]
+    assert found["tally"]["series"] == json.loads(json.dumps(figures["tally"]["series"]))
+    assert found["tally"]["ended"][-1][1] == "req_499" and 10 <= len(found["tally"]["ended"]) < 500
+    place.keep_figures()
+    kept = monorelay.PlaceOnBoard(place.board, 1).other_figures()
+    assert (
+        len(kept) == 1
+        and kept[0]["gauges"] == {"x_total": 3}
+        and kept[0]["tally"]["series"] == found["tally"]["series"]
+    )
+
+
+def test_limits_are_shared_though_more_cools_than_there_is_room_for():
+    place = monorelay.PlaceOnBoard(monorelay.Board(5), 0)
+    cooling = [[["p", "k", "x" * 2000]] * 2000]
+    place.show({"requests": {"alice": [(1, 2)]}, "cooling": cooling})
+    assert monorelay.PlaceOnBoard(place.board, 1).others() == [{"requests": {"alice": [[1, 2]]}, "cooling": []}]
+
+
+def test_a_relay_without_room_on_its_board_serves_on(upstream, program, monkeypatch, tmp_path):
+    """Whatever models a client invents: 256 characters, of which each is twelve bytes on the board."""
+    it = program(
+        workers_of(
+            settings(
+                {"anthropic": upstream(answer(429)), "echo": {}},
+                routes={"echo": "echo", "*": "anthropic"},
+                users={"alice": {"key": ALICE, "requests_per_minute": 1200}},
+            ),
+            2,
+        )
+    )
+    eventually(lambda: len(children(it)) == 2)
+    with Client(it.url) as client:
+        for number in range(1000):
+            name = f"{number:05}" + "\U0001f600" * 251
+            assert client.ask("POST", "/v1/messages", json.dumps(prompt(name)).encode(), token=ALICE).status == 429
+    for got in asked_of_workers(it, 12, "POST", "/v1/messages", prompt("echo"), ALICE):
+        assert got.status == 200
+
+    def agreed() -> bool:
+        found = {got.json["requests_left"] for got in asked_of_workers(it, 8, "GET", "/api/auth/me", token=ALICE)}
+        totals = {
+            Metrics(got.body.decode()).value("monorelay_requests_total")
+            for got in asked_of_workers(it, 8, "GET", "/metrics")
+        }
+        return found == {1200 - 1012} and totals == {1012}
+
+    assert eventually(agreed)
+    assert "internal error" not in it.text()
 
 
 @pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/full", ">&- 2>&-"])
