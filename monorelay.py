@@ -2342,7 +2342,7 @@ def joined_records(records: Iterable[JsonDict]) -> JsonDict:
         for limit in record["limits"]:
             if limit["limit"] not in limits or limits[limit["limit"]]["at"] < limit["at"]:
                 limits[limit["limit"]] = limit
-    counts = [[hour, total, failures[hour]] for hour, total in hours.items()]
+    counts = [[hour, total, failures[hour]] for hour, total in hours.items() if hour >= max(hours) - 1]
     return {"outcomes": outcomes, "hours": counts, "failed": failed, "limits": list(limits.values())}
 
 
@@ -6216,7 +6216,8 @@ class AccessRecord:
             rest = {name: getattr(self, name) for name in TOLD_LAST}
             opening = {"time": clock, "level": "info", "id": self.request_id}
             return log_json({**opening, **known, **numbers, **rest})
-        told = "".join([f" {name}={plain(value)}" for name in TOLD_LAST if (value := getattr(self, name))])
+        last = [(name, getattr(self, name)) for name in TOLD_LAST]
+        told = "".join([f" {name}={plain(value)}" for name, value in last if value])
         return f"time={clock} id={self.request_id}{log_names(*names)}{figures}{told}"
 
     def _figures(self, now: float) -> str:
@@ -12521,6 +12522,8 @@ class PlaceOnBoard(NamedTuple):
         kept = list(filter(None, map(self.board.read, (last, 2 * self.worker + 1))))
         for figures in kept:
             tally.include(figures["tally"])
+            for provider, label, document in figures["keys"]:
+                keys.setdefault((provider, label), []).append(document)
             gauges.update({name: value for name, value in figures["gauges"].items() if name.endswith("_total")})
         keys = [[*name, record] for name, record in records_by_key(figures["keys"] for figures in kept).items()]
         self.board.write_figures(last, {"tally": tally.shared(), "running": [], "keys": keys, "gauges": gauges})
