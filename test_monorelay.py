@@ -13313,9 +13313,10 @@ def grouped(rows: list[dict[str, Any]], *by: str) -> dict[tuple[Any, ...], list[
     return found
 
 
-def samples(it: Relay) -> dict[tuple[str, ...], float]:
+def samples(it: Relay | Program) -> dict[tuple[str, ...], float]:
     """The metrics by name and values of their labels."""
-    text = it.ask("GET", "/metrics").body.decode()
+    with Client(it.url) as client:
+        text = client.ask("GET", "/metrics").body.decode()
     return {
         (name, *(value for _, value in re.findall(r'(\w+)="([^"]*)"', labels))): value
         for name, labels, value in re.findall(r"^(\w+)(?:\{(.*)\})? (\S+)$", text, re.M)
@@ -15706,6 +15707,165 @@ def test_soak(upstream, relay, monkeypatch):
         lambda: all(now <= then + 2 for now, then in zip(threads_and_descriptors(), before)), seconds=30
     )
     print(f"soak: {dict(finished)}")
+
+
+class Billed:
+    """A relay of two workers and 200 clients, who all the time have a stream each; what the provider told of each
+    stream, and what the clients have got."""
+
+    def __init__(self, upstream: Any, program: Any, folder: Path) -> None:
+        self.told: dict[str, tuple[int, ...]] = {}  # the kinds of tokens by mark
+        self.provider = upstream(self.script)
+        self.it = program(settings({"anthropic": self.provider}, ledger={"path": "usage.db"}, server={"workers": 2}))
+        self.path = folder / "usage.db"
+        self.got: list[tuple[str, str, float, float]] = []  # id, mark, when it began, seconds to the first byte
+        self.ended: dict[str, float] = {}  # by id
+        self.broken: list[str] = []  # ids, as far as they were told
+
+    def workers(self) -> list[int]:
+        pid = self.it.process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def script(self, connection: Connection) -> None:
+        while True:
+            mark = connection.read_request().json["metadata"]["user_id"]
+            chance = random.Random(mark)
+            kinds = tuple(chance.randrange(10 ** chance.randrange(1, 7)) for _ in KIND_NAMES)
+            usage = usage_in("/v1/messages", kinds)
+            self.told[mark] = kinds
+            connection.send(
+                STREAM_HEAD, chunk(sse("message_start", message={**MESSAGE, "usage": {**usage, "output_tokens": 1}}))
+            )
+            for event in marked_stream(mark)[1:]:
+                threading.Event().wait(0.25)
+                connection.send(chunk(event))
+            connection.send(chunk(sse("message_delta", delta={}, usage={"output_tokens": kinds[-1]})))
+            connection.send(chunked(ANTHROPIC_EVENTS[-1]))
+
+    def visit(self, mark: str) -> None:
+        request_id = ""
+        try:
+            with patient(self.it) as client:
+                begun = time.monotonic()
+                client.send(request("POST", "/v1/messages", marked_prompt(mark, stream=True)))
+                head = Message(client.until(b"\r\n\r\n"), b"")
+                request_id = head.get("x-monorelay-request-id")
+                first_byte = time.monotonic() - begun
+                assert head.status == 200 and mark.encode() in b"".join(iter(client.chunk, b""))
+                self.ended[request_id] = time.monotonic()
+                self.got.append((request_id, mark, begun, first_byte))
+        except (ConnectionError, EOFError):
+            self.broken.append(request_id)
+
+    def run(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+
+        def visit(number: int) -> None:
+            for turn in itertools.count():
+                if time.monotonic() > deadline:
+                    return
+                self.visit(f"{number}-{turn}")
+
+        in_threads(visit, 200)
+
+    def missing(self) -> set[str]:
+        """The ids of those that a client has got whole and the ledger doesn't have; all others are right in it."""
+        names = ("request", "complete", *KIND_NAMES)
+        rows = selected(self.path, f"SELECT {', '.join(names)} FROM request")
+        found = {request_id: (bool(complete), *kinds) for request_id, complete, *kinds in rows}
+        assert len(found) == len(rows), "none is in it twice"
+        marks = {request_id: mark for request_id, mark, _, _ in self.got}
+        assert found.keys() <= marks.keys() | set(self.broken)
+        for request_id in found.keys() & marks.keys():
+            assert found[request_id] == (True, *self.told[marks[request_id]])
+        assert_sums_are_exact(self.path)
+        return marks.keys() - found.keys()
+
+    def waits(self, since: float = 0, until: float = math.inf) -> list[float]:
+        """How long the requests that began in this time waited for their first byte, the shortest first."""
+        return sorted(wait for _, _, begun, wait in self.got if since <= begun < until)
+
+
+@pytest.fixture
+def billed(descriptors, upstream, program, tmp_path) -> Billed:
+    return Billed(upstream, program, tmp_path)
+
+
+@pytest.mark.slow
+def test_soak_of_the_ledger(billed):
+    billed.run(SOAK_SECONDS)
+    assert len(billed.got) > 1000 and not billed.broken
+    sums = [sum(column) for column in zip(*(billed.told[mark] for _, mark, _, _ in billed.got))]
+    eventually(lambda: selected(billed.path, "SELECT sum(requests) FROM hour") == [len(billed.got)])
+    assert billed.missing() == set()
+    names = ", ".join(f"sum({kind})" for kind in KIND_NAMES)
+    for table in ("request", "hour"):
+        assert selected(billed.path, f"SELECT {names} FROM {table}") == [tuple(sums)]
+    time.sleep(2 * monorelay.SHARED_SECONDS)  # what the workers show each other
+    found = samples(billed.it)
+    labels = ("anthropic", "claude-test")
+    assert [int(found[("monorelay_tokens_total", *labels, kind)]) for kind in KIND_NAMES] == sums
+    assert int(found[("monorelay_requests_total", *labels, "200")]) == len(billed.got)
+    assert "can't be written" not in billed.it.text()
+    waits = billed.waits()
+    print(f"soak of the ledger: {len(waits)} streams, first byte {waits[len(waits) // 2]:.3f} s, "
+          f"{waits[len(waits) * 99 // 100]:.3f} s of 99 %")  # fmt: skip
+
+
+HOLDING = """
+import sqlite3, time
+connection = sqlite3.connect("usage.db", isolation_level=None, timeout=20)
+connection.execute("BEGIN EXCLUSIVE")
+print(flush=True)
+time.sleep(10)
+"""
+
+
+@pytest.mark.slow
+def test_soak_of_a_ledger_that_is_locked_for_ten_seconds_while_workers_are_killed(billed, tmp_path):
+    times: dict[str, float] = {}
+    killed: list[float] = []
+
+    def kill() -> None:
+        os.kill(billed.workers()[0], signal.SIGKILL)
+        killed.append(time.monotonic())
+
+    def disturb() -> None:
+        threading.Event().wait(10)
+        holder = subprocess.Popen([sys.executable, "-c", HOLDING], cwd=tmp_path, stdout=subprocess.PIPE)
+        holder.stdout.readline()
+        times["locked"] = time.monotonic()
+        threading.Event().wait(5)
+        kill()
+        holder.communicate(timeout=20)
+        times["free"] = time.monotonic()
+        threading.Event().wait(15)
+        kill()
+
+    disturbing = threading.Thread(target=disturb)
+    disturbing.start()
+    billed.run(SOAK_SECONDS)
+    disturbing.join()
+    assert len(killed) == 2 and len(billed.got) > 1000
+    time.sleep(3 * monorelay.LEDGER_PAUSE_SECONDS)
+    # What is lost is what a worker had not written when it was killed: what ended in its last second, or since the
+    # file was locked.
+    spans = [(times["locked"] - 1.5, killed[0]), (killed[1] - 1.5, killed[1])]
+    missing, lost = [billed.ended[request_id] for request_id in billed.missing()], []
+    for since, until in spans:
+        ended = sum(since < at < until + 0.5 for at in billed.ended.values())
+        lost.append(sum(since < at < until + 0.5 for at in missing))
+        assert lost[-1] < 0.8 * ended, "the other worker has lost nothing"
+    assert sum(lost) == len(missing)
+    assert len(billed.broken) <= 2 * 200, "those that ran in the workers that were killed"
+    # Nobody waits for the file.
+    locked, usual = billed.waits(times["locked"], times["free"]), billed.waits(until=times["locked"])
+    assert len(locked) > 500 and locked[len(locked) * 99 // 100] < max(0.3, 3 * usual[len(usual) * 99 // 100])
+    warnings = billed.it.text().count("can't be written: database is locked")
+    assert 1 <= warnings <= 3, "one of each process, the killed one's successor too"
+    print(f"soak of a locked ledger: {len(billed.got)} streams, lost {lost}, broken {len(billed.broken)}; 99 % "
+          f"of first bytes in {usual[len(usual) * 99 // 100]:.3f} s, {locked[len(locked) * 99 // 100]:.3f} s locked; "
+          f"{warnings} warnings")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------
