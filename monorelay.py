@@ -12522,8 +12522,6 @@ class PlaceOnBoard(NamedTuple):
         kept = list(filter(None, map(self.board.read, (last, 2 * self.worker + 1))))
         for figures in kept:
             tally.include(figures["tally"])
-            for provider, label, document in figures["keys"]:
-                keys.setdefault((provider, label), []).append(document)
             gauges.update({name: value for name, value in figures["gauges"].items() if name.endswith("_total")})
         keys = [[*name, record] for name, record in records_by_key(figures["keys"] for figures in kept).items()]
         self.board.write_figures(last, {"tally": tally.shared(), "running": [], "keys": keys, "gauges": gauges})
