@@ -10234,7 +10234,7 @@ class Workers:
     def _figures(self) -> JsonDict:
         service = self._service
         records = service.relay.keys.records.items()
-        running = (exchange for exchange in service.running if exchange.uses_model)
+        running = (exchange for exchange in service.running if exchange.uses_model or exchange.is_read_for_model)
         return {
             "tally": service.tally.shared(),
             "running": [running_row(exchange) for exchange in itertools.islice(running, RUNNING_ROWS)],
@@ -10410,6 +10410,7 @@ class Exchange:
         self.endpoint: Endpoint  # when it has been found
         self.caller = ANONYMOUS
         self.uses_model = False  # whether it is to have a model do something, which may cost
+        self.is_read_for_model = False  # whether it will be, once its body says which
         self._incoming: Optional[RequestBody] = None  # its body, as far as it is being read
         self._read: Optional[ReadBody] = None  # the same, when it has been read for its model
         self._held = 0  # how many bytes of it
@@ -10673,7 +10674,8 @@ def running_row(exchange: Exchange) -> list[Any]:
     record = exchange.record
     ttfb = None if record.first_byte is None else round(record.first_byte - record.started, 3)
     state = "streaming" if record.first_byte is not None else "retrying" if record.attempts > 1 else "waiting"
-    user = record.caller if exchange.uses_model else ""
+    state = state if exchange.uses_model else "reading"
+    user = record.caller if exchange.uses_model or exchange.is_read_for_model else ""
     return [
         record.request_id, user, record.model, record.sent_model, record.provider, record.key, state, record.when, ttfb,
         record.bytes_sent, record.attempts,
@@ -11116,6 +11118,7 @@ async def answer_requests(exchange: Exchange) -> Response:
 
 async def answer_by_model(exchange: Exchange) -> Response:
     """Relays a request whose model tells where to."""
+    exchange.is_read_for_model = exchange.endpoint.path not in COUNTING_PATHS
     body = await exchange.read_body(required=True)
     return await relay_by_model(exchange, body)
 

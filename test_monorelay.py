@@ -11254,6 +11254,25 @@ def test_a_page_is_told_the_state_and_then_what_changes(upstream, relay, quick):
         assert state["ttfb"] == [ended["ttfb"]] * 2 and state["minute"] == {"requests": 1, "errors": 0}
 
 
+def test_a_page_is_told_of_what_is_still_being_read(relay, quick):
+    it = relay({"echo": {}}, users=OWNERS)
+    body = json.dumps(prompt("echo")).encode()
+    with live(it) as page, it.client() as client:
+        told_live(page)
+        client.send(request("POST", "/v1/messages", body, token=ALICE)[:-20])
+        news = next_event(page)[2]
+        run = dict(zip(RUNNING, news["running"][0]))
+        assert run == {**run, "user": "alice", "state": "reading", "model": "", "provider": "", "attempts": 0}
+        client.send(body[-20:])
+        assert client.answer().status == 200
+        assert ended_rows(page, 1)[0][2:4] == ["alice", "echo"]
+        client.send(request("POST", "/v1/messages/count_tokens", body, token=ALICE)[:-20])
+        threading.Event().wait(0.3)
+        assert metrics(it).value("monorelay_requests_running") == 0
+    with live(it) as page:
+        assert told_live(page)[2]["running"] == []
+
+
 def test_a_page_is_told_of_each_request_once_also_across_a_gap(relay, quick):
     it = relay({"echo": {}})
     told: list[str] = []
