@@ -3994,17 +3994,15 @@ class Usage:
         """Looks through the next bytes of a response."""
         if self._held:
             data, self._held = self._held + data, b""
-        ends_line = is_stream and data.endswith(b"\n")
+        held = -USAGE_NAME_BYTES
         if b'"usage"' in data:
             held = self._look(data, is_stream)
-        elif ends_line:
+        elif is_stream and data.endswith(b"\n"):
             return
-        else:
-            held = max(0, len(data) - USAGE_NAME_BYTES)
         if b'"service_tier"' in data:
             tiers = OPENAI_TIER.findall(data)
             self._tier = tiers[-1].decode("ascii") if tiers else self._tier
-        if not ends_line:
+        if not (is_stream and data.endswith(b"\n")):
             self._held = data[held:]
 
     def _look(self, data: bytes, is_stream: bool) -> int:
