@@ -2090,7 +2090,8 @@ QUARANTINE_FACTOR = 10  # times `cooldown`: its owner has to do something first
 QUARANTINED = frozenset({401, 402})
 # Cooling entries name models, which clients may invent: beyond this many, the one begun first is forgotten.
 COOLING_ENTRIES = 4096
-SHARED_COOLING = 200  # of them other workers are told; with the longest names that is 600 KB
+SHARED_COOLING = 200  # of them other workers are told, if they have no longer names than
+SHARED_CHARACTERS = 150  # as the longest known models
 
 
 class KeyPool:
@@ -2238,8 +2239,13 @@ class KeyPool:
 
     def shared(self, now: float) -> list[list[Any]]:
         """What cools, or is still taken for cooling by others, for the other workers: of too many, whole providers and
-        keys, and what has changed last."""
-        known = [(name, entry) for name, entry in self._cooling.items() if max(entry.until, entry.known_until) > now]
+        keys, and what has changed last; no models that are called as clients invent them to take room."""
+        known = [
+            (name, entry)
+            for name, entry in self._cooling.items()
+            if max(entry.until, entry.known_until) > now
+            and (len(name) < 3 or (len(name[2]) <= SHARED_CHARACTERS and name[2].isascii()))
+        ]
         known.sort(key=lambda one: (len(one[0]), -one[1].changed))
         return [
             [list(name), entry.until, entry.failures, entry.fixed, entry.why, entry.changed, entry.known_until]

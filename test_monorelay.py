@@ -1554,12 +1554,15 @@ def test_what_has_recovered_is_forgotten_when_nobody_takes_it_for_cooling_any_mo
 def test_whole_keys_are_shared_before_the_models_that_clients_invent():
     it = Pool()
     for number in range(1000):
-        it.failed(it.first(name=f"{number}{'x' * 200}@anthropic"), 429, 500, now=100 + number / 1000)
+        it.failed(it.first(name=f"{number}{'x' * 100}@anthropic"), 429, 500, now=100 + number / 1000)
     it.failed(it.first(name="claude-a@anthropic"), 401, None, now=100)
     it.pool.unreachable(it.order(name="x@anthropic2")[0], now=100)
     shared = it.pool.shared(100.5)
     assert len(shared) == monorelay.SHARED_COOLING and [len(entry[0]) for entry in shared[:3]] == [1, 2, 3]
     assert shared[2][0][2].startswith("999")
+    for odd in ("x" * 200, "\U0001f600" * 40):
+        it.failed(it.first(name=f"{odd}@anthropic"), 429, 500, now=102)
+    assert it.pool.shared(102)[1][0][2].startswith("999")
 
 
 KEY_LIMITS = {"anthropic-ratelimit-requests-limit": "50", "anthropic-ratelimit-requests-remaining": "40",
