@@ -11133,9 +11133,10 @@ def told_live(client: Client) -> tuple[str, Any, Any]:
     return next_event(client)
 
 
-def read_to_its_end(client: Client) -> bool:
-    """Reads a live stream until it ends in good order."""
-    return list(iter(client.chunk, b"")) is not None
+def read_to_its_end(client: Client) -> None:
+    """Reads a live stream until it ends in good order; EOFError when it is cut."""
+    while client.chunk():
+        pass
 
 
 @pytest.fixture
@@ -11374,7 +11375,7 @@ def test_a_page_ends_when_its_token_expires(relay, quick):
     token = token_of(HS256, {"sub": "alice", "exp": int(time.time()) + 2})
     with live(it, f"authorization: Bearer {token}", token="") as page:
         told_live(page)
-        assert read_to_its_end(page)
+        read_to_its_end(page)
     assert it.ask("GET", "/api/live", None, f"authorization: Bearer {token}", token="").status == 401
 
 
@@ -11391,7 +11392,7 @@ def test_a_page_ends_when_its_user_is_taken_away(relay, quick, change):
     with live(it, token=ALICE) as page:
         told_live(page)
         it.server.reload(parse({"echo": {}}, **change))
-        assert read_to_its_end(page)
+        read_to_its_end(page)
 
 
 def test_a_reload_is_a_new_state(relay, quick):
@@ -11429,7 +11430,8 @@ def test_pages_hold_up_no_drain(relay, quick, monkeypatch, reads):
         begin = time.monotonic()
         it.server.stop(20.0)
         assert time.monotonic() - begin < 2
-        assert not reads or read_to_its_end(page)
+        if reads:
+            read_to_its_end(page)
         assert other.ended_within(1)
     assert not it.server.service.pages
 
@@ -11648,8 +11650,7 @@ def test_a_viewer_may_look_and_call_no_model(upstream, relay):
     ]
     for method, path, body, *headers in calls:
         got = it.ask(method, path, body, *headers, token=GRAFANA)
-        assert got.status in (403, 400 if "count_tokens" in path or "messages" in path else 403), (method, path, got)
-        assert got.status == 403 or "claude" not in str(body), (path, body)
+        assert got.status == 403, (method, path, body, got)
     assert seen == (len(anthropic.requests), len(openai.requests))
 
 
