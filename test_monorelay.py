@@ -2502,7 +2502,7 @@ def near_misses(source: Any) -> list[str]:
     text = source.decode("latin-1") if isinstance(source, bytes) else source
     words = re.findall(r'[A-Za-z_"-][A-Za-z0-9_"/: .-]{2,}', re.sub(r"\[[^\]]*\]|\\[a-z]", " ", text))
     pieces = [piece for word in dict.fromkeys(words) for piece in (word, word[:-1], word + " ")]
-    return pieces[:: max(1, len(pieces) // 30)]  # of a list of many words, some: each is tried behind each other
+    return pieces[:: max(1, len(pieces) // 15)]  # of a list of many words, some: each is tried behind each other
 
 
 def adversaries(source: Any, size: int) -> Iterator[Any]:
