@@ -5252,15 +5252,16 @@ class MessageWriter:
         events, self._events = self._events, []
         return events
 
-    def begin(self, id: str) -> None:
-        """Begins the message."""
+    def begin(self) -> None:
+        """Begins the message. Its id is the request's: Ollama has a thousand ids, and Claude Code takes messages of the
+        same id for parts of one."""
         self.begun = True
         usage = {
             "input_tokens": self._asked.input_tokens, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
             "output_tokens": 0,
         }  # fmt: skip
         message: JsonDict = {
-            "id": answer_id("msg_", id or self._asked.id), "type": "message", "role": "assistant",
+            "id": answer_id("msg_", self._asked.id), "type": "message", "role": "assistant",
             "model": self._asked.model, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage,
         }  # fmt: skip
         self._events.append({"type": "message_start", "message": message})
@@ -5332,7 +5333,6 @@ class ChatReader:
     def __init__(self, asked: Asked) -> None:
         self._asked = asked
         self._writer = MessageWriter(asked)
-        self._id = ""
         self._calls: list[Call] = []  # those that aren't written to their end, in their order; the first may be open
         self._named: dict[Any, Call] = {}  # the last one of each index
         self._ids: set[str] = set()
@@ -5360,7 +5360,7 @@ class ChatReader:
     def begin(self) -> list[JsonDict]:
         """The first event, where the client is to have it before anything has come."""
         if not self._writer.begun:
-            self._writer.begin(self._id)
+            self._writer.begin()
         return self._writer.take()
 
     def read(self, chunk: JsonDict) -> tuple[list[JsonDict], bool]:
@@ -5370,8 +5370,6 @@ class ChatReader:
         usage, ended = chunk.get("usage"), False
         if isinstance(usage, dict):
             self._usage, ended = usage, self.may_end
-        if isinstance(chunk.get("id"), str):
-            self._id = self._id or chunk["id"]
         choices = chunk.get("choices")
         ours = (it for it in listed_objects(choices) if it.get("index", 0) == 0)
         choice = None if self.may_end else next(ours, None)
@@ -5397,7 +5395,7 @@ class ChatReader:
 
     def _read_choice(self, choice: JsonDict) -> None:
         if not self._writer.begun:
-            self._writer.begin(self._id)
+            self._writer.begin()
         delta = member(choice, "delta") or member(choice, "message")
         thought, said = reasoning_of(delta), "".join(plain_texts(delta.get("content")))
         if thought and self._asked.thinking != "hidden":
@@ -5503,7 +5501,7 @@ class ChatReader:
             raise AnswerFault("the provider's answer calls a tool without a name, or by one that is too long")
         if self._is_cut_off and not call.is_sound:
             return True  # nobody may execute it, and nothing of it was written
-        digest = hashlib.sha256(f"{self._id}\0{self._closed}".encode("utf-8", "surrogatepass")).hexdigest()
+        digest = hashlib.sha256(f"{self._asked.id}\0{self._closed}".encode("ascii")).hexdigest()
         id = call.id or f"call_{digest[:24]}"
         while id in self._ids:
             id += "_2"
