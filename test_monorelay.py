@@ -127,6 +127,7 @@ import hypothesis
 import jwt
 import openai
 import prometheus_client.parser
+import pydantic
 import pytest
 import trustme
 import yaml
@@ -3599,52 +3600,123 @@ def test_q22_the_limit_has_the_name_that_the_host_knows(host, knobs, field):
     assert {name: value for name, value in body.items() if name.startswith("max")} == {field: 64}
 
 
-CLAUDE_CODE = {
-    "model": "claude-opus-4-6",
-    "max_tokens": 32000,
-    "stream": True,
-    "metadata": {"user_id": json.dumps({"device_id": "d" * 130})},
-    "system": [
-        said("x-anthropic-billing-header: cc_version=2.1"),
-        said("You are Claude Code.", cache_control={"type": "ephemeral"}),
-    ],
-    "thinking": {"type": "adaptive", "display": "omitted"},
-    "output_config": {"effort": "max"},
-    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
-    "tools": [
-        {
-            "name": "Bash",
-            "description": "Runs.",
-            "eager_input_streaming": True,
-            "input_schema": {
-                "$schema": "http://json-schema.org/draft-07/schema#",
-                "type": "object",
-                "additionalProperties": False,
-                "properties": {"command": {"type": "string"}, "timeout": {"type": "number", "exclusiveMinimum": 0}},
-            },
-        }
-    ],
-    "messages": [
-        user(said("<system-reminder>\nx\n</system-reminder>"), said("Go", cache_control={"type": "ephemeral"})),
-        {"role": "system", "content": "Be quick."},
-    ],
-}
+# Recorded from Claude Code 2.1.197; texts and lists are cut short.
+CLAUDE_CODE_BETAS = "claude-code-20250219,context-management-2025-06-27,mid-conversation-system-2026-04-07"
+CLAUDE_CODE_HEADERS = (
+    f"anthropic-beta: {CLAUDE_CODE_BETAS}", "anthropic-dangerous-direct-browser-access: true", "x-app: cli",
+    "user-agent: claude-cli/2.1.197 (external, sdk-cli)", "x-claude-code-session-id: 0", "x-stainless-lang: js",
+)  # fmt: skip
+CLAUDE_CODE_TOOLS = [
+    {
+        "name": name,
+        "description": f"{name}s.",
+        "input_schema": {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "type": "object",
+            "properties": properties,
+            "required": list(properties)[:1],
+            "additionalProperties": False,
+        },
+    }
+    for name, properties in {
+        "Bash": {"command": {"type": "string"}, "timeout": {"type": "number"}},
+        "Read": {"file_path": {"type": "string"}, "limit": {"type": "integer", "exclusiveMinimum": 0}},
+        "TaskUpdate": {
+            "status": {"anyOf": [{"type": "string", "enum": ["pending"]}, {"type": "string", "const": "deleted"}]},
+            "metadata": {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {}},
+        },
+    }.items()
+]
+
+
+def claude_code(*later: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """A request of Claude Code with these messages behind the first."""
+    cached = {"cache_control": {"type": "ephemeral"}}
+    first = user(said("<system-reminder>\nx\n</system-reminder>\n\n"), said("Go", **cached))
+    return {
+        "model": "claude-opus-4-6",
+        "messages": [first, {"role": "system", "content": "Available agent types: x"}, *later],
+        "system": [
+            said("x-anthropic-billing-header: cc_version=2.1.197.008; cc_entrypoint=sdk-cli;"),
+            said("You are a Claude agent.", **cached),
+            said("\nYou are interactive.", **cached),
+        ],
+        "tools": CLAUDE_CODE_TOOLS,
+        "metadata": {"user_id": json.dumps({"device_id": "d" * 64, "account_uuid": "", "session_id": "s" * 36})},
+        "max_tokens": 32000,
+        "thinking": {"type": "adaptive"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "output_config": {"effort": "high"},
+        "stream": True,
+        **fields,
+    }
+
+
+CLAUDE_CODE_TURN = (
+    assistant(
+        said("Calling."),
+        tool_use("call_1", "Read", file_path="/a"),
+        tool_use("call_2", "Bash", command="echo b"),
+        tool_use("call_3", "Read", file_path="/none"),
+    ),
+    user(
+        tool_result("call_1", "1\tA"),
+        tool_result("call_3", "File does not exist.", is_error=True),
+        tool_result("call_2", "b", is_error=False, cache_control={"type": "ephemeral"}),
+    ),
+)
+CLAUDE_CODE_IN_CHAT = [
+    {"role": "system", "content": "You are a Claude agent.\n\n\nYou are interactive."},
+    {"role": "user", "content": "<system-reminder>\nx\n</system-reminder>\n\n\n\nGo"},
+    {"role": "system", "content": "Available agent types: x"},
+]
+CLAUDE_CODE_DROPPED = ("thinking", "output_config.effort", "context_management", "metadata.user_id")
+
+
+def valid(body: dict[str, Any], form: Any) -> None:
+    """Checks a request by the types of an official SDK."""
+    waiting = [pydantic.TypeAdapter(form).validate_python(body)]
+    while waiting:  # what is iterable is checked when it is read
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif not isinstance(value, (str, int, float, type(None))):
+            waiting += value
 
 
 def test_q23_what_claude_code_sends_is_valid_for_openai():
-    body, made = translated(CLAUDE_CODE, target_of(reasoning="effort"))
-    openai.types.chat.completion_create_params.CompletionCreateParamsStreaming(**body)
-    messages = [
-        {"role": "system", "content": "You are Claude Code."},
-        {"role": "user", "content": "<system-reminder>\nx\n</system-reminder>\n\nGo"},
-        {"role": "system", "content": "Be quick."},
+    body, made = translated(claude_code(*CLAUDE_CODE_TURN))
+    valid(body, openai.types.chat.completion_create_params.CompletionCreateParamsStreaming)
+    assert {*body} == {"model", "messages", "max_tokens", "stream", "stream_options", "tools"}
+    assert body["messages"][:3] == CLAUDE_CODE_IN_CHAT
+    called, *told = body["messages"][3:]
+    assert called["content"] == "Calling."
+    assert [it["id"] for it in called["tool_calls"]] == ["call_1", "call_2", "call_3"]
+    assert [(it["role"], it["tool_call_id"], it["content"]) for it in told] == [
+        ("tool", "call_1", "1\tA"),
+        ("tool", "call_3", "Error: File does not exist."),
+        ("tool", "call_2", "b"),
     ]
-    assert body["messages"] == messages and body["reasoning_effort"] == "xhigh"
+    for tool, given in zip(body["tools"], CLAUDE_CODE_TOOLS):
+        schema = {name: value for name, value in given["input_schema"].items() if name != "$schema"}
+        assert tool["function"] == {"name": given["name"], "description": given["description"], "parameters": schema}
     assert body["stream"] is True and body["stream_options"] == {"include_usage": True}
-    assert made.dropped == ("context_management", "metadata.user_id")
-    assert made.asked.thinking == "omitted" and made.asked.stream and made.asked.input_tokens > 50
-    _, made = translated(CLAUDE_CODE)
-    assert set(made.dropped) == {"context_management", "metadata.user_id", "thinking", "output_config.effort"}
+    assert made.dropped == CLAUDE_CODE_DROPPED and made.asked.thinking == "shown" and made.asked.input_tokens > 150
+
+
+def test_q23_claude_code_is_understood_with_each_setting():
+    thinking = {"type": "adaptive", "display": "omitted"}
+    request = claude_code(thinking=thinking, output_config={"effort": "max"})
+    body, made = translated(request, target_of(reasoning="effort", system_turns="user"))
+    valid(body, openai.types.chat.completion_create_params.CompletionCreateParamsStreaming)
+    assert body["reasoning_effort"] == "xhigh" and made.asked.thinking == "omitted"
+    assert made.dropped == CLAUDE_CODE_DROPPED[2:]
+    later = "<system-reminder>\nAvailable agent types: x\n</system-reminder>"
+    first = {"role": "user", "content": f"{CLAUDE_CODE_IN_CHAT[1]['content']}\n\n{later}"}
+    assert body["messages"] == [CLAUDE_CODE_IN_CHAT[0], first]
+    lead = translated(request, target_of(system_turns="lead"))[0]["messages"]
+    assert [message["role"] for message in lead] == ["system", "user"]
+    assert lead[0]["content"].endswith("interactive.\n\nAvailable agent types: x")
 
 
 @pytest.mark.parametrize(
@@ -8632,6 +8704,87 @@ def test_the_official_sdks_talk_to_the_other_ones_provider(upstream, relay):
         final = chunks.get_final_completion()
     assert [call.function.name for call in final.choices[0].message.tool_calls] == ["look", "dig"]
     assert final.choices[0].finish_reason == "tool_calls" and final.usage.completion_tokens == 12
+
+
+def test_a_session_of_claude_code_goes_on_at_a_provider_of_chat(upstream, relay):
+    """Its turns as recorded; the provider calls all its answers the same, and Claude Code must not."""
+    calls = [call(0, "call_1", "Read", '{"file_path": "/a"}'), call(1, "call_2", "Bash", '{"command":"echo b"}')]
+    calls.append(call(2, "call_3", "Read", '{"file_path":"/none"}'))
+    chunks = [delta(reasoning_content="Hm"), delta(content="Calling."), *(delta(calls=[it]) for it in calls)]
+    turns = [[*chunks, delta("tool_calls", USAGE)], [delta(content="Done."), delta("stop", USAGE)]]
+    native = upstream(json_reply({}, 529))
+    provider = upstream(replies(*(sse_reply(sse_of(turn)) for turn in turns)))
+    it = relay(
+        {"anthropic": native, "openai": {"upstream": provider, "translate": {"reasoning_back": "reasoning_content"}}},
+        aliases={"claude-both": ["claude-opus-4-6@anthropic", "gpt-test@openai"]},
+    )
+    request, answers = claude_code(model="claude-both"), []
+    headers = dict(header.split(": ", 1) for header in CLAUDE_CODE_HEADERS)
+    beta = {name: request.pop(name) for name in ("context_management", "output_config")}
+    del request["stream"]
+    with anthropic.Anthropic(auth_token=TOKEN, base_url=it.url, max_retries=0) as client:
+        for _ in turns:
+            with client.messages.stream(**request, extra_body=beta, extra_headers=headers) as events:
+                answers.append(events.get_final_message())
+            said_by_it = assistant(*(block.to_dict() for block in answers[-1].content))
+            request["messages"] = [*request["messages"], said_by_it, CLAUDE_CODE_TURN[1]]
+    assert [block.type for block in answers[0].content] == ["thinking", "text", *["tool_use"] * 3]
+    assert answers[0].stop_reason == "tool_use" and answers[1].content[0].text == "Done."
+    assert answers[0].id != answers[1].id and len(native.requests) == 1
+    first, second = provider.requests
+    assert second.json["messages"][:3] == first.json["messages"] == CLAUDE_CODE_IN_CHAT
+    called, *told = second.json["messages"][3:]
+    assert called["reasoning_content"] == "Hm" and called["content"] == "Calling."
+    assert [(it["id"], json.loads(it["function"]["arguments"])) for it in called["tool_calls"]] == [
+        ("call_1", {"file_path": "/a"}),
+        ("call_2", {"command": "echo b"}),
+        ("call_3", {"file_path": "/none"}),
+    ]
+    assert [it["tool_call_id"] for it in told] == ["call_1", "call_3", "call_2"]
+    assert not {name.lower() for name, _ in second.headers} & {"anthropic-beta", "x-app", "x-claude-code-session-id"}
+
+
+def test_claude_codes_search_is_refused_before_it_can_invent_what_was_found(upstream, relay):
+    provider = upstream(json_reply(CHAT_HI))
+    search = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
+    it = relay({"openai": provider})
+    got = it.post("/v1/messages?beta=true", claude_code(tools=[search], tool_choice={"type": "auto"}))
+    assert "web_search_20250305" in refused(got, 400, "invalid_request_error") and provider.requests == []
+
+
+class Weather(pydantic.BaseModel):
+    city: str
+    degrees: int
+
+
+def test_a_session_of_openais_sdk_goes_on_at_a_provider_of_messages(upstream, relay):
+    calls = [tool_use("toolu_1", "weather", city="Oslo"), tool_use("toolu_2", "now")]
+    turns = [
+        message_events(THOUGHT, said("Looking."), *calls, reason="tool_use"),
+        message_events(said('{"city": "Oslo", "degrees": 7}')),
+        message_events(said("Half"))[:-3],
+    ]
+    provider = upstream(replies(*(sse_reply(b"".join(events)) for events in turns)))
+    it = relay({"anthropic": provider})
+    tools = [openai.pydantic_function_tool(Weather, name="weather"), {"type": "function", "function": {"name": "now"}}]
+    messages: list[Any] = [{"role": "system", "content": "Be brief."}, HELLO]
+    with openai.OpenAI(api_key=TOKEN, base_url=f"{it.url}/v1", max_retries=0) as client:
+        asked: Any = {"model": "claude-test", "messages": messages, "tools": tools[1:]}
+        with client.chat.completions.stream(**asked) as chunks:
+            message = chunks.get_final_completion().choices[0].message
+        messages.append(message.model_dump(exclude_none=True, exclude={"parsed"}))
+        messages += [{"role": "tool", "tool_call_id": it.id, "content": it.function.name} for it in message.tool_calls]
+        with client.chat.completions.stream(**{**asked, "tools": tools[:1]}, response_format=Weather) as chunks:
+            found = chunks.get_final_completion().choices[0].message.parsed
+        with pytest.raises(openai.APIError, match="ended before it was finished"):
+            list(client.chat.completions.create(**asked, stream=True))
+    assert found == Weather(city="Oslo", degrees=7)
+    second = provider.requests[1].json
+    results = [tool_result("toolu_1", "weather"), tool_result("toolu_2", "now")]
+    turn = [assistant(THOUGHT, said("Looking."), *calls), user(*results)]
+    assert second["messages"] == [user(said("Hello there")), *turn]
+    assert second["system"] == "Be brief." and second["output_config"]["format"]["schema"]["title"] == "Weather"
+    assert second["tools"][0]["strict"] is True and second["stream"] is True
 
 
 # ------------------------------------------------------------------------------------------------------------
