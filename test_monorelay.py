@@ -17010,6 +17010,7 @@ def readme_tables() -> dict[str, dict[str, str]]:
         ("users.NAME", monorelay.USER_SETTINGS),
         ("ledger", monorelay.LEDGER_SETTINGS),
         ("providers.NAME", monorelay.PROVIDER_SETTINGS),
+        ("providers.NAME.translate", {**monorelay.TRANSLATION_SETTINGS, "extra": (None, None)}),
         ("top level", dict.fromkeys(monorelay.TOP_LEVEL, (None, None))),
     ],
 )
@@ -17041,6 +17042,26 @@ def test_the_readme_says_what_somebody_is_told_whose_budget_is_spent():
     at = datetime.datetime(2026, 11, 26, 12, tzinfo=datetime.timezone.utc).timestamp()
     told = monorelay.spent_over(config.users["alice"], lambda window: (20_130_000_000, 0), at).message
     assert f"`{told}`" in " ".join((HERE / "README.md").read_text(encoding="utf-8").split())
+
+
+def test_the_readmes_alias_fails_over_across_formats(upstream, relay):
+    given = readme_config('"claude-or-gpt"')
+    native, other = upstream(json_reply({}, 529)), upstream(json_reply(CHAT_HI))
+    for name, provider in (("anthropic", native), ("openai", other)):
+        told = {"upstream": provider, **given["providers"][name], "base_url": provider.url + "/v1", "keys": ["sk-x"]}
+        given["providers"][name] = told
+    it = relay(given["providers"], aliases=given["aliases"], routes=given["routes"])
+    got = it.post("/v1/messages", claude_code(model="claude-or-gpt", stream=False))
+    assert got.json["content"] == [said("Hi")] and got.get("x-monorelay-translated") == "anthropic>openai"
+    assert native.requests[0].json["model"] == "claude-opus-4-5"
+    assert (other.requests[0].json["model"], other.requests[0].json["reasoning_effort"]) == ("gpt-5", "high")
+
+
+def test_the_readmes_settings_of_translation_are_valid():
+    told = [json.loads(cell.strip("`")) for cell in readme_tables()["provider"].values() if cell.startswith("`")]
+    assert len(told) == 4
+    for knobs in told:
+        parse({"a": {"format": "openai", "base_url": "http://127.0.0.1:9/v1", "translate": knobs}})
 
 
 @pytest.mark.parametrize("client", ["Anthropic SDKs", "OpenAI SDKs"])
