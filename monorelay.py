@@ -588,6 +588,11 @@ class Provider(NamedTuple):
         return self.enabled and self.keys != ()
 
     @property
+    def chat_format(self) -> str:
+        """The format in which it gets and answers chats; echo does it in Anthropic's."""
+        return "anthropic" if self.format == "echo" else self.format
+
+    @property
     def origin(self) -> str:
         """scheme://host[:port], as a URL of this provider begins."""
         return f"{self.scheme}://{self.authority}"
@@ -1313,7 +1318,7 @@ def read_translation(value: Any, format: str, place: str, problems: Problems) ->
     given = value if isinstance(value, dict) else {}
     settings = read_settings(TRANSLATION_SETTINGS, given, join(place, "translate"), problems)
     # Most servers of OpenAI's format take the system's words anywhere; of Claude's models only some do.
-    settings["system_turns"] = settings["system_turns"] or ("lead" if format == "anthropic" else "keep")
+    settings["system_turns"] = settings["system_turns"] or ("keep" if format == "openai" else "lead")
     return Translation(**settings)
 
 
@@ -1900,8 +1905,10 @@ def asked_name(config: Config, name: str) -> str:
 
 
 def understands(provider: Provider, format: str, translates: bool) -> bool:
-    """Whether a provider takes requests in the format; `translates`: in translation, too."""
-    return provider.format in (format, "echo") or (translates and provider.translate is not None)
+    """Whether a provider takes requests in the format; `translates`: chats, which may be translated."""
+    if translates:
+        return provider.chat_format == format or provider.translate is not None
+    return provider.format in (format, "echo")
 
 
 def targets_for(config: Config, name: str, format: str, translates: bool = False) -> list[Target]:
@@ -6538,10 +6545,11 @@ def label_text(text: str) -> str:
 
 # ==== Echo ==========================================================================================
 #
-# A provider that is built in: it answers both formats without any network, so that a newcomer sees the
-# relay work before there is a key, and clients can be tried against errors and cut streams. What it says
-# follows from the request alone; here it is only composed. The upstream room lets it speak HTTP, so that
-# a response of echo takes the very path that a provider's takes.
+# A provider that is built in: it answers without any network, so that a newcomer sees the relay work before
+# there is a key, and clients can be tried against errors and cut streams. It speaks Anthropic's format, and of
+# OpenAI's what is no chat: chats are translated for it. What it says follows from the request alone; here it
+# is only composed. The upstream room lets it speak HTTP, so that a response of echo takes the very path that
+# a provider's takes.
 #
 #   echo            the last user text comes back, word by word when streaming
 #   echo-slow       at 20 words a second
@@ -6565,7 +6573,6 @@ ERROR_KINDS = {
     404: "not_found_error", 408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error",
     504: "timeout_error", 529: "overloaded_error",
 }  # fmt: skip
-OPENAI_STOPS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
 
 
 class EchoFault(Exception):
@@ -7071,65 +7078,31 @@ def anthropic_event(name: str, **fields: Any) -> bytes:
 # -- the OpenAI format: https://platform.openai.com/docs/api-reference
 
 
-def echo_chat(request: JsonDict, identity: str, now: int) -> EchoResponse:
-    """POST /v1/chat/completions."""
-    require(
-        request,
-        "messages",
-        lambda value: isinstance(value, list) and bool(value),
-        "Input should be a list that isn't empty",
-    )
-    for index, message in enumerate(request["messages"]):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise EchoFault(400, f"messages.{index}: Input should be an object with a role")
-    messages = request["messages"]
-    asked = [message for message in messages if message["role"] == "user"] or messages
-    answered = messages[-1] if messages[-1]["role"] == "tool" else asked[-1]
-    reply = openai_reply(request, f"chatcmpl-{identity}", content_text(answered.get("content")), openai_tool(request))
-    usage = openai_usage(reply)
-    call = {"id": f"call_{identity}", "type": "function"}
-    function = {"name": reply.tool, "arguments": json.dumps(reply.tool_input)}
-    finish = OPENAI_STOPS[reply.stop_reason]
-
-    def choices(name: str, content: JsonDict, reason: Optional[str]) -> list[JsonDict]:
-        return [{"index": 0, name: content, "logprobs": None, "finish_reason": reason}]
-
-    if not request.get("stream"):
-        spoken: JsonDict = {"role": "assistant", "content": None if reply.tool else reply.text, "refusal": None}
-        if reply.tool:
-            spoken["tool_calls"] = [{**call, "function": function}]
-        return whole_response(
-            request, openai_object(reply, "chat.completion", now, choices("message", spoken, finish), usage)
-        )
-
-    def chunks() -> Iterator[list[JsonDict]]:
-        yield choices("delta", {"role": "assistant", "content": None if reply.tool else ""}, None)
-        for word in reply.words:
-            yield choices("delta", {"content": word}, None)
-        if reply.tool:
-            yield choices("delta", {"tool_calls": [{"index": 0, **call, "function": function}]}, None)
-        yield choices("delta", {}, finish)
-
-    return openai_stream(request, reply, "chat.completion.chunk", now, chunks())
-
-
 def echo_completion(request: JsonDict, identity: str, now: int) -> EchoResponse:
     """POST /v1/completions."""
     require(request, "prompt", is_filled, "Input should be a string or list")
     prompt = request["prompt"]
-    text = prompt if isinstance(prompt, str) else str(prompt[0])
-    reply = openai_reply(request, f"cmpl-{identity}", text, {})
+    reply = openai_reply(request, f"cmpl-{identity}", prompt if isinstance(prompt, str) else str(prompt[0]), {})
+    finish = "length" if reply.stop_reason == "max_tokens" else "stop"
+    total = reply.input_tokens + reply.output_tokens
+    usage = {"prompt_tokens": reply.input_tokens, "completion_tokens": reply.output_tokens, "total_tokens": total}
 
-    def choices(text: str, reason: Optional[str]) -> list[JsonDict]:
-        return [{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}]
+    def completion(*choices: tuple[str, Optional[str]], usage: Optional[JsonDict] = None) -> JsonDict:
+        told = [{"index": 0, "text": text, "logprobs": None, "finish_reason": reason} for text, reason in choices]
+        whole = {"id": reply.id, "object": "text_completion", "created": now, "model": reply.model, "choices": told}
+        return {**whole, "usage": usage}
 
-    finish = OPENAI_STOPS[reply.stop_reason]
     if not request.get("stream"):
-        return whole_response(
-            request, openai_object(reply, "text_completion", now, choices(reply.text, finish), openai_usage(reply))
-        )
-    chunks = itertools.chain((choices(word, None) for word in reply.words), [choices("", finish)])
-    return openai_stream(request, reply, "text_completion", now, chunks)
+        return whole_response(request, completion((reply.text, finish), usage=usage))
+    asks_usage = (request.get("stream_options") or {}).get("include_usage")
+
+    def events() -> Iterator[bytes]:
+        last = [completion(("", finish)), *([completion(usage=usage)] if asks_usage else [])]
+        for document in itertools.chain((completion((word, None)) for word in reply.words), last):
+            yield f"data: {json.dumps(document)}\n\n".encode("ascii")
+        yield b"data: [DONE]\n\n"
+
+    return stream_response(request, reply, events())
 
 
 def echo_embeddings(request: JsonDict, identity: str, now: int) -> EchoResponse:
@@ -7232,30 +7205,9 @@ def response_events(reply: Reply, whole: JsonDict) -> Iterator[tuple[str, JsonDi
     yield whole["status"], {"response": whole}
 
 
-def openai_tool(request: JsonDict) -> JsonDict:
-    """The function to call, in the shape of called_tool, unless a tool's result is to be echoed."""
-    tools = [
-        tool["function"]
-        for tool in request.get("tools") or []
-        if isinstance(tool, dict) and isinstance(tool.get("function"), dict)
-    ]
-    choice = request.get("tool_choice")
-    if isinstance(choice, dict):
-        choice = {"type": "tool", "name": (choice.get("function") or {}).get("name")}
-    else:
-        choice = {"type": "any" if choice == "required" else choice or "auto"}
-    tools = [{"name": tool.get("name", ""), "input_schema": tool.get("parameters")} for tool in tools]
-    if choice.get("type") == "tool" and choice["name"] not in [tool["name"] for tool in tools]:
-        raise EchoFault(400, "tool_choice: names a function that is not among the tools")
-    if request["messages"][-1]["role"] == "tool":
-        return {}
-    return called_tool({"model": request["model"], "tools": tools, "tool_choice": choice})
-
-
 def openai_reply(request: JsonDict, identity: str, text: str, tool: JsonDict) -> Reply:
     """What echo says to a request in OpenAI's format."""
-    limit = request.get("max_completion_tokens") or request.get("max_tokens")
-    stop = request.get("stop") or []
+    limit, stop = request.get("max_tokens"), request.get("stop") or []
     if limit is not None and not (is_whole(limit) and limit >= 1):
         raise EchoFault(400, "max_tokens: Input should be greater than or equal to 1")
     stops = [stop] if isinstance(stop, str) else stop
@@ -7276,37 +7228,9 @@ def openai_reply(request: JsonDict, identity: str, text: str, tool: JsonDict) ->
     )
 
 
-def openai_usage(reply: Reply) -> JsonDict:
-    """The three figures that OpenAI counts."""
-    total = reply.input_tokens + reply.output_tokens
-    return {"prompt_tokens": reply.input_tokens, "completion_tokens": reply.output_tokens, "total_tokens": total}
-
-
-def openai_object(reply: Reply, kind: str, now: int, choices: list[JsonDict], usage: Optional[JsonDict]) -> JsonDict:
-    """A completion, or a chunk of one."""
-    return {"id": reply.id, "object": kind, "created": now, "model": reply.model, "choices": choices, "usage": usage}
-
-
-def openai_stream(
-    request: JsonDict, reply: Reply, kind: str, now: int, chunks: Iterable[list[JsonDict]]
-) -> EchoResponse:
-    """The chunks as a stream, with the usage at its end if that was asked for."""
-    asks_usage = (request.get("stream_options") or {}).get("include_usage")
-
-    def events() -> Iterator[bytes]:
-        documents = (openai_object(reply, kind, now, choices, None) for choices in chunks)
-        last = [openai_object(reply, kind, now, [], openai_usage(reply))] if asks_usage else []
-        for document in itertools.chain(documents, last):
-            yield f"data: {json.dumps(document)}\n\n".encode("ascii")
-        yield b"data: [DONE]\n\n"
-
-    return stream_response(request, reply, events())
-
-
 ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoResponse]] = {
     "/v1/messages": echo_messages,
     "/v1/messages/count_tokens": echo_count_tokens,
-    "/v1/chat/completions": echo_chat,
     "/v1/completions": echo_completion,
     "/v1/responses": echo_responses,
     "/v1/embeddings": echo_embeddings,
@@ -9501,7 +9425,7 @@ class Relay:
 
     async def _wanted(self, request: UpstreamRequest, target: Target) -> UpstreamRequest:
         """The request as the target gets it. Raises BadRequest where it can't be translated to that."""
-        if not request.translate or target.provider.format in (request.format, "echo"):
+        if not request.translate or target.provider.chat_format == request.format:
             return request
         return await request.translate(target)
 
@@ -11194,9 +11118,9 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
     session = named or body.facts.session or exchange.record.caller
     candidates = exchange.service.relay.keys.order(targets, session, exchange.loop.now)
     if exchange.endpoint.path == COUNTING_PATH:
-        if candidates[0].target.provider.format not in (format, "echo"):
+        if candidates[0].target.provider.chat_format != format:
             return await estimated_count(exchange, body, candidates[0].target)
-        candidates = [it for it in candidates if it.target.provider.format in (format, "echo")]
+        candidates = [it for it in candidates if it.target.provider.chat_format == format]
     return await relay(exchange, body, candidates[:1] if exchange.endpoint.creates else candidates)
 
 
@@ -11228,10 +11152,10 @@ async def relay(
 ) -> Response:
     """The response of the first candidate that gives one which isn't a failure."""
     relayed = await exchange.service.relay.obtain(upstream_request(exchange, body, candidates, searches))
-    if relayed.translated:
-        return await translated_response(exchange, relayed, relayed.translated)
     if relayed.candidate.target.provider.format != "echo":  # which tells the body as long as its response lasts
         exchange.let_go()
+    if relayed.translated:
+        return await translated_response(exchange, relayed, relayed.translated)
     exchange.record.upstream_id = relayed.request_id[:LOGGED_CHARACTERS]
     if relayed.head.status >= 400:
         exchange.record.error = f"upstream:{error_type(relayed.content)}".rstrip(":")
@@ -11363,10 +11287,9 @@ async def estimated_count(exchange: Exchange, body: ReadBody, target: Target) ->
 async def translated_response(exchange: Exchange, relayed: UpstreamResponse, translated: Translated) -> Response:
     """The response to a translated request, in the client's format. Raises UpstreamFailed, UpstreamSilent and
     Unavailable."""
-    exchange.let_go()
     record, asked = exchange.record, translated.asked
     record.upstream_id = relayed.request_id[:LOGGED_CHARACTERS]
-    record.translated = f"{asked.format}>{relayed.candidate.target.provider.format}"
+    record.translated = f"{asked.format}>{relayed.candidate.target.provider.chat_format}"
     record.dropped = ", ".join(translated.dropped)
     fields, failed = translated_fields(exchange, relayed), False
     is_error = relayed.head.status >= 400 or relayed.begins_with_error
@@ -14322,9 +14245,7 @@ def run_route(options: JsonDict, model: str) -> int:
 def served_paths(provider: Provider) -> str:
     """At which paths a provider serves chats, and how."""
     paths = {"anthropic": "/v1/messages", "openai": "/v1/chat/completions"}
-    if provider.format not in paths:
-        return "both formats"
-    own = paths.pop(provider.format)
+    own = paths.pop(provider.chat_format)
     return f"{own}, and {paths.popitem()[1]} translated" if provider.translate else own
 
 

@@ -5520,15 +5520,17 @@ def test_echo_answers_the_responses_api(echo):
     ("path", "body"),
     [
         ("/v1/messages", prompt("echo-tool", tools=[{"name": "t", "input_schema": {"required": 5, "type": "object"}}])),
-        ("/v1/chat/completions", {**chat("echo", stream=True), "stream_options": 5}),
+        ("/v1/completions", {"model": "echo", "prompt": "Hi", "stream": True, "stream_options": 5}),
         ("/v1/chat/completions", {**chat("echo"), "tools": 5}),
         ("/v1/chat/completions", {**chat("echo"), "tool_choice": {"function": "x"}}),
+        ("/v1/chat/completions", {**chat("echo"), "temperature": "hot"}),
     ],
 )
 def test_echo_refuses_fields_of_an_odd_type(echo, path, body):
     got = echo.post(path, body)
     assert (got.status, got.json["error"]["type"]) == (400, "invalid_request_error")
-    assert got.get("x-monorelay-provider") == "echo"
+    translates = "tools" in body or "tool_choice" in body  # which is over before echo gets any of it
+    assert got.get("x-monorelay-provider") == (None if path == "/v1/chat/completions" and translates else "echo")
 
 
 def test_echo_slow_paces_its_words(echo):
@@ -5640,6 +5642,56 @@ def test_echo_speaks_openai(echo):
     assert (bad.status, bad.json["error"]["type"]) == (400, "invalid_request_error")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_gets_chats_in_translation_and_says_so(echo, stream):
+    path, said = "/v1/chat/completions", "openai>anthropic"
+    got = echo.post(path, chat("echo", stream=stream, seed=1))
+    assert (got.get("x-monorelay-translated"), got.get("x-monorelay-dropped")) == (said, "seed")
+    failed = echo.post(path, chat("echo-error-529", stream=stream))
+    assert (failed.status, failed.get("x-monorelay-translated")) == (529, said)
+    assert (failed.json["error"]["message"], failed.json["error"]["code"]) == ("Overloaded", "overloaded")
+    own = [echo.post("/v1/messages", prompt("echo", stream=stream))]
+    own += [echo.post("/v1/responses", {"model": "echo", "input": "Hi", "stream": stream})]
+    assert [(it.status, it.get("x-monorelay-translated")) for it in own] == [(200, None)] * 2
+
+
+def test_echo_gets_no_chats_where_it_may_not_be_translated_for(relay):
+    it = relay({"echo": {"translate": False}})
+    message = refused(it.post("/v1/chat/completions", chat("echo")), 400, "invalid_request_error", openai_shape=True)
+    assert message.endswith("served by echo, which speaks the other format: use /v1/messages")
+    assert it.post("/v1/completions", {"model": "echo", "prompt": "Hi"}).status == 200
+
+
+def test_echo_paces_the_words_of_a_chat_and_breaks_off_a_whole_one(echo):
+    asked = chat("echo-slow", stream=True, messages=[{"role": "user", "content": "a b c d e"}])
+    begin = time.monotonic()
+    assert echo.post("/v1/chat/completions", asked).body.endswith(b"data: [DONE]\n\n")
+    assert 0.18 < time.monotonic() - begin < 2
+    for _ in range(2):
+        refused(echo.post("/v1/chat/completions", chat("echo-cut")), 502, "api_error", openai_shape=True)
+    assert echo.post("/v1/chat/completions", chat("echo")).get("x-monorelay-attempts") == "1", "that cools nothing"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words", "reason"),
+    [({}, ["a", " b", "  c "], "stop"), ({"max_tokens": 2}, ["a", " b"], "length"), ({"stop": "b"}, ["a "], "stop")],
+)
+def test_echo_completes_prompts(echo, fields, words, reason):
+    asked = {"model": "echo", "prompt": "a b  c ", **fields}
+    plain = echo.post("/v1/completions", asked).json
+    assert (plain["object"], plain["model"], plain["choices"]) == ("text_completion", "echo", [
+        {"index": 0, "text": "".join(words), "logprobs": None, "finish_reason": reason}])  # fmt: skip
+    count = len(words)
+    assert plain["usage"] == {"prompt_tokens": 3, "completion_tokens": count, "total_tokens": 3 + count}
+    for options, last in (({}, []), ({"include_usage": True}, [{**plain, "choices": []}])):
+        got = echo.post("/v1/completions", {**asked, "stream": True, "stream_options": options})
+        *told, done = (data for _, data in events_of(got.body))
+        ends = [(it["choices"][0]["text"], it["choices"][0]["finish_reason"]) for it in told[: count + 1]]
+        assert (ends, done) == ([*((word, None) for word in words), ("", reason)], "[DONE]")
+        created = {"id": told[0]["id"], "created": told[0]["created"]}
+        assert told[count + 1 :] == [{**it, **created} for it in last]
+
+
 def test_echo_through_the_anthropic_sdk_as_the_page_shows_it(echo):
     with anthropic.Anthropic(api_key=TOKEN, base_url=echo.url, max_retries=0) as client:
         question = "Explain prompt caching in one paragraph."
@@ -5671,6 +5723,23 @@ def test_echo_through_the_openai_sdk(echo):
         assert client.chat.completions.create(**asked).choices[0].message.content == "Hello there"
         chunks = client.chat.completions.create(stream=True, **asked)
         assert "".join(it.choices[0].delta.content or "" for it in chunks if it.choices) == "Hello there"
+        chunks = list(client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **asked))
+        assert [it.choices[0].delta.content for it in chunks if it.choices][1:-1] == ["Hello", " there"], "by words"
+        usage = chunks[-1].usage
+        assert usage and (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (2, 2, 4)
+        stopped = client.chat.completions.create(**asked, stop=["lo", "x"]).choices[0]
+        assert (stopped.message.content, stopped.finish_reason) == ("Hel", "stop")
+        tool: Any = {"type": "function", "function": {"name": "look", "parameters": TOOL["input_schema"]}}
+        with client.chat.completions.stream(**{**asked, "model": "echo-tool"}, tools=[tool]) as stream:
+            (turn,) = (choice.message for choice in stream.get_final_completion().choices)
+        assert turn.tool_calls and turn.tool_calls[0].function.name == "look"
+        result = {"role": "tool", "tool_call_id": turn.tool_calls[0].id, "content": "42"}
+        turns = [*asked["messages"], turn.model_dump(exclude_none=True), result]
+        told = client.chat.completions.create(model="echo-tool", messages=turns, tools=[tool])
+        assert told.choices[0].message.content == "42"
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.chat.completions.create(**{**asked, "model": "echo-error-529"})
+        assert (caught.value.status_code, caught.value.code) == (529, "overloaded")
         assert "echo" in [model.id for model in client.models.list()]
 
 
@@ -5688,7 +5757,7 @@ def test_echo_reads_a_megabyte_and_no_more(echo):
         == 200
     )
     for path, body in (("/v1/messages", prompt), ("/v1/chat/completions", chat), ("/v1/embeddings", chat)):
-        got = echo.post(path, body("echo", padding="x" * (1 << 20)))
+        got = echo.post(path, body("echo", messages=[{"role": "user", "content": "x" * (1 << 20)}]))
         assert (got.status, got.json["error"]["type"]) == (413, "request_too_large")
     assert echo.ask("GET", "/health").status == 200
 
@@ -5748,9 +5817,9 @@ def test_echo_tool_answers_are_bounded_however_wide_a_schema_is(echo, width):
 
 
 @pytest.mark.parametrize("mark", [b"0,", b"[],", b"{},"], ids=brief)
-@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"])
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/completions", "/v1/responses", "/v1/embeddings"])
 def test_echo_reads_so_many_values_and_no_more(echo, path, mark):
-    document = {"model": "echo", "max_tokens": 9, "messages": prompt()["messages"], "input": "Hi"}
+    document = {"model": "echo", "max_tokens": 9, "messages": prompt()["messages"], "input": "Hi", "prompt": "Hi"}
     frame = json.dumps({**document, "x": ["XX"]}).encode()
     frame_values = sum(map(frame.count, (b"[", b"{", b",")))
     fitting = (monorelay.ECHO_VALUES - frame_values) // sum(map(mark.count, (b"[", b"{", b",")))
@@ -7449,7 +7518,8 @@ def test_an_unknown_model_is_compared_with_few_patterns(count):
 def test_a_route_is_explained(tmp_path):
     (tmp_path / "relay.json").write_text(json.dumps({
         "providers": {"one": {"format": "anthropic", "base_url": "https://one.example", "keys": ["k"]},
-                      "two": {"format": "openai", "base_url": "https://two.example/v1", "keys": [""]}},
+                      "two": {"format": "openai", "base_url": "https://two.example/v1", "keys": [""]},
+                      "echo": {"format": "echo"}},
         "aliases": {"smart": ["claude-x", "gpt-x@two"], "any/*": "*"}, "routes": {"claude-*": "one"},
     }))  # fmt: skip
     done = run("route", "smart", cwd=tmp_path)
@@ -7460,6 +7530,8 @@ def test_a_route_is_explained(tmp_path):
         "  1. claude-x at one (anthropic): for /v1/messages, and /v1/chat/completions translated",
         "  2. gpt-x at two (openai): skipped, it has no key",
     ])  # fmt: skip
+    told = run("route", "x@echo", cwd=tmp_path).stdout
+    assert told.endswith("1. x at echo (echo): for /v1/messages, and /v1/chat/completions translated\n")
     assert run("route", "any/claude-y[1m]", cwd=tmp_path).returncode == 0
     assert run("route", "gpt-x@two", cwd=tmp_path).returncode == 1, "nobody can serve it"
     nowhere = run("route", "nobody", cwd=tmp_path)
@@ -16259,8 +16331,8 @@ LARGE_REQUESTS: dict[str, tuple[Callable[[], tuple[str, bytes, int]], tuple[int,
         lambda: as_json("/v1/messages", prompt("echo", stream=True, max_tokens=1 << 20,
                                                messages=[{"role": "user", "content": "a " * 500_000}])), (200,)),
     "echo answers with a megabyte": (
-        lambda: as_json("/v1/chat/completions", chat("echo", messages=[{"role": "user", "content": "a " * 500_000}])),
-        (200,)),
+        lambda: as_json("/v1/chat/completions", chat("echo", max_tokens=1 << 20,
+                                                     messages=[{"role": "user", "content": "a " * 500_000}])), (200,)),
     "echo and 6 MB": (
         lambda: as_json("/v1/messages", prompt("echo", messages=[{"role": "user", "content": "a " * 3_000_000}])),
         (413,)),
