@@ -4265,7 +4265,7 @@ def json_pieces(document: JsonDict) -> list[bytes]:
                 waiting.append(value)
     del value
     pieces = []
-    for number, part in enumerate(re.split(f"{mark}([0-9]+){mark}", dump(document))):
+    for number, part in enumerate(dump(document).split(mark)):
         text = long[int(part)] if number % 2 else ""
         for at in range(0, len(text), WRITTEN_CHARACTERS):
             pieces.append(encoded(dump(text[at : at + WRITTEN_CHARACTERS])[1:-1]))
