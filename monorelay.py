@@ -4232,11 +4232,6 @@ def read_document(pieces: Sequence[bytes], values: int, errors: str = "strict") 
     return document
 
 
-def read_json(text: str) -> Any:
-    """The value of a JSON text that is written again. Raises ValueError, also for what can't be: 1e400."""
-    return json.loads(text, parse_int=short_integer, parse_float=finite, parse_constant=refuse_constant)
-
-
 def finite(digits: str) -> float:
     """The number. Raises ValueError for one that is too large."""
     if math.isinf(float(digits)):
@@ -4244,9 +4239,19 @@ def finite(digits: str) -> float:
     return float(digits)
 
 
+# Made once: `json` takes as long to make them as to read an event.
+READER = json.JSONDecoder(parse_int=short_integer, parse_float=finite, parse_constant=refuse_constant)
+WRITER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def read_json(text: str) -> Any:
+    """The value of a JSON text that is written again. Raises ValueError, also for what can't be: 1e400."""
+    return READER.decode(text)
+
+
 def dump(value: Any) -> str:
     """The value as JSON text without blanks."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return WRITER.encode(value)
 
 
 def json_pieces(document: JsonDict) -> list[bytes]:
@@ -5630,7 +5635,7 @@ class MessageReader:
 
     def __init__(self, asked: Asked) -> None:
         self._asked = asked
-        self._id = ""
+        self._id = answer_id("chatcmpl-", asked.id)  # unless the message has one
         self._begun = False
         self._open = ""  # the type of the block that is open
         self._given: JsonDict = {}  # the input with which a call began
@@ -5660,10 +5665,7 @@ class MessageReader:
         if kind == "ping":
             return [PING], False
         if kind == "message_start":
-            message = member(event, "message")
-            self._id = str(message.get("id") or "")
-            self._count(message)
-            return self.begin(), False
+            return self._read_head(member(event, "message")), False
         if kind == "content_block_start":
             return self.begin() + self._start(member(event, "content_block")), False
         if kind == "content_block_delta":
@@ -5686,11 +5688,16 @@ class MessageReader:
             chunks.append({**self._chunk({}), "choices": [], "usage": self._counted()})
         return chunks
 
+    def _read_head(self, message: JsonDict) -> list[JsonDict]:
+        """The first chunk, by what a message tells before its content."""
+        if message.get("id"):
+            self._id = answer_id("chatcmpl-", str(message["id"]))
+        self._count(message)
+        return self.begin()
+
     def _read_whole(self, message: JsonDict) -> list[JsonDict]:
         """The chunks of a message that comes as a whole."""
-        self._id = str(message.get("id") or "")
-        self._count(message)
-        chunks = self.begin()
+        chunks = self._read_head(message)
         for block in listed_objects(message.get("content")):
             chunks += self._start(block) + self._stop()
         self._read_end(message)
@@ -5769,8 +5776,8 @@ class MessageReader:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         usage = {"usage": None} if self._asked.with_usage else {}
         return {
-            "id": answer_id("chatcmpl-", self._id or self._asked.id), "object": "chat.completion.chunk",
-            "created": self._asked.created, "model": self._asked.model, "choices": [choice], **usage,
+            "id": self._id, "object": "chat.completion.chunk", "created": self._asked.created,
+            "model": self._asked.model, "choices": [choice], **usage,
         }  # fmt: skip
 
     def _counted(self) -> JsonDict:
