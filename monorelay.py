@@ -5485,6 +5485,7 @@ class ChatReader:
             self._count += 1
             if self._count > TOOL_CALLS:
                 raise AnswerFault(f"the provider's answer calls more than {TOOL_CALLS} tools")
+            self._hold(len(index) if isinstance(index, str) else 0)
             self._calls.append(call)
             self._named[key] = call
         self._named["last"] = call
@@ -5626,6 +5627,9 @@ FINISH_REASONS = {
     "max_tokens": "length", "model_context_window_exceeded": "length", "tool_use": "tool_calls",
     "refusal": "content_filter",
 }  # fmt: skip
+MESSAGE_FIGURES = (
+    "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens", "output_tokens_details",
+)  # fmt: skip
 PING: JsonDict = {"type": "ping"}
 
 
@@ -5711,7 +5715,7 @@ class MessageReader:
     def _count(self, event: JsonDict) -> None:
         """Takes the figures of a usage: what isn't told again stays."""
         usage = member(event, "usage")
-        self._usage.update((name, value) for name, value in usage.items() if value is not None)
+        self._usage.update((name, usage[name]) for name in MESSAGE_FIGURES if usage.get(name) is not None)
 
     def _start(self, block: JsonDict) -> list[JsonDict]:
         self._open = str(block.get("type"))

@@ -4952,6 +4952,42 @@ def test_what_is_held_of_an_answer_is_bounded_and_costs_no_more_the_longer_it_ge
     assert more < 8 * some
 
 
+ANSWER_PART = "\u20ac" * 60_000  # 180 kB in memory, 360 as an escape
+ANSWERS_WITHOUT_END: dict[str, tuple[str, Callable[[int], bytes]]] = {
+    "text": ("anthropic", lambda number: sse_of([delta(content=ANSWER_PART)], done=False)),
+    "thinking": ("anthropic", lambda number: sse_of([delta(reasoning=ANSWER_PART)], done=False)),
+    "blanks": ("anthropic", lambda number: sse_of([delta(content="\u2003" * 60_000)], done=False)),
+    "calls": ("anthropic", lambda number: sse_of([delta(calls=[
+        call(number, f"c{number}", "look", json.dumps({"a": ANSWER_PART}))])], done=False)),
+    "a call": ("anthropic", lambda number: sse_of([delta(calls=[
+        call(0, "c", "look", json.dumps({"a": ANSWER_PART})[number > 0 : -1])])], done=False)),
+    "ids of calls": ("anthropic", lambda number: sse_of([delta(calls=[
+        call(number, f"{number}" * 2000, "look", "{}")])], done=False)),
+    "calls by an index that is a text": ("anthropic", lambda number: sse_of([delta(calls=[
+        {**call(0, f"c{number}", "look", "{}"), "index": f"{ANSWER_PART}{number}"}])], done=False)),
+    "names of calls": ("anthropic", lambda number: sse_of([delta(calls=[call(0, None, ANSWER_PART)])], done=False)),
+    "usages": ("anthropic", lambda number: sse_of([delta(None, {f"{ANSWER_PART}{number}": 1})], done=False)),
+    "text of a message": ("openai", lambda number: sse(
+        "content_block_delta", delta={"type": "text_delta", "text": ANSWER_PART})),
+    "thinking of a message": ("openai", lambda number: sse(
+        "content_block_delta", delta={"type": "thinking_delta", "thinking": ANSWER_PART})),
+    "calls of a message": ("openai", lambda number: sse(
+        "content_block_start", content_block={**tool_use(f"{number}" * 2000), "input": {"a": ANSWER_PART}})),
+    "beginnings of a message": ("openai", lambda number: sse(
+        "message_start", message={**MESSAGE, "id": f"{ANSWER_PART}{number}"})),
+    "usages of a message": ("openai", lambda number: sse("message_delta", usage={f"{ANSWER_PART}{number}": 1})),
+    "ends of a message": ("openai", lambda number: sse("message_delta", delta={"stop_reason": ANSWER_PART})),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ANSWERS_WITHOUT_END)
+def test_what_is_held_of_an_answer_stays_below_a_few_megabytes(kind):
+    format, part = ANSWERS_WITHOUT_END[kind]
+    it = monorelay.AnswerTranslator(asked_of(format, stream=True, thinking="omitted", thinking_returns=True))
+    numbers = itertools.count()
+    assert bytes_grown(lambda: it.feed(part(next(numbers))), 100) < 8 * monorelay.TRANSLATED_HELD_BYTES
+
+
 def process_time(run: Callable[[], object]) -> float:
     begin = time.process_time()
     run()
@@ -8444,6 +8480,33 @@ def test_a_translated_stream_leaves_event_by_event(upstream, relay, version):
         assert b"message_delta" in rest
     line = it.logged("path=/v1/messages")
     assert "input=20 output=5" in line and "error" not in line
+
+
+@pytest.mark.parametrize("format", ["anthropic", "openai"])
+def test_the_first_part_of_a_call_leaves_before_the_next_one_comes(upstream, relay, format):
+    """`format` is the client's: in a chat as in a message, a program may act on what it has of a call."""
+    parts, model = [b'{\\"at', b'\\": \\"do', b'or\\"}'], {"anthropic": "gpt-test", "openai": "claude-test"}[format]
+    given = [part.replace(b"\\", b"").decode() for part in parts]
+    if format == "anthropic":
+        pieces = [sse_of([delta(calls=[call(0, *named, part)])], done=False)
+                  for part, named in zip(given, [("c1", "look"), (None, None), (None, None)])]  # fmt: skip
+        path, asked, last = "/v1/messages", prompt(model, stream=True), sse_of([delta("tool_calls", USAGE)])
+    else:
+        start = sse("content_block_start", index=0, content_block={**tool_use("c1", "look"), "input": {}})
+        pieces = [sse("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": part})
+                  for part in given]  # fmt: skip
+        pieces[0] = ANTHROPIC_EVENTS[0] + start + pieces[0]
+        path, asked = "/v1/chat/completions", chat(model, stream=True)
+        last = sse("content_block_stop", index=0) + b"".join(ANTHROPIC_EVENTS[-2:])
+    gates = [threading.Event() for _ in pieces]
+    gates[-1].set()
+    provider = upstream(gated_pieces([*pieces[:-1], pieces[-1] + last], gates))
+    with relay({"openai" if format == "anthropic" else "anthropic": provider}).client() as client:
+        client.send(request("POST", path, json.dumps(asked).encode()))
+        for part, gate in zip(parts, gates):
+            client.until(part)
+            gate.set()
+        client.until(b"\r\n0\r\n\r\n")
 
 
 def test_targets_keep_their_order_whatever_their_format(upstream, relay):
