@@ -12887,48 +12887,50 @@ body { background: var(--page); color: var(--ink); padding: 0 max(1rem, 50vw - 6
 [data-tone="warn"] > .tone { color: var(--warn); }
 [data-tone="bad"] > .tone { color: var(--bad); }
 
-button, select, input { font: inherit; color: inherit; }
+button, select, input { font: inherit; color: inherit; letter-spacing: inherit; }
 button, select, .field input {
   background: var(--panel); border: 1px solid var(--line); border-radius: 5px; padding: .2rem .6rem;
 }
 button:hover, select:hover { border-color: var(--accent); }
 select { max-width: 12rem; }
-td button { background: none; border: 0; padding: 0; max-width: 100%; overflow: hidden; text-overflow: ellipsis; }
-td button:hover { text-decoration: underline; text-underline-offset: 3px; }
+:is(td, dd) button { background: none; border: 0; padding: 0; max-width: 100%; }
+:is(td, dd) button, .cut, .tiles dd { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+:is(td, dd) button:hover { text-decoration: underline; text-underline-offset: 3px; }
 code { font: .92em ui-monospace, monospace; background: var(--page); padding: .1em .35em; overflow-wrap: anywhere; }
 
 header, .bar { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem .7rem; }
-header { gap: .3rem 1.2rem; padding: .8rem 0; }
+header { padding: .8rem 0; column-gap: 1.2rem; }
 h1 { font-size: 1.25rem; font-weight: 650; letter-spacing: -.01em; }
 h1 svg { width: 1.1em; height: 1.1em; vertical-align: -.15em; margin-right: .3em; stroke: var(--accent); }
 h2 { font-size: 1rem; font-weight: 600; }
 .end { margin-left: auto; display: flex; align-items: center; gap: .7rem; }
 
+main, .columns, .columns > div, .tiles { display: grid; gap: .75rem; }
+main, .columns > div { grid-template-columns: minmax(0, 1fr); }
+.columns { grid-template-columns: minmax(0, 6fr) minmax(0, 5fr); }
+.columns > div { grid-template-rows: 1fr auto; }
+.tiles { grid-template-columns: repeat(4, 1fr) 1.5fr 1.1fr; }
 .panel, .tiles > div { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; min-width: 0; }
 .panel { padding: .7rem .9rem .5rem; }
-.tiles { display: grid; grid-template-columns: repeat(4, 1fr) 1.5fr 1.1fr; gap: .75rem; }
 .tiles > div { padding: .6rem .9rem; }
-.tiles dd { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .tiles dt + dd { font-size: 1.7rem; line-height: 1.35; font-weight: 550; letter-spacing: -.02em; }
-.columns { display: grid; grid-template-columns: minmax(0, 6fr) minmax(0, 5fr); gap: .75rem; margin: .75rem 0; }
-.columns > div { display: flex; flex-direction: column; gap: .75rem; }
-.scrolls { overflow: auto; scrollbar-width: thin; max-height: 26rem; overscroll-behavior: contain; }
-.grows { flex: 1; display: flex; flex-direction: column; }
-.grows .scrolls { flex: 1 1 13rem; max-height: none; min-height: 13rem; }
-#advice { margin-top: .75rem; border-left: 3px solid var(--accent); }
-#advice ol { padding-left: 1.3rem; }
+#advice { border-left: 3px solid var(--accent); }
 #advice li { margin: .25rem 0; }
+.scrolls { overflow: auto; scrollbar-width: thin; max-height: 26rem; overscroll-behavior: contain; }
+.grows { display: flex; flex-direction: column; }
+.grows .scrolls { flex: 1 1 12rem; }
 
 table { width: 100%; border-collapse: collapse; }
 th, td { text-align: left; padding: .28rem .8rem .28rem 0; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { position: sticky; top: 0; z-index: 1; background: var(--panel); border: 0; box-shadow: 0 1px var(--line); }
 th { font-size: .92em; }
 th:last-child, td:last-child { padding-right: .3rem; }
+tr:last-child > td { border: 0; }
 .num { text-align: right; }
-td.cut { overflow: hidden; text-overflow: ellipsis; max-width: 0; }
-td.wraps { white-space: normal; min-width: 9rem; }
+.cut { max-width: 0; }
 tbody:not(#rows):empty::before { content: "nothing yet"; color: var(--quiet); }
-.gauge { display: flex; align-items: center; gap: .55rem; font-size: .92em; }
+.gauges { display: flex; flex-wrap: wrap; gap: 0 1.2rem; font-size: .92em; }
+.gauge { display: flex; align-items: center; gap: .55rem; }
 .gauge i { flex: none; width: 3.5rem; height: .4rem; border-radius: 1rem; background: var(--line); overflow: hidden; }
 .gauge b { display: block; height: 100%; background: var(--bar); }
 .gauge[data-tone="warn"] b { background: var(--warn); }
@@ -12936,6 +12938,7 @@ tbody:not(#rows):empty::before { content: "nothing yet"; color: var(--quiet); }
 #box { max-height: min(75vh, 60rem); overflow-anchor: none; contain: content; }
 #box table { table-layout: fixed; min-width: 78rem; }
 #rows td { height: round(1.95rem, 1px); padding-block: 0; overflow: hidden; text-overflow: ellipsis; }
+#rows tr { cursor: pointer; }
 #rows tr:hover { background: color-mix(in srgb, var(--bar) 12%, transparent); }
 .gap td { padding: 0; border: 0; }
 
@@ -12944,21 +12947,20 @@ tbody:not(#rows):empty::before { content: "nothing yet"; color: var(--quiet); }
 #hours .ok { fill: var(--bar); }
 #hours g:hover .ok { fill: var(--accent); }
 #hours .failed { fill: var(--bad); }
-#hours .quiet { opacity: .5; }
 
 dialog { margin: auto; width: min(34rem, 94vw); padding: 1.2rem 1.4rem; background: var(--panel); color: inherit; }
-dialog { border: 1px solid var(--line); border-radius: 10px; }
+dialog { border: 1px solid var(--line); border-radius: 10px; overflow-wrap: anywhere; }
 dialog::backdrop { background: color-mix(in srgb, var(--page) 70%, transparent); }
-dialog h2 { font-size: 1.2rem; margin-bottom: .6rem; overflow-wrap: anywhere; }
+dialog h2 { font-size: 1.2rem; margin-bottom: .6rem; }
+#facts { display: grid; grid-template-columns: auto 1fr; gap: .15rem 1.2rem; }
+#facts, #attempts { margin-bottom: 1rem; }
+ol { padding-left: 1.3rem; }
 #signin { width: min(24rem, 94vw); }
 .field { display: block; margin: .6rem 0; }
 .field input { display: block; width: 100%; padding: .45rem .6rem; background: var(--page); }
 .or { border-top: 1px solid var(--line); margin-top: 1.1rem; padding-top: .7rem; }
 #signin button { width: 100%; padding: .5rem; margin-bottom: .8rem; background: var(--accent); color: var(--panel); }
 #problem { color: var(--bad); min-height: 1.5em; }
-#facts { display: grid; grid-template-columns: auto 1fr; gap: .15rem 1.2rem; margin-bottom: 1rem; }
-#facts dd, #attempts { overflow-wrap: anywhere; }
-#attempts { padding-left: 1.3rem; margin-bottom: 1rem; }
 
 @media (prefers-reduced-motion: no-preference) {
   [data-tone="good"] #sign { animation: breathe 3s ease-in-out infinite; }
@@ -12968,22 +12970,21 @@ dialog h2 { font-size: 1.2rem; margin-bottom: .6rem; overflow-wrap: anywhere; }
   .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); }
   .columns { grid-template-columns: minmax(0, 1fr); }
 }
-@media (max-width: 640px) { /* a row becomes a card of four columns: names, then figures below their titles */
+@media (max-width: 640px) { /* a row becomes a card of four columns, of figures below their titles */
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .5rem; }
   .tiles dt + dd { font-size: 1.35rem; }
   .tiles > div:nth-child(n + 5) { grid-column: span 2; }
   .bar select { flex: 1 1 6rem; max-width: none; min-width: 0; }
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   table, tbody, #box table { display: block; min-width: 0; }
-  tbody:not(.gap) tr { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 0 .6rem; }
+  tbody:not(.gap) tr { display: grid; grid: auto-flow dense / repeat(4, minmax(0, 1fr)); gap: 0 .6rem; }
   tbody:not(.gap) tr { padding: .45rem 0; border-bottom: 1px solid var(--line); align-content: start; }
   #rows tr { height: round(8.4rem, 1px); }
-  td.num, td.half, td.line, #rows td { border: 0; padding: 0; height: auto; max-width: none; text-align: left; }
-  td.num, td.half, td.line { overflow: hidden; text-overflow: ellipsis; order: 2; }
+  tbody:not(.gap) td, #rows td { border: 0; padding: 0; height: auto; max-width: none; text-align: left; }
+  tbody:not(.gap) td { overflow: hidden; text-overflow: ellipsis; }
   td.half { grid-column: span 2; }
-  td.line { grid-column: 1 / -1; order: 1; }
-  td.bare { order: 0; }
-  td.line.bare { order: 1; }
+  td.line { grid-column: 1 / -1; }
+  .gauge, td.cut:not(#rows td) { white-space: normal; overflow-wrap: anywhere; }
   td:not(.bare)::before { content: attr(data-title); display: block; font-size: .8em; line-height: 1.2; }
   td:not(.bare)::before { color: var(--quiet); }
   .extra { display: none; }
@@ -12997,45 +12998,39 @@ dialog h2 { font-size: 1.2rem; margin-bottom: .6rem; overflow-wrap: anywhere; }
   <span class="quiet" id="where"></span>
   <span id="link"><span class="tone"><span id="sign" aria-hidden="true">◌</span>
     <span id="words">connecting</span></span></span>
-  <span class="end"><span class="quiet" id="me"></span><button id="leave" type="button" hidden>Sign out</button></span>
+  <span class="end"><select id="days" aria-label="Period" hidden><option value="">today (UTC)<option value="7">7 days
+    <option value="30">30 days</select>
+    <span class="quiet" id="me"></span><button id="leave" type="button" hidden>Sign out</button></span>
 </header>
 <p class="unseen" role="status" id="status"></p>
 <main hidden>
   <dl class="tiles" id="tiles"></dl>
-  <section class="panel" id="advice" aria-labelledby="h0" hidden><h2 id="h0">What to set next</h2><div></div></section>
+  <section class="panel" id="advice" hidden><h2>What to set next</h2><div></div></section>
+  <section class="panel others"><h2>Keys</h2><div class="scrolls"><table><tbody id="keys"></table></div></section>
   <div class="columns">
     <div>
-      <section class="panel others"><h2 id="h1">Keys</h2>
-        <div class="scrolls" tabindex="0" role="region" aria-labelledby="h1"><table aria-labelledby="h1">
-          <tbody id="keys"></tbody></table></div></section>
-      <section class="panel grows"><h2 id="h2">Running</h2>
-        <div class="scrolls" tabindex="0" role="region" aria-labelledby="h2"><table aria-labelledby="h2">
-          <tbody id="running"></tbody></table><p class="note" id="more"></p></div></section>
+      <section class="panel grows"><h2>Running</h2>
+        <div class="scrolls"><table><tbody id="running"></table><p class="note" id="more"></p></div></section>
+      <section class="panel"><h2>Users</h2><div class="scrolls"><table><tbody id="users"></table></div></section>
     </div>
     <div>
       <section class="panel"><h2>Requests an hour</h2><div id="chart"></div></section>
-      <section class="panel"><div class="bar"><h2 id="h3">Users</h2>
-        <select class="end" id="days" aria-label="Period"><option value="">today (UTC)<option value="7">7 days
-          <option value="30">30 days</select></div>
-        <div class="scrolls" tabindex="0" role="region" aria-labelledby="h3"><table aria-labelledby="h3">
-          <tbody id="users"></tbody></table></div></section>
-      <section class="panel"><h2 id="h4">Models</h2>
-        <div class="scrolls" tabindex="0" role="region" aria-labelledby="h4"><table aria-labelledby="h4">
-          <tbody id="models"></tbody></table></div></section>
+      <section class="panel"><h2>Models</h2><div class="scrolls"><table><tbody id="models"></table></div></section>
     </div>
   </div>
   <section class="panel">
-    <form class="bar" id="filters"><h2 id="h5">Requests</h2><span class="note end" id="loaded"></span>
+    <form class="bar" id="filters"><h2>Requests</h2><span class="note end" id="loaded"></span>
       <label><input type="checkbox" name="errors"> failed only</label>
       <select name="user" class="others" aria-label="User"></select><select name="model" aria-label="Model"></select>
-      <select name="key" class="others" aria-label="Key"></select><button type="button" id="clear">Clear</button></form>
-    <div class="scrolls" id="box" tabindex="0" role="region" aria-labelledby="h5"><table aria-labelledby="h5">
+      <select name="key" class="others" aria-label="Key"></select>
+      <button type="button" id="clear" hidden>Show all</button></form>
+    <div class="scrolls" id="box"><table>
       <tbody class="gap" id="above" aria-hidden="true"><tr><td></tbody><tbody id="rows"></tbody>
       <tbody class="gap" id="below" aria-hidden="true"><tr><td></tbody></table><p class="note" id="none"></p></div>
   </section>
 </main>
-<dialog id="signin" aria-labelledby="h6"><form>
-  <h2 id="h6">Sign in to MonoRelay</h2>
+<dialog id="signin" aria-label="Sign in"><form>
+  <h2>Sign in to MonoRelay</h2>
   <label class="field">User <input name="username" autocomplete="username" autofocus></label>
   <label class="field">Password <input name="password" type="password" autocomplete="current-password"></label>
   <label class="field or">or a key of the relay <input name="key" type="password" autocomplete="off"></label>
@@ -13043,8 +13038,8 @@ dialog h2 { font-size: 1.2rem; margin-bottom: .6rem; overflow-wrap: anywhere; }
   <p class="note">Kept for this tab only. The relay's access key is in its configuration, or in what it printed when it
     started.</p>
 </form></dialog>
-<dialog id="detail" aria-labelledby="h7"><h2 id="h7"></h2><dl id="facts"></dl><h2>Attempts</h2><ol id="attempts"></ol>
-  <form method="dialog"><button>Close</button></form></dialog>
+<dialog id="detail" aria-labelledby="outcome"><h2 id="outcome"></h2><dl id="facts"></dl>
+  <h2>Attempts</h2><ol id="attempts"></ol><form method="dialog"><button>Close</button></form></dialog>
 <script>
 "use strict";
 // Users, models, paths and errors are named by strangers: they become text (textContent, append) and nothing else.
@@ -13052,31 +13047,26 @@ dialog h2 { font-size: 1.2rem; margin-bottom: .6rem; overflow-wrap: anywhere; }
 // ---- figures: what isn't known is "?" ----
 
 const grouped = new Intl.NumberFormat("en");
-const format = (parts) => new Intl.DateTimeFormat("en-GB", parts);
-const toHour = format({ hour: "2-digit", minute: "2-digit" }), toDay = format({ day: "numeric", month: "short" });
-const toSecond = format({ timeStyle: "medium" });
+const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 const unknown = (value) => value === null || value === undefined;
 const count = (value) => unknown(value) ? "?" : grouped.format(value);
+const short = (value) => unknown(value) ? "?" : compact.format(value);
 const fixed = (value, digits) => unknown(value) ? "?" : value.toFixed(digits);
 const dollars = (value) => unknown(value) ? "?" : `$${value < 1000 ? fixed(value, 2) : count(Math.round(value))}`;
 const percent = (part) => `${Math.round(part * 100)} %`;
-const date = (seconds) => new Date(seconds * 1000);
-
-// 1234 as 1.23k; with a unit as 1.23 kB.
-function short(value, unit = "") {
-  if (unknown(value)) return "?";
-  const [size, letter] = [[1e9, "G"], [1e6, "M"], [1e3, "k"]].find(([size]) => value >= size) ?? [1, ""];
-  const digits = size === 1 ? 0 : value < 10 * size ? 2 : value < 100 * size ? 1 : 0;
-  return (value / size).toFixed(digits) + (unit && " ") + letter + unit;
-}
 
 function duration(seconds) {
   if (unknown(seconds)) return "?";
-  if (seconds < 120) return `${seconds.toFixed(seconds < 10 && seconds % 1 ? 1 : 0)} s`;
+  if (seconds < 0.1) return `${Math.round(seconds * 1000)} ms`;
+  if (seconds < 120) return `${fixed(seconds, seconds < 10 && seconds % 1 ? 1 : 0)} s`;
   return seconds < 7200 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;
 }
 
 // The time of day of what is near, the day of what is not; in the reader's zone.
+const format = (parts) => new Intl.DateTimeFormat("en-GB", parts);
+const toHour = format({ hour: "2-digit", minute: "2-digit" }), toDay = format({ day: "numeric", month: "short" });
+const toSecond = format({ timeStyle: "medium" });
+const date = (seconds) => new Date(seconds * 1000);
 const isNear = (seconds) => Math.abs(seconds - now()) < 20 * 3600;
 const hour = (seconds) => (isNear(seconds) ? toHour : toDay).format(date(seconds));
 const moment = (seconds) => isNear(seconds) ? toSecond.format(date(seconds)) :
@@ -13118,10 +13108,12 @@ function put(parent, value) {
 // takes them away.
 function table(id, keyOf, toneOf, columns) {
   const body = $(id), head = body.parentNode.createTHead().insertRow();
+  const name = { ariaLabel: body.closest("section").querySelector("h2").textContent };
+  Object.assign(body.parentNode, { role: "table", ...name });
+  Object.assign(body.closest(".scrolls"), { role: "region", tabIndex: 0, ...name });
   for (const [title, kind, width] of columns) {
     head.append(Object.assign(element("th", kind, title), { scope: "col", width }));
   }
-  body.parentNode.role = "table";
   const newRow = () => Object.assign(element("tr", "", ...columns.map(([title, kind]) => {
     const cell = Object.assign(element("td", kind), { role: "cell" });
     cell.dataset.title = title;
@@ -13141,11 +13133,11 @@ function table(id, keyOf, toneOf, columns) {
   };
 }
 
-// A name that, when pressed, shows the requests that it had.
-function choice(filter, value, shown = value) {
-  const made = element("button", "", shown);
+// A text that, when pressed, shows the requests that it stands for.
+function choice(filter, value, text = value) {
+  const made = element("button", "", text);
   Object.assign(made.dataset, { filter, value });
-  made.title = `${value}: show its requests`;
+  made.title = `${text}: show the requests`;
   return made;
 }
 
@@ -13156,14 +13148,15 @@ function gauge(used, words) {
   return made;
 }
 
-const stack = (made) => made.length ? element("div", "", ...made) : "—";
+const gauges = (made) => made.length ? element("div", "gauges", ...made) : "—";
 
 // ---- the tables ----
 
 const STATES = {
   ok: ["good", "● ok"], echo: ["good", "● built in"], client: ["", "◇ the client's"], missing: ["", "○ no key"],
-  cooling: ["warn", "◐ cooling"], reading: ["", "↥ reading"], waiting: ["warn", "◌ waiting"],
-  retrying: ["bad", "↻ retrying"], streaming: ["good", "▸ streaming"],
+  cooling: ["warn", "◐ cooling"], refused: ["bad", "✕ refused"],
+  reading: ["", "↥ reading"], waiting: ["", "◌ waiting"], retrying: ["warn", "↻ retrying"],
+  streaming: ["good", "▸ streaming"],
 };
 const LIMITS = {
   input_tokens: "tokens in", output_tokens: "tokens out", unified_5h: "5 hours", unified_7d: "7 days",
@@ -13173,72 +13166,74 @@ const place = (provider, key) => key ? `${provider} / ${key}` : provider || "—
 const route = (asked, sent) => sent && sent !== asked ? `${asked} → ${sent}` : asked || "—";
 const keyOf = ({ provider, key }) => `${provider}/${key ?? ""}`;
 const failed = (row) => row.status >= 400 || Boolean(row.error && row.error !== "client_gone");
-const rowTone = (row) => failed(row) ? "bad" : row.complete ? "good" : "warn";
 
 function outcome(row) {
   const reason = row.error === "client_gone" ? "client left" : (row.error ?? "").replace("upstream:", "");
   return `${failed(row) ? "✕" : row.complete ? "✓" : "◌"} ${row.status || "—"} ${reason}`.trim();
 }
 
-function stateOf({ state, why, models, for: seconds, told }) {
-  if (state === "missing") return `${STATES.missing[1]}: ${why}`;
-  const words = [STATES[state]?.[1] ?? state];
-  if (!unknown(seconds)) words.push(duration(Math.max(0, Math.ceil(seconds - (now() - told)))));
-  if (!unknown(why)) words.push(`(${why})`);
-  if (models) words.push(`for ${models.join(", ")}`);
-  return words.join(" ");
+// A key that cools because the provider refuses it, or because its account has no credit, needs a person.
+const stateOf = ({ state, why }) => state === "cooling" && ["401", "402"].includes(String(why)) ? "refused" : state;
+const toneOf = (one) => STATES[stateOf(one)]?.[0] ?? "";
+const signOf = (one) => STATES[stateOf(one)]?.[1] ?? one.state;
+
+function keyState(key) {
+  if (key.state === "missing") return `${signOf(key)}: ${key.why}`;
+  const reason = unknown(key.why) ? "" : ` (${key.why})`;
+  const back = unknown(key.for) ? "" : `, back in ${duration(Math.max(0, Math.ceil(key.for - (now() - key.told))))}`;
+  return signOf(key) + reason + back + (key.models ? `: ${key.models.join(", ")}` : "");
 }
 
 // What the last response left of a key's limits; of those that have begun anew since, nothing is known.
 function headroom({ limits = [], state }) {
   const valid = limits.filter(({ reset }) => unknown(reset) || reset > now());
   if (!valid.length && (state === "ok" || state === "cooling")) return "?";
-  return stack(valid.map(({ limit, used, left, reset }) => {
+  return gauges(valid.map(({ limit, used, left, reset }) => {
     const rest = unknown(left) ? "" : `, ${short(left)} left`;
-    const back = used < 0.8 || unknown(reset) ? "" : `, back ${hour(reset)}`;
-    return gauge(used, `${LIMITS[limit] ?? limit} ${percent(used)} used${rest}${back}`);
+    const back = used < 0.8 || unknown(reset) ? "" : `, resets ${hour(reset)}`;
+    return gauge(used, `${LIMITS[limit] ?? limit} ${percent(used)}${rest}${back}`);
   }));
 }
 
 function budgets({ user }) {
-  return stack(view.budgets.filter((budget) => budget.user === user).map(({ limit, used, of }) => {
+  return gauges(view.budgets.filter((budget) => budget.user === user).map(({ limit, used, of }) => {
     const amount = (value) => limit.startsWith("usd") ? dollars(value).replace(".00", "") : short(value);
     const words = used < of ? `${amount(of - used)} of ${amount(of)} left` : `✕ ${amount(of)} spent`;
     return gauge(of ? used / of : 1, `${LIMITS[limit] ?? limit}: ${words}`);
   }));
 }
 
-// What a model read anew; what it had in its cache is told apart.
-const tokensIn = ({ input, cache_write }) => unknown(input) ? null : input + (cache_write ?? 0);
+// What went into caches, for any time; and what was read anew. What came from caches is told apart.
+const written = ({ cache_write, cache_write_long }) => (cache_write ?? 0) + (cache_write_long ?? 0);
+const tokensIn = (row) => unknown(row.input) ? null : row.input + written(row);
 
+// Tokens a second of the answers that told theirs; the others took as long. What failed is taken to have cost no time.
 function speed({ requests, errors, untold, output, seconds, ttfb }) {
-  const told = requests - errors - untold;
-  return told > 0 && output && seconds > ttfb ? fixed(output / told / (seconds - ttfb), 0) : "?";
+  const good = requests - errors, streamed = seconds * requests - ttfb * good;
+  return good > untold && output && streamed > 0 ? fixed(output / (good - untold) * good / streamed, 0) : "?";
 }
 
-const toneOf = ({ state, why }) => why === 401 || why === 402 ? "bad" : STATES[state]?.[0] ?? "";
-
 const showKeys = table("keys", keyOf, toneOf, [
-  ["Provider / key", "half bare cut", "24%", (one) => choice("key", keyOf(one), place(one.provider, one.key))],
-  ["State", "tone half bare wraps", "22%", stateOf],
+  ["Provider / key", "half bare cut", "15%", (one) => choice("key", keyOf(one), place(one.provider, one.key))],
+  ["State", "tone half bare cut", "24%", keyState],
   ["Attempts", "num", "", (one) => count(one.requests)],
   ["Failed", "num", "", (one) => count(one.errors)],
-  ["Last failure", "half", "", (one) => one.failed ? `${hour(one.failed[0])}, ${one.failed[1]}` : "—"],
-  ["Headroom", "line bare", "34%", headroom],
+  ["Last failure", "half", "9%", (one) => one.failed ? `${hour(one.failed[0])}, ${one.failed[1]}` : "—"],
+  ["Used of its limits", "line bare", "42%", headroom],
 ]);
 
 const showRunning = table("running", (run) => run.request, toneOf, [
-  ["User", "others half bare cut", "14%", (run) => run.user],
+  ["User", "others half bare cut", "15%", (run) => run.user],
+  ["State", "tone half bare", "", (run) => signOf(run) + (run.attempts > 1 ? `, try ${run.attempts}` : "")],
   ["Model", "line bare cut", "32%", (run) => route(run.model, run.sent)],
-  ["Provider / key", "line bare cut", "19%", (run) => place(run.provider, run.key)],
-  ["State", "tone half bare", "", (run) => stateOf(run) + (run.attempts > 1 ? `, try ${run.attempts}` : "")],
+  ["Provider / key", "line bare cut", "24%", (run) => place(run.provider, run.key)],
   ["For", "num", "", (run) => duration(now() - run.since)],
   ["First byte", "num", "", (run) => unknown(run.ttfb) ? "—" : duration(run.ttfb)],
-  ["Bytes", "num", "", (run) => short(run.bytes, "B")],
+  ["Bytes", "num", "", (run) => `${short(run.bytes)}B`],
 ]);
 
 const showUsers = table("users", (sum) => sum.user, () => "", [
-  ["User", "line bare cut", "23%", (sum) => choice("user", sum.user)],
+  ["User", "line bare cut", "24%", (sum) => choice("user", sum.user)],
   ["Requests", "num", "", (sum) => count(sum.requests)],
   ["Tokens in", "num", "", (sum) => short(tokensIn(sum))],
   ["Cached", "num extra", "", (sum) => short(sum.cache_read)],
@@ -13259,12 +13254,12 @@ const showModels = table("models", (sum) => sum.model, () => "", [
   ["Cost ≈", "num", "", (sum) => dollars(sum.usd)],
 ]);
 
-const showRows = table("rows", (row) => row.request, rowTone, [
-  ["Ended", "half bare", "9%", timeOf],
+const showRows = table("rows", (row) => row.request, (row) => failed(row) ? "bad" : row.complete ? "good" : "warn", [
+  ["Ended", "half bare", "8%", timeOf],
   ["Status", "tone half bare", "16%", outcome],
   ["User", "others half bare", "10%", (row) => row.user],
   ["Model", "line bare", "20%", (row) => route(row.model, row.sent)],
-  ["Provider / key", "half bare", "12%", (row) => place(row.provider, row.key)],
+  ["Provider / key", "half bare", "13%", (row) => place(row.provider, row.key)],
   ["Tries", "num extra", "4%", (row) => count(row.attempts)],
   ["First, s", "num", "5%", (row) => fixed(row.ttfb, 2)],
   ["Time, s", "num", "5%", (row) => fixed(row.seconds, 2)],
@@ -13281,22 +13276,23 @@ function timeOf(row) {
   return made;
 }
 
-// All that is known of a request, in a dialog.
+// All that is known of a request, in a dialog. What was tried: PROVIDER/KEY:WHAT, with spaces between.
 function showDetail(row) {
   const rate = row.output && row.seconds > row.ttfb ? row.output / (row.seconds - row.ttfb) : null;
-  const facts = [
-    ["Ended", `${moment(row.at)} (${utc(row.at)})`], ["User", row.user], ["Path", row.path],
-    ["Model", route(row.model, row.sent)], ["Error", row.error || "—"],
-    ["Whole answer", row.complete ? "yes" : "no"],
-    ["First byte", `${fixed(row.ttfb, 3)} s`], ["Duration", `${fixed(row.seconds, 3)} s`],
-    ["Tokens in", `${count(row.input)}, and ${count(row.cache_read)} from the cache, ${count(row.cache_write)} to it`],
-    ["Tokens out", `${count(row.output)}, ≈ ${fixed(rate, 0)} a second`], ["Tier", row.tier || "standard"],
-    ["Cost", unknown(row.usd) ? "? (no price, or no tokens told)" : `≈ $${fixed(row.usd, 6)}`], ["Id", row.request],
-  ];
-  const tried = (row.tried || "").split(" ").filter(Boolean);
+  const caches = unknown(row.input) ? "" : `, ${count(row.cache_read)} from the cache, ${count(written(row))} into it`;
+  const facts = {
+    Ended: `${moment(row.at)} (${utc(row.at)})`, User: row.user, Path: row.path, Model: route(row.model, row.sent),
+    Error: row.error || "—", "Whole answer": row.complete ? "yes" : "no",
+    "First byte": duration(row.ttfb), Duration: duration(row.seconds),
+    "Tokens in": count(row.input) + caches, "Tokens out": count(row.output), "A second": `≈ ${fixed(rate, 0)} out`,
+    Tier: row.tier || "standard",
+    Cost: unknown(row.usd) ? "? (no price, or no tokens told)" : `≈ $${fixed(row.usd, 6)}`, Id: row.request,
+  };
+  const tried = (row.tried || "").split(" ").filter(Boolean).map((one) => one.replace("/", " / ").replace(":", ": "));
   if (tried.length < row.attempts) tried.push(`${place(row.provider, row.key)}: ${row.status || "—"}`);
-  put($("h7"), outcome(row));
-  $("facts").replaceChildren(...facts.flatMap(([name, value]) => [element("dt", "", name), element("dd", "", value)]));
+  put($("outcome"), outcome(row));
+  $("facts").replaceChildren(
+    ...Object.entries(facts).flatMap(([name, value]) => [element("dt", "", name), element("dd", "", value)]));
   $("attempts").replaceChildren(...tried.map((attempt) => element("li", "", attempt)));
   $("detail").showModal();
 }
@@ -13307,18 +13303,18 @@ function drawTiles() {
   const from = Math.floor(now() / 3600) - 1, late = view.hours.filter(([one]) => one >= from);
   const [requests, errors] = [1, 2].map((column) => late.reduce((sum, row) => sum + row[column], 0));
   const oldest = now() - Math.min(now(), ...view.running.map((run) => run.since));
-  const share = requests ? `${fixed(errors / requests * 100, 1)} % of ${count(requests)}` : "no requests";
   const tiles = [
     ["Running now", count(view.active), view.active ? `oldest for ${duration(oldest)}` : "nothing"],
     ["Last minute", `${count(view.minute.requests)} req`, `${view.minute.errors || "none"} failed`],
-    [`Failed since ${hour(from * 3600)}`, count(errors), share, errors ? "bad" : ""],
+    [`Failed since ${hour(Math.max(from * 3600, view.since))}`, errors ? choice("errors", "1", count(errors)) : "0",
+      requests ? `${fixed(errors / requests * 100, 1)} % of ${count(requests)}` : "no requests", errors ? "bad" : ""],
     ["First byte, median", duration(view.ttfb?.[0]), `95 % within ${duration(view.ttfb?.[1])}`],
     ...(usage ? sums() : [["Tokens", "…", ""], ["Cost", "…", ""]]),
   ];
   tiles.forEach(([label, value, note, tone = ""], index) => {
     const tile = $("tiles").children[index] ??
       $("tiles").appendChild(element("div", "", element("dt", ""), element("dd", "tone"), element("dd", "note")));
-    [label, value, note].forEach((text, part) => put(tile.children[part], text));
+    [label, value, note].forEach((content, part) => put(tile.children[part], content));
     tile.dataset.tone = tone;
   });
   document.title = view.active ? `${count(view.active)} running · MonoRelay` : "MonoRelay";
@@ -13328,13 +13324,15 @@ function sums() {
   const { total, priced } = usage.users;
   const period = view.ledger ? $("days").selectedOptions[0].text : `since ${moment(view.since)}`;
   const unpriced = usage.models.rows.filter((sum) => unknown(sum.usd) && sum.output).map((sum) => sum.model);
-  const more = total.untold ? ` · ? in ${count(total.untold)} answers` : "";
-  const tokens = `${short(tokensIn(total))} in · ${short(total.output)} out`;
+  const untold = total.untold ? ` · ? in ${count(total.untold)} answers` : "";
   const cost = unknown(total.usd) ? "?" : `≈ ${dollars(total.usd)}${unpriced.length ? " + ?" : ""}`;
   const note = unknown(priced) ? "no prices are set" : unpriced.length ? `no price for ${unpriced.join(", ")}` :
-    `by prices ${priced === true ? "without a date" : `of ${priced}`}`;
-  const cached = `${short(total.cache_read)} more from caches${more}`;
-  return [[`Tokens ${period}`, tokens, cached], [`Cost ${period}`, cost, note]];
+    `by the prices ${priced === true ? "in relay.json" : `of ${priced}`}`;
+  return [
+    [`Tokens ${period}`, `${short(tokensIn(total))} in · ${short(total.output)} out`,
+      `${short(total.cache_read)} more from caches${untold}`],
+    [`Cost ${period}`, cost, note],
+  ];
 }
 
 // What its owner could set next, with the words for relay.json.
@@ -13351,36 +13349,32 @@ function drawAdvice() {
   put($("advice").lastElementChild, element("ol", "", ...items));
 }
 
-// The bars of the last 24 or 48 hours: requests, and on top of them the failed ones with their number.
+// The bars of the last 24 hours: requests, and on top of them the failed ones with their number.
 function drawHours() {
-  const width = $("chart").clientWidth, height = 150, floor = 128, left = 40, number = width > 900 ? 48 : 24;
-  const step = (width - left) / number, last = Math.floor(now() / 3600);
-  const told = new Map(view.hours.map((row) => [row[0], row]));
-  const hours = Array.from({ length: number }, (_, index) => last - number + 1 + index);
-  const requestsIn = (one) => told.get(one)?.[1] ?? 0;
-  const most = Math.max(4, ...hours.map(requestsIn)), scale = (floor - 16) / most;
+  const width = $("chart").clientWidth, height = 150, floor = 128, left = 40, step = (width - left) / 24;
+  const last = Math.floor(now() / 3600), told = new Map(view.hours.map((row) => [row[0], row]));
+  const quiet = (one) => one * 3600 + 3600 > view.since ? [one, 0, 0] : [one, null, null];
+  const hours = Array.from({ length: 24 }, (_, index) => told.get(last - 23 + index) ?? quiet(last - 23 + index));
+  const most = Math.max(4, ...hours.map(([, requests]) => requests)), scale = (floor - 16) / most;
   const text = (x, y, words, anchor, kind = "") => drawing("text", { x, y, class: kind, "text-anchor": anchor }, words);
-  const block = (kind, x, y, high) =>
-    drawing("rect", { class: kind, x: x + step * 0.12, y, width: step * 0.76, height: high, rx: 1.5 });
   const parts = [most, Math.round(most / 2), 0].flatMap((value) => {
     const y = floor - value * scale;
     return [drawing("line", { x1: left, x2: width, y1: y, y2: y }), text(left - 6, y + 4, short(value), "end")];
   });
-  hours.forEach((one, index) => {
-    const x = left + index * step, middle = x + step / 2, from = toHour.format(date(one * 3600));
-    const isKnown = one * 3600 + 3600 > view.since;
-    const [, requests, errors, , , , cost] = told.get(one) ?? [one, isKnown ? 0 : null, isKnown ? 0 : null];
+  hours.forEach(([one, requests, errors, , , , cost], index) => {
+    const x = left + index * step, middle = x + step / 2, start = toHour.format(date(one * 3600));
     const good = (requests - errors) * scale, bad = errors && Math.max(errors * scale, 2), top = floor - good - bad - 1;
-    const words = `${from}: ${count(requests)} requests, ${count(errors)} failed, ≈ ${dollars(scaled(cost, 1e9))}`;
+    const block = (kind, y, high) =>
+      drawing("rect", { class: kind, x: x + step * 0.12, y, width: step * 0.76, height: high, rx: 1.5 });
+    const words = `${start}: ${count(requests)} requests, ${count(errors)} failed, ≈ ${dollars(scaled(cost, 1e9))}`;
     const bar = drawing("g", {}, drawing("title", {}, words),
-      drawing("rect", { x, y: 0, width: step, height: floor, opacity: 0 }), block("ok", x, floor - good, good));
-    if (requests === null) bar.append(text(middle, floor - 4, "?", "middle", "quiet"));
-    if (errors) bar.append(block("failed", x, top, bad));
-    if (errors && short(errors).length * 6 < step) bar.append(text(middle, top - 4, short(errors), "middle", "failed"));
-    if ((last - one) % 4 === 2) parts.push(text(middle, height - 5, from, "middle"));
+      drawing("rect", { x, y: 0, width: step, height: floor, opacity: 0 }), block("ok", floor - good, good));
+    if (requests === null) bar.append(text(middle, floor - 4, "?", "middle"));
+    if (errors) bar.append(block("failed", top, bad), text(middle, top - 4, short(errors), "middle", "failed"));
+    if (index % 4 === 1) parts.push(text(middle, height - 5, start, "middle"));
     parts.push(bar);
   });
-  const label = `${count(hours.reduce((sum, one) => sum + requestsIn(one), 0))} requests in ${number} hours`;
+  const label = `${count(hours.reduce((sum, [, requests]) => sum + requests, 0))} requests in 24 hours`;
   const attributes = { id: "hours", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label };
   put($("chart"), drawing("svg", attributes, ...parts));
 }
@@ -13400,26 +13394,17 @@ const fromLive = (list) => ({ ...named(ENDED)(list), usd: scaled(list[ENDED.inde
 const fromLedger = (row) => ({
   ...row, at: row.at / 1000, ttfb: scaled(row.ttfb, 1000), seconds: scaled(row.duration, 1000),
   usd: scaled(row.cost, 1e9),
-  cache_write: unknown(row.cache_write) ? null : row.cache_write + (row.cache_write_long ?? 0),
 });
 
 const matches = (row) => (!filters.user || filters.user === row.user) && (!filters.key || filters.key === keyOf(row)) &&
   (!filters.model || [row.model, row.sent].includes(filters.model)) && (!filters.errors || failed(row));
 
-// Those of the rows that are new and pass the filters.
-function remember(found) {
-  return found.filter((row) => {
-    const isNew = !known.has(row.request) && matches(row);
-    if (isNew) known.set(row.request, row);
-    return isNew;
-  });
-}
-
-// Puts new rows, newest first, above the others; what is being read stays where it is.
-function addNewest(found) {
-  const fresh = remember(found);
-  rows = fresh.concat(rows);
-  if ($("box").scrollTop > 0) $("box").scrollTop += fresh.length * rowHeight();
+// Takes in what is new and passes the filters; what is being read stays where it is.
+function addRows(found) {
+  const newest = rows[0];
+  for (const row of found) if (matches(row) && !known.has(row.request)) known.set(row.request, row);
+  rows = [...known.values()].sort((one, other) => other.at - one.at);
+  if ($("box").scrollTop > 0) $("box").scrollTop += Math.max(0, rows.indexOf(newest)) * rowHeight();
 }
 
 async function loadRows(older = false) {
@@ -13431,15 +13416,10 @@ async function loadRows(older = false) {
     const page = await (await ask(`api/requests?${new URLSearchParams(wanted)}`, { signal: mine.signal })).json();
     if (mine !== loading) return;
     const found = page.rows.map(fromLedger);
-    // After a gap the newest page joins the rows, if it reaches them, and else replaces them.
-    if (!older && !(next !== undefined && found.some((row) => known.has(row.request)))) forgetRows();
+    // After a gap the newest page joins the rows if it reaches them, and else replaces them.
+    if (!older && !found.some((row) => known.has(row.request))) forgetRows();
     if (older || next === undefined) next = page.next;
-    if (older) {
-      rows = rows.concat(remember(found));
-    } else {
-      addNewest([...found, ...recent.filter((row) => row.at > (found.at(-1)?.at ?? 0))]);
-      rows.sort((one, other) => other.at - one.at);
-    }
+    addRows(older ? found : [...found, ...recent]);
     put($("none"), rows.length ? "" : emptyWords());
     loading = null;
     draw();
@@ -13477,7 +13457,8 @@ function drawRows() {
   showRows(rows.slice(first, end));
   [...$("rows").rows].forEach((row, index) => row.setAttribute("aria-rowindex", first + index + 2));
   $("rows").parentNode.setAttribute("aria-rowcount", next === null ? rows.length + 1 : -1);
-  put($("loaded"), rows.length ? `${count(rows.length)} loaded${next === null ? ", all there are" : ""}` : "");
+  const rest = next === null ? "all there are" : "more by scrolling";
+  put($("loaded"), rows.length ? `${count(rows.length)} loaded, ${rest}` : "");
   if (end > rows.length - PAGE_ROWS / 2) loadRows(true);
 }
 
@@ -13489,12 +13470,11 @@ function readAddress() {
   const query = new URLSearchParams(location.search);
   filters = Object.fromEntries(["user", "model", "key", "errors"].map((name) => [name, query.get(name) ?? ""]));
   $("filters").elements.errors.checked = Boolean(filters.errors);
-  $("days").value = query.get("days") ?? "";
-  if ($("days").selectedIndex < 0) $("days").value = "";
+  $("clear").hidden = !Object.values(filters).some(Boolean);
+  $("days").value = ["7", "30"].find((days) => days === query.get("days")) ?? "";
   forgetRows();
   $("box").scrollTop = 0;
-  if (view) loadRows();
-  if (view) loadUsage();
+  if (view) reload();
 }
 
 function setFilters(changes) {
@@ -13509,10 +13489,9 @@ function drawChoices() {
   const offered = { user: names("user", "users"), model: names("model", "models"), key: view.keys.map(keyOf) };
   for (const [name, values] of Object.entries(offered)) {
     const select = $("filters").elements[name], wanted = [...new Set(["", ...values, filters[name]])];
-    const list = JSON.stringify(wanted);
-    if (document.activeElement !== select && select.dataset.offered !== list) {
+    const isSame = wanted.join("\n") === [...select.options].map((option) => option.value).join("\n");
+    if (!isSame && document.activeElement !== select) {
       select.replaceChildren(...wanted.map((value) => new Option(value || `all ${name}s`, value)));
-      select.dataset.offered = list;
     }
     select.value = filters[name];
   }
@@ -13559,8 +13538,8 @@ function drawAll() {
   showRunning(view.running);
   const more = view.active - view.running.length;
   put($("more"), more > 0 ? `and ${count(more)} more` : "");
-  if (usage) showUsers(usage.users.rows);
-  if (usage) showModels(usage.models.rows);
+  showUsers(usage?.users.rows ?? []);
+  showModels(usage?.models.rows ?? []);
   $("days").hidden = !view.ledger;
   drawChoices();
   drawRows();
@@ -13585,7 +13564,7 @@ function take(event, data) {
       ...view, ...told, keys: merged(view.keys, keys, keyOf), hours: merged(view.hours, data.hours, ([one]) => one),
       budgets: merged(view.budgets, data.budgets, (budget) => `${budget.limit} ${budget.user}`),
     };
-    addNewest(ended.toReversed());
+    addRows(ended);
     const errors = ended.filter(failed).length;
     if (errors) say(`${errors} failed`);
     if (rows.length) put($("none"), "");
@@ -13598,6 +13577,10 @@ function begin() {
   document.body.classList.toggle("own", !view.admin);
   document.querySelector("main").hidden = false;
   put($("where"), `${view.version} · ${location.host}`);
+  reload();
+}
+
+function reload() {
   loadRows();
   loadUsage();
 }
@@ -13754,9 +13737,11 @@ $("leave").addEventListener("click", () => {
   location.reload();
 });
 document.addEventListener("click", ({ target }) => {
-  const { filter, value, request } = target.closest("td button")?.dataset ?? {};
-  if (filter) setFilters({ [filter]: value });
-  if (request) showDetail(known.get(request));
+  const { filter, value } = target.closest("button")?.dataset ?? {}, row = target.closest("#rows tr");
+  if (row) showDetail(known.get(row.querySelector("button").dataset.request));
+  if (!filter) return;
+  setFilters({ [filter]: value });
+  $("filters").scrollIntoView();
 });
 
 readAddress();
