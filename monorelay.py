@@ -12903,6 +12903,7 @@ header { padding: .8rem 0; column-gap: 1.2rem; }
 h1 { font-size: 1.25rem; font-weight: 650; letter-spacing: -.01em; }
 h1 svg { width: 1.1em; height: 1.1em; vertical-align: -.15em; margin-right: .3em; stroke: var(--accent); }
 h2 { font-size: 1rem; font-weight: 600; }
+label { display: flex; align-items: center; gap: .35rem; }
 .end { margin-left: auto; display: flex; align-items: center; gap: .7rem; }
 
 main, .columns, .columns > div, .tiles { display: grid; gap: .75rem; }
@@ -13232,13 +13233,17 @@ const showRunning = table("running", (run) => run.request, toneOf, [
   ["Bytes", "num", "", (run) => `${short(run.bytes)}B`],
 ]);
 
-const showUsers = table("users", (sum) => sum.user, () => "", [
-  ["User", "line bare cut", "24%", (sum) => choice("user", sum.user)],
-  ["Requests", "num", "", (sum) => count(sum.requests)],
+const CONSUMED = [
   ["Tokens in", "num", "", (sum) => short(tokensIn(sum))],
   ["Cached", "num extra", "", (sum) => short(sum.cache_read)],
   ["Out", "num", "", (sum) => short(sum.output)],
   ["Cost ≈", "num", "", (sum) => dollars(sum.usd)],
+];
+
+const showUsers = table("users", (sum) => sum.user, () => "", [
+  ["User", "line bare cut", "24%", (sum) => choice("user", sum.user)],
+  ["Requests", "num", "", (sum) => count(sum.requests)],
+  ...CONSUMED,
   ["Budget", "line bare", "", budgets],
 ]);
 
@@ -13248,10 +13253,7 @@ const showModels = table("models", (sum) => sum.model, () => "", [
   ["Failed", "num", "", (sum) => count(sum.errors)],
   ["First byte", "num", "", (sum) => duration(sum.ttfb)],
   ["Out/s ≈", "num", "", speed],
-  ["Tokens in", "num", "", (sum) => short(tokensIn(sum))],
-  ["Cached", "num", "", (sum) => short(sum.cache_read)],
-  ["Out", "num", "", (sum) => short(sum.output)],
-  ["Cost ≈", "num", "", (sum) => dollars(sum.usd)],
+  ...CONSUMED,
 ]);
 
 const showRows = table("rows", (row) => row.request, (row) => failed(row) ? "bad" : row.complete ? "good" : "warn", [
@@ -13551,25 +13553,25 @@ function drawAll() {
 const merged = (old, changed = [], key) => [...new Map([...old, ...changed].map((one) => [key(one), one])).values()];
 
 function take(event, data) {
-  const ended = (data.ended ?? []).map(fromLive), keys = data.keys?.map((one) => ({ ...one, told: data.now }));
+  const ended = (data.ended ?? []).map(fromLive), errors = ended.filter(failed).length;
   const running = data.running?.map(named(RUNNING)).map((run) => ({ ...run, since: data.now - run.seconds }));
-  const told = { ...data, running: running ?? view?.running, offset: data.now - performance.now() / 1000 };
+  const keys = data.keys?.map((key) => ({ ...key, told: data.now }));
+  if (event === "state") view = { running: [], keys: [], hours: [], budgets: [] };
+  view = {
+    ...view, ...data, offset: data.now - performance.now() / 1000, running: running ?? view.running,
+    keys: merged(view.keys, keys, keyOf), hours: merged(view.hours, data.hours, ([one]) => one),
+    budgets: merged(view.budgets, data.budgets, (budget) => `${budget.limit} ${budget.user}`),
+  };
   recent = recent.concat(ended).slice(-PAGE_ROWS);
   usageStale ||= ended.length > 0;
   if (event === "state") {
-    view = { hours: [], budgets: [], ...told, keys: keys ?? [], running: running ?? [] };
     begin();
-  } else if (view) {
-    view = {
-      ...view, ...told, keys: merged(view.keys, keys, keyOf), hours: merged(view.hours, data.hours, ([one]) => one),
-      budgets: merged(view.budgets, data.budgets, (budget) => `${budget.limit} ${budget.user}`),
-    };
+  } else {
     addRows(ended);
-    const errors = ended.filter(failed).length;
-    if (errors) say(`${errors} failed`);
     if (rows.length) put($("none"), "");
-    if (rows.length > MOST_ROWS) readAddress();
+    if (errors) say(`${errors} failed`);
   }
+  if (rows.length > MOST_ROWS) readAddress();
   draw();
 }
 

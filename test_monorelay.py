@@ -14569,7 +14569,7 @@ def test_the_page_comes_back_after_the_relay_was_away(program, browser):
     program(settings({"echo": {}}), "--port", str(port))
     browser.until("$('link').dataset.tone === 'good'")
     assert not browser.run("$('signin').open")
-    assert all("ERR_CONNECTION_REFUSED" in entry or "CHUNKED" in entry for entry in browser.complaints())
+    assert all(" net::ERR_" in entry for entry in browser.complaints())  # refused, reset, broken off
 
 
 @pytest.mark.browser
@@ -14641,33 +14641,36 @@ def test_every_control_has_a_name_and_every_table_its_headings(relay, browser):
     assert [role for role, _ in told].count("status") == 1
 
 
+# How many milliseconds the page takes to draw its rows and have them laid out, at 100 places: the median. Frames would
+# tell as much of the machine as of the page.
+DRAWING_MILLISECONDS = """
+const took = Array.from({ length: 100 }, (_, step) => {
+  $("box").scrollTop = step * 200;
+  const begun = performance.now();
+  drawRows();
+  $("box").getBoundingClientRect();
+  return performance.now() - begun;
+});
+return took.sort((a, b) => a - b)[50];
+"""
+
+
 @pytest.mark.browser
 def test_ten_thousand_requests_scroll_and_stay_where_they_are(relay, browser, tmp_path):
-    it = relay({"echo": {}}, ledger={"path": str(tmp_path / "usage.db")})
-    one = request("POST", "/v1/messages", json.dumps(prompt("echo", max_tokens=1)).encode())
-    with it.client() as client:
-        for _ in range(10_000):
-            client.send(one)
-            client.answer()
+    settings, now = monorelay.LedgerSettings(str(tmp_path / "usage.db"), 90), time.time()
+    rows = [row(at=int(now * 1000) - 60_000 + number, request=f"req_{number}") for number in range(10_000)]
+    monorelay.write_ledger(settings, rows, (), now)
+    it = relay({"echo": {}}, ledger={"path": settings.path})
     browser.show(it)
     browser.until("$('rows').rows.length > 20")
+    few = browser.driver.execute_script(DRAWING_MILLISECONDS)
     deadline = time.monotonic() + 60
     while browser.run("rows.length") < 10_000:
         assert time.monotonic() < deadline
         browser.driver.execute_script("$('box').scrollTop = $('box').scrollHeight")
         browser.settle()
     assert browser.run("$('rows').rows.length") < 100
-    took = browser.driver.execute_async_script(
-        """const done = arguments[0], took = []; let last = performance.now();
-        $("box").scrollTop = 0;
-        requestAnimationFrame(function step(now) {
-          took.push(now - last);
-          last = now;
-          $("box").scrollTop += 200;
-          took.length < 200 ? requestAnimationFrame(step) : done(took.sort((a, b) => a - b));
-        });"""
-    )
-    assert took[100] < 34, f"half of the frames took {took[100]:.0f} ms"
+    assert browser.driver.execute_script(DRAWING_MILLISECONDS) < max(2 * few, 16)  # of thousands of rows as of few
     # Where somebody reads, nothing moves when requests end; and what has the focus keeps it.
     browser.driver.execute_script("$('box').scrollTop = 5000")
     browser.settle()
