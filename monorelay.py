@@ -10940,20 +10940,22 @@ class LivePage:
         }
 
     def _ended(self) -> list[list[Any]]:
-        """The requests that have ended since it was last asked; at first, the last ones."""
+        """The requests that have ended since it was last asked; at first the last ones, and all that the ledger may not
+        have yet."""
         own, told, is_new = self._exchange.own_name(), self._told or {}, not self._known_until
         # What another worker has to tell comes a little later.
         since, self._known_until = self._known_until - LIVE_LATE_SECONDS * 1000, int(time.time() * 1000)
         rows: list[LedgerRow] = []
         for row in reversed(self._service.workers.tally().ended):
-            if row.at < since:
+            is_written = row.at < self._known_until - LIVE_LATE_SECONDS * 1000
+            if row.at < since or (is_new and is_written and len(rows) >= FIRST_ROWS):
                 break
             if row.is_of(own) and row.request not in told:
                 rows.append(row)
         self._told = {request: at for request, at in told.items() if at >= since} | {
             row.request: row.at for row in rows
         }
-        return [ended_row(row) for row in reversed(rows[:FIRST_ROWS] if is_new else rows)]
+        return [ended_row(row) for row in reversed(rows)]
 
 
 def last_minute(tally: Tally, user: Optional[str], clock: float) -> dict[str, int]:
@@ -13383,7 +13385,7 @@ function drawHours() {
 
 // ---- the last requests: an array of all that were loaded, and elements for those in sight ----
 
-const PAGE_ROWS = 200, MOST_ROWS = 50000;
+const PAGE_ROWS = 200, RECENT_ROWS = 500, MOST_ROWS = 50000;
 const ENDED = ("id at user model sent provider key status ttfb seconds input cache_read output cost cache_write " +
   "attempts tried error path stream complete request tier").split(" ");
 const RUNNING = "request user model sent provider key state seconds ttfb bytes attempts".split(" ");
@@ -13562,7 +13564,7 @@ function take(event, data) {
     keys: merged(view.keys, keys, keyOf), hours: merged(view.hours, data.hours, ([one]) => one),
     budgets: merged(view.budgets, data.budgets, (budget) => `${budget.limit} ${budget.user}`),
   };
-  recent = recent.concat(ended).slice(-PAGE_ROWS);
+  recent = recent.concat(ended).slice(-RECENT_ROWS);
   usageStale ||= ended.length > 0;
   if (event === "state") {
     begin();

@@ -13291,6 +13291,15 @@ def first_state(it: Any) -> Any:
         return json.loads(client.until(b"\n\n").rpartition(b"data: ")[2])
 
 
+@pytest.mark.parametrize(("recent", "told"), [(0, 50), (20, 50), (60, 60)])
+def test_a_page_is_told_at_first_of_all_that_the_ledger_may_not_have_yet(relay, recent, told):
+    it, now = relay({"echo": {}}), int(time.time() * 1000)
+    times = [now - 3_600_000] * 60 + [now] * recent
+    it.server.service.tally.ended.extend(row(at=at, request=f"req_{number}") for number, at in enumerate(times))
+    ended = first_state(it)["ended"]
+    assert len(ended) == told and ended[-1][21] == f"req_{len(times) - 1}"
+
+
 @pytest.mark.parametrize("how", ["locked", "of a newer version", "no database"])
 def test_a_ledger_that_can_not_be_read_is_said_to_be_and_holds_up_nothing_else(relay, tmp_path, how):
     path = tmp_path / "usage.db"
