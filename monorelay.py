@@ -12931,7 +12931,7 @@ th:last-child, td:last-child { padding-right: .3rem; }
 tr:last-child > td { border: 0; }
 .num { text-align: right; }
 .cut { max-width: 0; }
-tbody:not(#rows):empty::before { content: "nothing yet"; color: var(--quiet); }
+tbody:not(#rows):empty::before { content: "none"; color: var(--quiet); }
 .gauges { display: flex; flex-wrap: wrap; gap: 0 1.2rem; font-size: .92em; }
 .gauge { display: flex; align-items: center; gap: .55rem; }
 .gauge i { flex: none; width: 3.5rem; height: .4rem; border-radius: 1rem; background: var(--line); overflow: hidden; }
@@ -12943,7 +12943,6 @@ tbody:not(#rows):empty::before { content: "nothing yet"; color: var(--quiet); }
 #rows td { height: round(1.95rem, 1px); padding-block: 0; overflow: hidden; text-overflow: ellipsis; }
 #rows tr { cursor: pointer; }
 #rows tr:hover { background: color-mix(in srgb, var(--bar) 12%, transparent); }
-.gap td { padding: 0; border: 0; }
 
 #hours { display: block; width: 100%; font-size: 11px; fill: var(--quiet); }
 #hours line { stroke: var(--line); }
@@ -12980,11 +12979,11 @@ ol { padding-left: 1.3rem; }
   .bar select { flex: 1 1 6rem; max-width: none; min-width: 0; }
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   table, tbody, #box table { display: block; min-width: 0; }
-  tbody:not(.gap) tr { display: grid; grid: auto-flow dense / repeat(4, minmax(0, 1fr)); gap: 0 .6rem; }
-  tbody:not(.gap) tr { padding: .45rem 0; border-bottom: 1px solid var(--line); align-content: start; }
+  tbody tr { display: grid; grid: auto-flow dense / repeat(4, minmax(0, 1fr)); gap: 0 .6rem; align-content: start; }
+  tbody tr { padding: .45rem 0; border-bottom: 1px solid var(--line); }
   #rows tr { height: round(8.4rem, 1px); }
-  tbody:not(.gap) td, #rows td { border: 0; padding: 0; height: auto; max-width: none; text-align: left; }
-  tbody:not(.gap) td { overflow: hidden; text-overflow: ellipsis; }
+  td, td.num, td.cut, #rows td { border: 0; padding: 0; height: auto; max-width: none; text-align: left; }
+  td { overflow: hidden; text-overflow: ellipsis; }
   td.half { grid-column: span 2; }
   td.line { grid-column: 1 / -1; }
   .gauge, td.cut:not(#rows td) { white-space: normal; overflow-wrap: anywhere; }
@@ -13027,9 +13026,7 @@ ol { padding-left: 1.3rem; }
       <select name="user" class="others" aria-label="User"></select><select name="model" aria-label="Model"></select>
       <select name="key" class="others" aria-label="Key"></select>
       <button type="button" id="clear" hidden>Show all</button></form>
-    <div class="scrolls" id="box"><table>
-      <tbody class="gap" id="above" aria-hidden="true"><tr><td></tbody><tbody id="rows"></tbody>
-      <tbody class="gap" id="below" aria-hidden="true"><tr><td></tbody></table><p class="note" id="none"></p></div>
+    <div class="scrolls" id="box"><table><tbody id="rows"></table><p class="note" id="none"></p></div>
   </section>
 </main>
 <dialog id="signin" aria-label="Sign in"><form>
@@ -13183,7 +13180,7 @@ const signOf = (one) => STATES[stateOf(one)]?.[1] ?? one.state;
 function keyState(key) {
   if (key.state === "missing") return `${signOf(key)}: ${key.why}`;
   const reason = unknown(key.why) ? "" : ` (${key.why})`;
-  const back = unknown(key.for) ? "" : `, back in ${duration(Math.max(0, Math.ceil(key.for - (now() - key.told))))}`;
+  const back = unknown(key.for) ? "" : `, back in ${duration(Math.max(0, Math.ceil(key.until - now())))}`;
   return signOf(key) + reason + back + (key.models ? `: ${key.models.join(", ")}` : "");
 }
 
@@ -13288,12 +13285,12 @@ function showDetail(row) {
     Ended: `${moment(row.at)} (${utc(row.at)})`, User: row.user, Path: row.path, Model: route(row.model, row.sent),
     Error: row.error || "—", "Whole answer": row.complete ? "yes" : "no",
     "First byte": duration(row.ttfb), Duration: duration(row.seconds),
-    "Tokens in": count(row.input) + caches, "Tokens out": count(row.output), "A second": `≈ ${fixed(rate, 0)} out`,
-    Tier: row.tier || "standard",
+    "Tokens in": count(row.input) + caches, "Tokens out": count(row.output),
+    "Out a second": fixed(rate, 0), Tier: row.tier || "standard",
     Cost: unknown(row.usd) ? "? (no price, or no tokens told)" : `≈ $${fixed(row.usd, 6)}`, Id: row.request,
   };
   const tried = (row.tried || "").split(" ").filter(Boolean).map((one) => one.replace("/", " / ").replace(":", ": "));
-  if (tried.length < row.attempts) tried.push(`${place(row.provider, row.key)}: ${row.status || "—"}`);
+  if (tried.length < row.attempts) tried.push(`${place(row.provider, row.key)}: ${outcome(row).slice(2)}`);
   put($("outcome"), outcome(row));
   $("facts").replaceChildren(
     ...Object.entries(facts).flatMap(([name, value]) => [element("dt", "", name), element("dd", "", value)]));
@@ -13456,8 +13453,7 @@ function drawRows() {
   const box = $("box"), height = rowHeight();
   const first = Math.max(0, Math.floor(box.scrollTop / height) - 10);
   const end = Math.min(rows.length, Math.ceil((box.scrollTop + box.clientHeight) / height) + 10);
-  $("above").rows[0].cells[0].style.height = `${first * height}px`;
-  $("below").rows[0].cells[0].style.height = `${(rows.length - end) * height}px`;
+  $("rows").parentNode.style.margin = `${first * height}px 0 ${(rows.length - end) * height}px`;
   showRows(rows.slice(first, end));
   [...$("rows").rows].forEach((row, index) => row.setAttribute("aria-rowindex", first + index + 2));
   $("rows").parentNode.setAttribute("aria-rowcount", next === null ? rows.length + 1 : -1);
@@ -13557,7 +13553,7 @@ const merged = (old, changed = [], key) => [...new Map([...old, ...changed].map(
 function take(event, data) {
   const ended = (data.ended ?? []).map(fromLive), errors = ended.filter(failed).length;
   const running = data.running?.map(named(RUNNING)).map((run) => ({ ...run, since: data.now - run.seconds }));
-  const keys = data.keys?.map((key) => ({ ...key, told: data.now }));
+  const keys = data.keys?.map((key) => ({ ...key, until: data.now + key.for }));
   if (event === "state") view = { running: [], keys: [], hours: [], budgets: [] };
   view = {
     ...view, ...data, offset: data.now - performance.now() / 1000, running: running ?? view.running,
