@@ -14677,6 +14677,7 @@ def test_ten_thousand_requests_scroll_and_stay_where_they_are(relay, browser, tm
     while (count := browser.run("rows.length")) < 10_000:
         browser.driver.execute_script("$('box').scrollTop = $('box').scrollHeight")
         browser.until("rows.length > arguments[0]", count)
+        browser.settle()
     assert browser.run("$('rows').rows.length") < 100
     assert browser.driver.execute_script(DRAWING_MILLISECONDS) < max(2 * few, 16)  # of thousands of rows as of few
     # Where somebody reads, nothing moves when requests end; and what has the focus keeps it.
