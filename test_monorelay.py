@@ -14531,13 +14531,15 @@ def test_signing_in_by_password_and_by_key(relay, browser):
 
 
 @pytest.mark.browser
-def test_an_expired_token_is_asked_for_again_over_what_was_seen(relay, browser):
+def test_an_expired_token_is_asked_for_again_over_what_was_seen(relay, browser, monkeypatch):
     it = relay({"echo": {}}, server={"jwt_secret": JWT_SECRET}, users={"alice": {"password": PASSWORD_HASH}})
-    claims = {"sub": "alice", "type": "access", "exp": int(time.time()) + 4}
+    clock = time.time
+    claims = {"sub": "alice", "type": "access", "exp": int(clock()) + 600}
     token = jwt.encode(claims, JWT_SECRET, "HS256")
     assert it.post("/v1/messages", prompt("echo"), token=token).status == 200
     browser.show(it, token, "?model=echo")
     browser.until("$('rows').rows.length === 1")
+    monkeypatch.setattr(time, "time", lambda: clock() + 601)
     browser.until("$('signin').open")
     assert "expired" in browser.texts("#problem")[0]
     assert browser.run("$('rows').rows.length") == 1 and browser.run("location.search") == "?model=echo"
