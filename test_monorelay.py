@@ -14584,6 +14584,34 @@ def test_the_page_comes_back_after_the_relay_was_away(program, browser):
 
 
 @pytest.mark.browser
+def test_a_page_too_many_says_so_and_comes_when_there_is_room(relay, browser):
+    it = relay({"echo": {}})
+    with contextlib.ExitStack() as others:
+        for _ in range(monorelay.PAGES):
+            client = others.enter_context(it.client())
+            client.send(request("GET", "/api/live"))
+            client.until(b"\n\n")
+        browser.open(it)
+        browser.sign_in(TOKEN)
+        browser.until("$('words').textContent.includes(arguments[0])", f"{monorelay.PAGES} pages")
+    browser.until("$('link').dataset.tone === 'good'")
+    assert all("status of 503" in entry for entry in browser.complaints())
+
+
+@pytest.mark.browser
+def test_a_key_that_is_refused_is_told_from_one_that_cools(upstream, relay, browser):
+    it = relay({"anthropic": upstream(replies(answer(401))), "anthropic2": upstream(replies(answer(429)))})
+    assert it.post("/v1/messages", prompt()).status == 429
+    browser.show(it)
+    browser.until("$('keys').rows.length === 2")
+    states = [cells[1] for cells in browser.rows("keys")]
+    assert states[0].startswith("✕ refused (401), back in ")
+    assert re.fullmatch(r"◐ cooling \(429\), back in \d+ s: claude-\S+", states[1])
+    browser.press("#tiles button")  # the number of failed requests leads to them
+    browser.until("location.search === '?errors=1' && $('rows').rows.length === 1")
+
+
+@pytest.mark.browser
 def test_with_echo_alone_the_page_says_what_to_set_next(relay, browser):
     it = relay({"anthropic": {"base_url": "http://127.0.0.1:9", "keys": []}, "echo": {}})
     browser.show(it)
