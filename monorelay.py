@@ -13489,8 +13489,8 @@ function drawChoices() {
   const offered = { user: names("user", "users"), model: names("model", "models"), key: view.keys.map(keyOf) };
   for (const [name, values] of Object.entries(offered)) {
     const select = $("filters").elements[name], wanted = [...new Set(["", ...values, filters[name]])];
-    const isSame = wanted.join("\n") === [...select.options].map((option) => option.value).join("\n");
-    if (!isSame && document.activeElement !== select) {
+    const shown = [...select.options].map((option) => option.value);
+    if (JSON.stringify(shown) !== JSON.stringify(wanted) && document.activeElement !== select) {
       select.replaceChildren(...wanted.map((value) => new Option(value || `all ${name}s`, value)));
     }
     select.value = filters[name];

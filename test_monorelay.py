@@ -14429,6 +14429,7 @@ def test_the_page_shows_a_request_as_it_runs_and_when_it_has_ended(upstream, rel
     it = relay({"anthropic": provider}, aliases={"smart": "claude-test@anthropic"})
     browser.show(it)
     assert browser.texts("#tiles dd")[:2] == ["0", "nothing"] and browser.rows("running") == []
+    assert browser.texts("#filters option") == ["all users", "all models", "all keys", "anthropic/team"]
     with it.client() as client:
         client.send(request("POST", "/v1/messages", json.dumps(prompt("smart", stream=True)).encode()))
         browser.until("$('running').rows.length === 1 && $('running').textContent.includes('streaming')")
