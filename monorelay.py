@@ -73,7 +73,7 @@ from typing import IO, Any, Callable, NamedTuple, NoReturn, Optional, TypeVar, U
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
 try:
-    from compression import zstd  # type: ignore[import-not-found]
+    from compression import zstd  # type: ignore[import-not-found]  # novm
 except ImportError:  # Python before 3.14, or built without it
     zstd = None
 

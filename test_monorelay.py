@@ -1631,7 +1631,8 @@ def test_keys_that_are_missing_the_clients_own_or_built_in_say_so():
         ("echo", "", "echo", None),
     ]
     assert all(
-        set(key) == {*"provider key state for why models requests errors failed limits outcomes".split()}
+        set(key)
+        == {"provider", "key", "state", "for", "why", "models", "requests", "errors", "failed", "limits", "outcomes"}
         for key in states
     )
 
@@ -1647,7 +1648,8 @@ def test_what_several_workers_know_of_a_key_is_one():
         json.loads(json.dumps(monorelay.record_document(it.pool.records["anthropic", "k0"]))) for it in pools
     )
     assert joined["hours"] == [[int(UNIX_TIME // 3600), 6, 3]]
-    assert list(joined["failed"]) == [UNIX_TIME + 2, "502"] and [round(limit["used"], 6) for limit in joined["limits"]] == [0.2]
+    assert list(joined["failed"]) == [UNIX_TIME + 2, "502"]
+    assert [round(limit["used"], 6) for limit in joined["limits"]] == [0.2]
 
 
 def test_what_is_remembered_of_a_key_is_bounded_whatever_its_provider_tells():
