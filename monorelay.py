@@ -12,9 +12,9 @@
 Three storeys, of rooms that know only those above them:
 
     ┌ decides  limits · errors · config · auth · routing · key pool · ledger rules · HTTP/1.1 · JSON bodies ·
-    │          event streams · formats · access log · echo          no socket, clock, file or environment
-    ├ waits    event loop · request body · upstream · relay · catalogue · log writer
-    └ runs     responses · endpoints · handler · server · command line
+    │          event streams · formats · records · echo             no socket, clock, file or environment
+    ├ waits    event loop · writers · request body · upstream · relay · catalogue
+    └ runs     responses · endpoints · handler · server · processes · page · command line
 
 The way of a request:
 
@@ -25,7 +25,7 @@ The way of a request:
     Relay.obtain                  takes candidate after candidate, until one's response isn't a failure
     Attempt.run                   sends the request on a kept or a new connection, reads the head, and judges it
     Handler._send                 sends the Response as it comes; an Outgoing makes bytes of it
-    LogWriter.record              a line in the log, whatever has happened
+    Service.conclude              a line in the log, whatever has happened; a row in the ledger; what is counted
 """
 
 import base64
