@@ -2321,7 +2321,7 @@ EMPTY_RECORD: JsonDict = {"outcomes": {}, "hours": [], "failed": None, "limits":
 def record_document(record: KeyRecord) -> JsonDict:
     """What is known of a key, as JSON has it."""
     return {
-        "outcomes": record.outcomes,
+        "outcomes": dict(record.outcomes),
         "hours": [[hour, *counts] for hour, counts in record.hours.items()],
         "failed": record.failed,
         "limits": [
@@ -6162,7 +6162,9 @@ FAULT_WORDS = {"overloaded": 529, "rate_limit": 429, "invalid_request": 400, "co
 # ==== Records =======================================================================================
 #
 # What is told of each request: one line, whatever becomes of it. It holds no header values and nothing of a body, and
-# what a client chose (names, paths) can neither break the line nor fill the log.
+# what a client chose (names, paths) can neither break the line nor fill the log. And what is counted of all requests to
+# models: a Tally holds the sums from which the metrics, the page and, without a ledger, the accounts are made. Clients
+# invent names, so it tells a bounded number of them apart.
 
 
 def new_request_id() -> str:
@@ -10033,7 +10035,8 @@ class Outgoing:
 # ==== Endpoints ==================================================================================
 #
 # An Exchange is one request and what becomes of it; an endpoint is a function from an exchange to its Response, or to a
-# RelayError. ENDPOINTS, at the end, says what stands at which path.
+# RelayError. ENDPOINTS, at the end, says what stands at which path. All of them share one Service. What other workers
+# know comes from the board, by Workers; what was, from the ledger or from memory, by History.
 
 
 class Service:
