@@ -16015,6 +16015,8 @@ def test_the_banner_comes_before_anything_else(tmp_path, workers, log):
 
 
 SOAK_SECONDS = 60
+LEDGER_SOAK_SECONDS = 25
+LOCKED_SOAK_SECONDS = 45  # ten before the file is locked, ten without it, and fifteen until another worker is killed
 
 
 def soak_script(connection: Connection) -> None:
@@ -16157,7 +16159,7 @@ def billed(descriptors, upstream, program, tmp_path) -> Billed:
 
 @pytest.mark.slow
 def test_soak_of_the_ledger(billed):
-    billed.run(SOAK_SECONDS)
+    billed.run(LEDGER_SOAK_SECONDS)
     assert len(billed.got) > 1000 and not billed.broken
     sums = [sum(column) for column in zip(*(billed.told[mark] for _, mark, _, _ in billed.got))]
     eventually(lambda: selected(billed.path, "SELECT sum(requests) FROM hour") == [len(billed.got)])
@@ -16208,7 +16210,7 @@ def test_soak_of_a_ledger_that_is_locked_for_ten_seconds_while_workers_are_kille
 
     disturbing = threading.Thread(target=disturb)
     disturbing.start()
-    billed.run(SOAK_SECONDS)
+    billed.run(LOCKED_SOAK_SECONDS)
     disturbing.join()
     assert len(killed) == 2 and len(billed.got) > 1000
     time.sleep(3 * monorelay.LEDGER_PAUSE_SECONDS)
