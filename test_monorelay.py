@@ -13817,7 +13817,7 @@ def test_what_a_bill_of_anthropics_was_is_told_everywhere(upstream, program, tmp
     with Client(it.url) as client:
         got = client.ask("POST", "/v1/messages", json.dumps(prompt("claude-3-7-sonnet-20250219", stream=True)).encode())
         assert got.body == b"".join(events)
-        eventually(lambda: (tmp_path / "usage.db").exists() and selected(tmp_path / "usage.db", "SELECT * FROM hour"))
+        eventually(lambda: monorelay.request_rows(str(tmp_path / "usage.db")))
         today = monorelay.windows(time.time())[0]
         by_api = client.ask("GET", f"/api/usage?from={DAYS[-1]}&to={today}").json
         counters = client.ask("GET", "/metrics").body.decode()
