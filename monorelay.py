@@ -2236,13 +2236,13 @@ class KeyPool:
             record = self.records[name] = KeyRecord()
         return record
 
-    def cooling(self, provider: str, mark: str, now: float) -> list[tuple[str, Cooling]]:
-        """What cools of a key: the model, or nothing for all of them, and the entry."""
-        return [
-            (name[2] if len(name) > 2 else "", entry)
-            for name, entry in self._cooling.items()
-            if entry.until > now and name[0] == provider and name[1:2] in ((), (mark,))
-        ]
+    def cooling(self, now: float) -> dict[tuple[str, ...], list[tuple[str, Cooling]]]:
+        """What cools, by provider, or provider and mark of the key: the model, or nothing for all, and the entry."""
+        found: dict[tuple[str, ...], list[tuple[str, Cooling]]] = {}
+        for name, entry in self._cooling.items():
+            if entry.until > now:
+                found.setdefault(name[:2], []).append((name[2] if len(name) > 2 else "", entry))
+        return found
 
     def shared(self, now: float) -> list[list[Any]]:
         """What cools, or is still taken for cooling by others, for the other workers: of too many, whole providers and
@@ -2285,13 +2285,14 @@ def key_states(
 ) -> list[JsonDict]:
     """How each key of the enabled providers is, for their owner to see. `records`: of a provider and the label of its
     key, as record_document() has them. `now` is on the monotonic clock, `clock` in seconds since 1970."""
-    states = []
+    states, all_cooling = [], pool.cooling(now)
     for provider in providers:
         keys: Sequence[Optional[ProviderKey]] = provider.keys or (None,)
         for key in keys if provider.enabled else ():
             label = key.label if key else ""
             record = records.get((provider.name, label), EMPTY_RECORD)
-            cooling = pool.cooling(provider.name, key.mark if key else "", now)
+            mark = key.mark if key else ""
+            cooling = [*all_cooling.get((provider.name,), ()), *all_cooling.get((provider.name, mark), ())]
             states.append({"provider": provider.name, "key": label, **key_state(provider, cooling, now), **record})
     for state in states:
         hours = [counts for hour, *counts in state.pop("hours") if hour >= clock // 3600 - 1]
@@ -10141,10 +10142,10 @@ class Workers:
         self._service = service
         self._place = place
         self._is_showing = False  # whether it is about to show what limits and keys depend on
-        self._shown_at = self._looked_at = self._asked_at = self._summed_at = -math.inf
+        self._shown_at = self._looked_at = self._asked_at = -math.inf
         self._seen: dict[int, int] = {}  # how often each of the others has shown that
         self._others: list[JsonDict] = []  # what the others have counted
-        self._sum = service.tally  # what all of them have, some tenths of a second ago
+        self._known: dict[str, tuple[float, Any]] = {}  # what was found of late, and when
         if place:
             service.relay.keys.changed = self.show_soon
             service.loop.post(lambda: service.loop.start(self._show_figures(place)))
@@ -10215,19 +10216,31 @@ class Workers:
             self._asked_at, self._others = now, self._place.other_figures()
         return self._others
 
+    def _lately(self, name: str, find: Callable[[], Result]) -> Result:
+        """What find() has found in the last SUMMED_SECONDS, else what it finds now: many pages ask for the same."""
+        now = self._service.loop.now
+        found_at, found = self._known.get(name, (-math.inf, None))
+        if now >= found_at + SUMMED_SECONDS:
+            found = find()
+            self._known[name] = now, found
+        return found  # type: ignore[no-any-return]
+
     def tally(self) -> Tally:
         """What all of them have counted."""
-        others, now = self._other_figures(), self._service.loop.now
-        if not others:
-            return self._service.tally
-        if now >= self._summed_at + SUMMED_SECONDS:
-            self._summed_at, self._sum = now, Tally(self._service.tally.since)
-            for shared in (self._service.tally.shared(), *(figures["tally"] for figures in others)):
-                self._sum.include(shared)
-        return self._sum
+        others = self._other_figures()
+        return self._lately("tally", lambda: self._sum(others)) if others else self._service.tally
+
+    def _sum(self, others: Sequence[JsonDict]) -> Tally:
+        tally = Tally(self._service.tally.since)
+        for shared in (self._service.tally.shared(), *(figures["tally"] for figures in others)):
+            tally.include(shared)
+        return tally
 
     def running(self) -> list[list[Any]]:
         """What runs, the oldest first."""
+        return self._lately("running", self._find_running)
+
+    def _find_running(self) -> list[list[Any]]:
         own = [running_row(exchange) for exchange in self._service.running]
         rows = [row for row in own if row[RUNNING_USER]]
         rows += [row for figures in self._other_figures() for row in figures["running"] if row[RUNNING_USER]]
@@ -10924,7 +10937,8 @@ class LivePage:
                 pass  # what happens now is told all the same
         tally = service.workers.tally()
         since = self._hours[0][0] * 3600 if config.ledger and self._hours else math.inf
-        running = [[*row] for row in service.workers.running() if own in (None, row[RUNNING_USER])]
+        rows = [row for row in service.workers.running() if own in (None, row[RUNNING_USER])]
+        running = [[*row] for row in rows[:RUNNING_ROWS]]
         for row in running:
             row[RUNNING_SINCE] = round(max(0.0, clock - row[RUNNING_SINCE]), 1)
         return {
@@ -10933,8 +10947,8 @@ class LivePage:
             "since": round(min(tally.since, since), 3),
             "admin": own is None,
             "ledger": bool(service.ledger.file),
-            "active": len(running),
-            "running": running[:RUNNING_ROWS],
+            "active": len(rows),
+            "running": running,
             "keys": service.workers.keys(config) if own is None else [],
             "minute": last_minute(tally, own, clock),
             "ttfb": quantiles([row.ttfb / 1000 for row in tally.ended if row.ttfb is not None and row.is_of(own)]),
