@@ -6461,16 +6461,15 @@ def row_number(row: LedgerRow) -> int:
 Sample = tuple[str, Mapping[str, str], float]  # what stands behind the name of its family, labels, value
 
 
-def metrics_text(tally: Tally, keys: Iterable[JsonDict], gauges: Mapping[str, float]) -> str:
-    """All that is counted in Prometheus' text format 0.0.4
+def metrics_text(tally: Tally, keys: Sequence[JsonDict], gauges: Mapping[str, float]) -> Iterator[str]:
+    """All that is counted in Prometheus' text format 0.0.4, piece by piece: of many models, one takes 50 ms
     (https://prometheus.io/docs/instrumenting/exposition_formats/). `keys`: as the page has them."""
-    lines = []
-    for name, kind, meaning, samples in metric_families(tally, list(keys), gauges):
-        lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+    for name, kind, meaning, samples in metric_families(tally, keys, gauges):
+        lines = [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
         for suffix, labels, value in samples:
             pairs = ",".join([f'{label}="{label_text(text)}"' for label, text in labels.items()])
             lines.append(f"{name}{suffix}{{{pairs}}} {value!r}" if pairs else f"{name}{suffix} {value!r}")
-    return "\n".join([*lines, ""])
+        yield "\n".join([*lines, ""])
 
 
 def metric_families(
@@ -11008,9 +11007,12 @@ async def answer_metrics(exchange: Exchange) -> Response:
         raise Forbidden("the metrics are for access keys, and for users with `viewer`")
     workers = exchange.service.workers
     tally, gauges = workers.tally(), workers.gauges()
-    await checkpoint(exchange.loop)
-    text = metrics_text(tally, workers.keys(exchange.config), {**gauges, "process_start_time_seconds": tally.since})
-    return exchange.respond_with(text.encode("utf-8"), "text/plain; version=0.0.4; charset=utf-8")
+    gauges["process_start_time_seconds"] = tally.since
+    pieces = []
+    for piece in metrics_text(tally, workers.keys(exchange.config), gauges):
+        pieces.append(piece.encode("utf-8"))
+        await checkpoint(exchange.loop)
+    return exchange.respond_with(b"".join(pieces), "text/plain; version=0.0.4; charset=utf-8")
 
 
 async def answer_dashboard(exchange: Exchange) -> Response:
