@@ -6239,8 +6239,8 @@ class AccessRecord:
             rest = {name: getattr(self, name) for name in TOLD_LAST}
             opening = {"time": clock, "level": "info", "id": self.request_id}
             return log_json({**opening, **known, **numbers, **rest})
-        last = [(name, getattr(self, name)) for name in TOLD_LAST]
-        told = "".join([f" {name}={plain(value)}" for name, value in last if value])
+        last = (self.upstream_id, self.translated, self.dropped, self.tried, self.error)
+        told = "".join([f" {name}={plain(value)}" for name, value in zip(TOLD_LAST, last) if value])
         return f"time={clock} id={self.request_id}{log_names(*names)}{figures}{told}"
 
     def _figures(self, now: float) -> str:
