@@ -9,7 +9,7 @@
 The block above names everything the tests need beyond the standard library. A plain run installs that into
 .venv/ (one folder per Python version) and starts pytest there; `uv run test_monorelay.py` brings its own
 environment. `-m slow` runs the soak, the crowd and all that is tried at full size instead of the rest, `-m browser`
-what needs Debian's chromium and chromium-driver.
+what needs Debian's chromium and chromium-driver. `-m timed` is the part of a plain run that measures seconds.
 
 Three things talk to each other in most tests: a raw client, a relay started in this process, and a provider
 whose every byte is scripted. Streaming and cancelling are proved by gates (`threading.Event`), never by
@@ -64,7 +64,7 @@ def environment(requirements: list[str]) -> Path:
 
 
 # A coroutine that nobody awaits is a call that never happened: Python only warns of it, and where it is collected.
-MARKERS = "markers=slow: takes a minute\nbrowser: needs Chromium"
+MARKERS = "markers=slow: takes a minute\nbrowser: needs Chromium\ntimed: measures seconds, best with nothing beside it"
 PYTEST = ["-m", "pytest", "-q", "--strict-markers", "-p", "no:cacheprovider", "-o", MARKERS,
           "-W", "error::RuntimeWarning", "-W", "error::pytest.PytestUnraisableExceptionWarning"]  # fmt: skip
 
@@ -1214,6 +1214,7 @@ def test_password_never_matches_a_malformed_hash(hashed):
 
 
 @pytest.mark.parametrize(("count", "length"), [(50_000, 40), (50_000, 1000), (2_000, 16_000)])
+@pytest.mark.timed
 def test_a_throttle_stays_small_and_quick_whatever_names_are_invented(count, length):
     throttle = monorelay.Throttle()
     numbers = itertools.count()
@@ -1495,6 +1496,7 @@ def test_a_success_ends_what_its_own_model_had_and_no_other():
 
 @pytest.mark.parametrize(("count", "length"), [(30_000, 20), (12_000, 256)])
 @pytest.mark.parametrize("status", [429, 529])
+@pytest.mark.timed
 def test_what_a_pool_remembers_is_bounded_whatever_models_are_invented(status, count, length):
     pool = Pool()
     provider = pool.first().target.provider
@@ -2551,6 +2553,7 @@ def uses_of(source: Any, flags: int) -> list[Callable[[Any], object]]:
 
 
 @pytest.mark.parametrize(("source", "flags"), PATTERNS_IN_USE, ids=brief)
+@pytest.mark.timed
 def test_no_pattern_takes_long_over_what_almost_fits(source, flags):
     # 2 and 8 kB find those that grow faster than their text in no time; a linear one takes 0.1 ms.
     for size, seconds in ((2_000, 0.02), (8_000, 0.02)):
@@ -2578,6 +2581,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("name", HEADS)
+@pytest.mark.timed
 def test_no_head_takes_long_to_be_read_or_refused(name):
     def read(text: bytes) -> None:
         with contextlib.suppress(monorelay.FramingError, monorelay.MalformedRequest):
@@ -2592,6 +2596,7 @@ def test_no_head_takes_long_to_be_read_or_refused(name):
     [(b"0\r\n", b"a:\r\n"), (b"0\r\n", b"a: b"), (b"1;", b"a"), (b"0\r\na:", b" ")],
     ids=brief,
 )
+@pytest.mark.timed
 def test_chunks_cost_the_same_whether_they_come_whole_or_a_byte_at_a_time(opening, piece):
     data = opening + piece * (8_000 // len(piece))
 
@@ -3181,6 +3186,7 @@ EVIL_USAGES = {
 
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("name", EVIL_USAGES)
+@pytest.mark.timed
 def test_no_answer_makes_it_dear_to_look_what_was_used(name, is_stream):
     """Neither when it comes at once nor byte by byte; and little of it is held."""
     usage = monorelay.Usage()
@@ -4936,6 +4942,7 @@ def test_whatever_comes_the_client_gets_a_sound_stream_or_an_error(chunks, done,
         whole_answer(asked_of(format), data, is_stream=True)
 
 
+@pytest.mark.timed
 def test_what_is_held_of_an_answer_is_bounded_and_costs_no_more_the_longer_it_gets():
     def feed(piece: bytes, count: int) -> Any:
         it = monorelay.AnswerTranslator(asked_of(stream=True))
@@ -5572,6 +5579,7 @@ def test_echo_refuses_fields_of_an_odd_type(echo, path, body):
     assert got.get("x-monorelay-provider") == (None if path == "/v1/chat/completions" and translates else "echo")
 
 
+@pytest.mark.timed
 def test_echo_slow_paces_its_words(echo):
     begin = time.monotonic()
     body = echo.post(
@@ -5701,6 +5709,7 @@ def test_echo_gets_no_chats_where_it_may_not_be_translated_for(relay):
     assert it.post("/v1/completions", {"model": "echo", "prompt": "Hi"}).status == 200
 
 
+@pytest.mark.timed
 def test_echo_paces_the_words_of_a_chat_and_breaks_off_a_whole_one(echo):
     asked = chat("echo-slow", stream=True, messages=[{"role": "user", "content": "a b c d e"}])
     begin = time.monotonic()
@@ -5782,6 +5791,7 @@ def test_echo_through_the_openai_sdk(echo):
         assert "echo" in [model.id for model in client.models.list()]
 
 
+@pytest.mark.timed
 def test_echo_of_much_white_space_holds_up_nobody(echo):
     started = time.monotonic()
     got = echo.post("/v1/messages", prompt("echo", messages=[{"role": "user", "content": "x" + "\n" * 200_000}]))
@@ -5829,6 +5839,7 @@ def nested_tool(depth: int, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("depth", [3, 7, 10, 300])
+@pytest.mark.timed
 def test_echo_takes_each_required_property_once_and_schemas_of_some_depth(echo, depth):
     begin = time.process_time()
     got = echo.post("/v1/messages", prompt("echo-tool", tools=[nested_tool(depth)]))
@@ -5840,6 +5851,7 @@ def test_echo_takes_each_required_property_once_and_schemas_of_some_depth(echo, 
 
 
 @pytest.mark.parametrize("width", [2000])
+@pytest.mark.timed
 def test_echo_tool_answers_are_bounded_however_wide_a_schema_is(echo, width):
     names = [f"property{number}" for number in range(width)]
     inner = {
@@ -7204,6 +7216,7 @@ class Blocked:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="threads are counted in /proc")
+@pytest.mark.timed
 def test_clients_that_leave_while_a_provider_drops_packets_cost_no_thread(upstream, program):
     with Blocked() as blocked:
         routes = {"claude-blocked": "anthropic", "*": "anthropic2"}
@@ -7549,6 +7562,7 @@ def test_a_model_without_route_is_told_what_is_close_or_what_there_is(name, told
 
 
 @pytest.mark.parametrize("count", [10, 10_000])
+@pytest.mark.timed
 def test_an_unknown_model_is_compared_with_few_patterns(count):
     config = parse(routes={f"{'claude-' * 9}{number}*": "anthropic" for number in range(count)})
     assert seconds_each(lambda: monorelay.close_models(config, "claude_" * 9), 3) < 0.05
@@ -8746,6 +8760,7 @@ def test_an_error_within_a_translated_stream_cools_unless_it_is_the_requests(ups
     assert ("comes last" in it.log.getvalue()) == cools
 
 
+@pytest.mark.timed
 def test_a_flood_of_tiny_events_holds_up_nobody(upstream, relay):
     """They are translated in parts, between which others are served."""
     data = b"data:{}\n\n" * 200_000 + sse_of([delta(content="Hi"), delta("stop", USAGE)])
@@ -9239,6 +9254,7 @@ def test_an_error_that_opens_a_stream_is_not_held_back(upstream, relay):
         gate.set()
 
 
+@pytest.mark.timed
 def test_failing_over_waits_for_no_body(upstream, relay):
     gate = threading.Event()
     stuck = b"HTTP/1.1 500 Oh\r\ncontent-length: 9\r\n\r\nab"
@@ -9785,6 +9801,7 @@ def test_login_and_refresh_refuse(relay, path, body, status):
     assert "alice" not in message and "nobody" not in message, "who exists is nobody's business"
 
 
+@pytest.mark.timed
 def test_an_unknown_user_costs_the_time_of_a_wrong_password(relay):
     it = relay({"echo": {}}, **GUARDED)
 
@@ -10335,6 +10352,7 @@ def catalogue_answer(*ids: str) -> bytes:
     )
 
 
+@pytest.mark.timed
 def test_the_catalogue_has_each_usable_name_once_and_pages(upstream, relay):
     it = relay(
         {"anthropic": upstream(catalogue_answer("claude-a", "claude-b")),
@@ -10821,6 +10839,7 @@ def many_values(count: int) -> bytes:
     return b'{"model":"claude-test","x":[' + b",".join([b"0"] * (count - 3)) + b"]}"
 
 
+@pytest.mark.timed
 def test_a_body_has_a_million_values_at_most(upstream, relay):
     provider = upstream(answer())
     it = relay({"anthropic": provider}, aliases={"fast": "claude-test"})
@@ -11719,6 +11738,7 @@ def test_no_more_pages_than_fifty_and_each_that_leaves_makes_room(relay, quick):
 
 
 @pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.timed
 def test_pages_hold_up_no_drain(relay, quick, monkeypatch, reads):
     it = relay({"echo": {}})
     with live(it, SO_RCVBUF=1 << 12) as page, it.client() as other:
@@ -12218,6 +12238,7 @@ def test_a_forms_model_is_found_as_clients_write_it(header):
 
 
 @pytest.mark.parametrize("filling", ["many parts", "boundaries", "almost boundaries", "a long header"])
+@pytest.mark.timed
 def test_no_form_takes_long(filling):
     body = {
         "many parts": form(*[("a", "")] * 5_000),
@@ -12478,6 +12499,7 @@ def test_no_cache_is_without_bound():
     assert caches and all(cache.cache_parameters()["maxsize"] is not None for cache in caches)
 
 
+@pytest.mark.timed
 def test_lines_that_wait_for_a_log_that_takes_nothing_are_bounded_in_number_and_bytes():
     class Stuck(io.StringIO):
         def write(self, text: str) -> int:
@@ -12817,6 +12839,7 @@ def test_names_that_nobody_answered_to_are_one_model_in_the_sums(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.timed
 def test_a_file_that_another_process_has_locked_gets_its_rows_when_it_is_free(tmp_path):
     it = Ledger(tmp_path / "usage.db")
     it.put(row())
@@ -12839,6 +12862,7 @@ def test_a_file_that_another_process_has_locked_gets_its_rows_when_it_is_free(tm
     assert_sums_are_exact(it.path)
 
 
+@pytest.mark.timed
 def test_the_end_waits_for_a_locked_file_but_not_for_long(tmp_path):
     it = Ledger(tmp_path / "usage.db")
     it.put(row())
@@ -12865,6 +12889,7 @@ def test_what_waits_for_a_ledger_is_bounded_and_what_is_dropped_is_counted(tmp_p
     assert selected(it.path, "SELECT sum(requests) FROM hour") == [10_000]
 
 
+@pytest.mark.timed
 def test_a_row_costs_the_event_loop_next_to_nothing(tmp_path):
     it = monorelay.LedgerWriter(lambda message: None)
     it.use(parse({"echo": {}}, ledger={"path": str(tmp_path / "usage.db")}))
@@ -13203,6 +13228,7 @@ def test_a_ledgers_queries_only_read(some_days):
     connection.close()
 
 
+@pytest.mark.timed
 def test_a_large_ledger_is_read_at_once(tmp_path):
     # The last hour is a whole one: in the first seconds of another, not every user has been there.
     path, now = str(tmp_path / "odd %3F#? name.db"), time.time() // 3600 * 3600 - 1
@@ -13305,6 +13331,7 @@ def test_a_page_is_told_at_first_of_all_that_the_ledger_may_not_have_yet(relay, 
 
 
 @pytest.mark.parametrize("how", ["locked", "of a newer version", "no database"])
+@pytest.mark.timed
 def test_a_ledger_that_can_not_be_read_is_said_to_be_and_holds_up_nothing_else(relay, tmp_path, how):
     path = tmp_path / "usage.db"
     it = relay({"echo": {}}, ledger={"path": str(path)})
@@ -13333,6 +13360,7 @@ def without_sqlite(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", ["no sqlite3", "below a file", "disk full"])
+@pytest.mark.timed
 def test_a_relay_without_a_place_for_its_ledger_serves_all_the_same(program, tmp_path, how):
     path = tmp_path / ("relay.json/usage.db" if how == "below a file" else "usage.db")
     options: dict[str, Any] = {}
@@ -13875,6 +13903,7 @@ def test_making_room_loses_no_answer(relay):
     eventually(lambda: it.log.getvalue().count("path=/health status=200") <= sum(answered) + 1)
 
 
+@pytest.mark.timed
 def test_a_burst_of_300_connections_is_served_within_two_seconds(relay):
     it = relay({"echo": {}})
     begin = time.monotonic()
@@ -14074,6 +14103,7 @@ def test_what_has_come_before_a_stop_is_answered(relay):
 
 
 @pytest.mark.parametrize("kind", ["answered", "silent"])
+@pytest.mark.timed
 def test_at_max_connections_the_longest_idle_one_makes_room(relay, kind):
     it = relay({"echo": {}}, server={"max_connections": 20})
     with contextlib.ExitStack() as stack:
@@ -14256,6 +14286,7 @@ def test_connections_whose_last_response_is_stuck_make_room(relay, monkeypatch, 
         eventually(lambda: it.ask("GET", "/api/auth/me").status == 200, seconds=3)
 
 
+@pytest.mark.timed
 def test_idle_connections_make_room_behind_any_number_of_stuck_ones(relay, small_buffers):
     count = 16
     it = relay({"echo": {}}, server={"max_connections": count + 4})
@@ -14902,6 +14933,7 @@ def test_every_line_of_a_json_log_is_json(program):
 
 
 @pytest.mark.parametrize("gone", [True, False])
+@pytest.mark.timed
 def test_a_relay_ends_with_its_terminal(tmp_path, gone):
     """At a SIGHUP; one whose terminal is still there takes it for a reload."""
     (tmp_path / "relay.json").write_text(json.dumps(settings({"echo": {}})))
@@ -15420,6 +15452,7 @@ def test_a_relay_json_that_comes_later_is_taken_up_and_one_that_goes_keeps_the_o
         process.communicate()
 
 
+@pytest.mark.timed
 def test_draining_ends_after_drain_seconds(upstream, program):
     gate = threading.Event()
     it = program(settings({"anthropic": upstream(gated_stream(gate))}, server={"drain_seconds": 0.3}))
@@ -15760,6 +15793,7 @@ def test_a_closed_or_full_stderr_stops_nothing(tmp_path, redirect):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processor time is read from /proc")
+@pytest.mark.timed
 def test_out_of_descriptors_is_survived_without_spinning_or_flooding(program):
     limit = 64
     it = program(
