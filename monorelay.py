@@ -236,7 +236,7 @@ LOGGED_CHARACTERS = LOG_VALUE_CHARACTERS + 1  # of a text from outside so much i
 LOG_BACKLOG_LINES = 4000  # more than that waiting for a blocked stderr is dropped, and counted,
 LOG_BACKLOG_CHARACTERS = 4 * 1024 * 1024  # and so is what comes when so much waits
 
-USAGE_COUNT = 10**12  # tokens: nothing that is larger can be true
+USAGE_COUNTS = range(10**12)  # tokens: nothing that is larger can be true
 USAGE_ITERATIONS = 100  # of one response; server-side loops end after some ten
 USAGE_WORD_CHARACTERS = 32  # of a service tier and the like
 COST_NANO_USD = 10**15  # a million USD: no response costs more, and sums of such fit into SQLite's 64 bits
@@ -2088,8 +2088,7 @@ class KeyRecord:
         self.outcomes: dict[str, int] = {}  # how many attempts ended so
         self.hours: dict[int, list[int]] = {}  # clock hour: attempts, and how many of them failed
         self.failed: Optional[tuple[float, str]] = None  # when last, and why
-        # The header fields in which the provider last told its rate limits, and when: read when somebody asks.
-        self.limits_told: Pairs = []
+        self.limits_told = Headers([])  # in which the provider last told its rate limits: read when somebody asks
         self.limits_at = 0.0
 
 
@@ -2223,11 +2222,11 @@ class KeyPool:
             counts[1] += 1
             record.failed = (clock, outcome)
 
-    def note_limits(self, candidate: Candidate, told: Pairs, clock: float) -> None:
-        """Notes what the provider says of its limits for a key, as limit_fields() has it."""
-        if told:
+    def note_limits(self, candidate: Candidate, fields: "Headers", clock: float) -> None:
+        """Notes what a response says of the provider's limits for a key, if it does."""
+        if "ratelimit-" in ",".join(fields.names):
             record = self._record(candidate)
-            record.limits_told, record.limits_at = told, clock
+            record.limits_told, record.limits_at = fields, clock
 
     def _record(self, candidate: Candidate) -> KeyRecord:
         name = (candidate.target.provider.name, candidate.label)
@@ -2327,7 +2326,7 @@ def record_document(record: KeyRecord) -> JsonDict:
         "failed": record.failed,
         "limits": [
             {"limit": name, **limit._asdict()}
-            for name, limit in rate_limits(record.limits_told, record.limits_at).items()
+            for name, limit in rate_limits(limit_fields(record.limits_told), record.limits_at).items()
         ],
     }
 
@@ -2419,11 +2418,11 @@ def used_of(usage: Any, service_tier: str = "") -> Used:
     object has no service tier, the one given beside it counts. What is no sound count is as if not named."""
     if not isinstance(usage, dict):
         return NOTHING_TOLD
-    tier, speed = word_of(usage.get("service_tier")) or word_of(service_tier), word_of(usage.get("speed"))
+    tier, speed = usage.get("service_tier") or service_tier, usage.get("speed")
     used = Used(
         *tokens_of(usage),
-        "" if tier in ("standard", "default") else tier,
-        "" if speed == "standard" else speed,
+        "" if tier in ("standard", "default") else word_of(tier),
+        "" if speed in ("standard", None) else word_of(speed),
         word_of(usage.get("inference_geo")),
         counts_of(usage.get("server_tool_use")).get("web_search_requests", 0),
     )
@@ -2448,23 +2447,29 @@ NO_TOKENS: Tokens = (None, None, None, None, None)
 
 def tokens_of(usage: JsonDict) -> Tokens:
     """The tokens by kind. What the object doesn't name is 0, unless it names none at all."""
-    given = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
-    counts, details, split = counts_of(usage), counts_of(given), counts_of(usage.get("cache_creation"))
-    total = counts.get("prompt_tokens", counts.get("input_tokens"))
-    output = counts.get("completion_tokens", counts.get("output_tokens"))
-    # DeepSeek and Moonshot have names of their own for what was read.
-    cached, written = details.get("cached_tokens"), details.get("cache_write_tokens")
-    read = cached or next((counts[name] for name in CACHED_NAMES if name in counts), None)
-    write = written or counts.get("cache_creation_input_tokens")
+    counts, split = counts_of(usage), counts_of(usage.get("cache_creation"))
     brief, lasting = split.get("ephemeral_5m_input_tokens"), split.get("ephemeral_1h_input_tokens")
-    if given and written and not lasting:
-        lasting = counts_of(given.get("cache_write_tokens_details")).get("ttl_12h_tokens")
-    if total is output is cached is written is read is write is brief is lasting is None:
+    includes = False  # whether the total has what was read and written in it
+    if OPENAI_NAMES.isdisjoint(usage):
+        total, read, write, output = map(counts.get, ANTHROPIC_NAMES)
+    else:
+        given = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+        details = counts_of(given)
+        total = counts.get("prompt_tokens", counts.get("input_tokens"))
+        output = counts.get("completion_tokens", counts.get("output_tokens"))
+        cached, written = details.get("cached_tokens"), details.get("cache_write_tokens")
+        includes = "prompt_tokens" in counts or cached is not None or written is not None
+        # DeepSeek and Moonshot have names of their own for what was read.
+        read = cached or next((counts[name] for name in CACHED_NAMES if name in counts), None)
+        write = written or counts.get("cache_creation_input_tokens")
+        if given and written and not lasting:
+            lasting = counts_of(given.get("cache_write_tokens_details")).get("ttl_12h_tokens")
+    if not includes and total is output is read is write is brief is lasting is None:
         return NO_TOKENS
     total, read, lasting = total or 0, read or 0, lasting or 0
     # A stream's last total rules: an earlier split by lifetime may not add up to it.
     write = (brief or 0) + lasting if write is None else write
-    if "prompt_tokens" in counts or cached is not None or written is not None:
+    if includes:
         read = min(read, total)
         write = min(write, total - read)
         total -= read + write
@@ -2472,6 +2477,11 @@ def tokens_of(usage: JsonDict) -> Tokens:
     return total, read, write - lasting, lasting, output or 0
 
 
+ANTHROPIC_NAMES = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens")
+OPENAI_NAMES = frozenset({
+    "prompt_tokens", "completion_tokens", "prompt_tokens_details", "input_tokens_details", "prompt_cache_hit_tokens",
+    "cached_tokens",
+})  # fmt: skip
 CACHED_NAMES = ("cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens")
 
 
@@ -2479,7 +2489,7 @@ def counts_of(section: Any) -> dict[str, int]:
     """The sound counts of an object; none if it isn't one."""
     if not isinstance(section, dict):
         return {}
-    return {name: value for name, value in section.items() if type(value) is int and 0 <= value <= USAGE_COUNT}
+    return {name: value for name, value in section.items() if type(value) is int and value in USAGE_COUNTS}
 
 
 USAGE_WORD = re.compile(r"[A-Za-z0-9_.-]+")
@@ -2487,8 +2497,9 @@ USAGE_WORD = re.compile(r"[A-Za-z0-9_.-]+")
 
 def word_of(value: Any) -> str:
     """A word of a provider, such as a service tier; empty if it is none, or a long one."""
-    is_word = isinstance(value, str) and len(value) <= USAGE_WORD_CHARACTERS and USAGE_WORD.fullmatch(value)
-    return value if is_word else ""
+    if not value or not isinstance(value, str) or len(value) > USAGE_WORD_CHARACTERS:
+        return ""
+    return value if USAGE_WORD.fullmatch(value) else ""
 
 
 WEB_SEARCH_USD = 0.01  # what both APIs charge for each
@@ -2772,7 +2783,7 @@ class Headers:
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
-        self.names = [pair[0].lower() for pair in pairs]
+        self.names = list(map(str.lower, map(operator.itemgetter(0), pairs)))
         self._first = dict(zip(self.names, pairs))
         self.has_repeated = len(self._first) < len(pairs)  # whether a name stands there more than once
         if self.has_repeated:  # then the last one of a name has taken the place of the first
@@ -3153,7 +3164,8 @@ def end_to_end(fields: Headers, kept_back: frozenset[str]) -> Pairs:
     """The fields to pass on: neither kept back, nor declared hop-by-hop by Connection."""
     if not kept_back.issuperset(fields.connection):
         kept_back = kept_back.union(fields.connection)
-    return list(itertools.compress(fields.pairs, [name not in kept_back for name in fields.names]))
+    passed_on = map(operator.not_, map(kept_back.__contains__, fields.names))
+    return list(itertools.compress(fields.pairs, passed_on))
 
 
 def upstream_fields(
@@ -3237,8 +3249,6 @@ def retry_after_seconds(value: str, now: float) -> Optional[float]:
 
 def limit_fields(fields: Headers) -> Pairs:
     """What a response says of the provider's rate limits, with names in lower case."""
-    if "ratelimit-" not in ",".join(fields.names):
-        return []
     told = [(name, value[:100]) for name, (_, value) in zip(fields.names, fields.pairs) if "ratelimit-" in name]
     return told[:RATE_LIMIT_FIELDS]
 
@@ -3929,8 +3939,6 @@ USAGE_NAMES = frozenset({
     "prompt_tokens", "completion_tokens", "prompt_tokens_details", "input_tokens_details",
     "prompt_cache_hit_tokens", "cached_tokens",
 })  # fmt: skip
-
-OPENAI_NAMES = frozenset({"prompt_tokens", "completion_tokens", "input_tokens_details"})
 
 
 def is_cut_off(line: bytes) -> bool:
@@ -6251,11 +6259,17 @@ class AccessRecord:
         figures += f" duration={now - self.started:.4f}"
         if self.attempts:
             figures += f" attempts={self.attempts}"
-        if self.used is not NOTHING_TOLD:
-            told = zip(KINDS, self.used)
-            figures += "".join(
-                [f" {kind}={count}" for kind, count in told if count or (count == 0 and kind in ALWAYS_TOLD)]
-            )
+        used = self.used
+        if used.input is not None:
+            figures += f" input={used.input}"
+        if used.cache_read:
+            figures += f" cache_read={used.cache_read}"
+        if used.cache_write:
+            figures += f" cache_write={used.cache_write}"
+        if used.cache_write_long:
+            figures += f" cache_write_long={used.cache_write_long}"
+        if used.output is not None:
+            figures += f" output={used.output}"
         if self.cost is not None:
             figures += f" cost={self.cost / 10**9:.9f}"
         return figures
@@ -6267,7 +6281,6 @@ def utc_time(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
-ALWAYS_TOLD = ("input", "output")  # the other kinds only where there are some
 TOLD_LAST = ("upstream_id", "translated", "dropped", "tried", "error")
 NAMED = ("client", "caller", "method", "path", "model", "sent", "provider", "key")
 PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]*")  # printable ASCII but space, quote, = and backslash
@@ -6311,7 +6324,6 @@ PRICED = len(SUMS)
 TTFB_AT = PRICED + 1
 DURATION_AT = TTFB_AT + len(TTFB_LIMITS)
 SERIES_LENGTH = DURATION_AT + len(DURATION_LIMITS)
-HOUR_FIGURES = ("requests", "errors", "input", "cache_read", "output", "cost")
 
 
 def sums_of(series: Sequence[int]) -> Sums:
@@ -6332,7 +6344,7 @@ class Tally:
     def __init__(self, since: float) -> None:
         self.since = since  # seconds since 1970
         self.series: dict[tuple[str, str, str, str], list[int]] = {}  # user, model as sent, provider, key
-        self.hours: dict[tuple[int, str], list[int]] = {}  # by clock hour and user: HOUR_FIGURES
+        self.hours: dict[tuple[int, str], list[int]] = {}  # by clock hour and user: SUMS
         self.seconds: dict[int, list[int]] = {}  # of the last minute: requests and errors
         self.statuses: collections.Counter[tuple[str, str, str]] = collections.Counter()  # provider, model, status
         self.refused: collections.Counter[str] = collections.Counter()  # codes of the relay's own errors
@@ -6343,15 +6355,18 @@ class Tally:
 
     def add(self, row: LedgerRow) -> None:
         """Counts a request to a model that has ended."""
-        model, user, failed = self._model_label(row), self._user_label(row.user), int(row.failed)
+        model, user, figures = self._model_label(row), self._user_label(row.user), row.figures
         self.statuses[(row.provider, model, str(row.status))] += 1
         sums = self._sums((user, model, row.provider, row.key))
-        sums[:PRICED] = map(operator.add, sums, row.figures)
+        sums[:PRICED] = map(operator.add, sums, figures)
         sums[PRICED] += row.cost is not None
         if row.stream and row.ttfb is not None:
             sums[TTFB_AT + bisect.bisect_left(TTFB_LIMITS, row.ttfb / 1000)] += 1
         sums[DURATION_AT + bisect.bisect_left(DURATION_LIMITS, row.duration / 1000)] += 1
-        self._add_to_times(row, user, failed)
+        in_hour, in_second = self._in_hour(row.at // 3_600_000, user), self._in_second(row.at // 1000)
+        in_hour[:] = map(operator.add, in_hour, figures)
+        in_second[0] += 1
+        in_second[1] += figures[1]
         self.ended.append(row)
 
     def _sums(self, names: tuple[str, str, str, str]) -> list[int]:
@@ -6361,23 +6376,20 @@ class Tally:
             sums = self.series.setdefault(names, [0] * SERIES_LENGTH)
         return sums
 
-    def _add_to_times(self, row: LedgerRow, user: str, failed: int) -> None:
-        """Counts a request in its hour and its second."""
-        hour, second = row.at // 3_600_000, row.at // 1000
-        figures = self.hours.get((hour, user))
-        if figures is None:
+    def _in_hour(self, hour: int, user: str) -> list[int]:
+        sums = self.hours.get((hour, user))
+        if sums is None:
             self.hours = {name: self.hours[name] for name in self.hours if name[0] > hour - TALLIED_HOURS}
             name = (hour, user if len(self.hours) < TALLIED_SERIES else OTHER)
-            figures = self.hours.setdefault(name, [0] * len(HOUR_FIGURES))
-        written = (row.cache_write or 0) + (row.cache_write_long or 0)
-        told = (1, failed, (row.input or 0) + written, row.cache_read or 0, row.output or 0, row.cost or 0)
-        figures[:] = map(operator.add, figures, told)
+            sums = self.hours.setdefault(name, [0] * len(SUMS))
+        return sums
+
+    def _in_second(self, second: int) -> list[int]:
         counts = self.seconds.get(second)
         if counts is None:
             self.seconds = {known: self.seconds[known] for known in self.seconds if known > second - 60}
             counts = self.seconds[second] = [0, 0]
-        counts[0] += 1
-        counts[1] += failed
+        return counts
 
     def _model_label(self, row: LedgerRow) -> str:
         """The model as it was sent, once a provider has answered for it: clients invent names."""
@@ -8428,10 +8440,8 @@ def request_page(path: str, before: int, limit: int, **wanted: Any) -> tuple[lis
 
 
 def hour_rows(path: str, since: int, user: Optional[str]) -> list[list[Any]]:
-    """The hours since one, by their number since 1970, and HOUR_FIGURES of each; of one user if named. Raises
-    sqlite3.Error."""
-    columns = ("requests", "errors", "input + cache_write + cache_write_long", "cache_read", "output", "cost")
-    query = f"SELECT hour, {', '.join(f'sum({column})' for column in columns)} FROM hour WHERE hour >= ?"
+    """The hours since one, by their number since 1970, and SUMS of each; of one user if named. Raises sqlite3.Error."""
+    query = f"SELECT hour, {', '.join(f'sum({column})' for column in SUMS)} FROM hour WHERE hour >= ?"
     query += " AND user = ?" if user is not None else ""
     values = [since] if user is None else [since, storable(user)]
     return [list(row) for row in query_ledger(path, f"{query} GROUP BY hour ORDER BY hour", values)]
@@ -9505,18 +9515,16 @@ class Relay:
             status = fault.status if fault else status
         if status == 400 and NO_CREDIT.search(response.content):
             status = 402
-        # What the client itself has caused says nothing about a key: an account that it named, an upload that it
-        # didn't finish.
-        own_fault = (status == 401 and request.names_account) or (status >= 500 and not request.is_sent)
-        own_fault = own_fault or (provider.client_keys and 400 <= status < 500)
-        clock = time.time()
-        self.keys.note_limits(candidate, limit_fields(response.head.fields), clock)
-        if status >= 400:
+        clock, blames = time.time(), request.blames and provider.format != "echo"
+        self.keys.note_limits(candidate, response.head.fields, clock)
+        if status < 300 and blames:
+            self.keys.succeeded(candidate, self._loop.now)
+        elif status >= 400:
             self.keys.note(candidate, "5xx" if status >= 500 else str(status), clock)
-        if provider.format != "echo" and request.blames and not own_fault:
-            if status < 300:
-                self.keys.succeeded(candidate, self._loop.now)
-            elif status >= 400:
+            # What the client itself has caused says nothing about a key: an account that it named, an upload that it
+            # didn't finish.
+            own_fault = request.names_account if status == 401 else status >= 500 and not request.is_sent
+            if blames and not own_fault and not (provider.client_keys and status < 500):
                 wait = retry_after_seconds(response.head.fields.get("retry-after"), clock)
                 self.keys.failed(candidate, status, wait, self._loop.now, request.by_model)
         if status not in RETRIED_STATUSES and not (request.searches and status == 404):
@@ -10827,15 +10835,23 @@ class History:
         return list(itertools.islice((row for row in found if row["id"] < before), limit))
 
     async def hours(self, user: Optional[str]) -> list[list[Any]]:
-        """The last TALLIED_HOURS hours: their number since 1970, and HOUR_FIGURES of each."""
+        """The last TALLIED_HOURS hours: their number since 1970, requests, errors, input with what was written to a
+        cache, what was read from one, output, cost."""
         path, since = self._service.ledger.file, int(time.time() // 3600) - TALLIED_HOURS + 1
         if path:
-            return await self._read(lambda: hour_rows(path, since, user))
-        sums: dict[int, list[int]] = {}
-        for (hour, owner), figures in self._service.workers.tally().hours.items():
-            if user in (None, owner) and hour >= since:
-                sums[hour] = [a + b for a, b in zip(sums.get(hour, [0] * len(figures)), figures)]
-        return [[hour, *sums[hour]] for hour in sorted(sums)]
+            rows = await self._read(lambda: hour_rows(path, since, user))
+        else:
+            sums: dict[int, list[int]] = {}
+            for (hour, owner), figures in self._service.workers.tally().hours.items():
+                if user in (None, owner) and hour >= since:
+                    sums[hour] = [a + b for a, b in zip(sums.get(hour, [0] * len(figures)), figures)]
+            rows = [[hour, *sums[hour]] for hour in sorted(sums)]
+        named = (dict(zip(("hour", *SUMS), row)) for row in rows)
+        return [
+            [it["hour"], it["requests"], it["errors"], it["input"] + it["cache_write"] + it["cache_write_long"],
+             it["cache_read"], it["output"], it["cost"]]
+            for it in named
+        ]  # fmt: skip
 
     async def _read(self, read: Callable[[], Result]) -> Result:
         """What is read from the ledger, in a thread. Raises Unavailable."""
@@ -11207,11 +11223,21 @@ def upstream_request(
     if "x-monorelay-key" not in request.fields:
         candidates = without_client_keys(candidates)
     target = endpoint.target(request.query)
-    record = exchange.record
-    wanted = UpstreamRequest(request, target, endpoint.by_model, body, candidates, record, searches=searches)
+    translate = None
     if isinstance(body, ReadBody) and endpoint.path in TRANSLATED_PATHS:
-        wanted = wanted._replace(translate=TranslatedRequest(exchange, body).to, format=endpoint.format)
-    return wanted
+        translate = TranslatedRequest(exchange, body).to
+    return UpstreamRequest(
+        request,
+        target,
+        endpoint.by_model,
+        body,
+        candidates,
+        exchange.record,
+        True,
+        searches,
+        translate,
+        endpoint.format,
+    )
 
 
 # What may go to a provider of the other format, behind /v1.

@@ -1593,7 +1593,7 @@ def test_how_a_key_is_says_what_it_has_met_and_what_is_left():
     it.failed(second, 401, None, now=100)
     it.pool.unreachable(other, now=100)
     fields = monorelay.Headers([(name, value) for name, value in KEY_LIMITS.items()])
-    it.pool.note_limits(first, monorelay.limit_fields(fields), UNIX_TIME)
+    it.pool.note_limits(first, fields, UNIX_TIME)
     keys = {(key["provider"], key["key"]): key for key in key_documents(it)}
     assert list(keys) == [("anthropic", "k0"), ("anthropic", "k1"), ("anthropic", "k2"), ("anthropic2", "other")]
     k0 = keys["anthropic", "k0"]
@@ -1646,7 +1646,7 @@ def test_what_several_workers_know_of_a_key_is_one():
         it.pool.note(it.first(), "ok", UNIX_TIME)
         it.pool.note(it.first(), f"50{number}", UNIX_TIME + number)
         told = [("x-ratelimit-limit-tokens", "10"), ("x-ratelimit-remaining-tokens", str(10 - number))]
-        it.pool.note_limits(it.first(), told, UNIX_TIME + number)
+        it.pool.note_limits(it.first(), monorelay.Headers(told), UNIX_TIME + number)
     joined = monorelay.joined_records(
         json.loads(json.dumps(monorelay.record_document(it.pool.records["anthropic", "k0"]))) for it in pools
     )
@@ -1662,13 +1662,13 @@ def test_what_is_remembered_of_a_key_is_bounded_whatever_its_provider_tells():
     def told(number: int) -> None:
         kind = f"{number:x}".translate(str.maketrans("0123456789", "ghijklmnop"))
         fields = {f"anthropic-ratelimit-x-{kind}-{n}-utilization": "0.5" for n in range(200)}
-        it.pool.note_limits(candidate, monorelay.limit_fields(monorelay.Headers([*fields.items()])), UNIX_TIME + number)
+        it.pool.note_limits(candidate, monorelay.Headers([*fields.items()]), UNIX_TIME + number)
         it.pool.note(candidate, "ok", UNIX_TIME + number * 3600)
 
     for number in range(100):
         told(number)
     record = it.pool.records["anthropic", "k0"]
-    assert len(record.limits_told) == monorelay.RATE_LIMIT_FIELDS and len(record.hours) == 2
+    assert len(monorelay.limit_fields(record.limits_told)) == monorelay.RATE_LIMIT_FIELDS and len(record.hours) == 2
     assert record.limits_at == UNIX_TIME + 99
 
 
@@ -13811,7 +13811,7 @@ def check_memory(week: Week) -> None:
         sums: dict[int, list[int]] = {}
         for (at, owner), figures in week.relay.server.service.tally.hours.items():
             if at > hour - monorelay.TALLIED_HOURS and user in (None, owner):
-                sums[at] = [one + other for one, other in zip(sums.get(at, [0] * 6), figures)]
+                sums[at] = [one + other for one, other in zip(sums.get(at, [0] * len(figures)), figures)]
         found = monorelay.hour_rows(str(week.path), hour - monorelay.TALLIED_HOURS + 1, user)
         assert {at: [figure or 0 for figure in figures] for at, *figures in found} == sums
 
