@@ -211,6 +211,7 @@ SHARED_SOON_SECONDS = 0.025  # and what limits and keys depend on, and
 SUMMED_SECONDS = 0.2  # how often it sums up what all have counted, which may take 10 ms, and
 LOOKED_SECONDS = 0.01  # how often it looks what the others have shown
 TALLIED_MODELS = 100  # that metrics tell apart, and
+TALLIED_MODELS_OF_ONE = 50  # for whom one user was the first to ask, and
 TALLIED_USERS = 100  # users who aren't in relay.json, and
 TALLIED_NAME_BYTES = 200  # of either, as JSON; the longest known names of models have some 120
 TALLIED_SERIES = 1000  # users with their models, providers and keys
@@ -1884,6 +1885,12 @@ def close_models(config: Config, name: str) -> list[str]:
 def known_models(config: Config) -> str:
     """The names and patterns that this relay has a way for."""
     return listing(sorted([*config.aliases, *config.routes])) or "none"
+
+
+def named_models(config: Config) -> frozenset[str]:
+    """The models that relay.json names, as they are sent."""
+    entries = [*config.routes, *itertools.chain(*config.aliases.values())]
+    return frozenset(asked_name(config, entry) for entry in entries if "*" not in entry)
 
 
 def find_targets(config: Config, name: str) -> list[Target]:
@@ -3991,9 +3998,9 @@ class LineSplitter:
 class Usage:
     """What a response says was used, read from a copy of its bytes as they pass.
 
-    Only the objects behind "usage" are parsed. The last that tells something is the valid one; in a stream it is merged
-    over those before, since Anthropic's message_delta has the totals without their details. What message_start says of
-    the output is a placeholder."""
+    Only the objects behind "usage" are parsed. The last that tells something is the valid one: those before may stand
+    in a tool's schema, which comes back in the answer. Anthropic's message_delta has the totals without their details,
+    so it is merged over message_start, where the output is a placeholder."""
 
     __slots__ = ("_found", "_held", "_is_placeholder", "_tier")
 
@@ -4017,13 +4024,12 @@ class Usage:
         if self._held:
             data, self._held = self._held + data, b""
         held = -USAGE_NAME_BYTES
+        if b'"service_tier"' in data and (is_stream or not self._tier):
+            self._note_tier(data, 0)
         if b'"usage"' in data:
             held = self._look(data, is_stream)
         elif is_stream and data.endswith(b"\n"):
             return
-        if b'"service_tier"' in data:
-            tiers = OPENAI_TIER.findall(data)
-            self._tier = tiers[-1].decode("ascii") if tiers else self._tier
         if not (is_stream and data.endswith(b"\n")):
             self._held = data[held:]
 
@@ -4048,13 +4054,24 @@ class Usage:
         if USAGE_NAMES.isdisjoint(usage):
             return
         if is_stream:
-            line = data[max(data.rfind(b"\n", 0, at), data.rfind(b"\r", 0, at)) + 1 : at]
+            start = max(data.rfind(b"\n", 0, at), data.rfind(b"\r", 0, at)) + 1
+            line = data[start:at]
             if b'"content_block' in line:
                 return  # a tool's input may have a `usage` of its own; of a whole answer it stands before the real one
             self._is_placeholder = b'"message_start"' in line
-            told = {name: usage[name] for name in USAGE_NAMES & usage.keys() if usage[name] is not None}
-            usage = {**self._found, **told}
+            if b'"message_delta"' in line:
+                told = {name: usage[name] for name in USAGE_NAMES & usage.keys() if usage[name] is not None}
+                usage = {**self._found, **told}
+            elif not self._is_placeholder:
+                self._note_tier(data, start)
         self._found = usage
+
+    def _note_tier(self, data: bytes, start: int) -> None:
+        """Notes the first service tier from there on: those behind may stand in what a client has sent, which comes
+        back in the answer."""
+        tier = OPENAI_TIER.search(data, start)
+        if tier:
+            self._tier = tier[1].decode("ascii")
 
 
 # ==== Formats =======================================================================================
@@ -6349,8 +6366,9 @@ class Tally:
         self.statuses: collections.Counter[tuple[str, str, str]] = collections.Counter()  # provider, model, status
         self.refused: collections.Counter[str] = collections.Counter()  # codes of the relay's own errors
         self.ended: collections.deque[LedgerRow] = collections.deque(maxlen=ENDED_ROWS)
-        self.users: Collection[str] = ()  # those of relay.json, which are always told apart
-        self._models: set[str] = set()  # that a provider has answered for
+        self.users: Collection[str] = ()  # those of relay.json, which are always told apart,
+        self.models: Collection[str] = ()  # and so are these
+        self._models: dict[str, str] = {}  # others that a provider has answered for, and who asked for them first
         self._others: set[str] = set()  # users whom only their tokens name
 
     def add(self, row: LedgerRow) -> None:
@@ -6392,12 +6410,17 @@ class Tally:
         return counts
 
     def _model_label(self, row: LedgerRow) -> str:
-        """The model as it was sent, once a provider has answered for it: clients invent names."""
-        if row.sent not in self._models:
-            if not row.answered or len(self._models) >= TALLIED_MODELS or is_odd_name(row.sent):
+        """The model as it was sent, once a provider has answered for it: clients invent names, and no one may do so
+        for all."""
+        if row.sent not in self._models and row.sent not in self.models:
+            is_full = len(self._models) >= TALLIED_MODELS
+            if not row.answered or is_full or is_odd_name(row.sent) or self._has_named_many(row.user):
                 return OTHER
-            self._models.add(row.sent)
+            self._models[row.sent] = row.user
         return row.sent
+
+    def _has_named_many(self, user: str) -> bool:
+        return list(self._models.values()).count(user) >= TALLIED_MODELS_OF_ONE
 
     def _user_label(self, user: str) -> str:
         if user not in self.users and user not in self._others:
@@ -8384,6 +8407,14 @@ def summed_usage(
     return [(group, sums) for group, sums in groups if sums[0]]  # without a group, there is a row of nothing
 
 
+def usage_body(about: JsonDict, groups: Sequence[tuple[JsonDict, Sums]]) -> bytes:
+    """What was used by each group, and in all, as JSON: row by row, since nothing else runs while `json` writes one."""
+    total = [functools.reduce(plus, column) for column in zip(*(sums for _, sums in groups))]
+    rows = ", ".join([json.dumps(usage_row(group, sums)) for group, sums in groups])
+    last = json.dumps(usage_row({}, total or [0] * len(SUMS)))
+    return f'{json.dumps(about)[:-1]}, "rows": [{rows}], "total": {last}}}'.encode("ascii")
+
+
 def usage_row(group: Mapping[str, str], sums: Sums) -> JsonDict:
     """The names of a group and its sums, for people: USD, and the mean times in seconds."""
     figures: JsonDict = dict(zip(SUMS, sums))
@@ -10074,7 +10105,7 @@ class Service:
         """Serves by this configuration from the next request on. The targets of models are worked out once for each."""
         self.relay.connections.prepare(config.providers.values())
         self.bodies.limit = int(config.server.max_held_mb * MEGABYTE)
-        self.tally.users = config.users
+        self.tally.users, self.tally.models = config.users, named_models(config)
         self.ledger.use(config)
         targets = functools.lru_cache(maxsize=1024)(functools.partial(targets_for, config))
         routing = config, targets
@@ -10792,24 +10823,14 @@ class History:
         self._service = service
         self._reader = Worker()
 
-    async def usage(self, user: Optional[str], first: str, last: str, by: Sequence[str], daily: bool) -> JsonDict:
+    async def usage(self, user: Optional[str], first: str, last: str, by: Sequence[str], daily: bool) -> bytes:
         """The answer of /api/usage: sums from one day to another, which is included. `user`: of no one else."""
-        config, path = self._service.config, self._service.ledger.file
-        if path:
-            since, until = window_end(first) - 86400, window_end(last)
-            hours = int(since // 3600), int(until // 3600)
-            groups = await self._read(lambda: summed_usage(path, *hours, by, daily, user))
-        else:
-            groups = self._usage_in_memory(user, by)
-        total = [functools.reduce(plus, column) for column in zip(*(sums for _, sums in groups))]
-        return {
-            "from": first,
-            "to": last,
-            "by": list(by),
-            "priced": config.prices and (config.prices.as_of or True),
-            "rows": [usage_row(group, sums) for group, sums in groups],
-            "total": usage_row({}, total or [0] * len(SUMS)),
-        }
+        prices, path = self._service.config.prices, self._service.ledger.file
+        about = {"from": first, "to": last, "by": list(by), "priced": prices and (prices.as_of or True)}
+        if not path:
+            return usage_body(about, self._usage_in_memory(user, by))
+        hours = int((window_end(first) - 86400) // 3600), int(window_end(last) // 3600)
+        return await self._read(lambda: usage_body(about, summed_usage(path, *hours, by, daily, user)))
 
     def _usage_in_memory(self, user: Optional[str], by: Sequence[str]) -> list[tuple[JsonDict, Sums]]:
         series = self._service.workers.tally().by(*(GROUPS.index(name) for name in by), user=user)
@@ -10873,6 +10894,7 @@ class LivePage:
         self._exchange = exchange
         self._service = exchange.service
         self._loop = exchange.loop
+        self.caller = exchange.caller
         self._service.pages[self] = None
         self._task = exchange.loop.current
         self._is_sending = False  # what it was told last: as long as its client doesn't take it
@@ -10887,10 +10909,10 @@ class LivePage:
 
     def close(self) -> None:
         """Makes room for another page."""
-        del self._service.pages[self]
+        self._service.pages.pop(self, None)
 
     def end(self) -> None:
-        """Ends it at once if its client takes nothing, while the relay drains; else it ends with its next look."""
+        """Ends it at once if its client takes nothing; else it ends with its next look."""
         if self._is_sending:
             self._task.resume(shutting_down())
 
@@ -10906,7 +10928,7 @@ class LivePage:
         while True:
             if self._last:
                 await pause(self._loop, LIVE_SECONDS)
-            if self._service.draining or not self._may_go_on():
+            if not self._may_go_on():
                 return b""
             news = await self._news()
             if len(news) > 1:
@@ -10917,13 +10939,15 @@ class LivePage:
                 return b": nothing new\n\n"
 
     def _may_go_on(self) -> bool:
-        """Whether the token still holds, for the same caller."""
+        """Whether there is still a place for it, and the token holds, for the same caller."""
         exchange = self._exchange
+        if self._service.draining or self not in self._service.pages:
+            return False
         try:
             caller = identify(shown_tokens(exchange.request.fields), self._service.config, time.time())
         except RelayError:
             return False
-        return caller == exchange.caller
+        return caller == self.caller
 
     async def _news(self) -> JsonDict:
         """What has changed since it was last asked; at first, everything."""
@@ -11047,11 +11071,24 @@ async def answer_root(exchange: Exchange) -> Response:
     return await (answer_alive if exchange.request.method == "HEAD" else answer_health)(exchange)
 
 
+def make_room_for_page(exchange: Exchange) -> None:
+    """Where there are too many pages, ends the oldest of the one who has most. Raises Unavailable if that is the
+    caller."""
+    pages = exchange.service.pages
+    if len(pages) < PAGES:
+        return
+    owned = collections.Counter(page.caller.name for page in pages)
+    name, most = owned.most_common(1)[0]
+    if most <= owned[exchange.caller.name] + 1:
+        raise Unavailable(f"{PAGES} pages follow this relay already; close one", "too_many_pages")
+    oldest = next(page for page in pages if page.caller.name == name)
+    oldest.close()
+    oldest.end()
+
+
 async def answer_live(exchange: Exchange) -> Response:
     """What happens, as it happens, until the relay drains or the token expires. Raises Unavailable for one too many."""
-    service = exchange.service
-    if len(service.pages) >= PAGES:
-        raise Unavailable(f"{PAGES} pages follow this relay already; close one", "too_many_pages")
+    make_room_for_page(exchange)
     fields = [("content-type", "text/event-stream"), *UNBUFFERED]
     return exchange.respond(200, fields=fields)._replace(live=LivePage(exchange))
 
@@ -11061,16 +11098,15 @@ async def answer_usage(exchange: Exchange) -> Response:
     query = exchange.read_query("from", "to", "by", "step")
     today = windows(time.time())[0]
     first, last = query_date(query, "from", today), query_date(query, "to", today)
-    by = query.get("by", "user,model").split(",")
+    by = list(dict.fromkeys(query.get("by", "user,model").split(",")))
     for name in by:
         if name not in GROUPS:
             raise BadRequest(f"by: {name[:100]!r} is none of {', '.join(GROUPS)}")
     step = query.get("step", "")
     if step not in ("", "day"):
         raise BadRequest("step: must be day")
-    return exchange.respond(
-        200, await exchange.service.history.usage(exchange.own_name(), first, last, by, step == "day")
-    )
+    body = await exchange.service.history.usage(exchange.own_name(), first, last, by, step == "day")
+    return exchange.respond_with(body, "application/json")
 
 
 async def answer_requests(exchange: Exchange) -> Response:

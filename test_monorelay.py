@@ -2952,7 +2952,9 @@ def whole_chat(**fields: Any) -> dict[str, Any]:
     return {"id": "c1", "object": "chat.completion", "choices": [{"index": 0, "message": message}], **fields}
 
 
-SCHEMA = {"type": "function", "name": "f", "parameters": {"properties": {"usage": {"type": "object"}}}}
+# It comes back in the answer, where a client would rather have its own figures read.
+FREE = {"prompt_tokens": 0, "completion_tokens": 0, "service_tier": "batch", "iterations": [{"input_tokens": 0}]}
+SCHEMA = {"type": "function", "name": "f", "parameters": {"properties": {"usage": {"type": "object", **FREE}}}}
 
 
 def whole_response(**fields: Any) -> dict[str, Any]:
@@ -11334,6 +11336,18 @@ def test_metrics_tell_a_bounded_number_of_names_apart(upstream, relay):
     assert told.value("monorelay_requests_total", provider="anthropic", status="404") == 125
 
 
+def test_one_user_can_not_take_the_names_of_models_from_the_others(relay):
+    it = relay({"echo": {}}, users=OWNERS, aliases={"mine": "echo-mine@echo"}, routes={"echo*": "echo"})
+    with it.client() as client:
+        for number in range(monorelay.TALLIED_MODELS):
+            client.ask("POST", "/v1/messages", json.dumps(prompt(f"echo-{number}")).encode(), token=ALICE)
+        for name in ("mine", "echo-new"):
+            client.ask("POST", "/v1/messages", json.dumps(prompt(name)).encode(), token=BOB)
+    eventually(lambda: len(it.server.service.tally.ended) == monorelay.TALLIED_MODELS + 2)
+    models = metrics(it).labels("monorelay_requests_total", "model")
+    assert len(models) == monorelay.TALLIED_MODELS_OF_ONE + 3 and {"(other)", "echo-mine", "echo-new"} <= models
+
+
 def test_users_of_relay_json_are_told_apart_however_many_they_are():
     tally = monorelay.Tally(0.0)
     tally.users = {f"user-{number}": None for number in range(300)}
@@ -11735,6 +11749,24 @@ def test_no_more_pages_than_fifty_and_each_that_leaves_makes_room(relay, quick):
             assert told_live(page)[0] == "state"
         assert metrics(it).value("monorelay_requests_total") == metrics(it).value("monorelay_requests_running") == 0
     assert eventually(lambda: not it.server.service.pages)
+
+
+def test_who_has_most_pages_makes_room_for_another_ones(relay, quick):
+    it = relay({"echo": {}}, users=OWNERS)
+    with contextlib.ExitStack() as stack:
+        pages = [stack.enter_context(live(it, token=ALICE)) for _ in range(monorelay.PAGES)]
+        for page in pages:
+            told_live(page)
+        assert it.ask("GET", "/api/live", token=ALICE).status == 503
+        owner = stack.enter_context(live(it))
+        assert told_live(owner)[0] == "state"
+        eventually(lambda: len(it.server.service.pages) == monorelay.PAGES)
+        pages[0].until(b"0\r\n\r\n")
+        for page in [stack.enter_context(live(it, token=BOB)) for _ in range(24)]:
+            told_live(page)
+        assert it.ask("GET", "/api/live", token=BOB).status == 503, "alice has only one page more"
+        owners = Counter(page.caller.name for page in it.server.service.pages)
+        assert owners["alice"] == 25 and owners["bob"] == 24 and len(owners) == 3
 
 
 @pytest.mark.parametrize("reads", [True, False])
