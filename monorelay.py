@@ -11,17 +11,18 @@
 
 Three storeys, of rooms that know only those above them:
 
-    ┌ decides  limits · errors · config · auth · routing · key pool · ledger rules · HTTP/1.1 · JSON bodies ·
-    │          event streams · formats · records · echo             no socket, clock, file or environment
+    ┌ decides  limits · errors · config · auth · routing · key pool · ledger rules · HTTP/1.1 · headers passed on ·
+    │          JSON bodies · event streams · formats · records · echo      no socket, clock, file or environment
     ├ waits    event loop · writers · request body · upstream · relay · catalogue
-    └ runs     responses · endpoints · handler · server · processes · page · command line
+    └ runs     responses · service · endpoints · handler · server · processes · page · command line
 
 The way of a request:
 
     RelayServer.process_request   a connection is accepted; a Handler serves it as a task of the EventLoop
     Handler._next_head            waits for a whole head
     Handler._respond              makes an Exchange, reads the head strictly, finds the endpoint, asks who calls
-    answer_by_model               an endpoint: reads the body for its model, and turns it into targets, then candidates
+    answer_by_model               an endpoint: reads the body for its model
+    relay_by_model                turns the model into targets, then candidates: a target with a key
     Relay.obtain                  takes candidate after candidate, until one's response isn't a failure
     Attempt.run                   sends the request on a kept or a new connection, reads the head, and judges it
     Handler._send                 sends the Response as it comes; an Outgoing makes bytes of it
@@ -132,25 +133,28 @@ FORM_PARTS = 100  # are looked at; most forms have two or three
 HELD_BYTES = 256 * 1024
 # The same of a client that hasn't shown a token: a head's worth, and mostly far less.
 UNKNOWN_HELD_BYTES = 16 * 1024
-TRIMMED_BYTES = 16 * 1024 * 1024  # when bodies have left so much, free memory goes back to the system,
-TRIM_SECONDS = 30.0  # and else after so long: it takes some milliseconds
-AHEAD_SECONDS = 0.5  # how often it is looked whether a client that has sent so much is still there
-SWEEP_SECONDS = 5.0  # deadlines that are further off are looked at this often
-TICK_SECONDS = 0.005  # and near ones not more often than this
+# Free memory goes back to the system when bodies have released so much, else now and then: it takes some milliseconds.
+TRIMMED_BYTES = 16 * 1024 * 1024
+TRIM_SECONDS = 30.0
+AHEAD_SECONDS = 0.5  # between two checks whether a client with a full buffer has left
+# Between two sweeps over the deadlines of all tasks, at most and at least. A sweep takes time in proportion to the
+# tasks, which is little up to some 10,000; for many more, a heap of deadlines would be due.
+SWEEP_SECONDS = 5.0
+TICK_SECONDS = 0.005
 PATIENT_SECONDS = 0.005  # of a turn of the event loop, for work that is done in steps
 SWITCH_SECONDS = 0.0005  # a thread that computes holds up each system call of the loop so long; CPython's own is 5 ms
 OTHER_THREADS_SECONDS = 0.0001  # after which other threads have their turn
-SLOW_EVENT_SECONDS = 0.002  # a connection whose last event took longer shares that time, too,
-LATE_SECONDS = 0.015  # and so do all that aren't served so early in a turn
+SLOW_EVENT_SECONDS = 0.002  # a connection whose last event took longer shares PATIENT_SECONDS, too
+LATE_SECONDS = 0.015  # of a turn; connections that aren't served by then come first in the next one
 # Of an error's body so much is looked at before it is passed on, and waited for no longer than this.
 PEEKED_BYTES = 64 * 1024
 PEEK_SECONDS = 5.0
 ERROR_BYTES = 8 * 1024  # a longer one isn't read for its type
 # An unread body up to this size is read and dropped to keep the connection; nginx closes lingering.
 DISCARDED_BODY_BYTES = 64 * 1024
-DISCARD_SECONDS = 0.5  # and no longer: what is short and was sent is here by then
+DISCARD_SECONDS = 0.5  # a short body that was sent has arrived by then
 
-UNPROVEN_SECONDS = 1.0  # who is busy for longer, and has shown no token, may have to make room for others
+UNPROVEN_SECONDS = 1.0  # a client that is busy for longer without a token may be closed to make room for others
 HEAD_SECONDS = 20.0  # Apache's RequestReadTimeout header=20
 BODY_PAUSE_SECONDS = 60.0  # nginx's client_body_timeout
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout
@@ -201,28 +205,28 @@ COMPARED_PRODUCT = 100_000  # of characters, for "did you mean": 20 ms at worst,
 COMPARED_CHARACTERS = 64
 COMPARED_PATTERNS = 50
 LISTED_NAMES = 8  # in a message
-REMEMBERED_PATH_CHARACTERS = 200
+TELLING_PATH_CHARACTERS = 200
 MODEL_CHARACTERS = 256  # of a model's name; the longest known ones, ARNs of inference profiles, have some 120
 # Of a worker, for what has to be known soon, and as much for the rest; the system gives memory only for what is used.
 BOARD_PLACE_BYTES = 4 * 1024 * 1024
 BOARD_READS = 3  # of a place that is being written meanwhile
-SHARED_SECONDS = 1.0  # how often a worker shows what it has counted,
-SHARED_SOON_SECONDS = 0.025  # and what limits and keys depend on, and
-SUMMED_SECONDS = 0.2  # how often it sums up what all have counted, which may take 10 ms, and
-LOOKED_SECONDS = 0.01  # how often it looks what the others have shown
-TALLIED_MODELS = 100  # that metrics tell apart, and
-TALLIED_MODELS_OF_ONE = 50  # for whom one user was the first to ask, and
-TALLIED_USERS = 100  # users who aren't in relay.json, and
+SHARED_SECONDS = 1.0  # between two times that a worker shows what it has counted
+SHARED_SOON_SECONDS = 0.025  # the same for rate limits and cooldowns
+LOOKED_SECONDS = 0.01  # between two looks at what the other workers have shown
+SUMMED_SECONDS = 0.2  # how long the sum of what all have counted is kept: to make it may take 10 ms
+TALLIED_MODELS = 100  # that metrics tell apart, besides those that relay.json names
+TALLIED_MODELS_OF_ONE = 50  # of them, for which one user was the first to ask
+TALLIED_USERS = 100  # the same of users who aren't in relay.json
 TALLIED_NAME_BYTES = 200  # of either, as JSON; the longest known names of models have some 120
 TALLIED_SERIES = 1000  # users with their models, providers and keys
 TALLIED_HOURS = 48
-RUNNING_ROWS = 200  # requests that run, and
-ROWS_AT_ONCE = 1000  # that /api/requests answers
+RUNNING_ROWS = 200  # running requests that a page is told of
+ROWS_AT_ONCE = 1000  # in one response of /api/requests
 QUERY_FIELDS = 16
-PAGES = 50  # that may follow what happens
-LIVE_SECONDS = 1.0  # between two ticks
-LIVE_QUIET_SECONDS = 15.0  # without any, a comment shows that the connection is still there
-LIVE_LATE_SECONDS = 3  # so long after its end a request may become known that another worker has served
+PAGES = 50  # that may follow /api/live
+LIVE_SECONDS = 1.0  # between two ticks of it
+LIVE_QUIET_SECONDS = 15.0  # without a tick; then a comment shows that the connection is still there
+LIVE_LATE_SECONDS = 3  # after its end, by when a request that another worker has served is known
 HOURS_SECONDS = 10.0  # between two looks into the ledger
 FIRST_ROWS = 50  # requests that a page is told of at first
 ENDED_ROWS = 500  # requests that have ended, for the page
@@ -234,10 +238,11 @@ CUT_LINES = 1000  # requests that are logged when they are cut at the end
 TLS_WARNING_SECONDS = 60.0  # between two warnings of clients that take the port for one of HTTPS
 LOG_VALUE_CHARACTERS = 200
 LOGGED_CHARACTERS = LOG_VALUE_CHARACTERS + 1  # of a text from outside so much is kept, which shows that it was longer
-LOG_BACKLOG_LINES = 4000  # more than that waiting for a blocked stderr is dropped, and counted,
-LOG_BACKLOG_CHARACTERS = 4 * 1024 * 1024  # and so is what comes when so much waits
+# What waits for a stderr that is blocked; lines beyond either are dropped, and counted.
+LOG_BACKLOG_LINES = 4000
+LOG_BACKLOG_CHARACTERS = 4 * 1024 * 1024
 
-USAGE_COUNTS = range(10**12)  # tokens: nothing that is larger can be true
+USAGE_COUNTS = range(10**12 + 1)  # tokens: nothing that is larger can be true
 USAGE_ITERATIONS = 100  # of one response; server-side loops end after some ten
 USAGE_WORD_CHARACTERS = 32  # of a service tier and the like
 COST_NANO_USD = 10**15  # a million USD: no response costs more, and sums of such fit into SQLite's 64 bits
@@ -263,30 +268,14 @@ DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
 # What a relay serves when there is no relay.json at all: the same as the shipped file, but for the ledger. Nobody has
 # asked for a file, and there is no folder to be named.
 BUILT_IN_CONFIG = """{
-  "server": {
-    "host": "127.0.0.1",
-    "port": 8787,
-    "access_key": "${MONORELAY_ACCESS_KEY:-}",
-    "jwt_secret": "${MONORELAY_JWT_SECRET:-}"
-  },
+  "server": {"host": "127.0.0.1", "port": 8787,
+    "access_key": "${MONORELAY_ACCESS_KEY:-}", "jwt_secret": "${MONORELAY_JWT_SECRET:-}"},
   "providers": {
-    "anthropic": {
-      "format": "anthropic",
-      "base_url": "https://api.anthropic.com",
-      "keys": ["${ANTHROPIC_API_KEY:-}"]
-    },
-    "openai": {
-      "format": "openai",
-      "base_url": "https://api.openai.com/v1",
-      "keys": ["${OPENAI_API_KEY:-}"]
-    },
-    "echo": { "format": "echo" }
+    "anthropic": {"format": "anthropic", "base_url": "https://api.anthropic.com", "keys": ["${ANTHROPIC_API_KEY:-}"]},
+    "openai": {"format": "openai", "base_url": "https://api.openai.com/v1", "keys": ["${OPENAI_API_KEY:-}"]},
+    "echo": {"format": "echo"}
   },
-  "routes": {
-    "claude-*": ["anthropic", "echo"],
-    "gpt-*": ["openai", "echo"],
-    "echo*": "echo"
-  }
+  "routes": {"claude-*": ["anthropic", "echo"], "gpt-*": ["openai", "echo"], "echo*": "echo"}
 }
 """
 
@@ -295,8 +284,8 @@ BUILT_IN_CONFIG = """{
 #
 # RelayError                what the client is told; carries status, type (`kind`) and short code
 #  ├─ BadRequest            400  ├─ MalformedRequest: the connection is closed, too
-#  │                             └─ Untranslatable: the format of the provider can't say it
-#  ├─ Unauthenticated       401  └─ TokenError, one subclass a reason
+#  │                             └─ Untranslatable (in Formats): the provider's format can't say it
+#  ├─ Unauthenticated       401  └─ TokenError (in Auth), one subclass a reason
 #  ├─ Forbidden             403
 #  ├─ NotFound              404
 #  ├─ MethodNotAllowed      405
@@ -311,14 +300,14 @@ BUILT_IN_CONFIG = """{
 #  ├─ Unreachable           nothing was sent
 #  ├─ BrokenExchange        sent, and then no (whole) head of a response
 #  └─ NoResponse              sent, and silent for the provider's timeout
-# AnswerFault               what a provider's answer holds instead of a message, when it is translated
-# EchoFault                 what echo was asked to answer, or finds wrong
+# AnswerFault               (in Formats) a response that is translated holds an error, or no message
+# EchoFault                 (in Echo) the error that echo was asked for, or finds in a request
 # FramingError              bytes that are not HTTP/1.1; whose fault it is, the caller knows
 # EarlyResponse               no fault: a provider that answers while it is still being sent the request
 # Overdue                   no fault either: a task's time is over, and it decides what that means
 # ClientGone                nobody is left to be told anything
 # ConfigError               everything that is wrong with relay.json
-# UsageError                a command line that asks for what there isn't
+# UsageError                (in Command line) a command line that asks for what there isn't
 
 
 class RelayError(Exception):
@@ -480,7 +469,7 @@ class EarlyResponse(Exception):
 
 
 class Overdue(Exception):
-    """What a task waits for hasn't come in time."""
+    """A wait has reached its deadline."""
 
 
 class ClientGone(Exception):
@@ -666,7 +655,7 @@ class Prices(NamedTuple):
 
 
 class RunSecrets(NamedTuple):
-    """What is made up for one run, to be used where relay.json has nothing."""
+    """Secrets made up for one run, used where relay.json has none."""
 
     access_key: Secret
     jwt_secret: Secret
@@ -719,7 +708,7 @@ class FromEnvironment(str):
 
 
 class Problems:
-    """What is wrong with a configuration, each with its place."""
+    """The problems of a configuration, each with its place."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -823,11 +812,16 @@ def join(place: str, key: str) -> str:
 Check = Callable[[Any], Any]
 
 
+def expect(value: Any, types: Union[type, tuple[type, ...]], wanted: str) -> Any:
+    """The value, if it is of these types. Raises ValueError that says what is wanted instead."""
+    if not isinstance(value, types):
+        raise ValueError(f"must be {wanted}, not {kind_of(value)}")
+    return value
+
+
 def text(value: Any) -> str:
     """The string."""
-    if not isinstance(value, str):
-        raise ValueError(f"must be a string, not {kind_of(value)}")
-    return str(value)
+    return str(expect(value, str, "a string"))
 
 
 def some_text(value: Any) -> str:
@@ -839,9 +833,7 @@ def some_text(value: Any) -> str:
 
 def boolean(value: Any) -> bool:
     """The truth value."""
-    if not isinstance(value, bool):
-        raise ValueError(f"must be true or false, not {kind_of(value)}")
-    return value
+    return bool(expect(value, bool, "true or false"))
 
 
 def number(value: Any) -> float:
@@ -897,8 +889,7 @@ def texts(value: Any) -> tuple[str, ...]:
 
 def text_or_texts(value: Any) -> tuple[str, ...]:
     """The strings of a list, or the one that stands for it."""
-    if not isinstance(value, (str, list)):
-        raise ValueError(f"must be a string or a list of strings, not {kind_of(value)}")
+    expect(value, (str, list), "a string or a list of strings")
     found = texts([value] if isinstance(value, str) else value)
     if not found:
         raise ValueError("must name at least one")
@@ -1005,9 +996,7 @@ def proxy_url(value: Any) -> str:
 
 def upstream_headers_setting(value: Any) -> tuple[tuple[str, Optional[str]], ...]:
     """The headers to set upstream, None for those to remove."""
-    if not isinstance(value, dict):
-        raise ValueError(f"must be an object of headers, not {kind_of(value)}")
-    for name, content in value.items():
+    for name, content in expect(value, dict, "an object of headers").items():
         if not TOKEN.fullmatch(name) or name.lower() in FRAMING_HEADERS:
             raise ValueError(f"{name!r} is not a header that can be set")
         if content is not None and not (
@@ -1019,9 +1008,7 @@ def upstream_headers_setting(value: Any) -> tuple[tuple[str, Optional[str]], ...
 
 def listed(value: Any) -> list[Any]:
     """The list."""
-    if not isinstance(value, list):
-        raise ValueError(f"must be a list, not {kind_of(value)}")
-    return value
+    return list(expect(value, list, "a list"))
 
 
 def listed_or_client(value: Any) -> Any:
@@ -1031,16 +1018,12 @@ def listed_or_client(value: Any) -> Any:
 
 def object_or_boolean(value: Any) -> Any:
     """The object of settings, or whether there may be some."""
-    if not isinstance(value, (bool, dict)):
-        raise ValueError(f"must be true, false or an object of settings, not {kind_of(value)}")
-    return value
+    return expect(value, (bool, dict), "true, false or an object of settings")
 
 
 def json_object(value: Any) -> str:
     """The object as JSON."""
-    if not isinstance(value, dict):
-        raise ValueError(f"must be an object, not {kind_of(value)}")
-    return json.dumps(value, allow_nan=False)
+    return json.dumps(expect(value, dict, "an object"), allow_nan=False)
 
 
 def provider_key(value: Any, number_in_list: int) -> Optional[ProviderKey]:
@@ -1135,7 +1118,7 @@ def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.jso
     for key in document:
         if key not in TOP_LEVEL:
             problems.add(key, f"unknown key{suggestion(key, TOP_LEVEL)}")
-    if not is_text(document.get("env_file", "")):
+    if not isinstance(document.get("env_file", ""), str):
         problems.add("env_file", "must be the path of a file")
     sections = {key: read_object(document.get(key, {}), key, problems) for key in SECTIONS}
     for key in SECTIONS:
@@ -1163,7 +1146,7 @@ def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.jso
 
 
 def json_hint(source: str) -> str:
-    """What is often the matter with a text that is no JSON."""
+    """The usual reason why a text is no JSON, in parentheses; empty for others."""
     bare = re.sub(r'"(?:[^"\\\n]|\\.)*"?', '""', source)  # what stands in strings says nothing
     if not source.strip():
         return " (the file is empty)"
@@ -1346,8 +1329,7 @@ LITELLM_KINDS = {
 def parse_prices(document: Any) -> Prices:
     """The prices in a document of LiteLLM's form, USD per token by the model's name, or of relay.json's own, USD per
     million by pattern. Raises ValueError with the place."""
-    if not isinstance(document, dict):
-        raise ValueError(f"must be an object of models and their prices, not {kind_of(document)}")
+    expect(document, dict, "an object of models and their prices")
     models = {name: given for name, given in document.items() if not name.startswith("//")}
     for name, given in models.items():
         if not isinstance(given, dict):
@@ -1373,9 +1355,8 @@ def litellm_price(name: str, given: JsonDict) -> Price:
     return Price(rates, {word: exact(factor) for word, factor in numbers.items()})
 
 
-@functools.lru_cache(
-    maxsize=1024
-)  # the list has 300 names, and each some thousand times: without, it takes twice as long
+# The list has 300 names, and each some thousand times: without the memory, it takes twice as long.
+@functools.lru_cache(maxsize=1024)
 def litellm_rate(field: str) -> Optional[tuple[str, str, int]]:
     """Which rate a field of LiteLLM's list gives, if it does."""
     match = LITELLM_RATE.fullmatch(field)
@@ -1442,17 +1423,22 @@ class Target(NamedTuple):
     model: str
 
 
+def split_provider(config: Config, name: str) -> tuple[str, str]:
+    """Model and provider of a `model@provider`; the name and nothing of any other."""
+    model, _, provider = name.rpartition("@")
+    return (model, provider) if model and provider in config.providers else (name, "")
+
+
 def follow(config: Config, name: str, passed: tuple[str, ...]) -> list[Target]:
     """The targets of a name reached through the aliases `passed`. Raises ValueError for a cycle."""
-    base, _, provider = name.rpartition("@")
-    if base and provider in config.providers:
-        return [Target(config.providers[provider], base)]
+    model, provider = split_provider(config, name)
+    if provider:
+        return [Target(config.providers[provider], model)]
     if name in passed:
         raise ValueError(f"the aliases {' -> '.join([*passed, name])} go round in a circle")
-    alias, stood = find_alias(config, name, passed)
+    alias, names = find_alias(config, name, passed)
     if alias:
-        names = [next_name.replace("*", stood) for next_name in config.aliases[alias]]
-        return [target for next_name in names for target in follow(config, next_name, (*passed, alias))]
+        return [target for other in names for target in follow(config, other, (*passed, alias))]
     for pattern, providers in config.routes.items():
         if matches_any(name, [pattern]):
             known = [config.providers[provider] for provider in providers if provider in config.providers]
@@ -1460,17 +1446,17 @@ def follow(config: Config, name: str, passed: tuple[str, ...]) -> list[Target]:
     return []
 
 
-def find_alias(config: Config, name: str, passed: Sequence[str]) -> tuple[str, str]:
-    """The alias that a name is, or the first one with a `*` that matches it and wasn't passed, and what the `*` stands
-    for; two empty strings if there is none."""
+def find_alias(config: Config, name: str, passed: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The alias that a name is, or the first one with a `*` that matches it and wasn't passed, and the names that it
+    stands for, with what the `*` was; nothing if there is none."""
     if name in config.aliases:
-        return name, "*"
-    for alias in config.aliases:
+        return name, config.aliases[name]
+    for alias, names in config.aliases.items():
         before, star, behind = alias.partition("*")
         fits = star and name.startswith(before) and name.endswith(behind) and len(name) >= len(alias) - 1
         if fits and alias not in passed:
-            return alias, name[len(before) : len(name) - len(behind)]
-    return "", ""
+            return alias, [other.replace("*", name[len(before) : len(name) - len(behind)]) for other in names]
+    return "", ()
 
 
 def without_stand_in(targets: list[Target]) -> list[Target]:
@@ -1502,9 +1488,8 @@ def check_aliases(config: Config, problems: Problems) -> None:
 def leads_on(config: Config, name: str, alias: str) -> bool:
     """Whether the name that an alias stands for is something, if only a route that names no provider: that is told at
     the route."""
-    base, _, provider = name.rpartition("@")
-    named = bool(base) and provider in config.providers
-    return named or bool(find_alias(config, name, (alias,))[0]) or matches_any(name, config.routes)
+    named = split_provider(config, name)[1] or find_alias(config, name, (alias,))[0]
+    return bool(named) or matches_any(name, config.routes)
 
 
 def start_obstacle(config: Config) -> str:
@@ -1695,7 +1680,7 @@ def check_not_revoked(claims: JsonDict, user: User, secret: Optional[Secret]) ->
 
 
 def password_mark(user: User, secret: Secret) -> str:
-    """What tells a user's password hash from another one, and nothing else about it."""
+    """A fingerprint of a user's password hash, which reveals nothing else about it."""
     return base64url(signature(f"password {user.password}", secret.reveal()))[:16]
 
 
@@ -1741,7 +1726,7 @@ def is_access_key(token: str, keys: Sequence[Secret]) -> bool:
 
 
 def issue_tokens(name: str, config: Config, secret: Secret, now: float) -> JsonDict:
-    """What a login answers: a token pair in the shape of OAuth 2.0 (RFC 6749 §5.1), and the user."""
+    """The response to a login: a token pair in the shape of OAuth 2.0 (RFC 6749 §5.1), and the user."""
 
     def token(kind: str, seconds: int) -> str:
         return sign_token(token_claims(name, kind, seconds, config, now), secret.reveal())
@@ -1890,7 +1875,7 @@ def known_models(config: Config) -> str:
 def named_models(config: Config) -> frozenset[str]:
     """The models that relay.json names, as they are sent."""
     entries = [*config.routes, *itertools.chain(*config.aliases.values())]
-    return frozenset(asked_name(config, entry) for entry in entries if "*" not in entry)
+    return frozenset(split_provider(config, entry)[0] for entry in entries if "*" not in entry)
 
 
 def find_targets(config: Config, name: str) -> list[Target]:
@@ -1903,12 +1888,6 @@ def find_targets(config: Config, name: str) -> list[Target]:
         return find_targets(config, name[: -len(LONG_CONTEXT)])
     provider, _, model = name.partition("/")
     return [Target(config.providers[provider], model)] if model and provider in config.providers else []
-
-
-def asked_name(config: Config, name: str) -> str:
-    """The name that a user's `models` are checked against: without the @provider that it picks."""
-    base, _, provider = name.rpartition("@")
-    return base if base and provider in config.providers else name
 
 
 def understands(provider: Provider, format: str, translates: bool) -> bool:
@@ -2103,8 +2082,8 @@ QUARANTINE_FACTOR = 10  # times `cooldown`: its owner has to do something first
 QUARANTINED = frozenset({401, 402})
 # Cooling entries name models, which clients may invent: beyond this many, the one begun first is forgotten.
 COOLING_ENTRIES = 4096
-SHARED_COOLING = 200  # of them other workers are told, if they have no longer names than
-SHARED_CHARACTERS = 150  # as the longest known models
+SHARED_COOLING = 200  # entries that other workers are told of
+SHARED_CHARACTERS = 150  # in the model of such an entry; longer ones are invented
 
 
 class KeyPool:
@@ -2126,8 +2105,7 @@ class KeyPool:
         ]
         if not self._cooling:
             return candidates
-        back = {candidate: self._back_at(candidate) for candidate in candidates}
-        return sorted(candidates, key=lambda candidate: max(back[candidate], now))
+        return sorted(candidates, key=lambda candidate: max(self._back_at(candidate), now))
 
     def _keys_in_turn(self, provider: Provider, session: str) -> Sequence[Optional[ProviderKey]]:
         """The keys of a provider in the order of its strategy."""
@@ -2295,11 +2273,12 @@ def key_states(
     for provider in providers:
         keys: Sequence[Optional[ProviderKey]] = provider.keys or (None,)
         for key in keys if provider.enabled else ():
-            label = key.label if key else ""
-            record = records.get((provider.name, label), EMPTY_RECORD)
-            mark = key.mark if key else ""
-            cooling = [*all_cooling.get((provider.name,), ()), *all_cooling.get((provider.name, mark), ())]
-            states.append({"provider": provider.name, "key": label, **key_state(provider, cooling, now), **record})
+            candidate = Candidate(Target(provider, ""), key)
+            record = records.get((provider.name, candidate.label), EMPTY_RECORD)
+            names = cooldown_keys(candidate)[:2]
+            cooling = [entry for name in names for entry in all_cooling.get(name, ())]
+            state = {"provider": provider.name, "key": candidate.label, **key_state(provider, cooling, now)}
+            states.append({**state, **record})
     for state in states:
         hours = [counts for hour, *counts in state.pop("hours") if hour >= clock // 3600 - 1]
         state["requests"], state["errors"] = sum(total for total, _ in hours), sum(failed for _, failed in hours)
@@ -2326,7 +2305,7 @@ EMPTY_RECORD: JsonDict = {"outcomes": {}, "hours": [], "failed": None, "limits":
 
 
 def record_document(record: KeyRecord) -> JsonDict:
-    """What is known of a key, as JSON has it."""
+    """A KeyRecord as JSON."""
     return {
         "outcomes": dict(record.outcomes),
         "hours": [[hour, *counts] for hour, counts in record.hours.items()],
@@ -2347,7 +2326,7 @@ def records_by_key(shown: Iterable[list[list[Any]]]) -> dict[tuple[str, str], Js
 
 
 def joined_records(records: Iterable[JsonDict]) -> JsonDict:
-    """What several workers know of a key."""
+    """The records that several workers have of a key, as one."""
     outcomes: collections.Counter[str] = collections.Counter()
     hours: collections.Counter[int] = collections.Counter()
     failures: collections.Counter[int] = collections.Counter()
@@ -2358,7 +2337,8 @@ def joined_records(records: Iterable[JsonDict]) -> JsonDict:
         for hour, total, failing in record["hours"]:
             hours[hour] += total
             failures[hour] += failing
-        failed = max(filter(None, (failed, record["failed"])), default=None)
+        # From the board it comes as a list, which doesn't compare with a tuple.
+        failed = max(filter(None, (failed, record["failed"] and tuple(record["failed"]))), default=None)
         for limit in record["limits"]:
             if limit["limit"] not in limits or limits[limit["limit"]]["at"] < limit["at"]:
                 limits[limit["limit"]] = limit
@@ -2367,7 +2347,7 @@ def joined_records(records: Iterable[JsonDict]) -> JsonDict:
 
 
 def told(candidate: Candidate, name: tuple[str, ...]) -> str:
-    """What cools, in words: a candidate's provider, its key, or its key with the model."""
+    """An entry of the cooldown table in words: a candidate's provider, its key, or its key with the model."""
     words = [f"the provider {candidate.target.provider.name}"]
     if len(name) > 1:
         words.append(f"key {candidate.label}" if candidate.key else "no key")
@@ -2712,7 +2692,6 @@ def windows(now: float) -> tuple[str, str]:
     return windows_of_day(int(now // 86400))
 
 
-@functools.lru_cache(maxsize=4)
 def windows_of_day(day: int) -> tuple[str, str]:
     """The same by the number of days since 1970."""
     date = (datetime.date(1970, 1, 1) + datetime.timedelta(days=day)).isoformat()
@@ -2837,10 +2816,6 @@ class RequestHead(NamedTuple):
     body_length: Optional[int]  # None: chunked
 
     @property
-    def headers(self) -> Pairs:
-        return self.fields.pairs
-
-    @property
     def keep_alive(self) -> bool:
         """Whether the client wants to use the connection again (RFC 9112 §9.3)."""
         options = self.fields.connection
@@ -2854,10 +2829,6 @@ class ResponseHead(NamedTuple):
     reason: str
     version: int
     fields: Headers
-
-    @property
-    def headers(self) -> Pairs:
-        return self.fields.pairs
 
 
 def head_length(data: bytes, seen: int = 0) -> int:
@@ -3070,7 +3041,7 @@ class ChunkedDecoder:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _begun(self, data: bytes, position: int, end: int) -> bytes:
-        """What has come of a chunk; its CRLF, or half of it, isn't content."""
+        """The content that has come of an unfinished chunk. Keeps its CRLF, or half of it, back."""
         content = data[position : end - 2]
         self._chunk = end - position - len(content)
         self._buffer = data[position + len(content) :]
@@ -3104,7 +3075,7 @@ Decoder = Union[LengthDecoder, CloseDecoder, ChunkedDecoder]
 
 
 def response_decoder(head: ResponseHead, method: str) -> Decoder:
-    """What reads the body of a response (RFC 9112 §6.3). Raises FramingError for contradictory framing."""
+    """The decoder for the body of a response (RFC 9112 §6.3). Raises FramingError for contradictory framing."""
     if method == "HEAD" or head.status in (204, 304):
         return LengthDecoder(0)
     fields = head.fields
@@ -3134,23 +3105,20 @@ LAST_CHUNK = b"0\r\n\r\n"
 # All that a message says end to end is passed on as it came, in its order and with its repetitions; what is not:
 # hop-by-hop fields, credentials, and what the relay itself says. Also here: CORS, retry-after, paths.
 
+# What the relay tells of a response.
+OWN_HEADERS = (
+    "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts", "x-monorelay-error", "x-monorelay-request-id",
+    "x-monorelay-translated", "x-monorelay-dropped", "x-monorelay-estimated",
+)  # fmt: skip
 # What the relay sets itself, or keeps to itself.
 REQUEST_HEADERS_KEPT_BACK = GUARDED_HEADERS | {"accept-encoding"}
 # A cookie of the provider is of no use to a client of the relay; its x-monorelay-* would be mistaken for ours.
-RESPONSE_HEADERS_KEPT_BACK = HOP_BY_HOP | {
-    "set-cookie", "set-cookie2", "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts",
-    "x-monorelay-error", "x-monorelay-request-id", "x-monorelay-translated", "x-monorelay-dropped",
-    "x-monorelay-estimated",
-}  # fmt: skip
+RESPONSE_HEADERS_KEPT_BACK = HOP_BY_HOP | {"set-cookie", "set-cookie2", *OWN_HEADERS}
 CORS_HEADERS = frozenset(
     {"access-control-allow-origin", "access-control-allow-credentials", "access-control-expose-headers"}
 )
 # What scripts in a browser may read of a response, besides anthropic-ratelimit-*.
-EXPOSED_HEADERS = (
-    "request-id", "x-request-id", "retry-after",
-    "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts", "x-monorelay-error",
-    "x-monorelay-request-id", "x-monorelay-translated", "x-monorelay-dropped", "x-monorelay-estimated",
-)  # fmt: skip
+EXPOSED_HEADERS = ("request-id", "x-request-id", "retry-after", *OWN_HEADERS)
 
 
 def is_safe_path(path: str) -> bool:
@@ -3284,7 +3252,7 @@ def cors_fields(origins: Sequence[str], request: Headers, response: Iterable[tup
 
 
 def preflight_fields(request: Headers) -> Pairs:
-    """What answers a preflight: all methods and the headers asked for, for a day."""
+    """The fields of a response to a preflight: all methods and the headers asked for, for a day."""
     return [
         ("access-control-allow-methods", "GET, HEAD, POST, PUT, PATCH, DELETE"),
         ("access-control-allow-headers", request.get("access-control-request-headers") or "*"),
@@ -3344,7 +3312,7 @@ GRAMMAR: Mapping[str, Mapping[int, str]] = {
 
 
 class BodyFacts(NamedTuple):
-    """What a JSON body says that matters here."""
+    """The facts that routing needs of a JSON body."""
 
     model: str
     # Whether another top-level name may be taken for `model`, or a tool has one of its own; it matters for those only
@@ -3467,7 +3435,7 @@ class JsonWalk:
 
     @property
     def facts(self) -> BodyFacts:
-        """What the body says. Raises BadRequest."""
+        """The facts of the body. Raises BadRequest."""
         models = [*self._models, ("", None)] if self._has_model else self._models
         return facts_of(models, self._user_id or self._cache_key, self._span)
 
@@ -6199,7 +6167,7 @@ def new_request_id() -> str:
 
 
 class AccessRecord:
-    """What the log tells of one request."""
+    """The facts of one request for its line of the log and its row of the ledger."""
 
     __slots__ = (
         "attempts", "bytes_sent", "caller", "client", "complete", "cost", "dropped", "error", "first_byte", "is_stream",
@@ -6303,8 +6271,8 @@ NAMED = ("client", "caller", "method", "path", "model", "sent", "provider", "key
 PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]*")  # printable ASCII but space, quote, = and backslash
 
 
-# The same come together again and again, AccessRecord keeps them short, and requests come many to a second: without
-# these two memories, a request costs 6% more instructions.
+# The same values come again and again, and AccessRecord keeps them short: without this cache and that of utc_time(), a
+# request costs 6% more instructions.
 @functools.lru_cache(maxsize=256)
 def log_names(*values: str) -> str:
     """Who asked for what and where it went, as a part of a line."""
@@ -6492,8 +6460,8 @@ def row_number(row: LedgerRow) -> int:
 
 # -- the metrics
 
-
 Sample = tuple[str, Mapping[str, str], float]  # what stands behind the name of its family, labels, value
+Family = tuple[str, str, str, Sequence[Sample]]  # name, type, meaning
 
 
 def metrics_text(tally: Tally, keys: Sequence[JsonDict], gauges: Mapping[str, float]) -> Iterator[str]:
@@ -6507,28 +6475,26 @@ def metrics_text(tally: Tally, keys: Sequence[JsonDict], gauges: Mapping[str, fl
         yield "\n".join([*lines, ""])
 
 
-def metric_families(
-    tally: Tally, keys: Sequence[JsonDict], gauges: Mapping[str, float]
-) -> Iterator[tuple[str, str, str, Sequence[Sample]]]:
-    """Name, type, meaning and samples of each metric."""
+def metric_families(tally: Tally, keys: Sequence[JsonDict], gauges: Mapping[str, float]) -> Iterator[Family]:
+    """All metrics."""
+    yield from request_families(tally)
+    yield from key_families(keys)
+    refused = [("", {"code": code}, count) for code, count in tally.refused.items()]
+    yield "monorelay_refused_total", "counter", "The relay's own errors by x-monorelay-error.", refused
+    for name, value in gauges.items():
+        kind = "counter" if name.endswith("_total") else "gauge"
+        yield name, kind, GAUGES[name], [("", {}, value)]
+    yield "monorelay_build_info", "gauge", "The version that runs.", [("", {"version": __version__}, 1)]
+
+
+def request_families(tally: Tally) -> Iterator[Family]:
+    """What was counted of requests to models."""
     models = [({"provider": provider, "model": model}, sums) for (provider, model), sums in tally.by(2, 1).items()]
     users = [({"user": user}, sums) for (user,), sums in tally.by(0).items()]
     providers = [({"provider": provider}, sums) for (provider,), sums in tally.by(2).items()]
     statuses = [
         ("", {"provider": provider, "model": model, "status": status}, count)
         for (provider, model, status), count in tally.statuses.items()
-    ]
-    attempts = [
-        ("", {"provider": key["provider"], "key": key["key"], "outcome": outcome}, count)
-        for key in keys
-        for outcome, count in key["outcomes"].items()
-    ]
-    named = [({"provider": key["provider"], "key": key["key"]}, key) for key in keys]
-    cooling = [("", labels, int(key["state"] == "cooling")) for labels, key in named]
-    remaining = [
-        ("", {**labels, "limit": limit["limit"]}, round(1 - limit["used"], 6))
-        for labels, key in named
-        for limit in key["limits"]
     ]
     times = "monorelay_request_duration_seconds", "monorelay_time_to_first_byte_seconds"
     yield "monorelay_requests_total", "counter", "Requests to models, by the status that the client got.", statuses
@@ -6542,15 +6508,25 @@ def metric_families(
     yield "monorelay_user_requests_total", "counter", "Requests to models by user.", requests
     yield "monorelay_user_tokens_total", "counter", "Tokens by user and kind.", token_samples(users)
     yield "monorelay_user_cost_usd_total", "counter", "Cost by user.", cost_samples(users)
+
+
+def key_families(keys: Sequence[JsonDict]) -> Iterator[Family]:
+    """How the keys fare, as the page has them."""
+    named = [({"provider": key["provider"], "key": key["key"]}, key) for key in keys]
+    attempts = [
+        ("", {**labels, "outcome": outcome}, count)
+        for labels, key in named
+        for outcome, count in key["outcomes"].items()
+    ]
+    cooling = [("", labels, int(key["state"] == "cooling")) for labels, key in named]
+    remaining = [
+        ("", {**labels, "limit": limit["limit"]}, round(1 - limit["used"], 6))
+        for labels, key in named
+        for limit in key["limits"]
+    ]
     yield "monorelay_upstream_attempts_total", "counter", "Attempts by what they met.", attempts
     yield "monorelay_key_cooling", "gauge", "Whether a key comes last since it failed.", cooling
     yield "monorelay_key_remaining_ratio", "gauge", "What is left of the provider's limit for a key.", remaining
-    refused = [("", {"code": code}, count) for code, count in tally.refused.items()]
-    yield "monorelay_refused_total", "counter", "The relay's own errors by x-monorelay-error.", refused
-    for name, value in gauges.items():
-        kind = "counter" if name.endswith("_total") else "gauge"
-        yield name, kind, GAUGES[name], [("", {}, value)]
-    yield "monorelay_build_info", "gauge", "The version that runs.", [("", {"version": __version__}, 1)]
 
 
 GAUGES = {
@@ -6616,11 +6592,6 @@ ECHO_COUNTED_CHARACTERS = 16 * 1024  # at a time, which takes 1 ms
 WORD_MARKS = bytes(ord(" ") if chr(byte) in BLANK_CHARACTERS else ord("w") for byte in range(256))
 ECHO_CREATED = "2025-01-01T00:00:00Z"
 ECHO_CREATED_UNIX = 1735689600
-ERROR_KINDS = {
-    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
-    404: "not_found_error", 408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error",
-    504: "timeout_error", 529: "overloaded_error",
-}  # fmt: skip
 
 
 class EchoFault(Exception):
@@ -6698,7 +6669,8 @@ def echo_response(
 def echo_error(path: str, fault: EchoFault, request_id: str) -> EchoResponse:
     """The response that tells what is wrong, in the format of the path."""
     format = "anthropic" if path.startswith(("/v1/messages", "/v1/anthropic")) else "openai"
-    kind = ERROR_KINDS.get(fault.status, "api_error" if fault.status >= 500 else "invalid_request_error")
+    usual = "api_error" if fault.status >= 500 else "invalid_request_error"
+    kind = STATUS_KINDS["anthropic"].get(fault.status, usual)
     document = error_body(format, kind, str(fault), kind, request_id)
     return EchoResponse(fault.status, "application/json", [(0.0, document)], len(document))
 
@@ -6733,14 +6705,8 @@ def echo_models(path: str) -> EchoResponse:
         for name in ECHO_MODELS
     ]  # fmt: skip
     if path == "/v1/models":
-        listing = {
-            "object": "list",
-            "data": entries,
-            "has_more": False,
-            "first_id": ECHO_MODELS[0],
-            "last_id": ECHO_MODELS[-1],
-        }
-        return echo_json(listing)
+        ends = {"first_id": ECHO_MODELS[0], "last_id": ECHO_MODELS[-1]}
+        return echo_json({"object": "list", "data": entries, "has_more": False, **ends})
     for entry in entries:
         if path == f"/v1/models/{entry['id']}":
             return echo_json(entry)
@@ -7304,6 +7270,7 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoResponse]] = {
 Result = TypeVar("Result")
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)  # is left for this process, or in the whole system
 CONNECTING = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
 M_ARENA_MAX = -8  # mallopt(3)
 IGNORE_UNEXPECTED_EOF = 0x80  # SSL_CTX_set_options(3); Python has no name for it before 3.10
@@ -7319,8 +7286,8 @@ TCP_CLOSE, TCP_CLOSE_WAIT = 7, 8
 
 
 def tune(sock: socket.socket) -> None:
-    """Has a TCP connection send at once, and have the system ask now and then whether the other side is there: what is
-    silent for some minutes is forgotten by NATs on the way."""
+    """Sets a TCP connection to send at once (no Nagle), and to probe whether its peer is there (keep-alive): NATs
+    forget what is silent for some minutes."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, seconds in PROBES:
@@ -7476,22 +7443,19 @@ class Channel:
             self._watch()
 
     def take(self) -> bytes:
-        """What has arrived."""
-        data, self.received = self.received, b""
-        if not self._watched & READABLE:
-            self._watch()
+        """Takes all that has arrived."""
+        data = self.received
+        self.put_back(b"")
         return data
 
     def use(self, count: int) -> bytes:
-        """The first bytes of what has arrived."""
+        """Takes the first bytes of what has arrived."""
         data = self.received
-        self.received = data[count:]
-        if not self._watched & READABLE:
-            self._watch()
+        self.put_back(data[count:])
         return data[:count]
 
     def put_back(self, rest: bytes) -> None:
-        """Leaves this to be used next; there is room for more then, if it isn't too much."""
+        """Replaces the receive buffer, and reads on if there is room."""
         self.received = rest
         if not self._watched & READABLE:
             self._watch()
@@ -7700,12 +7664,12 @@ class Channel:
             self._loop.sweep_at = min(self._loop.sweep_at, self._loop.now + AHEAD_SECONDS)
 
     def _await_room(self) -> None:
-        """Has the task resumed when there is room to send more."""
+        """Asks for the task to be resumed when there is room to send more."""
         self._blocked = True
         self._watch()
 
     def _watch(self) -> None:
-        """Has the selector look for what can be made use of now."""
+        """Tells the selector for which events to watch."""
         wanted = (0 if self.ended or self.is_full else READABLE) | (WRITABLE if self._blocked else 0)
         selector = self._loop.selector
         if wanted == self._watched:
@@ -7762,7 +7726,7 @@ class Task:
             await until(deadline)
 
     def _end(self) -> None:
-        """Notes that it is over, and has those see that who wait for it."""
+        """Marks the task as done, and wakes the tasks that wait for it."""
         self.done = True
         self.client = None
         self.deadline = math.inf
@@ -7958,7 +7922,7 @@ class Worker:
         self._begun = False
 
     def call(self, run: Callable[[], None]) -> None:
-        """Has it call this in its turn. Raises RuntimeError when the system gives out no more threads."""
+        """Queues a call. Raises RuntimeError when no thread can be started."""
         if not self._begun:
             start_thread(self._run)
             self._begun = True
@@ -7975,33 +7939,22 @@ def start_thread(run: Callable[[], None]) -> None:
 
 
 async def in_thread(
-    loop: EventLoop,
-    work: Callable[[], Result],
-    discard: Optional[Callable[[Result], object]] = None,
-    start: Callable[[Callable[[], None]], object] = start_thread,
+    loop: EventLoop, work: Callable[[], Result], start: Callable[[Callable[[], None]], object] = start_thread
 ) -> Result:
-    """What work() returns, called in the thread that `start` finds for it. Raises what it raises, and Unavailable
-    when there is no thread. `discard` gets the result if nobody waits for it any more."""
+    """The result of work(), called in the thread that `start` finds for it, unless nobody waits for it any more by
+    then. Raises what it raises, and Unavailable when there is no thread."""
     task = loop.current
-    outcome: list[tuple[Optional[Result], Optional[Exception]]] = []
+    outcome: list[tuple[Any, Optional[Exception]]] = []
     abandoned = False
 
     def run() -> None:
         if abandoned:
             return
-        result, fault = None, None
         try:
-            result = work()
-        except Exception as error:
-            fault = error
-        loop.post(functools.partial(come_back, result, fault))
-
-    def come_back(result: Any, fault: Optional[Exception]) -> None:
-        if not abandoned:
-            outcome.append((result, fault))
-            task.resume()
-        elif discard and not fault:
-            discard(result)
+            outcome.append((work(), None))
+        except Exception as fault:
+            outcome.append((None, fault))
+        loop.post(task.resume)
 
     try:
         start(run)
@@ -8012,15 +7965,16 @@ async def in_thread(
             await until()
     finally:
         abandoned = True
+    result: Result
     result, fault = outcome[0]
     if fault:
         raise fault
-    return result  # type: ignore[return-value]
+    return result
 
 
 def find_malloc_trim() -> Callable[[int], object]:
-    """What gives free memory back to the system, which glibc would keep; other C libraries have their own habits.
-    To be called before other threads begin."""
+    """glibc's malloc_trim(), which returns free memory to the system, or a function that does nothing. Call it before
+    other threads begin."""
     try:
         import ctypes
 
@@ -8068,19 +8022,15 @@ class LogWriter:
     def record(self, record: AccessRecord) -> None:
         """Takes the line of a request that has just ended."""
         if self.style != "off":
-            self._put(record.line(time.monotonic(), self.style))
-
-    def write(self, line: str) -> None:
-        """Takes a line as it is."""
-        self._put(line)
+            self.write(record.line(time.monotonic(), self.style))
 
     def say(self, message: str, level: str = "info") -> None:
         """Takes a line of the relay's own."""
         clock = f"{utc_time(int(time.time()))}Z"
         if self.style == "json":
-            self._put(log_json({"time": clock, "level": level, "message": message}))
+            self.write(log_json({"time": clock, "level": level, "message": message}))
         else:
-            self._put(f"time={clock} level={level} message={plain(message)}")
+            self.write(f"time={clock} level={level} message={plain(message)}")
 
     def announce(self, lines: Sequence[str]) -> None:
         """Takes the lines of the banner. Of those that come as several, commands, none is broken."""
@@ -8088,7 +8038,7 @@ class LogWriter:
             for line in lines:
                 self.say(" ".join(line.replace("\\\n", "").split()))
         elif lines:
-            self._put("\n".join(line if "\n" in line else BANNER_LINE.fill(line) for line in lines))
+            self.write("\n".join(line if "\n" in line else BANNER_LINE.fill(line) for line in lines))
 
     def warn(self, message: str) -> None:
         """Takes a warning."""
@@ -8116,7 +8066,8 @@ class LogWriter:
                 except (OSError, ValueError):
                     pass  # a closed or full log must not stop the serving
 
-    def _put(self, line: str) -> None:
+    def write(self, line: str) -> None:
+        """Takes a line as it is, if there is room."""
         if len(self._lines) < LOG_BACKLOG_LINES and self._size < LOG_BACKLOG_CHARACTERS:
             self._lines.append(line)
             self._size += len(line)
@@ -8517,7 +8468,7 @@ def set_aside(path: str, seen: tuple[int, ...]) -> str:
 
 
 def file_identity(path: str) -> tuple[int, ...]:
-    """What tells a file from another one of the same name; empty if there is none."""
+    """Device and inode of a file, which tell it from another one of the same name; empty if there is none."""
     try:
         found = os.stat(path)
     except OSError:
@@ -8747,7 +8698,7 @@ class UpstreamPool:
                 return echo_channel(self._loop)
             return await self._dial(provider)
         except (OSError, ValueError, FramingError, Overdue) as error:
-            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:
                 raise Unavailable("this relay has no file descriptor left for a connection", "no_descriptors") from None
             raise Unreachable(connect_problem(error, provider)) from None
 
@@ -8792,7 +8743,7 @@ class UpstreamPool:
         return channel
 
     def _tls_context(self) -> ssl.SSLContext:
-        """What all TLS connections have in common. Raises OSError."""
+        """The TLS settings of all upstream connections. Raises OSError."""
         if self._tls is None:
             self._tls = ssl.create_default_context()
             self._tls.set_alpn_protocols(["http/1.1"])
@@ -8829,7 +8780,7 @@ class UpstreamPool:
 
 
 def way_to(provider: Provider) -> tuple[str, str, int, str]:
-    """What providers have in common that can share their connections."""
+    """The key of a provider's connections in the pool; providers with the same one share them."""
     return provider.scheme, provider.host, provider.port, provider.proxy
 
 
@@ -8847,9 +8798,9 @@ async def connect_any(loop: EventLoop, addresses: Sequence[Any], deadline: float
     ClientGone."""
     problem: Exception = OSError(errno.EADDRNOTAVAIL, "its host has no address")
     for index, (family, _, _, _, address) in enumerate(addresses):
-        until = loop.now + (deadline - loop.now) / (len(addresses) - index)
+        latest = loop.now + (deadline - loop.now) / (len(addresses) - index)
         try:
-            return await connect_one(loop, family, address, until)
+            return await connect_one(loop, family, address, latest)
         except (OSError, Overdue) as error:
             problem = error
     raise problem
@@ -8877,7 +8828,7 @@ async def connect_one(loop: EventLoop, family: int, address: Any, deadline: floa
 
 
 async def open_tunnel(loop: EventLoop, channel: Channel, provider: Provider, proxy: Any, deadline: float) -> None:
-    """Has an HTTP proxy connect through to the provider (RFC 9110 §9.3.6). Raises OSError, FramingError, Overdue and
+    """Opens a tunnel through an HTTP proxy to the provider (RFC 9110 §9.3.6). Raises OSError, FramingError, Overdue and
     ClientGone."""
     host = f"[{provider.host}]" if ":" in provider.host else provider.host
     place = f"{host}:{provider.port}"
@@ -9147,8 +9098,8 @@ class UpstreamResponse:
         given = [value.rpartition(" ")[2] for name, value in provider.headers if value and SECRET_NAME.fullmatch(name)]
         secrets = [secret for secret in given if len(secret) >= SECRET_CHARACTERS]
         secrets += [key.secret.reveal()] if key else []
-        told = [self._readable().decode("latin-1"), self.head.reason, *itertools.chain.from_iterable(self.head.headers)]
-        text = "\n".join(told)
+        pairs = itertools.chain.from_iterable(self.head.fields.pairs)
+        text = "\n".join([self._readable().decode("latin-1"), self.head.reason, *pairs])
         plain = unescaped(text[: 2 * PEEKED_BYTES]) if secrets else ""
         return any(secret in text or secret in plain for secret in secrets)
 
@@ -9484,8 +9435,8 @@ class Relay:
         return await request.translate(target)
 
     def finish(self, response: UpstreamResponse, failed: bool) -> None:
-        """Lets go of a response; one that `failed` in its midst cools the key with the model, so that the client's next
-        try goes elsewhere."""
+        """Releases a response. One that `failed` midway cools down the key for the model, so that the client's next try
+        goes elsewhere."""
         if response.head.status < 400:  # else it was noted when its head had come
             self.keys.note(response.candidate, "broken" if failed else "ok", time.time())
         if failed and response.candidate.target.provider.format != "echo":
@@ -9493,7 +9444,7 @@ class Relay:
         response.release(self.connections)
 
     def _more_telling(self, before: Optional[UpstreamResponse], response: UpstreamResponse) -> UpstreamResponse:
-        """The one of two responses that the client is to have if no better one comes; lets go of the other."""
+        """The one of two responses that the client gets if no better one comes. Releases the other."""
         if before and response.head.status in LASTING_STATUSES and before.head.status not in LASTING_STATUSES:
             before, response = response, before
         if before:
@@ -9594,21 +9545,17 @@ def problem_of(request: UpstreamRequest, response: UpstreamResponse) -> tuple[st
     own_fault = request.names_account and not response.translated and ABOUT_ACCOUNT.search(response.content)
     if status == 401 and not own_fault and not response.candidate.target.provider.client_keys:
         key = f"key {response.candidate.label}" if response.candidate.key else "lack of a key"
-        reason = "401" if response.quotes_key else f"401 {error_code(response.content)}".strip()
+        told = error_member(response.content, "code") or error_member(response.content, "type")
+        reason = "401" if response.quotes_key else f"401 {told}".strip()
         return f"{name} refused this relay's {key} ({reason})", "upstream_refused_key"
     if response.quotes_key:
         return f"{name} answered with {status}, and quoted this relay's key in that", "upstream_quoted_key"
     return "", ""
 
 
-def error_code(content: bytes) -> str:
-    """The code, or else the type, of a provider's error; empty if it has none."""
-    return error_member(content, "code") or error_type(content)
-
-
-def error_type(content: bytes) -> str:
-    """The type of a provider's error; empty if it has none."""
-    return error_member(content, "type")
+def upstream_error(content: bytes) -> str:
+    """A provider's error as the log has it: `upstream:` and its type, if it has one."""
+    return f"upstream:{error_member(content, 'type')}".rstrip(":")
 
 
 def error_member(content: bytes, name: str) -> str:
@@ -9847,7 +9794,7 @@ class KeyEraser:
 
 
 class Response(NamedTuple):
-    """What a client is to be sent: a body of the relay's own, or a provider's, which may still be coming."""
+    """A response to a client: with a body of the relay's own, or a provider's, which may still be coming."""
 
     status: int
     reason: str
@@ -9972,7 +9919,7 @@ class Outgoing:
         is broken; and for a stream if it has said that it is over."""
         if self._translator:
             self._source_ended = True
-            return self._translate()
+            return self.go_on()
         if self._lines and self._lines.held and not is_cut_off(self._lines.held):
             self._look_for_end(self._lines.held)
         if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not (self._awaits_end or broken)):
@@ -9986,7 +9933,7 @@ class Outgoing:
             self._untranslated += content
             self._source_ended = self._decoder.finished
             self._record.usage.read(content, is_stream=True)
-            return self._translate()
+            return self.go_on()
         if self._filter:
             content = self._filter.feed(content)
             if self._decoder.finished:
@@ -10005,10 +9952,6 @@ class Outgoing:
         """Whether something waits to be translated, once others had their turn: go_on() does a part of it."""
         return bool(self._untranslated) and not self.ended
 
-    def go_on(self) -> bytes:
-        """What goes out for the next part of what waits to be translated."""
-        return self._translate()
-
     @property
     def is_translated(self) -> bool:
         """Whether it is an event stream in translation, which is to bring something now and then."""
@@ -10018,13 +9961,11 @@ class Outgoing:
         """What goes out when nothing has come for a while that could be translated."""
         return self._sent(self._translator.ping()) if self._translator else b""
 
-    def _translate(self) -> bytes:
-        """What goes out for the next part of what has come in the provider's format, and at its end."""
+    def go_on(self) -> bytes:
+        """What goes out for the next part of what waits to be translated, and at its end."""
         assert self._translator
-        part, self._untranslated = (
-            self._untranslated[:TRANSLATED_AT_ONCE_BYTES],
-            self._untranslated[TRANSLATED_AT_ONCE_BYTES:],
-        )
+        waiting, size = self._untranslated, TRANSLATED_AT_ONCE_BYTES
+        part, self._untranslated = waiting[:size], waiting[size:]
         sent = self._translator.feed(part)
         if self._source_ended and not self._untranslated and not self._translator.ended:
             sent += self._translator.close()
@@ -10071,11 +10012,11 @@ class Outgoing:
         return chunk(content) if self._chunked else content
 
 
-# ==== Endpoints ==================================================================================
+# ==== Service ====================================================================================
 #
-# An Exchange is one request and what becomes of it; an endpoint is a function from an exchange to its Response, or to a
-# RelayError. ENDPOINTS, at the end, says what stands at which path. All of them share one Service. What other workers
-# know comes from the board, by Workers; what was, from the ledger or from memory, by History.
+# What all requests of a process share: the configuration in force, the loop, the relay, the ledger, and what is
+# counted. Of several workers, each shows the others on a board (see Processes) what they need; Workers reads and writes
+# it.
 
 
 class Service:
@@ -10117,7 +10058,7 @@ class Service:
         return self.routing[0]
 
     def budgets(self, user: Optional[str]) -> list[JsonDict]:
-        """What users have spent of what they may, and when that begins anew; of one, or of all."""
+        """The budgets of one user or of all: what was spent of each, and when it begins anew."""
         self.workers.look()
         (day, month), now = windows(time.time()), self.loop.now
         budgets: list[JsonDict] = []
@@ -10189,7 +10130,7 @@ class Workers:
             service.loop.post(lambda: service.loop.start(self._show_figures(place)))
 
     def show_soon(self) -> None:
-        """Has the others know soon what has changed for limits and keys."""
+        """Starts to show the other workers, soon, what has changed for limits and keys."""
         if self._place and not self._is_showing:
             self._is_showing = True
             self._service.loop.start(self._show(self._place))
@@ -10338,6 +10279,13 @@ class LoginGate:
         return right
 
 
+# ==== Endpoints ==================================================================================
+#
+# An Exchange is one request and what becomes of it; an endpoint is a function from an exchange to its Response, or to a
+# RelayError. ENDPOINTS, at the end, says what stands at which path. First come the relay's own endpoints, then what its
+# owner and each user can see, by History (from the ledger, or from memory) and LivePage; then what is relayed, and what
+# is translated on the way.
+
 # What is stored here belongs to one account: to the first provider, whatever it is about.
 STORED_PATHS = ("/v1/messages/batches", "/v1/files")
 # What is kept here by the account that made it: any key may have been the one.
@@ -10361,13 +10309,11 @@ PLAIN_JSON_TYPE = re.compile(
     r"(?i)(?:(?:application/(?:[a-z0-9.-]+\+)?|text/)json|text/plain)?(?:; *(?:charset=\"?utf-?8\"?)?)*"
 )
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-
-
-Answerer = Callable[["Exchange"], Coroutine[float, None, "Response"]]
+Answerer = Callable[["Exchange"], Coroutine[float, None, Response]]
 
 
 class Endpoint(NamedTuple):
-    """What a request is for: who answers it, and how."""
+    """An endpoint: the function that answers, and what the rules ask of the path."""
 
     answer: Answerer
     format: str  # anthropic or openai: the shape of errors, and the format of the providers
@@ -10411,11 +10357,8 @@ class Exchange:
     def respond(
         self, status: int, document: Optional[JsonDict] = None, fields: Iterable[tuple[str, str]] = ()
     ) -> Response:
-        """A response of the relay's own. Raises Unavailable for a long one that there is no room for."""
-        body = b"" if document is None else json.dumps(document).encode("ascii")
-        if len(body) > RECEIVE_BYTES:  # a long list of models, held for as long as its client takes it
-            self.hold(len(body))
-        return own_response(status, body, [*fields, *self.cors()], self.record.request_id)
+        """A response of the relay's own, in JSON or without a body. Raises Unavailable."""
+        return self.respond_with(b"" if document is None else json.dumps(document).encode("ascii"), fields, status)
 
     def error_response(self, error: RelayError) -> Response:
         """The response that tells the client what went wrong, in the format of its API."""
@@ -10432,16 +10375,16 @@ class Exchange:
         body = error_body(self.format, error.kind, error.message, error.code, record.request_id)
         return own_response(error.status, body, [*fields, *self.cors()], record.request_id, error.close)
 
-    def respond_with(self, body: bytes, kind: str, fields: Iterable[tuple[str, str]] = ()) -> Response:
-        """A response of the relay's own that isn't JSON. Raises Unavailable."""
-        if len(body) > RECEIVE_BYTES:
+    def respond_with(self, body: bytes, fields: Iterable[tuple[str, str]], status: int = 200) -> Response:
+        """A response of the relay's own. Raises Unavailable for a long one that there is no room for."""
+        if len(body) > RECEIVE_BYTES:  # held for as long as its client takes it
             self.hold(len(body))
-        return own_response(200, body, [("content-type", kind), *fields], self.record.request_id)
+        return own_response(status, body, [*fields, *self.cors()], self.record.request_id)
 
     def cors(self, relayed: Iterable[tuple[str, str]] = ()) -> Pairs:
         """What lets a browser's script of another origin read the response, if it may; never what the page shows."""
         origins, head = self.config.server.cors_origins, self.head
-        if not origins or not head or known_form(head.path[:REMEMBERED_PATH_CHARACTERS]) in PAGE_PATHS:
+        if not origins or not head or known_form(head.path[:TELLING_PATH_CHARACTERS]) in PAGE_PATHS:
             return []
         return cors_fields(origins, head.fields, relayed)
 
@@ -10470,7 +10413,9 @@ class Exchange:
     def may_use(self, model: str) -> bool:
         """Whether the caller's `models` admit the name."""
         user = self.caller.user
-        return user is None or user.models is None or matches_any(asked_name(self.config, model), user.models)
+        # They say nothing of the @provider that the name may pick.
+        name, _ = split_provider(self.config, model)
+        return user is None or user.models is None or matches_any(name, user.models)
 
     def check_may_call(self) -> None:
         """Raises Forbidden for a viewer, who may have no model do anything."""
@@ -10626,13 +10571,13 @@ class Exchange:
             await self.catch_up(body)
 
     async def catch_up(self, body: ReadBody) -> None:
-        """Has the body do its work, and lets others do theirs."""
+        """Does the body's work in steps; between two of them others go on."""
         while body.behind:
             await checkpoint(self.loop)
             body.go_on()
 
     async def skip_body(self) -> bool:
-        """Reads away a short body that nobody wanted; False when the connection can't be used on."""
+        """Drains an unread body, so that the connection can be kept; False if it can't."""
         if not self._incoming:
             try:
                 self.open_body(DISCARDED_BODY_BYTES)
@@ -10888,7 +10833,7 @@ class History:
 
 
 class LivePage:
-    """What a page is told: first the state of everything, then, each second, what has changed."""
+    """The events of /api/live: first the state of everything, then, each second, what has changed."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
@@ -11052,15 +10997,15 @@ async def answer_metrics(exchange: Exchange) -> Response:
     for piece in metrics_text(tally, workers.keys(exchange.config), gauges):
         pieces.append(piece.encode("utf-8"))
         await checkpoint(exchange.loop)
-    return exchange.respond_with(b"".join(pieces), "text/plain; version=0.0.4; charset=utf-8")
+    return exchange.respond_with(b"".join(pieces), [("content-type", "text/plain; version=0.0.4; charset=utf-8")])
 
 
 async def answer_dashboard(exchange: Exchange) -> Response:
     """The page that shows what happens; it holds no data, and asks for a token itself."""
     if not exchange.config.server.dashboard:
         raise NotFound("there is no page here: server.dashboard is false")
-    fields = [("content-security-policy", dashboard_policy()), *PAGE_FIELDS]
-    return exchange.respond_with(PAGE.encode("utf-8"), "text/html; charset=utf-8", fields)
+    fields = [("content-type", "text/html; charset=utf-8"), ("content-security-policy", dashboard_policy())]
+    return exchange.respond_with(PAGE.encode("utf-8"), [*fields, *PAGE_FIELDS])
 
 
 async def answer_root(exchange: Exchange) -> Response:
@@ -11106,7 +11051,7 @@ async def answer_usage(exchange: Exchange) -> Response:
     if step not in ("", "day"):
         raise BadRequest("step: must be day")
     body = await exchange.service.history.usage(exchange.own_name(), first, last, by, step == "day")
-    return exchange.respond_with(body, "application/json")
+    return exchange.respond_with(body, [("content-type", "application/json")])
 
 
 async def answer_requests(exchange: Exchange) -> Response:
@@ -11162,7 +11107,7 @@ async def answer_form(exchange: Exchange) -> Response:
     targets = exchange.targets_of(form.model)
     exchange.count()
     candidates = exchange.service.relay.keys.order(targets, exchange.record.caller, exchange.loop.now)
-    return await relay(exchange, body, candidates[:1] if exchange.endpoint.creates else candidates)
+    return await relay(exchange, body, candidates)
 
 
 def watch_form(form: FormWalk, caller: Caller, piece: bytes) -> None:
@@ -11205,7 +11150,7 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
         if candidates[0].target.provider.chat_format != format:
             return await estimated_count(exchange, body, candidates[0].target)
         candidates = [it for it in candidates if it.target.provider.chat_format == format]
-    return await relay(exchange, body, candidates[:1] if exchange.endpoint.creates else candidates)
+    return await relay(exchange, body, candidates)
 
 
 async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody]) -> Response:
@@ -11234,15 +11179,17 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
 async def relay(
     exchange: Exchange, body: Union[ReadBody, RequestBody], candidates: Sequence[Candidate], searches: bool = False
 ) -> Response:
-    """The response of the first candidate that gives one which isn't a failure."""
+    """The response of the first candidate that gives one which isn't a failure; of what creates something, only one is
+    asked."""
+    candidates = candidates[:1] if exchange.endpoint.creates else candidates
     relayed = await exchange.service.relay.obtain(upstream_request(exchange, body, candidates, searches))
     if relayed.candidate.target.provider.format != "echo":  # which tells the body as long as its response lasts
         exchange.let_go()
+    exchange.record.upstream_id = relayed.request_id[:LOGGED_CHARACTERS]
     if relayed.translated:
         return await translated_response(exchange, relayed, relayed.translated)
-    exchange.record.upstream_id = relayed.request_id[:LOGGED_CHARACTERS]
     if relayed.head.status >= 400:
-        exchange.record.error = f"upstream:{error_type(relayed.content)}".rstrip(":")
+        exchange.record.error = upstream_error(relayed.content)
     try:
         fields, rewriter = relayed_fields(exchange, relayed), rewriter_of(exchange, relayed)
         return Response(relayed.head.status, relayed.head.reason, fields, relayed=relayed, rewriter=rewriter)
@@ -11276,22 +11223,16 @@ def upstream_request(
     )
 
 
+# -- what is translated on the way
+
 # What may go to a provider of the other format, behind /v1.
 COUNTING_PATH = "/messages/count_tokens"
 TRANSLATED_PATHS = frozenset({"/messages", COUNTING_PATH, "/chat/completions"})
 # Header fields of a client's that make sense to any provider: who it is, and by what to find its request.
-TRANSLATED_HEADERS = frozenset(
-    {
-        "user-agent",
-        "x-request-id",
-        "traceparent",
-        "tracestate",
-        "baggage",
-        "b3",
-        "x-cloud-trace-context",
-        "x-amzn-trace-id",
-    }
-)
+TRANSLATED_HEADERS = frozenset({
+    "user-agent", "x-request-id", "traceparent", "tracestate", "baggage", "b3", "x-cloud-trace-context",
+    "x-amzn-trace-id",
+})  # fmt: skip
 # What the body of a response is, which a translation changes.
 BODY_HEADERS = frozenset(
     {"content-type", "content-length", "content-encoding", "content-md5", "etag", "digest", "repr-digest"}
@@ -11301,7 +11242,7 @@ BODY_HEADERS = frozenset(
 class TranslatedRequest:
     """A request as targets of the other format get it, made when the first key of one is tried."""
 
-    def __init__(self, exchange: "Exchange", body: ReadBody) -> None:
+    def __init__(self, exchange: Exchange, body: ReadBody) -> None:
         self._exchange = exchange
         self._body = body
         self._target: Optional[Target] = None  # the one it was made for last,
@@ -11333,7 +11274,7 @@ class TranslatedRequest:
         made = await at_leisure(exchange.loop, self._body.size, work)
         self._size = sum(map(len, made.body))
         exchange.hold(self._size)
-        fields = [pair for pair in request.headers if pair[0].lower() in TRANSLATED_HEADERS]
+        fields = [pair for pair in request.fields.pairs if pair[0].lower() in TRANSLATED_HEADERS]
         fields += [("Content-Type", "application/json"), *client_credential(request, target.provider)]
         body = ReadBody()
         body.content += made.body
@@ -11367,7 +11308,10 @@ async def estimated_count(exchange: Exchange, body: ReadBody, target: Target) ->
     record.provider, record.sent_model = target.provider.name, target.model
 
     def work() -> int:
-        return estimated_tokens(read_document(content, values))
+        try:
+            return estimated_tokens(read_document(content, values))
+        except RecursionError:
+            raise BadRequest("the body is nested too deeply to be counted") from None
 
     tokens = await at_leisure(exchange.loop, body.size, work)
     fields = [
@@ -11382,7 +11326,6 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
     """The response to a translated request, in the client's format. Raises UpstreamFailed, UpstreamSilent and
     Unavailable."""
     record, asked = exchange.record, translated.asked
-    record.upstream_id = relayed.request_id[:LOGGED_CHARACTERS]
     record.translated = f"{asked.format}>{relayed.candidate.target.provider.chat_format}"
     record.dropped = ", ".join(translated.dropped)
     fields, failed = translated_fields(exchange, relayed), False
@@ -11392,7 +11335,7 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
         return Response(200, reason_of(200), fields, relayed=relayed, translator=AnswerTranslator(asked))
     try:
         if is_error:
-            record.error = f"upstream:{error_type(relayed.content)}".rstrip(":")
+            record.error = upstream_error(relayed.content)
             return translated_error(fields, relayed, asked)
         body = await whole_body(exchange, relayed)
         record.usage.read(body, relayed.is_stream)
@@ -11473,7 +11416,7 @@ async def whole_body(exchange: Exchange, relayed: UpstreamResponse) -> bytes:
 def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
     """The header of a provider's response, and what the relay adds."""
     target = relayed.candidate.target
-    cors = exchange.cors(relayed.head.headers)
+    cors = exchange.cors(relayed.head.fields.pairs)
     kept_back = RESPONSE_HEADERS_KEPT_BACK | CORS_HEADERS if cors else RESPONSE_HEADERS_KEPT_BACK
     fields = end_to_end(relayed.head.fields, kept_back)
     fields.append(("x-monorelay-provider", header_text(target.provider.name)))
@@ -11485,7 +11428,7 @@ def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
 
 
 def rewriter_of(exchange: Exchange, relayed: UpstreamResponse) -> Union[ResultsUrlRewriter, KeyEraser, None]:
-    """What the body must go through to keep credentials safe, if anything."""
+    """The filter that keeps credentials out of the body, if one is needed."""
     key = relayed.candidate.key
     if relayed.head.status >= 300:
         return KeyEraser(key.secret.reveal()) if key and not relayed.decoder.finished else None
@@ -11493,7 +11436,8 @@ def rewriter_of(exchange: Exchange, relayed: UpstreamResponse) -> Union[ResultsU
 
 
 def results_url_rewriter(exchange: Exchange, relayed: UpstreamResponse) -> Optional[ResultsUrlRewriter]:
-    """What keeps the client from following a batch's results_url to the provider; where it matters."""
+    """The filter that makes a batch's results_url lead to the relay; None where there can't be one. Raises
+    UpstreamFailed for a batch in a content-encoding."""
     request, provider = exchange.request, relayed.candidate.target.provider
     if not exchange.endpoint.batches or provider.format != "anthropic":
         return None
@@ -11549,7 +11493,7 @@ MODEL_PATHS = frozenset(path for path, (_, answer) in ENDPOINTS.items() if answe
 
 def format_of(path: str, names_version: bool) -> str:
     """The API that a request speaks; `names_version`: it has an anthropic-version. The first
-    REMEMBERED_PATH_CHARACTERS of its path tell."""
+    TELLING_PATH_CHARACTERS of its path tell."""
     path = known_form(path)
     if path == "/v1/messages" or path.startswith(("/v1/messages/", "/v1/anthropic/")):
         return "anthropic"
@@ -11566,25 +11510,22 @@ def likely_format(data: bytes) -> str:
 def find_endpoint(method: str, path: str, format: str) -> Endpoint:
     """The endpoint of a request. Raises NotFound and MethodNotAllowed."""
     if method not in METHODS:
-        known = ENDPOINTS.get(known_form(path), (METHODS,))[0]
-        error = MethodNotAllowed(method[:20], header_text(path[:200]), known)
+        methods = ENDPOINTS.get(known_form(path), (METHODS,))[0]
+        error = MethodNotAllowed(method[:20], header_text(path[:200]), methods)
         error.close = True  # what comes behind CONNECT is no request
         raise error
     if path.count("%") > PATH_ESCAPES:
         raise NotFound(f"the path has more than {PATH_ESCAPES} percent-encoded characters")
-    # The same few come again and again; long ones are not worth the memory.
-    find = remembered_endpoint if len(path) <= REMEMBERED_PATH_CHARACTERS else remembered_endpoint.__wrapped__
-    return find(method, path, format)
-
-
-@functools.lru_cache(maxsize=256)
-def remembered_endpoint(method: str, path: str, format: str) -> Endpoint:
-    """As find_endpoint(), for a method of METHODS."""
     if not is_safe_path(path):
         raise NotFound("the path has empty, . or .. segments, a backslash, spaces or control characters")
     known = known_form(path)
-    if known.startswith("/v1/v1/") or known == "/v1/v1":
+    if is_within(known, "/v1/v1"):
         raise BadRequest("the path begins with /v1/v1: leave /v1 out of the client's base_url", "doubled_v1")
+    return endpoint_at(method, path, known, format)
+
+
+def endpoint_at(method: str, path: str, known: str, format: str) -> Endpoint:
+    """The endpoint at a safe path, whose known_form() is `known`. Raises NotFound and MethodNotAllowed."""
     methods, answer = ENDPOINTS.get(known) or fallback(method, known, format)
     if method not in methods:
         raise MethodNotAllowed(method, header_text(known[:200]), methods)
@@ -11678,11 +11619,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.task: Optional[Task] = None
 
     def handle(self) -> None:
-        """Has the event loop serve the connection."""
+        """Posts the connection's task to the event loop."""
         self.loop.post(lambda: self.loop.start(self._serve()))
 
     def finish(self) -> None:
-        """Nothing: the connection is being served from now on."""
+        """Does nothing, where socketserver would close: the event loop serves the connection from now on."""
 
     @property
     def answering(self) -> bool:
@@ -11801,7 +11742,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The response of the endpoint, or the error that stands in its way: the one place where errors become HTTP."""
         try:
             self._read_head(exchange, data)
-            self._admit(exchange)
+            self._admit()
             request = exchange.request
             if request.method == "OPTIONS" and exchange.cors():
                 return exchange.respond(204, fields=preflight_fields(request.fields))
@@ -11835,9 +11776,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise
         record, path = exchange.record, head.path
         record.method, record.path = head.method[:LOGGED_CHARACTERS], path[:LOGGED_CHARACTERS]
-        exchange.format = format_of(path[:REMEMBERED_PATH_CHARACTERS], "anthropic-version" in head.fields.names)
+        exchange.format = format_of(path[:TELLING_PATH_CHARACTERS], "anthropic-version" in head.fields.names)
 
-    def _admit(self, exchange: Exchange) -> None:
+    def _admit(self) -> None:
         """Raises Unavailable while the relay has too many connections, or shuts down."""
         if self.over_limit:
             raise Unavailable(
@@ -11907,12 +11848,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return await self._next_translated(outgoing, upstream, timeout)
             if not upstream.received and not upstream.ended:
                 await upstream.arrival(self.loop.now + timeout)
-            if is_laborious(upstream.received):
-                await checkpoint(self.loop)
+            return await self._fed(outgoing, upstream)
         except Overdue:
             return outgoing.fail(f"the provider sent nothing for {timeout:g} seconds", "upstream_timeout")
         except Unavailable as error:  # the relay shuts down
             return outgoing.fail(error.message, error.code)
+
+    async def _fed(self, outgoing: Outgoing, upstream: Channel) -> bytes:
+        """What goes out for what has come from the provider."""
+        if is_laborious(upstream.received):
+            await checkpoint(self.loop)
         return outgoing.feed(upstream.take(), upstream.ended, upstream.broken)
 
     async def _next_translated(self, outgoing: Outgoing, upstream: Channel, timeout: float) -> bytes:
@@ -11936,9 +11881,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.loop.now > pinged_at:
                 return outgoing.ping()
             outgoing.heard_at = self.loop.now
-            if is_laborious(upstream.received):
-                await checkpoint(self.loop)
-            sent = outgoing.feed(upstream.take(), upstream.ended, upstream.broken)
+            sent = await self._fed(outgoing, upstream)
         return sent
 
     async def _linger(self) -> None:
@@ -11958,8 +11901,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 # ==== Server ========================================================================================
 #
-# Accepts connections, admits or refuses them, and ends in good order. Of http.server only the accepting is used: one
-# thread accepts, the event loop's thread serves, a third one writes the log; the main thread waits for signals.
+# Accepts connections, admits or refuses them, and ends in good order. Of http.server only the accepting is used.
+#
+#   accept         one thread for each address: it makes a Handler, which posts its task to the loop
+#   event loop     serves; all else belongs to it
+#   log, ledger    write; what they are given waits in a deque, which several threads may use
+#   errand, and three Workers: names; echo and translations; passwords; queries of the ledger. Each posts its result
+#   operator       waits for signals and edits, replaces `service.routing` as a whole, and stops the server
+#
 # `handlers` is added to by the thread that accepts, and else belongs to the loop; whoever else reads it takes a copy.
 #
 # Beyond max_connections a new connection makes another one go that has nothing to lose, or is let in only to be told
@@ -12016,7 +11965,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         # select(), which is all there is on Windows, looks after 512 sockets: each client may need three.
         return min(limit, 150) if os.name == "nt" else limit
 
-    def admit(self, handler: "Handler") -> bool:
+    def admit(self, handler: Handler) -> bool:
         """Whether a new connection is served: beyond max_connections another one has to make room."""
         if len(self.served) >= self.connection_limit and not self.make_room():
             return False
@@ -12039,7 +11988,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
                 return True
         return False
 
-    def release(self, handler: "Handler") -> None:
+    def release(self, handler: Handler) -> None:
         """Forgets a connection that is closed."""
         self.handlers.discard(handler)
         self.served.discard(handler)
@@ -12056,7 +12005,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
             )
 
     def start(self) -> None:
-        """Starts its threads: one serves, one accepts, one writes the log."""
+        """Starts its threads: one serves, one accepts at each address, one writes the log, one the ledger if any."""
         threading.Thread(target=self.service.loop.run, name="event loop", daemon=True).start()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="accept", daemon=True).start()
         for listener in self._listeners[1:]:
@@ -12161,7 +12110,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         try:
             sock, address = listener.accept()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
+            if error.errno in NO_DESCRIPTOR:
                 with self._spare_lock:
                     self._refuse_without_descriptor(listener)
             raise
@@ -12180,7 +12129,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
                     pass  # it has left already, or there is no descriptor for it
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Has the event loop serve a new connection."""
+        """Makes the Handler of a new connection; far beyond max_connections, refuses it."""
         if len(self.handlers) >= self.connection_limit + OVER_LIMIT_CONNECTIONS:
             self.service.loop.post(self.make_room)
             refuse(request)
@@ -12301,8 +12250,9 @@ def with_run_secrets(config: Config, old: Optional[Config]) -> Config:
 # ==== Processes =====================================================================================
 #
 # What stands around the serving: signals, edits of relay.json, and with `workers` a supervisor that replaces those that
-# end. Each process serves for itself and shares nothing with the others but the listening socket; each sees an edit of
-# relay.json by itself, within a second, or at a SIGHUP that the supervisor passes on.
+# end. Each process serves for itself. The workers share the listening sockets, and a Board, on which each shows what
+# the others need for limits, cooldowns and the page. Each sees an edit of relay.json by itself, within a second, or at
+# a SIGHUP that the supervisor passes on.
 
 
 def config_path(options: JsonDict) -> str:
@@ -12314,7 +12264,7 @@ def config_path(options: JsonDict) -> str:
 
 
 def config_name(path: str) -> str:
-    """What a configuration is called in messages."""
+    """The name of a configuration in messages."""
     return os.path.basename(path) or "built-in configuration"
 
 
@@ -12385,7 +12335,7 @@ def load_prices(config: Config, path: str) -> Config:
             raise ConfigError([f"{place}: is larger than {PRICES_BYTES // MEGABYTE} MB"])
         prices = parse_prices(parse_json(data))
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
+        if error.errno in NO_DESCRIPTOR:
             raise
         raise ConfigError([f"{place}: can't be read: {error.strerror}"]) from None
     except ValueError as error:
@@ -12456,6 +12406,12 @@ class Board:
         self.places = places
         self._memory = mmap.mmap(-1, places * BOARD_PLACE_BYTES)
 
+    _ROOM = (BOARD_PLACE_BYTES - _HEAD.size) // 2  # for each of the two documents
+
+    def _begin(self, place: int, number: int) -> int:
+        """Where the document stands that was written as this one."""
+        return place * BOARD_PLACE_BYTES + self._HEAD.size + number % 2 * self._ROOM
+
     def number(self, place: int) -> int:
         """How often the place was written."""
         return int(self._HEAD.unpack_from(self._memory, place * BOARD_PLACE_BYTES)[0])
@@ -12463,11 +12419,10 @@ class Board:
     def write(self, place: int, document: JsonDict) -> bool:
         """Shows a document instead of the last one; False, and the last one stays, if there is no room for it."""
         data = json.dumps(document, separators=(",", ":")).encode("ascii")
-        room = (BOARD_PLACE_BYTES - self._HEAD.size) // 2
-        if len(data) > room:
+        if len(data) > self._ROOM:
             return False
         start, number = place * BOARD_PLACE_BYTES, self.number(place) + 1
-        begin = start + self._HEAD.size + number % 2 * room
+        begin = self._begin(place, number)
         self._memory[begin : begin + len(data)] = data
         head = self._HEAD.pack(number, len(data), zlib.crc32(data))
         self._memory[start : start + len(head)] = head
@@ -12483,20 +12438,14 @@ class Board:
 
     def read(self, place: int) -> Optional[JsonDict]:
         """The document of a place; None where there is none, or it is being written too often."""
-        room = (BOARD_PLACE_BYTES - self._HEAD.size) // 2
         for _ in range(BOARD_READS):
-            start = place * BOARD_PLACE_BYTES
-            number, size, checksum = self._HEAD.unpack_from(self._memory, start)
-            begin = start + self._HEAD.size + number % 2 * room
-            data = self._memory[begin : begin + min(size, room)]
+            number, size, checksum = self._HEAD.unpack_from(self._memory, place * BOARD_PLACE_BYTES)
+            begin = self._begin(place, number)
+            data = self._memory[begin : begin + min(size, self._ROOM)]
             if number and zlib.crc32(data) == checksum:
                 document: JsonDict = json.loads(data)
                 return document
         return None
-
-    def clear(self, place: int) -> None:
-        """Takes away what a place shows."""
-        self.write(place, {})
 
 
 class PlaceOnBoard(NamedTuple):
@@ -12520,7 +12469,7 @@ class PlaceOnBoard(NamedTuple):
         return list(filter(None, (self.board.read(place) for place in places if place not in own)))
 
     def news(self, seen: dict[int, int]) -> list[JsonDict]:
-        """What others have shown since they were `seen`, which it notes."""
+        """The documents of others that are newer than those `seen`, which is brought up to date."""
         changed = []
         for place in range(0, self.board.places - 1, 2):
             number = self.board.number(place)
@@ -12530,7 +12479,7 @@ class PlaceOnBoard(NamedTuple):
         return self._read(changed)
 
     def others(self) -> list[JsonDict]:
-        """What all others show of what limits and keys depend on."""
+        """The documents of all others on rate limits and cooldowns."""
         return self._read(range(0, self.board.places - 1, 2))
 
     def other_figures(self) -> list[JsonDict]:
@@ -12547,8 +12496,8 @@ class PlaceOnBoard(NamedTuple):
             gauges.update({name: value for name, value in figures["gauges"].items() if name.endswith("_total")})
         keys = [[*name, record] for name, record in records_by_key(figures["keys"] for figures in kept).items()]
         self.board.write_figures(last, {"tally": tally.shared(), "running": [], "keys": keys, "gauges": gauges})
-        self.board.clear(2 * self.worker)
-        self.board.clear(2 * self.worker + 1)
+        for place in (2 * self.worker, 2 * self.worker + 1):
+            self.board.write(place, {})
 
 
 OPERATOR_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
@@ -12558,7 +12507,7 @@ WORKER_RELOADS, WORKER_CUTS = "SIGUSR1", "SIGUSR2"
 
 
 class Signals:
-    """Signals as a queue: what they ask for is done in its turn, by any thread, and not in the midst of something.
+    """Signals as a queue that any thread may read, so that none interrupts other work.
 
     Python's own handlers run in the main thread, and only when that next wakes up; so what counts is the byte
     that set_wakeup_fd has written for each. To be made in the main thread."""
@@ -12585,7 +12534,7 @@ class Signals:
 
 
 class Operator:
-    """What is left to do while the others serve: it waits for signals and for edits of relay.json."""
+    """Waits for signals and for edits of relay.json while the other threads serve."""
 
     def __init__(
         self,
@@ -12629,9 +12578,9 @@ class Operator:
         self._seen, self._beside_seen = file_state(self._path), self._files_beside()
         log = self._server.log if self._tells else LogWriter(None)
         try:
-            config = self._with_prices(load_config(self._path, self._options))
+            config = self._with_prices(load_config(self._path, self._options), log)
         except (ConfigError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:
                 self._seen = ()  # there is no descriptor to read it with: the next try is in a second
                 return
             for line in (system_problem(error) if isinstance(error, OSError) else str(error)).splitlines():
@@ -12642,12 +12591,12 @@ class Operator:
         self._beside_seen = self._files_beside()
         log.say("the configuration was reloaded; values of the environment are those of the start")
 
-    def _with_prices(self, config: Config) -> Config:
+    def _with_prices(self, config: Config, log: LogWriter) -> Config:
         """The configuration with its prices, or with those of before when the file is broken."""
         try:
             return load_prices(config, self._path)
         except ConfigError as error:
-            self._server.log.warn(f"{error}; the prices of before stay in force")
+            log.warn(f"{error}; the prices of before stay in force")
             return config._replace(prices=self._server.service.config.prices)
 
     def _drain(self, signals: Signals, cuts: bool) -> None:
@@ -12669,7 +12618,7 @@ class Operator:
 
 class Supervisor:
     """The parent of several workers, which share its listening sockets: it replaces one that dies, and
-    passes signals on. Each worker is a relay of its own, with its own limits, kept connections and log thread."""
+    passes signals on. Each worker is a relay of its own, with its own loop, kept connections and threads."""
 
     def __init__(self, config: Config, path: str, options: JsonDict, listeners: Sequence[socket.socket]) -> None:
         self._config = config
@@ -12723,7 +12672,7 @@ class Supervisor:
         return True
 
     def _be_worker(self, parent: int, held: set[int], place: PlaceOnBoard) -> NoReturn:
-        """What a worker does from its start to its end."""
+        """Runs a worker, and ends its process."""
         status = 1
         try:
             signals = Signals(*OPERATOR_SIGNALS, WORKER_RELOADS, WORKER_CUTS)
@@ -12738,7 +12687,7 @@ class Supervisor:
         os._exit(status)
 
     def _work(self, signals: Signals, parent: int, place: PlaceOnBoard) -> int:
-        """What a worker does: it serves until it is told to stop; the exit status."""
+        """Serves until the worker is told to stop; the exit status."""
         config, seen = self._config, file_state(self._path)
         try:
             config = with_run_secrets(load_prices(load_config(self._path, self._options), self._path), config)
@@ -12767,7 +12716,7 @@ class Supervisor:
                 pass  # it has just ended, and will be reaped
 
     def _stop(self, signals: Signals) -> int:
-        """Has all workers drain; a second signal ends them at once."""
+        """Drains all workers; a second signal ends them at once. The exit status."""
         seconds = self._config.server.drain_seconds
         self._log.say(f"stopping; what runs may take {seconds:g} s more, a second signal ends it at once")
         for listener in self._listeners:
@@ -12788,7 +12737,7 @@ class Supervisor:
 
 
 def system_problem(error: OSError) -> str:
-    """What the system refused, for whom its error numbers say nothing."""
+    """The message of an OSError: file and reason, without the error number."""
     return f"{error.filename or ''}{': ' if error.filename else ''}{error.strerror or error}"
 
 
@@ -12798,7 +12747,7 @@ def in_terminal() -> bool:
 
 
 def file_state(path: str) -> tuple[int, ...]:
-    """What changes when a file is edited or replaced."""
+    """Time, size and inode of a file, which change when it is edited or replaced; empty if there is none."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -12807,7 +12756,7 @@ def file_state(path: str) -> tuple[int, ...]:
 
 
 def config_warnings(config: Config) -> Iterator[str]:
-    """What is allowed and probably wrong, and how to mend it."""
+    """Warnings of what is allowed and probably wrong, and how to mend it."""
     for provider in config.providers.values():
         yield from provider_warnings(provider, f"providers.{provider.name}")
     yield from route_warnings(config)
@@ -12827,7 +12776,7 @@ def config_warnings(config: Config) -> Iterator[str]:
 
 
 def route_warnings(config: Config) -> Iterator[str]:
-    """What is probably wrong with the routes."""
+    """Warnings of the routes."""
     passed: list[str] = []
     for pattern in config.routes:
         before = next((other for other in passed if matches_any(pattern, [other])), None)
@@ -12839,7 +12788,7 @@ def route_warnings(config: Config) -> Iterator[str]:
 
 
 def provider_warnings(provider: Provider, place: str) -> Iterator[str]:
-    """The same of one provider."""
+    """Warnings of one provider."""
     for key in provider.keys or ():
         if PLACEHOLDER.search(key.secret.reveal()):
             yield f"{place}.keys: {key.label} looks like a placeholder or an unexpanded variable; write ${{NAME}}"
@@ -12877,7 +12826,7 @@ def may_have_price(prices: Prices, provider: Provider, pattern: str) -> bool:
 
 
 def file_warnings(path: str, config: Config) -> Iterator[str]:
-    """What is probably wrong, and what is unsafe about the file itself: secrets in it that others may read."""
+    """All warnings of a file: of its configuration, its proxies and folders, and of secrets that others may read."""
     yield from config_warnings(config)
     for provider in config.providers.values():
         try:
@@ -12908,9 +12857,8 @@ REGULAR_EXPRESSION = re.compile(r"\.[*+]|[(|^$\\]")
 
 
 def outlast_script(serve: Callable[[], int]) -> int:
-    """Serves in a thread for which Python waits, and lets the script end: until then CPython keeps the syntax tree
-    of this file, a third of the whole process."""
-
+    """Lets the main script end while a second thread serves. CPython frees the syntax tree of this file, a third of the
+    whole process, only when the script has ended."""
     return_memory = find_malloc_trim()
 
     def run() -> None:
@@ -14036,7 +13984,7 @@ def configured_ledger(options: JsonDict) -> str:
     path = config_path(options)
     config = load_config(path, options)
     if not config.ledger:
-        name = os.path.basename(path) or "built-in configuration"
+        name = config_name(path)
         raise ConfigError([f'{name}: there is no ledger; add "ledger": {{"path": "usage.db"}}, or name a file'])
     return config.ledger.path
 
@@ -14143,7 +14091,7 @@ def run_serve(options: JsonDict) -> int:
 
 
 def describe_config(config: Config) -> Iterator[str]:
-    """What a configuration serves, a line each."""
+    """The providers, routes, aliases and the rest of a configuration, a line each."""
     for provider in config.providers.values():
         if not provider.enabled:
             state = "disabled"
@@ -14328,14 +14276,13 @@ def served_paths(provider: Provider) -> str:
 
 def route_reasons(config: Config, name: str, passed: tuple[str, ...] = ()) -> list[str]:
     """Which rules of relay.json lead from a model's name to its targets, a line each."""
-    base, _, provider = name.rpartition("@")
-    if base and provider in config.providers:
+    provider = split_provider(config, name)[1]
+    if provider:
         return [f"{name}: names the provider {provider}"]
-    alias, stood = find_alias(config, name, passed)
+    alias, names = find_alias(config, name, passed)
     if alias:
-        names, passed = [next_name.replace("*", stood) for next_name in config.aliases[alias]], (*passed, alias)
         reasons = [f"{name}: is the alias {alias} -> {', '.join(names)}"]
-        return reasons + [reason for next_name in names for reason in route_reasons(config, next_name, passed)]
+        return reasons + [reason for other in names for reason in route_reasons(config, other, (*passed, alias))]
     for pattern, providers in config.routes.items():
         if matches_any(name, [pattern]):
             return [f"{name}: matches the route {pattern} -> {', '.join(providers)}"]
