@@ -3233,8 +3233,9 @@ def limit_fields(fields: Headers) -> Pairs:
 RETRIED_STATUSES = frozenset({401, 402, 403, 429, 500, 502, 503, 504, *range(520, 525), 529, 530})
 # Of several failures the client is told the last one that a later try may cure, rather than one of these.
 LASTING_STATUSES = frozenset({401, 402, 403})
-# Anthropic's 400 for an account without credit, which is about the key and not about the request.
-NO_CREDIT = re.compile(rb"(?i)credit balance is too low")
+# Anthropic's 400 for an account without credit, which is about the key and not about the request. It is the whole
+# message: where a message quotes what a client has sent, a colon stands before or behind.
+NO_CREDIT = re.compile(rb'(?i)"message" ?: ?"your credit balance is too low[^":]*"')
 
 
 def cors_fields(origins: Sequence[str], request: Headers, response: Iterable[tuple[str, str]] = ()) -> Pairs:
@@ -6318,6 +6319,11 @@ def sums_of(series: Sequence[int]) -> Sums:
     return sums
 
 
+def status_label(status: int) -> str:
+    """A status as metrics tell it: of one that nobody has defined, its class, such as 5xx."""
+    return str(status) if status in http.client.responses or status in RETRIED_STATUSES else f"{status // 100}xx"
+
+
 def is_odd_name(name: str) -> bool:
     """Whether a name would take too much room in what the workers show one another, or isn't Unicode."""
     return len(json.dumps(name)) > TALLIED_NAME_BYTES or name != name.encode("utf-8", "replace").decode("utf-8")
@@ -6342,7 +6348,7 @@ class Tally:
     def add(self, row: LedgerRow) -> None:
         """Counts a request to a model that has ended."""
         model, user, figures = self._model_label(row), self._user_label(row.user), row.figures
-        self.statuses[(row.provider, model, str(row.status))] += 1
+        self.statuses[row.provider, model, status_label(row.status)] += 1
         sums = self._sums((user, model, row.provider, row.key))
         sums[:PRICED] = map(operator.add, sums, figures)
         sums[PRICED] += row.cost is not None

@@ -8050,6 +8050,19 @@ def test_what_another_key_may_cure_is_tried_with_it(upstream, relay, failure):
     it.logged("tried=anthropic/label-a:", "402" if failure[1] is CREDIT else str(failure[0]))
 
 
+@pytest.mark.parametrize("message", [
+    "your credit balance is too low: Extra inputs are not permitted",
+    "Unrecognized request argument supplied: your credit balance is too low",
+    'messages.0.content: "message":"your credit balance is too low" is no content',
+])  # fmt: skip
+def test_an_error_that_quotes_a_client_takes_no_key_for_one_without_credit(upstream, relay, message):
+    body = json.dumps({"error": {"type": "invalid_request_error", "message": message}}).encode()
+    provider = upstream(answer(400, body))
+    it = relay({"anthropic": two_keys(provider)})
+    assert it.post("/v1/messages", prompt()).body == body
+    assert len(provider.requests) == 1 and "comes last" not in it.log.getvalue()
+
+
 def test_an_account_without_credit_is_told_as_the_provider_told_it(upstream, relay):
     got = relay({"anthropic": two_keys(upstream(answer(400, CREDIT)))}).post("/v1/messages", prompt())
     assert (got.status, got.body) == (400, CREDIT)
@@ -11334,6 +11347,15 @@ def test_metrics_tell_a_bounded_number_of_names_apart(upstream, relay):
     assert len(told.labels("monorelay_user_requests_total", "user")) == 101
     assert told.value("monorelay_requests_total") == told.value("monorelay_user_requests_total") == 250
     assert told.value("monorelay_requests_total", provider="anthropic", status="404") == 125
+
+
+def test_metrics_tell_a_bounded_number_of_statuses_apart():
+    tally = monorelay.Tally(0.0)
+    for status in range(100, 1000):
+        tally.add(row(status=status))
+    labels = {status for _, _, status in tally.statuses}
+    assert {"200", "404", "429", "500", "524", "529", "2xx", "5xx"} <= labels and len(labels) < 90
+    assert sum(tally.statuses.values()) == 900
 
 
 def test_one_user_can_not_take_the_names_of_models_from_the_others(relay):
