@@ -6321,7 +6321,8 @@ def sums_of(series: Sequence[int]) -> Sums:
 
 def status_label(status: int) -> str:
     """A status as metrics tell it: of one that nobody has defined, its class, such as 5xx."""
-    return str(status) if status in http.client.responses or status in RETRIED_STATUSES else f"{status // 100}xx"
+    is_defined = status in http.client.responses or status in RETRIED_STATUSES or not status
+    return str(status) if is_defined else f"{status // 100}xx"
 
 
 def is_odd_name(name: str) -> bool:
