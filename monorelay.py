@@ -819,24 +819,24 @@ def expect(value: Any, types: Union[type, tuple[type, ...]], wanted: str) -> Any
     return value
 
 
-def text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """The string."""
     return str(expect(value, str, "a string"))
 
 
-def some_text(value: Any) -> str:
+def as_some_text(value: Any) -> str:
     """The string, which isn't empty."""
-    if not text(value):
+    if not as_text(value):
         raise ValueError("must not be empty")
     return str(value)
 
 
-def boolean(value: Any) -> bool:
+def as_boolean(value: Any) -> bool:
     """The truth value."""
     return bool(expect(value, bool, "true or false"))
 
 
-def number(value: Any) -> float:
+def as_number(value: Any) -> float:
     """The number, which may come as text from the environment."""
     if isinstance(value, FromEnvironment) and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
         return float(value)
@@ -847,19 +847,19 @@ def number(value: Any) -> float:
     return value
 
 
-def positive(value: Any) -> float:
+def as_positive(value: Any) -> float:
     """The number as a float, more than 0."""
     # The upper bound keeps every deadline within what a clock and a socket option can hold.
-    if not 0 < number(value) <= 10_000_000:
+    if not 0 < as_number(value) <= 10_000_000:
         raise ValueError("must be more than 0 and at most 10000000")
     return float(value)
 
 
-def whole(low: int, high: int) -> Check:
+def as_whole(low: int, high: int) -> Check:
     """A check for whole numbers from `low` to `high`."""
 
     def check(value: Any) -> int:
-        found = number(value)
+        found = as_number(value)
         if found != int(found) or not low <= found <= high:
             raise ValueError(f"must be a whole number from {low} to {high}")
         return int(found)
@@ -867,18 +867,18 @@ def whole(low: int, high: int) -> Check:
     return check
 
 
-def one_of(*choices: str) -> Check:
+def as_one_of(*choices: str) -> Check:
     """A check for one of a few words."""
 
     def check(value: Any) -> str:
-        if text(value) not in choices:
+        if as_text(value) not in choices:
             raise ValueError(f"must be one of {', '.join(choices)}{suggestion(value, choices)}")
         return str(value)
 
     return check
 
 
-def texts(value: Any) -> tuple[str, ...]:
+def as_texts(value: Any) -> tuple[str, ...]:
     """The strings of a list, none of them empty."""
     if isinstance(value, str) and value:
         raise ValueError(f"must be a list: write [{json.dumps(str(value))}]")
@@ -887,16 +887,16 @@ def texts(value: Any) -> tuple[str, ...]:
     return tuple(str(item) for item in value)
 
 
-def text_or_texts(value: Any) -> tuple[str, ...]:
+def as_text_or_texts(value: Any) -> tuple[str, ...]:
     """The strings of a list, or the one that stands for it."""
     expect(value, (str, list), "a string or a list of strings")
-    found = texts([value] if isinstance(value, str) else value)
+    found = as_texts([value] if isinstance(value, str) else value)
     if not found:
         raise ValueError("must name at least one")
     return found
 
 
-def access_keys(value: Any) -> tuple[Secret, ...]:
+def as_access_keys(value: Any) -> tuple[Secret, ...]:
     """The keys that aren't empty, of one or of a list."""
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
@@ -915,17 +915,17 @@ def stripped_secret(value: str) -> str:
     return found
 
 
-def user_keys(value: Any) -> tuple[Secret, ...]:
+def as_user_keys(value: Any) -> tuple[Secret, ...]:
     """The keys of a user that aren't empty, of one or of a list, long enough not to be guessed."""
-    keys = access_keys(value)
+    keys = as_access_keys(value)
     if any(len(key.reveal()) < USER_KEY_CHARACTERS for key in keys):
         raise ValueError(f"must have at least {USER_KEY_CHARACTERS} characters each")
     return keys
 
 
-def jwt_secret(value: Any) -> Optional[Secret]:
+def as_jwt_secret(value: Any) -> Optional[Secret]:
     """The secret, long enough to be one; None when it is empty."""
-    found = text(value).strip()
+    found = as_text(value).strip()
     try:
         size = len(found.encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:
@@ -935,9 +935,9 @@ def jwt_secret(value: Any) -> Optional[Secret]:
     return Secret(found) if found else None
 
 
-def password(value: Any) -> str:
+def as_password_hash(value: Any) -> str:
     """The scrypt hash of a password, or nothing."""
-    found = text(value)
+    found = as_text(value)
     if not found:
         return ""
     match = re.fullmatch(SCRYPT_HASH, found)
@@ -952,11 +952,11 @@ def password(value: Any) -> str:
     return found
 
 
-def moment(value: Any) -> float:
+def as_moment(value: Any) -> float:
     """The seconds since 1970 of a time in ISO 8601 that names its zone."""
     try:
         # Python before 3.11 knows no Z.
-        found = datetime.datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text(value)))
+        found = datetime.datetime.fromisoformat(re.sub("[zZ]$", "+00:00", as_text(value)))
     except ValueError:
         found = datetime.datetime.min
     if not found.tzinfo:
@@ -964,9 +964,9 @@ def moment(value: Any) -> float:
     return found.timestamp()
 
 
-def base_url(value: Any) -> str:
+def as_base_url(value: Any) -> str:
     """The URL of a provider."""
-    found = text(value)
+    found = as_text(value)
     try:
         parts = urlsplit(found)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -982,9 +982,9 @@ def base_url(value: Any) -> str:
     return found
 
 
-def proxy_url(value: Any) -> str:
+def as_proxy_url(value: Any) -> str:
     """The URL of an HTTP proxy, or the word for none."""
-    found = text(value)
+    found = as_text(value)
     try:
         valid = found == "direct" or (urlsplit(found).scheme == "http" and bool(urlsplit(found).hostname))
     except ValueError:
@@ -994,7 +994,7 @@ def proxy_url(value: Any) -> str:
     return found
 
 
-def upstream_headers_setting(value: Any) -> tuple[tuple[str, Optional[str]], ...]:
+def as_headers(value: Any) -> tuple[tuple[str, Optional[str]], ...]:
     """The headers to set upstream, None for those to remove."""
     for name, content in expect(value, dict, "an object of headers").items():
         if not TOKEN.fullmatch(name) or name.lower() in FRAMING_HEADERS:
@@ -1006,22 +1006,22 @@ def upstream_headers_setting(value: Any) -> tuple[tuple[str, Optional[str]], ...
     return tuple((name, None if content is None else str(content)) for name, content in value.items())
 
 
-def listed(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """The list."""
     return list(expect(value, list, "a list"))
 
 
-def listed_or_client(value: Any) -> Any:
+def as_list_or_client(value: Any) -> Any:
     """The list, or the word that stands for the clients' own credentials."""
-    return value if value == "client" else listed(value)
+    return value if value == "client" else as_list(value)
 
 
-def object_or_boolean(value: Any) -> Any:
+def as_object_or_boolean(value: Any) -> Any:
     """The object of settings, or whether there may be some."""
     return expect(value, (bool, dict), "true, false or an object of settings")
 
 
-def json_object(value: Any) -> str:
+def as_json_object(value: Any) -> str:
     """The object as JSON."""
     return json.dumps(expect(value, dict, "an object"), allow_nan=False)
 
@@ -1037,9 +1037,9 @@ def provider_key(value: Any, number_in_list: int) -> Optional[ProviderKey]:
     secret = stripped_secret(entry["key"])
     if " " in secret:
         raise ValueError("must be printable ASCII without spaces")
-    label = some_text(entry.get("label", f"key{number_in_list}"))
+    label = as_some_text(entry.get("label", f"key{number_in_list}"))
     mark = hashlib.sha256(secret.encode("ascii", "replace")).hexdigest()[:16]
-    return ProviderKey(Secret(str(secret)), label, positive(entry.get("weight", 1)), mark) if secret else None
+    return ProviderKey(Secret(str(secret)), label, as_positive(entry.get("weight", 1)), mark) if secret else None
 
 
 def kind_of(value: Any) -> str:
@@ -1050,56 +1050,59 @@ def kind_of(value: Any) -> str:
 
 # name: (check, default). Sizes are in MB, times in seconds.
 SERVER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
-    "host": (some_text, "127.0.0.1"),
-    "port": (whole(0, 65535), 8787),
-    "access_key": (access_keys, ()),
-    "jwt_secret": (jwt_secret, None),
-    "workers": (whole(1, 64), 1),
-    "max_body_mb": (positive, 32.0),  # Anthropic's limit for messages
-    "max_upload_mb": (positive, 512.0),  # Anthropic's limit for files is 500
-    "max_held_mb": (positive, 1024.0),  # all bodies together that are held to be sent again if need be
-    "max_connections": (whole(1, 1_000_000), 4096),
-    "drain_seconds": (positive, 30.0),
-    "cors_origins": (texts, ()),
-    "log": (one_of("text", "json", "off"), "text"),
-    "dashboard": (boolean, True),
+    "host": (as_some_text, "127.0.0.1"),
+    "port": (as_whole(0, 65535), 8787),
+    "access_key": (as_access_keys, ()),
+    "jwt_secret": (as_jwt_secret, None),
+    "workers": (as_whole(1, 64), 1),
+    "max_body_mb": (as_positive, 32.0),  # Anthropic's limit for messages
+    "max_upload_mb": (as_positive, 512.0),  # Anthropic's limit for files is 500
+    "max_held_mb": (as_positive, 1024.0),  # all bodies together that are held to be sent again if need be
+    "max_connections": (as_whole(1, 1_000_000), 4096),
+    "drain_seconds": (as_positive, 30.0),
+    "cors_origins": (as_texts, ()),
+    "log": (as_one_of("text", "json", "off"), "text"),
+    "dashboard": (as_boolean, True),
 }
 USER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
-    "password": (password, ""),
-    "models": (texts, None),
-    "requests_per_minute": (whole(1, 1_000_000), 0),
-    "tokens_since": (moment, 0.0),
-    "key": (user_keys, ()),
-    "enabled": (boolean, True),
-    "usd_per_day": (positive, 0.0),
-    "usd_per_month": (positive, 0.0),
-    "tokens_per_day": (whole(1, 10**15 - 1), 0),
-    "viewer": (boolean, False),
+    "password": (as_password_hash, ""),
+    "models": (as_texts, None),
+    "requests_per_minute": (as_whole(1, 1_000_000), 0),
+    "tokens_since": (as_moment, 0.0),
+    "key": (as_user_keys, ()),
+    "enabled": (as_boolean, True),
+    "usd_per_day": (as_positive, 0.0),
+    "usd_per_month": (as_positive, 0.0),
+    "tokens_per_day": (as_whole(1, 10**15 - 1), 0),
+    "viewer": (as_boolean, False),
 }
-LEDGER_SETTINGS: Mapping[str, tuple[Check, Any]] = {"path": (some_text, "usage.db"), "keep_days": (whole(1, 36500), 90)}
+LEDGER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
+    "path": (as_some_text, "usage.db"),
+    "keep_days": (as_whole(1, 36500), 90),
+}
 PROVIDER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
-    "format": (one_of("anthropic", "openai", "echo"), ""),
-    "base_url": (base_url, ""),
-    "keys": (listed_or_client, None),  # read_keys looks into each
-    "enabled": (boolean, True),
-    "timeout": (positive, 900.0),  # longer than the SDKs' own 600: the client decides first
-    "connect_timeout": (positive, 10.0),
-    "cooldown": (positive, 30.0),
-    "key_strategy": (one_of(*STRATEGIES), "sticky"),
-    "headers": (upstream_headers_setting, ()),
-    "auth_header": (one_of("x-api-key", "authorization", "api-key"), ""),
-    "models": (texts, ()),
-    "proxy": (proxy_url, ""),
-    "translate": (object_or_boolean, True),  # read_translation looks into it
+    "format": (as_one_of("anthropic", "openai", "echo"), ""),
+    "base_url": (as_base_url, ""),
+    "keys": (as_list_or_client, None),  # read_keys looks into each
+    "enabled": (as_boolean, True),
+    "timeout": (as_positive, 900.0),  # longer than the SDKs' own 600: the client decides first
+    "connect_timeout": (as_positive, 10.0),
+    "cooldown": (as_positive, 30.0),
+    "key_strategy": (as_one_of(*STRATEGIES), "sticky"),
+    "headers": (as_headers, ()),
+    "auth_header": (as_one_of("x-api-key", "authorization", "api-key"), ""),
+    "models": (as_texts, ()),
+    "proxy": (as_proxy_url, ""),
+    "translate": (as_object_or_boolean, True),  # read_translation looks into it
 }
 TRANSLATION_SETTINGS: Mapping[str, tuple[Check, Any]] = {
-    "max_tokens_field": (one_of("auto", "max_tokens", "max_completion_tokens"), "auto"),
-    "reasoning": (one_of("none", "effort"), "none"),
-    "reasoning_back": (one_of("none", "reasoning_content", "reasoning"), "none"),
-    "system_turns": (one_of("keep", "user", "lead"), ""),
-    "default_max_tokens": (whole(1, 10_000_000), 8192),
-    "drop": (texts, ()),
-    "extra": (json_object, "{}"),
+    "max_tokens_field": (as_one_of("auto", "max_tokens", "max_completion_tokens"), "auto"),
+    "reasoning": (as_one_of("none", "effort"), "none"),
+    "reasoning_back": (as_one_of("none", "reasoning_content", "reasoning"), "none"),
+    "system_turns": (as_one_of("keep", "user", "lead"), ""),
+    "default_max_tokens": (as_whole(1, 10_000_000), 8192),
+    "drop": (as_texts, ()),
+    "extra": (as_json_object, "{}"),
 }
 SECTIONS = ("server", "users", "providers", "aliases", "routes")
 TOP_LEVEL = (*SECTIONS, "env_file", "ledger", "prices")
@@ -1216,7 +1219,7 @@ def read_user_keys(users: Mapping[str, User], problems: Problems) -> dict[bytes,
 
 def read_lists(section: JsonDict, place: str, problems: Problems) -> dict[str, tuple[str, ...]]:
     """A section whose values are a name or a list of names."""
-    return read_settings({key: (text_or_texts, ()) for key in section}, section, place, problems)
+    return read_settings({key: (as_text_or_texts, ()) for key in section}, section, place, problems)
 
 
 def read_ledger_settings(document: JsonDict, users: Mapping[str, User], problems: Problems) -> Optional[LedgerSettings]:
@@ -1385,7 +1388,7 @@ def pattern_price(pattern: str, given: JsonDict) -> Price:
 def price_number(value: Any, place: str, tokens: int = 1) -> int:
     """So many USD for so many tokens, as a rate. Raises ValueError."""
     try:
-        found = number(value)
+        found = as_number(value)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
     if not 0 <= found <= PRICE_USD * tokens:
@@ -2055,7 +2058,7 @@ def reset_time(value: str, now: float) -> Optional[float]:
     if re.fullmatch("[0-9]{9,11}", value):
         return float(value)
     try:
-        return moment(value)
+        return as_moment(value)
     except ValueError:
         pass
     span = OPENAI_SPAN.fullmatch(value)
@@ -2150,7 +2153,7 @@ class KeyPool:
             known = self._cooling.get(name)
             if known and known.recover(now):
                 self.changed()
-                self._warn(f"{told(candidate, name)} has recovered")
+                self._warn(f"{cooldown_words(candidate, name)} has recovered")
 
     def failed(
         self, candidate: Candidate, status: int, retry_after: Optional[float], now: float, by_model: bool = True
@@ -2192,7 +2195,7 @@ class KeyPool:
         entry.why, entry.changed = why, now
         self.changed()
         if not was_cooling:
-            self._warn(f"{told(candidate, name)} comes last for {entry.until - now:.3g} s: {why}")
+            self._warn(f"{cooldown_words(candidate, name)} comes last for {entry.until - now:.3g} s: {why}")
 
     def note(self, candidate: Candidate, outcome: str, clock: float) -> None:
         """Notes what became of an attempt: `ok`, or what it met. `clock` is in seconds since 1970."""
@@ -2346,7 +2349,7 @@ def joined_records(records: Iterable[JsonDict]) -> JsonDict:
     return {"outcomes": outcomes, "hours": counts, "failed": failed, "limits": list(limits.values())}
 
 
-def told(candidate: Candidate, name: tuple[str, ...]) -> str:
+def cooldown_words(candidate: Candidate, name: tuple[str, ...]) -> str:
     """An entry of the cooldown table in words: a candidate's provider, its key, or its key with the model."""
     words = [f"the provider {candidate.target.provider.name}"]
     if len(name) > 1:
@@ -6234,7 +6237,7 @@ class AccessRecord:
             opening = {"time": clock, "level": "info", "id": self.request_id}
             return log_json({**opening, **known, **numbers, **rest})
         last = (self.upstream_id, self.translated, self.dropped, self.tried, self.error)
-        told = "".join([f" {name}={plain(value)}" for name, value in zip(TOLD_LAST, last) if value])
+        told = "".join([f" {name}={log_text(value)}" for name, value in zip(TOLD_LAST, last) if value])
         return f"time={clock} id={self.request_id}{log_names(*names)}{figures}{told}"
 
     def _figures(self, now: float) -> str:
@@ -6277,7 +6280,7 @@ PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]*")  # printable ASCII but space, quote
 @functools.lru_cache(maxsize=256)
 def log_names(*values: str) -> str:
     """Who asked for what and where it went, as a part of a line."""
-    return "".join([f" {name}={plain(value)}" for name, value in zip(NAMED, values) if value])
+    return "".join([f" {name}={log_text(value)}" for name, value in zip(NAMED, values) if value])
 
 
 def log_json(values: Mapping[str, Any]) -> str:
@@ -6286,7 +6289,7 @@ def log_json(values: Mapping[str, Any]) -> str:
     return json.dumps({name: shortened(value) if isinstance(value, str) else value for name, value in known.items()})
 
 
-def plain(value: str) -> str:
+def log_text(value: str) -> str:
     """Text that can't break its line or its field: cut when long, quoted and escaped where it isn't plain."""
     is_plain = len(value) <= LOG_VALUE_CHARACTERS and PLAIN_VALUE.fullmatch(value)
     return value if is_plain else json.dumps(shortened(value))
@@ -6729,12 +6732,18 @@ def echo_json(document: Any) -> EchoResponse:
 # -- what both formats check and say
 
 
-def kind(*types: type) -> Callable[[Any], bool]:
+def of_type(*types: type) -> Callable[[Any], bool]:
     """A condition: the value is of one of the types; true and false are no numbers."""
     return lambda value: isinstance(value, types) and (bool in types or not isinstance(value, bool))
 
 
-is_text, is_whole, is_number, is_object, is_list = kind(str), kind(int), kind(int, float), kind(dict), kind(list)
+is_text, is_whole, is_number, is_object, is_list = (
+    of_type(str),
+    of_type(int),
+    of_type(int, float),
+    of_type(dict),
+    of_type(list),
+)
 
 
 def is_filled(value: Any) -> bool:
@@ -6903,7 +6912,7 @@ def check_messages(request: JsonDict) -> None:
             "Input should be 'user' or 'assistant'",
             place,
         )
-        require(message, "content", kind(str, list), "Input should be a valid string or list", place)
+        require(message, "content", of_type(str, list), "Input should be a valid string or list", place)
         check_blocks(message["content"], place)
         if message["role"] == before:
             raise EchoFault(
@@ -6944,7 +6953,7 @@ def check_sampling(request: JsonDict) -> None:
         ("top_p", lambda value: is_number(value) and 0 <= value <= 1, "range: 0..1"),
         ("top_k", lambda value: is_whole(value) and value >= 0, "Input should be greater than or equal to 0"),
         ("stop_sequences", is_texts, "Input should be a valid list of strings"),
-        ("stream", kind(bool), "Input should be a valid boolean"),
+        ("stream", of_type(bool), "Input should be a valid boolean"),
         ("thinking", is_object, "Input should be an object"),
     )
     for name, holds, otherwise in checks:
@@ -7137,12 +7146,12 @@ def echo_embeddings(request: JsonDict, identity: str, now: int) -> EchoResponse:
         raise EchoFault(400, f"input: echo takes at most {ECHO_INPUTS}, and makes {ECHO_NUMBERS} numbers of them")
     tokens = max(1, count_words(inputs))
     rest = {"model": request["model"], "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
-    as_text = request.get("encoding_format") == "base64"
+    in_base64 = request.get("encoding_format") == "base64"
 
     def parts() -> Iterator[tuple[float, bytes]]:
         opening = '{"object": "list", "data": ['
         for index, item in enumerate(inputs):
-            document = {"object": "embedding", "index": index, "embedding": embedding(item, size, as_text)}
+            document = {"object": "embedding", "index": index, "embedding": embedding(item, size, in_base64)}
             part = f"{opening}{json.dumps(document)}".encode("ascii")
             del document  # thousands of numbers, while the part waits to be sent
             yield 0.0, part
@@ -7152,13 +7161,13 @@ def echo_embeddings(request: JsonDict, identity: str, now: int) -> EchoResponse:
     return EchoResponse(200, "application/json", parts())
 
 
-def embedding(item: Any, size: int, as_text: bool) -> Union[str, list[float]]:
+def embedding(item: Any, size: int, in_base64: bool) -> Union[str, list[float]]:
     """A vector of length one, the same for the same input on every machine; as base64 of floats, or as numbers."""
     numbers = random.Random(json.dumps(item))
     vector = [numbers.uniform(-1, 1) for _ in range(size)]
     length = math.sqrt(sum(number * number for number in vector))
     vector = [number / length for number in vector]
-    return base64.b64encode(struct.pack(f"<{size}f", *vector)).decode("ascii") if as_text else vector
+    return base64.b64encode(struct.pack(f"<{size}f", *vector)).decode("ascii") if in_base64 else vector
 
 
 def echo_responses(request: JsonDict, identity: str, now: int) -> EchoResponse:
@@ -7911,7 +7920,7 @@ async def checkpoint(loop: EventLoop, pipelined: bool = False) -> None:
         await until()
 
 
-async def pause(loop: EventLoop, seconds: float) -> None:
+async def sleep(loop: EventLoop, seconds: float) -> None:
     """Waits for so many seconds."""
     deadline = loop.now + seconds
     try:
@@ -8037,7 +8046,7 @@ class LogWriter:
         if self.style == "json":
             self.write(log_json({"time": clock, "level": level, "message": message}))
         else:
-            self.write(f"time={clock} level={level} message={plain(message)}")
+            self.write(f"time={clock} level={level} message={log_text(message)}")
 
     def announce(self, lines: Sequence[str]) -> None:
         """Takes the lines of the banner. Of those that come as several, commands, none is broken."""
@@ -8975,7 +8984,7 @@ async def send_echo(loop: EventLoop, channel: Channel, response: EchoResponse, r
     begun = time.monotonic()
     for seconds, part in response.parts:
         if seconds:
-            await pause(loop, seconds)
+            await sleep(loop, seconds)
         elif time.monotonic() - begun > SLOW_EVENT_SECONDS:
             await checkpoint(loop)
             begun = time.monotonic()
@@ -10117,7 +10126,7 @@ class Service:
             if much or self.loop.now - trimmed_at > TRIM_SECONDS:
                 self.bodies.released, trimmed_at = 0, self.loop.now
                 self.return_memory(0)
-            await pause(self.loop, SWEEP_SECONDS)
+            await sleep(self.loop, SWEEP_SECONDS)
 
 
 class Workers:
@@ -10144,7 +10153,7 @@ class Workers:
 
     async def _show(self, place: "PlaceOnBoard") -> None:
         loop, service = self._service.loop, self._service
-        await pause(loop, self._shown_at + SHARED_SOON_SECONDS - loop.now)
+        await sleep(loop, self._shown_at + SHARED_SOON_SECONDS - loop.now)
         self._shown_at, self._is_showing = loop.now, False
         place.show({"requests": service.requests.counts(loop.now), "cooling": service.relay.keys.shared(loop.now)})
 
@@ -10156,7 +10165,7 @@ class Workers:
             if figures != shown:
                 place.show_figures(figures)
                 shown = figures
-            await pause(self._service.loop, SHARED_SECONDS)
+            await sleep(self._service.loop, SHARED_SECONDS)
 
     def _figures(self) -> JsonDict:
         service = self._service
@@ -10879,7 +10888,7 @@ class LivePage:
         quiet_until = self._loop.now + LIVE_QUIET_SECONDS
         while True:
             if self._last:
-                await pause(self._loop, LIVE_SECONDS)
+                await sleep(self._loop, LIVE_SECONDS)
             if not self._may_go_on():
                 return b""
             news = await self._news()
@@ -12062,7 +12071,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         records = self.running()
         if records:
             ids = ", ".join(record.request_id for record in records[:CUT_NAMED]) + ", …" * (len(records) > CUT_NAMED)
-            self.log.warn(f"cut {counted(len(records), 'running request')}: {ids}")
+            self.log.warn(f"cut {plural(len(records), 'running request')}: {ids}")
             for record in records[:CUT_LINES]:
                 record.error = "shutting_down"
                 self.log.record(record)
@@ -12210,7 +12219,7 @@ def listen_at(host: str, port: int) -> socket.socket:
 NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
 
 
-def counted(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
     """So many of something."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
@@ -12296,7 +12305,7 @@ def load_config(path: str, options: JsonDict) -> Config:
         raise ConfigError([f"{name}: it is nested, or its aliases are chained, too deeply"]) from None
     if not config.server.access_keys:
         try:
-            keys = access_keys(environ.get("MONORELAY_ACCESS_KEY", ""))
+            keys = as_access_keys(environ.get("MONORELAY_ACCESS_KEY", ""))
         except ValueError as error:
             raise ConfigError([f"the environment's MONORELAY_ACCESS_KEY: {error}"]) from None
         config = config._replace(server=config.server._replace(access_keys=keys))
@@ -12611,7 +12620,7 @@ class Operator:
         server, ends = self._server, (WORKER_CUTS,) if self._supervisor else ("SIGTERM", "SIGINT")
         running = len(server.running())
         if not self._supervisor:
-            what = f": {counted(running, 'request')} {'is' if running == 1 else 'are'} running; a second signal ends "
+            what = f": {plural(running, 'request')} {'is' if running == 1 else 'are'} running; a second signal ends "
             server.log.say(f"stopping{what}{'it' if running == 1 else 'them'}" if running else "stopping")
         seconds = server.service.config.server.drain_seconds
         stopping = threading.Thread(target=server.stop, args=(seconds,), daemon=True)
@@ -14026,7 +14035,7 @@ def usage_table(rows: Sequence[JsonDict], total: JsonDict, by: Sequence[str], pe
         written = row["cache_write"] + row["cache_write_long"]
         counts = (row["requests"], row["errors"], row["input"], row["cache_read"], written, row["output"])
         cost = "?" if row["usd"] is None else usd_text(row["usd"] * 1e9)
-        lines.append([*(plain(row[name]).strip() for name in by), *(f"{count:,}" for count in counts), cost])
+        lines.append([*(log_text(row[name]).strip() for name in by), *(f"{count:,}" for count in counts), cost])
     widths = [max(map(len, column)) for column in zip(*lines)]
     for number, line in enumerate(lines):
         if number in (1, len(lines) - 1):
@@ -14174,13 +14183,13 @@ def answers_for_others(config: Config, names: Sequence[str]) -> bool:
 def key_variables(path: str, provider: str) -> list[str]:
     """The variables of the environment that the keys of a provider are read from."""
     try:
-        keys = json.dumps(written(path)["providers"][provider]["keys"])
+        keys = json.dumps(config_document(path)["providers"][provider]["keys"])
     except (KeyError, TypeError):
         return []
     return [match[1] for match in re.finditer(VARIABLE, keys) if not match[1].startswith("file:")]
 
 
-def written(path: str) -> Any:
+def config_document(path: str) -> Any:
     """The configuration as it stands in the file, variables and all."""
     try:
         if not path:
@@ -14224,7 +14233,7 @@ def from_file(name: str, folder: str, env_file: str) -> str:
 def written_access_keys(path: str) -> list[str]:
     """The access keys as they stand in the file."""
     try:
-        keys = written(path)["server"]["access_key"]
+        keys = config_document(path)["server"]["access_key"]
     except (KeyError, TypeError):
         return []
     return [keys] if isinstance(keys, str) else [str(key) for key in keys]
@@ -14248,11 +14257,11 @@ def curl_line(config: Config, url: str, token: str) -> str:
 
 # The options of the command line with what checks each, and the commands: what runs them, the options they take.
 OPTIONS: Mapping[str, Check] = {
-    "config": some_text,
-    "host": some_text,
-    "port": whole(0, 65535),
+    "config": as_some_text,
+    "host": as_some_text,
+    "port": as_whole(0, 65535),
     "expires": lifetime,
-    "days": whole(1, LEDGER_SUMS_DAYS),
+    "days": as_whole(1, LEDGER_SUMS_DAYS),
     "by": usage_columns,
 }
 FLAGS = ("csv", "json")  # options without a value
