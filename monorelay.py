@@ -12908,7 +12908,6 @@ def outlast_script(serve: Callable[[], int]) -> int:
 
 PAGE = r"""<!doctype html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>MonoRelay</title>
@@ -12918,142 +12917,144 @@ PAGE = r"""<!doctype html>
 :root {
   color-scheme: light dark;
   --page: light-dark(#f6f6f3, #121416); --panel: light-dark(#ffffff, #1a1d20); --line: light-dark(#e3e3dd, #2b3035);
-  --ink: light-dark(#1c2024, #e4e5e2); --quiet: light-dark(#62686f, #98a0a8);
+  --ink: light-dark(#1c2024, #e4e5e2); --quiet: light-dark(#62686f, #98a0a8); --thin: 1px solid var(--line);
   --accent: light-dark(#2b6f83, #7cbccd); --bar: light-dark(#8db4bf, #48788a);
   --good: light-dark(#2a7549, #74c493); --warn: light-dark(#8a5a00, #e2b35a); --bad: light-dark(#b3261e, #ff8f85);
   font: 13px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums;
 }
-@media (min-width: 2000px) { :root { font-size: 18px; } }
+@media (width >= 2000px) { :root { font-size: 18px; } }
 * { box-sizing: border-box; margin: 0; }
 body { background: var(--page); color: var(--ink); padding: 0 max(1rem, 50vw - 62rem) 1.5rem; }
 [hidden], .own .others { display: none !important; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
-.quiet, .note, th, dt { color: var(--quiet); font-weight: 400; }
-[data-tone="good"] > .tone { color: var(--good); }
-[data-tone="warn"] > .tone { color: var(--warn); }
-[data-tone="bad"] > .tone { color: var(--bad); }
+.note, th, dt { color: var(--quiet); font-weight: 400; }
+.tone { color: var(--tone); }
+[data-tone=""] { --tone: initial; }
+[data-tone="good"] { --tone: var(--good); }
+[data-tone="warn"] { --tone: var(--warn); }
+[data-tone="bad"] { --tone: var(--bad); }
 
-button, select, input { font: inherit; color: inherit; letter-spacing: inherit; }
+button, select, input { font: inherit; color: inherit; }
 button, select, .field input {
-  background: var(--panel); border: 1px solid var(--line); border-radius: 5px; padding: .2rem .6rem;
+  background: var(--panel); border: var(--thin); border-radius: 5px; padding: .2rem .6rem;
 }
 button:hover, select:hover { border-color: var(--accent); }
 select { max-width: 12rem; }
-:is(td, dd) button { background: none; border: 0; padding: 0; max-width: 100%; }
-:is(td, dd) button, .cut, .tiles dd { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+:is(td, dd) button { background: none; border: 0; padding: 0; max-width: 100%; letter-spacing: inherit; }
 :is(td, dd) button:hover { text-decoration: underline; text-underline-offset: 3px; }
+:is(td, dd) button, .cut, .tiles dd, #rows td { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 code { font: .92em ui-monospace, monospace; background: var(--page); padding: .1em .35em; overflow-wrap: anywhere; }
 
 header, .bar { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem .7rem; }
 header { padding: .8rem 0; column-gap: 1.2rem; }
 h1 { font-size: 1.25rem; font-weight: 650; letter-spacing: -.01em; }
-h1 svg { width: 1.1em; height: 1.1em; vertical-align: -.15em; margin-right: .3em; stroke: var(--accent); }
+h1 svg { width: 1.1em; vertical-align: -.15em; margin-right: .3em; fill: none; stroke: var(--accent); stroke-width: 2; }
 h2 { font-size: 1rem; font-weight: 600; }
 label { display: flex; align-items: center; gap: .35rem; }
-.end { margin-left: auto; display: flex; align-items: center; gap: .7rem; }
+.end { margin-left: auto; }
 
 main, .columns, .columns > div, .tiles { display: grid; gap: .75rem; }
 main, .columns > div { grid-template-columns: minmax(0, 1fr); }
 .columns { grid-template-columns: minmax(0, 6fr) minmax(0, 5fr); }
 .columns > div { grid-template-rows: 1fr auto; }
 .tiles { grid-template-columns: repeat(4, 1fr) 1.5fr 1.1fr; }
-.panel, .tiles > div { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; min-width: 0; }
-.panel { padding: .7rem .9rem .5rem; }
-.tiles > div { padding: .6rem .9rem; }
+.panel, .tiles > div {
+  background: var(--panel); border: var(--thin); border-radius: 8px; padding: .6rem .9rem .5rem; min-width: 0;
+}
 .tiles dt + dd { font-size: 1.7rem; line-height: 1.35; font-weight: 550; letter-spacing: -.02em; }
 #advice { border-left: 3px solid var(--accent); }
-#advice li { margin: .25rem 0; }
 .scrolls { overflow: auto; scrollbar-width: thin; max-height: 26rem; overscroll-behavior: contain; }
+#failure .scrolls { flex: 1 1 20rem; }
 .grows { display: flex; flex-direction: column; }
-.grows .scrolls { flex: 1 1 12rem; }
+.grows .scrolls { flex: 1 1 auto; max-height: 18rem; }
+#chart { flex: 1 1 11rem; contain: size; }
 
 table { width: 100%; border-collapse: collapse; }
-th, td { text-align: left; padding: .28rem .8rem .28rem 0; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { position: sticky; top: 0; z-index: 1; background: var(--panel); border: 0; box-shadow: 0 1px var(--line); }
-th { font-size: .92em; }
-th:last-child, td:last-child { padding-right: .3rem; }
+th { position: sticky; top: 0; z-index: 1; background: var(--panel); box-shadow: 0 1px var(--line); font-size: .92em; }
+td { border-bottom: var(--thin); }
 tr:last-child > td { border: 0; }
-.num { text-align: right; }
-.cut { max-width: 0; }
 tbody:not(#rows):empty::before { content: "none"; color: var(--quiet); }
 .gauges { display: flex; flex-wrap: wrap; gap: 0 1.2rem; font-size: .92em; }
 .gauge { display: flex; align-items: center; gap: .55rem; }
 .gauge i { flex: none; width: 3.5rem; height: .4rem; border-radius: 1rem; background: var(--line); overflow: hidden; }
-.gauge b { display: block; height: 100%; background: var(--bar); }
-.gauge[data-tone="warn"] b { background: var(--warn); }
-.gauge[data-tone="bad"] b { background: var(--bad); }
+.gauge b { display: block; height: 100%; background: var(--tone, var(--bar)); }
 #box { max-height: min(75vh, 60rem); overflow-anchor: none; contain: content; }
-#box table { table-layout: fixed; min-width: 78rem; }
-#rows td { height: round(1.95rem, 1px); padding-block: 0; overflow: hidden; text-overflow: ellipsis; }
-#rows tr { cursor: pointer; }
-#rows tr:hover { background: color-mix(in srgb, var(--bar) 12%, transparent); }
+:is(#rows, #failed) tr { cursor: pointer; }
+:is(#rows, #failed) tr:hover { background: color-mix(in srgb, var(--bar) 12%, transparent); }
 
-#hours { display: block; width: 100%; font-size: 11px; fill: var(--quiet); }
-#hours line { stroke: var(--line); }
-#hours .ok { fill: var(--bar); }
-#hours g:hover .ok { fill: var(--accent); }
-#hours .failed { fill: var(--bad); }
+#chart svg { display: block; font-size: 11px; fill: var(--quiet); }
+#chart line { stroke: var(--line); }
+#chart .ok { fill: var(--bar); }
+#chart g:hover .ok { fill: var(--accent); }
+#chart .failed { fill: var(--bad); }
 
-dialog { margin: auto; width: min(34rem, 94vw); padding: 1.2rem 1.4rem; background: var(--panel); color: inherit; }
-dialog { border: 1px solid var(--line); border-radius: 10px; overflow-wrap: anywhere; }
+dialog {
+  margin: auto; width: min(34rem, 94vw); padding: 1.2rem 1.4rem; overflow-wrap: anywhere;
+  background: var(--panel); color: inherit; border: var(--thin); border-radius: 10px;
+}
 dialog::backdrop { background: color-mix(in srgb, var(--page) 70%, transparent); }
-dialog h2 { font-size: 1.2rem; margin-bottom: .6rem; }
+:is(dialog, dialog form) > * + * { margin-top: .8rem; }
 #facts { display: grid; grid-template-columns: auto 1fr; gap: .15rem 1.2rem; }
-#facts, #attempts { margin-bottom: 1rem; }
 ol { padding-left: 1.3rem; }
 #signin { width: min(24rem, 94vw); }
-.field { display: block; margin: .6rem 0; }
-.field input { display: block; width: 100%; padding: .45rem .6rem; background: var(--page); }
-.or { border-top: 1px solid var(--line); margin-top: 1.1rem; padding-top: .7rem; }
-#signin button { width: 100%; padding: .5rem; margin-bottom: .8rem; background: var(--accent); color: var(--panel); }
+.field, .field input { display: block; width: 100%; }
+.or { border-top: var(--thin); padding-top: .7rem; }
+#signin button { width: 100%; padding: .5rem; background: var(--accent); color: var(--panel); }
 #problem { color: var(--bad); min-height: 1.5em; }
 
 @media (prefers-reduced-motion: no-preference) {
   [data-tone="good"] #sign { animation: breathe 3s ease-in-out infinite; }
   @keyframes breathe { 50% { opacity: .35; } }
 }
-@media (max-width: 1100px) {
+@media (width <= 1400px) { .columns .extra { display: none; } }
+@media (width <= 1100px) {
   .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); }
   .columns { grid-template-columns: minmax(0, 1fr); }
 }
-@media (max-width: 640px) { /* a row becomes a card of four columns, of figures below their titles */
+@media (width > 640px) {
+  th, td { text-align: left; padding: .28rem .8rem .28rem 0; white-space: nowrap; }
+  :is(th, td):last-child { padding-right: .3rem; }
+  .num { text-align: right; }
+  .cut { max-width: 0; }
+  #box table { table-layout: fixed; min-width: 78rem; }
+  #rows td { height: round(1.95rem, 1px); padding-block: 0; }
+  #failure thead { position: absolute; clip-path: inset(50%); }
+}
+@media (width <= 640px) { /* a row becomes a card of four columns, of figures below their titles */
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .5rem; }
   .tiles dt + dd { font-size: 1.35rem; }
   .tiles > div:nth-child(n + 5) { grid-column: span 2; }
   .bar select { flex: 1 1 6rem; max-width: none; min-width: 0; }
-  thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-  table, tbody, #box table { display: block; min-width: 0; }
+  thead { position: absolute; clip-path: inset(50%); }
+  table, tbody { display: block; }
   tbody tr { display: grid; grid: auto-flow dense / repeat(4, minmax(0, 1fr)); gap: 0 .6rem; align-content: start; }
-  tbody tr { padding: .45rem 0; border-bottom: 1px solid var(--line); }
+  tbody tr { padding: .45rem 0; border-bottom: var(--thin); }
   #rows tr { height: round(8.4rem, 1px); }
-  td, td.num, td.cut, #rows td { border: 0; padding: 0; height: auto; max-width: none; text-align: left; }
-  td { overflow: hidden; text-overflow: ellipsis; }
-  td.half { grid-column: span 2; }
-  td.line { grid-column: 1 / -1; }
-  .gauge, td.cut:not(#rows td) { white-space: normal; overflow-wrap: anywhere; }
-  td:not(.bare)::before { content: attr(data-title); display: block; font-size: .8em; line-height: 1.2; }
-  td:not(.bare)::before { color: var(--quiet); }
+  td { border: 0; padding: 0; overflow: hidden; text-overflow: ellipsis; }
+  .half { grid-column: span 2; }
+  .line { grid-column: 1 / -1; }
+  .gauge, .cut { white-space: normal; overflow-wrap: anywhere; }
+  td:not(.bare)::before { content: attr(data-title); display: block; font-size: .8em; color: var(--quiet); }
   .extra { display: none; }
 }
 </style>
-</head>
-<body>
 <header>
-  <h1><svg viewBox="0 0 16 16" aria-hidden="true"><path d="M1 3h4l3 5 3-5h4M1 13h4l3-5 3 5h4" fill="none"
-    stroke-width="2"/></svg>MonoRelay</h1>
-  <span class="quiet" id="where"></span>
-  <span id="link"><span class="tone"><span id="sign" aria-hidden="true">◌</span>
-    <span id="words">connecting</span></span></span>
-  <span class="end"><select id="days" aria-label="Period" hidden><option value="">today (UTC)<option value="7">7 days
-    <option value="30">30 days</select>
-    <span class="quiet" id="me"></span><button id="leave" type="button" hidden>Sign out</button></span>
+  <h1><svg viewBox="0 0 16 16" aria-hidden="true"><path d="M1 3h4l3 5 3-5h4M1 13h4l3-5 3 5h4"/></svg>MonoRelay</h1>
+  <span class="note" id="where"></span>
+  <span class="tone" id="link"><span id="sign" aria-hidden="true">◌</span> <span id="words">connecting</span></span>
+  <select class="end" id="days" aria-label="Period" hidden>
+    <option value="">today (UTC)<option value="7">7 days<option value="30">30 days</select>
+  <span class="note" id="me"></span><button id="leave" type="button" hidden>Sign out</button>
 </header>
 <p class="unseen" role="status" id="status"></p>
 <main hidden>
   <dl class="tiles" id="tiles"></dl>
   <section class="panel" id="advice" hidden><h2>What to set next</h2><div></div></section>
-  <section class="panel others"><h2>Keys</h2><div class="scrolls"><table><tbody id="keys"></table></div></section>
+  <section class="panel bar" id="failure" hidden>
+    <h2>Last failed request</h2><div class="scrolls"><table><tbody id="failed"></table></div></section>
+  <section class="panel others"><div class="bar"><h2>Keys</h2><span class="note" id="counted"></span></div>
+    <div class="scrolls"><table><tbody id="keys"></table></div></section>
   <div class="columns">
     <div>
       <section class="panel grows"><h2>Running</h2>
@@ -13061,7 +13062,7 @@ ol { padding-left: 1.3rem; }
       <section class="panel"><h2>Users</h2><div class="scrolls"><table><tbody id="users"></table></div></section>
     </div>
     <div>
-      <section class="panel"><h2>Requests an hour</h2><div id="chart"></div></section>
+      <section class="panel grows"><h2>Requests an hour</h2><div id="chart"></div></section>
       <section class="panel"><h2>Models</h2><div class="scrolls"><table><tbody id="models"></table></div></section>
     </div>
   </div>
@@ -13091,40 +13092,37 @@ ol { padding-left: 1.3rem; }
 
 // ---- figures: what isn't known is "?" ----
 
-const grouped = new Intl.NumberFormat("en");
-const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 const unknown = (value) => value === null || value === undefined;
-const count = (value) => unknown(value) ? "?" : grouped.format(value);
-const short = (value) => unknown(value) ? "?" : compact.format(value);
-const fixed = (value, digits) => unknown(value) ? "?" : value.toFixed(digits);
-const dollars = (value) => unknown(value) ? "?" : `$${value < 1000 ? fixed(value, 2) : count(Math.round(value))}`;
+const figure = (write) => (value) => unknown(value) ? "?" : write(value);
+const count = figure(new Intl.NumberFormat("en").format);
+const short = figure(new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format);
+const bytes = (value) => short(value).replace(/[A-Z]?$/, " $&B");
+const fixed = (value, digits) => value?.toFixed(digits) ?? "?";
+const scaled = (value, size) => unknown(value) ? null : value / size;
+const dollars = figure((value) => `$${value < 1000 ? fixed(value, 2) : count(Math.round(value))}`);
 const percent = (part) => `${Math.round(part * 100)} %`;
-
-function duration(seconds) {
-  if (unknown(seconds)) return "?";
+const duration = figure((seconds) => {
   if (seconds < 0.1) return `${Math.round(seconds * 1000)} ms`;
   if (seconds < 120) return `${fixed(seconds, seconds < 10 && seconds % 1 ? 1 : 0)} s`;
   return seconds < 7200 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;
-}
+});
 
 // The time of day of what is near, the day of what is not; in the reader's zone.
-const format = (parts) => new Intl.DateTimeFormat("en-GB", parts);
-const toHour = format({ hour: "2-digit", minute: "2-digit" }), toDay = format({ day: "numeric", month: "short" });
-const toSecond = format({ timeStyle: "medium" });
-const date = (seconds) => new Date(seconds * 1000);
+const clock = (parts) => (seconds) => new Intl.DateTimeFormat("en-GB", parts).format(seconds * 1000);
+const toHour = clock({ hour: "2-digit", minute: "2-digit" }), toDay = clock({ day: "numeric", month: "short" });
+const toSecond = clock({ timeStyle: "medium" });
 const isNear = (seconds) => Math.abs(seconds - now()) < 20 * 3600;
-const hour = (seconds) => (isNear(seconds) ? toHour : toDay).format(date(seconds));
-const moment = (seconds) => isNear(seconds) ? toSecond.format(date(seconds)) :
-  `${toDay.format(date(seconds))}, ${toHour.format(date(seconds))}`;
-const utc = (seconds) => date(seconds).toISOString().replace("T", " ").slice(0, 19) + " UTC";
+const hour = (seconds) => isNear(seconds) ? toHour(seconds) : toDay(seconds);
+const moment = (seconds) => isNear(seconds) ? toSecond(seconds) : `${toDay(seconds)}, ${toHour(seconds)}`;
+const utc = (seconds) => new Date(seconds * 1000).toISOString().replace("T", " ").slice(0, 19) + " UTC";
 
 // ---- elements ----
 
 const $ = (id) => document.getElementById(id);
 
-function element(tag, kind, ...children) {
-  const made = document.createElement(tag);
-  made.className = kind;
+function element(tag, { data = {}, ...properties }, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  Object.assign(made.dataset, data);
   made.append(...children);
   return made;
 }
@@ -13152,18 +13150,13 @@ function put(parent, value) {
 // all; `bare` is shown without its title there, `extra` not at all. Roles are said, for CSS that turns rows into grids
 // takes them away.
 function table(id, keyOf, toneOf, columns) {
-  const body = $(id), head = body.parentNode.createTHead().insertRow();
-  const name = { ariaLabel: body.closest("section").querySelector("h2").textContent };
-  Object.assign(body.parentNode, { role: "table", ...name });
-  Object.assign(body.closest(".scrolls"), { role: "region", tabIndex: 0, ...name });
-  for (const [title, kind, width] of columns) {
-    head.append(Object.assign(element("th", kind, title), { scope: "col", width }));
-  }
-  const newRow = () => Object.assign(element("tr", "", ...columns.map(([title, kind]) => {
-    const cell = Object.assign(element("td", kind), { role: "cell" });
-    cell.dataset.title = title;
-    return cell;
-  })), { role: "row" });
+  const body = $(id), ariaLabel = body.closest("section").querySelector("h2").textContent;
+  Object.assign(body.parentNode, { role: "table", ariaLabel });
+  Object.assign(body.closest(".scrolls"), { role: "region", tabIndex: 0, ariaLabel });
+  body.parentNode.createTHead().insertRow().append(...columns.map(([title, className, width]) =>
+    element("th", { className, width, scope: "col" }, title)));
+  const newRow = () => element("tr", { role: "row" }, ...columns.map(([title, className]) =>
+    element("td", { className, role: "cell", data: { title } })));
   let shown = new Map();
   return (items) => {
     const before = shown;
@@ -13178,22 +13171,18 @@ function table(id, keyOf, toneOf, columns) {
   };
 }
 
-// A text that, when pressed, shows the requests that it stands for.
-function choice(filter, value, text = value) {
-  const made = element("button", "", text);
-  Object.assign(made.dataset, { filter, value });
-  made.title = `${text}: show the requests`;
-  return made;
-}
+// A text that, when pressed, shows the requests that it stands for. "(other)" stands for several names, and none.
+const choice = (filter, value, text = value) => value === "(other)" ? value :
+  element("button", { title: `${text}: show the requests`, data: { filter, value } }, text);
 
 function gauge(used, words) {
-  const made = element("span", "gauge", element("i", "", element("b", "")), words);
-  made.dataset.tone = used >= 0.95 ? "bad" : used >= 0.8 ? "warn" : "";
-  made.querySelector("b").style.width = `${Math.min(Math.max(used * 100, 0), 100)}%`;
-  return made;
+  const filled = element("b", {});
+  filled.style.width = percent(Math.min(Math.max(used, 0), 1)).replace(" ", "");
+  const tone = used >= 0.95 ? "bad" : used >= 0.8 ? "warn" : "";
+  return element("span", { className: "gauge", data: { tone } }, element("i", {}, filled), words);
 }
 
-const gauges = (made) => made.length ? element("div", "gauges", ...made) : "—";
+const gauges = (made) => made.length ? element("div", { className: "gauges" }, ...made) : "—";
 
 // ---- the tables ----
 
@@ -13207,14 +13196,21 @@ const LIMITS = {
   input_tokens: "tokens in", output_tokens: "tokens out", unified_5h: "5 hours", unified_7d: "7 days",
   usd_per_day: "day", usd_per_month: "month", tokens_per_day: "tokens", requests_per_minute: "minute",
 };
-const place = (provider, key) => key ? `${provider} / ${key}` : provider || "—";
-const route = (asked, sent) => sent && sent !== asked ? `${asked} → ${sent}` : asked || "—";
+const place = ({ provider, key }) => key ? `${provider} / ${key}` : provider || "—";
+const route = ({ model, sent }) => sent && sent !== model ? `${model} → ${sent}` : model || "—";
 const keyOf = ({ provider, key }) => `${provider}/${key ?? ""}`;
 const failed = (row) => row.status >= 400 || Boolean(row.error && row.error !== "client_gone");
+const toneOfRow = (row) => failed(row) ? "bad" : row.complete ? "good" : "warn";
 
 function outcome(row) {
   const reason = row.error === "client_gone" ? "client left" : (row.error ?? "").replace("upstream:", "");
   return `${failed(row) ? "✕" : row.complete ? "✓" : "◌"} ${row.status || "—"} ${reason}`.trim();
+}
+
+// What each attempt met. What failed of them is told as PROVIDER/KEY:WHAT, with spaces between.
+function attempts(row) {
+  const tried = (row.tried || "").split(" ").filter(Boolean).map((one) => one.replace("/", " / ").replace(":", ": "));
+  return tried.length < row.attempts ? [...tried, `${place(row)}: ${outcome(row).slice(2)}`] : tried;
 }
 
 // A key that cools because the provider refuses it, or because its account has no credit, needs a person.
@@ -13232,7 +13228,7 @@ function keyState(key) {
 // What the last response left of a key's limits; of those that have begun anew since, nothing is known.
 function headroom({ limits = [], state }) {
   const valid = limits.filter(({ reset }) => unknown(reset) || reset > now());
-  if (!valid.length && (state === "ok" || state === "cooling")) return "?";
+  if (!valid.length && ["ok", "cooling"].includes(state)) return "?";
   return gauges(valid.map(({ limit, used, left, reset }) => {
     const rest = unknown(left) ? "" : `, ${short(left)} left`;
     const back = used < 0.8 || unknown(reset) ? "" : `, resets ${hour(reset)}`;
@@ -13258,23 +13254,27 @@ function speed({ requests, errors, untold, output, seconds, ttfb }) {
   return good > untold && output && streamed > 0 ? fixed(output / (good - untold) * good / streamed, 0) : "?";
 }
 
+function timeOf({ at, request }) {
+  return element("button", { title: `${utc(at)}: show all of it`, data: { request } }, moment(at));
+}
+
 const showKeys = table("keys", keyOf, toneOf, [
-  ["Provider / key", "half bare cut", "15%", (one) => choice("key", keyOf(one), place(one.provider, one.key))],
-  ["State", "tone half bare cut", "24%", keyState],
+  ["Provider / key", "half bare cut", "15%", (one) => choice("key", keyOf(one), place(one))],
+  ["State", "tone half bare cut", "28%", keyState],
   ["Attempts", "num", "", (one) => count(one.requests)],
   ["Failed", "num", "", (one) => count(one.errors)],
   ["Last failure", "half", "9%", (one) => one.failed ? `${hour(one.failed[0])}, ${one.failed[1]}` : "—"],
-  ["Used of its limits", "line bare", "42%", headroom],
+  ["Used of its limits", "line bare", "38%", headroom],
 ]);
 
 const showRunning = table("running", (run) => run.request, toneOf, [
   ["User", "others half bare cut", "15%", (run) => run.user],
   ["State", "tone half bare", "", (run) => signOf(run) + (run.attempts > 1 ? `, try ${run.attempts}` : "")],
-  ["Model", "line bare cut", "32%", (run) => route(run.model, run.sent)],
-  ["Provider / key", "line bare cut", "24%", (run) => place(run.provider, run.key)],
+  ["Model", "line bare cut", "26%", route],
+  ["Provider / key", "line bare cut", "21%", place],
   ["For", "num", "", (run) => duration(now() - run.since)],
   ["First byte", "num", "", (run) => unknown(run.ttfb) ? "—" : duration(run.ttfb)],
-  ["Bytes", "num", "", (run) => `${short(run.bytes)}B`],
+  ["Bytes", "num", "", (run) => bytes(run.bytes)],
 ]);
 
 const CONSUMED = [
@@ -13300,12 +13300,12 @@ const showModels = table("models", (sum) => sum.model, () => "", [
   ...CONSUMED,
 ]);
 
-const showRows = table("rows", (row) => row.request, (row) => failed(row) ? "bad" : row.complete ? "good" : "warn", [
+const showRows = table("rows", (row) => row.request, toneOfRow, [
   ["Ended", "half bare", "8%", timeOf],
   ["Status", "tone half bare", "16%", outcome],
   ["User", "others half bare", "10%", (row) => row.user],
-  ["Model", "line bare", "20%", (row) => route(row.model, row.sent)],
-  ["Provider / key", "half bare", "13%", (row) => place(row.provider, row.key)],
+  ["Model", "line bare", "20%", route],
+  ["Provider / key", "half bare", "13%", place],
   ["Tries", "num extra", "4%", (row) => count(row.attempts)],
   ["First, s", "num", "5%", (row) => fixed(row.ttfb, 2)],
   ["Time, s", "num", "5%", (row) => fixed(row.seconds, 2)],
@@ -13315,51 +13315,51 @@ const showRows = table("rows", (row) => row.request, (row) => failed(row) ? "bad
   ["Cost ≈ $", "num", "6%", (row) => fixed(row.usd, 4)],
 ]);
 
-function timeOf(row) {
-  const made = element("button", "", moment(row.at));
-  made.dataset.request = row.request;
-  made.title = `${utc(row.at)}: show all of it`;
-  return made;
-}
+const showFailed = table("failed", (row) => row.request, (row) => row.at < recently() ? "" : "bad", [
+  ["Ended", "half bare", "", timeOf],
+  ["Status", "tone half bare", "", outcome],
+  ["User", "others half bare", "", (row) => row.user],
+  ["Model", "line bare cut", "35%", route],
+  ["Attempts", "line bare cut", "65%", (row) => attempts(row).join(", then ")],
+]);
 
-// All that is known of a request, in a dialog. What was tried: PROVIDER/KEY:WHAT, with spaces between.
+// All that is known of a request, in a dialog.
 function showDetail(row) {
-  const rate = row.output && row.seconds > row.ttfb ? row.output / (row.seconds - row.ttfb) : null;
   const caches = unknown(row.input) ? "" : `, ${count(row.cache_read)} from the cache, ${count(written(row))} into it`;
   const facts = {
-    Ended: `${moment(row.at)} (${utc(row.at)})`, User: row.user, Path: row.path, Model: route(row.model, row.sent),
+    Ended: `${moment(row.at)} (${utc(row.at)})`, User: row.user, Path: row.path, Model: route(row),
     Error: row.error || "—", "Whole answer": row.complete ? "yes" : "no",
     "First byte": duration(row.ttfb), Duration: duration(row.seconds),
-    "Tokens in": count(row.input) + caches, "Tokens out": count(row.output),
-    "Out a second": fixed(rate, 0), Tier: row.tier || "standard",
+    "Tokens in": count(row.input) + caches, "Tokens out": count(row.output), Tier: row.tier || "standard",
     Cost: unknown(row.usd) ? "? (no price, or no tokens told)" : `≈ $${fixed(row.usd, 6)}`, Id: row.request,
   };
-  const tried = (row.tried || "").split(" ").filter(Boolean).map((one) => one.replace("/", " / ").replace(":", ": "));
-  if (tried.length < row.attempts) tried.push(`${place(row.provider, row.key)}: ${outcome(row).slice(2)}`);
   put($("outcome"), outcome(row));
   $("facts").replaceChildren(
-    ...Object.entries(facts).flatMap(([name, value]) => [element("dt", "", name), element("dd", "", value)]));
-  $("attempts").replaceChildren(...tried.map((attempt) => element("li", "", attempt)));
+    ...Object.entries(facts).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
+  $("attempts").replaceChildren(...attempts(row).map((attempt) => element("li", {}, attempt)));
   $("detail").showModal();
 }
 
 // ---- above the tables ----
 
+// Since when failures are told as news, and attempts counted: since the previous hour began, or the relay.
+const recently = () => Math.max(Math.floor(now() / 3600) * 3600 - 3600, view.since);
+
 function drawTiles() {
-  const from = Math.floor(now() / 3600) - 1, late = view.hours.filter(([one]) => one >= from);
+  const late = view.hours.filter(([one]) => (one + 1) * 3600 > recently());
   const [requests, errors] = [1, 2].map((column) => late.reduce((sum, row) => sum + row[column], 0));
   const oldest = now() - Math.min(now(), ...view.running.map((run) => run.since));
   const tiles = [
     ["Running now", count(view.active), view.active ? `oldest for ${duration(oldest)}` : "nothing"],
     ["Last minute", `${count(view.minute.requests)} req`, `${view.minute.errors || "none"} failed`],
-    [`Failed since ${hour(Math.max(from * 3600, view.since))}`, errors ? choice("errors", "1", count(errors)) : "0",
-      requests ? `${fixed(errors / requests * 100, 1)} % of ${count(requests)}` : "no requests", errors ? "bad" : ""],
+    [`Failed since ${hour(recently())}`, errors ? choice("errors", "1", count(errors)) : "0",
+      `${errors ? `${fixed(errors / requests * 100, 1)} % ` : ""}of ${count(requests)} requests`, errors ? "bad" : ""],
     ["First byte, median", duration(view.ttfb?.[0]), `95 % within ${duration(view.ttfb?.[1])}`],
     ...(usage ? sums() : [["Tokens", "…", ""], ["Cost", "…", ""]]),
   ];
   tiles.forEach(([label, value, note, tone = ""], index) => {
-    const tile = $("tiles").children[index] ??
-      $("tiles").appendChild(element("div", "", element("dt", ""), element("dd", "tone"), element("dd", "note")));
+    const tile = $("tiles").children[index] ?? $("tiles").appendChild(element("div", {},
+      element("dt", {}), element("dd", { className: "tone" }), element("dd", { className: "note" })));
     [label, value, note].forEach((content, part) => put(tile.children[part], content));
     tile.dataset.tone = tone;
   });
@@ -13368,16 +13368,15 @@ function drawTiles() {
 
 function sums() {
   const { total, priced } = usage.users;
-  const period = view.ledger ? $("days").selectedOptions[0].text : `since ${moment(view.since)}`;
+  const period = view.ledger ? $("days").selectedOptions[0].text.trim() : `since ${moment(view.since)}`;
   const unpriced = usage.models.rows.filter((sum) => unknown(sum.usd) && sum.output).map((sum) => sum.model);
-  const untold = total.untold ? ` · ? in ${count(total.untold)} answers` : "";
-  const cost = unknown(total.usd) ? "?" : `≈ ${dollars(total.usd)}${unpriced.length ? " + ?" : ""}`;
+  const untold = total.untold ? ` · ${count(total.untold)} answers told none` : "";
   const note = unknown(priced) ? "no prices are set" : unpriced.length ? `no price for ${unpriced.join(", ")}` :
     `by the prices ${priced === true ? "in relay.json" : `of ${priced}`}`;
   return [
     [`Tokens ${period}`, `${short(tokensIn(total))} in · ${short(total.output)} out`,
-      `${short(total.cache_read)} more from caches${untold}`],
-    [`Cost ${period}`, cost, note],
+      `${short(total.cache_read)} cached${untold}`],
+    [`Cost ${period}`, unknown(total.usd) ? "?" : `≈ ${dollars(total.usd)}${unpriced.length ? " + ?" : ""}`, note],
   ];
 }
 
@@ -13391,38 +13390,37 @@ function drawAdvice() {
     [!view.ledger, "All of this ends with the relay. Set in relay.json: ", '"ledger": { "path": "usage.db" }'],
   ].filter(([applies]) => applies && view.admin);
   $("advice").hidden = !advice.length;
-  const items = advice.map(([, words, setting]) => element("li", "", words, element("code", "", setting)));
-  put($("advice").lastElementChild, element("ol", "", ...items));
+  const items = advice.map(([, words, setting]) => element("li", {}, words, element("code", {}, setting)));
+  put($("advice").lastElementChild, element("ol", {}, ...items));
 }
 
 // The bars of the last 24 hours: requests, and on top of them the failed ones with their number.
 function drawHours() {
-  const width = $("chart").clientWidth, height = 150, floor = 128, left = 40, step = (width - left) / 24;
-  const last = Math.floor(now() / 3600), told = new Map(view.hours.map((row) => [row[0], row]));
-  const quiet = (one) => one * 3600 + 3600 > view.since ? [one, 0, 0] : [one, null, null];
-  const hours = Array.from({ length: 24 }, (_, index) => told.get(last - 23 + index) ?? quiet(last - 23 + index));
+  const { clientWidth: width, clientHeight: height } = $("chart");
+  const floor = height - 22, left = 40, step = (width - left) / 24, first = Math.floor(now() / 3600) - 23;
+  const told = new Map(view.hours.map((row) => [row[0], row]));
+  const untold = (one) => (one + 1) * 3600 > view.since ? [one, 0, 0] : [one, null, null];
+  const hours = Array.from({ length: 24 }, (_, index) => told.get(first + index) ?? untold(first + index));
   const most = Math.max(4, ...hours.map(([, requests]) => requests)), scale = (floor - 16) / most;
-  const text = (x, y, words, anchor, kind = "") => drawing("text", { x, y, class: kind, "text-anchor": anchor }, words);
-  const parts = [most, Math.round(most / 2), 0].flatMap((value) => {
+  const text = (x, y, anchor, words, kind = "") => drawing("text", { x, y, class: kind, "text-anchor": anchor }, words);
+  const block = (kind, x, y, high) =>
+    drawing("rect", { class: kind, x: x + step * 0.12, y, width: step * 0.76, height: high, rx: 1.5 });
+  const lines = [most, Math.round(most / 2), 0].flatMap((value) => {
     const y = floor - value * scale;
-    return [drawing("line", { x1: left, x2: width, y1: y, y2: y }), text(left - 6, y + 4, short(value), "end")];
+    return [drawing("line", { x1: left, x2: width, y1: y, y2: y }), text(left - 6, y + 4, "end", short(value))];
   });
-  hours.forEach(([one, requests, errors, , , , cost], index) => {
-    const x = left + index * step, middle = x + step / 2, start = toHour.format(date(one * 3600));
+  const bars = hours.map(([one, requests, errors, , , , cost], index) => {
+    const x = left + index * step, middle = x + step / 2, start = toHour(one * 3600);
     const good = (requests - errors) * scale, bad = errors && Math.max(errors * scale, 2), top = floor - good - bad - 1;
-    const block = (kind, y, high) =>
-      drawing("rect", { class: kind, x: x + step * 0.12, y, width: step * 0.76, height: high, rx: 1.5 });
     const words = `${start}: ${count(requests)} requests, ${count(errors)} failed, ≈ ${dollars(scaled(cost, 1e9))}`;
-    const bar = drawing("g", {}, drawing("title", {}, words),
-      drawing("rect", { x, y: 0, width: step, height: floor, opacity: 0 }), block("ok", floor - good, good));
-    if (requests === null) bar.append(text(middle, floor - 4, "?", "middle"));
-    if (errors) bar.append(block("failed", top, bad), text(middle, top - 4, short(errors), "middle", "failed"));
-    if (index % 4 === 1) parts.push(text(middle, height - 5, start, "middle"));
-    parts.push(bar);
+    return drawing("g", {}, drawing("title", {}, words),
+      drawing("rect", { x, y: 0, width: step, height: floor, opacity: 0 }), block("ok", x, floor - good, good),
+      ...(unknown(requests) ? [text(middle, floor - 4, "middle", "?")] : []),
+      ...(errors ? [block("failed", x, top, bad), text(middle, top - 4, "middle", short(errors), "failed")] : []),
+      ...(index % 4 === 1 ? [text(middle, height - 5, "middle", start)] : []));
   });
   const label = `${count(hours.reduce((sum, [, requests]) => sum + requests, 0))} requests in 24 hours`;
-  const attributes = { id: "hours", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label };
-  put($("chart"), drawing("svg", attributes, ...parts));
+  put($("chart"), drawing("svg", { width, height, role: "img", "aria-label": label }, ...lines, ...bars));
 }
 
 // ---- the last requests: an array of all that were loaded, and elements for those in sight ----
@@ -13433,35 +13431,42 @@ const ENDED = ("id at user model sent provider key status ttfb seconds input cac
 const RUNNING = "request user model sent provider key state seconds ttfb bytes attempts".split(" ");
 const known = new Map();
 let rows = [], next, loading = null;  // next: what the page behind them is asked by, null if there is none
+let failures = [];  // the last one, whatever the filters
 
 const named = (names) => (list) => Object.fromEntries(names.map((name, index) => [name, list[index]]));
-const scaled = (value, size) => unknown(value) ? null : value / size;
-const fromLive = (list) => ({ ...named(ENDED)(list), usd: scaled(list[ENDED.indexOf("cost")], 1e9) });
-const fromLedger = (row) => ({
+const priced = (row) => ({ ...row, usd: scaled(row.cost, 1e9) });
+const fromLive = (list) => priced(named(ENDED)(list));
+const fromLedger = (row) => priced({
   ...row, at: row.at / 1000, ttfb: scaled(row.ttfb, 1000), seconds: scaled(row.duration, 1000),
-  usd: scaled(row.cost, 1e9),
 });
 
 const matches = (row) => (!filters.user || filters.user === row.user) && (!filters.key || filters.key === keyOf(row)) &&
   (!filters.model || [row.model, row.sent].includes(filters.model)) && (!filters.errors || failed(row));
+const newestFirst = (found) => found.sort((one, other) => other.at - one.at);
 
 // Takes in what is new and passes the filters; what is being read stays where it is.
 function addRows(found) {
   const newest = rows[0];
   for (const row of found) if (matches(row) && !known.has(row.request)) known.set(row.request, row);
-  rows = [...known.values()].sort((one, other) => other.at - one.at);
+  rows = newestFirst([...known.values()]);
   if ($("box").scrollTop > 0) $("box").scrollTop += Math.max(0, rows.indexOf(newest)) * rowHeight();
 }
+
+function forgetRows() {
+  known.clear();
+  [rows, next] = [[], undefined];
+}
+
+const addFailures = (found) => { failures = newestFirst([...failures, ...found.filter(failed)]).slice(0, 1); };
 
 async function loadRows(older = false) {
   if (older && (loading || !next)) return;
   loading?.abort();
   const mine = loading = new AbortController();
   try {
-    const wanted = Object.entries({ limit: PAGE_ROWS, before: older && next, ...filters }).filter(([, value]) => value);
-    const page = await (await ask(`api/requests?${new URLSearchParams(wanted)}`, { signal: mine.signal })).json();
+    const query = queryOf({ limit: PAGE_ROWS, before: older && next, ...filters });
+    const page = await get(`api/requests?${query}`, { signal: mine.signal }), found = page.rows.map(fromLedger);
     if (mine !== loading) return;
-    const found = page.rows.map(fromLedger);
     // After a gap the newest page joins the rows if it reaches them, and else replaces them.
     if (!older && !found.some((row) => known.has(row.request))) forgetRows();
     if (older || next === undefined) next = page.next;
@@ -13480,28 +13485,23 @@ async function loadRows(older = false) {
   }
 }
 
-function forgetRows() {
-  known.clear();
-  [rows, next] = [[], undefined];
-}
-
 function emptyWords() {
   if (Object.values(filters).some(Boolean)) return "No request is like that.";
   const body = '{"model": "echo", "max_tokens": 64, "messages": [{"role": "user", "content": "Hello"}]}';
   const command = `curl ${new URL("v1/messages", location)} -H "x-api-key: YOUR KEY" -d '${body}'`;
-  return element("span", "", "No request yet. Try one: ", element("code", "", command));
+  return element("span", {}, "No request yet. Try one: ", element("code", {}, command));
 }
 
 const rowHeight = () => $("rows").firstChild?.getBoundingClientRect().height || 26;
 
 function drawRows() {
-  const box = $("box"), height = rowHeight();
+  const box = $("box"), list = $("rows").parentNode, height = rowHeight();
   const first = Math.max(0, Math.floor(box.scrollTop / height) - 10);
   const end = Math.min(rows.length, Math.ceil((box.scrollTop + box.clientHeight) / height) + 10);
-  $("rows").parentNode.style.margin = `${first * height}px 0 ${(rows.length - end) * height}px`;
+  list.style.margin = `${first * height}px 0 ${(rows.length - end) * height}px`;
   showRows(rows.slice(first, end));
   [...$("rows").rows].forEach((row, index) => row.setAttribute("aria-rowindex", first + index + 2));
-  $("rows").parentNode.setAttribute("aria-rowcount", next === null ? rows.length + 1 : -1);
+  list.setAttribute("aria-rowcount", next === null ? rows.length + 1 : -1);
   const rest = next === null ? "all there are" : "more by scrolling";
   put($("loaded"), rows.length ? `${count(rows.length)} loaded, ${rest}` : "");
   if (end > rows.length - PAGE_ROWS / 2) loadRows(true);
@@ -13510,6 +13510,7 @@ function drawRows() {
 // ---- filters: they stand in the address, to be kept, shared and gone back to ----
 
 let filters = {};
+const queryOf = (values) => new URLSearchParams(Object.entries(values).filter(([, value]) => value));
 
 function readAddress() {
   const query = new URLSearchParams(location.search);
@@ -13523,14 +13524,13 @@ function readAddress() {
 }
 
 function setFilters(changes) {
-  const query = new URLSearchParams(location.search);
-  for (const [name, value] of Object.entries(changes)) value ? query.set(name, value) : query.delete(name);
+  const query = queryOf({ days: $("days").value, ...filters, ...changes });
   history.pushState(null, "", query.size ? `?${query}` : location.pathname);
   readAddress();
 }
 
 function drawChoices() {
-  const names = (by, of) => (usage?.[of].rows ?? []).map((sum) => sum[by]);
+  const names = (by, of) => (usage?.[of].rows ?? []).map((sum) => sum[by]).filter((name) => name !== "(other)");
   const offered = { user: names("user", "users"), model: names("model", "models"), key: view.keys.map(keyOf) };
   for (const [name, values] of Object.entries(offered)) {
     const select = $("filters").elements[name], wanted = [...new Set(["", ...values, filters[name]])];
@@ -13548,11 +13548,10 @@ let usage = null, usageAt = 0, usageStale = false, usageQuery = "";
 
 async function loadUsage() {
   [usageAt, usageStale] = [performance.now(), false];
-  const day = (ago) => date(now() - 86400 * ago).toISOString().slice(0, 10);
+  const day = (ago) => utc(now() - 86400 * ago).slice(0, 10);
   const query = usageQuery = `from=${day(($("days").value || 1) - 1)}&to=${day(0)}`;
   try {
-    const [users, models] = await Promise.all(["user", "model"].map(
-      async (by) => (await ask(`api/usage?${query}&by=${by}`)).json()));
+    const [users, models] = await Promise.all(["user", "model"].map((by) => get(`api/usage?${query}&by=${by}`)));
     if (query === usageQuery) usage = { users, models };
     draw();
   } catch (error) {
@@ -13579,7 +13578,10 @@ function drawAll() {
   drawTiles();
   drawAdvice();
   drawHours();
+  showFailed(failures);
+  $("failure").hidden = !failures.length;
   showKeys(view.keys);
+  put($("counted"), `attempts since ${hour(recently())}`);
   showRunning(view.running);
   const more = view.active - view.running.length;
   put($("more"), more > 0 ? `and ${count(more)} more` : "");
@@ -13607,6 +13609,7 @@ function take(event, data) {
   };
   recent = recent.concat(ended).slice(-RECENT_ROWS);
   usageStale ||= ended.length > 0;
+  addFailures(ended);
   if (event === "state") {
     begin();
   } else {
@@ -13622,6 +13625,7 @@ function begin() {
   document.body.classList.toggle("own", !view.admin);
   document.querySelector("main").hidden = false;
   put($("where"), `${view.version} · ${location.host}`);
+  get("api/requests?errors=1&limit=1").then((page) => addFailures(page.rows.map(fromLedger)), () => {});
   reload();
 }
 
@@ -13630,30 +13634,31 @@ function reload() {
   loadUsage();
 }
 
-let connection = new AbortController(), lastId = "";
+let connection = new AbortController(), lastId = "", patience = 0;
 
-// Reads the stream to its end. Raises what fetch() does, and after 40 seconds in which nothing came.
+// Takes what comes as a sign of life: a stream without any for 40 seconds is given up.
+function hear() {
+  clearTimeout(patience);
+  patience = setTimeout(() => connection.abort(new Error("nothing came for 40 s")), 40000);
+}
+
+// Reads the stream to its end. Raises what fetch() does.
 async function follow(arrived) {
   const { signal } = connection = new AbortController();
-  const patience = () => setTimeout(() => connection.abort(new Error("nothing came for 40 s")), 40000);
-  let waiting = patience(), text = "";
-  try {
-    const response = await ask("api/live", { signal, headers: lastId ? { "last-event-id": lastId } : {} });
-    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-    for (let read = await reader.read(); !read.done; read = await reader.read()) {
-      clearTimeout(waiting);
-      waiting = patience();
-      const events = (text + read.value).split("\n\n");
-      text = events.pop();
-      for (const event of events) {
-        const fields = Object.fromEntries(event.split("\n").map((line) => line.split(/: (.*)/s, 2)));
-        if (fields.data) take(fields.event, JSON.parse(fields.data));
-        lastId = fields.id ?? lastId;
-      }
-      if (view) arrived();
+  hear();
+  const response = await ask("api/live", { signal, headers: lastId ? { "last-event-id": lastId } : {} });
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (let read = await reader.read(); !read.done; read = await reader.read()) {
+    hear();
+    const events = (text + read.value).split("\n\n");
+    text = events.pop();
+    for (const event of events) {
+      const fields = Object.fromEntries(event.split("\n").map((line) => line.split(/: (.*)/s, 2)));
+      if (fields.data) take(fields.event, JSON.parse(fields.data));
+      lastId = fields.id ?? lastId;
     }
-  } finally {
-    clearTimeout(waiting);
+    if (view) arrived();
   }
 }
 
@@ -13663,18 +13668,13 @@ const turn = () => new Promise((resolve) => document.addEventListener("visibilit
 async function live() {
   for (let wait = 1; ; wait = Math.min(wait * 2, 30)) {
     if (document.hidden) await turn();
-    let why = "the relay ended it";
-    try {
-      await follow(() => {
-        wait = 0.5;
-        tell("good", "●", `live, ${toSecond.format(date(now()))}`);
-      });
-    } catch (error) {
-      why = error.message;
-    }
+    const why = await follow(() => {
+      wait = 1;
+      tell("good", "●", `live, ${toSecond(now())}`);
+    }).then(() => "the relay ended it", (error) => error.message);
     if (document.hidden) continue;
-    tell("bad", "▲", `no connection, again in ${Math.max(wait, 1)} s (${why})`);
-    await pause(Math.max(wait, 1));
+    tell("bad", "▲", `no connection, again in ${wait} s (${why})`);
+    await pause(wait);
   }
 }
 
@@ -13719,6 +13719,8 @@ async function ask(path, options = {}) {
   }
 }
 
+const get = async (path, options) => (await ask(path, options)).json();
+
 async function post(path, value) {
   const options = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(value) };
   return (await checked(await send(path, options))).json();
@@ -13726,12 +13728,11 @@ async function post(path, value) {
 
 // Renews the session, or has a person sign in, over what is shown.
 async function signIn() {
-  const old = session;
+  const old = session, form = $("signin").firstElementChild;
   session = null;
   const renewed = old?.refresh && await post("api/auth/refresh", { refresh_token: old.refresh }).catch(() => null);
   if (renewed) return keep({ ...old, token: renewed.access_token, refresh: renewed.refresh_token });
   tell("warn", "◌", "signed out");
-  const form = $("signin").firstElementChild;
   put($("problem"), old ? "The sign-in has expired. Please sign in again." : "");
   if (!$("signin").open) $("signin").showModal();
   while (!session) {
@@ -13772,7 +13773,7 @@ document.addEventListener("visibilitychange", () => document.hidden ? connection
 $("box").addEventListener("scroll", () => requestAnimationFrame(drawRows), { passive: true });
 $("signin").addEventListener("cancel", (event) => event.preventDefault());
 $("signin").addEventListener("close", () => session || $("signin").showModal());
-$("days").addEventListener("change", () => setFilters({ days: $("days").value }));
+$("days").addEventListener("change", () => setFilters({}));
 $("clear").addEventListener("click", () => setFilters({ user: "", model: "", key: "", errors: "" }));
 $("filters").addEventListener("submit", (event) => event.preventDefault());
 $("filters").addEventListener("change", ({ target: { name, type, value, checked } }) =>
@@ -13782,8 +13783,9 @@ $("leave").addEventListener("click", () => {
   location.reload();
 });
 document.addEventListener("click", ({ target }) => {
-  const { filter, value } = target.closest("button")?.dataset ?? {}, row = target.closest("#rows tr");
-  if (row) showDetail(known.get(row.querySelector("button").dataset.request));
+  const { filter, value } = target.closest("button")?.dataset ?? {};
+  const { request } = target.closest("tr")?.querySelector("[data-request]")?.dataset ?? {};
+  if (request) showDetail(known.get(request) ?? failures[0]);
   if (!filter) return;
   setFilters({ [filter]: value });
   $("filters").scrollIntoView();
@@ -13793,7 +13795,6 @@ readAddress();
 if (session) keep(session);
 live();
 </script>
-</body>
 </html>
 """
 
