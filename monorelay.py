@@ -12926,106 +12926,78 @@ PAGE = r"""<!doctype html>
 * { box-sizing: border-box; margin: 0; }
 body { background: var(--page); color: var(--ink); padding: 0 max(1rem, 50vw - 62rem) 1.5rem; }
 [hidden], .own .others { display: none !important; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+.unseen, #failure thead { position: absolute; clip-path: inset(50%); }
 .note, th, dt { color: var(--quiet); font-weight: 400; }
-.tone { color: var(--tone); }
 [data-tone=""] { --tone: initial; }
 [data-tone="good"] { --tone: var(--good); }
 [data-tone="warn"] { --tone: var(--warn); }
 [data-tone="bad"] { --tone: var(--bad); }
+.tone:not(th) { color: var(--tone); }
 
 button, select, input { font: inherit; color: inherit; }
-button, select, .field input {
-  background: var(--panel); border: var(--thin); border-radius: 5px; padding: .2rem .6rem;
-}
+button, select, .field input { background: var(--panel); border: var(--thin); border-radius: 5px; padding: .2rem .6rem; }
 button:hover, select:hover { border-color: var(--accent); }
 select { max-width: 12rem; }
 :is(td, dd) button { background: none; border: 0; padding: 0; max-width: 100%; letter-spacing: inherit; }
 :is(td, dd) button:hover { text-decoration: underline; text-underline-offset: 3px; }
 :is(td, dd) button, .cut, .tiles dd, #rows td { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 code { font: .92em ui-monospace, monospace; background: var(--page); padding: .1em .35em; overflow-wrap: anywhere; }
-
-header, .bar { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem .7rem; }
-header { padding: .8rem 0; column-gap: 1.2rem; }
 h1 { font-size: 1.25rem; font-weight: 650; letter-spacing: -.01em; }
 h1 svg { width: 1.1em; vertical-align: -.15em; margin-right: .3em; fill: none; stroke: var(--accent); stroke-width: 2; }
 h2 { font-size: 1rem; font-weight: 600; }
-label { display: flex; align-items: center; gap: .35rem; }
-.end { margin-left: auto; }
 
-main, .columns, .columns > div, .tiles { display: grid; gap: .75rem; }
-main, .columns > div { grid-template-columns: minmax(0, 1fr); }
-.columns { grid-template-columns: minmax(0, 6fr) minmax(0, 5fr); }
-.columns > div { grid-template-rows: 1fr auto; }
-.tiles { grid-template-columns: repeat(4, 1fr) 1.5fr 1.1fr; }
-.panel, .tiles > div {
-  background: var(--panel); border: var(--thin); border-radius: 8px; padding: .6rem .9rem .5rem; min-width: 0;
-}
+header, .bar, .gauges, .tiles, .columns { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem .9rem; }
+label, .gauge { display: flex; align-items: center; gap: .5rem; }
+header { padding: .8rem 0; }
+.end { margin-left: auto; }
+.panel { background: var(--panel); border: var(--thin); border-radius: 8px; padding: .6rem .9rem .5rem; min-width: 0; }
+main, .columns > div { display: grid; grid-template-columns: minmax(0, 1fr); gap: .75rem; }
+.tiles, .columns { align-items: stretch; gap: .75rem; }
+.tiles > div { flex: 1 1 9rem; }
+.tiles > div:nth-child(n + 5) { flex-basis: 13rem; }
 .tiles dt + dd { font-size: 1.7rem; line-height: 1.35; font-weight: 550; letter-spacing: -.02em; }
-#advice { border-left: 3px solid var(--accent); }
+.columns > div { flex: 5 1 min(36rem, 100%); grid-template-rows: 1fr auto; }
+.columns > div + div { flex: 4 1 min(30rem, 100%); }
 .scrolls { overflow: auto; scrollbar-width: thin; max-height: 26rem; overscroll-behavior: contain; }
-#failure .scrolls { flex: 1 1 20rem; }
 .grows { display: flex; flex-direction: column; }
-.grows .scrolls { flex: 1 1 auto; max-height: 18rem; }
-#chart { flex: 1 1 11rem; contain: size; }
+.grows .scrolls { flex: auto; max-height: 18rem; }
+#failure .scrolls { flex: 1 1 20rem; }
+#box { max-height: min(75vh, 60rem); overflow-anchor: none; contain: content; }
 
 table { width: 100%; border-collapse: collapse; }
 th { position: sticky; top: 0; z-index: 1; background: var(--panel); box-shadow: 0 1px var(--line); font-size: .92em; }
 td { border-bottom: var(--thin); }
 tr:last-child > td { border: 0; }
-tbody:not(#rows):empty::before { content: "none"; color: var(--quiet); }
-.gauges { display: flex; flex-wrap: wrap; gap: 0 1.2rem; font-size: .92em; }
-.gauge { display: flex; align-items: center; gap: .55rem; }
-.gauge i { flex: none; width: 3.5rem; height: .4rem; border-radius: 1rem; background: var(--line); overflow: hidden; }
-.gauge b { display: block; height: 100%; background: var(--tone, var(--bar)); }
-#box { max-height: min(75vh, 60rem); overflow-anchor: none; contain: content; }
 :is(#rows, #failed) tr { cursor: pointer; }
-:is(#rows, #failed) tr:hover { background: color-mix(in srgb, var(--bar) 12%, transparent); }
-
-#chart svg { display: block; font-size: 11px; fill: var(--quiet); }
+#rows tr:hover { background: color-mix(in srgb, var(--bar) 12%, transparent); }
+tbody:not(#rows):empty::before { content: "none"; color: var(--quiet); }
+.gauges { gap: 0 1.2rem; font-size: .92em; }
+.gauge svg { flex: none; width: 3.5rem; height: .4rem; border-radius: 1rem; background: var(--line); }
+.gauge rect { fill: var(--tone, var(--bar)); }
+#chart { flex: 1 1 11rem; contain: size; font-size: 11px; fill: var(--quiet); }
 #chart line { stroke: var(--line); }
 #chart .ok { fill: var(--bar); }
-#chart g:hover .ok { fill: var(--accent); }
 #chart .failed { fill: var(--bad); }
 
-dialog {
-  margin: auto; width: min(34rem, 94vw); padding: 1.2rem 1.4rem; overflow-wrap: anywhere;
-  background: var(--panel); color: inherit; border: var(--thin); border-radius: 10px;
-}
-dialog::backdrop { background: color-mix(in srgb, var(--page) 70%, transparent); }
+dialog { margin: auto; width: min(34rem, 94vw); padding: 1.2rem 1.4rem; overflow-wrap: anywhere; }
+dialog { background: var(--panel); color: inherit; border: var(--thin); border-radius: 10px; }
 :is(dialog, dialog form) > * + * { margin-top: .8rem; }
 #facts { display: grid; grid-template-columns: auto 1fr; gap: .15rem 1.2rem; }
 ol { padding-left: 1.3rem; }
 #signin { width: min(24rem, 94vw); }
-.field, .field input { display: block; width: 100%; }
-.or { border-top: var(--thin); padding-top: .7rem; }
-#signin button { width: 100%; padding: .5rem; background: var(--accent); color: var(--panel); }
-#problem { color: var(--bad); min-height: 1.5em; }
+.field, .field input, #signin button { display: block; width: 100%; padding-block: .45rem; }
+#signin button { background: var(--accent); color: var(--panel); }
+#problem { color: var(--bad); }
 
-@media (prefers-reduced-motion: no-preference) {
-  [data-tone="good"] #sign { animation: breathe 3s ease-in-out infinite; }
-  @keyframes breathe { 50% { opacity: .35; } }
-}
-@media (width <= 1400px) { .columns .extra { display: none; } }
-@media (width <= 1100px) {
-  .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); }
-  .columns { grid-template-columns: minmax(0, 1fr); }
-}
 @media (width > 640px) {
   th, td { text-align: left; padding: .28rem .8rem .28rem 0; white-space: nowrap; }
-  :is(th, td):last-child { padding-right: .3rem; }
   .num { text-align: right; }
   .cut { max-width: 0; }
   #box table { table-layout: fixed; min-width: 78rem; }
   #rows td { height: round(1.95rem, 1px); padding-block: 0; }
-  #failure thead { position: absolute; clip-path: inset(50%); }
 }
+@media (width <= 1400px) { .columns .extra { display: none; } }
 @media (width <= 640px) { /* a row becomes a card of four columns, of figures below their titles */
-  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .5rem; }
-  .tiles dt + dd { font-size: 1.35rem; }
-  .tiles > div:nth-child(n + 5) { grid-column: span 2; }
-  .bar select { flex: 1 1 6rem; max-width: none; min-width: 0; }
   thead { position: absolute; clip-path: inset(50%); }
   table, tbody { display: block; }
   tbody tr { display: grid; grid: auto-flow dense / repeat(4, minmax(0, 1fr)); gap: 0 .6rem; align-content: start; }
@@ -13034,7 +13006,7 @@ ol { padding-left: 1.3rem; }
   td { border: 0; padding: 0; overflow: hidden; text-overflow: ellipsis; }
   .half { grid-column: span 2; }
   .line { grid-column: 1 / -1; }
-  .gauge, .cut { white-space: normal; overflow-wrap: anywhere; }
+  .cut:not(#rows *) { white-space: normal; overflow-wrap: anywhere; }
   td:not(.bare)::before { content: attr(data-title); display: block; font-size: .8em; color: var(--quiet); }
   .extra { display: none; }
 }
@@ -13043,16 +13015,16 @@ ol { padding-left: 1.3rem; }
   <h1><svg viewBox="0 0 16 16" aria-hidden="true"><path d="M1 3h4l3 5 3-5h4M1 13h4l3-5 3 5h4"/></svg>MonoRelay</h1>
   <span class="note" id="where"></span>
   <span class="tone" id="link"><span id="sign" aria-hidden="true">◌</span> <span id="words">connecting</span></span>
-  <select class="end" id="days" aria-label="Period" hidden>
+  <span class="bar end"><select id="days" aria-label="Period" hidden>
     <option value="">today (UTC)<option value="7">7 days<option value="30">30 days</select>
-  <span class="note" id="me"></span><button id="leave" type="button" hidden>Sign out</button>
+    <span class="note" id="me"></span><button id="leave" type="button" hidden>Sign out</button></span>
 </header>
 <p class="unseen" role="status" id="status"></p>
 <main hidden>
   <dl class="tiles" id="tiles"></dl>
   <section class="panel" id="advice" hidden><h2>What to set next</h2><div></div></section>
-  <section class="panel bar" id="failure" hidden>
-    <h2>Last failed request</h2><div class="scrolls"><table><tbody id="failed"></table></div></section>
+  <section class="panel bar" id="failure" hidden><h2>Last failed request</h2>
+    <div class="scrolls"><table><tbody id="failed"></table></div></section>
   <section class="panel others"><div class="bar"><h2>Keys</h2><span class="note" id="counted"></span></div>
     <div class="scrolls"><table><tbody id="keys"></table></div></section>
   <div class="columns">
@@ -13079,7 +13051,7 @@ ol { padding-left: 1.3rem; }
   <h2>Sign in to MonoRelay</h2>
   <label class="field">User <input name="username" autocomplete="username" autofocus></label>
   <label class="field">Password <input name="password" type="password" autocomplete="current-password"></label>
-  <label class="field or">or a key of the relay <input name="key" type="password" autocomplete="off"></label>
+  <label class="field">or a key of the relay <input name="key" type="password" autocomplete="off"></label>
   <p id="problem" role="alert"></p><button>Sign in</button>
   <p class="note">Kept for this tab only. The relay's access key is in its configuration, or in what it printed when it
     started.</p>
@@ -13096,11 +13068,11 @@ const unknown = (value) => value === null || value === undefined;
 const figure = (write) => (value) => unknown(value) ? "?" : write(value);
 const count = figure(new Intl.NumberFormat("en").format);
 const short = figure(new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format);
-const bytes = (value) => short(value).replace(/[A-Z]?$/, " $&B");
 const fixed = (value, digits) => value?.toFixed(digits) ?? "?";
 const scaled = (value, size) => unknown(value) ? null : value / size;
-const dollars = figure((value) => `$${value < 1000 ? fixed(value, 2) : count(Math.round(value))}`);
+const bytes = (value) => short(value).replace(/[A-Z]?$/, " $&B");
 const percent = (part) => `${Math.round(part * 100)} %`;
+const dollars = figure((value) => `$${value < 1000 ? fixed(value, 2) : count(Math.round(value))}`);
 const duration = figure((seconds) => {
   if (seconds < 0.1) return `${Math.round(seconds * 1000)} ms`;
   if (seconds < 120) return `${fixed(seconds, seconds < 10 && seconds % 1 ? 1 : 0)} s`;
@@ -13108,9 +13080,9 @@ const duration = figure((seconds) => {
 });
 
 // The time of day of what is near, the day of what is not; in the reader's zone.
-const clock = (parts) => (seconds) => new Intl.DateTimeFormat("en-GB", parts).format(seconds * 1000);
-const toHour = clock({ hour: "2-digit", minute: "2-digit" }), toDay = clock({ day: "numeric", month: "short" });
-const toSecond = clock({ timeStyle: "medium" });
+const clock = (parts, format = new Intl.DateTimeFormat("en-GB", parts)) => (seconds) => format.format(seconds * 1000);
+const toHour = clock({ hour: "2-digit", minute: "2-digit" }), toSecond = clock({ timeStyle: "medium" });
+const toDay = clock({ day: "numeric", month: "short" });
 const isNear = (seconds) => Math.abs(seconds - now()) < 20 * 3600;
 const hour = (seconds) => isNear(seconds) ? toHour(seconds) : toDay(seconds);
 const moment = (seconds) => isNear(seconds) ? toSecond(seconds) : `${toDay(seconds)}, ${toHour(seconds)}`;
@@ -13119,16 +13091,11 @@ const utc = (seconds) => new Date(seconds * 1000).toISOString().replace("T", " "
 // ---- elements ----
 
 const $ = (id) => document.getElementById(id);
+const DRAWN = ["svg", "g", "line", "rect", "text", "title"];
 
-function element(tag, { data = {}, ...properties }, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  Object.assign(made.dataset, data);
-  made.append(...children);
-  return made;
-}
-
-function drawing(tag, attributes, ...children) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+function element(tag, attributes, ...children) {
+  const made = DRAWN.includes(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag) :
+    document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   made.append(...children);
   return made;
@@ -13153,10 +13120,10 @@ function table(id, keyOf, toneOf, columns) {
   const body = $(id), ariaLabel = body.closest("section").querySelector("h2").textContent;
   Object.assign(body.parentNode, { role: "table", ariaLabel });
   Object.assign(body.closest(".scrolls"), { role: "region", tabIndex: 0, ariaLabel });
-  body.parentNode.createTHead().insertRow().append(...columns.map(([title, className, width]) =>
-    element("th", { className, width, scope: "col" }, title)));
-  const newRow = () => element("tr", { role: "row" }, ...columns.map(([title, className]) =>
-    element("td", { className, role: "cell", data: { title } })));
+  body.parentNode.createTHead().insertRow().append(...columns.map(([title, kind, width]) =>
+    element("th", { class: kind, width, scope: "col" }, title)));
+  const newRow = () => element("tr", { role: "row" }, ...columns.map(([title, kind]) =>
+    element("td", { class: kind, role: "cell", "data-title": title })));
   let shown = new Map();
   return (items) => {
     const before = shown;
@@ -13173,16 +13140,15 @@ function table(id, keyOf, toneOf, columns) {
 
 // A text that, when pressed, shows the requests that it stands for. "(other)" stands for several names, and none.
 const choice = (filter, value, text = value) => value === "(other)" ? value :
-  element("button", { title: `${text}: show the requests`, data: { filter, value } }, text);
+  element("button", { title: `${text}: show the requests`, "data-filter": filter, "data-value": value }, text);
 
 function gauge(used, words) {
-  const filled = element("b", {});
-  filled.style.width = percent(Math.min(Math.max(used, 0), 1)).replace(" ", "");
-  const tone = used >= 0.95 ? "bad" : used >= 0.8 ? "warn" : "";
-  return element("span", { className: "gauge", data: { tone } }, element("i", {}, filled), words);
+  const tone = used >= 0.95 ? "bad" : used >= 0.8 ? "warn" : "", width = percent(Math.min(used, 1)).replace(" ", "");
+  const bar = element("svg", { "aria-hidden": true }, element("rect", { width, height: "100%" }));
+  return element("span", { class: "gauge", "data-tone": tone }, bar, words);
 }
 
-const gauges = (made) => made.length ? element("div", { className: "gauges" }, ...made) : "—";
+const gauges = (made) => made.length ? element("div", { class: "gauges" }, ...made) : "—";
 
 // ---- the tables ----
 
@@ -13200,14 +13166,13 @@ const place = ({ provider, key }) => key ? `${provider} / ${key}` : provider || 
 const route = ({ model, sent }) => sent && sent !== model ? `${model} → ${sent}` : model || "—";
 const keyOf = ({ provider, key }) => `${provider}/${key ?? ""}`;
 const failed = (row) => row.status >= 400 || Boolean(row.error && row.error !== "client_gone");
-const toneOfRow = (row) => failed(row) ? "bad" : row.complete ? "good" : "warn";
 
 function outcome(row) {
   const reason = row.error === "client_gone" ? "client left" : (row.error ?? "").replace("upstream:", "");
   return `${failed(row) ? "✕" : row.complete ? "✓" : "◌"} ${row.status || "—"} ${reason}`.trim();
 }
 
-// What each attempt met. What failed of them is told as PROVIDER/KEY:WHAT, with spaces between.
+// What each attempt met. Those that failed are told as PROVIDER/KEY:WHAT, with spaces between.
 function attempts(row) {
   const tried = (row.tried || "").split(" ").filter(Boolean).map((one) => one.replace("/", " / ").replace(":", ": "));
   return tried.length < row.attempts ? [...tried, `${place(row)}: ${outcome(row).slice(2)}`] : tried;
@@ -13254,24 +13219,23 @@ function speed({ requests, errors, untold, output, seconds, ttfb }) {
   return good > untold && output && streamed > 0 ? fixed(output / (good - untold) * good / streamed, 0) : "?";
 }
 
-function timeOf({ at, request }) {
-  return element("button", { title: `${utc(at)}: show all of it`, data: { request } }, moment(at));
-}
+const timeOf = ({ at, request }) =>
+  element("button", { title: `${utc(at)}: show all of it`, "data-request": request }, moment(at));
 
 const showKeys = table("keys", keyOf, toneOf, [
   ["Provider / key", "half bare cut", "15%", (one) => choice("key", keyOf(one), place(one))],
-  ["State", "tone half bare cut", "28%", keyState],
+  ["State", "tone half bare cut", "29%", keyState],
   ["Attempts", "num", "", (one) => count(one.requests)],
   ["Failed", "num", "", (one) => count(one.errors)],
-  ["Last failure", "half", "9%", (one) => one.failed ? `${hour(one.failed[0])}, ${one.failed[1]}` : "—"],
-  ["Used of its limits", "line bare", "38%", headroom],
+  ["Last failure", "half", "8%", (one) => one.failed ? `${hour(one.failed[0])}, ${one.failed[1]}` : "—"],
+  ["Used of its limits", "line bare", "36%", headroom],
 ]);
 
 const showRunning = table("running", (run) => run.request, toneOf, [
-  ["User", "others half bare cut", "15%", (run) => run.user],
+  ["User", "others half bare cut", "14%", (run) => run.user],
   ["State", "tone half bare", "", (run) => signOf(run) + (run.attempts > 1 ? `, try ${run.attempts}` : "")],
   ["Model", "line bare cut", "26%", route],
-  ["Provider / key", "line bare cut", "21%", place],
+  ["Provider / key", "line bare cut", "20%", place],
   ["For", "num", "", (run) => duration(now() - run.since)],
   ["First byte", "num", "", (run) => unknown(run.ttfb) ? "—" : duration(run.ttfb)],
   ["Bytes", "num", "", (run) => bytes(run.bytes)],
@@ -13300,7 +13264,7 @@ const showModels = table("models", (sum) => sum.model, () => "", [
   ...CONSUMED,
 ]);
 
-const showRows = table("rows", (row) => row.request, toneOfRow, [
+const showRows = table("rows", ({ request }) => request, (row) => failed(row) ? "bad" : row.complete ? "good" : "warn", [
   ["Ended", "half bare", "8%", timeOf],
   ["Status", "tone half bare", "16%", outcome],
   ["User", "others half bare", "10%", (row) => row.user],
@@ -13315,12 +13279,12 @@ const showRows = table("rows", (row) => row.request, toneOfRow, [
   ["Cost ≈ $", "num", "6%", (row) => fixed(row.usd, 4)],
 ]);
 
-const showFailed = table("failed", (row) => row.request, (row) => row.at < recently() ? "" : "bad", [
-  ["Ended", "half bare", "", timeOf],
-  ["Status", "tone half bare", "", outcome],
-  ["User", "others half bare", "", (row) => row.user],
-  ["Model", "line bare cut", "35%", route],
-  ["Attempts", "line bare cut", "65%", (row) => attempts(row).join(", then ")],
+const showFailed = table("failed", ({ request }) => request, ({ at }) => at < recently() ? "" : "bad", [
+  ["Ended", "half bare", "7%", timeOf],
+  ["Status", "tone half bare cut", "19%", outcome],
+  ["User", "others half bare cut", "10%", (row) => row.user],
+  ["Model", "line bare cut", "26%", route],
+  ["Attempts", "line bare cut", "38%", (row) => attempts(row).join(", then ")],
 ]);
 
 // All that is known of a request, in a dialog.
@@ -13342,7 +13306,7 @@ function showDetail(row) {
 
 // ---- above the tables ----
 
-// Since when failures are told as news, and attempts counted: since the previous hour began, or the relay.
+// Since when what failed is news, and attempts are counted: since the previous hour began, or the relay.
 const recently = () => Math.max(Math.floor(now() / 3600) * 3600 - 3600, view.since);
 
 function drawTiles() {
@@ -13358,8 +13322,8 @@ function drawTiles() {
     ...(usage ? sums() : [["Tokens", "…", ""], ["Cost", "…", ""]]),
   ];
   tiles.forEach(([label, value, note, tone = ""], index) => {
-    const tile = $("tiles").children[index] ?? $("tiles").appendChild(element("div", {},
-      element("dt", {}), element("dd", { className: "tone" }), element("dd", { className: "note" })));
+    const tile = $("tiles").children[index] ?? $("tiles").appendChild(element("div", { class: "panel" },
+      element("dt", {}), element("dd", { class: "tone" }), element("dd", { class: "note" })));
     [label, value, note].forEach((content, part) => put(tile.children[part], content));
     tile.dataset.tone = tone;
   });
@@ -13368,15 +13332,15 @@ function drawTiles() {
 
 function sums() {
   const { total, priced } = usage.users;
-  const period = view.ledger ? $("days").selectedOptions[0].text.trim() : `since ${moment(view.since)}`;
+  const period = view.ledger ? $("days").selectedOptions[0].text : `since ${moment(view.since)}`;
   const unpriced = usage.models.rows.filter((sum) => unknown(sum.usd) && sum.output).map((sum) => sum.model);
   const untold = total.untold ? ` · ${count(total.untold)} answers told none` : "";
-  const note = unknown(priced) ? "no prices are set" : unpriced.length ? `no price for ${unpriced.join(", ")}` :
-    `by the prices ${priced === true ? "in relay.json" : `of ${priced}`}`;
+  const source = unknown(priced) ? "no prices are set" : `by the prices ${priced === true ? "in relay.json" : `of ${priced}`}`;
   return [
     [`Tokens ${period}`, `${short(tokensIn(total))} in · ${short(total.output)} out`,
       `${short(total.cache_read)} cached${untold}`],
-    [`Cost ${period}`, unknown(total.usd) ? "?" : `≈ ${dollars(total.usd)}${unpriced.length ? " + ?" : ""}`, note],
+    [`Cost ${period}`, unknown(total.usd) ? "?" : `≈ ${dollars(total.usd)}${unpriced.length ? " + ?" : ""}`,
+      !unknown(priced) && unpriced.length ? `no price for ${unpriced.join(", ")}` : source],
   ];
 }
 
@@ -13402,41 +13366,41 @@ function drawHours() {
   const untold = (one) => (one + 1) * 3600 > view.since ? [one, 0, 0] : [one, null, null];
   const hours = Array.from({ length: 24 }, (_, index) => told.get(first + index) ?? untold(first + index));
   const most = Math.max(4, ...hours.map(([, requests]) => requests)), scale = (floor - 16) / most;
-  const text = (x, y, anchor, words, kind = "") => drawing("text", { x, y, class: kind, "text-anchor": anchor }, words);
+  const text = (x, y, anchor, words, kind = "") => element("text", { x, y, class: kind, "text-anchor": anchor }, words);
   const block = (kind, x, y, high) =>
-    drawing("rect", { class: kind, x: x + step * 0.12, y, width: step * 0.76, height: high, rx: 1.5 });
+    element("rect", { class: kind, x: x + step * 0.12, y, width: step * 0.76, height: high, rx: 1.5 });
   const lines = [most, Math.round(most / 2), 0].flatMap((value) => {
     const y = floor - value * scale;
-    return [drawing("line", { x1: left, x2: width, y1: y, y2: y }), text(left - 6, y + 4, "end", short(value))];
+    return [element("line", { x1: left, x2: width, y1: y, y2: y }), text(left - 6, y + 4, "end", short(value))];
   });
   const bars = hours.map(([one, requests, errors, , , , cost], index) => {
     const x = left + index * step, middle = x + step / 2, start = toHour(one * 3600);
     const good = (requests - errors) * scale, bad = errors && Math.max(errors * scale, 2), top = floor - good - bad - 1;
     const words = `${start}: ${count(requests)} requests, ${count(errors)} failed, ≈ ${dollars(scaled(cost, 1e9))}`;
-    return drawing("g", {}, drawing("title", {}, words),
-      drawing("rect", { x, y: 0, width: step, height: floor, opacity: 0 }), block("ok", x, floor - good, good),
+    return element("g", {}, element("title", {}, words),
+      element("rect", { x, y: 0, width: step, height: floor, opacity: 0 }), block("ok", x, floor - good, good),
       ...(unknown(requests) ? [text(middle, floor - 4, "middle", "?")] : []),
       ...(errors ? [block("failed", x, top, bad), text(middle, top - 4, "middle", short(errors), "failed")] : []),
       ...(index % 4 === 1 ? [text(middle, height - 5, "middle", start)] : []));
   });
   const label = `${count(hours.reduce((sum, [, requests]) => sum + requests, 0))} requests in 24 hours`;
-  put($("chart"), drawing("svg", { width, height, role: "img", "aria-label": label }, ...lines, ...bars));
+  put($("chart"), element("svg", { width, height, role: "img", "aria-label": label }, ...lines, ...bars));
 }
 
 // ---- the last requests: an array of all that were loaded, and elements for those in sight ----
 
-const PAGE_ROWS = 200, RECENT_ROWS = 500, MOST_ROWS = 50000;
+const PAGE_ROWS = 200, MOST_ROWS = 50000, RECENT_ROWS = 500;
 const ENDED = ("id at user model sent provider key status ttfb seconds input cache_read output cost cache_write " +
   "attempts tried error path stream complete request tier").split(" ");
 const RUNNING = "request user model sent provider key state seconds ttfb bytes attempts".split(" ");
 const known = new Map();
 let rows = [], next, loading = null;  // next: what the page behind them is asked by, null if there is none
-let failures = [];  // the last one, whatever the filters
+let recent = [], failures = [];  // what ended while this page looked on; the last failed request; whatever the filters
 
 const named = (names) => (list) => Object.fromEntries(names.map((name, index) => [name, list[index]]));
-const priced = (row) => ({ ...row, usd: scaled(row.cost, 1e9) });
-const fromLive = (list) => priced(named(ENDED)(list));
-const fromLedger = (row) => priced({
+const withCost = (row) => ({ ...row, usd: scaled(row.cost, 1e9) });
+const fromLive = (list) => withCost(named(ENDED)(list));
+const fromLedger = (row) => withCost({
   ...row, at: row.at / 1000, ttfb: scaled(row.ttfb, 1000), seconds: scaled(row.duration, 1000),
 });
 
@@ -13495,15 +13459,14 @@ function emptyWords() {
 const rowHeight = () => $("rows").firstChild?.getBoundingClientRect().height || 26;
 
 function drawRows() {
-  const box = $("box"), list = $("rows").parentNode, height = rowHeight();
+  const box = $("box"), list = $("rows").parentNode, height = rowHeight(), isAll = next === null;
   const first = Math.max(0, Math.floor(box.scrollTop / height) - 10);
   const end = Math.min(rows.length, Math.ceil((box.scrollTop + box.clientHeight) / height) + 10);
   list.style.margin = `${first * height}px 0 ${(rows.length - end) * height}px`;
+  list.ariaRowCount = isAll ? rows.length + 1 : -1;
   showRows(rows.slice(first, end));
-  [...$("rows").rows].forEach((row, index) => row.setAttribute("aria-rowindex", first + index + 2));
-  list.setAttribute("aria-rowcount", next === null ? rows.length + 1 : -1);
-  const rest = next === null ? "all there are" : "more by scrolling";
-  put($("loaded"), rows.length ? `${count(rows.length)} loaded, ${rest}` : "");
+  [...$("rows").rows].forEach((row, index) => { row.ariaRowIndex = first + index + 2; });
+  put($("loaded"), rows.length ? `${count(rows.length)} loaded, ${isAll ? "all there are" : "more by scrolling"}` : "");
   if (end > rows.length - PAGE_ROWS / 2) loadRows(true);
 }
 
@@ -13562,7 +13525,7 @@ async function loadUsage() {
 
 // ---- drawing: when something comes, and each second; never in a hidden tab, which gets no frames ----
 
-let view = null, recent = [], frame = 0, timer = 0;
+let view = null, frame = 0, timer = 0;
 const now = () => performance.now() / 1000 + view.offset;
 
 function draw() {
@@ -13736,7 +13699,7 @@ async function signIn() {
   put($("problem"), old ? "The sign-in has expired. Please sign in again." : "");
   if (!$("signin").open) $("signin").showModal();
   while (!session) {
-    await new Promise((resolve) => { form.onsubmit = (event) => { event.preventDefault(); resolve(); }; });
+    await new Promise((resolve) => form.addEventListener("submit", resolve, { once: true }));
     const { username, password, key } = Object.fromEntries(new FormData(form));
     put($("problem"), "");
     try {
@@ -13767,22 +13730,23 @@ function keep(signedIn) {
 
 // ---- what a person does ----
 
-addEventListener("popstate", readAddress);
-addEventListener("resize", draw);
-document.addEventListener("visibilitychange", () => document.hidden ? connection.abort() : draw());
-$("box").addEventListener("scroll", () => requestAnimationFrame(drawRows), { passive: true });
-$("signin").addEventListener("cancel", (event) => event.preventDefault());
-$("signin").addEventListener("close", () => session || $("signin").showModal());
-$("days").addEventListener("change", () => setFilters({}));
-$("clear").addEventListener("click", () => setFilters({ user: "", model: "", key: "", errors: "" }));
-$("filters").addEventListener("submit", (event) => event.preventDefault());
-$("filters").addEventListener("change", ({ target: { name, type, value, checked } }) =>
+const on = (type, target, act) => target.addEventListener(type, act);
+on("popstate", window, readAddress);
+on("resize", window, draw);
+on("visibilitychange", document, () => document.hidden ? connection.abort() : draw());
+on("scroll", $("box"), () => requestAnimationFrame(drawRows));
+on("cancel", $("signin"), (event) => event.preventDefault());
+on("close", $("signin"), () => session || $("signin").showModal());
+on("submit", document, (event) => event.target.method === "dialog" || event.preventDefault());
+on("change", $("days"), () => setFilters({}));
+on("click", $("clear"), () => setFilters({ user: "", model: "", key: "", errors: "" }));
+on("change", $("filters"), ({ target: { name, type, value, checked } }) =>
   setFilters({ [name]: type === "checkbox" ? (checked ? "1" : "") : value }));
-$("leave").addEventListener("click", () => {
+on("click", $("leave"), () => {
   sessionStorage.removeItem("monorelay");
   location.reload();
 });
-document.addEventListener("click", ({ target }) => {
+on("click", document, ({ target }) => {
   const { filter, value } = target.closest("button")?.dataset ?? {};
   const { request } = target.closest("tr")?.querySelector("[data-request]")?.dataset ?? {};
   if (request) showDetail(known.get(request) ?? failures[0]);
