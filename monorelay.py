@@ -12926,7 +12926,7 @@ PAGE = r"""<!doctype html>
 * { box-sizing: border-box; margin: 0; }
 body { background: var(--page); color: var(--ink); padding: 0 max(1rem, 50vw - 62rem) 1.5rem; }
 [hidden], .own .others { display: none !important; }
-.unseen, #failure thead { position: absolute; clip-path: inset(50%); }
+.unseen { position: absolute; clip-path: inset(50%); }
 .note, th, dt { color: var(--quiet); font-weight: 400; }
 [data-tone=""] { --tone: initial; }
 [data-tone="good"] { --tone: var(--good); }
@@ -12935,12 +12935,11 @@ body { background: var(--page); color: var(--ink); padding: 0 max(1rem, 50vw - 6
 .tone:not(th) { color: var(--tone); }
 
 button, select, input { font: inherit; color: inherit; }
-button, select, .field input { background: var(--panel); border: var(--thin); border-radius: 5px; padding: .2rem .6rem; }
-button:hover, select:hover { border-color: var(--accent); }
+button, select, .field input { background: var(--panel); border: var(--thin); border-radius: 5px; padding: .2em .6em; }
 select { max-width: 12rem; }
-:is(td, dd) button { background: none; border: 0; padding: 0; max-width: 100%; letter-spacing: inherit; }
-:is(td, dd) button:hover { text-decoration: underline; text-underline-offset: 3px; }
-:is(td, dd) button, .cut, .tiles dd, #rows td { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+button:is(:hover, :focus-visible) { text-decoration: underline; text-underline-offset: 3px; }
+.plain { background: none; border: 0; padding: 0; max-width: 100%; letter-spacing: inherit; }
+.plain, .cut, .tiles dd, #rows td { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 code { font: .92em ui-monospace, monospace; background: var(--page); padding: .1em .35em; overflow-wrap: anywhere; }
 h1 { font-size: 1.25rem; font-weight: 650; letter-spacing: -.01em; }
 h1 svg { width: 1.1em; vertical-align: -.15em; margin-right: .3em; fill: none; stroke: var(--accent); stroke-width: 2; }
@@ -12953,29 +12952,31 @@ header { padding: .8rem 0; }
 .panel { background: var(--panel); border: var(--thin); border-radius: 8px; padding: .6rem .9rem .5rem; min-width: 0; }
 main, .columns > div { display: grid; grid-template-columns: minmax(0, 1fr); gap: .75rem; }
 .tiles, .columns { align-items: stretch; gap: .75rem; }
-.tiles > div { flex: 1 1 9rem; }
-.tiles > div:nth-child(n + 5) { flex-basis: 13rem; }
+.tiles > div { flex: 3 1 9rem; }
+.tiles > div:nth-child(n + 5) { flex: 4 1 14rem; }
 .tiles dt + dd { font-size: 1.7rem; line-height: 1.35; font-weight: 550; letter-spacing: -.02em; }
-.columns > div { flex: 5 1 min(36rem, 100%); grid-template-rows: 1fr auto; }
-.columns > div + div { flex: 4 1 min(30rem, 100%); }
+.columns > div { flex: 6 1 min(36rem, 100%); grid-template-rows: 1fr auto; }
+.columns > div + div { flex: 5 1 min(30rem, 100%); }
 .scrolls { overflow: auto; scrollbar-width: thin; max-height: 26rem; overscroll-behavior: contain; }
 .grows { display: flex; flex-direction: column; }
 .grows .scrolls { flex: auto; max-height: 18rem; }
-#failure .scrolls { flex: 1 1 20rem; }
 #box { max-height: min(75vh, 60rem); overflow-anchor: none; contain: content; }
 
 table { width: 100%; border-collapse: collapse; }
 th { position: sticky; top: 0; z-index: 1; background: var(--panel); box-shadow: 0 1px var(--line); font-size: .92em; }
 td { border-bottom: var(--thin); }
 tr:last-child > td { border: 0; }
-:is(#rows, #failed) tr { cursor: pointer; }
+#rows tr { cursor: pointer; }
 #rows tr:hover { background: color-mix(in srgb, var(--bar) 12%, transparent); }
 tbody:not(#rows):empty::before { content: "none"; color: var(--quiet); }
 .gauges { gap: 0 1.2rem; font-size: .92em; }
 .gauge svg { flex: none; width: 3.5rem; height: .4rem; border-radius: 1rem; background: var(--line); }
 .gauge rect { fill: var(--tone, var(--bar)); }
-#chart { flex: 1 1 11rem; contain: size; font-size: 11px; fill: var(--quiet); }
+#chart { flex: 1 1 11rem; contain: size; padding: 1.3rem 0 1.5rem 2.6rem; font-size: 11px; fill: var(--quiet); }
+#chart svg { width: 100%; height: 100%; overflow: visible; text-anchor: middle; }
+#chart .scale { text-anchor: end; }
 #chart line { stroke: var(--line); }
+#chart .all { fill: transparent; }
 #chart .ok { fill: var(--bar); }
 #chart .failed { fill: var(--bad); }
 
@@ -12991,6 +12992,7 @@ ol { padding-left: 1.3rem; }
 
 @media (width > 640px) {
   th, td { text-align: left; padding: .28rem .8rem .28rem 0; white-space: nowrap; }
+  :is(th, td):last-child { padding-right: .3rem; }
   .num { text-align: right; }
   .cut { max-width: 0; }
   #box table { table-layout: fixed; min-width: 78rem; }
@@ -13023,8 +13025,7 @@ ol { padding-left: 1.3rem; }
 <main hidden>
   <dl class="tiles" id="tiles"></dl>
   <section class="panel" id="advice" hidden><h2>What to set next</h2><div></div></section>
-  <section class="panel bar" id="failure" hidden><h2>Last failed request</h2>
-    <div class="scrolls"><table><tbody id="failed"></table></div></section>
+  <section class="panel bar" id="failure" hidden><h2>Last failed request</h2><div></div></section>
   <section class="panel others"><div class="bar"><h2>Keys</h2><span class="note" id="counted"></span></div>
     <div class="scrolls"><table><tbody id="keys"></table></div></section>
   <div class="columns">
@@ -13073,10 +13074,10 @@ const scaled = (value, size) => unknown(value) ? null : value / size;
 const bytes = (value) => short(value).replace(/[A-Z]?$/, " $&B");
 const percent = (part) => `${Math.round(part * 100)} %`;
 const dollars = figure((value) => `$${value < 1000 ? fixed(value, 2) : count(Math.round(value))}`);
+const UNITS = [[0.1, 0.001, "ms"], [10, 1, "s"], [120, 1, "s"], [7200, 60, "min"], [Infinity, 3600, "h"]];
 const duration = figure((seconds) => {
-  if (seconds < 0.1) return `${Math.round(seconds * 1000)} ms`;
-  if (seconds < 120) return `${fixed(seconds, seconds < 10 && seconds % 1 ? 1 : 0)} s`;
-  return seconds < 7200 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;
+  const [limit, size, unit] = UNITS.find(([limit]) => seconds < limit);
+  return `${fixed(seconds / size, limit === 10 && seconds % 1 ? 1 : 0)} ${unit}`;
 });
 
 // The time of day of what is near, the day of what is not; in the reader's zone.
@@ -13139,8 +13140,8 @@ function table(id, keyOf, toneOf, columns) {
 }
 
 // A text that, when pressed, shows the requests that it stands for. "(other)" stands for several names, and none.
-const choice = (filter, value, text = value) => value === "(other)" ? value :
-  element("button", { title: `${text}: show the requests`, "data-filter": filter, "data-value": value }, text);
+const choice = (filter, value, text = value) => value === "(other)" ? value : element("button",
+  { class: "plain", title: `${text}: show the requests`, "data-filter": filter, "data-value": value }, text);
 
 function gauge(used, words) {
   const tone = used >= 0.95 ? "bad" : used >= 0.8 ? "warn" : "", width = percent(Math.min(used, 1)).replace(" ", "");
@@ -13178,10 +13179,8 @@ function attempts(row) {
   return tried.length < row.attempts ? [...tried, `${place(row)}: ${outcome(row).slice(2)}`] : tried;
 }
 
-// A key that cools because the provider refuses it, or because its account has no credit, needs a person.
-const stateOf = ({ state, why }) => state === "cooling" && ["401", "402"].includes(String(why)) ? "refused" : state;
-const toneOf = (one) => STATES[stateOf(one)]?.[0] ?? "";
-const signOf = (one) => STATES[stateOf(one)]?.[1] ?? one.state;
+const toneOf = ({ state }) => STATES[state]?.[0] ?? "";
+const signOf = ({ state }) => STATES[state]?.[1] ?? state;
 
 function keyState(key) {
   if (key.state === "missing") return `${signOf(key)}: ${key.why}`;
@@ -13193,7 +13192,7 @@ function keyState(key) {
 // What the last response left of a key's limits; of those that have begun anew since, nothing is known.
 function headroom({ limits = [], state }) {
   const valid = limits.filter(({ reset }) => unknown(reset) || reset > now());
-  if (!valid.length && ["ok", "cooling"].includes(state)) return "?";
+  if (!valid.length && ["ok", "cooling", "refused"].includes(state)) return "?";
   return gauges(valid.map(({ limit, used, left, reset }) => {
     const rest = unknown(left) ? "" : `, ${short(left)} left`;
     const back = used < 0.8 || unknown(reset) ? "" : `, resets ${hour(reset)}`;
@@ -13220,7 +13219,7 @@ function speed({ requests, errors, untold, output, seconds, ttfb }) {
 }
 
 const timeOf = ({ at, request }) =>
-  element("button", { title: `${utc(at)}: show all of it`, "data-request": request }, moment(at));
+  element("button", { class: "plain", title: `${utc(at)}: show all of it`, "data-request": request }, moment(at));
 
 const showKeys = table("keys", keyOf, toneOf, [
   ["Provider / key", "half bare cut", "15%", (one) => choice("key", keyOf(one), place(one))],
@@ -13264,7 +13263,8 @@ const showModels = table("models", (sum) => sum.model, () => "", [
   ...CONSUMED,
 ]);
 
-const showRows = table("rows", ({ request }) => request, (row) => failed(row) ? "bad" : row.complete ? "good" : "warn", [
+const toneOfRow = (row) => failed(row) ? "bad" : row.complete ? "good" : "warn";
+const showRows = table("rows", (row) => row.request, toneOfRow, [
   ["Ended", "half bare", "8%", timeOf],
   ["Status", "tone half bare", "16%", outcome],
   ["User", "others half bare", "10%", (row) => row.user],
@@ -13277,14 +13277,6 @@ const showRows = table("rows", ({ request }) => request, (row) => failed(row) ? 
   ["Cached", "num extra", "6%", (row) => count(row.cache_read)],
   ["Out", "num", "5%", (row) => count(row.output)],
   ["Cost ≈ $", "num", "6%", (row) => fixed(row.usd, 4)],
-]);
-
-const showFailed = table("failed", ({ request }) => request, ({ at }) => at < recently() ? "" : "bad", [
-  ["Ended", "half bare", "7%", timeOf],
-  ["Status", "tone half bare cut", "19%", outcome],
-  ["User", "others half bare cut", "10%", (row) => row.user],
-  ["Model", "line bare cut", "26%", route],
-  ["Attempts", "line bare cut", "38%", (row) => attempts(row).join(", then ")],
 ]);
 
 // All that is known of a request, in a dialog.
@@ -13313,13 +13305,20 @@ function drawTiles() {
   const late = view.hours.filter(([one]) => (one + 1) * 3600 > recently());
   const [requests, errors] = [1, 2].map((column) => late.reduce((sum, row) => sum + row[column], 0));
   const oldest = now() - Math.min(now(), ...view.running.map((run) => run.since));
+  const { total = {}, priced } = usage?.users ?? {};
+  const period = view.ledger ? $("days").selectedOptions[0].text : `since ${moment(view.since)}`;
+  const unpriced = (usage?.models.rows ?? []).filter((sum) => unknown(sum.usd) && sum.output).map((sum) => sum.model);
+  const prices = unknown(priced) ? "no prices are set" : unpriced.length ? `no price for ${unpriced.join(", ")}` :
+    `by the prices ${priced === true ? "in relay.json" : `of ${priced}`}`;
   const tiles = [
     ["Running now", count(view.active), view.active ? `oldest for ${duration(oldest)}` : "nothing"],
     ["Last minute", `${count(view.minute.requests)} req`, `${view.minute.errors || "none"} failed`],
     [`Failed since ${hour(recently())}`, errors ? choice("errors", "1", count(errors)) : "0",
-      `${errors ? `${fixed(errors / requests * 100, 1)} % ` : ""}of ${count(requests)} requests`, errors ? "bad" : ""],
+      `${errors ? `${fixed(errors / requests * 100, 1)} % ` : ""}of ${count(requests)} req`, errors ? "bad" : ""],
     ["First byte, median", duration(view.ttfb?.[0]), `95 % within ${duration(view.ttfb?.[1])}`],
-    ...(usage ? sums() : [["Tokens", "…", ""], ["Cost", "…", ""]]),
+    [`Tokens ${period}`, `${short(tokensIn(total))} in · ${short(total.output)} out`,
+      `${short(total.cache_read)} cached${total.untold ? ` · ${count(total.untold)} answers told none` : ""}`],
+    [`Cost ${period}`, unknown(total.usd) ? "?" : `≈ ${dollars(total.usd)}${unpriced.length ? " + ?" : ""}`, prices],
   ];
   tiles.forEach(([label, value, note, tone = ""], index) => {
     const tile = $("tiles").children[index] ?? $("tiles").appendChild(element("div", { class: "panel" },
@@ -13330,24 +13329,18 @@ function drawTiles() {
   document.title = view.active ? `${count(view.active)} running · MonoRelay` : "MonoRelay";
 }
 
-function sums() {
-  const { total, priced } = usage.users;
-  const period = view.ledger ? $("days").selectedOptions[0].text : `since ${moment(view.since)}`;
-  const unpriced = usage.models.rows.filter((sum) => unknown(sum.usd) && sum.output).map((sum) => sum.model);
-  const untold = total.untold ? ` · ${count(total.untold)} answers told none` : "";
-  const source = unknown(priced) ? "no prices are set" : `by the prices ${priced === true ? "in relay.json" : `of ${priced}`}`;
-  return [
-    [`Tokens ${period}`, `${short(tokensIn(total))} in · ${short(total.output)} out`,
-      `${short(total.cache_read)} cached${untold}`],
-    [`Cost ${period}`, unknown(total.usd) ? "?" : `≈ ${dollars(total.usd)}${unpriced.length ? " + ?" : ""}`,
-      !unknown(priced) && unpriced.length ? `no price for ${unpriced.join(", ")}` : source],
-  ];
+function drawFailure() {
+  $("failure").hidden = !failure;
+  if (!failure) return;
+  const words = [outcome(failure), failure.user, route(failure), attempts(failure).join(", then ")];
+  put($("failure").lastElementChild, element("div", { class: "bar", "data-tone": failure.at < recently() ? "" : "bad" },
+    timeOf(failure), ...words.map((text, index) => element("span", { class: index ? "" : "tone" }, text))));
 }
 
 // What its owner could set next, with the words for relay.json.
 function drawAdvice() {
   const missing = view.keys.filter((one) => one.state === "missing").map((one) => one.why).join(", or ");
-  const isServed = view.keys.some((one) => ["ok", "cooling", "client"].includes(one.state));
+  const isServed = view.keys.some((one) => !["echo", "missing"].includes(one.state));
   const advice = [
     [missing && !isServed, "Only echo answers so far. For the models of a provider: ", missing],
     [usage && unknown(usage.users.priced), "No cost is known. Set in relay.json: ", '"prices": "model_prices.json"'],
@@ -13360,31 +13353,28 @@ function drawAdvice() {
 
 // The bars of the last 24 hours: requests, and on top of them the failed ones with their number.
 function drawHours() {
-  const { clientWidth: width, clientHeight: height } = $("chart");
-  const floor = height - 22, left = 40, step = (width - left) / 24, first = Math.floor(now() / 3600) - 23;
-  const told = new Map(view.hours.map((row) => [row[0], row]));
+  const told = new Map(view.hours.map((row) => [row[0], row])), first = Math.floor(now() / 3600) - 23;
   const untold = (one) => (one + 1) * 3600 > view.since ? [one, 0, 0] : [one, null, null];
   const hours = Array.from({ length: 24 }, (_, index) => told.get(first + index) ?? untold(first + index));
-  const most = Math.max(4, ...hours.map(([, requests]) => requests)), scale = (floor - 16) / most;
-  const text = (x, y, anchor, words, kind = "") => element("text", { x, y, class: kind, "text-anchor": anchor }, words);
-  const block = (kind, x, y, high) =>
-    element("rect", { class: kind, x: x + step * 0.12, y, width: step * 0.76, height: high, rx: 1.5 });
-  const lines = [most, Math.round(most / 2), 0].flatMap((value) => {
-    const y = floor - value * scale;
-    return [element("line", { x1: left, x2: width, y1: y, y2: y }), text(left - 6, y + 4, "end", short(value))];
-  });
+  const most = Math.max(4, ...hours.map(([, requests]) => requests));
+  const high = (value) => `${value / most * 100}%`, wide = (value) => `${value / 24 * 100}%`;
+  const text = (x, value, dy, words, kind = "") =>
+    element("text", { class: kind, x, y: high(most - value), dy }, words);
+  const lines = [most, Math.round(most / 2), 0].flatMap((value) => [
+    element("line", { x2: "100%", y1: high(most - value), y2: high(most - value) }),
+    text(-6, value, 4, short(value), "scale")]);
   const bars = hours.map(([one, requests, errors, , , , cost], index) => {
-    const x = left + index * step, middle = x + step / 2, start = toHour(one * 3600);
-    const good = (requests - errors) * scale, bad = errors && Math.max(errors * scale, 2), top = floor - good - bad - 1;
+    const start = toHour(one * 3600), middle = wide(index + 0.5);
     const words = `${start}: ${count(requests)} requests, ${count(errors)} failed, ≈ ${dollars(scaled(cost, 1e9))}`;
-    return element("g", {}, element("title", {}, words),
-      element("rect", { x, y: 0, width: step, height: floor, opacity: 0 }), block("ok", x, floor - good, good),
-      ...(unknown(requests) ? [text(middle, floor - 4, "middle", "?")] : []),
-      ...(errors ? [block("failed", x, top, bad), text(middle, top - 4, "middle", short(errors), "failed")] : []),
-      ...(index % 4 === 1 ? [text(middle, height - 5, "middle", start)] : []));
+    const block = (kind, top, height) => element("rect",
+      { class: kind, x: wide(index + 0.12), width: wide(0.76), y: high(most - top), height: high(height) });
+    return element("g", {}, element("title", {}, words), block("all", most, most), block("ok", requests, requests),
+      ...(unknown(requests) ? [text(middle, 0, -4, "?")] : []),
+      ...(errors ? [block("failed", requests, errors), text(middle, requests, -4, short(errors), "failed")] : []),
+      ...(index % 4 === 1 ? [text(middle, 0, 17, start)] : []));
   });
   const label = `${count(hours.reduce((sum, [, requests]) => sum + requests, 0))} requests in 24 hours`;
-  put($("chart"), element("svg", { width, height, role: "img", "aria-label": label }, ...lines, ...bars));
+  put($("chart"), element("svg", { role: "img", "aria-label": label }, ...lines, ...bars));
 }
 
 // ---- the last requests: an array of all that were loaded, and elements for those in sight ----
@@ -13395,7 +13385,7 @@ const ENDED = ("id at user model sent provider key status ttfb seconds input cac
 const RUNNING = "request user model sent provider key state seconds ttfb bytes attempts".split(" ");
 const known = new Map();
 let rows = [], next, loading = null;  // next: what the page behind them is asked by, null if there is none
-let recent = [], failures = [];  // what ended while this page looked on; the last failed request; whatever the filters
+let recent = [], failure = null;  // whatever the filters: what ended while this page looked on, and what failed last
 
 const named = (names) => (list) => Object.fromEntries(names.map((name, index) => [name, list[index]]));
 const withCost = (row) => ({ ...row, usd: scaled(row.cost, 1e9) });
@@ -13421,32 +13411,25 @@ function forgetRows() {
   [rows, next] = [[], undefined];
 }
 
-const addFailures = (found) => { failures = newestFirst([...failures, ...found.filter(failed)]).slice(0, 1); };
-
 async function loadRows(older = false) {
-  if (older && (loading || !next)) return;
   loading?.abort();
   const mine = loading = new AbortController();
   try {
     const query = queryOf({ limit: PAGE_ROWS, before: older && next, ...filters });
     const page = await get(`api/requests?${query}`, { signal: mine.signal }), found = page.rows.map(fromLedger);
-    if (mine !== loading) return;
     // After a gap the newest page joins the rows if it reaches them, and else replaces them.
     if (!older && !found.some((row) => known.has(row.request))) forgetRows();
     if (older || next === undefined) next = page.next;
     addRows(older ? found : [...found, ...recent]);
     put($("none"), rows.length ? "" : emptyWords());
-    loading = null;
-    draw();
   } catch (error) {
     if (mine !== loading) return;
     put($("none"), `The requests can't be shown: ${error.message}`);
     await pause(5);
-    if (document.hidden) await turn();
-    if (mine !== loading) return;
-    loading = null;
-    loadRows(older);
+    if (!older) next = undefined;
   }
+  if (mine === loading) loading = null;
+  draw();
 }
 
 function emptyWords() {
@@ -13467,7 +13450,7 @@ function drawRows() {
   showRows(rows.slice(first, end));
   [...$("rows").rows].forEach((row, index) => { row.ariaRowIndex = first + index + 2; });
   put($("loaded"), rows.length ? `${count(rows.length)} loaded, ${isAll ? "all there are" : "more by scrolling"}` : "");
-  if (end > rows.length - PAGE_ROWS / 2) loadRows(true);
+  if (!loading && !isAll && end > rows.length - PAGE_ROWS / 2) loadRows(next !== undefined);
 }
 
 // ---- filters: they stand in the address, to be kept, shared and gone back to ----
@@ -13492,15 +13475,14 @@ function setFilters(changes) {
   readAddress();
 }
 
+// What can be chosen: what there are sums of, and what the address names.
 function drawChoices() {
   const names = (by, of) => (usage?.[of].rows ?? []).map((sum) => sum[by]).filter((name) => name !== "(other)");
   const offered = { user: names("user", "users"), model: names("model", "models"), key: view.keys.map(keyOf) };
   for (const [name, values] of Object.entries(offered)) {
     const select = $("filters").elements[name], wanted = [...new Set(["", ...values, filters[name]])];
-    const shown = [...select.options].map((option) => option.value);
-    if (JSON.stringify(shown) !== JSON.stringify(wanted) && document.activeElement !== select) {
-      select.replaceChildren(...wanted.map((value) => new Option(value || `all ${name}s`, value)));
-    }
+    if (select === document.activeElement && select.value === filters[name]) continue;
+    select.replaceChildren(...wanted.map((value) => new Option(value || `all ${name}s`, value)));
     select.value = filters[name];
   }
 }
@@ -13516,6 +13498,7 @@ async function loadUsage() {
   try {
     const [users, models] = await Promise.all(["user", "model"].map((by) => get(`api/usage?${query}&by=${by}`)));
     if (query === usageQuery) usage = { users, models };
+    drawChoices();
     draw();
   } catch (error) {
     usageStale = true;
@@ -13540,18 +13523,14 @@ function draw() {
 function drawAll() {
   drawTiles();
   drawAdvice();
+  drawFailure();
   drawHours();
-  showFailed(failures);
-  $("failure").hidden = !failures.length;
   showKeys(view.keys);
   put($("counted"), `attempts since ${hour(recently())}`);
   showRunning(view.running);
-  const more = view.active - view.running.length;
-  put($("more"), more > 0 ? `and ${count(more)} more` : "");
+  put($("more"), view.active > view.running.length ? `and ${count(view.active - view.running.length)} more` : "");
   showUsers(usage?.users.rows ?? []);
   showModels(usage?.models.rows ?? []);
-  $("days").hidden = !view.ledger;
-  drawChoices();
   drawRows();
   if (usageStale && performance.now() - usageAt > 10000) loadUsage();
 }
@@ -13560,36 +13539,44 @@ function drawAll() {
 
 const merged = (old, changed = [], key) => [...new Map([...old, ...changed].map((one) => [key(one), one])).values()];
 
+// A key as it came. One that cools because the provider refuses it, or its account has no credit, needs a person.
+function fromKey(key, at) {
+  const isRefused = key.state === "cooling" && ["401", "402"].includes(String(key.why));
+  return { ...key, state: isRefused ? "refused" : key.state, until: at + key.for };
+}
+
 function take(event, data) {
-  const ended = (data.ended ?? []).map(fromLive), errors = ended.filter(failed).length;
+  const ended = (data.ended ?? []).map(fromLive), errors = ended.filter(failed);
   const running = data.running?.map(named(RUNNING)).map((run) => ({ ...run, since: data.now - run.seconds }));
-  const keys = data.keys?.map((key) => ({ ...key, until: data.now + key.for }));
   if (event === "state") view = { running: [], keys: [], hours: [], budgets: [] };
   view = {
     ...view, ...data, offset: data.now - performance.now() / 1000, running: running ?? view.running,
-    keys: merged(view.keys, keys, keyOf), hours: merged(view.hours, data.hours, ([one]) => one),
+    keys: merged(view.keys, data.keys?.map((key) => fromKey(key, data.now)), keyOf),
+    hours: merged(view.hours, data.hours, ([one]) => one),
     budgets: merged(view.budgets, data.budgets, (budget) => `${budget.limit} ${budget.user}`),
   };
   recent = recent.concat(ended).slice(-RECENT_ROWS);
+  failure = errors.at(-1) ?? failure;
   usageStale ||= ended.length > 0;
-  addFailures(ended);
   if (event === "state") {
     begin();
   } else {
     addRows(ended);
     if (rows.length) put($("none"), "");
-    if (errors) say(`${errors} failed`);
+    if (errors.length) say(`${errors.length} failed`);
   }
   if (rows.length > MOST_ROWS) readAddress();
   draw();
 }
 
-function begin() {
+async function begin() {
   document.body.classList.toggle("own", !view.admin);
   document.querySelector("main").hidden = false;
+  $("days").hidden = !view.ledger;
   put($("where"), `${view.version} · ${location.host}`);
-  get("api/requests?errors=1&limit=1").then((page) => addFailures(page.rows.map(fromLedger)), () => {});
   reload();
+  const { rows: [last] } = await get("api/requests?errors=1&limit=1").catch(() => ({ rows: [] }));
+  if (last && !(failure?.at > last.at / 1000)) failure = fromLedger(last);
 }
 
 function reload() {
@@ -13691,26 +13678,29 @@ async function post(path, value) {
 
 // Renews the session, or has a person sign in, over what is shown.
 async function signIn() {
-  const old = session, form = $("signin").firstElementChild;
+  const old = session;
   session = null;
   const renewed = old?.refresh && await post("api/auth/refresh", { refresh_token: old.refresh }).catch(() => null);
   if (renewed) return keep({ ...old, token: renewed.access_token, refresh: renewed.refresh_token });
   tell("warn", "◌", "signed out");
   put($("problem"), old ? "The sign-in has expired. Please sign in again." : "");
-  if (!$("signin").open) $("signin").showModal();
   while (!session) {
-    await new Promise((resolve) => form.addEventListener("submit", resolve, { once: true }));
-    const { username, password, key } = Object.fromEntries(new FormData(form));
-    put($("problem"), "");
-    try {
-      keep(await identified(username, password, key.trim()));
-    } catch (error) {
-      put($("problem"), `✕ ${error.message}`);
-    }
+    $("signin").showModal();
+    await new Promise((resolve) => $("signin").addEventListener("close", resolve, { once: true }));
   }
-  form.reset();
-  $("signin").close();
   if (old && old.name !== session.name) location.reload();
+}
+
+async function submitSignIn(form) {
+  const { username, password, key } = Object.fromEntries(new FormData(form));
+  put($("problem"), "");
+  try {
+    keep(await identified(username, password, key.trim()));
+    form.reset();
+    $("signin").close();
+  } catch (error) {
+    put($("problem"), `✕ ${error.message}`);
+  }
 }
 
 // The session of whose password or key it is. Raises Error with the relay's words.
@@ -13732,24 +13722,24 @@ function keep(signedIn) {
 
 const on = (type, target, act) => target.addEventListener(type, act);
 on("popstate", window, readAddress);
-on("resize", window, draw);
 on("visibilitychange", document, () => document.hidden ? connection.abort() : draw());
 on("scroll", $("box"), () => requestAnimationFrame(drawRows));
-on("cancel", $("signin"), (event) => event.preventDefault());
-on("close", $("signin"), () => session || $("signin").showModal());
-on("submit", document, (event) => event.target.method === "dialog" || event.preventDefault());
 on("change", $("days"), () => setFilters({}));
 on("click", $("clear"), () => setFilters({ user: "", model: "", key: "", errors: "" }));
 on("change", $("filters"), ({ target: { name, type, value, checked } }) =>
   setFilters({ [name]: type === "checkbox" ? (checked ? "1" : "") : value }));
+on("submit", document, (event) => {
+  if (event.target.method !== "dialog") event.preventDefault();
+  if ($("signin").contains(event.target)) submitSignIn(event.target);
+});
 on("click", $("leave"), () => {
   sessionStorage.removeItem("monorelay");
   location.reload();
 });
 on("click", document, ({ target }) => {
-  const { filter, value } = target.closest("button")?.dataset ?? {};
-  const { request } = target.closest("tr")?.querySelector("[data-request]")?.dataset ?? {};
-  if (request) showDetail(known.get(request) ?? failures[0]);
+  const pressed = target.closest("button") ?? target.closest("#rows tr")?.querySelector("button");
+  const { filter, value, request } = pressed?.dataset ?? {};
+  if (request) showDetail(known.get(request) ?? failure);
   if (!filter) return;
   setFilters({ [filter]: value });
   $("filters").scrollIntoView();
