@@ -12954,9 +12954,9 @@ main, .columns > div { display: grid; grid-template-columns: minmax(0, 1fr); gap
 .tiles, .columns { align-items: stretch; gap: .75rem; }
 .tiles > div { flex: 3 1 9rem; }
 .tiles > div:nth-child(n + 5) { flex: 4 1 14rem; }
-.tiles dt + dd { font-size: 1.7rem; line-height: 1.35; font-weight: 550; letter-spacing: -.02em; }
-.columns > div { flex: 6 1 min(36rem, 100%); grid-template-rows: 1fr auto; }
-.columns > div + div { flex: 5 1 min(30rem, 100%); }
+.tiles dt + dd { font-size: 1.55rem; line-height: 1.4; font-weight: 550; letter-spacing: -.02em; }
+.columns > div { flex: 5 1 min(36rem, 100%); grid-template-rows: 1fr auto; }
+.columns > div + div { flex: 4 1 min(30rem, 100%); }
 .scrolls { overflow: auto; scrollbar-width: thin; max-height: 26rem; overscroll-behavior: contain; }
 .grows { display: flex; flex-direction: column; }
 .grows .scrolls { flex: auto; max-height: 18rem; }
@@ -13231,7 +13231,7 @@ const showKeys = table("keys", keyOf, toneOf, [
 ]);
 
 const showRunning = table("running", (run) => run.request, toneOf, [
-  ["User", "others half bare cut", "14%", (run) => run.user],
+  ["User", "others half bare cut", "15%", (run) => run.user],
   ["State", "tone half bare", "", (run) => signOf(run) + (run.attempts > 1 ? `, try ${run.attempts}` : "")],
   ["Model", "line bare cut", "26%", route],
   ["Provider / key", "line bare cut", "20%", place],
@@ -13317,7 +13317,7 @@ function drawTiles() {
       `${errors ? `${fixed(errors / requests * 100, 1)} % ` : ""}of ${count(requests)} req`, errors ? "bad" : ""],
     ["First byte, median", duration(view.ttfb?.[0]), `95 % within ${duration(view.ttfb?.[1])}`],
     [`Tokens ${period}`, `${short(tokensIn(total))} in · ${short(total.output)} out`,
-      `${short(total.cache_read)} cached${total.untold ? ` · ${count(total.untold)} answers told none` : ""}`],
+      `${short(total.cache_read)} cached${total.untold ? ` · ? in ${count(total.untold)} answers` : ""}`],
     [`Cost ${period}`, unknown(total.usd) ? "?" : `≈ ${dollars(total.usd)}${unpriced.length ? " + ?" : ""}`, prices],
   ];
   tiles.forEach(([label, value, note, tone = ""], index) => {
@@ -13396,13 +13396,12 @@ const fromLedger = (row) => withCost({
 
 const matches = (row) => (!filters.user || filters.user === row.user) && (!filters.key || filters.key === keyOf(row)) &&
   (!filters.model || [row.model, row.sent].includes(filters.model)) && (!filters.errors || failed(row));
-const newestFirst = (found) => found.sort((one, other) => other.at - one.at);
 
 // Takes in what is new and passes the filters; what is being read stays where it is.
 function addRows(found) {
   const newest = rows[0];
   for (const row of found) if (matches(row) && !known.has(row.request)) known.set(row.request, row);
-  rows = newestFirst([...known.values()]);
+  rows = [...known.values()].sort((one, other) => other.at - one.at);
   if ($("box").scrollTop > 0) $("box").scrollTop += Math.max(0, rows.indexOf(newest)) * rowHeight();
 }
 
@@ -13417,6 +13416,7 @@ async function loadRows(older = false) {
   try {
     const query = queryOf({ limit: PAGE_ROWS, before: older && next, ...filters });
     const page = await get(`api/requests?${query}`, { signal: mine.signal }), found = page.rows.map(fromLedger);
+    if (mine !== loading) return;
     // After a gap the newest page joins the rows if it reaches them, and else replaces them.
     if (!older && !found.some((row) => known.has(row.request))) forgetRows();
     if (older || next === undefined) next = page.next;
@@ -13426,9 +13426,10 @@ async function loadRows(older = false) {
     if (mine !== loading) return;
     put($("none"), `The requests can't be shown: ${error.message}`);
     await pause(5);
+    if (mine !== loading) return;
     if (!older) next = undefined;
   }
-  if (mine === loading) loading = null;
+  loading = null;
   draw();
 }
 
@@ -13512,10 +13513,10 @@ let view = null, frame = 0, timer = 0;
 const now = () => performance.now() / 1000 + view.offset;
 
 function draw() {
+  clearTimeout(timer);
+  timer = setTimeout(draw, 1000);
   frame ||= requestAnimationFrame(() => {
     frame = 0;
-    clearTimeout(timer);
-    timer = setTimeout(draw, 1000);
     if (view) drawAll();
   });
 }
@@ -13580,6 +13581,7 @@ async function begin() {
 }
 
 function reload() {
+  drawChoices();
   loadRows();
   loadUsage();
 }
@@ -13649,32 +13651,34 @@ function say(words) {
 
 let session = JSON.parse(sessionStorage.getItem("monorelay")), signingIn = null;
 
-const send = (path, options, token) => fetch(path, {
-  cache: "no-store", ...options, headers: { ...options.headers, ...(token && { authorization: `Bearer ${token}` }) },
-});
-
-// A response that is no error. Raises Error with the relay's words.
-async function checked(response) {
+// A response that is no error. Raises Error with the relay's words, and the status.
+async function send(path, token, { headers, ...options } = {}) {
+  const authorization = token ? { authorization: `Bearer ${token}` } : {};
+  const response = await fetch(path, { cache: "no-store", ...options, headers: { ...headers, ...authorization } });
   if (response.ok) return response;
-  const told = await response.json().catch(() => null);
-  throw new Error(told?.error?.message ?? `status ${response.status}`);
+  const told = await response.json().catch(() => null), { status } = response;
+  throw Object.assign(new Error(told?.error?.message ?? `status ${status}`), { status });
+}
+
+async function post(path, value) {
+  const options = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(value) };
+  return (await send(path, null, options)).json();
 }
 
 // A response to whoever is signed in; where nobody is any more, asks for that first.
-async function ask(path, options = {}) {
+async function ask(path, options) {
   for (;;) {
-    const used = session, response = used && await send(path, options, used.token);
-    if (used && response.status !== 401) return checked(response);
+    const used = session;
+    try {
+      if (used) return await send(path, used.token, options);
+    } catch (error) {
+      if (error.status !== 401) throw error;
+    }
     if (used === session) await (signingIn ??= signIn().finally(() => { signingIn = null; }));
   }
 }
 
 const get = async (path, options) => (await ask(path, options)).json();
-
-async function post(path, value) {
-  const options = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(value) };
-  return (await checked(await send(path, options))).json();
-}
 
 // Renews the session, or has a person sign in, over what is shown.
 async function signIn() {
@@ -13691,24 +13695,20 @@ async function signIn() {
   if (old && old.name !== session.name) location.reload();
 }
 
+// Takes what stands in the form for a password or a key, and tells the relay's words if it is none.
 async function submitSignIn(form) {
   const { username, password, key } = Object.fromEntries(new FormData(form));
   put($("problem"), "");
   try {
-    keep(await identified(username, password, key.trim()));
+    if (/[^ -~]/.test(key)) throw new Error("that is no key: it has letters beyond ASCII");
+    const login = key ? { access_token: key.trim() } : await post("api/auth/login", { username, password });
+    const me = await (await send("api/auth/me", login.access_token)).json();
+    keep({ token: login.access_token, refresh: login.refresh_token, name: me.username });
     form.reset();
     $("signin").close();
   } catch (error) {
     put($("problem"), `✕ ${error.message}`);
   }
-}
-
-// The session of whose password or key it is. Raises Error with the relay's words.
-async function identified(username, password, key) {
-  if (/[^\x21-\x7e]/.test(key)) throw new Error("that is no key: it has spaces, or letters beyond ASCII");
-  const login = key ? { access_token: key } : await post("api/auth/login", { username, password });
-  const me = await (await checked(await send("api/auth/me", {}, login.access_token))).json();
-  return { token: login.access_token, refresh: login.refresh_token, name: me.username };
 }
 
 function keep(signedIn) {

@@ -14524,7 +14524,8 @@ def test_the_page_shows_a_request_as_it_runs_and_when_it_has_ended(upstream, rel
         browser.until("$('running').rows.length === 1 && $('running').textContent.includes('streaming')")
         (row,) = browser.rows("running")
         assert row[:4] == ["admin", "▸ streaming", "smart → claude-test", "anthropic / team"]
-        assert re.fullmatch(r"\d+\.\d s|\d+ m?s", row[4]) and row[5].endswith("s") and row[6].endswith("B")
+        assert re.fullmatch(r"\d+\.\d s|\d+ m?s", row[4]) and row[5].endswith("s")
+        assert re.fullmatch(r"[\d.]+ [KM]?B", row[6])
         assert browser.run("$('rows').rows.length") == 0 and browser.texts("#tiles dd")[0] == "1"
         gate.set()
         client.answer()
@@ -14543,11 +14544,13 @@ def test_failed_requests_can_be_found_with_their_attempts(upstream, relay, brows
         assert it.post("/v1/messages", prompt()).status == status
     browser.show(it)
     browser.until("$('rows').rows.length === 2")
+    (told,) = browser.texts("#failure")
     browser.press("#filters [name=errors]")
     browser.until("$('rows').rows.length === 1 && location.search === '?errors=1'")
     assert browser.rows("rows")[0][1].startswith("✕ 529")
     browser.press("#rows button")
     attempts = browser.texts("#attempts li")
+    assert "✕ 529" in told and told.endswith(", then ".join(attempts))
     assert sorted(attempt.split(" / ")[0] for attempt in attempts) == ["anthropic", "anthropic2"]
     assert all(attempt.endswith(": 529") for attempt in attempts)
     browser.press("#detail button")
@@ -14694,6 +14697,7 @@ def test_a_key_that_is_refused_is_told_from_one_that_cools(upstream, relay, brow
     assert it.post("/v1/messages", prompt()).status == 429
     browser.show(it)
     browser.until("$('keys').rows.length === 2")
+    assert re.fullmatch(r"attempts since \d\d:\d\d", browser.texts("#counted")[0])
     states = [cells[1] for cells in browser.rows("keys")]
     assert states[0].startswith("✕ refused (401), back in ")
     assert re.fullmatch(r"◐ cooling \(429\), back in \d+ s: claude-\S+", states[1])
