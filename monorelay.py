@@ -12926,7 +12926,8 @@ PAGE = r"""<!doctype html>
 * { box-sizing: border-box; margin: 0; }
 body { background: var(--page); color: var(--ink); padding: 0 max(1rem, 50vw - 62rem) 1.5rem; }
 [hidden], .own .others { display: none !important; }
-.unseen { position: absolute; clip-path: inset(50%); }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
 .note, th, dt { color: var(--quiet); font-weight: 400; }
 [data-tone=""] { --tone: initial; }
 [data-tone="good"] { --tone: var(--good); }
@@ -12952,8 +12953,8 @@ header { padding: .8rem 0; }
 .panel { background: var(--panel); border: var(--thin); border-radius: 8px; padding: .6rem .9rem .5rem; min-width: 0; }
 main, .columns > div { display: grid; grid-template-columns: minmax(0, 1fr); gap: .75rem; }
 .tiles, .columns { align-items: stretch; gap: .75rem; }
-.tiles > div { flex: 3 1 9rem; }
-.tiles > div:nth-child(n + 5) { flex: 4 1 14rem; }
+.tiles > div { flex: 3 1 10rem; }
+.tiles > div:nth-child(n + 5) { flex: 4 1 15rem; }
 .tiles dt + dd { font-size: 1.55rem; line-height: 1.4; font-weight: 550; letter-spacing: -.02em; }
 .columns > div { flex: 5 1 min(36rem, 100%); grid-template-rows: 1fr auto; }
 .columns > div + div { flex: 4 1 min(30rem, 100%); }
@@ -12972,7 +12973,7 @@ tbody:not(#rows):empty::before { content: "none"; color: var(--quiet); }
 .gauges { gap: 0 1.2rem; font-size: .92em; }
 .gauge svg { flex: none; width: 3.5rem; height: .4rem; border-radius: 1rem; background: var(--line); }
 .gauge rect { fill: var(--tone, var(--bar)); }
-#chart { flex: 1 1 11rem; contain: size; padding: 1.3rem 0 1.5rem 2.6rem; font-size: 11px; fill: var(--quiet); }
+#chart { flex: 1 1 11rem; contain: size; padding: 1.4rem 0 1.6rem 2.7rem; font-size: .85rem; fill: var(--quiet); }
 #chart svg { width: 100%; height: 100%; overflow: visible; text-anchor: middle; }
 #chart .scale { text-anchor: end; }
 #chart line { stroke: var(--line); }
@@ -12986,7 +12987,8 @@ dialog { background: var(--panel); color: inherit; border: var(--thin); border-r
 #facts { display: grid; grid-template-columns: auto 1fr; gap: .15rem 1.2rem; }
 ol { padding-left: 1.3rem; }
 #signin { width: min(24rem, 94vw); }
-.field, .field input, #signin button { display: block; width: 100%; padding-block: .45rem; }
+.field, .field input, #signin button { display: block; width: 100%; }
+.field input, #signin button { background: var(--page); padding-block: .45rem; }
 #signin button { background: var(--accent); color: var(--panel); }
 #problem { color: var(--bad); }
 
@@ -13000,7 +13002,7 @@ ol { padding-left: 1.3rem; }
 }
 @media (width <= 1400px) { .columns .extra { display: none; } }
 @media (width <= 640px) { /* a row becomes a card of four columns, of figures below their titles */
-  thead { position: absolute; clip-path: inset(50%); }
+  thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   table, tbody { display: block; }
   tbody tr { display: grid; grid: auto-flow dense / repeat(4, minmax(0, 1fr)); gap: 0 .6rem; align-content: start; }
   tbody tr { padding: .45rem 0; border-bottom: var(--thin); }
@@ -13362,16 +13364,16 @@ function drawHours() {
     element("text", { class: kind, x, y: high(most - value), dy }, words);
   const lines = [most, Math.round(most / 2), 0].flatMap((value) => [
     element("line", { x2: "100%", y1: high(most - value), y2: high(most - value) }),
-    text(-6, value, 4, short(value), "scale")]);
+    text("-.6em", value, ".35em", short(value), "scale")]);
   const bars = hours.map(([one, requests, errors, , , , cost], index) => {
     const start = toHour(one * 3600), middle = wide(index + 0.5);
     const words = `${start}: ${count(requests)} requests, ${count(errors)} failed, ≈ ${dollars(scaled(cost, 1e9))}`;
     const block = (kind, top, height) => element("rect",
       { class: kind, x: wide(index + 0.12), width: wide(0.76), y: high(most - top), height: high(height) });
     return element("g", {}, element("title", {}, words), block("all", most, most), block("ok", requests, requests),
-      ...(unknown(requests) ? [text(middle, 0, -4, "?")] : []),
-      ...(errors ? [block("failed", requests, errors), text(middle, requests, -4, short(errors), "failed")] : []),
-      ...(index % 4 === 1 ? [text(middle, 0, 17, start)] : []));
+      ...(unknown(requests) ? [text(middle, 0, "-.4em", "?")] : []),
+      ...(errors ? [block("failed", requests, errors), text(middle, requests, "-.4em", short(errors), "failed")] : []),
+      ...(index % 4 === 1 ? [text(middle, 0, "1.5em", start)] : []));
   });
   const label = `${count(hours.reduce((sum, [, requests]) => sum + requests, 0))} requests in 24 hours`;
   put($("chart"), element("svg", { role: "img", "aria-label": label }, ...lines, ...bars));
@@ -13410,6 +13412,7 @@ function forgetRows() {
   [rows, next] = [[], undefined];
 }
 
+// Asks for the newest rows, or for older ones than there are; again in five seconds if that fails.
 async function loadRows(older = false) {
   loading?.abort();
   const mine = loading = new AbortController();
