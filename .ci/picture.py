@@ -23,9 +23,9 @@ sys.dont_write_bytecode = True
 import monorelay  # noqa: E402
 import test_monorelay as tests  # noqa: E402
 
-SIZE = (1440, 810)
+SIZE = (1440, 830)
 LIVE_SECONDS = 25.0  # until the picture is taken
-AT_ONCE = 9  # requests at a time
+AT_ONCE = 7  # requests at a time
 PRICES = {
     "claude-opus-*": {"input": 5, "output": 25},
     "claude-haiku-*": {"input": 1, "output": 5},
