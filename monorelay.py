@@ -13106,13 +13106,10 @@ function element(tag, attributes, ...children) {
 
 // Shows a text or an element in a place, and leaves alone what is there already.
 function put(parent, value) {
-  const text = String(value ?? "—");
-  if (value instanceof Node) {
-    if (!parent.firstChild?.isEqualNode(value)) parent.replaceChildren(value);
-  } else if (parent.textContent !== text) {
-    parent.textContent = text;
-    parent.title = text.length > 12 ? text : "";
-  }
+  const made = value instanceof Node ? value : new Text(value ?? "—");
+  if (parent.firstChild?.isEqualNode(made)) return;
+  parent.replaceChildren(made);
+  parent.title = made.length > 12 ? made.data : "";
 }
 
 // Heads a table, and returns what shows items in it. Rows that stay keep their element, and so focus and selection.
@@ -13145,13 +13142,15 @@ function table(id, keyOf, toneOf, columns) {
 const choice = (filter, value, text = value) => value === "(other)" ? value : element("button",
   { class: "plain", title: `${text}: show the requests`, "data-filter": filter, "data-value": value }, text);
 
-function gauge(used, words) {
-  const tone = used >= 0.95 ? "bad" : used >= 0.8 ? "warn" : "", width = percent(Math.min(used, 1)).replace(" ", "");
-  const bar = element("svg", { "aria-hidden": true }, element("rect", { width, height: "100%" }));
-  return element("span", { class: "gauge", "data-tone": tone }, bar, words);
+// A bar for each limit, of which a part is used, with words.
+function gauges(limits) {
+  const made = limits.map(([used, words]) => {
+    const tone = used >= 0.95 ? "bad" : used >= 0.8 ? "warn" : "", width = `${Math.min(used, 1) * 100}%`;
+    const bar = element("svg", { "aria-hidden": true }, element("rect", { width, height: "100%" }));
+    return element("span", { class: "gauge", "data-tone": tone }, bar, words);
+  });
+  return made.length ? element("div", { class: "gauges" }, ...made) : "—";
 }
-
-const gauges = (made) => made.length ? element("div", { class: "gauges" }, ...made) : "—";
 
 // ---- the tables ----
 
@@ -13198,7 +13197,7 @@ function headroom({ limits = [], state }) {
   return gauges(valid.map(({ limit, used, left, reset }) => {
     const rest = unknown(left) ? "" : `, ${short(left)} left`;
     const back = used < 0.8 || unknown(reset) ? "" : `, resets ${hour(reset)}`;
-    return gauge(used, `${LIMITS[limit] ?? limit} ${percent(used)}${rest}${back}`);
+    return [used, `${LIMITS[limit] ?? limit} ${percent(used)}${rest}${back}`];
   }));
 }
 
@@ -13206,7 +13205,7 @@ function budgets({ user }) {
   return gauges(view.budgets.filter((budget) => budget.user === user).map(({ limit, used, of }) => {
     const amount = (value) => limit.startsWith("usd") ? dollars(value).replace(".00", "") : short(value);
     const words = used < of ? `${amount(of - used)} of ${amount(of)} left` : `✕ ${amount(of)} spent`;
-    return gauge(of ? used / of : 1, `${LIMITS[limit] ?? limit}: ${words}`);
+    return [of ? used / of : 1, `${LIMITS[limit] ?? limit}: ${words}`];
   }));
 }
 
@@ -13598,7 +13597,7 @@ function hear() {
 }
 
 // Reads the stream to its end. Raises what fetch() does.
-async function follow(arrived) {
+async function follow() {
   const { signal } = connection = new AbortController();
   hear();
   const response = await ask("api/live", { signal, headers: lastId ? { "last-event-id": lastId } : {} });
@@ -13613,7 +13612,7 @@ async function follow(arrived) {
       if (fields.data) take(fields.event, JSON.parse(fields.data));
       lastId = fields.id ?? lastId;
     }
-    if (view) arrived();
+    if (view) tell("good", "●", `live, ${toSecond(now())}`);
   }
 }
 
@@ -13621,13 +13620,12 @@ const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, seconds 
 const turn = () => new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true }));
 
 async function live() {
-  for (let wait = 1; ; wait = Math.min(wait * 2, 30)) {
+  let wait = 1;
+  for (;;) {
     if (document.hidden) await turn();
-    const why = await follow(() => {
-      wait = 1;
-      tell("good", "●", `live, ${toSecond(now())}`);
-    }).then(() => "the relay ended it", (error) => error.message);
+    const why = await follow().then(() => "the relay ended it", (error) => error.message);
     if (document.hidden) continue;
+    wait = $("link").dataset.tone === "good" ? 1 : Math.min(wait * 2, 30);
     tell("bad", "▲", `no connection, again in ${wait} s (${why})`);
     await pause(wait);
   }
