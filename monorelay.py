@@ -8164,9 +8164,9 @@ class LedgerWriter:
         self._ending = threading.Event()
         self._started = False
         self._thread: Optional[threading.Thread] = None
-        self._lock = threading.Lock()  # guards the next two: several threads ask and add
-        self._spent: Spent = {}  # as the file had it at last
-        self._unwritten: Spent = {}  # of the rows that wait
+        self._lock = threading.Lock()  # guards _rows and the next two: several threads ask and add
+        self._spent: Spent = {}  # by the users with budgets, as the file had it at last
+        self._unwritten: Spent = {}  # and of their rows that wait
         self._warned_at = -math.inf
         self.dropped = 0  # rows, since the start
         self._dropped_told = 0
@@ -8186,6 +8186,8 @@ class LedgerWriter:
         self._keeping = bool(config.ledger) and has_sqlite()
         self._settings = config.ledger or self._settings
         self._limited = tuple(user.name for user in config.users.values() if user.has_budget and self._keeping)
+        with self._lock:
+            self._unwritten = spent_sums([row for row in self._rows if row.user in self._limited])
         self._wanted.set()
         if self._started:
             self.start()
@@ -8205,12 +8207,12 @@ class LedgerWriter:
         if len(self._rows) >= LEDGER_BACKLOG_ROWS:
             self.dropped += 1
             return
-        sums = spent_sums((row,))
         with self._lock:
-            for key, (cost, tokens) in sums.items():
-                before = self._unwritten.get(key, (0, 0))
-                self._unwritten[key] = before[0] + cost, before[1] + tokens
-        self._rows.append(row)
+            if row.user in self._limited:
+                for key, (cost, tokens) in spent_sums((row,)).items():
+                    before = self._unwritten.get(key, (0, 0))
+                    self._unwritten[key] = before[0] + cost, before[1] + tokens
+            self._rows.append(row)
         if not self._wanted.is_set():
             self._wanted.set()
 
@@ -8245,7 +8247,9 @@ class LedgerWriter:
     def _flush(self) -> bool:
         """Writes a batch of the rows that wait, and reads what was spent; whether it could. The thread alone takes rows
         off, when they are committed, so that none is lost by a failure, whatever it is."""
-        settings, batch = self._settings, [self._rows[n] for n in range(min(len(self._rows), LEDGER_BATCH_ROWS))]
+        settings = self._settings
+        with self._lock:
+            batch = list(itertools.islice(self._rows, LEDGER_BATCH_ROWS))
         if not settings or not (batch or self._limited):
             return True
         seen = file_identity(settings.path)
@@ -8257,15 +8261,14 @@ class LedgerWriter:
         except Exception as error:
             self._note_failure(settings.path, seen, error)
             return False
-        written = spent_sums(batch)
         with self._lock:
             self._spent = spent
-            for key, (cost, tokens) in written.items():
+            for key, (cost, tokens) in spent_sums([row for row in batch if row.user in self._limited]).items():
                 before = self._unwritten.pop(key)
                 if before != (cost, tokens):
                     self._unwritten[key] = before[0] - cost, before[1] - tokens
-        for _ in batch:
-            self._rows.popleft()
+            for _ in batch:
+                self._rows.popleft()
         if self.dropped > self._dropped_told:
             self._warn(f"{self.dropped - self._dropped_told} rows of the ledger were dropped: too many waited for it")
             self._dropped_told = self.dropped
@@ -8460,7 +8463,8 @@ def query_ledger(path: str, query: str, values: Sequence[Any]) -> list[Any]:
 def storable(value: Any) -> Union[str, int, None]:
     """The value as SQLite takes it: text without half surrogate pairs, a whole number of 64 bits."""
     if isinstance(value, str):
-        return value[:MODEL_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
+        is_plain = len(value) <= MODEL_CHARACTERS and value.isascii()
+        return value if is_plain else value[:MODEL_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
     return value if isinstance(value, int) and -(2**63) <= value < 2**63 else None
 
 
