@@ -6333,6 +6333,11 @@ def is_odd_name(name: str) -> bool:
     return len(json.dumps(name)) > TALLIED_NAME_BYTES or name != name.encode("utf-8", "replace").decode("utf-8")
 
 
+def add_to(sums: list[int], figures: Iterable[int]) -> None:
+    """Adds the figures to the sums, one by one."""
+    sums[:] = map(operator.add, sums, figures)
+
+
 class Tally:
     """What was counted since the start, by one process or by several together. What clients can name is bounded."""
 
@@ -6352,18 +6357,20 @@ class Tally:
     def add(self, row: LedgerRow) -> None:
         """Counts a request to a model that has ended."""
         model, user, figures = self._model_label(row), self._user_label(row.user), row.figures
-        self.statuses[row.provider, model, status_label(row.status)] += 1
+        self._count_status(row.provider, model, status_label(row.status), 1)
         sums = self._sums((user, model, row.provider, row.key))
         sums[:PRICED] = map(operator.add, sums, figures)
         sums[PRICED] += row.cost is not None
         if row.stream and row.ttfb is not None:
             sums[TTFB_AT + bisect.bisect_left(TTFB_LIMITS, row.ttfb / 1000)] += 1
         sums[DURATION_AT + bisect.bisect_left(DURATION_LIMITS, row.duration / 1000)] += 1
-        in_hour, in_second = self._in_hour(row.at // 3_600_000, user), self._in_second(row.at // 1000)
-        in_hour[:] = map(operator.add, in_hour, figures)
-        in_second[0] += 1
-        in_second[1] += figures[1]
+        add_to(self._in_hour(row.at // 3_600_000, user), figures)
+        add_to(self._in_second(row.at // 1000), figures[:2])
         self.ended.append(row)
+
+    def _count_status(self, provider: str, model: str, status: str, count: int) -> None:
+        is_full = len(self.statuses) >= TALLIED_SERIES and (provider, model, status) not in self.statuses
+        self.statuses[provider, OTHER if is_full else model, status] += count
 
     def _sums(self, names: tuple[str, str, str, str]) -> list[int]:
         sums = self.series.get(names)
@@ -6422,16 +6429,16 @@ class Tally:
     def include(self, shared: JsonDict) -> None:
         """Adds what another process has counted."""
         self.since = min(self.since, shared["since"])
-        for *names, count in shared["statuses"]:
-            self.statuses[tuple(names)] += count
+        for provider, model, status, count in shared["statuses"]:
+            self._count_status(provider, model, status, count)
         for code, count in shared["refused"]:
             self.refused[code] += count
-        for table, width in (("series", 4), ("hours", 2), ("seconds", 1)):
-            known: dict[Any, list[int]] = getattr(self, table)
-            for entry in shared[table]:
-                name = tuple(entry[:width]) if width > 1 else entry[0]
-                before = known.get(name)
-                known[name] = [a + b for a, b in zip(before, entry[width:])] if before else entry[width:]
+        for user, model, provider, key, *figures in shared["series"]:
+            add_to(self._sums((user, model, provider, key)), figures)
+        for hour, user, *figures in shared["hours"]:
+            add_to(self._in_hour(hour, user), figures)
+        for second, *figures in shared["seconds"]:
+            add_to(self._in_second(second), figures)
         rows = sorted([*self.ended, *(LedgerRow(*row) for row in shared["ended"])], key=lambda row: row.at)
         self.ended = collections.deque(rows, maxlen=ENDED_ROWS)
 

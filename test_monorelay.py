@@ -11389,6 +11389,20 @@ def test_series_are_bounded_and_nothing_is_lost_beyond():
     assert len("".join(monorelay.metrics_text(tally, [], {}))) < 3_000_000
 
 
+def test_what_ended_workers_have_counted_stays_bounded_and_nothing_is_lost():
+    both = monorelay.Tally(0.0)
+    for worker in range(20):
+        tally = monorelay.Tally(0.0)
+        tally.users = {f"{worker}-{number}": None for number in range(200)}
+        for number in range(400):
+            tally.add(row(user=f"{worker}-{number // 2}", sent=f"{worker}-{number % 40}", status=200 + number % 2))
+        both.include(json.loads(json.dumps(tally.shared())))
+    for counted in (both.series, both.hours, both.statuses):
+        assert len(counted) <= monorelay.TALLIED_SERIES + 2
+    assert sum(sums[0] for sums in both.series.values()) == sum(sums[0] for sums in both.hours.values()) == 8000
+    assert sum(both.statuses.values()) == sum(total for total, _ in both.seconds.values()) == 8000
+
+
 @pytest.mark.parametrize(("token", "status"), [("", 401), ("wrong", 401), (ALICE, 403), (GRAFANA, 200), (TOKEN, 200)])
 def test_metrics_are_for_access_keys_and_viewers(relay, token, status):
     it = relay({"echo": {}}, users=OWNERS)
