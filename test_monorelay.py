@@ -1647,9 +1647,8 @@ def test_what_several_workers_know_of_a_key_is_one():
         it.pool.note(it.first(), f"50{number}", UNIX_TIME + number)
         told = [("x-ratelimit-limit-tokens", "10"), ("x-ratelimit-remaining-tokens", str(10 - number))]
         it.pool.note_limits(it.first(), monorelay.Headers(told), UNIX_TIME + number)
-    joined = monorelay.joined_records(
-        json.loads(json.dumps(monorelay.record_document(it.pool.records["anthropic", "k0"]))) for it in pools
-    )
+    own, *others = (monorelay.record_document(it.pool.records["anthropic", "k0"]) for it in pools)
+    joined = monorelay.joined_records([own, *map(json.loads, map(json.dumps, others))])
     assert joined["hours"] == [[int(UNIX_TIME // 3600), 6, 3]]
     assert list(joined["failed"]) == [UNIX_TIME + 2, "502"]
     assert [round(limit["used"], 6) for limit in joined["limits"]] == [0.2]
