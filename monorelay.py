@@ -119,6 +119,7 @@ USAGE_NAME_BYTES = 40  # of the name before it, or of a service tier that stands
 USAGES_AT_ONCE = 8  # the last ones of what has come at once: some servers send one with each word
 TRANSLATED_AT_ONCE_BYTES = 16 * 1024  # which takes some milliseconds; a longer body is translated in a thread
 PING_SECONDS = 15.0  # without an event in a translated stream; Claude Code tells its user of 20
+ENDING_SECONDS = 2.0  # for the usage that may follow the end of a translated stream, or for the word that none does
 # One recv: a TLS record is 16 KiB, four of them make system calls rare.
 RECEIVE_BYTES = 64 * 1024
 # A JSON body of more values takes a second to walk; the largest conversations have some 100,000.
@@ -4070,7 +4071,9 @@ WRITTEN_CHARACTERS = 64 * 1024  # of a string at a time
 WAITING_BYTES = 128  # that each piece of what waits takes besides
 TOOL_CALLS = 128  # in an answer: as many tools as OpenAI allows in a request
 TOOL_NAME_CHARACTERS = 256  # in an answer
-TOOL_ID_CHARACTERS = 2048  # one that carries another is longer than that by a third
+TOOL_ID_CHARACTERS = 2048  # in an answer
+SEAL_CHARACTERS = 64 * 1024  # of what Gemini has to get back with a call
+CARRYING_CHARACTERS = 128 * 1024  # of an id in a request: it may carry another one, and such a seal
 SIGNATURE_CHARACTERS = 8 * TRANSLATED_HELD_BYTES  # each character of thinking may take six, and base64 a third more
 DROPPED_NAMES = 20  # of what was left out are told
 CHAT_STOPS = 4  # OpenAI's limit
@@ -4082,13 +4085,13 @@ IMAGE_TOKENS = 1600
 DOCUMENT_TOKENS_PER_CHARACTER = 0.037  # of base64: 2,500 for 50 KB
 
 TOOL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # as Anthropic wants it
-CARRIED_ID = "toolu_x"  # begins an id that stands for another provider's, which is in it as base64
+CARRIED_ID = "toolu_x"  # begins an id that stands for another provider's, which is in it as base64, with its seal
 CARRIED_THINKING = "mr1."  # begins a signature of ours
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 DATA_URI = re.compile(r"data:([a-z]+/[a-z0-9.+-]+)(?:;[a-z0-9=_-]+)*;base64,", re.IGNORECASE)
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 # What tools that run at Anthropic have left in the history.
-SERVER_BLOCK = re.compile(r"server_tool_use|mcp_tool_use|advisor.*|[a-z_]+_tool_result")
+SERVER_BLOCK = re.compile(r"server_tool_use|mcp_tool_use|mcp_tool_listing|fallback|advisor.*|[a-z_]+_tool_result")
 TEXT_JOINT = "\n\n"  # between blocks that become one text
 BILLING_BLOCK = "x-anthropic-billing-header:"  # begins a text for Anthropic alone, which other caches stumble over
 
@@ -4325,8 +4328,8 @@ def member(value: JsonDict, name: str) -> JsonDict:
 
 def call_name(value: Any, place: str) -> str:
     """The id of a call. Raises BadRequest."""
-    if len(string(value, place)) > TOOL_ID_CHARACTERS:
-        raise BadRequest(f"{place}: Input should have at most {TOOL_ID_CHARACTERS} characters")
+    if len(string(value, place)) > CARRYING_CHARACTERS:
+        raise BadRequest(f"{place}: Input should have at most {CARRYING_CHARACTERS} characters")
     return str(value)
 
 
@@ -4349,11 +4352,12 @@ class Turn(NamedTuple):
         return [(place, block) for place, block in self.blocks if block.get("type") == kind]
 
 
-def turns_of(messages: Any) -> list[Turn]:
-    """The turns of the messages, in either format: text becomes a block. Raises BadRequest."""
+def turns_of(messages: Any, draft: Draft) -> list[Turn]:
+    """The turns of the messages: text becomes a block. Raises BadRequest."""
     turns: list[Turn] = []
     for index, message in enumerate(objects(messages, "messages")):
         place, role, content = f"messages.{index}", message.get("role"), message.get("content")
+        draft.drop_rest(message, ("role", "content"), "messages")
         if isinstance(content, str):
             blocks = [(f"{place}.content", {"type": "text", "text": content})]
         else:
@@ -4374,7 +4378,7 @@ def reminder(text: str) -> str:
 # -- Messages to chat: the request
 
 # Where the answer would be wrong without them.
-MESSAGES_REFUSED = ("container", "mcp_servers", "fallbacks", "inference_geo")
+MESSAGES_REFUSED = ("container", "mcp_servers", "fallbacks", "inference_geo", "thread")
 MESSAGES_KNOWN = {
     *MESSAGES_REFUSED, "model", "messages", "system", "max_tokens", "temperature", "top_p", "stop_sequences", "stream",
     "tools", "tool_choice", "thinking", "output_config", "output_format", "metadata", "cache_control",
@@ -4417,7 +4421,7 @@ def about_message(request: JsonDict, draft: Draft) -> JsonDict:
     thinking = member(request, "thinking")
     shown = "omitted" if thinking.get("display") == "omitted" else "shown"
     return {
-        "thinking": shown if thinking.get("type") in ("enabled", "adaptive") else "hidden",
+        "thinking": shown if thinking.get("type", "disabled") != "disabled" else "hidden",
         "thinking_returns": draft.knobs.reasoning_back != "none",
         "input_tokens": estimated_tokens(request),
     }
@@ -4445,6 +4449,30 @@ def chat_tools(request: JsonDict, draft: Draft) -> JsonDict:
     return members
 
 
+# Members of blocks that are carried, or are left out unnamed.
+BLOCK_KNOWN = {
+    "text": ("text", "citations"),
+    "image": ("source",),
+    "document": ("source", "title", "context", "citations"),
+    "search_result": ("source", "title", "content", "citations"),
+    "tool_reference": ("tool_name",),
+    "compaction": ("content", "encrypted_content", "signature"),
+    "thinking": ("thinking", "signature"),
+    "redacted_thinking": ("data",),
+    "tool_use": ("id", "name", "input", "caller"),
+    "tool_result": ("tool_use_id", "content", "is_error"),
+}
+
+
+def drop_from_block(block: JsonDict, draft: Draft) -> None:
+    """Notes what is left out of a block."""
+    kind = str(block.get("type"))
+    if kind in BLOCK_KNOWN:
+        draft.drop_rest(block, (*BLOCK_KNOWN[kind], "type", "cache_control"), kind)
+    if block.get("citations") and block["citations"] != {"enabled": False}:
+        draft.drop("citations")
+
+
 TOOL_KNOWN = {
     "type", "name", "description", "input_schema", "strict", "allowed_callers", "cache_control", "defer_loading",
     "eager_input_streaming",
@@ -4469,6 +4497,7 @@ def chat_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
     return {"type": "function", "function": function}
 
 
+GEMINI_HOST = "generativelanguage.googleapis.com"
 # What Gemini refuses wherever it stands in a schema.
 GEMINI_REFUSED = frozenset(
     {"$schema", "additionalProperties", "propertyNames", "exclusiveMinimum", "exclusiveMaximum", "const"}
@@ -4482,7 +4511,7 @@ def with_object_type(schema: JsonDict, draft: Draft) -> JsonDict:
     found.setdefault("type", "object")
     if found["type"] == "object":
         found.setdefault("properties", {})
-    if draft.provider.host == "generativelanguage.googleapis.com":
+    if draft.provider.host == GEMINI_HOST:
         found = dict(without_refused(found))
     return found
 
@@ -4508,9 +4537,12 @@ EFFORTS = ("low", "medium", "high", "xhigh", "max")
 def chat_reasoning(request: JsonDict, draft: Draft) -> JsonDict:
     """How much the model is to think, where the provider can be told."""
     thinking, output = member(request, "thinking"), member(request, "output_config")
-    effort, thinks = output.get("effort"), thinking.get("type") in ("enabled", "adaptive")
+    effort, kind = output.get("effort"), thinking.get("type", "disabled")
+    draft.drop_rest(thinking, ("type", "display", "budget_tokens"), "thinking")
+    if draft.knobs.reasoning == "none" or kind not in ("enabled", "adaptive", "disabled"):
+        draft.drop_rest({"thinking": None if kind == "disabled" else kind}, ())
     if draft.knobs.reasoning == "none":
-        draft.drop_rest({"thinking": thinks or None, "output_config.effort": effort}, ())
+        draft.drop_rest({"output_config.effort": effort}, ())
         return {}
     if thinking.get("type") == "disabled":
         return {}
@@ -4566,7 +4598,7 @@ class ChatTurns:
     def of(self, request: JsonDict) -> list[JsonDict]:
         """The messages for a request. Raises BadRequest."""
         self._lead = system_texts(request.get("system"), "system")
-        turns = turns_of(request.get("messages"))
+        turns = turns_of(request.get("messages"), self._draft)
         said = [turn for turn in turns if turn.role != "system" and turn.blocks]
         if not said:
             raise BadRequest("messages: at least one message is required")
@@ -4630,6 +4662,7 @@ class ChatTurns:
         """What isn't the assistant's own: a compaction tells what the user said before."""
         for place, block in turn.blocks:
             kind = str(block.get("type"))
+            drop_from_block(block, self._draft)
             if kind == "compaction" or SERVER_BLOCK.fullmatch(kind):
                 self._say(self._parts(block, place))
             elif kind not in ("text", "tool_use", "thinking", "redacted_thinking"):
@@ -4647,12 +4680,16 @@ class ChatTurns:
         if not isinstance(given, dict):
             raise self._draft.refusal(f"{place}.input", "what is no object")
         name = self._draft.tool_name(string(block.get("name"), f"{place}.name"))
-        call_id = self._call_id(call_name(block.get("id"), f"{place}.id"))
-        return {"id": call_id, "type": "function", "function": {"name": name, "arguments": dump(given)}}
+        id = call_name(block.get("id"), f"{place}.id")
+        call = {"id": self._call_id(id), "type": "function", "function": {"name": name, "arguments": dump(given)}}
+        _, seal = carried_call(id)
+        if seal and self._draft.provider.host == GEMINI_HOST:
+            call["extra_content"] = {"google": {"thought_signature": seal}}
+        return call
 
     def _call_id(self, name: str) -> str:
         """The id of a call as this provider knows it, or wants it."""
-        found = carried_id(name)
+        found, _ = carried_call(name)
         if self._draft.provider.host != "api.mistral.ai" or re.fullmatch("[a-zA-Z0-9]{9}", found):
             return found
         digits = int.from_bytes(hashlib.sha256(found.encode("utf-8", "surrogatepass")).digest(), "big")
@@ -4667,6 +4704,7 @@ class ChatTurns:
         parts: list[JsonDict] = []
         for place, result in results:
             call_id = self._call_id(result["tool_use_id"])
+            drop_from_block(result, self._draft)
             told, media = self._result(result, place)
             self._messages.append({"role": "tool", "tool_call_id": call_id, "content": told})
             if media and (len(results) > 1 or rest):
@@ -4717,6 +4755,7 @@ class ChatTurns:
     def _parts(self, block: JsonDict, place: str) -> list[JsonDict]:
         """The parts of a chat message that a user's block becomes."""
         kind = str(block.get("type"))
+        drop_from_block(block, self._draft)
         if kind == "text":
             said = string(block.get("text"), f"{place}.text")
             return [text_part(said)] if said else []
@@ -4729,8 +4768,8 @@ class ChatTurns:
             return [text_part(TEXT_JOINT.join(filter(None, texts)))]
         if kind == "tool_reference":
             return [text_part(f"Tool available: {block.get('tool_name')}")]
-        if kind == "compaction":
-            return [text_part(string(block.get("content"), f"{place}.content"))]
+        if kind == "compaction" and isinstance(block.get("content"), str):
+            return [text_part(block["content"])]
         if SERVER_BLOCK.fullmatch(kind):
             self._draft.drop(kind)
             return []
@@ -4747,8 +4786,6 @@ class ChatTurns:
     def _document(self, block: JsonDict, place: str) -> list[JsonDict]:
         """A document: a PDF as a file, anything else as text under its title."""
         source, title = member(block, "source"), block.get("title")
-        if member(block, "citations").get("enabled"):
-            self._draft.drop("citations")
         kind = source.get("type")
         if kind == "base64" and source.get("media_type") == "application/pdf":
             data = f"data:application/pdf;base64,{string(source.get('data'), f'{place}.source.data')}"
@@ -4824,20 +4861,22 @@ def estimated_tokens(request: JsonDict) -> int:
 # -- what comes back
 
 
-def carrying_id(name: str) -> str:
-    """The id of a call as Anthropic takes it, from which carried_id() tells the other one."""
-    return name if TOOL_ID.fullmatch(name) else CARRIED_ID + base64url(name.encode("utf-8", "surrogatepass"))
+def carrying_id(name: str, seal: str = "") -> str:
+    """The id of a call as Anthropic takes it, from which carried_call() tells the provider's own, and its seal."""
+    if TOOL_ID.fullmatch(name) and not seal and not name.startswith(CARRIED_ID):
+        return name
+    return CARRIED_ID + base64url(json.dumps([name, seal]).encode("ascii"))
 
 
-def carried_id(name: str) -> str:
-    """The id of a call that another one carries, else that one itself."""
+def carried_call(name: str) -> tuple[str, str]:
+    """The id of a call that another one carries, else that one itself; and the seal of the call, if it has one."""
     if not name.startswith(CARRIED_ID):
-        return name
+        return name, ""
     try:
-        found = from_base64url(name[len(CARRIED_ID) :]).decode("utf-8", "surrogatepass")
-    except (ValueError, TokenError):
-        return name
-    return found or name
+        id, seal = json.loads(from_base64url(name[len(CARRIED_ID) :]))
+        return string(id, ""), string(seal, "")
+    except (ValueError, TypeError, RecursionError, RelayError):
+        return name, ""  # it only looks like one
 
 
 def thinking_signature(provider: str, thought: str) -> str:
@@ -4863,7 +4902,7 @@ def own_thinking(block: JsonDict, provider: str) -> str:
 # -- chat to Messages: the request
 
 CHAT_REFUSED = (
-    "audio", "web_search_options", "logprobs", "top_logprobs", "functions", "function_call",
+    "audio", "web_search_options", "logprobs", "top_logprobs", "functions", "function_call", "moderation",
 )  # fmt: skip
 # Passed on as they are: clients of chat put them where Anthropic's own endpoint for chat takes them, too.
 CHAT_PASSED = ("top_k", "thinking", "cache_control")
@@ -4903,17 +4942,19 @@ def messages_request(chat: JsonDict, draft: Draft) -> JsonDict:
         request["system"] = turns.system[0]["text"] if plain else turns.system
     if chat.get("stream") is True:
         request["stream"] = True
-    user = chat.get("safety_identifier") or chat.get("user")
-    if isinstance(user, str) and "@" not in user and len(user) <= USER_ID_CHARACTERS:
-        request["metadata"] = {"user_id": user}
-    elif user:
-        draft.drop("safety_identifier" if chat.get("safety_identifier") else "user")
+    for name in ("safety_identifier", "user"):
+        user = chat.get(name)
+        if "metadata" not in request and isinstance(user, str) and "@" not in user and len(user) <= USER_ID_CHARACTERS:
+            request["metadata"] = {"user_id": user}
+        elif user:
+            draft.drop(name)
     tier = {"auto": "auto", "default": "standard_only"}.get(str(chat.get("service_tier")))
     if tier:
         request["service_tier"] = tier
     elif "service_tier" in chat:
         draft.drop("service_tier")
     draft.drop_rest(chat, CHAT_KNOWN)
+    draft.drop_rest(member(chat, "stream_options"), ("include_usage",), "stream_options")
     draft.about_answer = {"with_usage": member(chat, "stream_options").get("include_usage") is True}
     return request
 
@@ -4986,6 +5027,8 @@ def message_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
     if tool.get("type") != "function":
         raise draft.refusal(place, f"a tool of the type {tool.get('type')}")
     function = member(tool, "function")
+    draft.drop_rest(tool, ("type", "function", "cache_control"), "tools")
+    draft.drop_rest(function, ("name", "description", "parameters", "strict", "cache_control"), "tools.function")
     schema = function.get("parameters") or {"type": "object", "properties": {}}
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
         raise draft.refusal(f"{place}.function.parameters", "what is no schema of an object")
@@ -5026,6 +5069,14 @@ def message_output(chat: JsonDict, draft: Draft, system: list[JsonDict]) -> Json
     return {**members, "output_config": config} if config else members
 
 
+# Members of chat messages and their parts that are carried, or are left out unnamed; empty ones aren't named either.
+CHAT_MESSAGE_KNOWN = (
+    "role", "content", "name", "refusal", "tool_calls", "tool_call_id", "thinking_blocks", "reasoning_content",
+    "reasoning",
+)  # fmt: skip
+PART_KNOWN = ("type", "text", "refusal", "image_url", "file", "cache_control")
+
+
 class MessageTurns:
     """Writes the messages of a request of Messages: results of calls come first in the user's turn behind them."""
 
@@ -5042,6 +5093,9 @@ class MessageTurns:
         writers = {"user": self._write_user, "assistant": self._write_assistant, "tool": self._write_result}
         for index, message in enumerate(objects(chat.get("messages"), "messages")):
             place, role = f"messages.{index}", str(message.get("role"))
+            given = {name: value for name, value in message.items() if value}
+            self._draft.refuse_members(given, ("audio", "function_call"))
+            self._draft.drop_rest(given, CHAT_MESSAGE_KNOWN, "messages")
             if role in ("system", "developer"):
                 self._write_system(message, place)
             elif role in writers:
@@ -5086,14 +5140,14 @@ class MessageTurns:
 
     def _write_assistant(self, message: JsonDict, place: str) -> None:
         """One turn: thinking that was handed back, then text, then calls."""
-        self._draft.refuse_members(message, ("audio", "function_call"))
         self._write_later()
         blocks = [
             {name: value for name, value in block.items() if name != "index"}
             for block in objects(message.get("thinking_blocks") or [], f"{place}.thinking_blocks")
             if (block.get("type") == "thinking" and block.get("signature")) or block.get("type") == "redacted_thinking"
         ]
-        blocks += self._blocks(message.get("content"), f"{place}.content")
+        for name in ("content", "refusal"):
+            blocks += self._blocks(message.get(name), f"{place}.{name}")
         calls = objects(message.get("tool_calls") or [], f"{place}.tool_calls")
         for number, call in enumerate(calls):
             blocks.append(self._call(call, f"{place}.tool_calls.{number}"))
@@ -5144,10 +5198,12 @@ class MessageTurns:
 
     def _block(self, part: JsonDict, place: str) -> JsonDict:
         kind = part.get("type")
+        self._draft.drop_rest(part, PART_KNOWN, "content")
         if kind in ("text", "refusal"):
             block = text_part(string(part.get(kind), f"{place}.{kind}"))
         elif kind == "image_url":
-            block = self._image(string(member(part, "image_url").get("url"), f"{place}.image_url.url"), place)
+            self._draft.drop_rest(member(part, kind), ("url",), kind)
+            block = self._image(string(member(part, kind).get("url"), f"{place}.image_url.url"), place)
         elif kind == "file":
             block = self._file(member(part, "file"), place)
         else:
@@ -5228,10 +5284,11 @@ class ArgumentsScan:
 class Call:
     """A call of a tool, as it comes in a chat answer."""
 
-    __slots__ = ("arguments", "closed", "id", "is_open", "name", "scan", "sent")
+    __slots__ = ("arguments", "closed", "id", "is_open", "name", "scan", "seal", "sent")
 
     def __init__(self) -> None:
         self.id = self.name = ""
+        self.seal = ""  # what Gemini has to get back with it: 400 otherwise
         self.arguments = bytearray()  # what has come of its JSON
         self.sent = 0  # how much of that is written
         self.scan = ArgumentsScan()
@@ -5290,7 +5347,7 @@ class MessageWriter:
     def open_call(self, id: str, name: str) -> None:
         """Begins a call."""
         name = self._asked.names.get(name, name)
-        self._open("tool_use", {"type": "tool_use", "id": carrying_id(id), "name": name, "input": {}})
+        self._open("tool_use", {"type": "tool_use", "id": id, "name": name, "input": {}})
 
     def write_arguments(self, part: str) -> None:
         """Writes a part of the open call's arguments."""
@@ -5322,9 +5379,12 @@ class MessageWriter:
         self._events.append({"type": "content_block_delta", "index": self.blocks - 1, "delta": delta})
 
 
+ANSWERED_MEDIA = ("image_url", "image", "output_image", "input_audio", "audio")  # that Messages has no place for
 EMPTY_THINKING = {"type": "thinking", "thinking": "", "signature": ""}
 # What a chat answer ends for, in the words of Messages; any other word is an end like `stop`.
-STOP_REASONS = {"length": "max_tokens", "max_tokens": "max_tokens", "content_filter": "refusal"}
+STOP_REASONS = {
+    "length": "max_tokens", "max_tokens": "max_tokens", "model_length": "max_tokens", "content_filter": "refusal",
+}  # fmt: skip
 
 
 def answer_id(prefix: str, id: str) -> str:
@@ -5407,7 +5467,7 @@ class ChatReader:
         if not self._writer.begun:
             self._writer.begin()
         delta = member(choice, "delta") or member(choice, "message")
-        thought, said = reasoning_of(delta), "".join(plain_texts(delta.get("content")))
+        thought, said = reasoning_of(delta), answer_text(delta)
         if thought and self._asked.thinking != "hidden":
             self._say("thinking", thought)
         if said:
@@ -5456,10 +5516,12 @@ class ChatReader:
         id, name = (value if isinstance(value, str) else "" for value in (entry.get("id"), function.get("name")))
         part = function.get("arguments")
         part = part if isinstance(part, str) else "" if part is None else dump(part)
-        if len(id) > TOOL_ID_CHARACTERS:
-            raise AnswerFault("the provider's answer calls a tool by an id that is too long")
+        seal = member(member(entry, "extra_content"), "google").get("thought_signature")
+        seal = seal if isinstance(seal, str) else ""
+        if len(id) > TOOL_ID_CHARACTERS or len(seal) > SEAL_CHARACTERS:
+            raise AnswerFault("the provider's answer calls a tool by an id, or with a signature, that is too long")
         call = self._call_of(entry.get("index"), id, bool(name and part.strip()))
-        call.id = call.id or id
+        call.id, call.seal = call.id or id, call.seal or seal
         if not call.is_open and not call.closed:
             call.name = call.name if call.name == name else (call.name + name)[: TOOL_NAME_CHARACTERS + 1]
         if call.closed:
@@ -5468,7 +5530,7 @@ class ChatReader:
             return
         data = part.encode("utf-8", "surrogatepass")
         self._said += len(part)
-        self._hold(len(data))
+        self._hold(len(data) + len(seal))
         call.arguments += data
         call.scan.feed(part)
         self._advance(is_followed=False)
@@ -5518,7 +5580,7 @@ class ChatReader:
             id += "_2"
         self._ids.add(id)
         self._blanks = []
-        self._writer.open_call(id, call.name)
+        self._writer.open_call(carrying_id(id, call.seal), call.name)
         call.is_open = True
         return True
 
@@ -5529,8 +5591,8 @@ class ChatReader:
         self._writer.close()
         self._calls.pop(0)
         self._closed += call.is_open
-        self._held -= len(call.arguments)
-        call.arguments, call.closed = bytearray(), True
+        self._held -= len(call.arguments) + len(call.seal)
+        call.arguments, call.seal, call.closed = bytearray(), "", True
 
     def _counted(self) -> JsonDict:
         """The usage in the terms of Messages, whose input leaves out what was read from a cache or written to it; an
@@ -5549,6 +5611,14 @@ class ChatReader:
         fresh = max(0, prompt - read - stored)
         # Claude Code takes 0 for not told, and would count the cached part twice.
         return usage_of(fresh or min(1, prompt), stored, read, output)
+
+
+def answer_text(delta: JsonDict) -> str:
+    """The text in a delta. Raises AnswerFault for a picture or sound."""
+    for part in listed_objects(delta.get("content")) + listed_objects(delta.get("images")):
+        if part.get("type") in ANSWERED_MEDIA:
+            raise AnswerFault(f"the provider's answer holds a part of the type {part['type']}, which isn't text")
+    return "".join(plain_texts(delta.get("content")))
 
 
 def reasoning_of(delta: JsonDict) -> str:
@@ -5628,6 +5698,7 @@ FINISH_REASONS = {
 MESSAGE_FIGURES = (
     "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens", "output_tokens_details",
 )  # fmt: skip
+SERVICE_TIERS = {"standard": "default", "priority": "priority"}
 PING: JsonDict = {"type": "ping"}
 
 
@@ -5647,6 +5718,7 @@ class MessageReader:
         self._reason = ""
         self._refusal: Optional[str] = None
         self._usage: JsonDict = {}
+        self._tier: JsonDict = {}  # by which the answer was served
 
     may_end = False  # only its last event ends a message
 
@@ -5713,6 +5785,8 @@ class MessageReader:
     def _count(self, event: JsonDict) -> None:
         """Takes the figures of a usage: what isn't told again stays."""
         usage = member(event, "usage")
+        tier = SERVICE_TIERS.get(str(usage.get("service_tier")))
+        self._tier = {"service_tier": tier} if tier else self._tier
         self._usage.update((name, usage[name]) for name in MESSAGE_FIGURES if usage.get(name) is not None)
 
     def _start(self, block: JsonDict) -> list[JsonDict]:
@@ -5740,7 +5814,7 @@ class MessageReader:
         self._calls += 1
         self._given, self._has_arguments = member(block, "input"), False
         function = {"name": self._asked.names.get(name, name), "arguments": ""}
-        call_id = carried_id(str(block.get("id") or ""))
+        call_id, _ = carried_call(str(block.get("id") or ""))
         call = {"index": self._calls - 1, "id": call_id, "type": "function", "function": function}
         return [self._chunk({"tool_calls": [call]})]
 
@@ -5779,7 +5853,7 @@ class MessageReader:
         usage = {"usage": None} if self._asked.with_usage else {}
         return {
             "id": self._id, "object": "chat.completion.chunk", "created": self._asked.created,
-            "model": self._asked.model, "choices": [choice], **usage,
+            "model": self._asked.model, "choices": [choice], **self._tier, **usage,
         }  # fmt: skip
 
     def _counted(self) -> JsonDict:
@@ -5910,6 +5984,11 @@ class AnswerTranslator:
         self.failed = False  # whether that ends with an error
         self.fault: Optional[AnswerFault] = None  # of the provider, if that is why
 
+    @property
+    def may_end(self) -> bool:
+        """Whether nothing more is needed, though something may come."""
+        return self._reader.may_end
+
     def feed(self, data: bytes) -> bytes:
         """What goes to the client for the next bytes of a stream."""
         return self._framed(self._read_events(self._events.feed(data)))
@@ -5921,7 +6000,7 @@ class AnswerTranslator:
     def ping(self) -> bytes:
         """What goes to the client when nothing has come for a while: a sign of life, or the end of an answer of which
         nothing more is needed."""
-        return self.close() if self._reader.may_end else self._framed([*self._reader.begin(), PING])
+        return self.close() if self.may_end else self._framed([*self._reader.begin(), PING])
 
     def fail(self, message: str, kind: str, code: str) -> bytes:
         """What goes to the client of a stream that came to nothing."""
@@ -6068,13 +6147,16 @@ def fault_answer(fault: AnswerFault, asked: Asked) -> tuple[int, bytes]:
     return status, error_body(asked.format, kind, message, code or "upstream_broken", asked.id)
 
 
-def first_fault(content: bytes) -> Optional[AnswerFault]:
-    """The error with which a stream begins, if it does."""
+def first_fault(content: bytes, is_stream: bool) -> Optional[AnswerFault]:
+    """The error with which a stream begins, or that a whole answer is; None where it isn't one."""
+    if b'"error"' not in content:
+        return None
     try:
-        document = read_answer(next(EventReader().feed(content), b"{}"))
+        document = read_answer(next(EventReader().feed(content), b"{}") if is_stream else content)
     except AnswerFault:
         return None  # which is told when it is translated
-    return fault_of(document) if document.get("error") else None
+    failed = [choice for choice in listed_objects(document.get("choices")) if choice.get("finish_reason") == "error"]
+    return fault_of(document) if document.get("error") else fault_of(failed[0]) if failed else None
 
 
 def error_terms(format: str, status: int, message: str, text: str) -> tuple[int, str, str, str]:
@@ -9112,10 +9194,16 @@ class UpstreamResponse:
 
     @property
     def begins_with_error(self) -> bool:
-        """Whether it is a stream whose first event tells of an error."""
+        """Whether it is a stream whose first event tells of an error, or a chat's answer that is one for all its
+        status."""
         if self.translated:
-            return self.is_stream and first_fault(self.content) is not None
+            return self.first_fault is not None
         return self.is_stream and re.match(FIRST_EVENT_IS_ERROR, self.content) is not None
+
+    @property
+    def first_fault(self) -> Optional[AnswerFault]:
+        """The error with which a translated response of 200 begins, if it does."""
+        return first_fault(self.content, self.is_stream) if self.head.status < 300 else None
 
     @property
     def quotes_key(self) -> bool:
@@ -9253,7 +9341,7 @@ class Attempt:
                 await self._read_first_line(response)
                 if response.begins_with_error:
                     await peek(self._loop, response, event_only=True)
-            elif response.head.status == 400:
+            elif response.head.status == 400 or (response.translated and response.head.status < 300):
                 await peek(self._loop, response)
             self.response = response
         except FramingError as error:
@@ -9520,7 +9608,7 @@ class Relay:
         if response.begins_with_error:
             # Told in a stream that was opened too early: overloaded, unless it is the request's own fault.
             status = 400 if b"invalid_request_error" in response.content else 529
-            fault = first_fault(response.content) if response.translated else None
+            fault = response.first_fault if response.translated else None
             status = fault.status if fault else status
         if status == 400 and NO_CREDIT.search(response.content):
             status = 402
@@ -9983,6 +10071,12 @@ class Outgoing:
     def is_translated(self) -> bool:
         """Whether it is an event stream in translation, which is to bring something now and then."""
         return self._translator is not None
+
+    def ping_time(self, sent_at: float) -> float:
+        """When to ping(), if something last went out at `sent_at`: the client waits for a sign of life, or for an end
+        of which the provider has told."""
+        may_end = self._translator is not None and self._translator.may_end
+        return self.heard_at + ENDING_SECONDS if may_end else sent_at + PING_SECONDS
 
     def ping(self) -> bytes:
         """What goes out when nothing has come for a while that could be translated."""
@@ -11350,8 +11444,7 @@ async def estimated_count(exchange: Exchange, body: ReadBody, target: Target) ->
 
 
 async def translated_response(exchange: Exchange, relayed: UpstreamResponse, translated: Translated) -> Response:
-    """The response to a translated request, in the client's format. Raises UpstreamFailed, UpstreamSilent and
-    Unavailable."""
+    """The response to a translated request, in the client's format. Raises Unavailable."""
     record, asked = exchange.record, translated.asked
     record.translated = f"{asked.format}>{relayed.candidate.target.provider.chat_format}"
     record.dropped = ", ".join(translated.dropped)
@@ -11373,20 +11466,20 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
     except AnswerFault as fault:
         failed = True
         if not fault.text:
-            raise UpstreamFailed(fault.message, "upstream_broken") from None
+            return untold_answer(exchange, UpstreamFailed(fault.message, "upstream_broken"))
         record.error = "upstream:error"
         status, told = fault_answer(fault, asked)
         return Response(status, reason_of(status), [*fields, ("content-type", "application/json")], told)
-    except (UpstreamFailed, UpstreamSilent):
+    except (UpstreamFailed, UpstreamSilent) as error:
         failed = True
-        raise
+        return untold_answer(exchange, error)
     finally:
         exchange.service.relay.finish(relayed, failed)
 
 
 def translated_error(fields: Pairs, relayed: UpstreamResponse, asked: Asked) -> Response:
     """A provider's error in the client's format, with the status that it has, or should have had."""
-    fault = first_fault(relayed.content) if relayed.head.status < 400 else None
+    fault = relayed.first_fault
     if fault:
         status, body = fault_answer(fault, asked)
     else:
@@ -11406,15 +11499,24 @@ def without_client_keys(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
     )
 
 
+def untold_answer(exchange: Exchange, error: RelayError) -> Response:
+    """The response where a provider's answer to a translated request is none."""
+    response = exchange.error_response(error)
+    return response._replace(fields=response.fields + translation_fields(exchange.record))
+
+
 def translated_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
     """The header of a response that is translated."""
     fields = [pair for pair in relayed_fields(exchange, relayed) if pair[0].lower() not in BODY_HEADERS]
     record, names = exchange.record, {name.lower() for name, _ in fields}
     fields += [(name, record.request_id) for name in ("request-id", "x-request-id") if name not in names]
-    fields.append(("x-monorelay-translated", record.translated))
-    if record.dropped:
-        fields.append(("x-monorelay-dropped", header_text(record.dropped)))
-    return fields
+    return fields + translation_fields(record)
+
+
+def translation_fields(record: AccessRecord) -> Pairs:
+    """What the header of a response tells of a translation."""
+    dropped = [("x-monorelay-dropped", header_text(record.dropped))] if record.dropped else []
+    return [("x-monorelay-translated", record.translated), *dropped]
 
 
 async def whole_body(exchange: Exchange, relayed: UpstreamResponse) -> bytes:
@@ -11890,14 +11992,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     async def _next_translated(self, outgoing: Outgoing, upstream: Channel, timeout: float) -> bytes:
         """What goes out next of a translated stream, within PING_SECONDS. Raises Overdue when the provider has been
         silent for its timeout."""
-        pinged_at = self.loop.now + PING_SECONDS
-        sent = b""
+        sent_at, sent = self.loop.now, b""
         while not sent and not outgoing.ended:
             if outgoing.is_behind:
                 await checkpoint(self.loop)
                 sent = outgoing.go_on()
                 continue
-            silent_at = outgoing.heard_at + timeout
+            pinged_at, silent_at = outgoing.ping_time(sent_at), outgoing.heard_at + timeout
             try:
                 if not upstream.received and not upstream.ended:
                     await upstream.arrival(min(pinged_at, silent_at))

@@ -3787,6 +3787,29 @@ def test_mistral_gets_ids_of_nine_letters_and_the_same_ones_each_time():
     assert ids[0] == "mlsdQGRqB" or len(ids[0]) == 9
 
 
+def sealed(signature: str) -> dict[str, Any]:
+    """What Gemini adds to a call."""
+    return {"extra_content": {"google": {"thought_signature": signature}}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_g2_geminis_signature_goes_with_its_call_and_comes_back_to_gemini_alone(stream):
+    signed = {**call(0, "function-call-1", "look", "{}"), **sealed("sig" * 999)}
+    answer = completion("tool_calls", calls=[signed, call(1, "c2", "look", "{}")])
+    if stream:
+        chunks = [delta(calls=[signed]), delta(calls=[call(1, "c2", "look", "{}")]), delta("tool_calls", USAGE)]
+        blocks = accumulated(asked_of(), sse_of(chunks))["content"]
+    else:
+        blocks = whole_answer(asked_of(), answer)["content"]
+    assert re.fullmatch("[a-zA-Z0-9_-]+", blocks[0]["id"]) and blocks[1]["id"] == "c2"
+    history = [HELLO, assistant(*blocks), user(*(tool_result(block["id"], "x") for block in blocks))]
+    for host, sent in (("generativelanguage.googleapis.com", signed["extra_content"]), ("127.0.0.1", None)):
+        _, turn, *results = to_chat(target_of(host=host), messages=history)[0]["messages"]
+        assert [one.get("extra_content") for one in turn["tool_calls"]] == [sent, None]
+        ids = ["function-call-1", "c2"]
+        assert [one["id"] for one in turn["tool_calls"]] == [one["tool_call_id"] for one in results] == ids
+
+
 def test_the_owners_knobs_take_fields_out_and_put_some_in():
     target = target_of(drop=["temperature", "stream_options"], extra={"top_k": 3, "chat_template_kwargs": {"a": [1]}})
     body, dropped = to_chat(target, temperature=0.5, stop_sequences=["x"])
@@ -4104,11 +4127,16 @@ def test_t14_odd_ids_are_carried_and_come_back():
     assert "tool_call_id" in not_translated(lambda: to_messages(messages=[HELLO, returned("x")]))
 
 
-@hypothesis.given(st.text(min_size=1))
-def test_any_id_of_a_call_can_be_carried(id):
-    carried = monorelay.carrying_id(id)
+@hypothesis.given(st.text(min_size=1) | st.text().map(monorelay.carrying_id), st.text())
+def test_any_id_of_a_call_can_be_carried(id, seal):
+    carried = monorelay.carrying_id(id, seal)
     assert re.fullmatch("[a-zA-Z0-9_-]+", carried)
-    assert monorelay.carried_id(carried) == id or id.startswith("toolu_x")
+    assert monorelay.carried_call(carried) == (id, seal)
+
+
+@pytest.mark.parametrize("tail", ["", "0", "W10", "WzEsMl0", "IkEi", "W" * 9000], ids=brief)
+def test_what_only_looks_like_a_carried_id_is_one_of_its_own(tail):
+    assert monorelay.carried_call(f"toolu_x{tail}") == (f"toolu_x{tail}", "")
 
 
 def test_t15_what_anthropics_own_members_say_passes():
@@ -4422,6 +4450,7 @@ ANSWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         message_of([LOOK, tool_use("c2", "dig")], "tool_use"),
     ),
     "r4-calls-without-any": (completion("tool_calls", content="Hi"), message_of([said("Hi")])),
+    "r5-model-length": (completion("model_length", content="Hi"), message_of([said("Hi")], "max_tokens")),
     "r5-length": (completion("length", content="Hi"), message_of([said("Hi")], "max_tokens")),
     "r6-filter": (completion("content_filter", content=""), message_of([said("")], "refusal")),
     "r7-stop-sequence": (lambda it: (it["choices"][0].update(stop_reason="END"), it)[1])(completion(content="Hi")),
@@ -4570,6 +4599,10 @@ def ended_with(asked: Any, data: bytes) -> tuple[str, str]:
         completion(calls=[call(None, "c1", "look", "[1]")]),
         completion(calls=[call(None, "c1", None, "{}")]),
         completion(calls=[call(None, "c1", "x" * 300, "{}")]),
+        completion(calls=[call(None, "c" * 3000, "look", "{}")]),
+        completion(calls=[{**call(None, "c1", "x", "{}"), **sealed("x" * 70_000)}]),
+        completion(content=[{"type": "image_url", "image_url": {"url": "data:"}}]),
+        completion(images=[{"type": "image_url", "image_url": {"url": "data:"}}]),
         completion(calls=[call(None, f"c{n}", "look", "{}") for n in range(200)]),
         {},
         {"choices": []},
@@ -8659,12 +8692,43 @@ def test_s12_an_error_at_the_beginning_of_a_stream_is_an_http_error(upstream, re
     follow_grammar(events_of(got.body))
 
 
-def test_r16_an_error_in_an_answer_of_200_has_its_status(upstream, relay):
-    it = relay({"openai": upstream(json_reply({"error": {"message": "slow", "code": 429}}))})
-    assert it.post("/v1/messages", prompt()).status == 429
-    it = relay({"openai": upstream(answer(200, b"<html>"))})
+FAILED_ANSWERS = {
+    "error": {"error": {"message": "slow", "code": 429}},
+    "choice": {"choices": [{"index": 0, "finish_reason": "error", "error": {"message": "slow", "code": 429}}]},
+}
+
+
+@pytest.mark.parametrize("kind", FAILED_ANSWERS)
+def test_r16_an_error_in_an_answer_of_200_has_its_status_and_another_target_is_asked(upstream, relay, kind):
+    failing = json_reply(FAILED_ANSWERS[kind])
+    it = relay({"openai": upstream(failing)})
     got = it.post("/v1/messages", prompt())
+    assert got.status == 429 and got.json["error"] == {"type": "rate_limit_error", "message": "slow"}
+    assert got.get("x-monorelay-translated") == "anthropic>openai"
+    it.logged("status=429")
+    assert "comes last" in it.log.getvalue()
+    both = relay({"openai": upstream(failing), "openai2": upstream(json_reply(CHAT_HI))})
+    got = both.post("/v1/messages", prompt())
+    assert got.status == 200 and got.get("x-monorelay-provider") == "openai2"
+    assert "tried=openai/key1:429" in both.logged("path=/v1/messages")
+
+
+def test_r16_only_an_error_is_taken_for_one(upstream, relay):
+    """A word in a text isn't, and a long answer needn't be whole to be judged."""
+    for text in ('"error"', '{"error": {"code": 500}}', "x" * 200_000):
+        got = relay({"openai": upstream(json_reply(completion(content=text)))}).post("/v1/messages", prompt())
+        assert got.status == 200 and got.json["content"] == [said(text)]
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"{}", b'{"choices":[]}', b"\xff"], ids=brief)
+@pytest.mark.parametrize("stream", [False, True])
+def test_r15_what_is_no_message_is_a_502_that_tells_of_the_translation(upstream, relay, body, stream):
+    it = relay({"openai": upstream(answer(200, body))})
+    got = it.post("/v1/messages", prompt(stream=stream, top_k=5))
     assert got.status == 502 and got.json["error"]["type"] == "api_error"
+    assert got.get("x-monorelay-error") == "upstream_broken" and got.get("x-monorelay-provider") == "openai"
+    told = (got.get("x-monorelay-translated"), got.get("x-monorelay-dropped"))
+    assert told == ("anthropic>openai", "top_k") and "error=upstream_broken" in it.logged("status=502")
 
 
 @pytest.mark.parametrize("ending", ["closed", "chunk"])
@@ -8715,6 +8779,21 @@ def test_s17_silence_gets_a_ping(upstream, relay, monkeypatch):
         client.until(b'"ping"}\n\n')
         gate.set()
         client.until(b'"message_stop"}\n\n')
+
+
+@pytest.mark.parametrize("last", [delta("stop"), delta("stop", USAGE)], ids=brief)
+def test_s10_a_stream_that_told_its_end_ends_soon_though_nothing_more_comes(upstream, relay, monkeypatch, last):
+    monkeypatch.setattr(monorelay, "ENDING_SECONDS", 0.2)
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(STREAM_HEAD, chunk(sse_of([delta(content="Hi"), last], done=False)))
+        connection.ended_within(TIMEOUT_SECONDS)
+
+    it = relay({"openai": upstream(script)})
+    got = it.post("/v1/messages", prompt("gpt-test", stream=True))
+    follow_grammar(events_of(got.body))
+    assert "error" not in it.logged("path=/v1/messages") and "comes last" not in it.log.getvalue()
 
 
 def test_a_translated_stream_that_stalls_is_cut_behind_an_error(upstream, relay):
