@@ -5222,6 +5222,7 @@ class MessageTurns:
     def _file(self, file: JsonDict, place: str) -> JsonDict:
         if "file_data" not in file:
             raise self._draft.refusal(place, "a file that isn't in the request")
+        self._draft.drop_rest(file, ("file_data", "filename"), "file")
         data = string(file["file_data"], f"{place}.file.file_data")
         kind = DATA_URI.match(data)
         media, encoded = (kind[1].lower(), data[kind.end() :]) if kind else ("application/pdf", data)

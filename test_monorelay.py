@@ -83,6 +83,7 @@ if __name__ == "__main__":
 import ast
 import asyncio
 import base64
+import collections.abc
 import concurrent.futures
 import configparser
 import contextlib
@@ -116,6 +117,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
+import typing
 import urllib.parse
 import zlib
 from collections import Counter
@@ -130,6 +132,7 @@ import prometheus_client.parser
 import pydantic
 import pytest
 import trustme
+import typing_extensions
 import yaml
 from hypothesis import strategies as st
 
@@ -5450,6 +5453,592 @@ def test_e3_an_error_keeps_the_providers_words_wherever_they_stand(content, word
 def test_any_error_can_be_told(content, status, format):
     _, body = monorelay.error_answer(status, content, asked_of(format))
     assert json.loads(body)["error"]["message"]
+
+
+# -- what becomes of each field that the official SDKs know
+
+# By type: its fields by what becomes of them, or what becomes of all of it. Carried: the other side gets what it says.
+# Named: it's left out, and the client is told so. Left: it's left out in silence, as it says nothing there. Refused:
+# the request goes to the next target, or the answer is a fault. Only what is carried is looked into. Older SDKs know
+# fields that newer ones don't, and clients still send them.
+SERVER_BLOCKS = (
+    "ServerToolUseBlock", "WebSearchToolResultBlock", "WebFetchToolResultBlock", "CodeExecutionToolResultBlock",
+    "BashCodeExecutionToolResultBlock", "TextEditorCodeExecutionToolResultBlock", "ToolSearchToolResultBlock",
+    "MCPToolUseBlock", "MCPToolResultBlock", "MCPToolListingBlock", "AdvisorToolResultBlock", "FallbackBlock",
+)  # fmt: skip
+MESSAGES_FIELDS: dict[str, Any] = {
+    "MessageCreateParamsBase": {
+        "carried": "max_tokens messages system temperature top_p stop_sequences stream tools tool_choice thinking "
+        "output_config output_format",
+        "named": "top_k metadata service_tier speed context_management diagnostics user_profile_id workspace_id "
+        "billing_policy compaction fallback_credit_token betas",
+        "left": "model cache_control",  # the model is routing's
+        "refused": "container mcp_servers fallbacks inference_geo thread",
+    },
+    "UserMessage": {"carried": "content"},
+    "AssistantMessage": {"carried": "content"},
+    "Message": {"carried": "content"},
+    "SystemMessage": {"carried": "content", "named": "clear_at output_config"},
+    "TextBlock": {"carried": "text", "named": "citations", "left": "cache_control"},
+    "ImageBlock": {"carried": "source", "named": "transformations", "left": "cache_control"},
+    "Base64ImageSource": {"carried": "data media_type"},
+    "URLImageSource": {"carried": "url"},
+    "FileImageSource": "refused",
+    "DocumentBlock": {"carried": "source title context", "named": "citations", "left": "cache_control"},
+    "Base64PDFSource": {"carried": "data", "refused": "media_type"},  # if it is another one
+    "PlainTextSource": {"carried": "data", "left": "media_type"},
+    "ContentBlockSource": {"carried": "content"},
+    "URLPDFSource": "refused",
+    "FileDocumentSource": "refused",
+    "SearchResultBlock": {"carried": "source title content", "named": "citations", "left": "cache_control"},
+    "ThinkingBlock": {"carried": "thinking signature"},
+    "RedactedThinkingBlock": "left",
+    "ToolUseBlock": {"carried": "id name input", "named": "toolset_name", "left": "caller cache_control"},
+    "ToolResultBlock": {"carried": "tool_use_id content is_error", "named": "toolset_name", "left": "cache_control"},
+    "ToolReferenceBlock": {"carried": "tool_name", "left": "cache_control"},
+    "BrowserStateBlock": "refused",
+    "CompactionBlock": {
+        "carried": "content", "named": "tool_changes", "left": "encrypted_content signature cache_control",
+    },
+    "ContainerUploadBlock": "refused",
+    "ToolAdditionBlock": "refused",
+    "ToolRemovalBlock": "refused",
+    **dict.fromkeys(SERVER_BLOCKS, "named"),
+    "Tool": {
+        "carried": "name description input_schema strict", "named": "input_examples",
+        "left": "cache_control defer_loading eager_input_streaming",
+        "refused": "allowed_callers",  # if only code may call it
+    },
+    "InputSchemaTyped": {"carried": "properties required"},
+    "ToolChoiceAuto": {"carried": "disable_parallel_tool_use"},
+    "ToolChoiceAny": {"carried": "disable_parallel_tool_use"},
+    "ToolChoiceTool": {"carried": "name disable_parallel_tool_use"},
+    "ToolChoiceNone": {},
+    "ThinkingConfigEnabled": {"carried": "budget_tokens display", "named": "block_binding"},
+    "ThinkingConfigAdaptive": {"carried": "display", "named": "block_binding"},
+    "ThinkingConfigDisabled": {},
+    "ThinkingConfigBetweenTools": "carried named",  # thinking is shown, but nobody is told when to think
+    "OutputConfig": {"carried": "effort format", "named": "task_budget"},
+    "JSONOutputFormat": {"carried": "schema"},
+}  # fmt: skip
+CHAT_FIELDS: dict[str, Any] = {
+    "CompletionCreateParamsBase": {
+        "carried": "messages max_tokens max_completion_tokens parallel_tool_calls reasoning_effort response_format "
+        "safety_identifier service_tier stop stream stream_options temperature tool_choice tools top_p user top_k "
+        "thinking cache_control",
+        "named": "frequency_penalty logit_bias metadata prediction presence_penalty prompt_cache_key "
+        "prompt_cache_options prompt_cache_retention seed store verbosity",
+        "left": "model",
+        "refused": "audio function_call functions logprobs modalities moderation n top_logprobs web_search_options",
+    },
+    "ChatCompletionDeveloperMessage": {"carried": "content", "left": "name"},
+    "ChatCompletionSystemMessage": {"carried": "content", "left": "name"},
+    "ChatCompletionUserMessage": {"carried": "content", "left": "name"},
+    "ChatCompletionAssistantMessage": {
+        "carried": "content refusal tool_calls", "left": "name", "refused": "audio function_call",
+    },
+    "ChatCompletionToolMessage": {"carried": "content tool_call_id"},
+    "ChatCompletionFunctionMessage": "refused",
+    "ChatCompletionContentPartText": {"carried": "text cache_control", "named": "prompt_cache_breakpoint"},
+    "ChatCompletionContentPartRefusal": {"carried": "refusal"},
+    "ChatCompletionContentPartImage": {"carried": "image_url cache_control", "named": "prompt_cache_breakpoint"},
+    "ImageURL": {"carried": "url", "named": "detail"},
+    "ChatCompletionContentPartInputAudio": "refused",
+    "File": {"carried": "file cache_control", "named": "prompt_cache_breakpoint"},
+    "FileFile": {"carried": "file_data filename", "named": "file_id"},  # beside the data
+    "ChatCompletionMessageFunctionToolCall": {"carried": "id function"},
+    "ChatCompletionMessageFunctionToolCall.function": {"carried": "name arguments"},
+    "ChatCompletionMessageCustomToolCall": "refused",
+    "ChatCompletionFunctionTool": {"carried": "function cache_control"},
+    "FunctionDefinition": {"carried": "name description parameters strict"},
+    "ChatCompletionCustomTool": "refused",
+    "ChatCompletionAllowedToolChoice": {"carried": "allowed_tools"},
+    "ChatCompletionAllowedTools": {"carried": "mode tools"},
+    "ChatCompletionNamedToolChoice": {"carried": "function"},
+    "ChatCompletionNamedToolChoice.function": {"carried": "name"},
+    "ChatCompletionNamedToolChoiceCustom": "refused",
+    "ResponseFormatText": {},
+    "ResponseFormatJSONSchema": {"carried": "json_schema"},
+    "JSONSchema": {"carried": "schema", "left": "name description strict"},
+    "ResponseFormatJSONObject": "carried named",  # as the system's word
+    "ChatCompletionStreamOptions": {"carried": "include_usage", "named": "include_obfuscation"},
+}  # fmt: skip
+CHAT_ANSWER_FIELDS: dict[str, Any] = {
+    "ChatCompletion": {
+        "carried": "choices usage",
+        "left": "id created model object metadata moderation service_tier system_fingerprint obfuscation",
+    },
+    "Choice": {"carried": "message delta finish_reason", "left": "logprobs", "refused": "index"},  # of another answer
+    "ChatCompletionMessage": {"carried": "content refusal function_call tool_calls", "left": "role annotations audio"},
+    "ChatCompletionMessageFunctionToolCall": {"carried": "id function", "left": "index"},
+    "ChatCompletionMessageFunctionToolCall.function": {"carried": "name arguments"},
+    "ChatCompletionMessageCustomToolCall": "refused",
+    "FunctionCall": {"carried": "name arguments"},
+    "CompletionUsage": {
+        "carried": "prompt_tokens completion_tokens prompt_tokens_details completion_tokens_details total_tokens",
+    },
+    "PromptTokensDetails": {
+        "carried": "cached_tokens cache_write_tokens", "left": "audio_tokens image_tokens text_tokens",
+    },
+    "CompletionTokensDetails": {
+        "carried": "reasoning_tokens",
+        "left": "accepted_prediction_tokens audio_tokens rejected_prediction_tokens text_tokens",
+    },
+}  # fmt: skip
+MESSAGE_FIELDS: dict[str, Any] = {
+    "Message": {
+        "carried": "id content stop_reason stop_details usage",
+        "left": "container context_management diagnostics input_transformations model role stop_sequence",
+    },
+    "TextBlock": {"carried": "text", "left": "citations"},
+    "ThinkingBlock": {"carried": "thinking signature"},
+    "RedactedThinkingBlock": {"carried": "data"},
+    "ToolUseBlock": {"carried": "id name input", "left": "caller toolset_name"},
+    **dict.fromkeys((*SERVER_BLOCKS, "CompactionBlock", "ContainerUploadBlock"), "left"),
+    "RefusalStopDetails": {
+        "carried": "explanation",
+        "left": "category fallback_credit_token fallback_has_prefill_claim recommended_model",
+    },
+    "Usage": {
+        "carried": "input_tokens cache_creation_input_tokens cache_read_input_tokens output_tokens "
+        "output_tokens_details service_tier",
+        "left": "cache_creation fallback_credit inference_geo iterations server_tool_use speed",
+    },
+    "OutputTokensDetails": {"carried": "thinking_tokens"},
+}  # fmt: skip
+
+
+class Known(NamedTuple):
+    """A type of an SDK, with a name that is the same in each of its versions, and its fields."""
+
+    name: str
+    fields: dict[str, Any]  # their types, by their names in JSON
+    required: set[str]
+
+
+def known_type(form: Any, holder: str) -> Known:
+    """What an SDK knows of a type that a field of the holder has."""
+    if hasattr(form, "model_fields"):
+        fields = {field.alias or name: field.annotation for name, field in form.model_fields.items()}
+        required = set(fields)
+    else:
+        fields = typing_extensions.get_type_hints(form)
+        marked = typing_extensions.get_type_hints(form, include_extras=True)
+        required = {name for name in marked if form.__total__ or "Required[" in str(marked[name])}
+    name = re.sub("^Beta(Request|Response)?|(Union)?Param$", "", form.__name__)
+    name = re.sub("^(Request|Response)(?=Document|Tool|MCP)|^ChoiceDelta(?=ToolCall$)", "", name)
+    name = {
+        "ChatCompletionChunk": "ChatCompletion", "ChoiceDelta": "ChatCompletionMessage",
+        "ChoiceDeltaFunctionCall": "FunctionCall", "ToolCall": "ChatCompletionMessageFunctionToolCall",
+    }.get(name, name)  # fmt: skip
+    if name in ("Function", "Custom", "ChoiceDeltaToolCallFunction"):  # of which there are several
+        name = f"{holder}.{'custom' if name == 'Custom' else 'function'}"
+    return Known(name, fields, required)
+
+
+def types_within(annotation: Any) -> Iterator[Any]:
+    """The types of objects that a field may hold."""
+    if hasattr(annotation, "model_fields") or hasattr(annotation, "__required_keys__"):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from types_within(argument)
+
+
+def verdicts(table: dict[str, Any], *roots: Any) -> Iterator[tuple[str, str, str, Any]]:
+    """What the table says of the fields of these types, and of those within what is carried: type, field (none for the
+    type as a whole), verdict (none where the table has none) and the type of its value. Tools of types that it doesn't
+    list are refused."""
+    waiting, seen = [(root, "", "") for root in roots], set()
+    while waiting:
+        form, holder, held_as = waiting.pop()
+        known = known_type(form, holder)
+        row = table.get(known.name, "refused" if held_as == "tools" else "")
+        if isinstance(row, str):
+            yield known.name, "", row, form
+            continue
+        listed = {field: verdict for verdict, fields in row.items() for field in fields.split()}
+        for field in {**known.fields, **listed}:
+            annotation = known.fields.get(field, str)
+            if field not in ("type", "role") or field in listed:
+                yield known.name, field, listed.get(field, ""), annotation
+            inner = types_within(annotation) if listed.get(field) == "carried" else ()
+            for one in inner:
+                if (one, known.name) not in seen:
+                    seen.add((one, known.name))
+                    waiting.append((one, known.name, field))
+
+
+LITERALS = (typing.Literal, typing_extensions.Literal)  # which is another one on some Pythons
+
+
+def sample(annotation: Any) -> Any:
+    """A value that a field of this type may have."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) in LITERALS:
+        return arguments[-1]
+    if any(True for _ in types_within(annotation)) and not arguments:
+        known = known_type(annotation, "")
+        return {field: FIELD_SAMPLES.get(field, sample(known.fields[field])) for field in known.required}
+    if typing.get_origin(annotation) in (list, collections.abc.Iterable, collections.abc.Sequence):
+        return [sample(arguments[0])]
+    if typing.get_origin(annotation) in (dict, collections.abc.Mapping):
+        return {"a": "b"}
+    return sample(arguments[0]) if arguments else {int: 7, float: 0.5, bool: True}.get(annotation, "sample")
+
+
+def answered(**message: Any) -> dict[str, Any]:
+    """A chat answer with these members of its message."""
+    return completion(None, **message)
+
+
+def with_usage(**fields: Any) -> dict[str, Any]:
+    return completion(content="x", usage={**USAGE, **fields})
+
+
+SCHEMA = {"type": "object", "properties": {"z": {"type": "string"}}}
+# Values by which fields say something else than the objects below do without them.
+FIELD_SAMPLES: dict[str, Any] = {
+    "max_tokens": 65, "messages": [user(said("other"))], "temperature": 0.5, "top_p": 0.5, "stream": True,
+    "stop_sequences": ["x"], "tools": [], "tool_choice": {"type": "any"}, "output_config": {"effort": "low"},
+    "thinking": {"type": "enabled", "budget_tokens": 20_000}, "content": "other", "name": "dig", "id": "t2",
+    "input": {"x": 1}, "tool_use_id": "t2", "input_schema": SCHEMA, "effort": "low", "schema": {"title": "T"},
+    "properties": {"z": {}}, "required": ["z"], "allowed_callers": ["code_execution_20250825"], "display": "omitted",
+    "format": {"type": "json_schema", "schema": SCHEMA}, "output_format": {"type": "json_schema", "schema": SCHEMA},
+    "source": {"type": "base64", "media_type": "application/pdf", "data": "BBBB"}, "budget_tokens": 20_000,
+    "media_type": "image/gif", "container": "c", "system": "Be.", "metadata": {"user_id": "u"},
+    "citations": {"enabled": True},
+}  # fmt: skip
+CHAT_SAMPLES: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "other"}], "max_tokens": 65, "max_completion_tokens": 66, "n": 2,
+    "parallel_tool_calls": False, "reasoning_effort": "low", "store": True, "metadata": {"a": "b"},
+    "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}},
+    "json_schema": {"name": "a", "schema": SCHEMA}, "ChatCompletionFunctionTool.function": {"name": "dig"},
+    "ChatCompletionNamedToolChoice.function": {"name": "dig"}, "function": {"name": "dig", "arguments": "{}"},
+    "allowed_tools": {"mode": "required", "tools": []},
+    "service_tier": "default", "stop": "x", "stream_options": {"include_usage": True}, "tool_choice": "required",
+    "tools": [], "user": "u2", "safety_identifier": "u1", "modalities": ["audio"], "top_k": 3, "temperature": 0.5,
+    "thinking": {"type": "adaptive"}, "cache_control": {"type": "ephemeral"}, "content": "other", "stream": True,
+    "tool_calls": [called("t2")], "tool_call_id": "t2", "image_url": {"url": "https://b/c.png"}, "url": "https://b/c.png",
+    "file": {"file_data": "BBBB"}, "file_data": "BBBB", "id": "t2", "name": "dig", "arguments": '{"x": 1}',
+    "parameters": SCHEMA, "mode": "required", "schema": {"type": "object", "title": "T"}, "logit_bias": {"5": 1},
+}  # fmt: skip
+CHAT_ANSWER_SAMPLES: dict[str, Any] = {
+    "choices": answered(content="y")["choices"], "object": "other", "message": {"content": "other"},
+    "delta": {"content": "other"}, "index": 1,
+    "finish_reason": "length", "function_call": {"name": "look", "arguments": "{}"}, "tool_calls": [called("t1")],
+    "function": {"name": "dig", "arguments": "{}"}, "arguments": '{"x": 1}', "total_tokens": 25, "reasoning_tokens": 8,
+    "completion_tokens_details": {"reasoning_tokens": 8}, "prompt_tokens_details": {"cached_tokens": 3},
+}  # fmt: skip
+MESSAGE_SAMPLES: dict[str, Any] = {"role": "user", "service_tier": "priority", "stop_reason": "max_tokens"}
+
+
+def in_user(*blocks: Any) -> dict[str, Any]:
+    return prompt(messages=[user(*blocks, said("x"))])
+
+
+def in_history(*blocks: Any) -> dict[str, Any]:
+    return prompt(messages=[HELLO, assistant(*blocks, said("x")), HELLO])
+
+
+def in_turns(*messages: Any) -> dict[str, Any]:
+    return prompt(messages=[HELLO, *messages, HELLO])
+
+
+def in_result(*blocks: Any) -> dict[str, Any]:
+    return prompt(messages=[HELLO, assistant(tool_use("t1")), user(tool_result("t1", [*blocks, said("x")]))])
+
+
+def in_image(source: Any) -> dict[str, Any]:
+    return in_user({"type": "image", "source": source})
+
+
+def in_document(source: Any) -> dict[str, Any]:
+    return in_user({"type": "document", "source": source})
+
+
+def in_choice(choice: Any) -> dict[str, Any]:
+    return prompt(tools=[TOOL], tool_choice=choice)
+
+
+def thought_about(*thinking: Any) -> dict[str, Any]:
+    return prompt(**dict(zip(["thinking"], thinking)))
+
+
+# By type: the least of a value, and the request or answer that it is put into.
+MESSAGES_PLACES: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "MessageCreateParamsBase": ({}, lambda *it: prompt(**{"tools": [TOOL], **it[0]})),
+    "Message": (HELLO, in_turns),
+    "UserMessage": (HELLO, in_turns),
+    "AssistantMessage": ({"role": "assistant", "content": "x"}, in_turns),
+    "SystemMessage": ({"role": "system", "content": "x"}, in_turns),
+    "TextBlock": (said("y"), in_user),
+    "ImageBlock": (IMAGE, lambda it: in_user({**it, "source": {"type": "url", "url": str(it["source"])}})),
+    "Base64ImageSource": (IMAGE["source"], in_image),
+    "URLImageSource": ({"type": "url", "url": "https://a/b.png"}, in_image),
+    "FileImageSource": ({"type": "file", "file_id": "f"}, in_image),
+    "DocumentBlock": ({"type": "document", "source": {"type": "text", "data": "x"}}, in_user),
+    "Base64PDFSource": (PDF, in_document),
+    "PlainTextSource": ({"type": "text", "data": "x", "media_type": "text/plain"}, in_document),
+    "ContentBlockSource": ({"type": "content", "content": [said("y")]}, in_document),
+    "URLPDFSource": ({"type": "url", "url": "https://a/b.pdf"}, in_document),
+    "FileDocumentSource": ({"type": "file", "file_id": "f"}, in_document),
+    "SearchResultBlock": ({"type": "search_result", "source": "s", "title": "t", "content": [said("y")]}, in_user),
+    "ThinkingBlock": (signed("hm"), in_history),
+    "RedactedThinkingBlock": (REDACTED, in_history),
+    "ToolUseBlock": (tool_use("t1"), lambda it: in_turns(assistant(it), user(tool_result(it["id"])))),
+    "ToolResultBlock": (tool_result("t1", "x"), lambda it: in_turns(assistant(tool_use(it["tool_use_id"])), user(it))),
+    "ToolReferenceBlock": ({"type": "tool_reference", "tool_name": "look"}, in_result),
+    "BrowserStateBlock": ({"type": "browser_state", "tabs": []}, in_result),
+    "CompactionBlock": ({"type": "compaction", "content": "y"}, in_history),
+    "Tool": (TOOL, lambda *it: prompt(tools=[TOOL, *it])),
+    "InputSchemaTyped": (TOOL["input_schema"], lambda it: prompt(tools=[{**TOOL, "input_schema": it}])),
+    "JSONOutputFormat": ({"type": "json_schema", "schema": {}}, lambda it: prompt(output_config={"format": it})),
+    "OutputConfig": ({}, lambda it: prompt(output_config=it)),
+    "ToolChoiceAuto": ({"type": "auto"}, in_choice),
+    "ToolChoiceAny": ({"type": "any"}, in_choice),
+    "ToolChoiceTool": ({"type": "tool", "name": "look"}, in_choice),
+    "ThinkingConfigEnabled": ({"type": "enabled", "budget_tokens": 1024}, thought_about),
+    "ThinkingConfigAdaptive": ({"type": "adaptive"}, thought_about),
+    "ThinkingConfigBetweenTools": ({"type": "between_tools"}, thought_about),
+}
+
+
+def in_chat(*messages: Any) -> dict[str, Any]:
+    return chat(messages=[HELLO, *messages])
+
+
+def in_part(*parts: Any) -> dict[str, Any]:
+    return in_chat(user(*parts, said("x")))
+
+
+def in_call(call: Any) -> dict[str, Any]:
+    return in_chat(assistant_said("x", call), returned(call["id"]))
+
+
+def with_choice(choice: Any) -> dict[str, Any]:
+    return chat(tools=[CHAT_TOOL, {"type": "function", "function": {"name": "dig"}}], tool_choice=choice)
+
+
+CHAT_TOOL = {"type": "function", "function": {"name": "look"}}
+CHAT_PLACES: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "CompletionCreateParamsBase": ({}, lambda *it: chat(**{"tools": [CHAT_TOOL], **it[0]})),
+    "ChatCompletionDeveloperMessage": ({"role": "developer", "content": "x"}, in_chat),
+    "ChatCompletionSystemMessage": ({"role": "system", "content": "x"}, in_chat),
+    "ChatCompletionUserMessage": (HELLO, in_chat),
+    "ChatCompletionAssistantMessage": (assistant_said("x"), in_chat),
+    "ChatCompletionToolMessage": (
+        returned("t1"), lambda it: in_chat(assistant_said(None, called(it["tool_call_id"])), it),
+    ),
+    "ChatCompletionFunctionMessage": ({"role": "function", "name": "f", "content": "x"}, in_chat),
+    "ChatCompletionContentPartText": (said("y"), in_part),
+    "ChatCompletionContentPartRefusal": (
+        {"type": "refusal", "refusal": "y"}, lambda it: in_chat({"role": "assistant", "content": [it]}),
+    ),
+    "ChatCompletionContentPartImage": (image_part(), in_part),
+    "ImageURL": (image_part()["image_url"], lambda it: in_part({"type": "image_url", "image_url": it})),
+    "ChatCompletionContentPartInputAudio": ({"type": "input_audio", "input_audio": {"data": ""}}, in_part),
+    "File": ({"type": "file", "file": CHAT_FILE}, in_part),
+    "FileFile": (CHAT_FILE, lambda it: in_part({"type": "file", "file": it})),
+    "ChatCompletionMessageFunctionToolCall": (called("t1"), in_call),
+    "ChatCompletionMessageFunctionToolCall.function": (
+        called("t1")["function"], lambda it: in_call({**called("t1"), "function": it}),
+    ),
+    "ChatCompletionMessageCustomToolCall": (
+        {"id": "t1", "type": "custom", "custom": {"name": "a", "input": "b"}}, in_call,
+    ),
+    "ChatCompletionFunctionTool": (CHAT_TOOL, lambda *it: chat(tools=[CHAT_TOOL, *it])),
+    "FunctionDefinition": (CHAT_TOOL["function"], lambda it: chat(tools=[{"type": "function", "function": it}])),
+    "ChatCompletionCustomTool": ({"type": "custom", "custom": {"name": "a"}}, lambda *it: chat(tools=it)),
+    "ChatCompletionAllowedToolChoice": (
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [CHAT_TOOL]}}, with_choice,
+    ),
+    "ChatCompletionAllowedTools": (
+        {"mode": "auto", "tools": [CHAT_TOOL]}, lambda it: with_choice({"type": "allowed_tools", "allowed_tools": it}),
+    ),
+    "ChatCompletionNamedToolChoice": (CHAT_TOOL, with_choice),
+    "ChatCompletionNamedToolChoice.function": (
+        CHAT_TOOL["function"], lambda it: with_choice({"type": "function", "function": it}),
+    ),
+    "ChatCompletionNamedToolChoiceCustom": ({"type": "custom", "custom": {"name": "a"}}, with_choice),
+    "ResponseFormatJSONObject": ({"type": "json_object"}, lambda *it: chat(**dict(zip(["response_format"], it)))),
+    "ResponseFormatJSONSchema": (
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}, lambda it: chat(response_format=it),
+    ),
+    "JSONSchema": (
+        {"name": "a", "schema": {}}, lambda it: chat(response_format={"type": "json_schema", "json_schema": it}),
+    ),
+    "ChatCompletionStreamOptions": ({}, lambda it: chat(stream=True, stream_options=it)),
+}  # fmt: skip
+
+
+CHAT_ANSWER_PLACES: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "ChatCompletion": (answered(content="x"), lambda it: it),
+    "Choice": (answered(content="x")["choices"][0], lambda it: {**answered(), "choices": [it]}),
+    "ChatCompletionMessage": ({"content": "x"}, lambda it: answered(**it)),
+    "ChatCompletionMessageFunctionToolCall": (called("t1"), lambda it: answered(calls=[it])),
+    "ChatCompletionMessageFunctionToolCall.function": (
+        called("t1")["function"], lambda it: answered(calls=[{**called("t1"), "function": it}]),
+    ),
+    "ChatCompletionMessageCustomToolCall": (
+        {"id": "t1", "type": "custom", "custom": {"name": "a"}}, lambda *it: answered(content="x", calls=it),
+    ),
+    "FunctionCall": (called("t1")["function"], lambda it: answered(function_call=it)),
+    "CompletionUsage": (
+        {**USAGE, "total_tokens": 32, "completion_tokens_details": {"reasoning_tokens": 7}},
+        lambda it: answered(content="x", usage=it),
+    ),
+    "PromptTokensDetails": ({}, lambda it: with_usage(prompt_tokens_details=it)),
+    "CompletionTokensDetails": (
+        {"reasoning_tokens": 7}, lambda it: with_usage(total_tokens=32, completion_tokens_details=it),
+    ),
+}  # fmt: skip
+ANSWERED = {**MESSAGE, "content": [said("x")], "stop_reason": "refusal"}
+MESSAGE_PLACES: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "Message": (ANSWERED, lambda it: it),
+    "TextBlock": (said("y"), lambda it: {**ANSWERED, "content": [it]}),
+    "RefusalStopDetails": ({"type": "refusal"}, lambda it: {**ANSWERED, "stop_details": it}),
+    "Usage": (ANSWERED["usage"], lambda it: {**ANSWERED, "usage": it}),
+    "OutputTokensDetails": ({}, lambda it: {**ANSWERED, "usage": {"output_tokens_details": it}}),
+    "ThinkingBlock": (THOUGHTS, lambda it: {**ANSWERED, "content": [it]}),
+    "RedactedThinkingBlock": (REDACTED, lambda it: {**ANSWERED, "content": [it]}),
+    "ToolUseBlock": (tool_use("t1"), lambda it: {**ANSWERED, "content": [it]}),
+}
+
+
+class Api(NamedTuple):
+    """One direction of one API: what becomes of its fields, where they stand, and by which types its SDK has them."""
+
+    fields: dict[str, Any]
+    places: dict[str, tuple[Any, Callable[..., Any]]]
+    samples: dict[str, Any]
+    told: Callable[[Any], tuple[Any, Any]]  # what the other side gets of it, and what is told of as left out
+    types: tuple[Any, ...]
+    elsewhere: Callable[..., Any]  # where a value goes that has no place of its own
+
+
+def request_told(target: Any) -> Callable[[Any], tuple[Any, Any]]:
+    def told(request: Any) -> tuple[Any, Any]:
+        body, made = translated(request, target)
+        return (body, made.asked._replace(input_tokens=0)), made.dropped
+
+    return told
+
+
+CHAT_ANSWERS = openai.types.chat
+APIS = {
+    "Messages": Api(
+        MESSAGES_FIELDS,
+        MESSAGES_PLACES,
+        FIELD_SAMPLES,
+        request_told(target_of(reasoning="effort", reasoning_back="reasoning_content")),
+        (
+            anthropic.types.message_create_params.MessageCreateParamsBase,
+            anthropic.types.beta.message_create_params.MessageCreateParamsBase,
+        ),
+        in_history,
+    ),
+    "chat": Api(
+        CHAT_FIELDS,
+        CHAT_PLACES,
+        CHAT_SAMPLES,
+        request_told(target_of("anthropic", reasoning="effort")),
+        (CHAT_ANSWERS.completion_create_params.CompletionCreateParamsBase,),
+        in_part,
+    ),
+    "an answer of chat": Api(
+        CHAT_ANSWER_FIELDS,
+        CHAT_ANSWER_PLACES,
+        CHAT_ANSWER_SAMPLES,
+        lambda document: (whole_answer(asked_of(), document), ()),
+        (CHAT_ANSWERS.ChatCompletion, CHAT_ANSWERS.ChatCompletionChunk),
+        answered,
+    ),
+    "a message": Api(
+        MESSAGE_FIELDS,
+        MESSAGE_PLACES,
+        MESSAGE_SAMPLES,
+        lambda document: (whole_answer(asked_of("openai"), document), ()),
+        (anthropic.types.Message, anthropic.types.beta.BetaMessage),
+        lambda *it: {**ANSWERED, "content": [*it, said("x")]},
+    ),
+}
+VERDICTS = {
+    (api, holder, field): (verdict, annotation)
+    for api, known in APIS.items()
+    for holder, field, verdict, annotation in verdicts(known.fields, *known.types)
+}
+
+
+@pytest.mark.parametrize(("api", "holder", "field"), VERDICTS)
+def test_each_field_of_both_apis_is_carried_named_left_or_refused_as_it_should_be(api, holder, field):
+    """A field, or a type, that is new in an SDK has no verdict: put it into the table above, with the one that
+    it should have, and translate it so."""
+    verdict, annotation = VERDICTS[api, holder, field]
+    assert verdict, f"{api}: {holder}.{field} is new: what becomes of it?"
+    known = APIS[api]
+    default = (sample(annotation), known.elsewhere if verdict != "refused" or api != "Messages" else in_user)
+    value, place = known.places.get(holder, default)
+    value = {"type": "x", **value} if holder not in known.places else value
+    if not field:
+        more = (value,)
+        without = None if verdict == "refused" else known.told(place())
+    else:
+        given = known.samples.get(f"{holder}.{field}", known.samples.get(field, sample(annotation)))
+        assert value.get(field, ...) != given
+        more, without = ({**value, field: given},), known.told(place(value))
+    try:
+        told = known.told(place(*more))
+    except (monorelay.Untranslatable, monorelay.AnswerFault):
+        assert verdict == "refused"
+        return
+    changes, named = told[0] != without[0], told[1] != without[1]
+    assert (changes, named) == ("carried" in verdict, "named" in verdict)
+
+
+# Why a message ends, and the finish_reason of chat.
+ENDS = {
+    "end_turn": "stop", "stop_sequence": "stop", "pause_turn": "stop", "compaction": "stop", "max_tokens": "length",
+    "model_context_window_exceeded": "length", "tool_use": "tool_calls", "refusal": "content_filter",
+}  # fmt: skip
+# The events of a message and what stands in them, by whether chat has something for them.
+EVENTS = {
+    "message_start": True, "message_delta": False, "message_stop": True, "content_block_start": False,
+    "content_block_delta": True, "content_block_stop": False, "ping": True, "text_delta": True,
+    "input_json_delta": True, "thinking_delta": True, "signature_delta": True, "citations_delta": False,
+    "compaction_delta": False,
+}  # fmt: skip
+
+
+def literals_within(annotation: Any) -> Iterator[str]:
+    """The words that a field may hold, of an object those of its type."""
+    if hasattr(annotation, "model_fields"):
+        annotation = annotation.model_fields["type"].annotation
+    if typing.get_origin(annotation) in LITERALS:
+        yield from typing.get_args(annotation)
+    else:
+        for argument in typing.get_args(annotation):
+            yield from literals_within(argument)
+
+
+def test_each_end_and_each_event_of_a_message_that_the_sdk_knows_is_understood():
+    known = {*literals_within(anthropic.types.StopReason), *literals_within(anthropic.types.beta.BetaStopReason)}
+    assert known <= {*ENDS}, "a new reason: what is it in chat?"
+    for reason, finish in ENDS.items():
+        content = [said("x"), *([tool_use("t1")] if reason == "tool_use" else [])]
+        told = whole_answer(asked_of("openai"), {**MESSAGE, "content": content, "stop_reason": reason})
+        assert told["choices"][0]["finish_reason"] == finish
+    types = (anthropic.types.RawMessageStreamEvent, anthropic.types.RawContentBlockDelta)
+    types += (anthropic.types.beta.BetaRawMessageStreamEvent, anthropic.types.beta.BetaRawContentBlockDelta)
+    assert {kind for annotation in types for kind in literals_within(annotation)} <= {*EVENTS}, "a new event"
+    for kind, is_told in EVENTS.items():
+        it = monorelay.AnswerTranslator(asked_of("openai", stream=True))
+        it.feed(sse("message_start", message=MESSAGE) * (kind != "message_start"))
+        words = dict.fromkeys(("text", "thinking", "signature", "partial_json", "citation"), "x")
+        part = {"type": kind, **words}
+        it.feed(sse("content_block_start", content_block=tool_use("t1")) * (kind == "input_json_delta"))
+        part = {"content_block_delta": {**part, "type": "text_delta"}, "message_delta": None}.get(kind, part)
+        event = sse("content_block_delta", delta=part) if kind.endswith("_delta") and part else sse(kind)
+        assert bool(it.feed(event)) == is_told, kind
 
 
 # ------------------------------------------------------------------------------------------------------------
