@@ -5252,33 +5252,23 @@ class MessageTurns:
 class ArgumentsScan:
     """Tells, as the text of an object comes, whether it is whole: its brackets are closed."""
 
-    _INSIDE = re.compile(r'["\\]')
-    _OUTSIDE = re.compile(r'["{}\[\]]')
+    _MARK = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)  # what is escaped goes with its backslash
 
     def __init__(self) -> None:
         self.whole = False
         self._depth = 0
         self._in_string = False
-        self._escaped = False  # the next character means nothing
+        self._rest = ""  # a backslash, if it came last
 
     def feed(self, text: str) -> None:
         """Takes what comes next."""
-        at = 0
-        while at < len(text):
-            if self._escaped:
-                self._escaped = False
-                at += 1
-                continue
-            mark = (self._INSIDE if self._in_string else self._OUTSIDE).search(text, at)
-            if not mark:
-                break
-            at = mark.end()
-            if mark[0] == "\\":
-                self._escaped = True
-            elif mark[0] == '"':
+        marks = self._MARK.findall(self._rest + text)
+        self._rest = "\\" if marks and marks[-1] == "\\" else ""
+        for mark in marks:
+            if mark == '"':
                 self._in_string = not self._in_string
-            else:
-                self._depth += 1 if mark[0] in "{[" else -1
+            elif not self._in_string and mark[0] != "\\":
+                self._depth += 1 if mark in "{[" else -1
                 self.whole = self._depth <= 0
 
 
@@ -5647,12 +5637,41 @@ def usage_of(fresh: int, stored: int, read: int, output: int) -> JsonDict:
     }  # fmt: skip
 
 
+GROWING = ("content", "text", "thinking", "reasoning_content", "signature", "refusal", "arguments", "partial_json")
+
+
+def gather(whole: JsonDict, part: JsonDict) -> None:
+    """Adds a part of an answer to what has come of it: texts grow, and entries of lists go by their `index`."""
+    for name, value in part.items():
+        if name in GROWING:
+            whole.setdefault(name, []).append(value)
+        elif isinstance(value, dict):
+            gather(whole.setdefault(name, {}), value)
+        elif isinstance(value, list):
+            entries = whole.setdefault(name, [])
+            for entry in value:
+                if entry["index"] == len(entries):
+                    entries.append({})
+                gather(entries[entry["index"]], entry)
+        elif name != "index":
+            whole[name] = value
+
+
+def gathered(whole: Any) -> Any:
+    """What gather() has made of its parts, as an answer has it."""
+    if isinstance(whole, dict):
+        return {name: gathered(value) for name, value in whole.items()}
+    if isinstance(whole, list):
+        return "".join(whole) if isinstance(whole[0], str) else [gathered(entry) for entry in whole]
+    return whole
+
+
 class WholeMessage:
     """Collects the events of a message into the message."""
 
     def __init__(self) -> None:
         self._message: JsonDict = {}
-        self._parts: list[str] = []  # of the block that is open
+        self._blocks: list[JsonDict] = []
 
     def add(self, event: JsonDict) -> None:
         """Takes the next event."""
@@ -5660,34 +5679,24 @@ class WholeMessage:
         if kind == "message_start":
             self._message = event["message"]
         elif kind == "content_block_start":
-            self._message["content"].append(event["content_block"])
+            self._blocks.append({})
+            gather(self._blocks[-1], event["content_block"])
         elif kind == "content_block_delta":
-            delta = event["delta"]
-            if delta["type"] == "signature_delta":
-                self._message["content"][-1]["signature"] = delta["signature"]
-            else:
-                self._parts.append(delta.get("text") or delta.get("thinking") or delta.get("partial_json") or "")
-        elif kind == "content_block_stop":
-            self._end_block()
+            gather(self._blocks[-1], {name: value for name, value in event["delta"].items() if name != "type"})
         elif kind == "message_delta":
             self._message.update(event["delta"], usage=event["usage"])
 
-    def _end_block(self) -> None:
-        block, whole = self._message["content"][-1], "".join(self._parts)
-        self._parts = []
-        if block["type"] != "tool_use":
-            block[block["type"]] = whole
-            return
-        try:
-            block["input"] = read_json(whole.strip() or "{}")
-        except ValueError:
-            self._message["content"].pop()  # it was cut off
-
     def document(self) -> JsonDict:
-        """The message. Raises AnswerFault if there is none."""
-        if not self._message.get("content"):
-            self._message["content"] = [{"type": "text", "text": ""}]
-        return self._message
+        """The message, without a call that was cut off."""
+        content = []
+        for block in map(gathered, self._blocks):
+            try:
+                if block["type"] == "tool_use":
+                    block["input"] = read_json(block.pop("partial_json", "").strip() or "{}")
+                content.append(block)
+            except ValueError:
+                continue
+        return {**self._message, "content": content or [text_part("")]}
 
 
 # -- Messages to chat: the answer
@@ -5878,10 +5887,7 @@ class WholeChat:
 
     def __init__(self) -> None:
         self._last: JsonDict = {}
-        self._texts: dict[str, list[str]] = {"content": [], "reasoning_content": [], "refusal": []}
-        self._calls: list[JsonDict] = []
-        self._arguments: list[list[str]] = []
-        self._thoughts: list[dict[str, list[str]]] = []
+        self._message: JsonDict = {}
         self._finish: Optional[str] = None
 
     def add(self, chunk: JsonDict) -> None:
@@ -5890,43 +5896,14 @@ class WholeChat:
             return
         self._last = chunk
         for choice in chunk["choices"]:
-            delta, self._finish = choice["delta"], choice["finish_reason"]
-            for name, texts in self._texts.items():
-                texts.append(delta.get(name) or "")
-            for call in delta.get("tool_calls", ()):
-                if call["index"] == len(self._calls):
-                    self._calls.append({name: call[name] for name in ("id", "type", "function")})
-                    self._arguments.append([])
-                self._arguments[call["index"]].append(call["function"]["arguments"])
-            for block in delta.get("thinking_blocks", ()):
-                if block["index"] == len(self._thoughts):
-                    self._thoughts.append({})
-                for name, value in block.items():
-                    self._thoughts[-1].setdefault(name, []).append(value)
+            gather(self._message, choice["delta"])
+            self._finish = choice["finish_reason"]
 
     def document(self) -> JsonDict:
-        """The answer. Raises AnswerFault if there is none."""
-        if not self._last:
-            raise AnswerFault("the provider's answer holds no message")
-        texts = {name: "".join(parts) for name, parts in self._texts.items()}
-        content = texts["content"] or (None if self._calls else "")
-        message: JsonDict = {"role": "assistant", "content": content, "refusal": texts["refusal"] or None}
-        if texts["reasoning_content"]:
-            message["reasoning_content"] = texts["reasoning_content"]
-        if self._thoughts:
-            message["thinking_blocks"] = [
-                {
-                    name: "".join(parts) if name != "type" else parts[0]
-                    for name, parts in block.items()
-                    if name != "index"
-                }
-                for block in self._thoughts
-            ]
-        if self._calls:
-            message["tool_calls"] = self._calls
-        for call, parts in zip(self._calls, self._arguments):
-            call["function"] = {**call["function"], "arguments": "".join(parts)}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self._finish or "stop"}
+        """The answer."""
+        message = {"refusal": None, **gathered(self._message)}
+        message["content"] = message["content"] or (None if "tool_calls" in message else "")
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self._finish}
         return {**self._last, "object": "chat.completion", "choices": [choice]}
 
 
@@ -5936,42 +5913,36 @@ class WholeChat:
 class EventReader:
     """Reads the data of the events of a stream, however it is cut."""
 
+    # Of an event: the end of a line, and one without a character.
+    _END = re.compile(rb"\n(?:\n|\r\n?)|\r(?:\r\n?|\n(?:\n|\r\n?))")
+
     def __init__(self) -> None:
-        self._line = bytearray()  # which hasn't ended yet
-        self._data: list[bytes] = []  # lines of data of an event that hasn't ended yet
-        self._size = 0  # of both
-        self._after_cr = False  # a LF would belong to the line before
+        self._rest = bytearray()  # what has come of an event that hasn't ended
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The data of each event that the next bytes complete. Raises AnswerFault for one that is too long."""
-        if self._after_cr and data[:1] == b"\n":
-            data = data[1:]
-        self._after_cr = data.endswith(b"\r") or (self._after_cr and not data)
-        for line in data.splitlines(keepends=True):
-            self._size += len(line)
-            if self._size > TRANSLATED_HELD_BYTES:
-                raise AnswerFault(f"the provider sent an event of more than {TRANSLATED_HELD_BYTES} bytes")
-            self._line += line
-            if line[-1:] in (b"\n", b"\r"):
-                whole, self._line = bytes(self._line).rstrip(b"\r\n"), bytearray()
-                if whole:
-                    self._add(whole)
-                else:
-                    yield from self.flush()
-
-    def _add(self, line: bytes) -> None:
-        name, _, value = line.partition(b":")
-        if name == b"data":
-            self._data.append(value[1:] if value[:1] == b" " else value)
+        seen = max(0, len(self._rest) - 3)
+        self._rest += data
+        if not self._END.search(self._rest, seen):
+            events = []
+        else:
+            *events, rest = self._END.split(bytes(self._rest))
+            self._rest = bytearray(rest)
+        if max(map(len, [*events, self._rest])) > TRANSLATED_HELD_BYTES:
+            raise AnswerFault(f"the provider sent an event of more than {TRANSLATED_HELD_BYTES} bytes")
+        for event in events:
+            yield from self._data(event)
 
     def flush(self) -> Iterator[bytes]:
-        """The data of the event that ends here, also of one that the end of the stream ends."""
-        if self._line:
-            self._add(bytes(self._line))
-            self._line = bytearray()
-        data, self._data, self._size = self._data, [], 0
-        if data:
-            yield b"\n".join(data)
+        """The data of the event that the end of the stream ends."""
+        rest, self._rest = bytes(self._rest), bytearray()
+        return self._data(rest)
+
+    def _data(self, event: bytes) -> Iterator[bytes]:
+        """The data of an event, if it has any."""
+        lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:") or line == b"data"]
+        if lines:
+            yield b"\n".join(line[1:] if line[:1] == b" " else line for line in lines)
 
 
 class AnswerTranslator:
