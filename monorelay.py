@@ -5708,7 +5708,7 @@ FINISH_REASONS = {
 MESSAGE_FIGURES = (
     "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens", "output_tokens_details",
 )  # fmt: skip
-SERVICE_TIERS = {"standard": "default", "priority": "priority"}
+CHAT_TIERS = {"standard": "default", "priority": "priority"}
 PING: JsonDict = {"type": "ping"}
 
 
@@ -5795,7 +5795,7 @@ class MessageReader:
     def _count(self, event: JsonDict) -> None:
         """Takes the figures of a usage: what isn't told again stays."""
         usage = member(event, "usage")
-        tier = SERVICE_TIERS.get(str(usage.get("service_tier")))
+        tier = CHAT_TIERS.get(str(usage.get("service_tier")))
         self._tier = {"service_tier": tier} if tier else self._tier
         self._usage.update((name, usage[name]) for name in MESSAGE_FIGURES if usage.get(name) is not None)
 
