@@ -5314,10 +5314,7 @@ class MessageWriter:
         """Begins the message. Its id is the request's: Ollama has a thousand ids, and Claude Code takes messages of the
         same id for parts of one."""
         self.begun = True
-        usage = {
-            "input_tokens": self._asked.input_tokens, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
-            "output_tokens": 0,
-        }  # fmt: skip
+        usage = usage_of(self._asked.input_tokens, 0, 0, 0)
         message: JsonDict = {
             "id": answer_id("msg_", self._asked.id), "type": "message", "role": "assistant",
             "model": self._asked.model, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage,
@@ -5708,6 +5705,10 @@ FINISH_REASONS = {
 MESSAGE_FIGURES = (
     "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens", "output_tokens_details",
 )  # fmt: skip
+DELTAS = {
+    "text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature",
+    "input_json_delta": "partial_json",
+}  # fmt: skip
 CHAT_TIERS = {"standard": "default", "priority": "priority"}
 PING: JsonDict = {"type": "ping"}
 
@@ -5803,19 +5804,16 @@ class MessageReader:
         self._open = str(block.get("type"))
         if self._open == "tool_use":
             return self._start_call(block)
+        if self._open not in ("thinking", "redacted_thinking"):
+            return self._read_delta({"type": "text_delta", "text": block.get("text")}) if self._open == "text" else []
+        self._thoughts += 1
         if self._open == "redacted_thinking":
-            self._thoughts += 1
             return [self._thinking_chunk(type=self._open, data=block.get("data"))]
-        if self._open == "thinking":
-            self._thoughts += 1
-            deltas = [
-                {"type": f"{name}_delta", name: block[name]} for name in ("thinking", "signature") if block.get(name)
-            ]
-        else:
-            deltas = (
-                [{"type": "text_delta", "text": block["text"]}] if self._open == "text" and block.get("text") else []
-            )
-        return [chunk for delta in deltas for chunk in self._read_delta(delta)]
+        return [
+            chunk
+            for name in ("thinking", "signature")
+            for chunk in self._read_delta({"type": f"{name}_delta", name: block.get(name)})
+        ]
 
     def _start_call(self, block: JsonDict) -> list[JsonDict]:
         name = str(block.get("name") or "")
@@ -5829,8 +5827,8 @@ class MessageReader:
         return [self._chunk({"tool_calls": [call]})]
 
     def _read_delta(self, delta: JsonDict) -> list[JsonDict]:
-        kind = delta.get("type")
-        said = delta.get({"input_json_delta": "partial_json"}.get(str(kind), str(kind).partition("_")[0]))
+        kind = str(delta.get("type"))
+        said = delta.get(DELTAS.get(kind, ""))
         if not said or not isinstance(said, str):
             return []
         if kind == "text_delta":
@@ -5839,9 +5837,7 @@ class MessageReader:
             return [self._thinking_chunk(said, type="thinking", thinking=said)]
         if kind == "signature_delta":
             return [self._thinking_chunk(type="thinking", signature=said)]
-        if kind == "input_json_delta" and self._open == "tool_use":
-            return [self._arguments(said)]
-        return []
+        return [self._arguments(said)] if self._open == "tool_use" else []
 
     def _stop(self) -> list[JsonDict]:
         is_bare = self._open == "tool_use" and not self._has_arguments
@@ -5868,13 +5864,10 @@ class MessageReader:
 
     def _counted(self) -> JsonDict:
         """The usage in the terms of chat, whose prompt holds what was read from a cache or written to it."""
-        usage = self._usage
-        read, stored = (
-            count_of(usage.get("cache_read_input_tokens")),
-            count_of(usage.get("cache_creation_input_tokens")),
-        )
-        prompt, output = count_of(usage.get("input_tokens")) + read + stored, count_of(usage.get("output_tokens"))
-        thought = count_of(member(usage, "output_tokens_details").get("thinking_tokens"))
+        usage = {name: count_of(self._usage.get(name)) for name in MESSAGE_FIGURES}
+        read, stored = usage["cache_read_input_tokens"], usage["cache_creation_input_tokens"]
+        prompt, output = usage["input_tokens"] + read + stored, usage["output_tokens"]
+        thought = count_of(member(self._usage, "output_tokens_details").get("thinking_tokens"))
         return {
             "prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": stored},
@@ -6005,8 +5998,8 @@ class AnswerTranslator:
             return b"".join(sent) + (self._last_line() if self.ended else b"")
         except (AnswerFault, RecursionError) as error:
             fault = self.fault = error if isinstance(error, AnswerFault) else nested_too_deeply()
-            _, kind, message, code = error_terms(self._asked.format, fault.status, fault.message, fault.text)
-            return b"".join(sent) + self.fail(message, kind, code or (kind if fault.text else "upstream_broken"))
+            _, kind, message, code = error_terms(self._asked.format, fault)
+            return b"".join(sent) + self.fail(message, kind, code if fault.text else "upstream_broken")
 
     def _bytes_of(self, event: JsonDict) -> bytes:
         if self._asked.format == "anthropic":
@@ -6065,18 +6058,12 @@ def read_answer(data: bytes) -> JsonDict:
 # -- errors
 
 ERROR_CHARACTERS = 4096  # of a provider's words are told
-STATUS_KINDS: Mapping[str, Mapping[int, str]] = {
-    "anthropic": {
-        400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
-        404: "not_found_error", 408: "timeout_error", 413: "request_too_large", 422: "invalid_request_error",
-        429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error", 529: "overloaded_error",
-    },
-    "openai": {
-        400: "invalid_request_error", 401: "authentication_error", 402: "insufficient_quota", 403: "permission_error",
-        404: "not_found_error", 408: "timeout_error", 413: "request_too_large", 422: "invalid_request_error",
-        429: "rate_limit_error", 504: "timeout_error",
-    },
+STATUS_KINDS = {
+    401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
+    408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+    504: "timeout_error", 529: "overloaded_error",
 }  # fmt: skip
+OPENAI_KINDS = {402: "insufficient_quota", 503: "server_error", 529: "server_error"}  # where OpenAI has another word
 CODES = {404: "model_not_found", 429: "rate_limit_exceeded", 503: "overloaded", 529: "overloaded"}  # of OpenAI
 # How providers say that a request is longer than the model can read, each in its own words; collected by pi-mono.
 OVERFLOW = re.compile(
@@ -6105,18 +6092,16 @@ OVERFLOW_OUTPUT = re.compile(
 )
 
 
-def error_answer(status: int, content: bytes, asked: Asked) -> tuple[int, bytes]:
-    """A provider's error in the client's format; its status stays, but where a context overflow has another one."""
-    text = content[:ERROR_BYTES].decode("utf-8", "replace")
-    words = error_words(content) or f"HTTP {status} from the provider {asked.provider}"
-    status, kind, message, code = error_terms(asked.format, status, words, text)
-    return status, error_body(asked.format, kind, message, code or kind, asked.id)
+def fault_of_status(status: int, content: bytes, provider: str) -> AnswerFault:
+    """What a provider's response tells that has the status of an error."""
+    words = error_words(content) or f"HTTP {status} from the provider {provider}"
+    return AnswerFault(words, status, content[:ERROR_BYTES].decode("utf-8", "replace"))
 
 
 def fault_answer(fault: AnswerFault, asked: Asked) -> tuple[int, bytes]:
-    """An error that stood in an answer of another status, in the client's format."""
-    status, kind, message, code = error_terms(asked.format, fault.status, fault.message, fault.text)
-    return status, error_body(asked.format, kind, message, code or "upstream_broken", asked.id)
+    """A provider's error in the client's format; its status stays, but where a context overflow has another one."""
+    status, kind, message, code = error_terms(asked.format, fault)
+    return status, error_body(asked.format, kind, message, code, asked.id)
 
 
 def first_fault(content: bytes, is_stream: bool) -> Optional[AnswerFault]:
@@ -6131,16 +6116,19 @@ def first_fault(content: bytes, is_stream: bool) -> Optional[AnswerFault]:
     return fault_of(document) if document.get("error") else fault_of(failed[0]) if failed else None
 
 
-def error_terms(format: str, status: int, message: str, text: str) -> tuple[int, str, str, str]:
-    """Status, type, message and code by which a client of the format acts rightly; `text` is all that the provider
-    said."""
-    code = CODES.get(status, "")
+def error_terms(format: str, fault: AnswerFault) -> tuple[int, str, str, str]:
+    """Status, type, message and code by which a client of the format acts rightly."""
+    status, message, text = fault.status, fault.message, fault.text
     overflows = OVERFLOW.search(text) if status in (400, 413, 422) else status == 429 and NEVER_FITS.search(text)
     if overflows or (status == 413 and not text):  # Cerebras says nothing
         status, code = 400, "context_length_exceeded"
         message = overflow_message(message, text) if format == "anthropic" else message
-    kind = STATUS_KINDS[format].get(status) or ("invalid_request_error" if status < 500 else "")
-    return status, kind or ("api_error" if format == "anthropic" else "server_error"), message, code
+    else:
+        code = CODES.get(status, "")
+    kind = STATUS_KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
+    if format == "openai":
+        kind = OPENAI_KINDS.get(status, "server_error" if kind == "api_error" else kind)
+    return status, kind, message, code or kind
 
 
 def overflow_message(message: str, text: str) -> str:
@@ -6193,22 +6181,20 @@ def words_of(document: Any) -> str:
     return f"{found}: {raw}" if isinstance(raw, str) else found
 
 
+# What stands in the type of an error that has no status, and which one it means.
+FAULT_WORDS = {"overloaded": 529, "rate_limit": 429, "invalid_request": 400, "context": 400, "timeout": 504}
+
+
 def fault_of(document: JsonDict) -> AnswerFault:
     """The error that an answer tells of in its midst."""
     error = document.get("error")
     told = error if isinstance(error, dict) else document
     figures = [told.get(name) for name in ("code", "status", "status_code")]
-    status = next((figure for figure in figures if isinstance(figure, int) and 400 <= figure < 600), 0)
     kind = str(told.get("type") or told.get("code"))
-    for word, meant in FAULT_WORDS.items():
-        status = status or (meant if word in kind else 0)
-    text = json.dumps(document)[:ERROR_BYTES]
-    return AnswerFault(
-        (words_of(document) or "the provider's answer holds an error")[:ERROR_CHARACTERS], status or 502, text
-    )
-
-
-FAULT_WORDS = {"overloaded": 529, "rate_limit": 429, "invalid_request": 400, "context": 400, "timeout": 504}
+    figures += [meant for word, meant in FAULT_WORDS.items() if word in kind]
+    status = next((figure for figure in figures if isinstance(figure, int) and 400 <= figure < 600), 502)
+    words = words_of(document) or "the provider's answer holds an error"
+    return AnswerFault(words[:ERROR_CHARACTERS], status, json.dumps(document)[:ERROR_BYTES])
 
 
 # ==== Records =======================================================================================
@@ -11451,11 +11437,8 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
 
 def translated_error(fields: Pairs, relayed: UpstreamResponse, asked: Asked) -> Response:
     """A provider's error in the client's format, with the status that it has, or should have had."""
-    fault = relayed.first_fault
-    if fault:
-        status, body = fault_answer(fault, asked)
-    else:
-        status, body = error_answer(relayed.head.status, relayed.content, asked)
+    fault = relayed.first_fault or fault_of_status(relayed.head.status, relayed.content, asked.provider)
+    status, body = fault_answer(fault, asked)
     return Response(status, reason_of(status), [*fields, ("content-type", "application/json")], body)
 
 

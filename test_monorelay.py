@@ -5291,6 +5291,11 @@ def test_what_is_no_message_of_anthropics_is_a_fault(document):
 # -- errors
 
 
+def error_answer(status: int, content: bytes, asked: Any) -> tuple[int, bytes]:
+    """A provider's error as the client gets it."""
+    return monorelay.fault_answer(monorelay.fault_of_status(status, content, asked.provider), asked)
+
+
 @pytest.mark.parametrize(
     ("status", "anthropic_kind", "openai_kind"),
     [
@@ -5312,13 +5317,13 @@ def test_what_is_no_message_of_anthropics_is_a_fault(document):
 )
 def test_e1_an_error_has_the_type_of_its_status(status, anthropic_kind, openai_kind):
     content = json.dumps({"error": {"message": "No.", "type": "strange", "code": "odd"}}).encode()
-    told, body = monorelay.error_answer(status, content, asked_of())
+    told, body = error_answer(status, content, asked_of())
     assert told == status and json.loads(body) == {
         "type": "error",
         "error": {"type": anthropic_kind, "message": "No."},
         "request_id": "req_1",
     }
-    told, body = monorelay.error_answer(status, content, asked_of("openai"))
+    told, body = error_answer(status, content, asked_of("openai"))
     error = json.loads(body)["error"]
     assert (
         told == status
@@ -5368,7 +5373,7 @@ OVERFLOWS = {
 
 @pytest.mark.parametrize("words", OVERFLOWS)
 def test_e2_a_context_overflow_is_told_in_the_words_that_clients_act_on(words):
-    status, body = monorelay.error_answer(400, json.dumps({"error": {"message": words}}).encode(), asked_of())
+    status, body = error_answer(400, json.dumps({"error": {"message": words}}).encode(), asked_of())
     message = json.loads(body)["error"]["message"]
     if "+" in OVERFLOWS[words]:
         assert message.startswith(
@@ -5381,7 +5386,7 @@ def test_e2_a_context_overflow_is_told_in_the_words_that_clients_act_on(words):
     assert status == 400 and f"({words})" in message
     assert (
         "too long"
-        not in json.loads(monorelay.error_answer(500, json.dumps({"error": words}).encode(), asked_of())[1])["error"][
+        not in json.loads(error_answer(500, json.dumps({"error": words}).encode(), asked_of())[1])["error"][
             "message"
         ]
     )
@@ -5391,7 +5396,7 @@ def test_e2_a_context_overflow_is_told_in_the_words_that_clients_act_on(words):
 
 def test_e2_overflows_that_say_it_in_other_ways():
     def told(status: int, content: bytes, format: str = "anthropic") -> tuple[int, Any]:
-        status, body = monorelay.error_answer(status, content, asked_of(format))
+        status, body = error_answer(status, content, asked_of(format))
         return status, json.loads(body)["error"]
 
     coded = json.dumps({"error": {"message": "no", "code": "context_length_exceeded"}}).encode()
@@ -5440,7 +5445,7 @@ def test_e2_overflows_that_say_it_in_other_ways():
     ids=brief,
 )
 def test_e3_an_error_keeps_the_providers_words_wherever_they_stand(content, words):
-    _, body = monorelay.error_answer(502, content, asked_of())
+    _, body = error_answer(502, content, asked_of())
     message = json.loads(body)["error"]["message"]
     assert message == words if len(words) < 400 else message.startswith(words) and len(message) <= 4096
 
@@ -5451,7 +5456,7 @@ def test_e3_an_error_keeps_the_providers_words_wherever_they_stand(content, word
     st.sampled_from(["openai", "anthropic"]),
 )
 def test_any_error_can_be_told(content, status, format):
-    _, body = monorelay.error_answer(status, content, asked_of(format))
+    _, body = error_answer(status, content, asked_of(format))
     assert json.loads(body)["error"]["message"]
 
 
