@@ -5908,23 +5908,22 @@ class EventReader:
 
     # Of an event: the end of a line, and one without a character.
     _END = re.compile(rb"\n(?:\n|\r\n?)|\r(?:\r\n?|\n(?:\n|\r\n?))")
+    _DATA = re.compile(rb"(?:\A|[\r\n])data(?:: ?([^\r\n]*))?(?![^\r\n])")
 
     def __init__(self) -> None:
         self._rest = bytearray()  # what has come of an event that hasn't ended
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The data of each event that the next bytes complete. Raises AnswerFault for one that is too long."""
-        seen = max(0, len(self._rest) - 3)
+        seen, events = max(0, len(self._rest) - 3), []
         self._rest += data
-        if not self._END.search(self._rest, seen):
-            events = []
-        else:
-            *events, rest = self._END.split(bytes(self._rest))
+        if self._END.search(self._rest, seen):
+            *events, rest = self._END.split(self._rest)
             self._rest = bytearray(rest)
-        if max(map(len, [*events, self._rest])) > TRANSLATED_HELD_BYTES:
-            raise AnswerFault(f"the provider sent an event of more than {TRANSLATED_HELD_BYTES} bytes")
         for event in events:
             yield from self._data(event)
+        if len(self._rest) > TRANSLATED_HELD_BYTES:
+            raise AnswerFault(f"the provider sent an event of more than {TRANSLATED_HELD_BYTES} bytes")
 
     def flush(self) -> Iterator[bytes]:
         """The data of the event that the end of the stream ends."""
@@ -5933,9 +5932,9 @@ class EventReader:
 
     def _data(self, event: bytes) -> Iterator[bytes]:
         """The data of an event, if it has any."""
-        lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:") or line == b"data"]
+        lines = self._DATA.findall(event)
         if lines:
-            yield b"\n".join(line[1:] if line[:1] == b" " else line for line in lines)
+            yield b"\n".join(lines)
 
 
 class AnswerTranslator:
