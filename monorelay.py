@@ -4412,19 +4412,17 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
     chat.update(chat_output(request, draft))
     draft.drop_rest(request, MESSAGES_KNOWN)
     draft.drop_rest(member(request, "metadata"), (), "metadata")
-    draft.about_answer = about_message(request, draft)
-    return chat
-
-
-def about_message(request: JsonDict, draft: Draft) -> JsonDict:
-    """What a request of Messages says of its answer, as Asked has it."""
     thinking = member(request, "thinking")
     shown = "omitted" if thinking.get("display") == "omitted" else "shown"
-    return {
+    draft.about_answer = {
         "thinking": shown if thinking.get("type", "disabled") != "disabled" else "hidden",
         "thinking_returns": draft.knobs.reasoning_back != "none",
         "input_tokens": estimated_tokens(request),
     }
+    return chat
+
+
+CHOICES = {"auto": "auto", "required": "any", "none": "none"}  # of tools, by chat's word for them
 
 
 def chat_tools(request: JsonDict, draft: Draft) -> JsonDict:
@@ -4433,7 +4431,7 @@ def chat_tools(request: JsonDict, draft: Draft) -> JsonDict:
     written = [chat_tool(tool, f"tools.{index}", draft) for index, tool in enumerate(tools)]
     choice = member(request, "tool_choice")
     kind = str(choice.get("type"))
-    words = {"auto": "auto", "any": "required", "none": "none"}
+    words = {word: chats for chats, word in CHOICES.items()}
     if choice and kind not in words and kind != "tool":
         raise draft.refusal("tool_choice", f"the type {kind}")
     if not written:
@@ -4961,25 +4959,21 @@ def messages_request(chat: JsonDict, draft: Draft) -> JsonDict:
 
 def longest_answer(chat: JsonDict, draft: Draft) -> int:
     """How many tokens the answer may have."""
-    given = chat.get("max_completion_tokens") or chat.get("max_tokens")
-    if not given or given == -1:  # which some clients send for no limit
-        return draft.knobs.default_max_tokens
-    return positive_count(given, "max_completion_tokens" if chat.get("max_completion_tokens") else "max_tokens")
+    for name in ("max_completion_tokens", "max_tokens"):
+        if chat.get(name) not in (None, 0, -1):  # which some clients send for no limit
+            return positive_count(chat[name], name)
+    return draft.knobs.default_max_tokens
 
 
 def message_sampling(chat: JsonDict, draft: Draft) -> JsonDict:
     """Temperature, or else top_p: Claude refuses both at once. And where to stop."""
-    members: JsonDict = {}
-    temperature = chat.get("temperature")
-    if isinstance(temperature, (int, float)) and temperature > 1:
+    members: JsonDict = {name: chat[name] for name in ("temperature", "top_p") if name in chat}
+    if isinstance(members.get("temperature"), (int, float)) and members["temperature"] > 1:
+        members["temperature"] = 1
         draft.drop("temperature")
-        temperature = 1
-    if temperature is not None:
-        members["temperature"] = temperature
-    if temperature is not None and "top_p" in chat:
+    if len(members) > 1:
+        del members["top_p"]
         draft.drop("top_p")
-    elif "top_p" in chat:
-        members["top_p"] = chat["top_p"]
     stops = strings(chat.get("stop") or [], "stop")
     kept = [stop for stop in stops if stop.strip()]
     if len(kept) < len(stops):
@@ -4995,26 +4989,22 @@ def message_tools(chat: JsonDict, draft: Draft) -> JsonDict:
     ]
     choice = chat.get("tool_choice")
     written: JsonDict = {}
-    if isinstance(choice, dict):
-        kind = str(choice.get("type"))
-        if kind == "allowed_tools":
-            allowed = member(choice, kind)
-            names = {
-                draft.tool_name(string(member(tool, "function").get("name"), "tool_choice"))
-                for tool in objects(allowed.get("tools"), "tool_choice.allowed_tools.tools")
-            }
-            tools = [tool for tool in tools if tool["name"] in names]
-            written = {"type": "any" if allowed.get("mode") == "required" else "auto"}
-        elif kind == "function":
-            name = string(member(choice, "function").get("name"), "tool_choice.function.name")
-            written = {"type": "tool", "name": draft.tool_name(name)}
-        else:
-            raise draft.refusal("tool_choice", f"the type {kind}")
+    kind = str(choice.get("type") if isinstance(choice, dict) else choice)
+    if kind == "allowed_tools":
+        allowed = member(chat["tool_choice"], kind)
+        names = {
+            draft.tool_name(string(member(tool, "function").get("name"), "tool_choice"))
+            for tool in objects(allowed.get("tools"), "tool_choice.allowed_tools.tools")
+        }
+        tools = [tool for tool in tools if tool["name"] in names]
+        written = {"type": "any" if allowed.get("mode") == "required" else "auto"}
+    elif kind == "function":
+        name = string(member(chat["tool_choice"], kind).get("name"), "tool_choice.function.name")
+        written = {"type": "tool", "name": draft.tool_name(name)}
+    elif kind in CHOICES:
+        written = {"type": CHOICES[kind]}
     elif choice is not None:
-        words = {"auto": "auto", "required": "any", "none": "none"}
-        if str(choice) not in words:
-            raise draft.refusal("tool_choice", f"{choice!r}")
-        written = {"type": words[str(choice)]}
+        raise draft.refusal("tool_choice", f"the type {kind}")
     if not tools:
         return {}
     if chat.get("parallel_tool_calls") is False and written.get("type") != "none":
@@ -9913,6 +9903,7 @@ class Outgoing:
         self._untranslated = b""  # what has come, and waits until others had their turn
         self._source_ended = False  # whether nothing more will come of what is translated
         self.heard_at = 0.0  # when the provider last sent something, if that matters
+        self._told_end_at = 0.0  # when a translated stream told why it ends, though it hasn't ended
         # Whether a stream has to say that it is over, since its framing won't, and whether it has.
         self._awaits_end = self._lines is not None and isinstance(self._decoder, CloseDecoder)
         self._sees_end = False
@@ -10032,8 +10023,10 @@ class Outgoing:
     def ping_time(self, sent_at: float) -> float:
         """When to ping(), if something last went out at `sent_at`: the client waits for a sign of life, or for an end
         of which the provider has told."""
-        may_end = self._translator is not None and self._translator.may_end
-        return self.heard_at + ENDING_SECONDS if may_end else sent_at + PING_SECONDS
+        if not (self._translator and self._translator.may_end):
+            return sent_at + PING_SECONDS
+        self._told_end_at = self._told_end_at or self.heard_at
+        return self._told_end_at + ENDING_SECONDS
 
     def ping(self) -> bytes:
         """What goes out when nothing has come for a while that could be translated."""
@@ -11307,10 +11300,10 @@ def upstream_request(
 COUNTING_PATH = "/messages/count_tokens"
 TRANSLATED_PATHS = frozenset({"/messages", COUNTING_PATH, "/chat/completions"})
 # Header fields of a client's that make sense to any provider: who it is, and by what to find its request.
-TRANSLATED_HEADERS = frozenset({
+TRANSLATED_HEADERS = {
     "user-agent", "x-request-id", "traceparent", "tracestate", "baggage", "b3", "x-cloud-trace-context",
     "x-amzn-trace-id",
-})  # fmt: skip
+}  # fmt: skip
 # What the body of a response is, which a translation changes.
 BODY_HEADERS = frozenset(
     {"content-type", "content-length", "content-encoding", "content-md5", "etag", "digest", "repr-digest"}

@@ -9375,14 +9375,16 @@ def test_s17_silence_gets_a_ping(upstream, relay, monkeypatch):
         client.until(b'"message_stop"}\n\n')
 
 
+@pytest.mark.parametrize("rest", [b"", b": KEEP-ALIVE\n\n"])
 @pytest.mark.parametrize("last", [delta("stop"), delta("stop", USAGE)], ids=brief)
-def test_s10_a_stream_that_told_its_end_ends_soon_though_nothing_more_comes(upstream, relay, monkeypatch, last):
-    monkeypatch.setattr(monorelay, "ENDING_SECONDS", 0.2)
+def test_s10_a_stream_that_told_its_end_ends_soon_though_nothing_more_comes(upstream, relay, monkeypatch, last, rest):
+    monkeypatch.setattr(monorelay, "ENDING_SECONDS", 0.3)
 
     def script(connection: Connection) -> None:
         connection.read_request()
         connection.send(STREAM_HEAD, chunk(sse_of([delta(content="Hi"), last], done=False)))
-        connection.ended_within(TIMEOUT_SECONDS)
+        while not connection.ended_within(0.1):
+            connection.send(chunk(rest) if rest else b"")
 
     it = relay({"openai": upstream(script)})
     got = it.post("/v1/messages", prompt("gpt-test", stream=True))
