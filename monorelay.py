@@ -4172,11 +4172,11 @@ class Draft:
             f"({format} format)"
         )
 
-    def refuse_members(self, members: Mapping[str, Any], refused: Iterable[str]) -> None:
+    def refuse_members(self, members: Mapping[str, Any], refused: Iterable[str], place: str = "") -> None:
         """Raises Untranslatable for the first of these members that has a value."""
         for name in refused:
             if members.get(name):
-                raise self.refusal(name, "this field")
+                raise self.refusal(join(place, name), "this field")
 
     def tool_name(self, name: str) -> str:
         """The name of a tool as it is sent: cut and marked where the other format would refuse it."""
@@ -5084,7 +5084,7 @@ class MessageTurns:
         for index, message in enumerate(objects(chat.get("messages"), "messages")):
             place, role = f"messages.{index}", str(message.get("role"))
             given = {name: value for name, value in message.items() if value}
-            self._draft.refuse_members(given, ("audio", "function_call"))
+            self._draft.refuse_members(given, ("audio", "function_call"), place)
             self._draft.drop_rest(given, CHAT_MESSAGE_KNOWN, "messages")
             if role in ("system", "developer"):
                 self._write_system(message, place)

@@ -4059,6 +4059,11 @@ def test_t10_the_form_of_the_answer():
         pytest.param({"top_logprobs": 3}, "top_logprobs: this field", id="t11-top"),
         pytest.param({"functions": [{}]}, "functions: this field", id="functions"),
         pytest.param({"audio": {"voice": "a"}}, "audio: this field", id="audio"),
+        pytest.param(
+            {"messages": [HELLO, assistant_said("x", function_call={"name": "f", "arguments": "{}"})]},
+            "messages.1.function_call: this field",
+            id="legacy",
+        ),
         pytest.param({"modalities": ["text", "audio"]}, "modalities: audio", id="modalities"),
         pytest.param({"web_search_options": {"a": 1}}, "web_search_options: this field", id="search"),
         pytest.param({"tools": [{"type": "custom", "custom": {}}]}, "tools.0: a tool of the type custom", id="custom"),
