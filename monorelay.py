@@ -4415,7 +4415,7 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
     thinking = member(request, "thinking")
     shown = "omitted" if thinking.get("display") == "omitted" else "shown"
     draft.about_answer = {
-        "thinking": shown if thinking.get("type", "disabled") != "disabled" else "hidden",
+        "thinking": "hidden" if thinking.get("type") in ("disabled", None) else shown,
         "thinking_returns": draft.knobs.reasoning_back != "none",
         "input_tokens": estimated_tokens(request),
     }
@@ -4535,14 +4535,12 @@ EFFORTS = ("low", "medium", "high", "xhigh", "max")
 def chat_reasoning(request: JsonDict, draft: Draft) -> JsonDict:
     """How much the model is to think, where the provider can be told."""
     thinking, output = member(request, "thinking"), member(request, "output_config")
-    effort, kind = output.get("effort"), thinking.get("type", "disabled")
+    effort, kind, is_told = output.get("effort"), thinking.get("type"), draft.knobs.reasoning != "none"
     draft.drop_rest(thinking, ("type", "display", "budget_tokens"), "thinking")
-    if draft.knobs.reasoning == "none" or kind not in ("enabled", "adaptive", "disabled"):
-        draft.drop_rest({"thinking": None if kind == "disabled" else kind}, ())
-    if draft.knobs.reasoning == "none":
+    if kind not in ("enabled", "adaptive", "disabled", None) or (kind in ("enabled", "adaptive") and not is_told):
+        draft.drop("thinking")
+    if kind == "disabled" or not is_told:
         draft.drop_rest({"output_config.effort": effort}, ())
-        return {}
-    if thinking.get("type") == "disabled":
         return {}
     budget = thinking.get("budget_tokens")
     if effort is None and isinstance(budget, (int, float)):
@@ -5301,31 +5299,31 @@ class MessageWriter:
         return events
 
     def begin(self) -> None:
-        """Begins the message. Its id is the request's: Ollama has a thousand ids, and Claude Code takes messages of the
-        same id for parts of one."""
+        """Begins the message, unless it has begun. Its id is the request's: Ollama has a thousand ids, and Claude Code
+        takes messages of the same id for parts of one."""
+        if self.begun:
+            return
         self.begun = True
-        usage = usage_of(self._asked.input_tokens, 0, 0, 0)
         message: JsonDict = {
             "id": answer_id("msg_", self._asked.id), "type": "message", "role": "assistant",
-            "model": self._asked.model, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage,
+            "model": self._asked.model, "content": [], "stop_reason": None, "stop_sequence": None,
+            "usage": usage_of(self._asked.input_tokens, 0, 0, 0),
         }  # fmt: skip
         self._events.append({"type": "message_start", "message": message})
 
     def write(self, kind: str, said: str) -> None:
         """Writes text or thinking, into a new block unless one of its type is open."""
         if self.open != kind:
-            self._open(kind, {"type": "text", "text": ""} if kind == "text" else EMPTY_THINKING)
-        if kind == "text":
-            self._delta({"type": "text_delta", "text": said})
-        elif self._asked.thinking == "shown":
-            self._delta({"type": "thinking_delta", "thinking": said})
+            self._open({"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})})
+        if kind == "text" or self._asked.thinking == "shown":
+            self._delta({"type": f"{kind}_delta", kind: said})
         elif self._asked.thinking_returns and len(self._thought) <= TRANSLATED_HELD_BYTES:
             self._thought += said.encode("utf-8", "surrogatepass")
 
     def open_call(self, id: str, name: str) -> None:
         """Begins a call."""
         name = self._asked.names.get(name, name)
-        self._open("tool_use", {"type": "tool_use", "id": id, "name": name, "input": {}})
+        self._open({"type": "tool_use", "id": id, "name": name, "input": {}})
 
     def write_arguments(self, part: str) -> None:
         """Writes a part of the open call's arguments."""
@@ -5347,10 +5345,10 @@ class MessageWriter:
         delta = {"stop_reason": reason, "stop_sequence": sequence}
         self._events += [{"type": "message_delta", "delta": delta, "usage": usage}, {"type": "message_stop"}]
 
-    def _open(self, kind: str, block: JsonDict) -> None:
+    def _open(self, block: JsonDict) -> None:
         self.close()
-        self.open = kind
-        self._events.append({"type": "content_block_start", "index": self.blocks, "content_block": dict(block)})
+        self.open = block["type"]
+        self._events.append({"type": "content_block_start", "index": self.blocks, "content_block": block})
         self.blocks += 1
 
     def _delta(self, delta: JsonDict) -> None:
@@ -5358,7 +5356,6 @@ class MessageWriter:
 
 
 ANSWERED_MEDIA = ("image_url", "image", "output_image", "input_audio", "audio")  # that Messages has no place for
-EMPTY_THINKING = {"type": "thinking", "thinking": "", "signature": ""}
 # What a chat answer ends for, in the words of Messages; any other word is an end like `stop`.
 STOP_REASONS = {
     "length": "max_tokens", "max_tokens": "max_tokens", "model_length": "max_tokens", "content_filter": "refusal",
@@ -5407,8 +5404,7 @@ class ChatReader:
 
     def begin(self) -> list[JsonDict]:
         """The first event, where the client is to have it before anything has come."""
-        if not self._writer.begun:
-            self._writer.begin()
+        self._writer.begin()
         return self._writer.take()
 
     def read(self, chunk: JsonDict) -> tuple[list[JsonDict], bool]:
@@ -5442,8 +5438,7 @@ class ChatReader:
         return events + self._writer.take()
 
     def _read_choice(self, choice: JsonDict) -> None:
-        if not self._writer.begun:
-            self._writer.begin()
+        self._writer.begin()
         delta = member(choice, "delta") or member(choice, "message")
         thought, said = reasoning_of(delta), answer_text(delta)
         if thought and self._asked.thinking != "hidden":

@@ -3744,7 +3744,9 @@ def test_q23_claude_code_is_understood_with_each_setting():
     ],
 )
 def test_thinking_becomes_an_effort_where_the_provider_knows_one(fields, effort):
-    assert to_chat(target_of(reasoning="effort"), **fields)[0].get("reasoning_effort") == effort
+    body, dropped = to_chat(target_of(reasoning="effort"), **fields)
+    assert body.get("reasoning_effort") == effort
+    assert dropped == (("output_config.effort",) if fields["thinking"]["type"] == "disabled" else ())
     assert "reasoning_effort" not in to_chat(**fields)[0]
 
 
