@@ -4307,6 +4307,11 @@ def string(value: Any, place: str) -> str:
     return value
 
 
+def text_in(members: JsonDict, name: str, place: str) -> str:
+    """The string that a member is. Raises BadRequest."""
+    return string(members.get(name), f"{place}.{name}")
+
+
 def strings(value: Any, place: str) -> list[str]:
     """The strings of a list, or the one that stands for it. Raises BadRequest."""
     items = [value] if isinstance(value, str) else value
@@ -4340,6 +4345,30 @@ def positive_count(value: Any, place: str) -> int:
     return value
 
 
+# Members of blocks that are carried, or are left out unnamed.
+BLOCK_KNOWN = {
+    "text": ("text", "citations"),
+    "image": ("source",),
+    "document": ("source", "title", "context", "citations"),
+    "search_result": ("source", "title", "content", "citations"),
+    "tool_reference": ("tool_name",),
+    "compaction": ("content", "encrypted_content", "signature"),
+    "thinking": ("thinking", "signature"),
+    "redacted_thinking": ("data",),
+    "tool_use": ("id", "name", "input", "caller"),
+    "tool_result": ("tool_use_id", "content", "is_error"),
+}
+
+
+def drop_from_block(block: JsonDict, draft: Draft) -> None:
+    """Notes what is left out of a block."""
+    kind = str(block.get("type"))
+    if kind in BLOCK_KNOWN:
+        draft.drop_rest(block, (*BLOCK_KNOWN[kind], "type", "cache_control"), kind)
+    if block.get("citations") and block["citations"] != {"enabled": False}:
+        draft.drop("citations")
+
+
 class Turn(NamedTuple):
     """Messages of one role that follow each other, as one: their blocks, each with its place in the request."""
 
@@ -4362,6 +4391,8 @@ def turns_of(messages: Any, draft: Draft) -> list[Turn]:
             blocks = [(f"{place}.content", {"type": "text", "text": content})]
         else:
             listed = objects([] if content is None else content, f"{place}.content")
+            for block in listed:
+                drop_from_block(block, draft)
             blocks = [(f"{place}.content.{number}", block) for number, block in enumerate(listed)]
         if turns and turns[-1].role == role:
             turns[-1].blocks.extend(blocks)
@@ -4438,37 +4469,13 @@ def chat_tools(request: JsonDict, draft: Draft) -> JsonDict:
         return {}
     members: JsonDict = {"tools": written}
     if kind == "tool":
-        name = draft.tool_name(string(choice.get("name"), "tool_choice.name"))
+        name = draft.tool_name(text_in(choice, "name", "tool_choice"))
         members["tool_choice"] = {"type": "function", "function": {"name": name}}
     elif choice:
         members["tool_choice"] = words[kind]
     if choice.get("disable_parallel_tool_use") is True and kind != "none":
         members["parallel_tool_calls"] = False
     return members
-
-
-# Members of blocks that are carried, or are left out unnamed.
-BLOCK_KNOWN = {
-    "text": ("text", "citations"),
-    "image": ("source",),
-    "document": ("source", "title", "context", "citations"),
-    "search_result": ("source", "title", "content", "citations"),
-    "tool_reference": ("tool_name",),
-    "compaction": ("content", "encrypted_content", "signature"),
-    "thinking": ("thinking", "signature"),
-    "redacted_thinking": ("data",),
-    "tool_use": ("id", "name", "input", "caller"),
-    "tool_result": ("tool_use_id", "content", "is_error"),
-}
-
-
-def drop_from_block(block: JsonDict, draft: Draft) -> None:
-    """Notes what is left out of a block."""
-    kind = str(block.get("type"))
-    if kind in BLOCK_KNOWN:
-        draft.drop_rest(block, (*BLOCK_KNOWN[kind], "type", "cache_control"), kind)
-    if block.get("citations") and block["citations"] != {"enabled": False}:
-        draft.drop("citations")
 
 
 TOOL_KNOWN = {
@@ -4484,7 +4491,7 @@ def chat_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
         raise draft.refusal(place, f"a tool of the type {kind}")
     if "direct" not in strings(tool.get("allowed_callers") or "direct", f"{place}.allowed_callers"):
         raise draft.refusal(f"{place}.allowed_callers", "a tool that only code may call")
-    function: JsonDict = {"name": draft.tool_name(string(tool.get("name"), f"{place}.name"))}
+    function: JsonDict = {"name": draft.tool_name(text_in(tool, "name", place))}
     if tool.get("description"):
         function["description"] = string(tool["description"], f"{place}.description")
     schema = tool.get("input_schema")
@@ -4600,11 +4607,14 @@ class ChatTurns:
             raise BadRequest("messages: at least one message is required")
         if said[-1].role == "assistant":
             raise self._draft.refusal("messages", "a final assistant message (prefill)")
+        for place, block in said[-1].blocks:
+            if SERVER_BLOCK.fullmatch(str(block.get("type"))):
+                raise self._draft.refusal(place, f"a block of the type {block['type']}")
         writers = {"system": self._write_system, "user": self._write_user, "assistant": self._write_assistant}
         for turn in turns:
             if turn.role not in writers:
                 raise self._draft.refusal(f"{turn.place}.role", f"the role {turn.role}")
-            writers[turn.role](turn, turn is said[-1])
+            writers[turn.role](turn)
         self._write_reminders()
         lead = [{"role": "system", "content": TEXT_JOINT.join(self._lead)}] if self._lead else []
         for message in self._messages:
@@ -4619,7 +4629,7 @@ class ChatTurns:
         elif parts:
             self._messages.append({"role": "user", "content": parts})
 
-    def _write_system(self, turn: Turn, last: bool) -> None:
+    def _write_system(self, turn: Turn) -> None:
         """What the system says later on, where the provider wants it."""
         texts = [said for place, block in turn.blocks for said in system_texts([block], place)]
         if self._draft.knobs.system_turns == "lead":
@@ -4637,12 +4647,12 @@ class ChatTurns:
             self._say([text_part(reminder(said)) for said in self._reminders])
         self._reminders = []
 
-    def _write_assistant(self, turn: Turn, last: bool) -> None:
+    def _write_assistant(self, turn: Turn) -> None:
         """One message: its text, then its calls."""
         self._check_answered(turn, ())
         self._write_reminders()
         self._write_leftovers(turn)
-        texts = [string(block.get("text"), f"{place}.text") for place, block in turn.of("text")]
+        texts = [text_in(block, "text", place) for place, block in turn.of("text")]
         thoughts = [own_thinking(block, self._draft.provider.name) for _, block in turn.of("thinking")]
         calls = [self._call(block, place) for place, block in turn.of("tool_use")]
         if not turn.blocks:
@@ -4658,7 +4668,6 @@ class ChatTurns:
         """What isn't the assistant's own: a compaction tells what the user said before."""
         for place, block in turn.blocks:
             kind = str(block.get("type"))
-            drop_from_block(block, self._draft)
             if kind == "compaction" or SERVER_BLOCK.fullmatch(kind):
                 self._say(self._parts(block, place))
             elif kind not in ("text", "tool_use", "thinking", "redacted_thinking"):
@@ -4675,7 +4684,7 @@ class ChatTurns:
         given = block.get("input")
         if not isinstance(given, dict):
             raise self._draft.refusal(f"{place}.input", "what is no object")
-        name = self._draft.tool_name(string(block.get("name"), f"{place}.name"))
+        name = self._draft.tool_name(text_in(block, "name", place))
         id = call_name(block.get("id"), f"{place}.id")
         call = {"id": self._call_id(id), "type": "function", "function": {"name": name, "arguments": dump(given)}}
         _, seal = carried_call(id)
@@ -4691,7 +4700,7 @@ class ChatTurns:
         digits = int.from_bytes(hashlib.sha256(found.encode("utf-8", "surrogatepass")).digest(), "big")
         return "".join(BASE62[digits // 62**power % 62] for power in range(9))
 
-    def _write_user(self, turn: Turn, last: bool) -> None:
+    def _write_user(self, turn: Turn) -> None:
         """First the results of calls, each a message, then one with all the rest: pictures in results too, since a
         result holds text only."""
         results = turn.of("tool_result")
@@ -4700,7 +4709,6 @@ class ChatTurns:
         parts: list[JsonDict] = []
         for place, result in results:
             call_id = self._call_id(result["tool_use_id"])
-            drop_from_block(result, self._draft)
             told, media = self._result(result, place)
             self._messages.append({"role": "tool", "tool_call_id": call_id, "content": told})
             if media and (len(results) > 1 or rest):
@@ -4709,8 +4717,6 @@ class ChatTurns:
         self._calls = []
         self._write_reminders()
         for place, block in rest:
-            if last and SERVER_BLOCK.fullmatch(str(block.get("type"))):
-                raise self._draft.refusal(place, f"a block of the type {block['type']}")
             parts += self._parts(block, place)
         self._say(parts)
 
@@ -4734,11 +4740,7 @@ class ChatTurns:
 
     def _result(self, result: JsonDict, place: str) -> tuple[str, list[JsonDict]]:
         """What a tool has returned: its text, and what isn't text."""
-        content = result.get("content")
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else objects(content or [], place)
-        parts = [
-            part for number, block in enumerate(blocks) for part in self._parts(block, f"{place}.content.{number}")
-        ]
+        parts = self._all_parts(result.get("content"), f"{place}.content")
         texts = [part["text"] for part in parts if part["type"] == "text"]
         media = [part for part in parts if part["type"] != "text"]
         told = TEXT_JOINT.join(texts)
@@ -4748,12 +4750,17 @@ class ChatTurns:
             told = f"Error: {told}" if told else "Error"
         return told, media
 
+    def _all_parts(self, content: Any, place: str) -> list[JsonDict]:
+        """The parts that a content becomes, if it is a text or blocks."""
+        blocks = [text_part(content)] if isinstance(content, str) else objects(content or [], place)
+        return [part for number, block in enumerate(blocks) for part in self._parts(block, f"{place}.{number}")]
+
     def _parts(self, block: JsonDict, place: str) -> list[JsonDict]:
         """The parts of a chat message that a user's block becomes."""
         kind = str(block.get("type"))
         drop_from_block(block, self._draft)
         if kind == "text":
-            said = string(block.get("text"), f"{place}.text")
+            said = text_in(block, "text", place)
             return [text_part(said)] if said else []
         if kind == "image":
             return [{"type": "image_url", "image_url": {"url": self._image_url(member(block, "source"), place)}}]
@@ -4773,28 +4780,24 @@ class ChatTurns:
 
     def _image_url(self, source: JsonDict, place: str) -> str:
         if source.get("type") == "base64":
-            data = string(source.get("data"), f"{place}.source.data")
-            return f"data:{string(source.get('media_type'), f'{place}.source.media_type')};base64,{data}"
+            data = text_in(source, "data", f"{place}.source")
+            return f"data:{text_in(source, 'media_type', f'{place}.source')};base64,{data}"
         if source.get("type") == "url":
-            return string(source.get("url"), f"{place}.source.url")
+            return text_in(source, "url", f"{place}.source")
         raise self._draft.refusal(place, f"an image with a source of the type {source.get('type')}")
 
     def _document(self, block: JsonDict, place: str) -> list[JsonDict]:
         """A document: a PDF as a file, anything else as text under its title."""
-        source, title = member(block, "source"), block.get("title")
-        kind = source.get("type")
+        source, title, kind = member(block, "source"), block.get("title"), member(block, "source").get("type")
+        context = self._all_parts(block.get("context"), f"{place}.context")
         if kind == "base64" and source.get("media_type") == "application/pdf":
-            data = f"data:application/pdf;base64,{string(source.get('data'), f'{place}.source.data')}"
-            return [{"type": "file", "file": {"filename": str(title or "document.pdf"), "file_data": data}}]
-        heading = [text_part(said) for said in (title, block.get("context")) if said and isinstance(said, str)]
+            data = f"data:application/pdf;base64,{text_in(source, 'data', f'{place}.source')}"
+            return [*context, {"type": "file", "file": {"filename": str(title or "document.pdf"), "file_data": data}}]
+        heading = self._all_parts(title, f"{place}.title") + context
         if kind == "text":
-            return [*heading, text_part(string(source.get("data"), f"{place}.source.data"))]
+            return [*heading, text_part(text_in(source, "data", f"{place}.source"))]
         if kind == "content":
-            content = source.get("content")
-            inner = [text_part(content)] if isinstance(content, str) else []
-            for number, part in enumerate([] if inner else objects(content, f"{place}.source.content")):
-                inner += self._parts(part, f"{place}.source.content.{number}")
-            return heading + inner
+            return heading + self._all_parts(source.get("content"), f"{place}.source.content")
         raise self._draft.refusal(place, f"a document with a source of the type {kind}")
 
 
@@ -5020,7 +5023,7 @@ def message_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
     schema = function.get("parameters") or {"type": "object", "properties": {}}
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
         raise draft.refusal(f"{place}.function.parameters", "what is no schema of an object")
-    written: JsonDict = {"name": draft.tool_name(string(function.get("name"), f"{place}.function.name"))}
+    written: JsonDict = {"name": draft.tool_name(text_in(function, "name", f"{place}.function"))}
     if function.get("description"):
         written["description"] = string(function["description"], f"{place}.function.description")
     written["input_schema"] = schema if "type" in schema else {"type": "object", **schema}
@@ -5153,7 +5156,7 @@ class MessageTurns:
             arguments = None
         if not isinstance(arguments, dict):
             raise self._draft.refusal(f"{place}.function.arguments", "what is no JSON object")
-        name = self._draft.tool_name(string(function.get("name"), f"{place}.function.name"))
+        name = self._draft.tool_name(text_in(function, "name", f"{place}.function"))
         return {
             "type": "tool_use",
             "id": carrying_id(call_name(call.get("id"), f"{place}.id")),

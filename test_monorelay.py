@@ -3561,7 +3561,7 @@ def test_q16_a_schema_stays_as_it_is_but_for_what_servers_stumble_over():
 def test_q17_documents_become_files_and_texts():
     blocks = [
         {"type": "document", "source": PDF, "title": "a.pdf"},
-        {"type": "document", "source": PDF, "citations": {"enabled": True}},
+        {"type": "document", "source": PDF, "citations": {"enabled": True}, "context": "P"},
         {"type": "document", "title": "T", "context": "C", "source": {"type": "text", "data": "D"}},
         {"type": "document", "source": {"type": "content", "content": [said("E"), IMAGE]}},
     ]
@@ -3569,6 +3569,7 @@ def test_q17_documents_become_files_and_texts():
     data = "data:application/pdf;base64,JVBERg=="
     assert body["messages"][0]["content"] == [
         {"type": "file", "file": {"filename": "a.pdf", "file_data": data}},
+        said("P"),
         {"type": "file", "file": {"filename": "document.pdf", "file_data": data}},
         said("T"),
         said("C"),
