@@ -5417,11 +5417,9 @@ class ChatReader:
         usage, ended = chunk.get("usage"), False
         if isinstance(usage, dict):
             self._usage, ended = usage, self.may_end
-        choices = chunk.get("choices")
-        ours = (it for it in listed_objects(choices) if it.get("index", 0) == 0)
-        choice = None if self.may_end else next(ours, None)
-        if choice is not None:
-            self._read_choice(choice)
+        ours = [it for it in listed_objects(chunk.get("choices")) if it.get("index", 0) == 0]
+        if ours and not self.may_end:
+            self._read_choice(ours[0])
         return self._writer.take(), ended
 
     def end(self) -> list[JsonDict]:
@@ -5591,22 +5589,26 @@ class ChatReader:
 
 def answer_text(delta: JsonDict) -> str:
     """The text in a delta. Raises AnswerFault for a picture or sound."""
-    for part in listed_objects(delta.get("content")) + listed_objects(delta.get("images")):
+    content = delta.get("content")
+    if isinstance(content, str) and "images" not in delta:
+        return content
+    for part in listed_objects(content) + listed_objects(delta.get("images")):
         if part.get("type") in ANSWERED_MEDIA:
             raise AnswerFault(f"the provider's answer holds a part of the type {part['type']}, which isn't text")
-    return "".join(plain_texts(delta.get("content")))
+    return "".join(plain_texts(content))
 
 
 def reasoning_of(delta: JsonDict) -> str:
     """The thinking in a delta, by the first of the names that servers have for it: others are copies."""
     for name in ("reasoning_content", "reasoning", "thinking"):
-        if delta.get(name) and isinstance(delta[name], str):
-            return str(delta[name])
+        said = delta.get(name)
+        if said and isinstance(said, str):
+            return said
     told = [entry.get("text") or entry.get("summary") for entry in listed_objects(delta.get("reasoning_details"))]
     for part in listed_objects(delta.get("content")):
         if part.get("type") == "thinking":
             told += plain_texts(part.get("thinking"))
-    return "".join(said for said in told if isinstance(said, str))
+    return "".join([said for said in told if isinstance(said, str)])
 
 
 def count_of(value: Any) -> int:
@@ -6037,7 +6039,9 @@ def nested_too_deeply() -> AnswerFault:
 def read_answer(data: bytes) -> JsonDict:
     """A document of an answer. Raises AnswerFault for what is none, or would take `json` too long."""
     try:
-        return read_document([data], sum(map(data.count, (b",", b"[", b"{"))), errors="replace")
+        may_be_many = len(data) > TRANSLATED_VALUES
+        values = sum(map(data.count, (b",", b"[", b"{"))) if may_be_many else 0
+        return read_document([data], values, errors="replace")
     except (BadRequest, RecursionError):
         raise AnswerFault("the provider sent what is no JSON object, or one of too many values") from None
 
