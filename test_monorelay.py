@@ -5062,6 +5062,25 @@ def test_s23_events_are_read_however_they_are_cut(line_end):
     assert texts == ["Grüße \u2028 \U0001f600"] * 2
 
 
+STREAM_PIECES = st.sampled_from([b"data:", b"data: x", b"data", b"database: y", b"event: e", b": c", b" "])
+
+
+@hypothesis.settings(max_examples=400)
+@hypothesis.given(st.lists(STREAM_PIECES | st.sampled_from([b"\n", b"\r", b"\r\n"]), max_size=12), st.randoms())
+def test_s23_events_are_those_that_their_lines_make(pieces, chance):
+    """However line ends are mixed, and wherever the bytes are cut."""
+    data, events, lines = b"".join(pieces), [], []
+    for line in [*re.split(b"\r\n|\n|\r", data), b""]:
+        name, _, value = line.partition(b":")
+        lines += [value[1:] if value.startswith(b" ") else value] if name == b"data" else []
+        if not line and lines:
+            events.append(b"\n".join(lines))
+            lines = []
+    reader, cuts = monorelay.EventReader(), sorted(chance.randint(0, len(data)) for _ in range(4))
+    read = [it for a, b in zip([0, *cuts], [*cuts, len(data)]) for it in reader.feed(data[a:b])]
+    assert [*read, *reader.flush()] == events
+
+
 # -- answers of Messages
 
 
