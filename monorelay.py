@@ -4728,7 +4728,7 @@ class ChatTurns:
             given = call_name(result.get("tool_use_id"), f"{place}.tool_use_id")
             if self._call_id(given) not in open_calls:
                 raise Untranslatable(
-                    f"{place}: unexpected `tool_use_id` found in `tool_result` blocks: {given}. "
+                    f"{place}: unexpected `tool_use_id` found in `tool_result` blocks: {given[:LOG_VALUE_CHARACTERS]}. "
                     "Each `tool_result` block must have a corresponding `tool_use` block in the previous message."
                 )
             del open_calls[self._call_id(given)]
@@ -5167,7 +5167,8 @@ class MessageTurns:
     def _write_result(self, message: JsonDict, place: str) -> None:
         call_id = carrying_id(call_name(message.get("tool_call_id"), f"{place}.tool_call_id"))
         if call_id not in self._calls:
-            raise Untranslatable(f"{place}: there is no call before it with the tool_call_id {call_id}")
+            shown = call_id[:LOG_VALUE_CHARACTERS]
+            raise Untranslatable(f"{place}: there is no call before it with the tool_call_id {shown}")
         result: JsonDict = {"type": "tool_result", "tool_use_id": call_id}
         content = message.get("content")
         blocks = self._blocks(content, f"{place}.content")

@@ -3470,6 +3470,10 @@ def test_calls_and_results_must_pair_as_anthropic_has_it():
     assert "messages.2.content.2: unexpected `tool_use_id`" in not_translated(lambda: to_chat(messages=surplus))
     twice = [*CALLS, user(tool_result("toolu_1"), tool_result("toolu_2"), tool_result("toolu_2"))]
     assert "messages.2.content.2: unexpected" in not_translated(lambda: to_chat(messages=twice))
+    long = "toolu_x" + "A" * 100_000
+    assert len(not_translated(lambda: to_chat(messages=[*CALLS, user(tool_result(long))]))) < 1000
+    assert len(not_translated(lambda: to_messages(messages=[HELLO, returned(long)]))) < 1000
+    assert "at most" in not_translated(lambda: to_chat(messages=[*CALLS, user(tool_result(long + long))]))
 
 
 def test_q14_a_long_name_goes_there_and_back():
