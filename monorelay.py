@@ -6097,7 +6097,8 @@ def fault_answer(fault: AnswerFault, asked: Asked) -> tuple[int, bytes]:
 
 
 def first_fault(content: bytes, is_stream: bool) -> Optional[AnswerFault]:
-    """The error with which a stream begins, or that a whole answer is; None where it isn't one."""
+    """The error with which a stream begins, or that a whole answer is; None where it isn't one. Errors are short."""
+    content = content[:PEEKED_BYTES]
     if b'"error"' not in content:
         return None
     try:
