@@ -6720,7 +6720,7 @@ def echo_error(path: str, fault: EchoFault, request_id: str) -> EchoResponse:
     """The response that tells what is wrong, in the format of the path."""
     format = "anthropic" if path.startswith(("/v1/messages", "/v1/anthropic")) else "openai"
     usual = "api_error" if fault.status >= 500 else "invalid_request_error"
-    kind = STATUS_KINDS["anthropic"].get(fault.status, usual)
+    kind = STATUS_KINDS.get(fault.status, usual)
     document = error_body(format, kind, str(fault), kind, request_id)
     return EchoResponse(fault.status, "application/json", [(0.0, document)], len(document))
 
