@@ -4074,6 +4074,7 @@ TOOL_NAME_CHARACTERS = 256  # in an answer
 TOOL_ID_CHARACTERS = 2048  # in an answer
 SEAL_CHARACTERS = 64 * 1024  # of what Gemini has to get back with a call
 CARRYING_CHARACTERS = 128 * 1024  # of an id in a request: it may carry another one, and such a seal
+CARRIED_VALUES = 2 * TOOL_ID_CHARACTERS  # in what such an id carries: two texts, which may have commas
 SIGNATURE_CHARACTERS = 8 * TRANSLATED_HELD_BYTES  # each character of thinking may take six, and base64 a third more
 DROPPED_NAMES = 20  # of what was left out are told
 CHAT_STOPS = 4  # OpenAI's limit
@@ -4147,6 +4148,7 @@ class Draft:
         self.names: dict[str, str] = {}  # of tools: as sent, and as the client calls them
         self.about_answer: JsonDict = {}  # what Asked has to know besides
         self._dropped: dict[str, None] = {}
+        self._values = self._escapes = 0  # in the JSON texts that strings of it hold
 
     @property
     def dropped(self) -> tuple[str, ...]:
@@ -4188,6 +4190,14 @@ class Draft:
             self.names[sent] = name
         return sent
 
+    def read_inner(self, text: str) -> Any:
+        """The value of a JSON text that a string of the request holds. Raises ValueError, and BadRequest where all such
+        texts together would take `json` too long."""
+        self._values += values_in(text)
+        self._escapes += text.count("\\")
+        check_weight(self._values, self._escapes)
+        return read_json(text)
+
     def finished(self, body: JsonDict) -> JsonDict:
         """The body with what the provider's knobs take out of it and put into it."""
         for name in self.knobs.drop:
@@ -4222,8 +4232,7 @@ def translate_request(
 def read_document(pieces: Sequence[bytes], values: int, errors: str = "strict") -> JsonDict:
     """The JSON object in the pieces, which have so many values. Raises BadRequest for what is none, or would take
     `json` too long."""
-    if values > TRANSLATED_VALUES or sum(piece.count(b"\\") for piece in pieces) > TRANSLATED_ESCAPES:
-        raise BadRequest(f"more than {TRANSLATED_VALUES} values or {TRANSLATED_ESCAPES} escapes aren't translated")
+    check_weight(values, sum(piece.count(b"\\") for piece in pieces))
     try:
         document = read_json(b"".join(pieces).decode("utf-8", errors))
     except ValueError as error:
@@ -4231,6 +4240,17 @@ def read_document(pieces: Sequence[bytes], values: int, errors: str = "strict") 
     if not isinstance(document, dict):
         raise BadRequest("the body must be a JSON object", "not_json")
     return document
+
+
+def check_weight(values: int, escapes: int) -> None:
+    """Raises BadRequest where so many would take `json` too long."""
+    if values > TRANSLATED_VALUES or escapes > TRANSLATED_ESCAPES:
+        raise BadRequest(f"more than {TRANSLATED_VALUES} values or {TRANSLATED_ESCAPES} escapes aren't translated")
+
+
+def values_in(text: str) -> int:
+    """How many values a JSON text has at most, but for its first."""
+    return sum(map(text.count, ",[{"))
 
 
 def finite(digits: str) -> float:
@@ -4653,7 +4673,7 @@ class ChatTurns:
         self._write_reminders()
         self._write_leftovers(turn)
         texts = [text_in(block, "text", place) for place, block in turn.of("text")]
-        thoughts = [own_thinking(block, self._draft.provider.name) for _, block in turn.of("thinking")]
+        thoughts = [own_thinking(block, self._draft) for _, block in turn.of("thinking")]
         calls = [self._call(block, place) for place, block in turn.of("tool_use")]
         if not turn.blocks:
             return
@@ -4872,7 +4892,8 @@ def carried_call(name: str) -> tuple[str, str]:
     if not name.startswith(CARRIED_ID):
         return name, ""
     try:
-        id, seal = json.loads(from_base64url(name[len(CARRIED_ID) :]))
+        text = from_base64url(name[len(CARRIED_ID) :]).decode("utf-8")
+        id, seal = json.loads(text) if values_in(text) < CARRIED_VALUES else (name, "")
         return string(id, ""), string(seal, "")
     except (ValueError, TypeError, RecursionError, RelayError):
         return name, ""  # it only looks like one
@@ -4884,18 +4905,19 @@ def thinking_signature(provider: str, thought: str) -> str:
     return CARRIED_THINKING + base64url(json.dumps(carried).encode("ascii"))
 
 
-def own_thinking(block: JsonDict, provider: str) -> str:
-    """The text of a thinking block, if it is this provider's own; else nothing."""
+def own_thinking(block: JsonDict, draft: Draft) -> str:
+    """The text of a thinking block, if it is the provider's own; else nothing. Raises BadRequest."""
     sealed = block.get("signature")
     if not isinstance(sealed, str) or not sealed.startswith(CARRIED_THINKING) or len(sealed) > SIGNATURE_CHARACTERS:
         return ""
     try:
-        carried = json.loads(from_base64url(sealed[len(CARRIED_THINKING) :]))
-        if carried.get("p") != provider:
-            return ""
-        return string(block.get("thinking") or carried.get("x", ""), "")
-    except (ValueError, AttributeError, RelayError):
+        carried = draft.read_inner(from_base64url(sealed[len(CARRIED_THINKING) :]).decode("utf-8"))
+    except ValueError:
         return ""
+    if not isinstance(carried, dict) or carried.get("p") != draft.provider.name:
+        return ""
+    thought = block.get("thinking") or carried.get("x")
+    return thought if isinstance(thought, str) else ""
 
 
 # -- chat to Messages: the request
@@ -5149,10 +5171,10 @@ class MessageTurns:
         function = member(call, "function")
         if call.get("type", "function") != "function":
             raise self._draft.refusal(place, f"a call of the type {call['type']}")
-        given = function.get("arguments")
+        given = string(function.get("arguments") or "{}", f"{place}.function.arguments")
         try:
-            arguments = read_json(given or "{}")
-        except (ValueError, TypeError):
+            arguments = self._draft.read_inner(given)
+        except ValueError:
             arguments = None
         if not isinstance(arguments, dict):
             raise self._draft.refusal(f"{place}.function.arguments", "what is no JSON object")
@@ -5388,6 +5410,7 @@ class ChatReader:
         self._count = 0  # of calls that have come,
         self._closed = 0  # and of those written
         self._held = 0  # bytes that are kept
+        self._values = 0  # in the arguments of all calls
         self._later: list[tuple[str, str]] = []  # what was said while a call was open
         self._blanks: list[str] = []  # text without a character so far, which may stand before nothing
         self._said = 0  # characters, of all kinds
@@ -5503,6 +5526,9 @@ class ChatReader:
             if part.strip():
                 raise AnswerFault("the provider's answer adds to a call that was complete")
             return
+        self._values += values_in(part)
+        if self._values > TRANSLATED_VALUES:
+            raise AnswerFault(f"the provider's answer calls tools with more than {TRANSLATED_VALUES} values")
         data = part.encode("utf-8", "surrogatepass")
         self._said += len(part)
         self._hold(len(data) + len(seal))

@@ -3371,6 +3371,35 @@ def test_q9_thinking_goes_back_to_the_provider_that_thought_it():
     assert told("none") == [None] * 4
 
 
+def forged(text: str) -> dict[str, Any]:
+    """Thinking whose signature carries a text that this relay didn't put there."""
+    return {"type": "thinking", "thinking": "", "signature": "mr1." + monorelay.base64url(text.encode())}
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "7", '{"p":7}', '{"p":"acme","x":[]}', '{"p":"acme","x":' + "9" * 5000 + "}"], ids=brief
+)
+def test_q9_what_is_no_thinking_of_ours_is_left_out(text):
+    body, dropped = to_chat(messages=[HELLO, assistant(forged(text), said("so")), HELLO])
+    assert body["messages"][1] == {"role": "assistant", "content": "so"} and dropped == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" + "0," * 90_000 + "0]", '{"a":[' + "0," * 90_000 + '"\\u0061"]}', '"' + "\\n" * 700_000 + '"'],
+    ids=brief,
+)
+def test_json_within_strings_may_have_as_many_values_as_a_body(text):
+    """All such strings of a request together."""
+    thoughts, calls = [forged(text)] * 3, [called(str(number), text) for number in range(3)]
+    told = "more than 250000 values or 2000000 escapes aren't translated"
+    assert not_translated(lambda: to_chat(messages=[HELLO, assistant(*thoughts, said("so")), HELLO])) == told
+    if text.startswith("{"):
+        body, _ = to_messages(messages=[HELLO, assistant_said(None, *calls[:2])])
+        assert body["messages"][1]["content"][1]["input"] == json.loads(text)
+        assert not_translated(lambda: to_messages(messages=[HELLO, assistant_said(None, *calls)])) == told
+
+
 @pytest.mark.parametrize(
     ("choice", "written"),
     [
@@ -4149,7 +4178,7 @@ def test_any_id_of_a_call_can_be_carried(id, seal):
     assert monorelay.carried_call(carried) == (id, seal)
 
 
-@pytest.mark.parametrize("tail", ["", "0", "W10", "WzEsMl0", "IkEi", "W" * 9000], ids=brief)
+@pytest.mark.parametrize("tail", ["", "0", "W10", "WzEsMl0", "IkEi", "W" * 9000, "LFtd" * 2000], ids=brief)
 def test_what_only_looks_like_a_carried_id_is_one_of_its_own(tail):
     assert monorelay.carried_call(f"toolu_x{tail}") == (f"toolu_x{tail}", "")
 
@@ -4904,17 +4933,20 @@ def test_s22_each_part_of_a_call_leaves_before_the_next_comes():
         assert "".join(parts).endswith(part)
 
 
+def test_the_arguments_of_all_calls_have_as_many_values_as_an_answer():
+    calls = [call(number, f"c{number}", "look", '{"at":[' + "0," * 60_000 + "0]}") for number in range(5)]
+    with pytest.raises(monorelay.AnswerFault, match="more than 250000 values"):
+        whole_answer(asked_of(), sse_of([delta(calls=[one]) for one in calls] + [delta("tool_calls")]), is_stream=True)
+    assert len(whole_answer(asked_of(), completion("tool_calls", calls=calls[:2]))["content"]) == 2
+
+
 def test_thinking_is_shown_to_those_who_asked_for_it():
     data = sse_of([delta(reasoning="hm"), delta(content="Hi"), delta("stop", USAGE)])
     assert accumulated(asked_of(thinking="hidden"), data)["content"] == [said("Hi")]
     omitted = accumulated(asked_of(thinking="omitted"), data)["content"]
     assert omitted == [signed(""), said("Hi")]
     kept = accumulated(asked_of(thinking="omitted", thinking_returns=True), data)["content"][0]
-    assert (
-        kept["thinking"] == ""
-        and monorelay.own_thinking(kept, "acme") == "hm"
-        and monorelay.own_thinking(kept, "b") == ""
-    )
+    assert kept["thinking"] == "" and monorelay.own_thinking(kept, monorelay.Draft(target_of())) == "hm"
 
 
 CALL_SCRIPT = st.lists(
