@@ -4090,6 +4090,7 @@ CARRIED_ID = "toolu_x"  # begins an id that stands for another provider's, which
 CARRIED_THINKING = "mr1."  # begins a signature of ours
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 DATA_URI = re.compile(r"data:([a-z]+/[a-z0-9.+-]+)(?:;[a-z0-9=_-]+)*;base64,", re.IGNORECASE)
+DATA_URI_CHARACTERS = 256  # before the data; the usual ones have some 25
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 # What tools that run at Anthropic have left in the history.
 SERVER_BLOCK = re.compile(r"server_tool_use|mcp_tool_use|mcp_tool_listing|fallback|advisor.*|[a-z_]+_tool_result")
@@ -4601,9 +4602,8 @@ def is_strict(schema: Any) -> bool:
         return True
     if schema.get("type") == "object" or "properties" in schema:
         given = schema.get("required")
-        required = given if isinstance(given, list) else []
-        is_closed = schema.get("additionalProperties") is False
-        if not is_closed or any(name not in required for name in member(schema, "properties")):
+        required = {name for name in given if isinstance(name, str)} if isinstance(given, list) else set()
+        if schema.get("additionalProperties") is not False or not required.issuperset(member(schema, "properties")):
             return False
     return all(map(is_strict, schema.values()))
 
@@ -5225,7 +5225,7 @@ class MessageTurns:
         return {**block, "cache_control": part["cache_control"]} if part.get("cache_control") else block
 
     def _image(self, url: str, place: str) -> JsonDict:
-        kind = DATA_URI.match(url)
+        kind = DATA_URI.match(url, 0, DATA_URI_CHARACTERS)
         if not kind and url.startswith(("http://", "https://")):
             return {"type": "image", "source": {"type": "url", "url": url}}
         if not kind or kind[1].lower() not in IMAGE_TYPES:
@@ -5238,7 +5238,7 @@ class MessageTurns:
             raise self._draft.refusal(place, "a file that isn't in the request")
         self._draft.drop_rest(file, ("file_data", "filename"), "file")
         data = string(file["file_data"], f"{place}.file.file_data")
-        kind = DATA_URI.match(data)
+        kind = DATA_URI.match(data, 0, DATA_URI_CHARACTERS)
         media, encoded = (kind[1].lower(), data[kind.end() :]) if kind else ("application/pdf", data)
         if media == "application/pdf":
             source = {"type": "base64", "media_type": media, "data": encoded}

@@ -3802,6 +3802,15 @@ def test_the_form_of_the_answer_is_strict_where_the_schema_is(strict):
         assert form == {"type": "json_schema", "json_schema": {"name": "output", "schema": schema, "strict": strict}}
 
 
+def test_a_schema_of_many_members_takes_no_long_look():
+    names = [f"k{number:05d}" for number in range(30_000)]
+    schema = {"type": "object", "additionalProperties": False, "properties": {name: {} for name in names}}
+    schema["required"] = names[::-1]
+    began = time.thread_time()
+    assert monorelay.is_strict(schema) and not monorelay.is_strict({**schema, "required": [*names[1:], [], 7]})
+    assert time.thread_time() - began < 0.3
+
+
 def test_q24_half_a_surrogate_pair_arrives_as_it_was_sent():
     for body in (prompt(messages=[user(said("\ud83d"))]), chat(messages=[user(said("\ud83d"))])):
         target = target_of("openai" if "max_tokens" in body else "anthropic")
@@ -4030,6 +4039,19 @@ def test_t4_pictures_and_files():
         {"type": "document", "source": PDF},
         {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "Hi"}, "title": "a.txt"},
     ]
+
+
+@pytest.mark.parametrize(
+    "url", ["data:a/b" + ";a" * 5_000_000, "data:image/png" + ";a" * 200 + ";base64,AA"], ids=brief
+)
+def test_t4_what_stands_before_the_data_of_a_picture_is_short(url):
+    tracemalloc.start()
+    try:
+        picture = {"type": "image_url", "image_url": {"url": url}}
+        assert "an image" in not_translated(lambda: to_messages(messages=[user(picture)]))
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(url) + (1 << 20)
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
