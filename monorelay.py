@@ -4070,7 +4070,8 @@ TRANSLATED_HELD_BYTES = 512 * 1024  # of an event, and of what waits for its tur
 WRITTEN_CHARACTERS = 64 * 1024  # of a string at a time
 WAITING_BYTES = 128  # that each piece of what waits takes besides
 TOOL_CALLS = 128  # in an answer: as many tools as OpenAI allows in a request
-TOOL_NAME_CHARACTERS = 256  # in an answer
+TOOL_NAME_CHARACTERS = 256  # Anthropic allows 128, OpenAI 64
+RENAMED_TOOLS = 1000  # in a request: they are remembered until the answer is over
 TOOL_ID_CHARACTERS = 2048  # in an answer
 SEAL_CHARACTERS = 64 * 1024  # of what Gemini has to get back with a call
 CARRYING_CHARACTERS = 128 * 1024  # of an id in a request: it may carry another one, and such a seal
@@ -4182,13 +4183,19 @@ class Draft:
                 raise self.refusal(join(place, name), "this field")
 
     def tool_name(self, name: str) -> str:
-        """The name of a tool as it is sent: cut and marked where the other format would refuse it."""
+        """The name of a tool as it is sent: cut and marked where the other format would refuse it. Raises
+        Untranslatable for one that is too long, and where too many are to be changed."""
+        if len(name) > TOOL_NAME_CHARACTERS:
+            raise self.refusal("tools", f"a name of more than {TOOL_NAME_CHARACTERS} characters")
         longest = 64 if self.provider.format == "openai" else 128
-        sent = name
-        if not re.fullmatch(r"[a-zA-Z0-9_-]+", name) or len(name) > longest:
-            digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-            sent = f"{re.sub('[^a-zA-Z0-9_-]', '_', name[:55])}_{digest}"
-            self.names[sent] = name
+        if re.fullmatch(r"[a-zA-Z0-9_-]+", name) and len(name) <= longest:
+            return name
+        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+        sent = f"{re.sub('[^a-zA-Z0-9_-]', '_', name[:55])}_{digest}"
+        self.names[sent] = name
+        if len(self.names) > RENAMED_TOOLS:
+            odd = f"over {longest} characters or of others than letters, digits, _ and -"
+            raise self.refusal("tools", f"more than {RENAMED_TOOLS} names {odd}")
         return sent
 
     def read_inner(self, text: str) -> Any:

@@ -3518,6 +3518,22 @@ def test_q14_a_long_name_goes_there_and_back():
     assert answer["content"][0]["name"] == name
 
 
+def test_q14_names_are_bounded_in_length_and_those_that_are_changed_in_number():
+    def odd(count: int) -> dict[str, Any]:
+        return {"tools": [{**TOOL, "name": f"a.{number}"} for number in range(count)]}
+
+    _, made = translated(prompt(**odd(1000)))
+    assert len(made.asked.names) == 1000
+    assert "more than 1000 names" in not_translated(lambda: to_chat(**odd(1001)))
+    assert len(to_chat(tools=[{**TOOL, "name": f"a{number}"} for number in range(1001)])[0]["tools"]) == 1001
+    long = "a" * 257
+    for made_of in (
+        lambda: to_chat(messages=[HELLO, assistant(tool_use("c1", long)), user(tool_result("c1"))]),
+        lambda: to_messages(messages=[HELLO, assistant_said(None, called("c1", name=long)), returned("c1")]),
+    ):
+        assert not_translated(made_of).startswith("tools: a name of more than 256 characters can't be sent to")
+
+
 def test_q15_the_systems_later_words_part_no_call_from_its_result():
     turns = [
         *CALLS,
