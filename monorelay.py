@@ -4108,11 +4108,12 @@ class Untranslatable(BadRequest):
 class AnswerFault(Exception):
     """A provider's answer holds an error, or what no message can hold. `status` is what it should have had."""
 
-    def __init__(self, message: str, status: int = 502, text: str = "") -> None:
+    def __init__(self, message: str, status: int = 502, text: str = "", code: str = "upstream_broken") -> None:
         super().__init__(message)
         self.message = message
         self.status = status
         self.text = text  # all that the provider said
+        self.code = code  # by which the relay tells of it, where the provider said nothing
 
 
 class Asked(NamedTuple):
@@ -5962,10 +5963,12 @@ class EventReader:
 
 
 class AnswerTranslator:
-    """Translates one answer: a stream by feed(), ping() and close(), else whole()."""
+    """Translates one answer: a stream by feed(), ping() and close(), else whole(). `present` makes of a fault what the
+    client may hear of it."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: Asked, present: Callable[[AnswerFault], AnswerFault] = lambda fault: fault) -> None:
         self._asked = asked
+        self._present = present
         self._events = EventReader()
         self._reader = ChatReader(asked) if asked.format == "anthropic" else MessageReader(asked)
         self.ended = False  # whether the client has all that it will get
@@ -6007,6 +6010,8 @@ class AnswerTranslator:
             for event in events:
                 collector.add(event)
             text = dump(collector.document())
+        except AnswerFault as fault:
+            raise self._present(fault) from None
         except RecursionError:
             raise nested_too_deeply() from None
         del collector
@@ -6020,9 +6025,9 @@ class AnswerTranslator:
                 sent.append(self._bytes_of(event))
             return b"".join(sent) + (self._last_line() if self.ended else b"")
         except (AnswerFault, RecursionError) as error:
-            fault = self.fault = error if isinstance(error, AnswerFault) else nested_too_deeply()
+            fault = self.fault = self._present(error if isinstance(error, AnswerFault) else nested_too_deeply())
             _, kind, message, code = error_terms(self._asked.format, fault)
-            return b"".join(sent) + self.fail(message, kind, code if fault.text else "upstream_broken")
+            return b"".join(sent) + self.fail(message, kind, code if fault.text else fault.code)
 
     def _bytes_of(self, event: JsonDict) -> bytes:
         if self._asked.format == "anthropic":
@@ -9190,15 +9195,27 @@ class UpstreamResponse:
         return first_fault(self.content, self.is_stream) if self.head.status < 300 else None
 
     @property
-    def quotes_key(self) -> bool:
-        """Whether the key that was sent, or another secret among the provider's headers, stands in the head or in what
-        has come of the content, however it is escaped there."""
+    def status(self) -> int:
+        """Its status; of one of 200 that begins with an error, the one that this should have had."""
+        if self.head.status >= 300 or not self.begins_with_error:
+            return self.head.status
+        fault = self.first_fault if self.translated else None
+        # Told in a stream that was opened too early: overloaded, unless it is the request's own fault.
+        return fault.status if fault else 400 if b"invalid_request_error" in self.content else 529
+
+    @property
+    def told(self) -> str:
+        """The head, and what has come of the content."""
+        fields = itertools.chain.from_iterable(self.head.fields.pairs)
+        return "\n".join([self._readable().decode("latin-1"), self.head.reason, *fields])
+
+    def quotes_key(self, text: str) -> bool:
+        """Whether the key that was sent, or another secret among the provider's headers, stands in a text, however it
+        is escaped there."""
         key, provider = self.candidate.key, self.candidate.target.provider
         given = [value.rpartition(" ")[2] for name, value in provider.headers if value and SECRET_NAME.fullmatch(name)]
         secrets = [secret for secret in given if len(secret) >= SECRET_CHARACTERS]
         secrets += [key.secret.reveal()] if key else []
-        pairs = itertools.chain.from_iterable(self.head.fields.pairs)
-        text = "\n".join([self._readable().decode("latin-1"), self.head.reason, *pairs])
         plain = unescaped(text[: 2 * PEEKED_BYTES]) if secrets else ""
         return any(secret in text or secret in plain for secret in secrets)
 
@@ -9588,12 +9605,7 @@ class Relay:
     def _is_failure(self, request: UpstreamRequest, response: UpstreamResponse) -> bool:
         """Whether another candidate should be tried. Tells the key pool and the log how this one fared."""
         candidate = response.candidate
-        provider, status = candidate.target.provider, response.head.status
-        if response.begins_with_error:
-            # Told in a stream that was opened too early: overloaded, unless it is the request's own fault.
-            status = 400 if b"invalid_request_error" in response.content else 529
-            fault = response.first_fault if response.translated else None
-            status = fault.status if fault else status
+        provider, status = candidate.target.provider, response.status
         if status == 400 and NO_CREDIT.search(response.content):
             status = 402
         clock, blames = time.time(), request.blames and provider.format != "echo"
@@ -9641,15 +9653,31 @@ def problem_of(request: UpstreamRequest, response: UpstreamResponse) -> tuple[st
     status, name = response.head.status, f"the provider {response.candidate.target.provider.name}"
     if 300 <= status < 400 and status != 304 and "location" in response.head.fields:
         return f"{name} answered with a redirect ({status}): correct its base_url in relay.json", "upstream_redirect"
-    own_fault = request.names_account and not response.translated and ABOUT_ACCOUNT.search(response.content)
-    if status == 401 and not own_fault and not response.candidate.target.provider.client_keys:
-        key = f"key {response.candidate.label}" if response.candidate.key else "lack of a key"
-        told = error_member(response.content, "code") or error_member(response.content, "type")
-        reason = "401" if response.quotes_key else f"401 {told}".strip()
+    is_clients = request.names_account and not response.translated and bool(ABOUT_ACCOUNT.search(response.content))
+    code = error_member(response.content, "code") or error_member(response.content, "type")
+    return key_problem(response, response.status, response.told, code, is_clients)
+
+
+def key_problem(
+    response: UpstreamResponse, status: int, told: str, code: str = "", is_clients: bool = False
+) -> tuple[str, str]:
+    """Why an error with that status isn't for the client, and a short code for that: it refuses the relay's key, unless
+    what it refuses `is_clients`, or quotes it; empty if it is."""
+    candidate, has_quoted = response.candidate, response.quotes_key(told)
+    name = f"the provider {candidate.target.provider.name}"
+    if status == 401 and not (is_clients or candidate.target.provider.client_keys):
+        key = f"key {candidate.label}" if candidate.key else "lack of a key"
+        reason = "401" if has_quoted else f"401 {code}".strip()
         return f"{name} refused this relay's {key} ({reason})", "upstream_refused_key"
-    if response.quotes_key:
+    if has_quoted:
         return f"{name} answered with {status}, and quoted this relay's key in that", "upstream_quoted_key"
     return "", ""
+
+
+def presented_fault(response: UpstreamResponse, fault: AnswerFault) -> AnswerFault:
+    """A fault that a response tells of in its midst, or another one if that isn't for the client."""
+    problem, code = key_problem(response, fault.status, f"{fault.message}\n{fault.text}")
+    return AnswerFault(problem, code=code) if problem else fault
 
 
 def upstream_error(content: bytes) -> str:
@@ -10085,11 +10113,17 @@ class Outgoing:
         self.ended, fault = self._translator.ended, self._translator.fault
         if fault:
             self.failed = fault.status != 400  # which is about the request
-            self._record.error = "upstream:error" if fault.text else "upstream_broken"
+            self._record.error = "upstream:error" if fault.text else fault.code
             self.keep_alive, self.must_reset = False, self.until_close
             return self._counted(translated)
         self._record.complete = self.ended
         return self._counted(translated) + (LAST_CHUNK if self.ended and self._chunked else b"")
+
+    def _without_key(self, content: bytes) -> bytes:
+        """Whole lines of a stream without the relay's key, which the error in them may quote."""
+        key = self._response.relayed.candidate.key if self._response.relayed else None
+        eraser = KeyEraser(key.secret.reveal()) if key else None
+        return eraser.feed(content) + eraser.flush() if eraser else content
 
     def _look_for_end(self, content: bytes) -> None:
         """Notes whether a stream says that it is over; a name does only when its data has come, too."""
@@ -10109,12 +10143,13 @@ class Outgoing:
     def _counted(self, content: bytes) -> bytes:
         """The content, framed, after a look at what it tells."""
         if content:
+            if self._lines and b"error" in content and EVENT_IS_ERROR.search(content):
+                self.failed = b"invalid_request_error" not in content
+                content = self._without_key(content)
             self._record.bytes_sent += len(content)
             self._last_byte = content[-1:]
             if self._response.relayed and not self._translator:
                 self._record.usage.read(content, self._lines is not None)
-            if self._lines and b"error" in content and EVENT_IS_ERROR.search(content):
-                self.failed = b"invalid_request_error" not in content
             if self._awaits_end:
                 self._look_for_end(content)
         return chunk(content) if self._chunked else content
@@ -11437,23 +11472,24 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
     record.dropped = ", ".join(translated.dropped)
     fields, failed = translated_fields(exchange, relayed), False
     is_error = relayed.head.status >= 400 or relayed.begins_with_error
+    translator = AnswerTranslator(asked, functools.partial(presented_fault, relayed))
     if asked.stream and relayed.is_stream and not is_error:
         fields.append(("content-type", "text/event-stream"))
-        return Response(200, reason_of(200), fields, relayed=relayed, translator=AnswerTranslator(asked))
+        return Response(200, reason_of(200), fields, relayed=relayed, translator=translator)
     try:
         if is_error:
             record.error = upstream_error(relayed.content)
             return translated_error(fields, relayed, asked)
         body = await whole_body(exchange, relayed)
         record.usage.read(body, relayed.is_stream)
-        work = functools.partial(AnswerTranslator(asked).whole, body, relayed.is_stream)
+        work = functools.partial(translator.whole, body, relayed.is_stream)
         answer = await at_leisure(exchange.loop, len(body), work)
         fields.append(("content-type", "text/event-stream" if asked.stream else "application/json"))
         return Response(200, reason_of(200), fields, answer)
     except AnswerFault as fault:
         failed = True
         if not fault.text:
-            return untold_answer(exchange, UpstreamFailed(fault.message, "upstream_broken"))
+            return untold_answer(exchange, UpstreamFailed(fault.message, fault.code))
         record.error = "upstream:error"
         status, told = fault_answer(fault, asked)
         return Response(status, reason_of(status), [*fields, ("content-type", "application/json")], told)

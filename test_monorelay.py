@@ -8610,6 +8610,14 @@ def test_an_error_that_quotes_the_key_where_few_would_look_is_a_502(upstream, re
     assert got.get("x-monorelay-error") == "upstream_quoted_key" and b"very-secret" not in got.head + got.body
 
 
+def test_an_error_in_the_midst_of_a_stream_goes_on_without_the_key(upstream, relay):
+    pieces = [TOLD[:40], TOLD[40:]]
+    stream = STREAM_HEAD + chunked(ANTHROPIC_EVENTS[0], b"event: error\ndata: " + pieces[0], pieces[1] + b"\n\n")
+    it = relay({"anthropic": {"upstream": upstream(stream), "keys": [SLASHED_KEY]}})
+    got = it.post("/v1/messages", prompt(stream=True))
+    assert got.body == ANTHROPIC_EVENTS[0] + b"event: error\ndata: %s\n\n" % TOLD.replace(SLASHED_KEY.encode(), b"***")
+
+
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
 @pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
 def test_a_key_far_behind_the_beginning_of_an_error_is_erased(upstream, relay, framing, version):
@@ -9391,6 +9399,44 @@ FAILED_ANSWERS = {
     "error": {"error": {"message": "slow", "code": 429}},
     "choice": {"choices": [{"index": 0, "finish_reason": "error", "error": {"message": "slow", "code": 429}}]},
 }
+
+
+KEY_REFUSED = {"error": {"message": "Incorrect API key provided: sk-openai-secret", "code": 401}}
+KEY_QUOTED = {"error": {"message": "no credit for sk-openai%2Dsecret", "code": 429}}
+
+
+@pytest.mark.parametrize(
+    ("told", "code"), [(KEY_REFUSED, "upstream_refused_key"), (KEY_QUOTED, "upstream_quoted_key")], ids=brief
+)
+@pytest.mark.parametrize("kind", ["whole", "whole, late", "first event", "later event"])
+def test_r16_an_error_in_an_answer_of_200_shows_nobody_the_relays_key(upstream, relay, monkeypatch, kind, told, code):
+    late = kind == "whole, late"
+    monkeypatch.setattr(monorelay, "PEEK_SECONDS", 0.1 if late else 5)
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        if kind.startswith("whole"):
+            raw = json_reply({"id": "gen-1", **told})
+            connection.send(raw[:-20])
+            threading.Event().wait(0.2 * late)
+            return connection.send(raw[-20:])
+        first = [] if kind == "first event" else [delta(content="Hi")]
+        connection.send(sse_reply(sse_of([*first, told])))
+
+    it = relay({"openai": upstream(script)})
+    got = it.post("/v1/messages", prompt())
+    assert b"secret" not in got.head + got.body
+    assert "relay's key" in refused(got, 502, "api_error") and got.get("x-monorelay-error") == code
+
+
+@pytest.mark.parametrize("told", [KEY_REFUSED, KEY_QUOTED], ids=brief)
+def test_s12_an_error_within_a_stream_shows_nobody_the_relays_key(upstream, relay, told):
+    it = relay({"openai": upstream(sse_reply(sse_of([delta(content="Hi"), told])))})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", json.dumps(prompt("gpt-test", stream=True)).encode()))
+        client.until(b"event: error\n")
+        event = client.until(b"\n\n")
+        assert b"this relay's key" in event and b"secret" not in event
 
 
 @pytest.mark.parametrize("kind", FAILED_ANSWERS)
@@ -10269,7 +10315,8 @@ def passed_on(
     """What a client gets of a provider's answer whose first piece has come with the head, until the provider closes,
     `at_once` with the last piece."""
     parsed = monorelay.parse_response_head(head)
-    came = monorelay.UpstreamResponse(None, None, parsed, monorelay.response_decoder(parsed, method))
+    decoder = monorelay.response_decoder(parsed, method)
+    came = monorelay.UpstreamResponse(monorelay.Candidate(None, None), None, parsed, decoder)
     came.absorb(pieces[0])
     fields = [("content-type", parsed.fields.get("content-type"))]
     made = monorelay.Response(parsed.status, parsed.reason, fields, relayed=came, rewriter=rewriter)
