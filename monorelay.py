@@ -302,6 +302,7 @@ BUILT_IN_CONFIG = """{
 #  ├─ BrokenExchange        sent, and then no (whole) head of a response
 #  └─ NoResponse              sent, and silent for the provider's timeout
 # AnswerFault               (in Formats) a response that is translated holds an error, or no message
+#  └─ UnfitAnswer             it is sound, and no message can hold it
 # EchoFault                 (in Echo) the error that echo was asked for, or finds in a request
 # FramingError              bytes that are not HTTP/1.1; whose fault it is, the caller knows
 # EarlyResponse               no fault: a provider that answers while it is still being sent the request
@@ -4115,6 +4116,17 @@ class AnswerFault(Exception):
         self.text = text  # all that the provider said
         self.code = code  # by which the relay tells of it, where the provider said nothing
 
+    @property
+    def is_requests(self) -> bool:
+        """Whether it says nothing about the provider and its key, but about what was asked."""
+        return self.status in (400, 403, 404, 413, 422)
+
+
+class UnfitAnswer(AnswerFault):
+    """A sound answer that no message can hold. Requests can bring it about."""
+
+    is_requests = True
+
 
 class Asked(NamedTuple):
     """What is known of a translated request when its answer comes."""
@@ -5514,7 +5526,7 @@ class ChatReader:
         """Takes room for what has to wait. Raises AnswerFault."""
         self._held += size
         if self._held > TRANSLATED_HELD_BYTES:
-            raise AnswerFault(f"more than {TRANSLATED_HELD_BYTES} bytes of the provider's answer wait for their turn")
+            raise UnfitAnswer(f"more than {TRANSLATED_HELD_BYTES} bytes of the provider's answer wait for their turn")
 
     def _read_call(self, entry: JsonDict) -> None:
         """Takes a part of a call. Raises AnswerFault."""
@@ -5525,7 +5537,7 @@ class ChatReader:
         seal = member(member(entry, "extra_content"), "google").get("thought_signature")
         seal = seal if isinstance(seal, str) else ""
         if len(id) > TOOL_ID_CHARACTERS or len(seal) > SEAL_CHARACTERS:
-            raise AnswerFault("the provider's answer calls a tool by an id, or with a signature, that is too long")
+            raise UnfitAnswer("the provider's answer calls a tool by an id, or with a signature, that is too long")
         call = self._call_of(entry.get("index"), id, bool(name and part.strip()))
         call.id, call.seal = call.id or id, call.seal or seal
         if not call.is_open and not call.closed:
@@ -5536,7 +5548,7 @@ class ChatReader:
             return
         self._values += values_in(part)
         if self._values > TRANSLATED_VALUES:
-            raise AnswerFault(f"the provider's answer calls tools with more than {TRANSLATED_VALUES} values")
+            raise UnfitAnswer(f"the provider's answer calls tools with more than {TRANSLATED_VALUES} values")
         data = part.encode("utf-8", "surrogatepass")
         self._said += len(part)
         self._hold(len(data) + len(seal))
@@ -5553,7 +5565,7 @@ class ChatReader:
             call = Call()
             self._count += 1
             if self._count > TOOL_CALLS:
-                raise AnswerFault(f"the provider's answer calls more than {TOOL_CALLS} tools")
+                raise UnfitAnswer(f"the provider's answer calls more than {TOOL_CALLS} tools")
             self._hold(len(index) if isinstance(index, str) else 0)
             self._calls.append(call)
             self._named[key] = call
@@ -5580,7 +5592,7 @@ class ChatReader:
         if not is_over and not (call.name and call.id):
             return False
         if not call.name or len(call.name) > TOOL_NAME_CHARACTERS:
-            raise AnswerFault("the provider's answer calls a tool without a name, or by one that is too long")
+            raise UnfitAnswer("the provider's answer calls a tool without a name, or by one that is too long")
         if self._is_cut_off and not call.is_sound:
             return True  # nobody may execute it, and nothing of it was written
         digest = hashlib.sha256(f"{self._asked.id}\0{self._closed}".encode("ascii")).hexdigest()
@@ -5596,7 +5608,7 @@ class ChatReader:
     def _close(self, call: Call) -> None:
         """Ends a call. Raises AnswerFault for arguments that nobody can execute, unless the answer was cut off."""
         if not call.is_sound and not self._is_cut_off:
-            raise AnswerFault("the provider sent malformed tool arguments")
+            raise UnfitAnswer("the provider sent malformed tool arguments")
         self._writer.close()
         self._calls.pop(0)
         self._closed += call.is_open
@@ -5629,7 +5641,7 @@ def answer_text(delta: JsonDict) -> str:
         return content
     for part in listed_objects(content) + listed_objects(delta.get("images")):
         if part.get("type") in ANSWERED_MEDIA:
-            raise AnswerFault(f"the provider's answer holds a part of the type {part['type']}, which isn't text")
+            raise UnfitAnswer(f"the provider's answer holds a part of the type {part['type']}, which isn't text")
     return "".join(plain_texts(content))
 
 
@@ -5843,7 +5855,7 @@ class MessageReader:
     def _start_call(self, block: JsonDict) -> list[JsonDict]:
         name = str(block.get("name") or "")
         if self._calls >= TOOL_CALLS or len(name) > TOOL_NAME_CHARACTERS:
-            raise AnswerFault("the provider's answer calls too many tools, or one by a name that is too long")
+            raise UnfitAnswer("the provider's answer calls too many tools, or one by a name that is too long")
         self._calls += 1
         self._given, self._has_arguments = member(block, "input"), False
         function = {"name": self._asked.names.get(name, name), "arguments": ""}
@@ -9192,14 +9204,14 @@ class UpstreamResponse:
     @property
     def first_fault(self) -> Optional[AnswerFault]:
         """The error with which a translated response of 200 begins, if it does."""
-        return first_fault(self.content, self.is_stream) if self.head.status < 300 else None
+        return first_fault(self.content, self.is_stream) if self.translated and self.head.status < 300 else None
 
     @property
     def status(self) -> int:
         """Its status; of one of 200 that begins with an error, the one that this should have had."""
         if self.head.status >= 300 or not self.begins_with_error:
             return self.head.status
-        fault = self.first_fault if self.translated else None
+        fault = self.first_fault
         # Told in a stream that was opened too early: overloaded, unless it is the request's own fault.
         return fault.status if fault else 400 if b"invalid_request_error" in self.content else 529
 
@@ -9617,6 +9629,8 @@ class Relay:
             # What the client itself has caused says nothing about a key: an account that it named, an upload that it
             # didn't finish.
             own_fault = request.names_account if status == 401 else status >= 500 and not request.is_sent
+            fault = response.first_fault if response.translated else None
+            own_fault = own_fault or (fault is not None and fault.is_requests)
             if blames and not own_fault and not (provider.client_keys and status < 500):
                 wait = retry_after_seconds(response.head.fields.get("retry-after"), clock)
                 self.keys.failed(candidate, status, wait, self._loop.now, request.by_model)
@@ -10112,7 +10126,7 @@ class Outgoing:
         assert self._translator
         self.ended, fault = self._translator.ended, self._translator.fault
         if fault:
-            self.failed = fault.status != 400  # which is about the request
+            self.failed = not fault.is_requests
             self._record.error = "upstream:error" if fault.text else fault.code
             self.keep_alive, self.must_reset = False, self.until_close
             return self._counted(translated)
@@ -11487,7 +11501,7 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
         fields.append(("content-type", "text/event-stream" if asked.stream else "application/json"))
         return Response(200, reason_of(200), fields, answer)
     except AnswerFault as fault:
-        failed = True
+        failed = not fault.is_requests
         if not fault.text:
             return untold_answer(exchange, UpstreamFailed(fault.message, fault.code))
         record.error = "upstream:error"

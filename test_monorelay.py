@@ -9596,6 +9596,29 @@ def test_an_error_within_a_translated_stream_cools_unless_it_is_the_requests(ups
     assert ("comes last" in it.log.getvalue()) == cools
 
 
+# An answer that says nothing about the provider and its key, and its status as a whole.
+OWN_FAULTS: dict[str, tuple[dict[str, Any], int]] = {
+    "overflow": ({"error": {"code": 400, "message": "maximum context length is 1000 tokens"}}, 400),
+    "moderation": ({"error": {"code": 403, "message": "your input was flagged"}}, 403),
+    "choice": ({"choices": [{"finish_reason": "error", "error": {"code": 422, "message": "a bad picture"}}]}, 422),
+    "129 calls": (completion("tool_calls", calls=[call(at, f"c{at}", "f", "{}") for at in range(129)]), 502),
+    "cut off by a stop sequence": (completion("stop", calls=[call(0, "c", "f", '{"a": "b')]), 502),
+    "a name too long": (completion("tool_calls", calls=[call(0, "c", "f" * 257, "{}")]), 502),
+    "a picture": (completion("stop", content=[image_part()]), 502),
+}
+
+
+@pytest.mark.parametrize("kind", OWN_FAULTS)
+def test_what_a_request_has_brought_about_cools_no_key(upstream, relay, kind):
+    document, status = OWN_FAULTS[kind]
+    late = sse_reply(sse_of([delta(content="Hi"), document]))
+    it = relay({"openai": upstream(replies(json_reply(document), late))})
+    assert it.post("/v1/messages", prompt()).status == status
+    assert it.post("/v1/messages", prompt()).status == status
+    it.logged("path=/v1/messages", f"status={status}")
+    assert "comes last" not in it.log.getvalue()
+
+
 @pytest.mark.timed
 def test_a_flood_of_tiny_events_holds_up_nobody(upstream, relay):
     """They are translated in parts, between which others are served."""
