@@ -5493,7 +5493,10 @@ class ChatReader:
         if delta.get("refusal") and isinstance(delta["refusal"], str):
             self._refused = True
             self._say("text", delta["refusal"])
-        for position, entry in enumerate(listed_objects(delta.get("tool_calls"))):
+        entries = listed_objects(delta.get("tool_calls"))
+        if len(entries) > TOOL_CALLS:
+            raise too_many_calls()
+        for position, entry in enumerate(entries):
             self._read_call({**entry, "index": position} if "message" in choice else entry)
         if isinstance(delta.get("function_call"), dict):
             self._read_call({"index": "function_call", "function": delta["function_call"]})
@@ -5565,7 +5568,7 @@ class ChatReader:
             call = Call()
             self._count += 1
             if self._count > TOOL_CALLS:
-                raise UnfitAnswer(f"the provider's answer calls more than {TOOL_CALLS} tools")
+                raise too_many_calls()
             self._hold(len(index) if isinstance(index, str) else 0)
             self._calls.append(call)
             self._named[key] = call
@@ -5632,6 +5635,11 @@ class ChatReader:
         fresh = max(0, prompt - read - stored)
         # Claude Code takes 0 for not told, and would count the cached part twice.
         return usage_of(fresh or min(1, prompt), stored, read, output)
+
+
+def too_many_calls() -> UnfitAnswer:
+    """The fault of an answer that calls more tools than clients may offer."""
+    return UnfitAnswer(f"the provider's answer calls more than {TOOL_CALLS} tools")
 
 
 def answer_text(delta: JsonDict) -> str:
@@ -5953,7 +5961,7 @@ class EventReader:
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The data of each event that the next bytes complete. Raises AnswerFault for one that is too long."""
         seen, events = max(0, len(self._rest) - 3), []
-        self._rest += data
+        self._rest += data if self._rest else data.lstrip(b"\r\n")
         if self._END.search(self._rest, seen):
             *events, rest = self._END.split(self._rest)
             self._rest = bytearray(rest)

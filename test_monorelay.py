@@ -4971,6 +4971,24 @@ def test_s22_each_part_of_a_call_leaves_before_the_next_comes():
         assert "".join(parts).endswith(part)
 
 
+def test_a_chunk_has_as_many_parts_of_calls_as_an_answer_has_calls():
+    chunk = b'data:{"choices":[{"delta":{"tool_calls":[%s]}}]}\n\n' % b",".join([b"{}"] * 100_000)
+    it = monorelay.AnswerTranslator(asked_of(stream=True))
+    began = time.thread_time()
+    assert b"calls more than 128 tools" in it.feed(chunk) and it.failed
+    assert time.thread_time() - began < 0.1
+
+
+def test_blank_lines_of_a_stream_take_next_to_no_time():
+    it = monorelay.AnswerTranslator(asked_of(stream=True))
+    it.feed(sse_of([delta(content="Hi")], done=False))
+    began = time.thread_time()
+    for line in (b"\n", b"\r", b"\r\n"):
+        assert it.feed(line * 500_000) == b""
+    assert time.thread_time() - began < 0.1
+    assert b"text_delta" in it.feed(sse_of([delta(content="Hi")], done=False))
+
+
 def test_the_arguments_of_all_calls_have_as_many_values_as_an_answer():
     calls = [call(number, f"c{number}", "look", '{"at":[' + "0," * 60_000 + "0]}") for number in range(5)]
     with pytest.raises(monorelay.AnswerFault, match="more than 250000 values"):
