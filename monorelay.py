@@ -53,7 +53,6 @@ import math
 import mmap
 import operator
 import os
-import queue
 import random
 import re
 import selectors
@@ -4070,6 +4069,10 @@ TRANSLATED_ESCAPES = 2_000_000  # in its strings, and 30 ms for these: many clie
 TRANSLATED_HELD_BYTES = 512 * 1024  # of an event, and of what waits for its turn in a streamed answer
 WRITTEN_CHARACTERS = 64 * 1024  # of a string at a time
 WAITING_BYTES = 128  # that each piece of what waits takes besides
+# Of an answer that is translated as a whole. The longest ones have some 130,000 tokens, each in an event of its own;
+# as many take a second.
+WHOLE_EVENTS = 150_000
+WHOLE_BLOCKS = 10_000  # with citations, a message has a block for each sentence
 TOOL_CALLS = 128  # in an answer: as many tools as OpenAI allows in a request
 TOOL_NAME_CHARACTERS = 256  # Anthropic allows 128, OpenAI 64
 RENAMED_TOOLS = 1000  # in a request: they are remembered until the answer is over
@@ -5828,7 +5831,10 @@ class MessageReader:
     def _read_whole(self, message: JsonDict) -> list[JsonDict]:
         """The chunks of a message that comes as a whole."""
         chunks = self._read_head(message)
-        for block in listed_objects(message.get("content")):
+        blocks = listed_objects(message.get("content"))
+        if len(blocks) > WHOLE_BLOCKS:
+            raise UnfitAnswer(f"the provider's answer has more than {WHOLE_BLOCKS} blocks")
+        for block in blocks:
             chunks += self._start(block) + self._stop()
         self._read_end(message)
         return chunks
@@ -6021,6 +6027,8 @@ class AnswerTranslator:
     def whole(self, body: bytes, is_stream: bool) -> bytes:
         """What goes to the client for an answer of which all has come, whether it asked for a stream or not. Raises
         AnswerFault."""
+        if is_stream and body.count(b"data:") > WHOLE_EVENTS:
+            raise UnfitAnswer(f"the provider streamed an answer of more than {WHOLE_EVENTS} events")
         read = itertools.chain(self._read_events(self._events.feed(body)), self._read_end())
         events = read if is_stream else self._read_whole(body)
         try:
@@ -8029,22 +8037,37 @@ async def sleep(loop: EventLoop, seconds: float) -> None:
 
 
 class Worker:
-    """A thread that calls one thing after another; it begins with the first."""
+    """A thread that calls one thing after another, those of different callers in turns; it begins with the first."""
 
     def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waiting: dict[str, collections.deque[Callable[[], None]]] = {}  # by caller, who is next in front
+        self._lock = threading.Lock()  # guards what waits
+        self._put = threading.Semaphore(0)  # how much waits
         self._begun = False
 
-    def call(self, run: Callable[[], None]) -> None:
+    def call(self, run: Callable[[], None], caller: str = "") -> None:
         """Queues a call. Raises RuntimeError when no thread can be started."""
         if not self._begun:
             start_thread(self._run)
             self._begun = True
-        self._calls.put(run)
+        with self._lock:
+            self._waiting.setdefault(caller, collections.deque()).append(run)
+        self._put.release()
 
     def _run(self) -> None:
         while True:
-            self._calls.get()()
+            self._put.acquire()
+            self._next()()
+
+    def _next(self) -> Callable[[], None]:
+        """What is to be called next; its caller's turn comes again behind all others'."""
+        with self._lock:
+            caller = next(iter(self._waiting))
+            calls = self._waiting.pop(caller)
+            run = calls.popleft()
+            if calls:
+                self._waiting[caller] = calls
+            return run
 
 
 def start_thread(run: Callable[[], None]) -> None:
@@ -11436,7 +11459,7 @@ class TranslatedRequest:
         def work() -> Translated:
             return translate_request(content, values, target, asked, exchange.record.request_id, made_at)
 
-        made = await at_leisure(exchange.loop, self._body.size, work)
+        made = await at_leisure(exchange, self._body.size, work)
         self._size = sum(map(len, made.body))
         exchange.hold(self._size)
         fields = [pair for pair in request.fields.pairs if pair[0].lower() in TRANSLATED_HEADERS]
@@ -11459,11 +11482,12 @@ def client_credential(request: RequestHead, provider: Provider) -> Pairs:
     return [named, *(("x-monorelay-key", token) for token in request.fields.all("x-monorelay-key"))]
 
 
-async def at_leisure(loop: EventLoop, size: int, work: Callable[[], Result]) -> Result:
-    """What work() returns for a body of this size: called in a thread if that may take long."""
+async def at_leisure(exchange: Exchange, size: int, work: Callable[[], Result]) -> Result:
+    """What work() returns for a body of this size: called in a thread if that may take long, in the caller's turn."""
     if size <= TRANSLATED_AT_ONCE_BYTES:
         return work()
-    return await in_thread(loop, work, start=loop.worker.call)
+    start = functools.partial(exchange.loop.worker.call, caller=exchange.record.caller)
+    return await in_thread(exchange.loop, work, start=start)
 
 
 async def estimated_count(exchange: Exchange, body: ReadBody, target: Target) -> Response:
@@ -11478,7 +11502,7 @@ async def estimated_count(exchange: Exchange, body: ReadBody, target: Target) ->
         except RecursionError:
             raise BadRequest("the body is nested too deeply to be counted") from None
 
-    tokens = await at_leisure(exchange.loop, body.size, work)
+    tokens = await at_leisure(exchange, body.size, work)
     fields = [
         ("x-monorelay-provider", header_text(target.provider.name)),
         ("x-monorelay-model", header_text(target.model)),
@@ -11505,7 +11529,7 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
         body = await whole_body(exchange, relayed)
         record.usage.read(body, relayed.is_stream)
         work = functools.partial(translator.whole, body, relayed.is_stream)
-        answer = await at_leisure(exchange.loop, len(body), work)
+        answer = await at_leisure(exchange, len(body), work)
         fields.append(("content-type", "text/event-stream" if asked.stream else "application/json"))
         return Response(200, reason_of(200), fields, answer)
     except AnswerFault as fault:

@@ -4971,6 +4971,22 @@ def test_s22_each_part_of_a_call_leaves_before_the_next_comes():
         assert "".join(parts).endswith(part)
 
 
+def test_an_answer_that_is_translated_as_a_whole_has_so_many_events_and_blocks(monkeypatch):
+    chunks = [*[delta(content="a")] * 99, delta("stop")]
+    with pytest.raises(monorelay.UnfitAnswer, match="an answer of more than 100 events"):
+        monkeypatch.setattr(monorelay, "WHOLE_EVENTS", 100)
+        whole_answer(asked_of(), sse_of(chunks), is_stream=True)
+    assert whole_answer(asked_of(), sse_of(chunks, done=False), is_stream=True)["content"] == [said("a" * 99)]
+    for count, stream in itertools.product((10_000, 10_001), (False, True)):
+        message = json.dumps({**ANTHROPIC_HI, "content": [said("a")] * count}).encode()
+        it = monorelay.AnswerTranslator(asked_of("openai", stream=stream))
+        if count == 10_000:
+            assert len(it.whole(message, is_stream=False)) > 10_000
+        else:
+            with pytest.raises(monorelay.UnfitAnswer, match="more than 10000 blocks"):
+                it.whole(message, is_stream=False)
+
+
 def test_a_chunk_has_as_many_parts_of_calls_as_an_answer_has_calls():
     chunk = b'data:{"choices":[{"delta":{"tool_calls":[%s]}}]}\n\n' % b",".join([b"{}"] * 100_000)
     it = monorelay.AnswerTranslator(asked_of(stream=True))
@@ -7344,6 +7360,16 @@ def test_a_task_that_gives_way_goes_on_in_its_turn_whatever_happens_meanwhile(lo
     assert [one for one in told if one[0] == "a"] == ["a0", "a1", "a2", "a ends"]
     assert told.index("b1") < told.index("a2") and told.index("a1") < told.index("b2")
     assert told.index("c1") < told.index("a2"), "both kinds have their turns"
+
+
+def test_a_worker_serves_its_callers_in_turns():
+    worker, gate, called = monorelay.Worker(), threading.Event(), []
+    worker.call(functools.partial(gate.wait, TIMEOUT_SECONDS))
+    for caller in "aaabcb":
+        worker.call(functools.partial(called.append, caller), caller)
+    gate.set()
+    eventually(lambda: len(called) == 6)
+    assert "".join(called) == "abcaba"
 
 
 # ------------------------------------------------------------------------------------------------------------
