@@ -5773,7 +5773,8 @@ class MessageReader:
         self._given: JsonDict = {}  # the input with which a call began
         self._has_arguments = False  # whether something of them has come
         self._calls = 0
-        self._thoughts = 0
+        self._thoughts = 0  # blocks of thinking of which something has come
+        self._is_new_thought = True  # whether what comes next of one is its first
         self._reason = ""
         self._refusal: Optional[str] = None
         self._usage: JsonDict = {}
@@ -5857,9 +5858,10 @@ class MessageReader:
             return self._start_call(block)
         if self._open not in ("thinking", "redacted_thinking"):
             return self._read_delta({"type": "text_delta", "text": block.get("text")}) if self._open == "text" else []
-        self._thoughts += 1
+        self._is_new_thought = True
         if self._open == "redacted_thinking":
-            return [self._thinking_chunk(type=self._open, data=block.get("data"))]
+            data = block.get("data")
+            return [self._thinking_chunk(type=self._open, data=data)] if isinstance(data, str) else []
         return [
             chunk
             for name in ("thinking", "signature")
@@ -5902,6 +5904,8 @@ class MessageReader:
     def _thinking_chunk(self, said: str = "", **block: Any) -> JsonDict:
         """A part of thinking, by DeepSeek's name for those who show it, and as LiteLLM has it for those who send it
         back."""
+        self._thoughts += self._is_new_thought
+        self._is_new_thought = False
         shown = {"reasoning_content": said} if said else {}
         return self._chunk({**shown, "thinking_blocks": [{"index": self._thoughts - 1, **block}]})
 

@@ -5266,6 +5266,12 @@ MESSAGES: dict[str, tuple[list[Any], str, dict[str, Any], str]] = {
         chat_message("", reasoning_content="hm, well", thinking_blocks=[REDACTED, THOUGHTS]),
         "stop",
     ),
+    "empty-thinking": (
+        [{"type": "redacted_thinking"}, {**REDACTED, "data": 5}, {**THOUGHTS, "thinking": "", "signature": ""}, THOUGHTS],
+        "end_turn",
+        chat_message("", reasoning_content="hm, well", thinking_blocks=[THOUGHTS]),
+        "stop",
+    ),
     "nothing": ([], "end_turn", chat_message(""), "stop"),
 }
 
