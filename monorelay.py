@@ -6173,10 +6173,16 @@ def first_fault(content: bytes, is_stream: bool) -> Optional[AnswerFault]:
         return None
     try:
         document = read_answer(next(EventReader().feed(content), b"{}") if is_stream else content)
-    except AnswerFault:
+        choices = listed_objects(document.get("choices"))
+        failed = document if document.get("error") else next(filter(has_failed, choices), None)
+        return fault_of(failed) if failed else None
+    except (AnswerFault, RecursionError):
         return None  # which is told when it is translated
-    failed = [choice for choice in listed_objects(document.get("choices")) if choice.get("finish_reason") == "error"]
-    return fault_of(document) if document.get("error") else fault_of(failed[0]) if failed else None
+
+
+def has_failed(choice: JsonDict) -> bool:
+    """Whether a choice of a chat answer is an error."""
+    return bool(choice.get("finish_reason") == "error")
 
 
 def error_terms(format: str, fault: AnswerFault) -> tuple[int, str, str, str]:
@@ -6221,10 +6227,9 @@ def error_words(content: bytes) -> str:
     if text.startswith("<"):
         return ""
     try:
-        document = json.loads(content[:PEEKED_BYTES])
+        return words_of(json.loads(content[:PEEKED_BYTES]))[:ERROR_CHARACTERS] or text
     except (ValueError, RecursionError):
         return text
-    return words_of(document)[:ERROR_CHARACTERS] or text
 
 
 def words_of(document: Any) -> str:

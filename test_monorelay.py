@@ -9433,6 +9433,21 @@ def test_an_error_has_the_clients_shape_and_the_providers_words(upstream, relay,
     assert got.status == 400 and got.json["error"]["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("opening", ["[", '{"error":'], ids=brief)
+@pytest.mark.parametrize("depth", [300, 900, 5000])
+@pytest.mark.parametrize("kind", ["status", "whole", "first event", "later event"])
+def test_an_error_that_is_nested_deeply_is_one_of_the_provider(upstream, relay, opening, depth, kind):
+    told = b'{"error":%s"x"%s}' % (opening.encode() * depth, opening.translate({91: 93, 123: 125})[:1].encode() * depth)
+    stream = b"data: %s\n\n" % told
+    if kind == "later event":
+        stream = sse_of([delta(content="Hi")], done=False) + stream
+    it = relay({"openai": upstream(answer(422 if kind == "status" else 200, told) if kind in ("status", "whole")
+                                   else sse_reply(stream))})  # fmt: skip
+    got = it.post("/v1/messages", prompt())
+    assert got.status == (422 if kind == "status" else 502) and got.json["error"]["message"]
+    assert "internal" not in it.log.getvalue()
+
+
 def test_s12_an_error_at_the_beginning_of_a_stream_is_an_http_error(upstream, relay):
     error = {"id": "gen-1", "choices": [], "error": {"message": "slow", "code": 429}}
     failing = STREAM_HEAD + chunked(b": PROCESSING\n\n", sse_of([error]))
