@@ -5812,7 +5812,9 @@ class MessageReader:
         return [], kind == "message_stop"
 
     def end(self) -> list[JsonDict]:
-        """The chunks that end the answer."""
+        """The chunks that end the answer. Raises AnswerFault where it isn't complete."""
+        if self._open == "tool_use" or not self._reason:
+            raise AnswerFault("the provider's answer ended before it was finished")
         finish = FINISH_REASONS.get(self._reason, "stop")
         if finish == "tool_calls" and not self._calls:
             finish = "stop"

@@ -5267,7 +5267,8 @@ MESSAGES: dict[str, tuple[list[Any], str, dict[str, Any], str]] = {
         "stop",
     ),
     "empty-thinking": (
-        [{"type": "redacted_thinking"}, {**REDACTED, "data": 5}, {**THOUGHTS, "thinking": "", "signature": ""}, THOUGHTS],
+        [{"type": "redacted_thinking"}, {**REDACTED, "data": 5}, {**THOUGHTS, "thinking": "", "signature": ""},
+         THOUGHTS],
         "end_turn",
         chat_message("", reasoning_content="hm, well", thinking_blocks=[THOUGHTS]),
         "stop",
@@ -5383,6 +5384,17 @@ def test_u4_a_message_without_its_end_is_an_error(count):
         ended_with(asked_of("openai"), data + b"event: error\ndata: " + OVERLOADED.split(b"data: ")[1])[0]
         == "server_error"
     )
+
+
+@pytest.mark.parametrize("missing", ["message_delta", "content_block_stop"])
+def test_u4_a_stop_without_what_belongs_before_it_is_no_end(missing):
+    events = message_events(said("Hi"), tool_use("toolu_1", at="door"), reason="tool_use")
+    unclosed = b"".join(event for event in events if b"event: %s" % missing.encode() not in event)
+    assert ended_with(asked_of("openai"), unclosed) == (
+        "server_error", "the provider's answer ended before it was finished"
+    )  # fmt: skip
+    with pytest.raises(monorelay.AnswerFault, match="before it was finished"):
+        whole_answer(asked_of("openai"), {**ANTHROPIC_HI, "stop_reason": None})
 
 
 def test_u6_and_u8_pings_are_comments_and_unknown_events_nothing():
