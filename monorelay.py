@@ -4238,7 +4238,9 @@ def translate_request(
     draft = Draft(target)
     try:
         request = read_document(pieces, values)
-        stream = request.get("stream") is True
+        stream = request.get("stream") or False
+        if not isinstance(stream, bool):
+            raise BadRequest("stream: Input should be a valid boolean")
         if target.provider.format == "openai":
             format, path, made = "anthropic", "/chat/completions", chat_request(request, draft)
         else:
@@ -4509,6 +4511,8 @@ def chat_tools(request: JsonDict, draft: Draft) -> JsonDict:
     words = {word: chats for chats, word in CHOICES.items()}
     if choice and kind not in words and kind != "tool":
         raise draft.refusal("tool_choice", f"the type {kind}")
+    if not written and kind in ("any", "tool"):
+        raise draft.refusal("tool_choice", "a call of a tool that isn't offered")
     if not written:
         return {}
     members: JsonDict = {"tools": written}
@@ -5051,6 +5055,8 @@ def message_tools(chat: JsonDict, draft: Draft) -> JsonDict:
         written = {"type": CHOICES[kind]}
     elif choice is not None:
         raise draft.refusal("tool_choice", f"the type {kind}")
+    if not tools and written.get("type") in ("any", "tool"):
+        raise draft.refusal("tool_choice", "a call of a tool that isn't offered")
     if not tools:
         return {}
     if chat.get("parallel_tool_calls") is False and written.get("type") != "none":

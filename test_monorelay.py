@@ -3413,8 +3413,12 @@ def test_q10_tool_choice_has_its_word(choice, written):
     body, _ = to_chat(tools=[TOOL], tool_choice=choice)
     assert body["tool_choice"] == written and "parallel_tool_calls" not in body
     for tools in ({}, {"tools": []}):
-        body, _ = to_chat(**tools, tool_choice={**choice, "disable_parallel_tool_use": True})
-        assert not {"tools", "tool_choice", "parallel_tool_calls"} & set(body)
+        fields = {**tools, "tool_choice": {**choice, "disable_parallel_tool_use": True}}
+        if choice["type"] in ("any", "tool"):
+            told = not_translated(lambda fields=fields: to_chat(**fields))
+            assert told.startswith("tool_choice: a call of a tool that isn't offered can't be sent")
+        else:
+            assert not {"tools", "tool_choice", "parallel_tool_calls"} & set(to_chat(**fields)[0])
 
 
 def test_q11_parallel_calls_can_be_switched_off_and_never_on():
@@ -4113,6 +4117,26 @@ def test_t9_allowed_tools_are_those_that_go():
         choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools[1:]}}
         body, _ = to_messages(tools=tools, tool_choice=choice)
         assert [tool["name"] for tool in body["tools"]] == ["b"] and body["tool_choice"] == {"type": kind}
+    assert "tools" not in to_messages(tool_choice="auto")[0]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    ["required", {"type": "function", "function": {"name": "f"}},
+     {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [called("", name="other")]}}],
+    ids=brief,
+)  # fmt: skip
+def test_t9_a_call_of_a_tool_that_is_not_offered_cannot_be_required(choice):
+    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]} if "allowed_tools" in choice else {}
+    told = not_translated(lambda: to_messages(**tools, tool_choice=choice))
+    assert told.startswith("tool_choice: a call of a tool that isn't offered can't be sent")
+
+
+@pytest.mark.parametrize("stream", ["true", 1, ["x"]], ids=brief)
+def test_whether_an_answer_streams_is_true_or_false(stream):
+    for made in (to_chat, to_messages):
+        told = not_translated(lambda made=made: made(stream=stream))
+        assert told == "stream: Input should be a valid boolean"
 
 
 def test_t10_the_form_of_the_answer():
@@ -5872,7 +5896,7 @@ CHAT_SAMPLES: dict[str, Any] = {
     "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}},
     "json_schema": {"name": "a", "schema": SCHEMA}, "ChatCompletionFunctionTool.function": {"name": "dig"},
     "ChatCompletionNamedToolChoice.function": {"name": "dig"}, "function": {"name": "dig", "arguments": "{}"},
-    "allowed_tools": {"mode": "required", "tools": []},
+    "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "look"}}]},
     "service_tier": "default", "stop": "x", "stream_options": {"include_usage": True}, "tool_choice": "required",
     "tools": [], "user": "u2", "safety_identifier": "u1", "modalities": ["audio"], "top_k": 3, "temperature": 0.5,
     "thinking": {"type": "adaptive"}, "cache_control": {"type": "ephemeral"}, "content": "other", "stream": True,
