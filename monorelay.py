@@ -4358,6 +4358,11 @@ def text_in(members: JsonDict, name: str, place: str) -> str:
     return string(members.get(name), f"{place}.{name}")
 
 
+def word(value: Any) -> str:
+    """A word such as a type, as far as it is looked at and shown: what should be one may be anything, and large."""
+    return value[:LOG_VALUE_CHARACTERS] if isinstance(value, str) else "(none)"
+
+
 def strings(value: Any, place: str) -> list[str]:
     """The strings of a list, or the one that stands for it. Raises BadRequest."""
     items = [value] if isinstance(value, str) else value
@@ -4408,7 +4413,7 @@ BLOCK_KNOWN = {
 
 def drop_from_block(block: JsonDict, draft: Draft) -> None:
     """Notes what is left out of a block."""
-    kind = str(block.get("type"))
+    kind = word(block.get("type"))
     if kind in BLOCK_KNOWN:
         draft.drop_rest(block, (*BLOCK_KNOWN[kind], "type", "cache_control"), kind)
     if block.get("citations") and block["citations"] != {"enabled": False}:
@@ -4507,7 +4512,7 @@ def chat_tools(request: JsonDict, draft: Draft) -> JsonDict:
     tools = objects(request.get("tools") or [], "tools")
     written = [chat_tool(tool, f"tools.{index}", draft) for index, tool in enumerate(tools)]
     choice = member(request, "tool_choice")
-    kind = str(choice.get("type"))
+    kind = word(choice.get("type"))
     words = {word: chats for chats, word in CHOICES.items()}
     if choice and kind not in words and kind != "tool":
         raise draft.refusal("tool_choice", f"the type {kind}")
@@ -4536,7 +4541,7 @@ def chat_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
     """A tool of the client's own."""
     kind = tool.get("type") or "custom"
     if kind != "custom":
-        raise draft.refusal(place, f"a tool of the type {kind}")
+        raise draft.refusal(place, f"a tool of the type {word(kind)}")
     if "direct" not in strings(tool.get("allowed_callers") or "direct", f"{place}.allowed_callers"):
         raise draft.refusal(f"{place}.allowed_callers", "a tool that only code may call")
     function: JsonDict = {"name": draft.tool_name(text_in(tool, "name", place))}
@@ -4616,7 +4621,7 @@ def chat_output(request: JsonDict, draft: Draft) -> JsonDict:
         return {}
     schema = form.get("schema")
     if form.get("type") != "json_schema" or not isinstance(schema, dict):
-        raise draft.refusal("output_config.format", f"the type {form.get('type')}")
+        raise draft.refusal("output_config.format", f"the type {word(form.get('type'))}")
     json_schema = {"name": "output", "schema": schema, "strict": is_strict(schema)}
     return {"response_format": {"type": "json_schema", "json_schema": json_schema}}
 
@@ -4655,8 +4660,8 @@ class ChatTurns:
         if said[-1].role == "assistant":
             raise self._draft.refusal("messages", "a final assistant message (prefill)")
         for place, block in said[-1].blocks:
-            if SERVER_BLOCK.fullmatch(str(block.get("type"))):
-                raise self._draft.refusal(place, f"a block of the type {block['type']}")
+            if SERVER_BLOCK.fullmatch(word(block.get("type"))):
+                raise self._draft.refusal(place, f"a block of the type {word(block['type'])}")
         writers = {"system": self._write_system, "user": self._write_user, "assistant": self._write_assistant}
         for turn in turns:
             if turn.role not in writers:
@@ -4714,7 +4719,7 @@ class ChatTurns:
     def _write_leftovers(self, turn: Turn) -> None:
         """What isn't the assistant's own: a compaction tells what the user said before."""
         for place, block in turn.blocks:
-            kind = str(block.get("type"))
+            kind = word(block.get("type"))
             if kind == "compaction" or SERVER_BLOCK.fullmatch(kind):
                 self._say(self._parts(block, place))
             elif kind not in ("text", "tool_use", "thinking", "redacted_thinking"):
@@ -4804,7 +4809,7 @@ class ChatTurns:
 
     def _parts(self, block: JsonDict, place: str) -> list[JsonDict]:
         """The parts of a chat message that a user's block becomes."""
-        kind = str(block.get("type"))
+        kind = word(block.get("type"))
         drop_from_block(block, self._draft)
         if kind == "text":
             said = text_in(block, "text", place)
@@ -4814,10 +4819,10 @@ class ChatTurns:
         if kind == "document":
             return self._document(block, place)
         if kind == "search_result":
-            texts = [str(block.get("title") or ""), str(block.get("source") or ""), *plain_texts(block.get("content"))]
+            texts = [said for name in ("title", "source", "content") for said in plain_texts(block.get(name))]
             return [text_part(TEXT_JOINT.join(filter(None, texts)))]
         if kind == "tool_reference":
-            return [text_part(f"Tool available: {block.get('tool_name')}")]
+            return [text_part(f"Tool available: {word(block.get('tool_name'))}")]
         if kind == "compaction" and isinstance(block.get("content"), str):
             return [text_part(block["content"])]
         if SERVER_BLOCK.fullmatch(kind):
@@ -4831,7 +4836,7 @@ class ChatTurns:
             return f"data:{text_in(source, 'media_type', f'{place}.source')};base64,{data}"
         if source.get("type") == "url":
             return text_in(source, "url", f"{place}.source")
-        raise self._draft.refusal(place, f"an image with a source of the type {source.get('type')}")
+        raise self._draft.refusal(place, f"an image with a source of the type {word(source.get('type'))}")
 
     def _document(self, block: JsonDict, place: str) -> list[JsonDict]:
         """A document: a PDF as a file, anything else as text under its title."""
@@ -4839,13 +4844,14 @@ class ChatTurns:
         context = self._all_parts(block.get("context"), f"{place}.context")
         if kind == "base64" and source.get("media_type") == "application/pdf":
             data = f"data:application/pdf;base64,{text_in(source, 'data', f'{place}.source')}"
-            return [*context, {"type": "file", "file": {"filename": str(title or "document.pdf"), "file_data": data}}]
+            name = "".join(plain_texts(title)) or "document.pdf"
+            return [*context, {"type": "file", "file": {"filename": name, "file_data": data}}]
         heading = self._all_parts(title, f"{place}.title") + context
         if kind == "text":
             return [*heading, text_part(text_in(source, "data", f"{place}.source"))]
         if kind == "content":
             return heading + self._all_parts(source.get("content"), f"{place}.source.content")
-        raise self._draft.refusal(place, f"a document with a source of the type {kind}")
+        raise self._draft.refusal(place, f"a document with a source of the type {word(kind)}")
 
 
 def system_texts(value: Any, place: str) -> list[str]:
@@ -4894,13 +4900,13 @@ def estimated_tokens(request: JsonDict) -> int:
         elif isinstance(block, dict) and block.get("type") == "image":
             tokens += IMAGE_TOKENS
         elif isinstance(block, dict) and member(block, "source").get("type") == "base64":
-            tokens += len(str(block["source"].get("data"))) * DOCUMENT_TOKENS_PER_CHARACTER
+            tokens += sum(map(len, plain_texts(block["source"].get("data")))) * DOCUMENT_TOKENS_PER_CHARACTER
         elif isinstance(block, dict) and block.get("type") == "tool_use":
-            texts += [str(block.get("name")), dump(block.get("input"))]
+            texts += [word(block.get("name")), dump(block.get("input"))]
         elif isinstance(block, dict):
             waiting += [block.get(name) for name in ("text", "thinking", "content", "source", "data", "title")]
     for tool in objects(request.get("tools") or [], "tools"):
-        texts += [str(tool.get("name")), str(tool.get("description", "")), dump(tool.get("input_schema", {}))]
+        texts += [word(tool.get("name")), *plain_texts(tool.get("description")), dump(tool.get("input_schema", {}))]
     return math.ceil(tokens + TOKENS_PER_CHARACTER * sum(map(len, texts)))
 
 
@@ -4996,7 +5002,7 @@ def messages_request(chat: JsonDict, draft: Draft) -> JsonDict:
             request["metadata"] = {"user_id": user}
         elif user:
             draft.drop(name)
-    tier = {"auto": "auto", "default": "standard_only"}.get(str(chat.get("service_tier")))
+    tier = {"auto": "auto", "default": "standard_only"}.get(word(chat.get("service_tier")))
     if tier:
         request["service_tier"] = tier
     elif "service_tier" in chat:
@@ -5039,7 +5045,7 @@ def message_tools(chat: JsonDict, draft: Draft) -> JsonDict:
     ]
     choice = chat.get("tool_choice")
     written: JsonDict = {}
-    kind = str(choice.get("type") if isinstance(choice, dict) else choice)
+    kind = word(choice.get("type") if isinstance(choice, dict) else choice)
     if kind == "allowed_tools":
         allowed = member(chat["tool_choice"], kind)
         names = {
@@ -5067,7 +5073,7 @@ def message_tools(chat: JsonDict, draft: Draft) -> JsonDict:
 def message_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
     """A function as a tool."""
     if tool.get("type") != "function":
-        raise draft.refusal(place, f"a tool of the type {tool.get('type')}")
+        raise draft.refusal(place, f"a tool of the type {word(tool.get('type'))}")
     function = member(tool, "function")
     draft.drop_rest(tool, ("type", "function", "cache_control"), "tools")
     draft.drop_rest(function, ("name", "description", "parameters", "strict", "cache_control"), "tools.function")
@@ -5134,7 +5140,7 @@ class MessageTurns:
         """The messages for a request. Raises BadRequest."""
         writers = {"user": self._write_user, "assistant": self._write_assistant, "tool": self._write_result}
         for index, message in enumerate(objects(chat.get("messages"), "messages")):
-            place, role = f"messages.{index}", str(message.get("role"))
+            place, role = f"messages.{index}", word(message.get("role"))
             given = {name: value for name, value in message.items() if value}
             self._draft.refuse_members(given, ("audio", "function_call"), place)
             self._draft.drop_rest(given, CHAT_MESSAGE_KNOWN, "messages")
@@ -5199,7 +5205,7 @@ class MessageTurns:
     def _call(self, call: JsonDict, place: str) -> JsonDict:
         function = member(call, "function")
         if call.get("type", "function") != "function":
-            raise self._draft.refusal(place, f"a call of the type {call['type']}")
+            raise self._draft.refusal(place, f"a call of the type {word(call['type'])}")
         given = string(function.get("arguments") or "{}", f"{place}.function.arguments")
         try:
             arguments = self._draft.read_inner(given)
@@ -5250,7 +5256,7 @@ class MessageTurns:
         elif kind == "file":
             block = self._file(member(part, "file"), place)
         else:
-            raise self._draft.refusal(place, f"a part of the type {kind}")
+            raise self._draft.refusal(place, f"a part of the type {word(kind)}")
         return {**block, "cache_control": part["cache_control"]} if part.get("cache_control") else block
 
     def _image(self, url: str, place: str) -> JsonDict:
@@ -5833,7 +5839,7 @@ class MessageReader:
     def _read_head(self, message: JsonDict) -> list[JsonDict]:
         """The first chunk, by what a message tells before its content."""
         if message.get("id"):
-            self._id = answer_id("chatcmpl-", str(message["id"]))
+            self._id = answer_id("chatcmpl-", word(message["id"]))
         self._count(message)
         return self.begin()
 
@@ -5849,19 +5855,19 @@ class MessageReader:
         return chunks
 
     def _read_end(self, delta: JsonDict) -> None:
-        self._reason = str(delta.get("stop_reason") or self._reason)
+        self._reason = word(delta["stop_reason"]) if delta.get("stop_reason") else self._reason
         explanation = member(delta, "stop_details").get("explanation")
         self._refusal = explanation if isinstance(explanation, str) else self._refusal
 
     def _count(self, event: JsonDict) -> None:
         """Takes the figures of a usage: what isn't told again stays."""
         usage = member(event, "usage")
-        tier = CHAT_TIERS.get(str(usage.get("service_tier")))
+        tier = CHAT_TIERS.get(word(usage.get("service_tier")))
         self._tier = {"service_tier": tier} if tier else self._tier
         self._usage.update((name, usage[name]) for name in MESSAGE_FIGURES if usage.get(name) is not None)
 
     def _start(self, block: JsonDict) -> list[JsonDict]:
-        self._open = str(block.get("type"))
+        self._open = word(block.get("type"))
         if self._open == "tool_use":
             return self._start_call(block)
         if self._open not in ("thinking", "redacted_thinking"):
@@ -5877,18 +5883,18 @@ class MessageReader:
         ]
 
     def _start_call(self, block: JsonDict) -> list[JsonDict]:
-        name = str(block.get("name") or "")
+        id, name = (value if isinstance(value, str) else "" for value in (block.get("id"), block.get("name")))
         if self._calls >= TOOL_CALLS or len(name) > TOOL_NAME_CHARACTERS:
             raise UnfitAnswer("the provider's answer calls too many tools, or one by a name that is too long")
         self._calls += 1
         self._given, self._has_arguments = member(block, "input"), False
         function = {"name": self._asked.names.get(name, name), "arguments": ""}
-        call_id, _ = carried_call(str(block.get("id") or ""))
+        call_id, _ = carried_call(id)
         call = {"index": self._calls - 1, "id": call_id, "type": "function", "function": function}
         return [self._chunk({"tool_calls": [call]})]
 
     def _read_delta(self, delta: JsonDict) -> list[JsonDict]:
-        kind = str(delta.get("type"))
+        kind = word(delta.get("type"))
         said = delta.get(DELTAS.get(kind, ""))
         if not said or not isinstance(said, str):
             return []
@@ -6266,7 +6272,7 @@ def fault_of(document: JsonDict) -> AnswerFault:
     error = document.get("error")
     told = error if isinstance(error, dict) else document
     figures = [told.get(name) for name in ("code", "status", "status_code")]
-    kind = str(told.get("type") or told.get("code"))
+    kind = word(told.get("type") or told.get("code"))
     figures += [meant for word, meant in FAULT_WORDS.items() if word in kind]
     status = next((figure for figure in figures if isinstance(figure, int) and 400 <= figure < 600), 502)
     words = words_of(document) or "the provider's answer holds an error"

@@ -3937,6 +3937,35 @@ def test_what_is_no_json_or_too_much_of_it_is_a_400(raw, format):
     assert not_translated(lambda: translated({}, target_of(format), raw))
 
 
+ODD = {"a": "\x7f" * 1_000_000}
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: to_chat(messages=[user({"type": ODD})]),
+        lambda: to_chat(messages=[user({"type": "image", "source": {"type": ODD}})]),
+        lambda: to_chat(messages=[user({"type": "document", "source": {"type": ODD}})]),
+        lambda: to_chat(tools=[{**TOOL, "type": ODD}]),
+        lambda: to_chat(tool_choice={"type": ODD}),
+        lambda: to_chat(output_config={"format": {"type": ODD}}),
+        lambda: to_messages(messages=[user({"type": ODD})]),
+        lambda: to_messages(messages=[{"role": ODD}]),
+        lambda: to_messages(tools=[{"type": ODD}]),
+        lambda: to_messages(tool_choice=ODD),
+        lambda: to_messages(tool_choice=ODD["a"]),
+        lambda: to_messages(messages=[HELLO, assistant_said(None, {**called("a"), "type": ODD})]),
+    ],
+)
+def test_what_stands_for_a_word_is_told_as_far_as_it_is_short(made):
+    tracemalloc.start()
+    try:
+        told = not_translated(made)
+        assert len(told) < 400 and tracemalloc.get_traced_memory()[1] < 13_500_000, "the request itself takes 13 MB"
+    finally:
+        tracemalloc.stop()
+
+
 def test_estimates_count_texts_and_tools_and_never_base64():
     def estimate(**fields: Any) -> int:
         return monorelay.estimated_tokens(prompt(**fields))
