@@ -4066,6 +4066,7 @@ class Usage:
 
 TRANSLATED_VALUES = 250_000  # in a body: `json` takes up to 50 ms for as many
 TRANSLATED_ESCAPES = 2_000_000  # in its strings, and 30 ms for these: many clients escape all but ASCII
+ESCAPED_BYTES = 500_000  # of characters other than ASCII: to write escapes for them takes 0.3 s at most
 TRANSLATED_HELD_BYTES = 512 * 1024  # of an event, and of what waits for its turn in a streamed answer
 WRITTEN_CHARACTERS = 64 * 1024  # of a string at a time
 WAITING_BYTES = 128  # that each piece of what waits takes besides
@@ -4090,6 +4091,8 @@ MESSAGE_TOKENS = 4
 IMAGE_TOKENS = 1600
 DOCUMENT_TOKENS_PER_CHARACTER = 0.037  # of base64: 2,500 for 50 KB
 
+ASCII = bytes(range(128))
+WIDE = re.compile(r"(?<!\\)[^\0-\x7f]+")  # a backslash before it would escape the one that an escape begins with
 TOOL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # as Anthropic wants it
 CARRIED_ID = "toolu_x"  # begins an id that stands for another provider's, which is in it as base64, with its seal
 CARRIED_THINKING = "mr1."  # begins a signature of ours
@@ -4260,12 +4263,32 @@ def read_document(pieces: Sequence[bytes], values: int, errors: str = "strict") 
     `json` too long."""
     check_weight(values, sum(piece.count(b"\\") for piece in pieces))
     try:
-        document = read_json(b"".join(pieces).decode("utf-8", errors))
+        document = read_json(json_text(pieces, errors))
     except ValueError as error:
         raise not_json(str(error)) from None
     if not isinstance(document, dict):
         raise BadRequest("the body must be a JSON object", "not_json")
     return document
+
+
+def json_text(pieces: Sequence[bytes], errors: str) -> str:
+    """The pieces of a JSON document as text. A few characters other than ASCII become escapes: in Python one of them
+    makes all others take up to four bytes, too. Raises ValueError."""
+    wide = sum(len(piece.translate(None, ASCII)) for piece in pieces if not piece.isascii())
+    if len(pieces) == 1 or not 0 < wide < ESCAPED_BYTES:
+        return b"".join(pieces).decode("utf-8", errors)
+    decoder, parts, before = codecs.getincrementaldecoder("utf-8")(errors), [], ""
+    for piece in pieces:
+        text = before + decoder.decode(piece)
+        parts.append(WIDE.sub(escaped, text)[len(before) :])
+        before = "\\" if text.endswith("\\") else ""
+    parts.append(decoder.decode(b"", final=True))
+    return "".join(parts)
+
+
+def escaped(match: re.Match[str]) -> str:
+    """The characters as JSON's escapes."""
+    return json.dumps(match[0])[1:-1]
 
 
 def check_weight(values: int, escapes: int) -> None:

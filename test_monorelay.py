@@ -3989,11 +3989,27 @@ def test_long_strings_are_written_like_short_ones(odd):
     assert body["messages"] == [{"role": "system", "content": texts[2]}, user(*map(said, texts), image_part())]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+@pytest.mark.parametrize("count", [1, 200_000])
+def test_a_body_reads_the_same_in_pieces_of_any_size(size, count):
+    document = {"é": ["\U0001f600\\u00e9\\é データ" * (count // 50 + 1), "\ud83d", '"\u2028'], "x": "é" * count}
+    text = json.dumps(document, ensure_ascii=False).replace("\ud83d", "\\ud83d")
+    body = text.encode()
+    size *= count // 1000 + 1
+    pieces = [body[at : at + size] for at in range(0, len(body), size)]
+    assert monorelay.read_document(pieces, 0) == document
+    wrong = body.replace(b'"x"', "\"\\é\"".encode())  # no escape
+    wrongs = [wrong[at : at + size] for at in range(0, len(wrong), size)]
+    for broken in ([*pieces[:-1], b"\xc3"], [*pieces[:1], b"\xff", *pieces[1:]], wrongs):
+        assert not_translated(lambda broken=broken: monorelay.read_document(broken, 0))
+
+
+@pytest.mark.parametrize("text", ["x", "é", "\U0001f600"])
 @pytest.mark.parametrize("format", ["openai", "anthropic"])
-def test_a_translation_holds_as_much_as_the_body_and_little_more_while_it_is_made(format):
+def test_a_translation_holds_as_much_as_the_body_and_little_more_while_it_is_made(format, text):
     data = "A" * 4_000_000
     picture = {**IMAGE, "source": {**IMAGE["source"], "data": data}} if format == "openai" else image_part(data)
-    body = json.dumps(prompt(messages=[user(picture)])).encode()
+    body = json.dumps(prompt(messages=[user(said(text), picture)]), ensure_ascii=False).encode()
     pieces, target = [body[at : at + 65536] for at in range(0, len(body), 65536)], target_of(format)
     del body, picture, data
     tracemalloc.start()
