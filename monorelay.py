@@ -7422,7 +7422,7 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoResponse]] = {
 # ==== Event loop =================================================================================
 #
 # One thread serves everybody. What it serves are tasks: a task is a coroutine, and where it would have to wait, it
-# awaits until(), with a deadline on the monotonic clock. It is resumed when something may have happened: on one of its
+# awaits until(), with a deadline on the loop's clock. It is resumed when something may have happened: on one of its
 # channels, or to what it has started. That promises nothing, so it looks again and waits again if need be. At its
 # deadline Overdue is raised in it, and ClientGone as soon as its client has left. Between two waits a task has
 # everything to itself, so what tasks share needs no lock. What would block in the system (looking up a name, hashing a
@@ -7776,12 +7776,12 @@ class Channel:
         loop = self._loop
         if patient:
             self._queued = False
-        elif self._slow or loop.clock > loop.late_at:
+        elif self._slow or loop.moment > loop.late_at:
             if not self._queued:
                 self._queued = True
                 (loop.patient if self._slow else loop.late).append(lambda: self._ready(events, patient=True))
             return
-        begun = loop.clock
+        begun = loop.moment
         if self.closed:
             return  # by what was seen before it
         if events & WRITABLE:
@@ -7794,8 +7794,8 @@ class Channel:
             else:
                 self.receive()
         self._wake()
-        loop.clock = time.monotonic()
-        self._slow = loop.clock - begun > SLOW_EVENT_SECONDS
+        loop.moment = loop.clock()
+        self._slow = loop.moment - begun > SLOW_EVENT_SECONDS
 
     def _refuse_early_bytes(self) -> None:
         """Receives on a kept connection whose next request is put off: what comes before it is no response to it."""
@@ -7904,13 +7904,14 @@ class Task:
 
 
 class EventLoop:
-    """The thread that serves all tasks."""
+    """The thread that serves all tasks. `clock` tells it the seconds, which never go back."""
 
-    def __init__(self, warn: Callable[[str], None]) -> None:
+    def __init__(self, warn: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self.warn = warn
+        self.clock = clock
         self.selector = selectors.DefaultSelector()
-        self.now = time.monotonic()  # when the turn began
-        self.clock = self.now  # the same, or when one of its events was dealt with
+        self.now = clock()  # when the turn began
+        self.moment = self.now  # the same, or when one of its events was dealt with
         self.late_at = self.now  # when it is late in the turn
         self.running: Optional[Task] = None
         self.tasks: set[Task] = set()
@@ -7971,8 +7972,8 @@ class EventLoop:
     def _turn(self) -> None:
         """Waits until there is something to do, and does it."""
         waiting = self._posted or self.outbox or self.late or self.patient or self.pipelined
-        ready = self.selector.select(0 if waiting else max(0.0, self.sweep_at - time.monotonic()))
-        self.now = self.clock = time.monotonic()
+        ready = self.selector.select(0 if waiting else max(0.0, self.sweep_at - self.clock()))
+        self.now = self.moment = self.clock()
         self.late_at = self.now + LATE_SECONDS
         self.turn += 1
         self.crowded = len(ready) > 1
@@ -7981,7 +7982,7 @@ class EventLoop:
             key.data(events)
         for _ in range(len(self._posted)):
             self._posted.popleft()()
-            if time.monotonic() > self.late_at:
+            if self.clock() > self.late_at:
                 break
         if self.now >= self.sweep_at:
             self._sweep()
@@ -7992,19 +7993,19 @@ class EventLoop:
     def _serve_late(self) -> None:
         """Serves what came too late in the turn before, as long as it isn't late again."""
         for _ in range(len(self.late)):
-            if self.clock > self.late_at:
+            if self.moment > self.late_at:
                 break
             self.late.popleft()()
 
     def _serve_patient(self) -> None:
         """Lets those who wait go on, in turns and as many of one kind as of the others, while there is time."""
-        self.clock = time.monotonic()
-        deadline = self.clock + PATIENT_SECONDS
-        while (self.patient or self.pipelined) and self.clock < deadline:
+        self.moment = self.clock()
+        deadline = self.moment + PATIENT_SECONDS
+        while (self.patient or self.pipelined) and self.moment < deadline:
             for queued in (self.patient, self.pipelined):
                 if queued:
                     queued.popleft()()
-                    self.clock = time.monotonic()
+                    self.moment = self.clock()
         # The thread that accepts, and the log's: one that lets go of CPython's lock for a moment more often than every
         # 5 ms would get it back before any of them has woken up.
         time.sleep(OTHER_THREADS_SECONDS)
@@ -8031,7 +8032,7 @@ class EventLoop:
         for task in list(self.tasks):
             client = task.client
             if task.deadline <= self.now:
-                if time.monotonic() > self.late_at:
+                if self.clock() > self.late_at:
                     break  # the rest comes in the next turn
                 task.resume(Overdue())
             elif client and client.is_full and not client.closed:
@@ -8053,7 +8054,7 @@ def describe(error: BaseException) -> str:
 @types.coroutine
 def until(deadline: float = math.inf) -> Generator[float, None, None]:
     """Waits until something may have happened to what the running task waits for. Raises Overdue at the deadline, on
-    the monotonic clock, and ClientGone when its client has left."""
+    the loop's clock, and ClientGone when its client has left."""
     yield deadline
 
 
@@ -8202,10 +8203,10 @@ class LogWriter:
         """Starts the thread."""
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
-    def record(self, record: AccessRecord) -> None:
-        """Takes the line of a request that has just ended."""
+    def record(self, record: AccessRecord, now: float) -> None:
+        """Takes the line of a request that ends now."""
         if self.style != "off":
-            self.write(record.line(time.monotonic(), self.style))
+            self.write(record.line(now, self.style))
 
     def say(self, message: str, level: str = "info") -> None:
         """Takes a line of the relay's own."""
@@ -9152,13 +9153,13 @@ async def send_echo(loop: EventLoop, channel: Channel, response: EchoResponse, r
     fields.append(("request-id", request_id))
     head = head_bytes(f"HTTP/1.1 {response.status} {reason_of(response.status)}", fields)
     await channel.send(head, STALLED_CLIENT_SECONDS)
-    begun = time.monotonic()
+    begun = loop.clock()
     for seconds, part in response.parts:
         if seconds:
             await sleep(loop, seconds)
-        elif time.monotonic() - begun > SLOW_EVENT_SECONDS:
+        elif loop.clock() - begun > SLOW_EVENT_SECONDS:
             await checkpoint(loop)
-            begun = time.monotonic()
+            begun = loop.clock()
         await channel.send(chunk(part) if chunked else part, STALLED_CLIENT_SECONDS)
     if chunked and not response.cut:
         await channel.send(LAST_CHUNK, STALLED_CLIENT_SECONDS)
@@ -10256,10 +10257,16 @@ class Outgoing:
 class Service:
     """What all requests share. `routing`, the configuration with its targets, is replaced as a whole by a reload."""
 
-    def __init__(self, config: Config, log: LogWriter, place: Optional["PlaceOnBoard"] = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        log: LogWriter,
+        place: Optional["PlaceOnBoard"] = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.log = log
         self.draining = False
-        self.loop = EventLoop(log.warn)
+        self.loop = EventLoop(log.warn, clock)
         self.relay = Relay(self.loop, log.warn)
         self.catalogue = Catalogue(self.relay, self.loop)
         self.bodies = HeldBodies()
@@ -10331,7 +10338,7 @@ class Service:
             self.ledger.put(row)
         if record.error and not record.error.startswith("upstream:"):
             self.tally.refused[record.error] += 1
-        self.log.record(record)
+        self.log.record(record, self.loop.clock())
 
     async def _tidy(self) -> None:
         """Closes what is idle for too long, and gives free memory back to the system: soon when large bodies have left
@@ -12166,6 +12173,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         log: Optional[IO[str]] = None,
         listeners: Optional[Sequence[socket.socket]] = None,
         place: Optional["PlaceOnBoard"] = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(("", 0), Handler, bind_and_activate=False)
         self.socket.close()
@@ -12177,7 +12185,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         config = with_run_secrets(config, None)
         self.log = LogWriter(sys.stderr if log is None else log)
         self.log.style = config.server.log
-        self.service = Service(config, self.log, place)
+        self.service = Service(config, self.log, place, clock)
         self.handlers: set[Handler] = set()  # of all connections; the thread that accepts adds to it
         self.service.connections = self.handlers
         self.served: set[Handler] = set()  # those that max_connections admits
@@ -12271,7 +12279,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     def stop(self, drain_seconds: float = 0.0) -> None:
         """Stops accepting, lets what runs finish for so long, cuts the rest, and closes."""
-        deadline = time.monotonic() + drain_seconds
+        clock = self.service.loop.clock
+        deadline = clock() + drain_seconds
         if self._started:
             self._accepting = False
             self.shutdown()
@@ -12279,7 +12288,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         for listener in self._listeners:
             listener.close()
         self._run_in_loop(self._begin_draining)
-        while any(handler.answering for handler in list(self.handlers)) and time.monotonic() < deadline:
+        while any(handler.answering for handler in list(self.handlers)) and clock() < deadline:
             time.sleep(0.02)
         self._run_in_loop(self._cut_all)
         self._spare.close()
@@ -12298,7 +12307,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
             self.log.warn(f"cut {plural(len(records), 'running request')}: {ids}")
             for record in records[:CUT_LINES]:
                 record.error = "shutting_down"
-                self.log.record(record)
+                self.log.record(record, self.service.loop.clock())
         self.log.finish()
 
     def _run_in_loop(self, action: Callable[[], None]) -> None:
