@@ -9436,9 +9436,15 @@ def test_a_provider_that_falls_silent_within_a_stream_ends_it_in_an_error(upstre
         connection.send(STREAM_HEAD, *map(chunk, ANTHROPIC_EVENTS[:3]))
         connection.wait(gate)
 
-    with relay({"anthropic": {"upstream": upstream(script), "timeout": 0.2}}).client() as client:
+    clock, begun = Clock(), b"".join(ANTHROPIC_EVENTS[:3])
+    with relay({"anthropic": {"upstream": upstream(script), "timeout": 60}}, clock).client() as client:
         client.send(request("POST", "/v1/messages", STREAMED))
-        assert_died(client, after=b"".join(ANTHROPIC_EVENTS[:3]))
+        received = client.until(ANTHROPIC_EVENTS[2])
+        clock.move(59.0)
+        assert not client.ended_within(0.02)
+        client.buffer[:0] = received
+        clock.move(1.0)
+        assert_died(client, after=begun)
     gate.set()
 
 
@@ -15437,14 +15443,16 @@ def accepts(url: str) -> bool:
         return False
 
 
-def trickle(client: Client, data: bytes) -> bool:
-    """Sends a byte at a time, fifty a second; whether the relay hung up on it before the data was over."""
-    for start in range(len(data)):
+def tenths_waited_for(client: Client, clock: Clock, seconds: float, trickled: bytes) -> int:
+    """How many tenths of the time the relay waits for one that sends a byte in each before it hangs up."""
+    for number in range(12):
         with contextlib.suppress(OSError):
-            client.send(data[start : start + 1])
-        if client.ended_within(0.02):
-            return True
-    return False
+            client.send(trickled[number : number + 1])
+        clock.move(0.0)  # there it waits for more
+        if client.ended_within(0.01):
+            return number
+        clock.move(seconds / 10)
+    raise AssertionError("it waits for more than its time")
 
 
 @pytest.mark.parametrize(
@@ -15463,20 +15471,18 @@ def trickle(client: Client, data: bytes) -> bool:
     ],
     ids=brief,
 )
-def test_slow_clients_are_cut_when_their_time_is_over(upstream, relay, monkeypatch, deadline, sent, trickled):
-    # An idle connection may live longer than a head takes.
-    for name in ("IDLE_SECONDS", deadline):
-        monkeypatch.setattr(monorelay, name, 0.3)
-    provider = upstream(lambda connection: connection.rest())
-    with relay({"anthropic": provider}).client() as client:
+def test_slow_clients_are_cut_when_their_time_is_over(upstream, relay, deadline, sent, trickled):
+    provider, clock = upstream(lambda connection: connection.rest()), Clock()
+    it = relay({"anthropic": provider}, clock)
+    with it.client() as client:
         client.send(sent)
-        assert trickle(client, trickled) if trickled else client.ended_within(3)
+        eventually(lambda: it.server.served)
+        assert tenths_waited_for(client, clock, getattr(monorelay, deadline), trickled) == 10
     assert not provider.requests
 
 
-def test_a_client_that_takes_nothing_for_its_time_is_cut(upstream, relay, monkeypatch):
-    monkeypatch.setattr(monorelay, "STALLED_CLIENT_SECONDS", 0.3)
-    cut = threading.Event()
+def test_a_client_that_takes_nothing_for_its_time_is_cut(upstream, relay):
+    cut, clock = threading.Event(), Clock()
 
     def script(connection: Connection) -> None:
         connection.read_request()
@@ -15487,8 +15493,14 @@ def test_a_client_that_takes_nothing_for_its_time_is_cut(upstream, relay, monkey
         except ConnectionError:
             cut.set()
 
-    with relay({"anthropic": upstream(script)}).client(SO_RCVBUF=1 << 16) as client:
+    it = relay({"anthropic": upstream(script)}, clock)
+    with it.client(SO_RCVBUF=1 << 16) as client:
         client.send(request("POST", "/v1/messages", STREAMED))
+        # Once it is full, it isn't read from any more.
+        eventually(lambda: any(handler.channel._blocked for handler in list(it.server.served)))
+        clock.move(monorelay.STALLED_CLIENT_SECONDS - 1.0)
+        assert not cut.is_set()
+        clock.move(1.0)
         assert cut.wait(2 * TIMEOUT_SECONDS)
 
 
@@ -15582,12 +15594,9 @@ UNPROVEN = {
 
 
 @pytest.mark.parametrize("name", UNPROVEN)
-def test_who_is_busy_for_long_without_a_token_makes_room_the_longest_one_first(
-    upstream, relay, monkeypatch, small_buffers, name
-):
-    monkeypatch.setattr(monorelay, "UNPROVEN_SECONDS", 0.3)
-    gate = threading.Event()
-    it = relay({"anthropic": upstream(gated_stream(gate)), "echo": {}}, server={"max_connections": 5})
+def test_who_is_busy_for_long_without_a_token_makes_room_the_longest_one_first(upstream, relay, small_buffers, name):
+    gate, clock = threading.Event(), Clock()
+    it = relay({"anthropic": upstream(gated_stream(gate)), "echo": {}}, clock, server={"max_connections": 5})
     with contextlib.ExitStack() as stack:
         streams = [stack.enter_context(it.client()) for _ in range(2)]
         for stream in streams:
@@ -15598,8 +15607,10 @@ def test_who_is_busy_for_long_without_a_token_makes_room_the_longest_one_first(
             greedy.append(stack.enter_context(it.client(SO_RCVBUF=1 << 12)))
             floods(greedy[-1], UNPROVEN[name])
             eventually(lambda number=number: len(it.server.served) == 3 + number)
-            threading.Event().wait(0.1)  # so that one deadline after the other is seen
-        threading.Event().wait(0.5)
+            clock.move(0.0)  # there it has seen what this one is about
+            clock.move(0.125)
+        for _ in range(8):  # so that one deadline after the other is seen
+            clock.move(monorelay.UNPROVEN_SECONDS / 8)
         ports = [client.sock.getsockname()[1] for client in greedy]
         for number in range(3):
             streams.append(stack.enter_context(it.client()))
@@ -15616,10 +15627,9 @@ def test_who_is_busy_for_long_without_a_token_makes_room_the_longest_one_first(
             stream.until(b"message_stop")
 
 
-def test_who_has_shown_a_token_is_not_closed_while_busy(upstream, relay, monkeypatch, small_buffers):
-    monkeypatch.setattr(monorelay, "UNPROVEN_SECONDS", 0.1)
-    gate = threading.Event()
-    it = relay({"anthropic": upstream(gated_stream(gate)), "echo": {}}, server={"max_connections": 4})
+def test_who_has_shown_a_token_is_not_closed_while_busy(upstream, relay, small_buffers):
+    gate, clock = threading.Event(), Clock()
+    it = relay({"anthropic": upstream(gated_stream(gate)), "echo": {}}, clock, server={"max_connections": 4})
     with it.client() as stream, it.client() as head, it.client() as body, it.client(SO_RCVBUF=1 << 12) as greedy:
         stream.send(request("POST", "/v1/messages", STREAMED))
         stream.until(b"message_start")
@@ -15627,8 +15637,8 @@ def test_who_has_shown_a_token_is_not_closed_while_busy(upstream, relay, monkeyp
         head.send(b"GET /health HTTP/1.1\r\n")
         body.send(request("POST", "/v1/messages", b"{", "Content-Length: 9"))
         floods(greedy, request("GET", "/api/auth/me") + request("GET", "/health", token="") * 4_000)
-        eventually(lambda: len(it.server.served) == 4)
-        threading.Event().wait(0.4)
+        eventually(lambda: len(it.server.served) == 4 and not it.server.unproven and not it.server.idle)
+        clock.move(4 * monorelay.UNPROVEN_SECONDS)
         for _ in range(3):
             with it.client() as late:
                 late.send(request("GET", "/health"))
@@ -15639,14 +15649,14 @@ def test_who_has_shown_a_token_is_not_closed_while_busy(upstream, relay, monkeyp
         assert head.answer().status == 200 and greedy.answer().status == 200
 
 
-def test_an_idle_connection_goes_before_one_that_is_busy_without_a_token(relay, monkeypatch):
-    monkeypatch.setattr(monorelay, "UNPROVEN_SECONDS", 0.1)
-    it = relay({"echo": {}}, server={"max_connections": 3})
+def test_an_idle_connection_goes_before_one_that_is_busy_without_a_token(relay):
+    clock = Clock()
+    it = relay({"echo": {}}, clock, server={"max_connections": 3})
     with it.client() as head, it.client() as known, it.client() as silent:
         head.send(b"GET /health HTTP/1.1\r\n")
         eventually(lambda: len(it.server.unproven) == 1 and len(it.server.served) == 3)
         assert known.ask("GET", "/api/auth/me").status == 200
-        threading.Event().wait(0.3)
+        clock.move(3 * monorelay.UNPROVEN_SECONDS)
         # The longest idle one goes first, whoever it is.
         with it.client() as new, it.client() as newer:
             for client, idle in ((new, silent), (newer, known)):
