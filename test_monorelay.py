@@ -5731,9 +5731,10 @@ def test_odd_values_among_arguments_break_nothing(text):
     block = b'{"type":"tool_use","id":"c","name":"f","input":{"a":%b}}' % text.encode()
     message = b'{"type":"message","content":[%b],"stop_reason":"tool_use"}' % block
     start = b'data: {"type":"content_block_start","content_block":%b}\n\n' % block
+    ending = sse("message_delta", delta={"stop_reason": "tool_use"}) + sse("message_stop")
     for asked, answer, stream in (
         (asked_of(), whole, b"data: %b\n\ndata: [DONE]\n\n" % whole.replace(b"message", b"delta")),
-        (asked_of("openai"), message, start + sse("content_block_stop") + sse("message_stop")),
+        (asked_of("openai"), message, start + sse("content_block_stop") + ending),
     ):
         events = events_of(streamed(asked, stream)[0])
         with contextlib.suppress(monorelay.AnswerFault):
