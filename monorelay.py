@@ -2072,12 +2072,13 @@ def reset_time(value: str, now: float) -> Optional[float]:
 class KeyRecord:
     """How a key has fared of late, for its owner to see."""
 
-    __slots__ = ("failed", "hours", "limits_at", "limits_told", "outcomes")
+    __slots__ = ("answered", "failed", "hours", "limits_at", "limits_told", "outcomes")
 
     def __init__(self) -> None:
         self.outcomes: dict[str, int] = {}  # how many attempts ended so
         self.hours: dict[int, list[int]] = {}  # clock hour: attempts, and how many of them failed
         self.failed: Optional[tuple[float, str]] = None  # when last, and why
+        self.answered = 0.0  # when last, and well
         self.limits_told = Headers([])  # in which the provider last told its rate limits: read when somebody asks
         self.limits_at = 0.0
 
@@ -2207,7 +2208,9 @@ class KeyPool:
             record.hours = {known: record.hours[known] for known in record.hours if known == hour - 1}
             counts = record.hours[hour] = [0, 0]
         counts[0] += 1
-        if outcome != "ok":
+        if outcome == "ok":
+            record.answered = clock
+        else:
             counts[1] += 1
             record.failed = (clock, outcome)
 
@@ -2305,7 +2308,7 @@ def key_state(provider: Provider, cooling: Sequence[tuple[str, Cooling]], now: f
     return state
 
 
-EMPTY_RECORD: JsonDict = {"outcomes": {}, "hours": [], "failed": None, "limits": []}
+EMPTY_RECORD: JsonDict = {"outcomes": {}, "hours": [], "failed": None, "answered": 0.0, "limits": []}
 
 
 def record_document(record: KeyRecord) -> JsonDict:
@@ -2314,6 +2317,7 @@ def record_document(record: KeyRecord) -> JsonDict:
         "outcomes": dict(record.outcomes),
         "hours": [[hour, *counts] for hour, counts in record.hours.items()],
         "failed": record.failed,
+        "answered": record.answered,
         "limits": [
             {"limit": name, **limit._asdict()}
             for name, limit in rate_limits(limit_fields(record.limits_told), record.limits_at).items()
@@ -2335,7 +2339,7 @@ def joined_records(records: Iterable[JsonDict]) -> JsonDict:
     hours: collections.Counter[int] = collections.Counter()
     failures: collections.Counter[int] = collections.Counter()
     limits: dict[str, JsonDict] = {}
-    failed = None
+    failed, answered = None, 0.0
     for record in records:
         outcomes.update(record["outcomes"])
         for hour, total, failing in record["hours"]:
@@ -2343,11 +2347,13 @@ def joined_records(records: Iterable[JsonDict]) -> JsonDict:
             failures[hour] += failing
         # From the board it comes as a list, which doesn't compare with a tuple.
         failed = max(filter(None, (failed, record["failed"] and tuple(record["failed"]))), default=None)
+        answered = max(answered, record["answered"])
         for limit in record["limits"]:
             if limit["limit"] not in limits or limits[limit["limit"]]["at"] < limit["at"]:
                 limits[limit["limit"]] = limit
     counts = [[hour, total, failures[hour]] for hour, total in hours.items() if hour >= max(hours) - 1]
-    return {"outcomes": outcomes, "hours": counts, "failed": failed, "limits": list(limits.values())}
+    told = {"outcomes": outcomes, "hours": counts, "failed": failed, "answered": answered}
+    return {**told, "limits": list(limits.values())}
 
 
 def cooldown_words(candidate: Candidate, name: tuple[str, ...]) -> str:
@@ -8338,6 +8344,7 @@ class LedgerWriter:
         self._warned_at = -math.inf
         self.dropped = 0  # rows, since the start
         self._dropped_told = 0
+        self.failing = False  # whether the file could not be written when last tried
 
     @property
     def waiting(self) -> int:
@@ -8427,8 +8434,10 @@ class LedgerWriter:
             else:
                 spent = read_ledger(settings.path, self._limited, time.time())
         except Exception as error:
+            self.failing = True
             self._note_failure(settings.path, seen, error)
             return False
+        self.failing = False
         with self._lock:
             self._spent = spent
             for key, (cost, tokens) in spent_sums([row for row in batch if row.user in self._limited]).items():
@@ -11172,11 +11181,14 @@ class LivePage:
             "since": round(min(tally.since, since), 3),
             "admin": own is None,
             "ledger": bool(service.ledger.file),
+            "unwritten": service.ledger.waiting if own is None and service.ledger.failing else 0,
             "active": len(rows),
             "running": running,
             "keys": service.workers.keys(config) if own is None else [],
             "minute": last_minute(tally, own, clock),
-            "ttfb": quantiles([row.ttfb / 1000 for row in tally.ended if row.ttfb is not None and row.is_of(own)]),
+            "ttfb": quantiles(
+                [row.ttfb / 1000 for row in tally.ended if row.ttfb is not None and row.answered and row.is_of(own)]
+            ),
             "hours": self._hours,
             "budgets": service.budgets(own),
         }

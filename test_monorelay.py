@@ -1678,7 +1678,8 @@ def test_keys_that_are_missing_the_clients_own_or_built_in_say_so():
     ]
     assert all(
         set(key)
-        == {"provider", "key", "state", "for", "why", "models", "requests", "errors", "failed", "limits", "outcomes"}
+        == {"provider", "key", "state", "for", "why", "models", "requests", "errors", "failed", "answered", "limits",
+            "outcomes"}  # fmt: skip
         for key in states
     )
 
@@ -1693,7 +1694,7 @@ def test_what_several_workers_know_of_a_key_is_one():
     own, *others = (monorelay.record_document(it.pool.records["anthropic", "k0"]) for it in pools)
     joined = monorelay.joined_records([own, *map(json.loads, map(json.dumps, others))])
     assert joined["hours"] == [[int(UNIX_TIME // 3600), 6, 3]]
-    assert list(joined["failed"]) == [UNIX_TIME + 2, "502"]
+    assert list(joined["failed"]) == [UNIX_TIME + 2, "502"] and joined["answered"] == UNIX_TIME
     assert [round(limit["used"], 6) for limit in joined["limits"]] == [0.2]
 
 
@@ -12939,6 +12940,7 @@ def test_a_page_is_told_the_state_and_then_what_changes(upstream, relay, quick):
             "since",
             "admin",
             "ledger",
+            "unwritten",
             "active",
             "running",
             "ended",
@@ -13115,6 +13117,21 @@ def test_a_user_sees_only_what_is_his_own_and_no_keys(relay, quick, tmp_path):
         usage = it.ask("GET", "/api/usage?by=user", token=token).json
         assert usage["total"]["requests"] == count and usage["priced"] is None
         assert own is None or [group["user"] for group in usage["rows"]] == [own]
+
+
+def test_the_median_of_the_first_byte_is_that_of_answers(relay, quick):
+    """What the relay or a provider refuses at once doesn't make it look fast."""
+    it = relay({"echo": {}})
+    for model in ("echo-error-500", "echo-error-429"):
+        it.post("/v1/messages", prompt(model))
+    eventually(lambda: len(it.server.service.tally.ended) == 2)
+    with live(it) as page:
+        state = told_live(page)[2]
+    assert state["ttfb"] is None and state["minute"]["errors"] == 2
+    it.post("/v1/messages", prompt("echo"))
+    with live(it) as page:
+        state = told_live(page)[2]
+    assert state["ttfb"] == [dict(zip(ROW, state["ended"][-1]))["ttfb"]] * 2 and state["unwritten"] == 0
 
 
 def test_a_page_ends_when_its_token_expires(relay, quick):
@@ -14849,6 +14866,7 @@ def test_a_relay_without_a_place_for_its_ledger_serves_all_the_same(program, tmp
     else:
         assert usage.json["rows"] == listed.json["rows"] == []
         assert told.count("can't be written") == 1 and "\nmonorelay_ledger_rows_waiting 40\n" in counters
+        assert first_state(it)["unwritten"] == 40
 
 
 # -- a week of traffic: every account agrees with what the providers told
