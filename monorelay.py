@@ -13162,7 +13162,7 @@ PAGE = r"""<!doctype html>
 :root {
   color-scheme: light dark;
   --page: light-dark(#f6f6f3, #121416); --panel: light-dark(#ffffff, #1a1d20); --line: light-dark(#e3e3dd, #2b3035);
-  --ink: light-dark(#1c2024, #e4e5e2); --quiet: light-dark(#62686f, #98a0a8); --thin: 1px solid var(--line);
+  --ink: light-dark(#1c2024, #e4e5e2); --quiet: light-dark(#585e65, #adb5bc); --thin: 1px solid var(--line);
   --accent: light-dark(#2b6f83, #7cbccd); --bar: light-dark(#8db4bf, #48788a);
   --good: light-dark(#2a7549, #74c493); --warn: light-dark(#8a5a00, #e2b35a); --bad: light-dark(#b3261e, #ff8f85);
   font: 13px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums;
@@ -13171,7 +13171,6 @@ PAGE = r"""<!doctype html>
 * { box-sizing: border-box; margin: 0; }
 body { background: var(--page); color: var(--ink); padding: 0 max(1rem, 50vw - 62rem) 1.5rem; }
 [hidden], .own .others { display: none !important; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
 .note, th, dt { color: var(--quiet); font-weight: 400; }
 [data-tone=""] { --tone: initial; }
@@ -13185,38 +13184,42 @@ button, select, .field input { background: var(--panel); border: var(--thin); bo
 select { max-width: 12rem; }
 button:is(:hover, :focus-visible) { text-decoration: underline; text-underline-offset: 3px; }
 .plain { background: none; border: 0; padding: 0; max-width: 100%; letter-spacing: inherit; }
-.plain, .cut, .tiles dd, #rows td { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.plain, .cut, .tiles dd:not(.note), #rows td { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+:is(.name, .name .plain) { white-space: normal; overflow-wrap: anywhere; text-align: inherit; }
 code { font: .92em ui-monospace, monospace; background: var(--page); padding: .1em .35em; overflow-wrap: anywhere; }
 h1 { font-size: 1.25rem; font-weight: 650; letter-spacing: -.01em; }
 h1 svg { width: 1.1em; vertical-align: -.15em; margin-right: .3em; fill: none; stroke: var(--accent); stroke-width: 2; }
 h2 { font-size: 1rem; font-weight: 600; }
 
-header, .bar, .gauges, .tiles, .columns { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem .9rem; }
+header, .bar, .gauges, .tiles { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem .9rem; }
 label, .gauge { display: flex; align-items: center; gap: .5rem; }
-header { padding: .8rem 0; }
+header { padding: .7rem 0 .3rem; }
+#status { font-size: 1.15rem; line-height: 1.4; padding-bottom: .7rem; overflow-wrap: anywhere; }
 .end { margin-left: auto; }
 .panel { background: var(--panel); border: var(--thin); border-radius: 8px; padding: .6rem .9rem .5rem; min-width: 0; }
-main, .columns > div { display: grid; grid-template-columns: minmax(0, 1fr); gap: .75rem; }
-.tiles, .columns { align-items: stretch; gap: .75rem; }
-.tiles > div { flex: 3 1 10rem; }
-.tiles > div:nth-child(n + 5) { flex: 4 1 15rem; }
+main { display: grid; grid-template-columns: minmax(0, 7fr) minmax(0, 6fr); gap: .75rem; }
+main > :not(.beside) { grid-column: 1 / -1; }
+.tiles { align-items: stretch; gap: .75rem; }
+.tiles > div { flex: 2 1 8.5rem; }
+.tiles > div:nth-child(5) { flex: 3 1 15rem; }
+.tiles > div:nth-child(6) { flex: 7 1 19rem; }
 .tiles dt + dd { font-size: 1.55rem; line-height: 1.4; font-weight: 550; letter-spacing: -.02em; }
-.columns > div { flex: 5 1 min(36rem, 100%); grid-template-rows: 1fr auto; }
-.columns > div + div { flex: 4 1 min(30rem, 100%); }
-.scrolls { overflow: auto; scrollbar-width: thin; max-height: 26rem; overscroll-behavior: contain; }
-.grows { display: flex; flex-direction: column; }
-.grows .scrolls { flex: auto; max-height: 18rem; }
-#box { max-height: min(75vh, 60rem); overflow-anchor: none; contain: content; }
+#failure > div, #failure > div > div { display: contents; }
+.beside:has(#chart) { display: flex; flex-direction: column; }
+#box { overflow: auto; scrollbar-width: thin; max-height: min(75vh, 60rem); overscroll-behavior: contain; }
+#box { overflow-anchor: none; contain: content; }
 
 table { width: 100%; border-collapse: collapse; }
-th { position: sticky; top: 0; z-index: 1; background: var(--panel); box-shadow: 0 1px var(--line); font-size: .92em; }
+th { font-size: .92em; }
+#box th { position: sticky; top: 0; z-index: 1; background: var(--panel); box-shadow: 0 1px var(--line); }
 td { border-bottom: var(--thin); }
 tr:last-child > td { border: 0; }
 #rows tr { cursor: pointer; }
+#rows .day { box-shadow: 0 -2px var(--quiet); }
 #rows tr:hover { background: color-mix(in srgb, var(--bar) 12%, transparent); }
-tbody:not(#rows):empty::before { content: "none"; color: var(--quiet); }
-.gauges { gap: 0 1.2rem; font-size: .92em; }
-.gauge svg { flex: none; width: 3.5rem; height: .4rem; border-radius: 1rem; background: var(--line); }
+tbody:not(#rows, #keys):empty::before { content: "none"; color: var(--quiet); }
+.gauges { gap: 0 1.2rem; }
+.gauge svg { flex: none; width: 4rem; height: .6rem; border-radius: .2rem; background: var(--line); }
 .gauge rect { fill: var(--tone, var(--bar)); }
 #chart { flex: 1 1 11rem; contain: size; padding: 1.4rem 0 1.6rem 2.7rem; font-size: .85rem; fill: var(--quiet); }
 #chart svg { width: 100%; height: 100%; overflow: visible; text-anchor: middle; }
@@ -13238,61 +13241,77 @@ ol { padding-left: 1.3rem; }
 #problem { color: var(--bad); }
 
 @media (width > 640px) {
-  th, td { text-align: left; padding: .28rem .8rem .28rem 0; white-space: nowrap; }
+  th, td { text-align: left; padding: .28rem .8rem .28rem 0; }
+  :is(th, td):not(.name) { white-space: nowrap; }
   :is(th, td):last-child { padding-right: .3rem; }
   .num { text-align: right; }
-  .cut { max-width: 0; }
-  #box table { table-layout: fixed; min-width: 78rem; }
+  #box table { table-layout: fixed; min-width: 84rem; }
   #rows td { height: round(1.95rem, 1px); padding-block: 0; }
+  #rows .why:has(+ td:empty) { overflow: visible; }  /* over the figures, of which there are none */
+  .why .cut { display: block; width: 285%; }
 }
-@media (width <= 1400px) { .columns .extra { display: none; } }
+@media (width <= 1400px) { .beside .extra { display: none; } }
+@media (width <= 1000px) { main > .beside { grid-column: 1 / -1; } }
 @media (width <= 640px) { /* a row becomes a card of four columns, of figures below their titles */
+  header { gap: .2rem .7rem; }
+  main { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .6rem; }
+  .tiles { display: contents; }
+  .panel, .tiles > div:nth-child(5) { order: 5; }
+  .tiles > div:nth-child(n + 5) { grid-column: 1 / -1; }
+  .tiles > div:nth-child(6), #advice { order: 1; }
+  .panel:has(#running) { order: 2; }
+  #failure { order: 3; }
+  .panel:has(#keys) { order: 4; }
+  .panel:is(:has(#users, #models, #chart, #box)) { order: 6; }
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   table, tbody { display: block; }
   tbody tr { display: grid; grid: auto-flow dense / repeat(4, minmax(0, 1fr)); gap: 0 .6rem; align-content: start; }
-  tbody tr { padding: .45rem 0; border-bottom: var(--thin); }
-  #rows tr { height: round(8.4rem, 1px); }
+  tbody tr { padding: .4rem 0; border-bottom: var(--thin); }
+  tr:last-child { border: 0; }
+  #running { display: grid; grid-template-columns: auto 1fr auto; }
+  #running tr { grid: auto / subgrid; grid-column: 1 / -1; }
+  #running td:nth-child(3) { grid-column: 2; }
+  #rows tr { height: round(7.6rem, 1px); }
   td { border: 0; padding: 0; overflow: hidden; text-overflow: ellipsis; }
   .half { grid-column: span 2; }
   .line { grid-column: 1 / -1; }
-  .cut:not(#rows *) { white-space: normal; overflow-wrap: anywhere; }
+  .why .cut { white-space: normal; overflow-wrap: anywhere; }
   td:not(.bare)::before { content: attr(data-title); display: block; font-size: .8em; color: var(--quiet); }
-  .extra { display: none; }
+  .extra, .away, td:empty { display: none; }
 }
 </style>
 <header>
   <h1><svg viewBox="0 0 16 16" aria-hidden="true"><path d="M1 3h4l3 5 3-5h4M1 13h4l3-5 3 5h4"/></svg>MonoRelay</h1>
-  <span class="note" id="where"></span>
+  <span class="note extra" id="where"></span>
   <span class="tone" id="link"><span id="sign" aria-hidden="true">◌</span> <span id="words">connecting</span></span>
   <span class="bar end"><select id="days" aria-label="Period" hidden>
     <option value="">today (UTC)<option value="7">7 days<option value="30">30 days</select>
     <span class="note" id="me"></span><button id="leave" type="button" hidden>Sign out</button></span>
 </header>
-<p class="unseen" role="status" id="status"></p>
+<p role="status" id="status">◌ Connecting</p>
 <main hidden>
   <dl class="tiles" id="tiles"></dl>
   <section class="panel" id="advice" hidden><h2>What to set next</h2><div></div></section>
   <section class="panel bar" id="failure" hidden><h2>Last failed request</h2><div></div></section>
+  <section class="panel beside"><div class="bar"><h2>Running</h2><span class="note" id="active"></span></div>
+    <table><tbody id="running"></table></section>
+  <section class="panel beside"><div class="bar"><h2>Requests an hour</h2><span class="note" id="charted"></span></div>
+    <div id="chart"></div></section>
   <section class="panel others"><div class="bar"><h2>Keys</h2><span class="note" id="counted"></span></div>
-    <div class="scrolls"><table><tbody id="keys"></table></div></section>
-  <div class="columns">
-    <div>
-      <section class="panel grows"><h2>Running</h2>
-        <div class="scrolls"><table><tbody id="running"></table><p class="note" id="more"></p></div></section>
-      <section class="panel"><h2>Users</h2><div class="scrolls"><table><tbody id="users"></table></div></section>
-    </div>
-    <div>
-      <section class="panel grows"><h2>Requests an hour</h2><div id="chart"></div></section>
-      <section class="panel"><h2>Models</h2><div class="scrolls"><table><tbody id="models"></table></div></section>
-    </div>
-  </div>
+    <table><tbody id="keys"></table></section>
+  <section class="panel beside"><div class="bar"><h2 id="whose">Users</h2><span class="note period"></span></div>
+    <table><tbody id="users"></table></section>
+  <section class="panel beside"><div class="bar"><h2>Models</h2><span class="note period"></span></div>
+    <table><tbody id="models"></table></section>
   <section class="panel">
-    <form class="bar" id="filters"><h2>Requests</h2><span class="note end" id="loaded"></span>
+    <form class="bar" id="filters"><h2>Requests</h2><span class="note">newest first</span>
+      <span class="note end" id="loaded"></span>
       <label><input type="checkbox" name="errors"> failed only</label>
       <select name="user" class="others" aria-label="User"></select><select name="model" aria-label="Model"></select>
       <select name="key" class="others" aria-label="Key"></select>
       <button type="button" id="clear" hidden>Show all</button></form>
-    <div class="scrolls" id="box"><table><tbody id="rows"></table><p class="note" id="none"></p></div>
+    <div id="box" role="region" tabindex="0" aria-label="Requests">
+      <table><tbody id="rows"></table><p class="note" id="none"></p></div>
   </section>
 </main>
 <dialog id="signin" aria-label="Sign in"><form>
@@ -13310,13 +13329,13 @@ ol { padding-left: 1.3rem; }
 "use strict";
 // Users, models, paths and errors are named by strangers: they become text (textContent, append) and nothing else.
 
-// ---- figures: what isn't known is "?" ----
+// ---- figures ----
 
 const unknown = (value) => value === null || value === undefined;
-const figure = (write) => (value) => unknown(value) ? "?" : write(value);
+const figure = (write) => (value) => unknown(value) ? "—" : write(value);
 const count = figure(new Intl.NumberFormat("en").format);
 const short = figure(new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format);
-const fixed = (value, digits) => value?.toFixed(digits) ?? "?";
+const fixed = (value, digits) => value?.toFixed(digits) ?? "";
 const scaled = (value, size) => unknown(value) ? null : value / size;
 const bytes = (value) => short(value).replace(/[A-Z]?$/, " $&B");
 const percent = (part) => `${Math.round(part * 100)} %`;
@@ -13331,9 +13350,9 @@ const duration = figure((seconds) => {
 const clock = (parts, format = new Intl.DateTimeFormat("en-GB", parts)) => (seconds) => format.format(seconds * 1000);
 const toHour = clock({ hour: "2-digit", minute: "2-digit" }), toSecond = clock({ timeStyle: "medium" });
 const toDay = clock({ day: "numeric", month: "short" });
-const isNear = (seconds) => Math.abs(seconds - now()) < 20 * 3600;
-const hour = (seconds) => isNear(seconds) ? toHour(seconds) : toDay(seconds);
-const moment = (seconds) => isNear(seconds) ? toSecond(seconds) : `${toDay(seconds)}, ${toHour(seconds)}`;
+const hour = (seconds) => Math.abs(seconds - now()) < 20 * 3600 ? toHour(seconds) : toDay(seconds);
+const isToday = (seconds) => toDay(seconds) === toDay(now());
+const moment = (seconds) => isToday(seconds) ? toSecond(seconds) : `${toDay(seconds)}, ${toHour(seconds)}`;
 const utc = (seconds) => new Date(seconds * 1000).toISOString().replace("T", " ").slice(0, 19) + " UTC";
 
 // ---- elements ----
@@ -13349,6 +13368,12 @@ function element(tag, attributes, ...children) {
   return made;
 }
 
+// A name that has its place in a line, whatever its length.
+const brief = (name) => name.length > 64 ? `${name.slice(0, 63)}…` : name;
+
+const on = (type, target, act) => target.addEventListener(type, act);
+const narrow = matchMedia("(width <= 640px)");
+
 // Shows a text or an element in a place, and leaves alone what is there already.
 function put(parent, value) {
   const made = value instanceof Node ? value : new Text(value ?? "—");
@@ -13359,23 +13384,29 @@ function put(parent, value) {
 
 // Heads a table, and returns what shows items in it. Rows that stay keep their element, and so focus and selection.
 // Columns are title, classes, width and content. Narrow screens have four columns, of which `half` takes two and `line`
-// all; `bare` is shown without its title there, `extra` not at all. Roles are said, for CSS that turns rows into grids
-// takes them away.
-function table(id, keyOf, toneOf, columns) {
-  const body = $(id), ariaLabel = body.closest("section").querySelector("h2").textContent;
+// all; `bare` is shown without its title there, `extra` and `away` not at all. Roles are said, for CSS that turns rows
+// into grids takes them away. `few` tells how many items are shown, and what a button calls the rest, which it shows.
+function table(id, keyOf, toneOf, columns, few = () => [8, "more"]) {
+  const body = $(id), section = body.closest("section"), ariaLabel = section.querySelector("h2").textContent;
   Object.assign(body.parentNode, { role: "table", ariaLabel });
-  Object.assign(body.closest(".scrolls"), { role: "region", tabIndex: 0, ariaLabel });
   body.parentNode.createTHead().insertRow().append(...columns.map(([title, kind, width]) =>
     element("th", { class: kind, width, scope: "col" }, title)));
   const newRow = () => element("tr", { role: "row" }, ...columns.map(([title, kind]) =>
     element("td", { class: kind, role: "cell", "data-title": title })));
+  const rest = section.appendChild(element("button", { class: "plain note", type: "button", "aria-expanded": "false" }));
+  on("click", rest, () => {
+    rest.ariaExpanded = String(rest.ariaExpanded === "false");
+    draw();
+  });
   let shown = new Map();
   return (items) => {
-    const before = shown;
-    shown = new Map(items.map((item) => [keyOf(item), before.get(keyOf(item)) ?? newRow()]));
-    for (const [key, row] of before) if (!shown.has(key)) row.remove();
-    items.forEach((item, index) => {
-      const row = shown.get(keyOf(item));
+    const before = shown, [most, words] = few(items), isAll = rest.ariaExpanded === "true";
+    rest.hidden = items.length < most + 2;
+    put(rest, isAll ? "▴ fewer" : `▾ ${count(items.length - most)} ${words}`);
+    shown = new Map(items.slice(0, isAll || rest.hidden ? items.length : most).map((item) =>
+      [keyOf(item), [before.get(keyOf(item))?.[0] ?? newRow(), item]]));
+    for (const [key, [row]] of before) if (!shown.has(key)) row.remove();
+    [...shown.values()].forEach(([row, item], index) => {
       if (body.children[index] !== row) body.insertBefore(row, body.children[index] ?? null);
       row.dataset.tone = toneOf(item);
       columns.forEach(([, , , content], column) => put(row.cells[column], content(item)));
@@ -13384,8 +13415,9 @@ function table(id, keyOf, toneOf, columns) {
 }
 
 // A text that, when pressed, shows the requests that it stands for. "(other)" stands for several names, and none.
-const choice = (filter, value, text = value) => value === "(other)" ? value : element("button",
-  { class: "plain", title: `${text}: show the requests`, "data-filter": filter, "data-value": value }, text);
+const OTHER = "(other)";
+const choice = (filter, value, text = value) => value === OTHER ? value : element("button",
+  { class: "plain", title: `${text}: show the requests`, "data-filter": filter, "data-value": value }, brief(text));
 
 // A bar for each limit, of which a part is used, with words.
 function gauges(limits) {
@@ -13394,65 +13426,83 @@ function gauges(limits) {
     const bar = element("svg", { "aria-hidden": true }, element("rect", { width, height: "100%" }));
     return element("span", { class: "gauge", "data-tone": tone }, bar, words);
   });
-  return made.length ? element("div", { class: "gauges" }, ...made) : "—";
+  return made.length ? element("div", { class: "gauges" }, ...made) : "";
 }
 
 // ---- the tables ----
 
 const STATES = {
-  ok: ["good", "● ok"], echo: ["good", "● built in"], client: ["", "◇ the client's"], missing: ["", "○ no key"],
-  cooling: ["warn", "◐ cooling"], refused: ["bad", "✕ refused"],
+  ok: ["good", "● ok"], echo: ["good", "● built in"], client: ["", "◇ the client's"], missing: ["", "○ no key: "],
+  cooling: ["warn", "◐ "], failing: ["warn", "▲ "], refused: ["bad", "✕ "],
   reading: ["", "↥ reading"], waiting: ["", "◌ waiting"], retrying: ["warn", "↻ retrying"],
   streaming: ["good", "▸ streaming"],
 };
 const LIMITS = {
-  input_tokens: "tokens in", output_tokens: "tokens out", unified_5h: "5 hours", unified_7d: "7 days",
-  usd_per_day: "day", usd_per_month: "month", tokens_per_day: "tokens", requests_per_minute: "minute",
+  input_tokens: "input tokens", output_tokens: "output tokens", unified_5h: "5-hour limit", unified_7d: "7-day limit",
+  usd_per_day: "today", usd_per_month: "this month", tokens_per_day: "tokens today",
+  requests_per_minute: "requests a minute",
+};
+const MEANINGS = {
+  401: "key refused", 402: "no credit", 403: "forbidden", 404: "not found", 429: "rate limit", 529: "overloaded",
+  unreachable: "no connection", broken: "broken off", silent: "no answer", timeout: "no answer",
 };
 const place = ({ provider, key }) => key ? `${provider} / ${key}` : provider || "—";
-const route = ({ model, sent }) => sent && sent !== model ? `${model} → ${sent}` : model || "—";
+const route = ({ model, sent }) => brief(sent && sent !== model ? `${model} → ${sent}` : model || "—");
 const keyOf = ({ provider, key }) => `${provider}/${key ?? ""}`;
 const failed = (row) => row.status >= 400 || Boolean(row.error && row.error !== "client_gone");
 
-function outcome(row) {
-  const reason = row.error === "client_gone" ? "client left" : (row.error ?? "").replace("upstream:", "");
-  return `${failed(row) ? "✕" : row.complete ? "✓" : "◌"} ${row.status || "—"} ${reason}`.trim();
+// What an attempt met, a status or a word, with what that means.
+function met(what) {
+  const meaning = MEANINGS[what] ?? (/^5/.test(what) ? "error" : "");
+  return /^[45]/.test(what) ? `${what} ${meaning}`.trim() : meaning || what;
 }
+
+const sign = (row) => `${failed(row) ? "✕" : row.complete ? "✓" : "◌"} ${row.status || "—"}`;
+const outcome = ({ status, error }) =>
+  `${status || "no answer"} ${(error === "client_gone" ? "client left" : error ?? "").replace("upstream:", "")}`
+    .replaceAll("_", " ").trim();
 
 // What each attempt met. Those that failed are told as PROVIDER/KEY:WHAT, with spaces between.
 function attempts(row) {
-  const tried = (row.tried || "").split(" ").filter(Boolean).map((one) => one.replace("/", " / ").replace(":", ": "));
-  return tried.length < row.attempts ? [...tried, `${place(row)}: ${outcome(row).slice(2)}`] : tried;
+  const tried = [...(row.tried ?? "").matchAll(/(\S+):(\S+)/g)].map(([, key, what]) =>
+    `${key.replace("/", " / ")}: ${met(what)}`);
+  return tried.length < row.attempts ? [...tried, `${place(row)}: ${outcome(row)}`] : tried;
 }
 
-const toneOf = ({ state }) => STATES[state]?.[0] ?? "";
-const signOf = ({ state }) => STATES[state]?.[1] ?? state;
+const why = (row) => row.attempts ? `${attempts(row).join(", then ")}; the client got ${row.status || "nothing"}` :
+  `the relay answered ${outcome(row)}`;
 
-function keyState(key) {
-  if (key.state === "missing") return `${signOf(key)}: ${key.why}`;
-  const reason = unknown(key.why) ? "" : ` (${key.why})`;
-  const back = unknown(key.for) ? "" : `, back in ${duration(Math.max(0, Math.ceil(key.until - now())))}`;
-  return signOf(key) + reason + back + (key.models ? `: ${key.models.join(", ")}` : "");
+const toneOf = (one) => STATES[one.state]?.[0] ?? "";
+const signOf = (one) => STATES[one.state]?.[1] ?? one.state;
+const isTroubled = (key) => ["warn", "bad"].includes(toneOf(key));
+const valid = ({ limits = [] }) => limits.filter(({ reset }) => unknown(reset) || reset > now());
+const spentLimit = (key) => valid(key).find(({ used, reset }) => used >= 1 && reset);
+
+// What is wrong with a key, and until when; in `exact` words, or in such as don't change while it lasts.
+function trouble(key, exact) {
+  const limit = spentLimit(key), left = key.until - now(), models = (key.models ?? []).map(brief).join(", ");
+  if (key.state === "failing") return `last attempt failed at ${hour(key.failed[0])} (${met(key.failed[1])})`;
+  if (limit) return `${LIMITS[limit.limit] ?? limit.limit} used up until ${hour(limit.reset)}${models && ` for ${models}`}`;
+  const back = exact && left < 120 ? `for ${duration(Math.max(0, Math.ceil(left)))}` : `until ${hour(key.until + 59)}`;
+  return `${met(key.why)}, ${models && `${models} `}avoided ${back}`;
 }
+
+const keyState = (key) => signOf(key) + (isTroubled(key) ? trouble(key, true) : key.state === "missing" ? key.why : "");
 
 // What the last response left of a key's limits; of those that have begun anew since, nothing is known.
-function headroom({ limits = [], state }) {
-  const valid = limits.filter(({ reset }) => unknown(reset) || reset > now());
-  if (!valid.length && ["ok", "cooling", "refused"].includes(state)) return "?";
-  return gauges(valid.map(({ limit, used, left, reset }) => {
-    const rest = unknown(left) ? "" : `, ${short(left)} left`;
-    const back = used < 0.8 || unknown(reset) ? "" : `, resets ${hour(reset)}`;
-    return [used, `${LIMITS[limit] ?? limit} ${percent(used)}${rest}${back}`];
-  }));
+function headroom(key) {
+  if (!valid(key).length && !["missing", "echo", "client"].includes(key.state)) return "limits not told";
+  return gauges(valid(key).map(({ limit, used, of, reset }) => [used,
+    `${percent(used)} of ${unknown(of) ? "the" : short(of)} ${LIMITS[limit] ?? limit}${reset ? ` until ${hour(reset)}` : ""}`]));
 }
 
-function budgets({ user }) {
-  return gauges(view.budgets.filter((budget) => budget.user === user).map(({ limit, used, of }) => {
-    const amount = (value) => limit.startsWith("usd") ? dollars(value).replace(".00", "") : short(value);
-    const words = used < of ? `${amount(of - used)} of ${amount(of)} left` : `✕ ${amount(of)} spent`;
-    return [of ? used / of : 1, `${LIMITS[limit] ?? limit}: ${words}`];
-  }));
+function usedOf({ limit, used, of }) {
+  const amount = (value) => limit.startsWith("usd") ? dollars(value).replace(".00", "") : short(value);
+  return `${amount(used)} of ${amount(of)} ${LIMITS[limit] ?? limit}`;
 }
+
+const budgets = ({ user }) => gauges(view.budgets.filter((budget) => budget.user === user).map((budget) =>
+  [budget.used / budget.of, `${budget.used < budget.of ? "" : "✕ "}${usedOf(budget)}`]));
 
 // What went into caches, for any time; and what was read anew. What came from caches is told apart.
 const written = ({ cache_write, cache_write_long }) => (cache_write ?? 0) + (cache_write_long ?? 0);
@@ -13461,69 +13511,79 @@ const tokensIn = (row) => unknown(row.input) ? null : row.input + written(row);
 // Tokens a second of the answers that told theirs; the others took as long. What failed is taken to have cost no time.
 function speed({ requests, errors, untold, output, seconds, ttfb }) {
   const good = requests - errors, streamed = seconds * requests - ttfb * good;
-  return good > untold && output && streamed > 0 ? fixed(output / (good - untold) * good / streamed, 0) : "?";
+  return good > untold && output && streamed > 0 ? fixed(output / (good - untold) * good / streamed, 0) : "—";
 }
+
+// What was spent: of some of it, there may be no price.
+const isUnpriced = ({ usd, output }) => unknown(usd) && Boolean(output);
+const cost = ({ usd, unpriced }) => unknown(usd) ? (unpriced ? "no price" : "—") :
+  `${unpriced ? "at least " : ""}${dollars(usd)}`;
 
 const timeOf = ({ at, request }) =>
   element("button", { class: "plain", title: `${utc(at)}: show all of it`, "data-request": request }, moment(at));
 
 const showKeys = table("keys", keyOf, toneOf, [
-  ["Provider / key", "half bare cut", "15%", (one) => choice("key", keyOf(one), place(one))],
-  ["State", "tone half bare cut", "29%", keyState],
-  ["Attempts", "num", "", (one) => count(one.requests)],
-  ["Failed", "num", "", (one) => count(one.errors)],
-  ["Last failure", "half", "8%", (one) => one.failed ? `${hour(one.failed[0])}, ${one.failed[1]}` : "—"],
-  ["Used of its limits", "line bare", "36%", headroom],
-]);
+  ["Provider / key", "half bare name", "", (one) => choice("key", keyOf(one), place(one))],
+  ["State", "tone line bare name", "", keyState],
+  ["Attempts", "num away", "", (one) => count(one.requests)],
+  ["Failed", "num away", "", (one) => count(one.errors)],
+  ["Last failure", "away", "", (one) => one.failed ? `${hour(one.failed[0])}, ${one.failed[1]}` : "—"],
+  ["Used of its limits", "line bare name", "38%", headroom],
+], (keys) => narrow.matches ? [keys.filter(isTroubled).length, "keys ok"] : [12, "more"]);
 
 const showRunning = table("running", (run) => run.request, toneOf, [
-  ["User", "others half bare cut", "15%", (run) => run.user],
-  ["State", "tone half bare", "", (run) => signOf(run) + (run.attempts > 1 ? `, try ${run.attempts}` : "")],
-  ["Model", "line bare cut", "26%", route],
-  ["Provider / key", "line bare cut", "20%", place],
-  ["For", "num", "", (run) => duration(now() - run.since)],
-  ["First byte", "num", "", (run) => unknown(run.ttfb) ? "—" : duration(run.ttfb)],
-  ["Bytes", "num", "", (run) => bytes(run.bytes)],
+  ["User", "others bare name", "", (run) => brief(run.user)],
+  ["State", "tone away", "", (run) => signOf(run) + (run.attempts > 1 ? `, try ${run.attempts}` : "")],
+  ["Model", "bare name", "", route],
+  ["Provider / key", "away name", "", place],
+  ["For", "num bare", "", (run) => duration(now() - run.since)],
+  ["First byte", "num away", "", (run) => duration(run.ttfb)],
+  ["Bytes", "num extra", "", (run) => bytes(run.bytes)],
 ]);
 
 const CONSUMED = [
   ["Tokens in", "num", "", (sum) => short(tokensIn(sum))],
   ["Cached", "num extra", "", (sum) => short(sum.cache_read)],
   ["Out", "num", "", (sum) => short(sum.output)],
-  ["Cost ≈", "num", "", (sum) => dollars(sum.usd)],
+  ["Cost ≈", "num", "", cost],
 ];
 
 const showUsers = table("users", (sum) => sum.user, () => "", [
-  ["User", "line bare cut", "24%", (sum) => choice("user", sum.user)],
+  ["User", "line bare name", "", (sum) => choice("user", sum.user)],
   ["Requests", "num", "", (sum) => count(sum.requests)],
   ...CONSUMED,
-  ["Budget", "line bare", "", budgets],
+  ["Budget used", "line bare", "", budgets],
 ]);
 
+// What no model has answered is summed up under no model's name.
 const showModels = table("models", (sum) => sum.model, () => "", [
-  ["Model", "line bare cut", "40%", (sum) => choice("model", sum.model)],
+  ["Model", "line bare name", "", (sum) =>
+    sum.model === OTHER && sum.requests === sum.errors ? "not answered" : choice("model", sum.model)],
   ["Requests", "num", "", (sum) => count(sum.requests)],
-  ["Failed", "num", "", (sum) => count(sum.errors)],
-  ["First byte", "num", "", (sum) => duration(sum.ttfb)],
-  ["Out/s ≈", "num", "", speed],
+  ["Failed", "num away", "", (sum) => count(sum.errors)],
+  ["First byte", "num away", "", (sum) => sum.model === OTHER ? "—" : duration(sum.ttfb)],
+  ["Out/s ≈", "num extra", "", speed],
   ...CONSUMED,
 ]);
 
+// The figures of a request that was answered.
+const told = (write) => (row) => row.status >= 400 ? "" : write(row);
 const toneOfRow = (row) => failed(row) ? "bad" : row.complete ? "good" : "warn";
 const showRows = table("rows", (row) => row.request, toneOfRow, [
-  ["Ended", "half bare", "8%", timeOf],
-  ["Status", "tone half bare", "16%", outcome],
-  ["User", "others half bare", "10%", (row) => row.user],
-  ["Model", "line bare", "20%", route],
-  ["Provider / key", "half bare", "13%", place],
-  ["Tries", "num extra", "4%", (row) => count(row.attempts)],
-  ["First, s", "num", "5%", (row) => fixed(row.ttfb, 2)],
-  ["Time, s", "num", "5%", (row) => fixed(row.seconds, 2)],
-  ["In", "num extra", "5%", (row) => count(tokensIn(row))],
-  ["Cached", "num extra", "6%", (row) => count(row.cache_read)],
-  ["Out", "num", "5%", (row) => count(row.output)],
-  ["Cost ≈ $", "num", "6%", (row) => fixed(row.usd, 4)],
-]);
+  ["Ended", "half bare", "9%", timeOf],
+  ["Status", "tone half bare", "8%", (row) => sign(row) + (row.error === "client_gone" ? " client left" : "")],
+  ["User", "others half bare", "9%", (row) => row.user],
+  ["Model", "half bare", "19%", route],
+  ["Provider / key", "line bare why", "19%", (row) =>
+    failed(row) ? element("span", { class: "cut", title: why(row) }, why(row)) : place(row)],
+  ["Tries", "num extra", "4%", told((row) => count(row.attempts))],
+  ["First, s", "num", "5%", told((row) => fixed(row.ttfb, 2))],
+  ["Time, s", "num", "5%", told((row) => fixed(row.seconds, 2))],
+  ["In", "num extra", "5%", told((row) => count(tokensIn(row)))],
+  ["Cached", "num extra", "6%", told((row) => count(row.cache_read))],
+  ["Out", "num", "6%", told((row) => unknown(row.output) ? "not told" : count(row.output))],
+  ["Cost ≈ $", "num", "5%", told((row) => row.output && unknown(row.usd) ? "no price" : fixed(row.usd, 4))],
+], (items) => [items.length, ""]);
 
 // All that is known of a request, in a dialog.
 function showDetail(row) {
@@ -13533,9 +13593,9 @@ function showDetail(row) {
     Error: row.error || "—", "Whole answer": row.complete ? "yes" : "no",
     "First byte": duration(row.ttfb), Duration: duration(row.seconds),
     "Tokens in": count(row.input) + caches, "Tokens out": count(row.output), Tier: row.tier || "standard",
-    Cost: unknown(row.usd) ? "? (no price, or no tokens told)" : `≈ $${fixed(row.usd, 6)}`, Id: row.request,
+    Cost: unknown(row.usd) ? "not known: no price, or no tokens told" : `≈ $${fixed(row.usd, 6)}`, Id: row.request,
   };
-  put($("outcome"), outcome(row));
+  put($("outcome"), `${sign(row)[0]} ${outcome(row)}`);
   $("facts").replaceChildren(
     ...Object.entries(facts).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
   $("attempts").replaceChildren(...attempts(row).map((attempt) => element("li", {}, attempt)));
@@ -13544,27 +13604,75 @@ function showDetail(row) {
 
 // ---- above the tables ----
 
-// Since when what failed is news, and attempts are counted: since the previous hour began, or the relay.
+// Since when attempts at keys are counted: since the previous hour began, or the relay.
 const recently = () => Math.max(Math.floor(now() / 3600) * 3600 - 3600, view.since);
 
+// What is wrong, each as tone and words. The times are such as stay: a screen reader is told of what happens, not that
+// time goes by.
+const LATELY = 600;
+function problems() {
+  const late = recent.filter((row) => failed(row) && row.at > now() - LATELY), last = toHour(late.at(-1)?.at ?? 0);
+  const keys = view.keys.filter((key) => isTroubled(key) && (key.state !== "failing" || key.failed[0] > recently()));
+  const spent = view.budgets.filter(({ used, of, reset }) => reset && used >= 0.95 * of);
+  return [
+    [view.unwritten, "bad", `the ledger can't be written, ${count(view.unwritten)} requests wait for it`],
+    [usageFault, "bad", `the sums can't be shown: ${usageFault}`],
+    [late.length, "bad", late.length === 1 ? `a request failed at ${last}` :
+      `${count(late.length)} requests failed in ten minutes, the last at ${last}`],
+    ...keys.map((key) => [true, toneOf(key), `${place(key)}: ${trouble(key)}`]),
+    ...spent.map((budget) => [true, budget.used < budget.of ? "warn" : "bad",
+      `${view.admin ? `${brief(budget.user)} has` : "you have"} spent ${usedOf(budget)}` +
+      (budget.used < budget.of ? "" : `, and can go on at ${hour(budget.reset)}`)]),
+  ].filter(([applies]) => applies);
+}
+
+// How everything is: tone, a word or two, and the rest of the sentence.
+function situation() {
+  const { tone } = $("link").dataset;
+  if (tone === "warn") return [tone, "◌ Signed out", ""];
+  if (tone !== "good") return [tone, "▲ No connection to the relay", view ? `what is shown is of ${toSecond(view.now)}` : ""];
+  const wrong = problems(), more = wrong.length > 4 ? [`${count(wrong.length - 4)} more`] : [];
+  if (wrong.length) {
+    const isBad = wrong.some(([, tone]) => tone === "bad");
+    return [isBad ? "bad" : "warn", `▲ ${wrong.length} ${wrong.length > 1 ? "problems" : "problem"}`,
+      [...wrong.slice(0, 4).map(([, , words]) => words), ...more].join("; ")];
+  }
+  const keys = view.keys.filter(({ state }) => state === "ok").length;
+  return ["good", "● All well", `${keys ? `${count(keys)} keys ok, ` : ""}no request failed in the last ten minutes`];
+}
+
+// The line that a screen reader is told, too: while it is as good or bad as it was, at most one in ten seconds.
+let saidAt = -Infinity;
+function drawStatus() {
+  const [tone, lead, rest] = situation(), line = $("status");
+  const words = element("span", { "data-tone": tone }, element("strong", { class: "tone" }, lead), rest && `: ${rest}`);
+  const isSame = line.firstElementChild?.dataset.tone === tone && performance.now() < saidAt + 10000;
+  if (isSame || line.firstElementChild?.isEqualNode(words)) return;
+  saidAt = performance.now();
+  put(line, words);
+}
+
 function drawTiles() {
-  const late = view.hours.filter(([one]) => (one + 1) * 3600 > recently());
-  const [requests, errors] = [1, 2].map((column) => late.reduce((sum, row) => sum + row[column], 0));
   const oldest = now() - Math.min(now(), ...view.running.map((run) => run.since));
-  const { total = {}, priced } = usage?.users ?? {};
+  const { total = {}, users = [], models = [], priced } = usage ?? {}, { requests = 0, errors = 0 } = total;
   const period = view.ledger ? $("days").selectedOptions[0].text : `since ${moment(view.since)}`;
-  const unpriced = (usage?.models.rows ?? []).filter((sum) => unknown(sum.usd) && sum.output).map((sum) => sum.model);
-  const prices = unknown(priced) ? "no prices are set" : unpriced.length ? `no price for ${unpriced.join(", ")}` :
-    `by the prices ${priced === true ? "in relay.json" : `of ${priced}`}`;
+  const unpriced = models.filter((sum) => sum.unpriced).map((sum) => brief(sum.model));
+  const spenders = view.admin ? users.filter((sum) => sum.usd || sum.unpriced) : [];
+  const spent = [...spenders.slice(0, 4).map((sum) => `${brief(sum.user)} ${cost(sum)}`),
+    ...(spenders.length > 4 ? [`${count(spenders.length - 4)} more`] : []),
+    ...(unpriced.length ? [`no price for ${unpriced.join(", ")}`] : [])];
   const tiles = [
     ["Running now", count(view.active), view.active ? `oldest for ${duration(oldest)}` : "nothing"],
     ["Last minute", `${count(view.minute.requests)} req`, `${view.minute.errors || "none"} failed`],
-    [`Failed since ${hour(recently())}`, errors ? choice("errors", "1", count(errors)) : "0",
-      `${errors ? `${fixed(errors / requests * 100, 1)} % ` : ""}of ${count(requests)} req`, errors ? "bad" : ""],
+    [`Failed ${period}`, errors ? choice("errors", "1", count(errors)) : "0",
+      `${errors ? `${Number((errors / requests * 100).toPrecision(2))} % ` : ""}of ${count(requests)}`,
+      failure?.at > now() - LATELY ? "bad" : ""],
     ["First byte, median", duration(view.ttfb?.[0]), `95 % within ${duration(view.ttfb?.[1])}`],
     [`Tokens ${period}`, `${short(tokensIn(total))} in · ${short(total.output)} out`,
-      `${short(total.cache_read)} cached${total.untold ? ` · ? in ${count(total.untold)} answers` : ""}`],
-    [`Cost ${period}`, unknown(total.usd) ? "?" : `≈ ${dollars(total.usd)}${unpriced.length ? " + ?" : ""}`, prices],
+      `${short(total.cache_read)} more from caches` +
+      (total.untold ? ` · ${count(total.untold)} answers didn't tell` : "")],
+    [`Cost ${period}`, `${unknown(total.usd) || unpriced.length ? "" : "≈ "}${cost({ ...total, unpriced: unpriced.length })}`,
+      unknown(priced) ? "no prices are set" : spent.join(" · ")],
   ];
   tiles.forEach(([label, value, note, tone = ""], index) => {
     const tile = $("tiles").children[index] ?? $("tiles").appendChild(element("div", { class: "panel" },
@@ -13572,14 +13680,15 @@ function drawTiles() {
     [label, value, note].forEach((content, part) => put(tile.children[part], content));
     tile.dataset.tone = tone;
   });
+  for (const title of document.querySelectorAll(".period")) put(title, period);
   document.title = view.active ? `${count(view.active)} running · MonoRelay` : "MonoRelay";
 }
 
 function drawFailure() {
   $("failure").hidden = !failure;
   if (!failure) return;
-  const words = [outcome(failure), failure.user, route(failure), attempts(failure).join(", then ")];
-  put($("failure").lastElementChild, element("div", { class: "bar", "data-tone": failure.at < recently() ? "" : "bad" },
+  const words = [sign(failure), failure.user, route(failure), why(failure)];
+  put($("failure").lastElementChild, element("div", { class: "bar", "data-tone": failure.at < now() - LATELY ? "" : "bad" },
     timeOf(failure), ...words.map((text, index) => element("span", { class: index ? "" : "tone" }, text))));
 }
 
@@ -13589,7 +13698,7 @@ function drawAdvice() {
   const isServed = view.keys.some((one) => !["echo", "missing"].includes(one.state));
   const advice = [
     [missing && !isServed, "Only echo answers so far. For the models of a provider: ", missing],
-    [usage && unknown(usage.users.priced), "No cost is known. Set in relay.json: ", '"prices": "model_prices.json"'],
+    [usage && unknown(usage.priced), "No cost is known. Set in relay.json: ", '"prices": "model_prices.json"'],
     [!view.ledger, "All of this ends with the relay. Set in relay.json: ", '"ledger": { "path": "usage.db" }'],
   ].filter(([applies]) => applies && view.admin);
   $("advice").hidden = !advice.length;
@@ -13602,24 +13711,27 @@ function drawHours() {
   const told = new Map(view.hours.map((row) => [row[0], row])), first = Math.floor(now() / 3600) - 23;
   const untold = (one) => (one + 1) * 3600 > view.since ? [one, 0, 0] : [one, null, null];
   const hours = Array.from({ length: 24 }, (_, index) => told.get(first + index) ?? untold(first + index));
-  const most = Math.max(4, ...hours.map(([, requests]) => requests));
+  const half = Math.max(2, ...hours.map(([, requests]) => requests / 2)), unit = 10 ** Math.floor(Math.log10(half));
+  const most = 2 * Math.ceil(half / unit) * unit;
   const high = (value) => `${value / most * 100}%`, wide = (value) => `${value / 24 * 100}%`;
   const text = (x, value, dy, words, kind = "") =>
     element("text", { class: kind, x, y: high(most - value), dy }, words);
-  const lines = [most, Math.round(most / 2), 0].flatMap((value) => [
+  const lines = [most, most / 2, 0].flatMap((value) => [
     element("line", { x2: "100%", y1: high(most - value), y2: high(most - value) }),
     text("-.6em", value, ".35em", short(value), "scale")]);
   const bars = hours.map(([one, requests, errors, , , , cost], index) => {
     const start = toHour(one * 3600), middle = wide(index + 0.5);
-    const words = `${start}: ${count(requests)} requests, ${count(errors)} failed, ≈ ${dollars(scaled(cost, 1e9))}`;
+    const words = unknown(requests) ? `${start}: before the relay's start` :
+      `${start}: ${count(requests)} requests, ${count(errors)} failed, ≈ ${dollars(scaled(cost, 1e9))}`;
     const block = (kind, top, height) => element("rect",
       { class: kind, x: wide(index + 0.12), width: wide(0.76), y: high(most - top), height: high(height) });
     return element("g", {}, element("title", {}, words), block("all", most, most), block("ok", requests, requests),
-      ...(unknown(requests) ? [text(middle, 0, "-.4em", "?")] : []),
       ...(errors ? [block("failed", requests, errors), text(middle, requests, "-.4em", short(errors), "failed")] : []),
       ...(index % 4 === 1 ? [text(middle, 0, "1.5em", start)] : []));
   });
   const label = `${count(hours.reduce((sum, [, requests]) => sum + requests, 0))} requests in 24 hours`;
+  const begun = hours.find(([, requests]) => !unknown(requests))?.[0] ?? first;
+  put($("charted"), begun > first ? `since ${toHour(begun * 3600)}` : "last 24 hours");
   put($("chart"), element("svg", { role: "img", "aria-label": label }, ...lines, ...bars));
 }
 
@@ -13696,7 +13808,11 @@ function drawRows() {
   list.style.margin = `${first * height}px 0 ${(rows.length - end) * height}px`;
   list.ariaRowCount = isAll ? rows.length + 1 : -1;
   showRows(rows.slice(first, end));
-  [...$("rows").rows].forEach((row, index) => { row.ariaRowIndex = first + index + 2; });
+  [...$("rows").rows].forEach((row, index) => {
+    const [before, item] = [rows[first + index - 1], rows[first + index]];
+    row.ariaRowIndex = first + index + 2;
+    row.classList.toggle("day", Boolean(before) && toDay(before.at) !== toDay(item.at));
+  });
   put($("loaded"), rows.length ? `${count(rows.length)} loaded, ${isAll ? "all there are" : "more by scrolling"}` : "");
   if (!loading && !isAll && end > rows.length - PAGE_ROWS / 2) loadRows(next !== undefined);
 }
@@ -13725,7 +13841,7 @@ function setFilters(changes) {
 
 // What can be chosen: what there are sums of, and what the address names.
 function drawChoices() {
-  const names = (by, of) => (usage?.[of].rows ?? []).map((sum) => sum[by]).filter((name) => name !== "(other)");
+  const names = (by, of) => (usage?.[of] ?? []).map((sum) => sum[by]).filter((name) => name !== OTHER);
   const offered = { user: names("user", "users"), model: names("model", "models"), key: view.keys.map(keyOf) };
   for (const [name, values] of Object.entries(offered)) {
     const select = $("filters").elements[name], wanted = [...new Set(["", ...values, filters[name]])];
@@ -13737,21 +13853,34 @@ function drawChoices() {
 
 // ---- sums, asked for at most once in ten seconds ----
 
-let usage = null, usageAt = 0, usageStale = false, usageQuery = "";
+let usage = null, usageAt = 0, usageStale = false, usageQuery = "", usageFault = "";
+
+// The sums of each user, of those by user and model.
+function byUser(parts) {
+  const sums = new Map();
+  for (const part of parts) {
+    const sum = sums.get(part.user) ?? { user: part.user, usd: null, unpriced: false };
+    for (const [name, value] of Object.entries(part)) if (Number.isFinite(value)) sum[name] = (sum[name] ?? 0) + value;
+    sum.unpriced ||= isUnpriced(part);
+    sums.set(part.user, sum);
+  }
+  return [...sums.values()].sort((one, other) => other.usd - one.usd || other.requests - one.requests);
+}
 
 async function loadUsage() {
   [usageAt, usageStale] = [performance.now(), false];
   const day = (ago) => utc(now() - 86400 * ago).slice(0, 10);
   const query = usageQuery = `from=${day(($("days").value || 1) - 1)}&to=${day(0)}`;
   try {
-    const [users, models] = await Promise.all(["user", "model"].map((by) => get(`api/usage?${query}&by=${by}`)));
-    if (query === usageQuery) usage = { users, models };
+    const [parts, found] = await Promise.all(["user,model", "model"].map((by) => get(`api/usage?${query}&by=${by}`)));
+    const models = found.rows.map((sum) => ({ ...sum, unpriced: isUnpriced(sum) }));
+    if (query === usageQuery) usage = { ...found, models, users: byUser(parts.rows) };
+    usageFault = "";
     drawChoices();
-    draw();
   } catch (error) {
-    usageStale = true;
-    say(`The sums can't be shown: ${error.message}`);
+    [usageStale, usageFault] = [true, error.message];
   }
+  draw();
 }
 
 // ---- drawing: when something comes, and each second; never in a hidden tab, which gets no frames ----
@@ -13769,16 +13898,19 @@ function draw() {
 }
 
 function drawAll() {
+  for (const key of view.keys) key.state = stateOf(key);
+  drawStatus();
   drawTiles();
   drawAdvice();
   drawFailure();
   drawHours();
-  showKeys(view.keys);
+  showKeys([...view.keys].sort((one, other) => isTroubled(other) - isTroubled(one)));
   put($("counted"), `attempts since ${hour(recently())}`);
   showRunning(view.running);
-  put($("more"), view.active > view.running.length ? `and ${count(view.active - view.running.length)} more` : "");
-  showUsers(usage?.users.rows ?? []);
-  showModels(usage?.models.rows ?? []);
+  put($("active"), `${count(view.active)} now` +
+    (view.active > view.running.length ? `, the oldest ${view.running.length} here` : ""));
+  showUsers(usage?.users ?? []);
+  showModels(usage?.models ?? []);
   drawRows();
   if (usageStale && performance.now() - usageAt > 10000) loadUsage();
 }
@@ -13787,10 +13919,15 @@ function drawAll() {
 
 const merged = (old, changed = [], key) => [...new Map([...old, ...changed].map((one) => [key(one), one])).values()];
 
-// A key as it came. One that cools because the provider refuses it, or its account has no credit, needs a person.
-function fromKey(key, at) {
-  const isRefused = key.state === "cooling" && ["401", "402"].includes(String(key.why));
-  return { ...key, state: isRefused ? "refused" : key.state, until: at + key.for };
+const fromKey = (key, at) => ({ ...key, told: key.state, until: at + key.for });
+
+// How a key is. One that cools because the provider refuses it, or its account has no credit, needs a person; one that is
+// ready may have spent a limit, or have failed when it was last tried, unless that was about the request.
+function stateOf(key) {
+  if (key.told === "cooling") return ["401", "402"].includes(String(key.why)) ? "refused" : "cooling";
+  if (key.told !== "ok") return key.told;
+  const [at, what] = key.failed ?? [0, ""];
+  return spentLimit(key) ? "cooling" : at > key.answered && !/^4(?!0[123]|29)/.test(what) ? "failing" : "ok";
 }
 
 function take(event, data) {
@@ -13811,7 +13948,6 @@ function take(event, data) {
   } else {
     addRows(ended);
     if (rows.length) put($("none"), "");
-    if (errors.length) say(`${errors.length} failed`);
   }
   if (rows.length > MOST_ROWS) readAddress();
   draw();
@@ -13822,6 +13958,7 @@ async function begin() {
   document.querySelector("main").hidden = false;
   $("days").hidden = !view.ledger;
   put($("where"), `${view.version} · ${location.host}`);
+  put($("whose"), view.admin ? "Users" : "You");
   reload();
   const { rows: [last] } = await get("api/requests?errors=1&limit=1").catch(() => ({ rows: [] }));
   if (last && !(failure?.at > last.at / 1000)) failure = fromLedger(last);
@@ -13877,20 +14014,10 @@ async function live() {
 }
 
 function tell(tone, sign, words) {
-  if ($("link").dataset.tone !== tone) say(words);
   $("link").dataset.tone = tone;
   put($("sign"), sign);
   put($("words"), words);
-}
-
-// What a screen reader is told: one line, and at most one in ten seconds.
-let saidAt = -Infinity, toSay = 0;
-function say(words) {
-  clearTimeout(toSay);
-  toSay = setTimeout(() => {
-    saidAt = performance.now();
-    put($("status"), words);
-  }, Math.max(0, saidAt + 10000 - performance.now()));
+  if (tone !== "good") drawStatus();
 }
 
 // ---- who is asking: a token in this tab's memory, sent in a header ----
@@ -13966,7 +14093,6 @@ function keep(signedIn) {
 
 // ---- what a person does ----
 
-const on = (type, target, act) => target.addEventListener(type, act);
 on("popstate", window, readAddress);
 on("visibilitychange", document, () => document.hidden ? connection.abort() : draw());
 on("scroll", $("box"), () => requestAnimationFrame(drawRows));
