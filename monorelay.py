@@ -13204,7 +13204,7 @@ main > :not(.beside) { grid-column: 1 / -1; }
 .tiles > div:nth-child(5) { flex: 3 1 15rem; }
 .tiles > div:nth-child(6) { flex: 7 1 19rem; }
 .tiles dt + dd { font-size: 1.55rem; line-height: 1.4; font-weight: 550; letter-spacing: -.02em; }
-#failure > div, #failure > div > div { display: contents; }
+#failure div { display: contents; }
 .beside:has(#chart) { display: flex; flex-direction: column; }
 #box { overflow: auto; scrollbar-width: thin; max-height: min(75vh, 60rem); overscroll-behavior: contain; }
 #box { overflow-anchor: none; contain: content; }
@@ -13243,6 +13243,8 @@ ol { padding-left: 1.3rem; }
 @media (width > 640px) {
   th, td { text-align: left; padding: .28rem .8rem .28rem 0; }
   :is(th, td):not(.name) { white-space: nowrap; }
+  .name { min-width: 5.5rem; }
+  #users .gauges { display: grid; }
   :is(th, td):last-child { padding-right: .3rem; }
   .num { text-align: right; }
   #box table { table-layout: fixed; min-width: 84rem; }
@@ -13271,11 +13273,12 @@ ol { padding-left: 1.3rem; }
   #running { display: grid; grid-template-columns: auto 1fr auto; }
   #running tr { grid: auto / subgrid; grid-column: 1 / -1; }
   #running td:nth-child(3) { grid-column: 2; }
-  #rows tr { height: round(7.6rem, 1px); }
+  #box { max-height: none; overflow: visible; }
+  #rows tr { height: round(8.4rem, 1px); }
   td { border: 0; padding: 0; overflow: hidden; text-overflow: ellipsis; }
   .half { grid-column: span 2; }
   .line { grid-column: 1 / -1; }
-  .why .cut { white-space: normal; overflow-wrap: anywhere; }
+  .why .cut { display: block; max-height: 3lh; white-space: normal; overflow-wrap: anywhere; }
   td:not(.bare)::before { content: attr(data-title); display: block; font-size: .8em; color: var(--quiet); }
   .extra, .away, td:empty { display: none; }
 }
@@ -13338,6 +13341,7 @@ const short = figure(new Intl.NumberFormat("en", { notation: "compact", maximumS
 const fixed = (value, digits) => value?.toFixed(digits) ?? "";
 const scaled = (value, size) => unknown(value) ? null : value / size;
 const bytes = (value) => short(value).replace(/[A-Z]?$/, " $&B");
+const several = (number, thing) => `${count(number)} ${thing}${number === 1 ? "" : "s"}`;
 const percent = (part) => `${Math.round(part * 100)} %`;
 const dollars = figure((value) => `$${value < 1000 ? fixed(value, 2) : count(Math.round(value))}`);
 const UNITS = [[0.1, 0.001, "ms"], [10, 1, "s"], [120, 1, "s"], [7200, 60, "min"], [Infinity, 3600, "h"]];
@@ -13393,20 +13397,22 @@ function table(id, keyOf, toneOf, columns, few = () => [8, "more"]) {
     element("th", { class: kind, width, scope: "col" }, title)));
   const newRow = () => element("tr", { role: "row" }, ...columns.map(([title, kind]) =>
     element("td", { class: kind, role: "cell", "data-title": title })));
-  const rest = section.appendChild(element("button", { class: "plain note", type: "button", "aria-expanded": "false" }));
+  const rest = section.appendChild(element("button", { class: "plain note", type: "button" }));
+  let shown = new Map(), isAll = false;
   on("click", rest, () => {
-    rest.ariaExpanded = String(rest.ariaExpanded === "false");
+    isAll = !isAll;
     draw();
   });
-  let shown = new Map();
-  return (items) => {
-    const before = shown, [most, words] = few(items), isAll = rest.ariaExpanded === "true";
-    rest.hidden = items.length < most + 2;
-    put(rest, isAll ? "▴ fewer" : `▾ ${count(items.length - most)} ${words}`);
-    shown = new Map(items.slice(0, isAll || rest.hidden ? items.length : most).map((item) =>
-      [keyOf(item), [before.get(keyOf(item))?.[0] ?? newRow(), item]]));
-    for (const [key, [row]] of before) if (!shown.has(key)) row.remove();
-    [...shown.values()].forEach(([row, item], index) => {
+  return (all) => {
+    const before = shown, [most, words] = few(all);
+    rest.hidden = all.length < most + 2;
+    rest.ariaExpanded = isAll;
+    put(rest, isAll ? "▴ fewer" : `▾ ${count(all.length - most)} ${words}`);
+    const items = isAll || rest.hidden ? all : all.slice(0, most);
+    shown = new Map(items.map((item) => [keyOf(item), before.get(keyOf(item)) ?? newRow()]));
+    for (const [key, row] of before) if (!shown.has(key)) row.remove();
+    items.forEach((item, index) => {
+      const row = shown.get(keyOf(item));
       if (body.children[index] !== row) body.insertBefore(row, body.children[index] ?? null);
       row.dataset.tone = toneOf(item);
       columns.forEach(([, , , content], column) => put(row.cells[column], content(item)));
@@ -13438,16 +13444,16 @@ const STATES = {
   streaming: ["good", "▸ streaming"],
 };
 const LIMITS = {
-  input_tokens: "input tokens", output_tokens: "output tokens", unified_5h: "5-hour limit", unified_7d: "7-day limit",
-  usd_per_day: "today", usd_per_month: "this month", tokens_per_day: "tokens today",
-  requests_per_minute: "requests a minute",
+  unified_5h: "5-hour limit", unified_7d: "7-day limit", usd_per_day: "today", usd_per_month: "this month",
+  tokens_per_day: "tokens today", requests_per_minute: "requests a minute",
 };
+const nameOf = ({ limit }) => LIMITS[limit] ?? limit.replaceAll("_", " ");
 const MEANINGS = {
   401: "key refused", 402: "no credit", 403: "forbidden", 404: "not found", 429: "rate limit", 529: "overloaded",
   unreachable: "no connection", broken: "broken off", silent: "no answer", timeout: "no answer",
 };
 const place = ({ provider, key }) => key ? `${provider} / ${key}` : provider || "—";
-const route = ({ model, sent }) => brief(sent && sent !== model ? `${model} → ${sent}` : model || "—");
+const route = ({ model, sent }) => sent && sent !== model ? `${model} → ${sent}` : model || "—";
 const keyOf = ({ provider, key }) => `${provider}/${key ?? ""}`;
 const failed = (row) => row.status >= 400 || Boolean(row.error && row.error !== "client_gone");
 
@@ -13482,7 +13488,7 @@ const spentLimit = (key) => valid(key).find(({ used, reset }) => used >= 1 && re
 function trouble(key, exact) {
   const limit = spentLimit(key), left = key.until - now(), models = (key.models ?? []).map(brief).join(", ");
   if (key.state === "failing") return `last attempt failed at ${hour(key.failed[0])} (${met(key.failed[1])})`;
-  if (limit) return `${LIMITS[limit.limit] ?? limit.limit} used up until ${hour(limit.reset)}${models && ` for ${models}`}`;
+  if (limit) return `${nameOf(limit)} used up until ${hour(limit.reset)}${models && ` for ${models}`}`;
   const back = exact && left < 120 ? `for ${duration(Math.max(0, Math.ceil(left)))}` : `until ${hour(key.until + 59)}`;
   return `${met(key.why)}, ${models && `${models} `}avoided ${back}`;
 }
@@ -13492,13 +13498,13 @@ const keyState = (key) => signOf(key) + (isTroubled(key) ? trouble(key, true) : 
 // What the last response left of a key's limits; of those that have begun anew since, nothing is known.
 function headroom(key) {
   if (!valid(key).length && !["missing", "echo", "client"].includes(key.state)) return "limits not told";
-  return gauges(valid(key).map(({ limit, used, of, reset }) => [used,
-    `${percent(used)} of ${unknown(of) ? "the" : short(of)} ${LIMITS[limit] ?? limit}${reset ? ` until ${hour(reset)}` : ""}`]));
+  return gauges(valid(key).map((limit) => [limit.used, `${percent(limit.used)} of ` +
+    `${limit.of ? short(limit.of) : "the"} ${nameOf(limit)}${limit.reset ? ` until ${hour(limit.reset)}` : ""}`]));
 }
 
-function usedOf({ limit, used, of }) {
-  const amount = (value) => limit.startsWith("usd") ? dollars(value).replace(".00", "") : short(value);
-  return `${amount(used)} of ${amount(of)} ${LIMITS[limit] ?? limit}`;
+function usedOf(budget) {
+  const amount = (value) => budget.limit.startsWith("usd") ? dollars(value).replace(".00", "") : short(value);
+  return `${amount(budget.used)} of ${amount(budget.of)} ${nameOf(budget)}`;
 }
 
 const budgets = ({ user }) => gauges(view.budgets.filter((budget) => budget.user === user).map((budget) =>
@@ -13514,8 +13520,7 @@ function speed({ requests, errors, untold, output, seconds, ttfb }) {
   return good > untold && output && streamed > 0 ? fixed(output / (good - untold) * good / streamed, 0) : "—";
 }
 
-// What was spent: of some of it, there may be no price.
-const isUnpriced = ({ usd, output }) => unknown(usd) && Boolean(output);
+// What was spent. Of some of it, there may be no price.
 const cost = ({ usd, unpriced }) => unknown(usd) ? (unpriced ? "no price" : "—") :
   `${unpriced ? "at least " : ""}${dollars(usd)}`;
 
@@ -13534,7 +13539,7 @@ const showKeys = table("keys", keyOf, toneOf, [
 const showRunning = table("running", (run) => run.request, toneOf, [
   ["User", "others bare name", "", (run) => brief(run.user)],
   ["State", "tone away", "", (run) => signOf(run) + (run.attempts > 1 ? `, try ${run.attempts}` : "")],
-  ["Model", "bare name", "", route],
+  ["Model", "bare name", "", (run) => brief(route(run))],
   ["Provider / key", "away name", "", place],
   ["For", "num bare", "", (run) => duration(now() - run.since)],
   ["First byte", "num away", "", (run) => duration(run.ttfb)],
@@ -13615,7 +13620,7 @@ function problems() {
   const keys = view.keys.filter((key) => isTroubled(key) && (key.state !== "failing" || key.failed[0] > recently()));
   const spent = view.budgets.filter(({ used, of, reset }) => reset && used >= 0.95 * of);
   return [
-    [view.unwritten, "bad", `the ledger can't be written, ${count(view.unwritten)} requests wait for it`],
+    [view.unwritten, "bad", `the ledger can't be written, ${several(view.unwritten, "request")} to be kept there`],
     [usageFault, "bad", `the sums can't be shown: ${usageFault}`],
     [late.length, "bad", late.length === 1 ? `a request failed at ${last}` :
       `${count(late.length)} requests failed in ten minutes, the last at ${last}`],
@@ -13630,15 +13635,13 @@ function problems() {
 function situation() {
   const { tone } = $("link").dataset;
   if (tone === "warn") return [tone, "◌ Signed out", ""];
-  if (tone !== "good") return [tone, "▲ No connection to the relay", view ? `what is shown is of ${toSecond(view.now)}` : ""];
-  const wrong = problems(), more = wrong.length > 4 ? [`${count(wrong.length - 4)} more`] : [];
-  if (wrong.length) {
-    const isBad = wrong.some(([, tone]) => tone === "bad");
-    return [isBad ? "bad" : "warn", `▲ ${wrong.length} ${wrong.length > 1 ? "problems" : "problem"}`,
-      [...wrong.slice(0, 4).map(([, , words]) => words), ...more].join("; ")];
-  }
-  const keys = view.keys.filter(({ state }) => state === "ok").length;
-  return ["good", "● All well", `${keys ? `${count(keys)} keys ok, ` : ""}no request failed in the last ten minutes`];
+  if (tone !== "good") return [tone, "▲ No connection", view ? `what is shown is of ${toSecond(view.now)}` : ""];
+  const wrong = problems(), keys = view.keys.filter(({ state }) => state === "ok").length;
+  const words = wrong.slice(0, 4).map(([, , words]) => words);
+  if (wrong.length > 4) words.push(`${count(wrong.length - 4)} more`);
+  return wrong.length ? [wrong.some(([, tone]) => tone === "bad") ? "bad" : "warn",
+    `▲ ${several(wrong.length, "problem")}`, words.join("; ")] :
+    ["good", "● All well", `${keys ? `${several(keys, "key")} ok, ` : ""}no request failed in the last ten minutes`];
 }
 
 // The line that a screen reader is told, too: while it is as good or bad as it was, at most one in ten seconds.
@@ -13657,21 +13660,25 @@ function drawTiles() {
   const { total = {}, users = [], models = [], priced } = usage ?? {}, { requests = 0, errors = 0 } = total;
   const period = view.ledger ? $("days").selectedOptions[0].text : `since ${moment(view.since)}`;
   const unpriced = models.filter((sum) => sum.unpriced).map((sum) => brief(sum.model));
-  const spenders = view.admin ? users.filter((sum) => sum.usd || sum.unpriced) : [];
-  const spent = [...spenders.slice(0, 4).map((sum) => `${brief(sum.user)} ${cost(sum)}`),
+  const spenders = users.filter((sum) => sum.usd || sum.unpriced);
+  const spent = [
+    ...(view.admin ? spenders.slice(0, 4).map((sum) => `${brief(sum.user)} ${cost(sum)}`) : view.budgets.map(usedOf)),
     ...(spenders.length > 4 ? [`${count(spenders.length - 4)} more`] : []),
-    ...(unpriced.length ? [`no price for ${unpriced.join(", ")}`] : [])];
+    ...(unpriced.length ? [`no price for ${unpriced.length > 2 ? `${count(unpriced.length)} models` :
+      unpriced.join(", ")}`] : [])];
+  const spentInAll = cost({ ...total, unpriced: unpriced.length });
   const tiles = [
     ["Running now", count(view.active), view.active ? `oldest for ${duration(oldest)}` : "nothing"],
     ["Last minute", `${count(view.minute.requests)} req`, `${view.minute.errors || "none"} failed`],
     [`Failed ${period}`, errors ? choice("errors", "1", count(errors)) : "0",
       `${errors ? `${Number((errors / requests * 100).toPrecision(2))} % ` : ""}of ${count(requests)}`,
       failure?.at > now() - LATELY ? "bad" : ""],
-    ["First byte, median", duration(view.ttfb?.[0]), `95 % within ${duration(view.ttfb?.[1])}`],
+    ["First byte, median", duration(view.ttfb?.[0]),
+      view.ttfb ? `95 % within ${duration(view.ttfb[1])}` : "no answers yet"],
     [`Tokens ${period}`, `${short(tokensIn(total))} in · ${short(total.output)} out`,
       `${short(total.cache_read)} more from caches` +
-      (total.untold ? ` · ${count(total.untold)} answers didn't tell` : "")],
-    [`Cost ${period}`, `${unknown(total.usd) || unpriced.length ? "" : "≈ "}${cost({ ...total, unpriced: unpriced.length })}`,
+      (total.untold ? ` · not told in ${several(total.untold, "answer")}` : "")],
+    [`Cost ${period}`, `${spentInAll.startsWith("$") ? "≈ " : ""}${spentInAll}`,
       unknown(priced) ? "no prices are set" : spent.join(" · ")],
   ];
   tiles.forEach(([label, value, note, tone = ""], index) => {
@@ -13687,9 +13694,10 @@ function drawTiles() {
 function drawFailure() {
   $("failure").hidden = !failure;
   if (!failure) return;
-  const words = [sign(failure), failure.user, route(failure), why(failure)];
-  put($("failure").lastElementChild, element("div", { class: "bar", "data-tone": failure.at < now() - LATELY ? "" : "bad" },
-    timeOf(failure), ...words.map((text, index) => element("span", { class: index ? "" : "tone" }, text))));
+  const words = [sign(failure), brief(failure.user), brief(route(failure)), why(failure)];
+  const told = words.map((text, index) => element("span", { class: index ? "" : "tone" }, text));
+  const tone = failure.at < now() - LATELY ? "" : "bad";
+  put($("failure").lastElementChild, element("div", { "data-tone": tone }, timeOf(failure), ...told));
 }
 
 // What its owner could set next, with the words for relay.json.
@@ -13760,7 +13768,7 @@ function addRows(found) {
   const newest = rows[0];
   for (const row of found) if (matches(row) && !known.has(row.request)) known.set(row.request, row);
   rows = [...known.values()].sort((one, other) => other.at - one.at);
-  if ($("box").scrollTop > 0) $("box").scrollTop += Math.max(0, rows.indexOf(newest)) * rowHeight();
+  if (passed() > 0) scroller().scrollTop += Math.max(0, rows.indexOf(newest)) * rowHeight();
 }
 
 function forgetRows() {
@@ -13799,12 +13807,15 @@ function emptyWords() {
   return element("span", {}, "No request yet. Try one: ", element("code", {}, command));
 }
 
+// On narrow screens it is the page that scrolls the rows.
+const scroller = () => narrow.matches ? document.documentElement : $("box");
+const passed = () => narrow.matches ? Math.max(0, -$("box").getBoundingClientRect().top) : $("box").scrollTop;
 const rowHeight = () => $("rows").firstChild?.getBoundingClientRect().height || 26;
 
 function drawRows() {
-  const box = $("box"), list = $("rows").parentNode, height = rowHeight(), isAll = next === null;
-  const first = Math.max(0, Math.floor(box.scrollTop / height) - 10);
-  const end = Math.min(rows.length, Math.ceil((box.scrollTop + box.clientHeight) / height) + 10);
+  const list = $("rows").parentNode, height = rowHeight(), isAll = next === null;
+  const first = Math.min(Math.max(0, Math.floor(passed() / height) - 10), rows.length);
+  const end = Math.min(rows.length, Math.ceil((passed() + scroller().clientHeight) / height) + 10);
   list.style.margin = `${first * height}px 0 ${(rows.length - end) * height}px`;
   list.ariaRowCount = isAll ? rows.length + 1 : -1;
   showRows(rows.slice(first, end));
@@ -13855,26 +13866,25 @@ function drawChoices() {
 
 let usage = null, usageAt = 0, usageStale = false, usageQuery = "", usageFault = "";
 
-// The sums of each user, of those by user and model.
-function byUser(parts) {
-  const sums = new Map();
-  for (const part of parts) {
-    const sum = sums.get(part.user) ?? { user: part.user, usd: null, unpriced: false };
-    for (const [name, value] of Object.entries(part)) if (Number.isFinite(value)) sum[name] = (sum[name] ?? 0) + value;
-    sum.unpriced ||= isUnpriced(part);
-    sums.set(part.user, sum);
-  }
-  return [...sums.values()].sort((one, other) => other.usd - one.usd || other.requests - one.requests);
-}
+// Sums, with a mark where there is no price for a part; and what two make together.
+const marked = ({ rows }) => rows.map((sum) => ({ ...sum, unpriced: unknown(sum.usd) && sum.output > 0 }));
+const together = (one, other) => ({
+  user: one.user, usd: unknown(one.usd) ? other.usd : one.usd + other.usd, unpriced: one.unpriced || other.unpriced,
+  ...Object.fromEntries(["requests", "input", "cache_read", "cache_write", "cache_write_long", "output"].map((name) =>
+    [name, one[name] + other[name]])),
+});
 
 async function loadUsage() {
-  [usageAt, usageStale] = [performance.now(), false];
+  // What ended just now may not be in the ledger yet.
+  [usageAt, usageStale] = [performance.now(), recent.at(-1)?.at > now() - 3];
   const day = (ago) => utc(now() - 86400 * ago).slice(0, 10);
   const query = usageQuery = `from=${day(($("days").value || 1) - 1)}&to=${day(0)}`;
   try {
-    const [parts, found] = await Promise.all(["user,model", "model"].map((by) => get(`api/usage?${query}&by=${by}`)));
-    const models = found.rows.map((sum) => ({ ...sum, unpriced: isUnpriced(sum) }));
-    if (query === usageQuery) usage = { ...found, models, users: byUser(parts.rows) };
+    const sums = (by) => get(`api/usage?${query}&by=${by}`);
+    const [parts, found] = await Promise.all([sums("user,model"), sums("model")]);
+    const users = [...Map.groupBy(marked(parts), ({ user }) => user).values()].map((own) => own.reduce(together));
+    users.sort((one, other) => other.usd - one.usd || other.requests - one.requests);
+    if (query === usageQuery) usage = { ...found, models: marked(found), users };
     usageFault = "";
     drawChoices();
   } catch (error) {
@@ -13921,13 +13931,13 @@ const merged = (old, changed = [], key) => [...new Map([...old, ...changed].map(
 
 const fromKey = (key, at) => ({ ...key, told: key.state, until: at + key.for });
 
-// How a key is. One that cools because the provider refuses it, or its account has no credit, needs a person; one that is
-// ready may have spent a limit, or have failed when it was last tried, unless that was about the request.
+// How a key is. One that cools because the provider refuses it, or its account has no credit, needs a person; one that
+// is ready may have spent a limit, or have failed when it was last tried, unless that was about the request.
 function stateOf(key) {
   if (key.told === "cooling") return ["401", "402"].includes(String(key.why)) ? "refused" : "cooling";
   if (key.told !== "ok") return key.told;
-  const [at, what] = key.failed ?? [0, ""];
-  return spentLimit(key) ? "cooling" : at > key.answered && !/^4(?!0[123]|29)/.test(what) ? "failing" : "ok";
+  if (spentLimit(key)?.reset > now() + 60) return "cooling";
+  return key.failed?.[0] > key.answered && !/^4(?!0[123]|29)/.test(key.failed[1]) ? "failing" : "ok";
 }
 
 function take(event, data) {
@@ -14095,7 +14105,7 @@ function keep(signedIn) {
 
 on("popstate", window, readAddress);
 on("visibilitychange", document, () => document.hidden ? connection.abort() : draw());
-on("scroll", $("box"), () => requestAnimationFrame(drawRows));
+for (const target of [$("box"), document]) on("scroll", target, () => requestAnimationFrame(drawRows));
 on("change", $("days"), () => setFilters({}));
 on("click", $("clear"), () => setFilters({ user: "", model: "", key: "", errors: "" }));
 on("change", $("filters"), ({ target: { name, type, value, checked } }) =>

@@ -1679,7 +1679,7 @@ def test_keys_that_are_missing_the_clients_own_or_built_in_say_so():
     assert all(
         set(key)
         == {"provider", "key", "state", "for", "why", "models", "requests", "errors", "failed", "answered", "limits",
-            "outcomes"}  # fmt: skip
+            "outcomes"}
         for key in states
     )
 
@@ -15987,6 +15987,92 @@ def test_failed_requests_can_be_found_with_their_attempts(upstream, relay, brows
     browser.until("$('rows').rows.length === 1 && $('link').dataset.tone === 'good'")
 
 
+@pytest.mark.browser
+def test_the_page_says_in_a_sentence_whether_all_is_well(upstream, relay, browser, tmp_path, monkeypatch):
+    provider = upstream(replies(answer(503), answer(200)))
+    it = relay({"anthropic": provider}, ledger={"path": str(tmp_path / "usage.db")})
+    browser.show(it)
+    browser.until("$('status').textContent === '● All well: 1 key ok, no request failed in the last ten minutes'")
+    assert it.post("/v1/messages", prompt()).status == 503
+    browser.until("$('status').textContent.startsWith('▲ 2 problems: a request failed at ')")
+    # Once it isn't avoided any more, it still has failed when it was last tried.
+    state = "$('keys').rows[0].cells[1].textContent"
+    browser.until(f"{state}.startsWith('▲ ')")
+    assert re.fullmatch(r"▲ last attempt failed at \d\d:\d\d \(5xx error\)", browser.run(state))
+    assert browser.run("$('keys').rows[0].dataset.tone") == "warn"
+    assert it.post("/v1/messages", prompt()).status == 200
+    browser.until(f"{state} === '● ok'")
+    browser.until("$('status').textContent.startsWith('▲ 1 problem: a request failed at ')")
+
+    def fail(*arguments: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(monorelay, "write_ledger", fail)
+    it.post("/v1/messages", prompt("none"))
+    browser.until("$('status').textContent.includes('the ledger can\\'t be written, 1 request ')")
+
+
+@pytest.mark.browser
+def test_users_are_told_what_they_have_spent_and_why_they_are_refused(relay, browser, tmp_path):
+    users = {"alice": {"key": "key-of-alice-0123456789", "tokens_per_day": 2, "requests_per_minute": 30}}
+    it = relay({"echo": {}}, users=users, ledger={"path": str(tmp_path / "usage.db")})
+    token = users["alice"]["key"]
+    assert [it.post("/v1/messages", prompt("echo"), token=token).status for _ in range(2)] == [200, 429]
+    eventually(lambda: not it.server.service.ledger.waiting)
+    browser.show(it, token)
+    browser.until("$('rows').rows.length === 2 && $('users').rows.length")
+    status = browser.until("$('status').textContent.includes('tokens today') && $('status').textContent")
+    spent = r"you have spent (\d+) of 2 tokens today, and can go on at \d\d:\d\d"
+    assert re.fullmatch(rf"▲ 2 problems: a request failed at \d\d:\d\d; {spent}", status)
+    refused = browser.rows("rows")[0]
+    assert refused[1] == "✕ 429" and refused[4:] == ["the relay answered 429 budget exceeded", *[""] * 7]
+    budgets = browser.texts("#users .gauge")
+    assert re.fullmatch(r"✕ \d+ of 2 tokens today", budgets[0]) and budgets[1] == "1 of 30 requests a minute"
+    assert browser.run("document.querySelector('#users rect').getAttribute('width')") == "100%"
+
+
+@pytest.mark.browser
+def test_requests_of_several_days_and_models_without_a_price_are_told_apart(relay, browser, tmp_path):
+    settings, now = monorelay.LedgerSettings(str(tmp_path / "usage.db"), 90), time.time()
+    rows = [
+        row(at=int((now - ago * 3600) * 1000), request=f"req_{number}", user="alice", sent=sent, cost=cost)
+        for number, (ago, sent, cost) in enumerate([(60, "claude-x", 10**9), (0, "claude-x", 10**9), (0, "new", None)])
+    ]  # fmt: skip
+    monorelay.write_ledger(settings, rows, (), now)
+    it = relay({"echo": {}}, ledger={"path": settings.path}, prices={"claude-x": {"input": 1, "output": 1}})
+    browser.show(it, query="?days=7")
+    browser.until("$('rows').rows.length === 3 && $('models').rows.length === 2")
+    assert [cells[-2] for cells in browser.rows("users")] == ["at least $2.00"]
+    assert [cells[-1] for cells in browser.rows("models")] == ["$2.00", "no price"]
+    assert browser.texts("#tiles > :last-child dd") == ["at least $2.00", "alice at least $2.00 · no price for new"]
+    assert browser.run("[...$('rows').rows].map((row) => row.classList.contains('day'))") == [False, False, True]
+    assert re.fullmatch(r"\d\d? [A-Z][a-z]{2}, \d\d:\d\d", browser.rows("rows")[2][0])
+
+
+@pytest.mark.browser
+def test_rows_are_shown_whole_and_the_rest_when_asked_for(upstream, relay, browser):
+    gate = threading.Event()
+    it = relay({"anthropic": upstream(gated_stream(gate))}, users={"alice": {"key": "key-of-alice-0123456789"}})
+    browser.show(it)
+    with contextlib.ExitStack() as stack:
+        for _ in range(12):
+            client = stack.enter_context(it.client())
+            client.send(request("POST", "/v1/messages", json.dumps(prompt("claude-a", stream=True)).encode()))
+        browser.until("view.running.length === 12 && $('running').rows.length === 8")
+        more = "section:has(#running) > button"
+        assert browser.texts(more) == ["▾ 4 more"]
+        browser.press(more)
+        browser.until("$('running').rows.length === 12")
+        scrolls = "[...document.querySelectorAll('main *')].filter((one) => getComputedStyle(one).overflowY === 'auto')"
+        assert browser.run(f"{scrolls}.map((one) => one.id)") == ["box"]
+        browser.size(360, 780)
+        browser.until("$('keys').rows.length === 1 || $('keys').rows.length === 0")
+        assert browser.run(f"{scrolls}.length") == 0
+        one_line = "[...$('running').rows].every((row) => row.getBoundingClientRect().height < 40)"
+        assert browser.run(one_line)
+        gate.set()
+
+
 HOSTILE = "<img src=x onerror=hacked=1>"
 
 
@@ -16095,6 +16181,7 @@ def test_the_page_comes_back_after_the_relay_was_away(program, browser):
     first.signal(signal.SIGTERM)
     assert first.ended() == 0
     browser.until("$('link').dataset.tone === 'bad' && $('words').textContent.includes('again in')")
+    assert re.fullmatch(r"▲ No connection: what is shown is of \d\d:\d\d:\d\d", browser.texts("#status")[0])
     program(settings({"echo": {}}), "--port", str(port))
     browser.until("$('link').dataset.tone === 'good'")
     assert not browser.run("$('signin').open")
