@@ -13249,8 +13249,8 @@ ol { padding-left: 1.3rem; }
   .num { text-align: right; }
   #box table { table-layout: fixed; min-width: 84rem; }
   #rows td { height: round(1.95rem, 1px); padding-block: 0; }
-  #rows .why:has(+ td:empty) { overflow: visible; }  /* over the figures, of which there are none */
-  .why .cut { display: block; width: 285%; }
+  #rows .why:has(+ td:empty) { overflow: visible; } /* over the figures, of which there are none */
+  .why:has(+ td:empty) .cut { display: block; width: 285%; }
 }
 @media (width <= 1400px) { .beside .extra { display: none; } }
 @media (width <= 1000px) { main > .beside { grid-column: 1 / -1; } }
@@ -13520,7 +13520,7 @@ function speed({ requests, errors, untold, output, seconds, ttfb }) {
   return good > untold && output && streamed > 0 ? fixed(output / (good - untold) * good / streamed, 0) : "—";
 }
 
-// What was spent. Of some of it, there may be no price.
+// What was spent; `unpriced` if there is no price for a part of it.
 const cost = ({ usd, unpriced }) => unknown(usd) ? (unpriced ? "no price" : "—") :
   `${unpriced ? "at least " : ""}${dollars(usd)}`;
 
@@ -13866,25 +13866,18 @@ function drawChoices() {
 
 let usage = null, usageAt = 0, usageStale = false, usageQuery = "", usageFault = "";
 
-// Sums, with a mark where there is no price for a part; and what two make together.
-const marked = ({ rows }) => rows.map((sum) => ({ ...sum, unpriced: unknown(sum.usd) && sum.output > 0 }));
-const together = (one, other) => ({
-  user: one.user, usd: unknown(one.usd) ? other.usd : one.usd + other.usd, unpriced: one.unpriced || other.unpriced,
-  ...Object.fromEntries(["requests", "input", "cache_read", "cache_write", "cache_write_long", "output"].map((name) =>
-    [name, one[name] + other[name]])),
-});
-
 async function loadUsage() {
   // What ended just now may not be in the ledger yet.
   [usageAt, usageStale] = [performance.now(), recent.at(-1)?.at > now() - 3];
   const day = (ago) => utc(now() - 86400 * ago).slice(0, 10);
   const query = usageQuery = `from=${day(($("days").value || 1) - 1)}&to=${day(0)}`;
   try {
-    const sums = (by) => get(`api/usage?${query}&by=${by}`);
-    const [parts, found] = await Promise.all([sums("user,model"), sums("model")]);
-    const users = [...Map.groupBy(marked(parts), ({ user }) => user).values()].map((own) => own.reduce(together));
-    users.sort((one, other) => other.usd - one.usd || other.requests - one.requests);
-    if (query === usageQuery) usage = { ...found, models: marked(found), users };
+    const [users, models, parts] = await Promise.all(["user", "model", "user,model"].map((by) =>
+      get(`api/usage?${query}&by=${by}`)));
+    const unpriced = parts.rows.filter(({ usd, output }) => unknown(usd) && output);
+    const marked = ({ rows }, by) => rows.map((sum) =>
+      ({ ...sum, unpriced: unpriced.some((part) => part[by] === sum[by]) }));
+    if (query === usageQuery) usage = { ...models, users: marked(users, "user"), models: marked(models, "model") };
     usageFault = "";
     drawChoices();
   } catch (error) {
