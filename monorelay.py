@@ -13201,7 +13201,7 @@ main { display: grid; grid-template-columns: minmax(0, 7fr) minmax(0, 6fr); gap:
 main > :not(.beside) { grid-column: 1 / -1; }
 .tiles { align-items: stretch; gap: .75rem; }
 .tiles > div { flex: 2 1 8.5rem; }
-.tiles > div:nth-child(5) { flex: 3 1 15rem; }
+.tiles > div:nth-child(5) { flex: 3 1 18.5rem; }
 .tiles > div:nth-child(6) { flex: 7 1 19rem; }
 .tiles dt + dd { font-size: 1.55rem; line-height: 1.4; font-weight: 550; letter-spacing: -.02em; }
 #failure div { display: contents; }
@@ -13272,7 +13272,7 @@ ol { padding-left: 1.3rem; }
   tr:last-child { border: 0; }
   #running { display: grid; grid-template-columns: auto 1fr auto; }
   #running tr { grid: auto / subgrid; grid-column: 1 / -1; }
-  #running td:nth-child(3) { grid-column: 2; }
+  #running .num { grid-column: 3; }
   #box { max-height: none; overflow: visible; }
   #rows tr { height: round(8.4rem, 1px); }
   td { border: 0; padding: 0; overflow: hidden; text-overflow: ellipsis; }
@@ -13486,11 +13486,11 @@ const spentLimit = (key) => valid(key).find(({ used, reset }) => used >= 1 && re
 
 // What is wrong with a key, and until when; in `exact` words, or in such as don't change while it lasts.
 function trouble(key, exact) {
-  const limit = spentLimit(key), left = key.until - now(), models = (key.models ?? []).map(brief).join(", ");
+  const limit = spentLimit(key), left = key.until - now();
   if (key.state === "failing") return `last attempt failed at ${hour(key.failed[0])} (${met(key.failed[1])})`;
-  if (limit) return `${nameOf(limit)} used up until ${hour(limit.reset)}${models && ` for ${models}`}`;
   const back = exact && left < 120 ? `for ${duration(Math.max(0, Math.ceil(left)))}` : `until ${hour(key.until + 59)}`;
-  return `${met(key.why)}, ${models && `${models} `}avoided ${back}`;
+  return (limit ? `${nameOf(limit)} used up until ${hour(limit.reset)}` : `${met(key.why)}, avoided ${back}`) +
+    (key.models ? ` (${key.models.map(brief).join(", ")})` : "");
 }
 
 const keyState = (key) => signOf(key) + (isTroubled(key) ? trouble(key, true) : key.state === "missing" ? key.why : "");
@@ -13658,7 +13658,8 @@ function drawStatus() {
 function drawTiles() {
   const oldest = now() - Math.min(now(), ...view.running.map((run) => run.since));
   const { total = {}, users = [], models = [], priced } = usage ?? {}, { requests = 0, errors = 0 } = total;
-  const period = view.ledger ? $("days").selectedOptions[0].text : `since ${moment(view.since)}`;
+  const days = `${$("days").value && "in "}${$("days").selectedOptions[0].text}`;
+  const period = view.ledger ? days : `since ${moment(view.since)}`;
   const unpriced = models.filter((sum) => sum.unpriced).map((sum) => brief(sum.model));
   const spenders = users.filter((sum) => sum.usd || sum.unpriced);
   const spent = [

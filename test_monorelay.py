@@ -16219,7 +16219,7 @@ def test_a_key_that_is_refused_is_told_from_one_that_cools(upstream, relay, brow
     assert re.fullmatch(r"attempts since \d\d:\d\d", browser.texts("#counted")[0])
     states = [cells[1] for cells in browser.rows("keys")]
     assert re.fullmatch(r"✕ 401 key refused, avoided until \d\d:\d\d", states[0])
-    assert re.fullmatch(r"◐ 429 rate limit, claude-\S+ avoided for \d+ s", states[1])
+    assert re.fullmatch(r"◐ 429 rate limit, avoided for \d+ s \(claude-\S+\)", states[1])
     browser.press("#tiles button")  # the number of failed requests leads to them
     browser.until("location.search === '?errors=1' && $('rows').rows.length === 1")
 
