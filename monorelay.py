@@ -13200,8 +13200,8 @@ header { padding: .7rem 0 .3rem; }
 main { display: grid; grid-template-columns: minmax(0, 7fr) minmax(0, 6fr); gap: .75rem; }
 main > :not(.beside) { grid-column: 1 / -1; }
 .tiles { align-items: stretch; gap: .75rem; }
-.tiles > div { flex: 2 1 8.5rem; }
-.tiles > div:nth-child(5) { flex: 3 1 18.5rem; }
+.tiles > div { flex: 2 1 8.7rem; }
+.tiles > div:nth-child(5) { flex: 1 1 18.5rem; }
 .tiles > div:nth-child(6) { flex: 7 1 19rem; }
 .tiles dt + dd { font-size: 1.55rem; line-height: 1.4; font-weight: 550; letter-spacing: -.02em; }
 #failure div { display: contents; }
@@ -13287,8 +13287,8 @@ ol { padding-left: 1.3rem; }
   <h1><svg viewBox="0 0 16 16" aria-hidden="true"><path d="M1 3h4l3 5 3-5h4M1 13h4l3-5 3 5h4"/></svg>MonoRelay</h1>
   <span class="note extra" id="where"></span>
   <span class="tone" id="link"><span id="sign" aria-hidden="true">◌</span> <span id="words">connecting</span></span>
-  <span class="bar end"><select id="days" aria-label="Period" hidden>
-    <option value="">today (UTC)<option value="7">7 days<option value="30">30 days</select>
+  <span class="bar end"><select id="days" aria-label="Period" title="Days are those of UTC" hidden>
+    <option value="">today<option value="7">7 days<option value="30">30 days</select>
     <span class="note" id="me"></span><button id="leave" type="button" hidden>Sign out</button></span>
 </header>
 <p role="status" id="status">◌ Connecting</p>
