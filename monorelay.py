@@ -13616,7 +13616,8 @@ const recently = () => Math.max(Math.floor(now() / 3600) * 3600 - 3600, view.sin
 // time goes by.
 const LATELY = 600;
 function problems() {
-  const late = recent.filter((row) => failed(row) && row.at > now() - LATELY), last = toHour(late.at(-1)?.at ?? 0);
+  const late = merged(recent, failure ? [failure] : [], (row) => row.request).filter((row) =>
+    failed(row) && row.at > now() - LATELY), last = toHour(failure?.at ?? 0);
   const keys = view.keys.filter((key) => isTroubled(key) && (key.state !== "failing" || key.failed[0] > recently()));
   const spent = view.budgets.filter(({ used, of, reset }) => reset && used >= 0.95 * of);
   return [
@@ -13944,7 +13945,7 @@ function take(event, data) {
     hours: merged(view.hours, data.hours, ([one]) => one),
     budgets: merged(view.budgets, data.budgets, (budget) => `${budget.limit} ${budget.user}`),
   };
-  recent = recent.concat(ended).slice(-RECENT_ROWS);
+  recent = merged(recent, ended, (row) => row.request).slice(-RECENT_ROWS);
   failure = errors.at(-1) ?? failure;
   usageStale ||= ended.length > 0;
   if (event === "state") {
@@ -14018,6 +14019,7 @@ async function live() {
 }
 
 function tell(tone, sign, words) {
+  if ($("link").dataset.tone !== tone) saidAt = -Infinity;
   $("link").dataset.tone = tone;
   put($("sign"), sign);
   put($("words"), words);

@@ -16177,6 +16177,11 @@ def test_a_hidden_tab_asks_for_nothing_and_catches_up_when_it_is_seen(relay, bro
     browser.until("$('rows').rows.length === 1 && $('link').dataset.tone === 'good'")
     path, headers = browser.run("asked[0]")
     assert path == "api/live" and headers["last-event-id"].isdecimal() and TOKEN not in path
+    # What is told again behind a gap is the same request.
+    browser.driver.execute_script("connection.abort()")
+    assert it.post("/v1/messages", prompt("echo-error-500")).status == 500
+    browser.until("rows.length === 2 && $('status').textContent.includes(': a request failed at ')")
+    assert browser.run("recent.length") == 2
 
 
 @pytest.mark.browser
