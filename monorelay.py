@@ -13676,7 +13676,7 @@ function drawTiles() {
       `${errors ? `${Number((errors / requests * 100).toPrecision(2))} % ` : ""}of ${count(requests)}`,
       failure?.at > now() - LATELY ? "bad" : ""],
     ["First byte, median", duration(view.ttfb?.[0]),
-      view.ttfb ? `95 % within ${duration(view.ttfb[1])}` : "no answers yet"],
+      view.ttfb ? `95 % within ${duration(view.ttfb[1])}` : "no recent answer"],
     [`Tokens ${period}`, `${short(tokensIn(total))} in · ${short(total.output)} out`,
       `${short(total.cache_read)} more from caches` +
       (total.untold ? ` · not told in ${several(total.untold, "answer")}` : "")],
