@@ -8328,8 +8328,9 @@ Spent = dict[tuple[str, str], tuple[int, int]]  # by user and window: 10^-9 USD,
 class LedgerWriter:
     """Writes rows to the ledger from a thread of its own: a file that is slow, locked or full holds up nobody."""
 
-    def __init__(self, warn: Callable[[str], object]) -> None:
+    def __init__(self, warn: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
         self._warn = warn
+        self._clock = clock
         self._settings: Optional[LedgerSettings] = None  # where the rows that wait are to be written
         self._keeping = False  # whether rows are taken
         self._limited: tuple[str, ...] = ()  # the users of whom it must be known what they have spent
@@ -8458,7 +8459,7 @@ class LedgerWriter:
             if kept:
                 self._warn(f"the ledger {path} is broken ({error}); it is kept as {kept}, and a new one is begun")
                 return
-        now = time.monotonic()
+        now = self._clock()
         if now - self._warned_at >= LEDGER_WARNING_SECONDS:
             self._warned_at = now
             self._warn(f"the ledger {path} can't be written: {error}; {len(self._rows)} rows wait for it")
@@ -10281,7 +10282,7 @@ class Service:
         self.bodies = HeldBodies()
         self.requests = Throttle()
         self.logins = LoginGate(self.loop)
-        self.ledger = LedgerWriter(log.warn)
+        self.ledger = LedgerWriter(log.warn, clock)
         self.tally = Tally(time.time())
         self.running: dict[Exchange, None] = {}  # requests whose responses aren't all sent
         self.connections: Collection[object] = ()  # of clients

@@ -14763,24 +14763,18 @@ def test_a_relay_has_a_thread_for_its_ledger_only_if_there_is_one(relay, tmp_pat
     assert it.post("/v1/messages", prompt()).status == 200 and (sections or not list(tmp_path.iterdir()))
 
 
-def test_a_ledger_that_can_not_be_written_is_warned_of_once_a_minute(tmp_path, monkeypatch):
-    class Clock:
-        now = time.monotonic()
-        time = staticmethod(time.time)
-        monotonic = staticmethod(lambda: Clock.now)
-
+def test_a_ledger_that_can_not_be_written_is_warned_of_once_a_minute(tmp_path):
+    clock = Clock()
     (tmp_path / "file").touch()
     warnings: list[str] = []
-    it = monorelay.LedgerWriter(warnings.append)
+    it = monorelay.LedgerWriter(warnings.append, clock)
     it.use(parse({"echo": {}}, ledger={"path": str(tmp_path / "file" / "usage.db")}))
     it.put(row())
     told = []
-    with monkeypatch.context() as patched:
-        patched.setattr(monorelay, "time", Clock)
-        for seconds in (0, 1, 58, 2, 59, 2):
-            Clock.now += seconds
-            assert not it._flush()
-            told.append(len(warnings))
+    for seconds in (0, 1, 58, 2, 59, 2):
+        clock.now += seconds
+        assert not it._flush()
+        told.append(len(warnings))
     assert told == [1, 1, 1, 2, 2, 3]
 
 
@@ -15752,15 +15746,18 @@ def get_stuck(it: Relay, clients: list[Client], helper: Client) -> None:
     helper.send(b"GET")
 
 
-def test_connections_whose_last_response_is_stuck_make_room(relay, monkeypatch, small_buffers):
-    monkeypatch.setattr(monorelay, "UNPROVEN_SECONDS", 0.2)
-    it = relay({"echo": {}}, server={"max_connections": 5})
+def test_connections_whose_last_response_is_stuck_make_room(relay, small_buffers):
+    clock = Clock()
+    it = relay({"echo": {}}, clock, server={"max_connections": 5})
     with contextlib.ExitStack() as stack:
         stuck = [stack.enter_context(it.client(SO_RCVBUF=1 << 11)) for _ in range(4)]
         helper = stack.enter_context(it.client())
         eventually(lambda: len(it.server.served) == 5)
         get_stuck(it, stuck, helper)
-        eventually(lambda: it.ask("GET", "/api/auth/me").status == 200, seconds=3)
+        clock.move(0.0)
+        assert it.ask("GET", "/api/auth/me").status == 503
+        clock.move(2 * monorelay.UNPROVEN_SECONDS)
+        assert it.ask("GET", "/api/auth/me").status == 200
 
 
 @pytest.mark.timed
