@@ -17563,9 +17563,11 @@ def test_without_a_descriptor_left_answers_are_what_they_are(program):
     }
     it = program(config, preexec_fn=lower_descriptor_limit(64))
     with contextlib.ExitStack() as stack:
-        # Requests that have begun, so that their connections aren't taken for idle ones.
+        # Requests that have begun, of clients that have shown a token: such connections make no room, however long it
+        # takes.
         clients = {name: stack.enter_context(Client(it.url)) for name in asked}
         for name, client in clients.items():
+            assert client.ask("GET", "/api/auth/me").status == 200
             client.send(asked[name][0][:12])
 
         def is_refused() -> bool:
