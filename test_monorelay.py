@@ -15726,8 +15726,8 @@ def test_an_idle_connection_goes_before_one_that_is_busy_without_a_token(relay):
 
 
 def get_stuck(it: Relay, clients: list[Client], helper: Client) -> None:
-    """Has each of them ask for as much as fits into the sockets' buffers on the way, and a little more; the helper,
-    who has shown a token, is busy afterwards."""
+    """Has each of them ask for more than fits into the sockets' buffers on the way; the helper, who has shown a token,
+    is busy afterwards."""
     handlers = {handler.client_address[1]: handler for handler in list(it.server.served)}
 
     def flowing() -> list[Client]:
@@ -15737,8 +15737,9 @@ def get_stuck(it: Relay, clients: list[Client], helper: Client) -> None:
         # All of them are served in one turn of the loop, whose responses go out at its end.
         held = threading.Event()
         it.server.service.loop.post(lambda: held.wait(TIMEOUT_SECONDS))
-        for client in (helper, *flowing()):
-            client.send(request("GET", "/health", token=""))
+        for client in flowing():
+            client.send(request("GET", "/", token=""))
+        helper.send(request("GET", "/health", token=""))
         held.set()
         assert helper.answer().status == 200
         return not flowing() and not threading.Event().wait(0.3) and not flowing()
