@@ -2461,6 +2461,9 @@ def tokens_of(usage: JsonDict) -> Tokens:
         write = written or counts.get("cache_creation_input_tokens")
         if given and written and not lasting:
             lasting = counts_of(given.get("cache_write_tokens_details")).get("ttl_12h_tokens")
+        thought = counts_of(usage.get("completion_tokens_details")).get("reasoning_tokens", 0)
+        if thought and counts.get("total_tokens") == (total or 0) + (output or 0) + thought:
+            output = (output or 0) + thought  # xAI counts it apart
     if not includes and total is output is read is write is brief is lasting is None:
         return NO_TOKENS
     total, read, lasting = total or 0, read or 0, lasting or 0
@@ -3923,7 +3926,7 @@ USAGE_NAMES = frozenset({
     "input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "cache_creation",
     "service_tier", "speed", "inference_geo", "server_tool_use", "iterations",
     "prompt_tokens", "completion_tokens", "prompt_tokens_details", "input_tokens_details",
-    "prompt_cache_hit_tokens", "cached_tokens",
+    "prompt_cache_hit_tokens", "cached_tokens", "completion_tokens_details", "total_tokens",
 })  # fmt: skip
 
 
@@ -4141,7 +4144,7 @@ class UnfitAnswer(AnswerFault):
 
 
 class Asked(NamedTuple):
-    """What is known of a translated request when its answer comes."""
+    """What a reader of the response has to know of the request that was translated."""
 
     format: str  # of the client, which the answer is to have
     model: str  # as the client calls it
@@ -4334,17 +4337,7 @@ def json_pieces(document: JsonDict) -> list[bytes]:
     """The document as JSON in pieces. Its long strings are taken out of it, and each is let go when it is written: they
     may be most of a body, and are held twice only one after another."""
     mark = f"{random.getrandbits(128):032x}"  # which no client can foresee
-    long: list[str] = []
-    waiting: list[Any] = [document]
-    while waiting:
-        holder = waiting.pop()
-        for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
-            if isinstance(value, str) and len(value) > WRITTEN_CHARACTERS:
-                holder[key] = f"{mark}{len(long)}{mark}"
-                long.append(value)
-            elif isinstance(value, (dict, list)):
-                waiting.append(value)
-    del value
+    long = taken_out(document, mark)
     pieces = []
     for number, part in enumerate(dump(document).split(mark)):
         text = long[int(part)] if number % 2 else ""
@@ -4355,6 +4348,21 @@ def json_pieces(document: JsonDict) -> list[bytes]:
         else:
             pieces.append(encoded(part))
     return pieces
+
+
+def taken_out(document: JsonDict, mark: str) -> list[str]:
+    """The long strings of a document, in whose places it leaves their numbers between two marks."""
+    long: list[str] = []
+    waiting: list[Any] = [document]
+    while waiting:
+        holder = waiting.pop()
+        for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+            if isinstance(value, str) and len(value) > WRITTEN_CHARACTERS:
+                holder[key] = f"{mark}{len(long)}{mark}"
+                long.append(value)
+            elif isinstance(value, (dict, list)):
+                waiting.append(value)
+    return long
 
 
 def encoded(text: str) -> bytes:
@@ -4482,7 +4490,7 @@ def turns_of(messages: Any, draft: Draft) -> list[Turn]:
 
 
 def reminder(text: str) -> str:
-    """Words of the system within a user's message."""
+    """A text of the system, marked, to stand within a user's message."""
     return f"<system-reminder>\n{text}\n</system-reminder>"
 
 
@@ -5397,7 +5405,7 @@ class MessageWriter:
         message: JsonDict = {
             "id": answer_id("msg_", self._asked.id), "type": "message", "role": "assistant",
             "model": self._asked.model, "content": [], "stop_reason": None, "stop_sequence": None,
-            "usage": usage_of(self._asked.input_tokens, 0, 0, 0),
+            "usage": message_usage(self._asked.input_tokens, 0, 0, 0),
         }  # fmt: skip
         self._events.append({"type": "message_start", "message": message})
 
@@ -5665,20 +5673,13 @@ class ChatReader:
     def _counted(self) -> JsonDict:
         """The usage in the terms of Messages, whose input leaves out what was read from a cache or written to it; an
         estimate where the provider tells none, since clients compact a conversation by it."""
-        usage, details = self._usage, member(self._usage, "prompt_tokens_details")
-        if not usage:
+        if not self._usage:
             written = math.ceil(self._said * TOKENS_PER_CHARACTER)
-            return usage_of(self._asked.input_tokens, 0, 0, written)
-        prompt, output = count_of(usage.get("prompt_tokens")), count_of(usage.get("completion_tokens"))
-        cached = (details.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"), usage.get("cached_tokens"))
-        read = next(filter(None, map(count_of, cached)), 0)
-        stored = count_of(details.get("cache_write_tokens")) or count_of(usage.get("cache_creation_input_tokens"))
-        thought = count_of(member(usage, "completion_tokens_details").get("reasoning_tokens"))
-        if thought and count_of(usage.get("total_tokens")) == prompt + output + thought:
-            output += thought  # xAI counts it apart
-        fresh = max(0, prompt - read - stored)
+            return message_usage(self._asked.input_tokens, 0, 0, written)
+        fresh, read, brief, lasting, output = (count or 0 for count in tokens_of(self._usage))
+        stored = brief + lasting
         # Claude Code takes 0 for not told, and would count the cached part twice.
-        return usage_of(fresh or min(1, prompt), stored, read, output)
+        return message_usage(fresh or min(1, read + stored), stored, read, output)
 
 
 def too_many_calls() -> UnfitAnswer:
@@ -5715,7 +5716,7 @@ def count_of(value: Any) -> int:
     return int(value) if isinstance(value, (int, float)) and 0 < value < 1e15 else 0
 
 
-def usage_of(fresh: int, stored: int, read: int, output: int) -> JsonDict:
+def message_usage(fresh: int, stored: int, read: int, output: int) -> JsonDict:
     """The usage of a message."""
     return {
         "input_tokens": fresh, "cache_creation_input_tokens": stored, "cache_read_input_tokens": read,
@@ -6054,11 +6055,11 @@ class AnswerTranslator:
         return self._reader.may_end
 
     def feed(self, data: bytes) -> bytes:
-        """What goes to the client for the next bytes of a stream."""
+        """The bytes for the client, of the next bytes of a stream."""
         return self._framed(self._read_events(self._events.feed(data)))
 
     def close(self) -> bytes:
-        """What goes to the client when nothing more comes."""
+        """The bytes for the client at the end of a stream."""
         return self._framed(self._read_end())
 
     def ping(self) -> bytes:
@@ -6067,7 +6068,7 @@ class AnswerTranslator:
         return self.close() if self.may_end else self._framed([*self._reader.begin(), PING])
 
     def fail(self, message: str, kind: str, code: str) -> bytes:
-        """What goes to the client of a stream that came to nothing."""
+        """The error event that ends a stream."""
         self.ended = self.failed = True
         return error_event(self._asked.format, kind, message, code, self._asked.id)
 
@@ -6113,7 +6114,7 @@ class AnswerTranslator:
         return b"" if self._asked.format == "anthropic" else b"data: [DONE]\n\n"
 
     def _read_events(self, events: Iterable[bytes]) -> Iterator[JsonDict]:
-        """What the events of a stream become. Raises AnswerFault."""
+        """The client's events for those of the provider's stream. Raises AnswerFault."""
         for data in events:
             if self.ended:
                 return
@@ -6126,7 +6127,7 @@ class AnswerTranslator:
                 yield from self._reader.end()
 
     def _read_end(self) -> Iterator[JsonDict]:
-        """What the end of a stream becomes. Raises AnswerFault unless the answer is complete."""
+        """The client's events for the end of the stream. Raises AnswerFault unless the answer is complete."""
         yield from self._read_events(self._events.flush())
         if self.ended:
             return
@@ -6136,7 +6137,7 @@ class AnswerTranslator:
         yield from self._reader.end()
 
     def _read_whole(self, body: bytes) -> Iterator[JsonDict]:
-        """What a whole answer becomes. Raises AnswerFault."""
+        """The client's events for a whole answer. Raises AnswerFault."""
         found, _ = self._reader.read(read_answer(body))
         if not found:
             raise AnswerFault("the provider's answer holds no message")
@@ -7191,16 +7192,6 @@ def anthropic_input_tokens(request: JsonDict) -> int:
     return max(1, count_words([*texts, request.get("tools")]))
 
 
-def anthropic_usage(reply: Reply, output_tokens: int) -> JsonDict:
-    """The four figures that Anthropic counts."""
-    return {
-        "input_tokens": reply.input_tokens,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": 0,
-        "output_tokens": output_tokens,
-    }
-
-
 def anthropic_blocks(reply: Reply) -> list[JsonDict]:
     """The content blocks of a reply."""
     blocks: list[JsonDict] = []
@@ -7225,14 +7216,14 @@ def anthropic_message(reply: Reply) -> JsonDict:
         "content": anthropic_blocks(reply),
         "stop_reason": reply.stop_reason,
         "stop_sequence": reply.stop_sequence,
-        "usage": anthropic_usage(reply, reply.output_tokens),
+        "usage": message_usage(reply.input_tokens, 0, 0, reply.output_tokens),
     }
 
 
 def anthropic_events(reply: Reply) -> Iterator[bytes]:
     """A reply as the documented sequence of events."""
     opened = {**anthropic_message(reply), "content": [], "stop_reason": None, "stop_sequence": None}
-    yield anthropic_event("message_start", message={**opened, "usage": anthropic_usage(reply, 1)})
+    yield anthropic_event("message_start", message={**opened, "usage": message_usage(reply.input_tokens, 0, 0, 1)})
     for index, block in enumerate(anthropic_blocks(reply)):
         empty: JsonDict = {"text": "", "thinking": "", "signature": "", "input": {}}
         opening = {name: empty.get(name, value) for name, value in block.items()}
@@ -7241,7 +7232,7 @@ def anthropic_events(reply: Reply) -> Iterator[bytes]:
             yield anthropic_event("content_block_delta", index=index, delta=delta)
         yield anthropic_event("content_block_stop", index=index)
     stop = {"stop_reason": reply.stop_reason, "stop_sequence": reply.stop_sequence}
-    yield anthropic_event("message_delta", delta=stop, usage=anthropic_usage(reply, reply.output_tokens))
+    yield anthropic_event("message_delta", delta=stop, usage=opened["usage"])
     yield anthropic_event("message_stop")
 
 
@@ -13141,6 +13132,8 @@ def outlast_script(serve: Callable[[], int]) -> int:
 
 # ==== Page =======================================================================================
 #
+# The one room that a room above names: it is 900 lines of another kind, and out of the way here.
+#
 # The live page is one document without any data: style, markup and script, no library, nothing from elsewhere. It signs
 # in, keeps the token for its tab, and asks /api/live, /api/usage and /api/requests for what it shows.
 #
@@ -14142,7 +14135,6 @@ PAGE_FIELDS = (
 )
 
 
-@functools.lru_cache(maxsize=1)
 def dashboard_policy() -> str:
     """The value of `content-security-policy` that goes with PAGE (W3C CSP 3). It names the only script and style."""
     script, style = hash_of("script"), hash_of("style")
