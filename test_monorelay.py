@@ -3310,6 +3310,13 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         (25, 60, 15, 0, 9),
         "priority",
     ),
+    "a chat that counts its reasoning apart, as xAI's": (
+        "/v1/chat/completions",
+        whole_chat(usage={"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 115,
+                          "completion_tokens_details": {"reasoning_tokens": 100}}),
+        (10, 0, 0, 0, 105),
+        None,
+    ),
     "a chat's stream without usage": ("/v1/chat/completions", chunks({**CHOICE, "usage": None}, CHOICE), UNKNOWN, None),
     "a chat's stream with usage in each chunk": (
         "/v1/chat/completions",
