@@ -242,7 +242,7 @@ LOGGED_CHARACTERS = LOG_VALUE_CHARACTERS + 1  # of a text from outside so much i
 LOG_BACKLOG_LINES = 4000
 LOG_BACKLOG_CHARACTERS = 4 * 1024 * 1024
 
-USAGE_COUNTS = range(10**12 + 1)  # tokens: nothing that is larger can be true
+USAGE_COUNT = 10**12  # tokens: nothing that is larger can be true
 USAGE_ITERATIONS = 100  # of one response; server-side loops end after some ten
 USAGE_WORD_CHARACTERS = 32  # of a service tier and the like
 COST_NANO_USD = 10**15  # a million USD: no response costs more, and sums of such fit into SQLite's 64 bits
@@ -2486,10 +2486,11 @@ CACHED_NAMES = ("cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_to
 
 
 def counts_of(section: Any) -> dict[str, int]:
-    """The sound counts of an object; none if it isn't one."""
+    """The sound counts of an object, 20.0 too; none if it isn't one."""
     if not isinstance(section, dict):
         return {}
-    return {name: value for name, value in section.items() if type(value) is int and value in USAGE_COUNTS}
+    numbers = {name: value for name, value in section.items() if type(value) in (int, float)}
+    return {name: int(value) for name, value in numbers.items() if 0 <= value <= USAGE_COUNT and value % 1 == 0}
 
 
 USAGE_WORD = re.compile(r"[A-Za-z0-9_.-]+")
