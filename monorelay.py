@@ -13290,7 +13290,7 @@ ol { padding-left: 1.3rem; }
 <main hidden>
   <dl class="tiles" id="tiles"></dl>
   <section class="panel" id="advice" hidden><h2>What to set next</h2><div></div></section>
-  <section class="panel bar" id="failure" hidden><h2>Last failed request</h2><div></div></section>
+  <section class="panel bar" id="failure"><h2>Last failed request</h2><div></div></section>
   <section class="panel beside"><div class="bar"><h2>Running</h2><span class="note" id="active"></span></div>
     <table><tbody id="running"></table></section>
   <section class="panel beside"><div class="bar"><h2>Requests an hour</h2><span class="note" id="charted"></span></div>
@@ -13665,7 +13665,8 @@ function drawTiles() {
       unpriced.join(", ")}`] : [])];
   const spentInAll = cost({ ...total, unpriced: unpriced.length });
   const tiles = [
-    ["Running now", count(view.active), view.active ? `oldest for ${duration(oldest)}` : "nothing"],
+    [`${view.admin ? "Running" : "Yours running"} now`, count(view.active),
+      view.active ? `oldest for ${duration(oldest)}` : "nothing"],
     ["Last minute", `${count(view.minute.requests)} req`, `${view.minute.errors || "none"} failed`],
     [`Failed ${period}`, errors ? choice("errors", "1", count(errors)) : "0",
       `${errors ? `${Number((errors / requests * 100).toPrecision(2))} % ` : ""}of ${count(requests)}`,
@@ -13675,7 +13676,7 @@ function drawTiles() {
     [`Tokens ${period}`, `${short(tokensIn(total))} in · ${short(total.output)} out`,
       `${short(total.cache_read)} more from caches` +
       (total.untold ? ` · not told in ${several(total.untold, "answer")}` : "")],
-    [`Cost ${period}`, `${spentInAll.startsWith("$") ? "≈ " : ""}${spentInAll}`,
+    [`${view.admin ? "Cost" : "Your cost"} ${period}`, `${spentInAll.startsWith("$") ? "≈ " : ""}${spentInAll}`,
       unknown(priced) ? "no prices are set" : spent.join(" · ")],
   ];
   tiles.forEach(([label, value, note, tone = ""], index) => {
@@ -13689,12 +13690,12 @@ function drawTiles() {
 }
 
 function drawFailure() {
-  $("failure").hidden = !failure;
-  if (!failure) return;
+  const panel = $("failure").lastElementChild;
+  if (!failure) return put(panel, view.ledger ? "none is known" : `none since ${moment(view.since)}`);
   const words = [sign(failure), brief(failure.user), brief(route(failure)), why(failure)];
   const told = words.map((text, index) => element("span", { class: index ? "" : "tone" }, text));
   const tone = failure.at < now() - LATELY ? "" : "bad";
-  put($("failure").lastElementChild, element("div", { "data-tone": tone }, timeOf(failure), ...told));
+  put(panel, element("div", { "data-tone": tone }, timeOf(failure), ...told));
 }
 
 // What its owner could set next, with the words for relay.json.
