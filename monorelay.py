@@ -3249,7 +3249,7 @@ RETRIED_STATUSES = frozenset({401, 402, 403, 429, 500, 502, 503, 504, *range(520
 LASTING_STATUSES = frozenset({401, 402, 403})
 # Anthropic's 400 for an account without credit, which is about the key and not about the request. It is the whole
 # message: where a message quotes what a client has sent, a colon stands before or behind.
-NO_CREDIT = re.compile(rb'(?i)"message" ?: ?"your credit balance is too low[^":]*"')
+NO_CREDIT = re.compile(rb'(?i)"message" ?: ?"your credit balance is too low[^":\\]*"')
 
 
 def cors_fields(origins: Sequence[str], request: Headers, response: Iterable[tuple[str, str]] = ()) -> Pairs:
@@ -3921,6 +3921,8 @@ ENDS_IN_NAME = re.compile(rb"(?:^|[\r\n])event:[^\r\n]*(?:\r\n|\n|\r)\Z")  # an 
 EVENT_IS_ERROR = re.compile(rb'(?:^|[\r\n])(?:event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error"))')
 FIRST_EVENT_IS_ERROR = rb'event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error")'
 USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+USAGE_OBJECT = re.compile(rb'"usage" {0,4}:? {0,4}(?:\{|\Z)')  # its opening, or as much of it as has come
+EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_start|message_delta|content_block_[a-z]+|response\.[a-z_]+)"')
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
 # What a usage object tells, in Anthropic's words and in OpenAI's two sets of them.
 USAGE_NAMES = frozenset({
@@ -4018,18 +4020,15 @@ class Usage:
 
     def _look(self, data: bytes, is_stream: bool) -> int:
         """Reads the last usage objects in the data; from where on it is needed once more has come."""
-        first, *parts = data.rsplit(b'"usage"', USAGES_AT_ONCE)
-        at, held = len(first), max(0, len(data) - USAGE_NAME_BYTES)
-        for part in parts:
-            value = part[:USAGE_BYTES].lstrip(b" :")
-            if not value or value.startswith(b"{"):
-                try:
-                    usage, _ = USAGE_DECODER.raw_decode(value.decode("utf-8", "replace"))
-                except (ValueError, RecursionError):
-                    held = min(held, max(at, len(data) - USAGE_BYTES))
-                else:
-                    self._take(usage, data, at, is_stream)
-            at += len(b'"usage"') + len(part)
+        held = max(0, len(data) - USAGE_NAME_BYTES)
+        for name in collections.deque(USAGE_OBJECT.finditer(data), maxlen=USAGES_AT_ONCE):
+            begin = name.end() - 1
+            try:
+                usage, _ = USAGE_DECODER.raw_decode(data[begin : begin + USAGE_BYTES].decode("utf-8", "replace"))
+            except (ValueError, RecursionError):
+                held = min(held, max(name.start(), len(data) - USAGE_BYTES))
+            else:
+                self._take(usage, data, name.start(), is_stream)
         return held
 
     def _take(self, usage: JsonDict, data: bytes, at: int, is_stream: bool) -> None:
@@ -4038,11 +4037,13 @@ class Usage:
             return
         if is_stream:
             start = max(data.rfind(b"\n", 0, at), data.rfind(b"\r", 0, at)) + 1
-            line = data[start:at]
-            if b'"content_block' in line:
+            # The first type in the line is the event's own: what a client has sent stands behind it.
+            event = EVENT_TYPE.search(data, start, max(at, data.find(b"\n", at)))
+            kind = event[1] if event else b""
+            if kind.startswith(b"content_block"):
                 return  # a tool's input may have a `usage` of its own; of a whole answer it stands before the real one
-            self._is_placeholder = b'"message_start"' in line
-            if b'"message_delta"' in line:
+            self._is_placeholder = kind == b"message_start"
+            if kind == b"message_delta":
                 told = {name: usage[name] for name in USAGE_NAMES & usage.keys() if usage[name] is not None}
                 usage = {**self._found, **told}
             elif not self._is_placeholder:
@@ -4083,6 +4084,7 @@ WAITING_BYTES = 128  # that each piece of what waits takes besides
 # Of an answer that is translated as a whole. The longest ones have some 130,000 tokens, each in an event of its own;
 # as many take a second.
 WHOLE_EVENTS = 150_000
+WHOLE_LINES = 8 * WHOLE_EVENTS
 WHOLE_BLOCKS = 10_000  # with citations, a message has a block for each sentence
 TOOL_CALLS = 128  # in an answer: as many tools as OpenAI allows in a request
 TOOL_NAME_CHARACTERS = 256  # Anthropic allows 128, OpenAI 64
@@ -6078,7 +6080,11 @@ class AnswerTranslator:
         AnswerFault."""
         if is_stream and body.count(b"data:") > WHOLE_EVENTS:
             raise UnfitAnswer(f"the provider streamed an answer of more than {WHOLE_EVENTS} events")
-        read = itertools.chain(self._read_events(self._events.feed(body)), self._read_end())
+        if is_stream and body.count(b"\n") + body.count(b"\r") > WHOLE_LINES:
+            raise UnfitAnswer(f"the provider streamed an answer of more than {WHOLE_LINES} lines")
+        parts = (body[at : at + TRANSLATED_AT_ONCE_BYTES] for at in range(0, len(body), TRANSLATED_AT_ONCE_BYTES))
+        data = itertools.chain.from_iterable(map(self._events.feed, parts))
+        read = itertools.chain(self._read_events(data), self._read_end())
         events = read if is_stream else self._read_whole(body)
         try:
             if self._asked.stream:
@@ -8148,9 +8154,12 @@ async def in_thread(
     finally:
         abandoned = True
     result: Result
-    result, fault = outcome[0]
+    result, fault = outcome.pop()
     if fault:
-        raise fault
+        try:
+            raise fault
+        finally:
+            del fault  # else its traceback, and this frame in that, would keep each other, and all that work() has used
     return result
 
 
@@ -9608,7 +9617,7 @@ class Relay:
                 try:
                     wanted = await self._wanted(request, candidate.target)
                 except BadRequest as error:
-                    refusal = refusal or error
+                    refusal = refusal or error.with_traceback(None)
                     continue
                 self._record_attempt(request.record, candidate)
                 attempt = await self._attempt(wanted, candidate, fresh=request.only_once or last_try)
@@ -12006,7 +12015,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._authenticate(exchange)
             return await endpoint.answer(exchange)
         except RelayError as error:
-            return exchange.error_response(error)
+            # What is kept to be raised again would be kept by its own traceback, with all that led to it.
+            return exchange.error_response(error.with_traceback(None))
         except (ClientGone, Overdue):
             raise
         except Exception as error:

@@ -3168,7 +3168,7 @@ RESPONSES_USAGE = {
 DECOY = {"usage": {"input_tokens": 666_000, "output_tokens": 666_000, "service_tier": "priority"}}
 SAID = f'in the text: {json.dumps(DECOY)} "usage":{{'
 CALLED = {"type": "tool_use", "id": "t", "name": "f", "input": {**DECOY, "deep": [DECOY]}}
-DELTA = {"stop_reason": "end_turn", "stop_sequence": None}
+DELTA = {"stop_reason": "stop_sequence", "stop_sequence": "content_block"}  # as its client has asked for
 
 
 def whole_message(usage: Any, *content: Any) -> dict[str, Any]:
@@ -3198,13 +3198,16 @@ def whole_chat(**fields: Any) -> dict[str, Any]:
 
 # It comes back in the answer, where a client would rather have its own figures read.
 FREE = {"prompt_tokens": 0, "completion_tokens": 0, "service_tier": "batch", "iterations": [{"input_tokens": 0}]}
-SCHEMA = {"type": "function", "name": "f", "parameters": {"properties": {"usage": {"type": "object", **FREE}}}}
+EVENTS = {"content_block": {}, "message_start": {"type": "message_start"}}
+SCHEMA = {"type": "function", "name": "f", "parameters": {"properties": {**EVENTS, "usage": {"type": "object", **FREE}}}}
 
 
 def whole_response(**fields: Any) -> dict[str, Any]:
     output = [{"type": "message", "content": [{"type": "output_text", "text": SAID}]}]
     tier = {"service_tier": fields.pop("service_tier")} if "service_tier" in fields else {}
-    return {"id": "r1", "object": "response", "output": output, **tier, "tools": [SCHEMA], **fields, "user": None}
+    named = {f"k{number}": "usage" for number in range(16)}  # as many as OpenAI takes
+    return {"id": "r1", "object": "response", "output": output, **tier, "tools": [SCHEMA], **fields, "user": None,
+            "metadata": named}  # fmt: skip
 
 
 def response_events(usage: Any, tier: str) -> bytes:
@@ -9286,6 +9289,7 @@ def test_what_another_key_may_cure_is_tried_with_it(upstream, relay, failure):
 
 @pytest.mark.parametrize("message", [
     "your credit balance is too low: Extra inputs are not permitted",
+    'your credit balance is too low": Extra inputs are not permitted',
     "Unrecognized request argument supplied: your credit balance is too low",
     'messages.0.content: "message":"your credit balance is too low" is no content',
 ])  # fmt: skip
