@@ -3198,8 +3198,8 @@ def whole_chat(**fields: Any) -> dict[str, Any]:
 
 # It comes back in the answer, where a client would rather have its own figures read.
 FREE = {"prompt_tokens": 0, "completion_tokens": 0, "service_tier": "batch", "iterations": [{"input_tokens": 0}]}
-EVENTS = {"content_block": {}, "message_start": {"type": "message_start"}}
-SCHEMA = {"type": "function", "name": "f", "parameters": {"properties": {**EVENTS, "usage": {"type": "object", **FREE}}}}
+DECOYS = {"content_block": {}, "message_start": {"type": "message_start"}, "usage": {"type": "object", **FREE}}
+SCHEMA = {"type": "function", "name": "f", "parameters": {"properties": DECOYS}}
 
 
 def whole_response(**fields: Any) -> dict[str, Any]:
