@@ -1980,6 +1980,12 @@ class Candidate(NamedTuple):
     def label(self) -> str:
         return self.key.label if self.key else ""
 
+    @property
+    def secret(self) -> bytes:
+        """The key that no client may see in a response; empty for none, and for one so short that it may be a word."""
+        secret = self.key.secret.reveal().encode("ascii") if self.key else b""
+        return secret if len(secret) >= SECRET_CHARACTERS else b""
+
 
 class Cooling:
     """Until when something is avoided and why, how often in a row it failed, and whether a success ends that."""
@@ -9239,7 +9245,8 @@ def unescaped(text: str) -> str:
     """The text with what JSON, HTML and URLs have for a character in its place."""
     text = re.sub(r"\\u00([0-9a-fA-F]{2})", lambda match: chr(int(match[1], 16)), text.replace("\\/", "/"))
     # No character has a number so long, and Python converts none of thousands of digits.
-    return unquote(html.unescape(re.sub(r"&#0*[1-9][0-9]{7,}", "", text)))
+    text = re.sub(r"&#[0-9]{8,}", "", re.sub(r"&#0+(?=[0-9])", "&#", text))
+    return unquote(html.unescape(text))
 
 
 class UpstreamResponse:
@@ -10064,6 +10071,7 @@ class Outgoing:
         self._chunked = self.until_close = False
         relayed = response.relayed
         self._decoder = relayed.decoder if relayed else LengthDecoder(0)
+        self._key = relayed.candidate.secret if relayed else b""  # which no client may see
         self._translator = response.translator
         passes = relayed is not None and relayed.is_stream and not self._translator
         self._lines = LineSplitter() if passes else None  # of an event stream
@@ -10222,12 +10230,6 @@ class Outgoing:
         self._record.complete = self.ended
         return self._counted(translated) + (LAST_CHUNK if self.ended and self._chunked else b"")
 
-    def _without_key(self, content: bytes) -> bytes:
-        """Whole lines of a stream without the relay's key, which the error in them may quote."""
-        key = self._response.relayed.candidate.key if self._response.relayed else None
-        eraser = KeyEraser(key.secret.reveal()) if key else None
-        return eraser.feed(content) + eraser.flush() if eraser else content
-
     def _look_for_end(self, content: bytes) -> None:
         """Notes whether a stream says that it is over; a name does only when its data has come, too."""
         text = self._name + content
@@ -10248,7 +10250,8 @@ class Outgoing:
         if content:
             if self._lines and b"error" in content and EVENT_IS_ERROR.search(content):
                 self.failed = b"invalid_request_error" not in content
-                content = self._without_key(content)
+            if self._key and self._key in content:
+                content = content.replace(self._key, b"***" if self._chunked else b"*" * len(self._key))
             self._record.bytes_sent += len(content)
             self._last_byte = content[-1:]
             if self._response.relayed and not self._translator:
@@ -11593,7 +11596,8 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
         if is_error:
             record.error = upstream_error(relayed.content)
             return translated_error(fields, relayed, asked)
-        body = await whole_body(exchange, relayed)
+        body, secret = await whole_body(exchange, relayed), relayed.candidate.secret
+        body = body.replace(secret, b"***") if secret else body
         record.usage.read(body, relayed.is_stream)
         work = functools.partial(translator.whole, body, relayed.is_stream)
         answer = await at_leisure(exchange, len(body), work)
@@ -11681,6 +11685,9 @@ def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
     cors = exchange.cors(relayed.head.fields.pairs)
     kept_back = RESPONSE_HEADERS_KEPT_BACK | CORS_HEADERS if cors else RESPONSE_HEADERS_KEPT_BACK
     fields = end_to_end(relayed.head.fields, kept_back)
+    secret = relayed.candidate.secret.decode("ascii")
+    if secret and secret in "\n".join(itertools.chain.from_iterable(fields)):
+        fields = [pair for pair in fields if secret not in pair[1]]
     fields.append(("x-monorelay-provider", header_text(target.provider.name)))
     if target.model:
         fields.append(("x-monorelay-model", header_text(target.model)))

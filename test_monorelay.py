@@ -9100,6 +9100,7 @@ QUOTING = {
     "gzip": answer(403, gzip.compress(TOLD), "content-encoding: gzip"),
     "deflate": answer(403, zlib.compress(TOLD), "content-encoding: deflate"),
     "behind a number of 5000 digits": answer(403, b"&#%s; %s" % (b"1" * 5000, SPELLINGS["URL"].encode())),
+    "behind 5000 zeros": answer(403, b"&#%s; %s" % (b"0" * 5000, SPELLINGS["URL"].encode())),
 }
 
 
@@ -9118,6 +9119,22 @@ def test_an_error_in_the_midst_of_a_stream_goes_on_without_the_key(upstream, rel
     it = relay({"anthropic": {"upstream": upstream(stream), "keys": [SLASHED_KEY]}})
     got = it.post("/v1/messages", prompt(stream=True))
     assert got.body == ANTHROPIC_EVENTS[0] + b"event: error\ndata: %s\n\n" % TOLD.replace(SLASHED_KEY.encode(), b"***")
+
+
+@pytest.mark.parametrize(("path", "model"), [("/v1/messages", "claude-a"), ("/v1/chat/completions", "claude-a")])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_of_200_goes_on_without_the_key(upstream, relay, path, model, stream):
+    key = b"sk-proj-very-secret-0123456789"
+    content = [{"type": "text", "text": f"your key is {key.decode()}"}]
+    said = json.dumps({**MESSAGE, "content": content, "stop_reason": "end_turn"}).encode()
+    delta = sse("content_block_delta", index=0, delta={"type": "text_delta", "text": f" {key.decode()}"})
+    events = b"".join([*ANTHROPIC_EVENTS[:2], delta, *ANTHROPIC_EVENTS[2:]])
+    sent = answer(200, said, "x-debug: Bearer " + key.decode(), "x-kept: 1")
+    sent = STREAM_HEAD + chunked(events) if stream else sent
+    it = relay({"anthropic": {"upstream": upstream(sent), "keys": [key.decode()]}})
+    got = it.post(path, prompt(model, stream=stream))
+    assert got.status == 200 and key not in got.head + got.body and b"***" in got.body
+    assert stream or path != "/v1/messages" or (got.get("x-kept"), len(got.body)) == ("1", len(said))
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
