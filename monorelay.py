@@ -3132,11 +3132,11 @@ OWN_HEADERS = (
 )  # fmt: skip
 # What the relay sets itself, or keeps to itself.
 REQUEST_HEADERS_KEPT_BACK = GUARDED_HEADERS | {"accept-encoding"}
-# A cookie of the provider is of no use to a client of the relay; its x-monorelay-* would be mistaken for ours.
-RESPONSE_HEADERS_KEPT_BACK = HOP_BY_HOP | {"set-cookie", "set-cookie2", *OWN_HEADERS}
 CORS_HEADERS = frozenset(
     {"access-control-allow-origin", "access-control-allow-credentials", "access-control-expose-headers"}
 )
+# A cookie of the provider is of no use to a client of the relay; its x-monorelay-* would be mistaken for ours.
+RESPONSE_HEADERS_KEPT_BACK = HOP_BY_HOP | CORS_HEADERS | {"set-cookie", "set-cookie2", *OWN_HEADERS}
 # What scripts in a browser may read of a response, besides anthropic-ratelimit-*.
 EXPOSED_HEADERS = ("request-id", "x-request-id", "retry-after", *OWN_HEADERS)
 
@@ -3364,7 +3364,11 @@ def model_name(value: Any) -> str:
 
 
 # `model`, and what gateways take beside it or in its place.
-MODEL_NAMES = frozenset({"model", "models", "fallbacks", "model_name", "engine", "deployment_id", "extra_body"})
+MODEL_NAMES = frozenset({
+    "model", "models", "model_name", "model_id", "modelid", "model_list", "fallback_model", "fallbacks",
+    "context_window_fallbacks", "engine", "deployment", "deployment_id", "preset", "plugins", "provideroptions",
+    "api_base", "base_url", "extra_body",
+})  # fmt: skip
 
 
 def is_model_name(name: str) -> bool:
@@ -3925,6 +3929,7 @@ STREAM_ENDS = re.compile(
 )
 ENDS_IN_NAME = re.compile(rb"(?:^|[\r\n])event:[^\r\n]*(?:\r\n|\n|\r)\Z")  # an event's name without data behind it
 EVENT_IS_ERROR = re.compile(rb'(?:^|[\r\n])(?:event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error"))')
+CLIENTS_FAULT = re.compile(rb"invalid_request|context_length_exceeded|content_policy|content_filter")  # in an error
 FIRST_EVENT_IS_ERROR = rb'event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error")'
 USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 USAGE_OBJECT = re.compile(rb'"usage" {0,4}:? {0,4}(?:\{|\Z)')  # its opening, or as much of it as has come
@@ -4089,6 +4094,7 @@ WRITTEN_CHARACTERS = 64 * 1024  # of a string at a time
 WAITING_BYTES = 128  # that each piece of what waits takes besides
 # Of an answer that is translated as a whole. The longest ones have some 130,000 tokens, each in an event of its own;
 # as many take a second.
+TRANSLATED_ANSWER_BYTES = 8 * 1024 * 1024  # of a whole one; the longest that models give have some 1 MB
 WHOLE_EVENTS = 150_000
 WHOLE_LINES = 8 * WHOLE_EVENTS
 WHOLE_BLOCKS = 10_000  # with citations, a message has a block for each sentence
@@ -9309,7 +9315,7 @@ class UpstreamResponse:
             return self.head.status
         fault = self.first_fault
         # Told in a stream that was opened too early: overloaded, unless it is the request's own fault.
-        return fault.status if fault else 400 if b"invalid_request_error" in self.content else 529
+        return fault.status if fault else 400 if CLIENTS_FAULT.search(self.content) else 529
 
     @property
     def told(self) -> str:
@@ -9985,20 +9991,17 @@ class ResultsUrlRewriter:
     """Rewrites a batch's results_url from the provider to the relay in a JSON body, as it streams: the SDKs
     follow it with the relay's token, which must not leave. The body is otherwise left as it is."""
 
-    # Longer than any beginning of a match that could be cut in two.
-    _HELD_BYTES = 512
+    _HELD_BYTES = 4096  # longer than any beginning of a match that could be cut in two
+    _MEMBER = re.compile(rb'("results_url"\s{0,16}:\s{0,16})("(?:[^"\\]|\\.){0,2048}")')
 
     def __init__(self, provider: Provider, relay_url: str) -> None:
-        origin = re.escape(provider.origin.encode("ascii")).replace(b"/", rb"\\?/")
-        default = b"(?::%d)?" % DEFAULT_PORTS[provider.scheme] if provider.origin.count(":") == 1 else b""
-        path = re.escape(provider.prefix.encode("ascii")).replace(b"/", rb"\\?/")
-        self._pattern = re.compile(rb'("results_url"\s*:\s*")' + origin + default + path + rb"(?=\\?/)", re.IGNORECASE)
-        self._replacement = rb"\g<1>" + f"{relay_url}/v1".encode("ascii")
+        self._provider = provider
+        self._relay_url = relay_url
         self._held = b""
 
     def feed(self, data: bytes) -> bytes:
         """What can be passed on of the body up to here."""
-        data = self._pattern.sub(self._replacement, self._held + data)
+        data = self._MEMBER.sub(self._rewritten, self._held + data)
         cut = data.rfind(b'"results_url"', max(0, len(data) - self._HELD_BYTES))
         cut = cut if cut >= 0 else max(0, len(data) - len(b'"results_url"'))
         self._held = data[cut:]
@@ -10007,7 +10010,20 @@ class ResultsUrlRewriter:
     def flush(self) -> bytes:
         """The rest, at the end of the body."""
         held, self._held = self._held, b""
-        return self._pattern.sub(self._replacement, held)
+        return self._MEMBER.sub(self._rewritten, held)
+
+    def _rewritten(self, member: "re.Match[bytes]") -> bytes:
+        """The member with a URL that leads to the relay, if it leads to the provider, however it is spelled."""
+        try:
+            url = urlsplit(json.loads(member[2]).strip())
+            place = url.hostname, url.port or DEFAULT_PORTS.get(url.scheme)
+        except ValueError:
+            return member[0]
+        if place != (self._provider.host, self._provider.port):
+            return member[0]
+        path = url.path.removeprefix(self._provider.prefix)
+        followed = f"{self._relay_url}/v1{path}?{url.query}".rstrip("?")
+        return member[1] + json.dumps(followed).encode("ascii")
 
 
 class KeyEraser:
@@ -10249,7 +10265,7 @@ class Outgoing:
         """The content, framed, after a look at what it tells."""
         if content:
             if self._lines and b"error" in content and EVENT_IS_ERROR.search(content):
-                self.failed = b"invalid_request_error" not in content
+                self.failed = not CLIENTS_FAULT.search(content)
             if self._key and self._key in content:
                 content = content.replace(self._key, b"***" if self._chunked else b"*" * len(self._key))
             self._record.bytes_sent += len(content)
@@ -10710,7 +10726,8 @@ class Exchange:
             len(fields.all(name)) > 1 for name in ("content-type", "content-encoding")
         )
         # Some servers take a list with commas, and what the query says, as well.
-        named_elsewhere = facts.lookalike or "," in facts.model or "model" in query or "_method" in query
+        in_query = any(name in query for name in ("model", "engine", "deployment", "_method"))
+        named_elsewhere = facts.lookalike or "," in facts.model or in_query
         return named_elsewhere or not decides or not is_plain
 
     def targets_of(self, model: str) -> list[Target]:
@@ -11030,21 +11047,21 @@ class History:
         if not path:
             return usage_body(about, self._usage_in_memory(user, by))
         hours = int((window_end(first) - 86400) // 3600), int(window_end(last) // 3600)
-        return await self._read(lambda: usage_body(about, summed_usage(path, *hours, by, daily, user)))
+        return await self._read(user, lambda: usage_body(about, summed_usage(path, *hours, by, daily, user)))
 
     def _usage_in_memory(self, user: Optional[str], by: Sequence[str]) -> list[tuple[JsonDict, Sums]]:
         series = self._service.workers.tally().by(*(GROUPS.index(name) for name in by), user=user)
         groups = [(dict(zip(by, names)), sums_of(sums)) for names, sums in series.items()]
         return sorted(groups, key=lambda group: [figure or 0 for figure in (group[1][COST], group[1][0])], reverse=True)
 
-    async def requests(self, query: dict[str, str]) -> JsonDict:
-        """The answer of /api/requests."""
+    async def requests(self, query: dict[str, str], user: Optional[str]) -> JsonDict:
+        """The answer of /api/requests. `user`: who asks, unless it is one who sees all."""
         path, limit = self._service.ledger.file, max(1, min(int(query.get("limit") or 200), ROWS_AT_ONCE))
         before = int(query.get("before") or 0) or 2**62
         names = {name: query[name] for name in ("user", "model", "key") if query.get(name)}
         errors = query.get("errors") == "1"
         if path:
-            rows, following = await self._read(lambda: request_page(path, before, limit, errors=errors, **names))
+            rows, following = await self._read(user, lambda: request_page(path, before, limit, errors=errors, **names))
         else:
             rows = self._requests_in_memory(before, limit, names, errors)
             following = rows[-1]["id"] if rows and len(rows) == limit else None
@@ -11060,7 +11077,7 @@ class History:
         cache, what was read from one, output, cost."""
         path, since = self._service.ledger.file, int(time.time() // 3600) - TALLIED_HOURS + 1
         if path:
-            rows = await self._read(lambda: hour_rows(path, since, user))
+            rows = await self._read(user, lambda: hour_rows(path, since, user))
         else:
             sums: dict[int, list[int]] = {}
             for (hour, owner), figures in self._service.workers.tally().hours.items():
@@ -11074,8 +11091,8 @@ class History:
             for it in named
         ]  # fmt: skip
 
-    async def _read(self, read: Callable[[], Result]) -> Result:
-        """What is read from the ledger, in a thread. Raises Unavailable."""
+    async def _read(self, user: Optional[str], read: Callable[[], Result]) -> Result:
+        """What is read from the ledger for a user, or for one who sees all, in a thread. Raises Unavailable."""
         import sqlite3
 
         def attempt() -> Result:
@@ -11084,7 +11101,8 @@ class History:
             except (sqlite3.Error, ValueError) as error:
                 raise Unavailable(f"the ledger can't be read: {error}", "ledger_unreadable") from None
 
-        return await in_thread(self._service.loop, attempt, start=self._reader.call)
+        start = functools.partial(self._reader.call, caller=user or "")
+        return await in_thread(self._service.loop, attempt, start=start)
 
 
 class LivePage:
@@ -11323,7 +11341,7 @@ async def answer_requests(exchange: Exchange) -> Response:
     own = exchange.own_name()
     if own is not None:
         query["user"] = own
-    return exchange.respond(200, await exchange.service.history.requests(query))
+    return exchange.respond(200, await exchange.service.history.requests(query, own))
 
 
 # -- what is relayed
@@ -11601,6 +11619,7 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
         record.usage.read(body, relayed.is_stream)
         work = functools.partial(translator.whole, body, relayed.is_stream)
         answer = await at_leisure(exchange, len(body), work)
+        exchange.hold(len(answer))
         fields.append(("content-type", "text/event-stream" if asked.stream else "application/json"))
         return Response(200, reason_of(200), fields, answer)
     except AnswerFault as fault:
@@ -11658,7 +11677,7 @@ def translation_fields(record: AccessRecord) -> Pairs:
 
 async def whole_body(exchange: Exchange, relayed: UpstreamResponse) -> bytes:
     """The whole body of a response that is to be translated. Raises UpstreamFailed, UpstreamSilent and Unavailable."""
-    pieces, size, limit = [relayed.take_content()], 0, exchange.body_limit
+    pieces, size, limit = [relayed.take_content()], 0, min(exchange.body_limit, TRANSLATED_ANSWER_BYTES)
     provider = relayed.candidate.target.provider.name
     try:
         while True:
@@ -11683,8 +11702,7 @@ def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
     """The header of a provider's response, and what the relay adds."""
     target = relayed.candidate.target
     cors = exchange.cors(relayed.head.fields.pairs)
-    kept_back = RESPONSE_HEADERS_KEPT_BACK | CORS_HEADERS if cors else RESPONSE_HEADERS_KEPT_BACK
-    fields = end_to_end(relayed.head.fields, kept_back)
+    fields = end_to_end(relayed.head.fields, RESPONSE_HEADERS_KEPT_BACK)
     secret = relayed.candidate.secret.decode("ascii")
     if secret and secret in "\n".join(itertools.chain.from_iterable(fields)):
         fields = [pair for pair in fields if secret not in pair[1]]
