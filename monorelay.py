@@ -5469,10 +5469,15 @@ class MessageWriter:
 
 
 ANSWERED_MEDIA = ("image_url", "image", "output_image", "input_audio", "audio")  # that Messages has no place for
-# What a chat answer ends for, in the words of Messages; any other word is an end like `stop`.
+# What a chat answer ends for, in the words of Messages; any other word is an end like `stop`, but for those by which
+# DeepSeek (the first), Z.ai (the second) and servers of open models say that it was broken off.
 STOP_REASONS = {
     "length": "max_tokens", "max_tokens": "max_tokens", "model_length": "max_tokens", "content_filter": "refusal",
 }  # fmt: skip
+BROKEN_OFF = (
+    "insufficient_system_resource", "network_error", "abort", "aborted", "canceled", "cancelled", "interrupted",
+    "timeout",
+)  # fmt: skip
 
 
 def answer_id(prefix: str, id: str) -> str:
@@ -5539,6 +5544,8 @@ class ChatReader:
         self._advance(is_followed=True)
         for kind, said in self._later:
             self._writer.write(kind, said)
+        if not (self._writer.blocks or self._blanks or self._finish):
+            raise AnswerFault("the provider's answer ended before anything was said")
         if not self._writer.blocks:
             self._writer.write("text", "".join(self._blanks))
         reason = STOP_REASONS.get(self._finish) or ("tool_use" if self._closed else "end_turn")
@@ -5570,6 +5577,8 @@ class ChatReader:
         finish = choice.get("finish_reason")
         if finish == "error":
             raise fault_of(choice)
+        if finish in BROKEN_OFF:
+            raise AnswerFault(f"the provider broke its answer off: {finish}")
         if isinstance(finish, str) and finish not in ("", "null"):
             self._finish = finish
             sequence = choice.get("stop_reason")
@@ -6157,12 +6166,23 @@ class AnswerTranslator:
 
     def _read_whole(self, body: bytes) -> Iterator[JsonDict]:
         """The client's events for a whole answer. Raises AnswerFault."""
-        found, _ = self._reader.read(read_answer(body))
+        answer = read_answer(body)
+        found, _ = self._reader.read(answer)
         if not found:
             raise AnswerFault("the provider's answer holds no message")
+        if is_unfinished(answer):
+            raise AnswerFault("the provider's answer ended before it was finished")
         self.ended = True
         yield from found
         yield from self._reader.end()
+
+
+def is_unfinished(answer: JsonDict) -> bool:
+    """Whether a whole chat answer says by a null that nothing has ended it. Some servers say so of all that calls
+    tools; whether that is whole, the calls tell."""
+    choice = next((it for it in listed_objects(answer.get("choices")) if it.get("index", 0) == 0), {})
+    message = member(choice, "message")
+    return choice.get("finish_reason", "") is None and not (message.get("tool_calls") or message.get("function_call"))
 
 
 def nested_too_deeply() -> AnswerFault:

@@ -5027,6 +5027,51 @@ def test_r15_and_r16_what_is_no_message_is_a_fault(document):
     assert caught.value.status == 429 and caught.value.message == "slow down"
 
 
+# How an answer of which "Hi" has come may end, and what is wrong with that, as a whole and in a stream.
+BROKE_OFF, UNFINISHED = "the provider broke its answer off: ", "the provider's answer ended before it was finished"
+BROKEN_ENDS: dict[str, tuple[Any, str, str]] = {
+    **{
+        finish: (finish, BROKE_OFF + finish, BROKE_OFF + finish)
+        for finish in ("insufficient_system_resource", "network_error", "abort", "cancelled", "timeout")
+    },
+    "null": (None, UNFINISHED, ""),  # [DONE] ends a stream, whatever stands before it
+    "the word null": ("null", "", ""),
+    "unknown": ("recitation", "", ""),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ENDS)
+def test_r8_and_r9_an_answer_that_was_broken_off_is_a_fault(name):
+    finish, wrong_whole, wrong_stream = BROKEN_ENDS[name]
+    document, data = completion(finish, content="Hi"), sse_of([delta(content="Hi"), delta(finish)])
+    if wrong_whole:
+        with pytest.raises(monorelay.AnswerFault) as caught:
+            whole_answer(asked_of(), document)
+        assert (caught.value.message, caught.value.status) == (wrong_whole, 502) and not caught.value.is_requests
+    else:
+        assert whole_answer(asked_of(), document) == message_of([said("Hi")])
+    if wrong_stream:
+        assert ended_with(asked_of(), data) == ("api_error", wrong_stream)
+    else:
+        assert accumulated(asked_of(), data)["stop_reason"] == "end_turn"
+
+
+def test_r9_a_whole_answer_without_a_reason_for_its_end_is_one():
+    document = completion(content="Hi")
+    del document["choices"][0]["finish_reason"]
+    assert whole_answer(asked_of(), document) == message_of([said("Hi")])
+
+
+@pytest.mark.parametrize(
+    "chunks", [[], [delta(role="assistant", content="")], [{"choices": [], "usage": USAGE}]], ids=brief
+)
+def test_s10_a_stream_that_is_done_before_anything_was_said_is_a_fault(chunks):
+    expected = ("api_error", "the provider's answer ended before anything was said")
+    assert ended_with(asked_of(), sse_of(chunks)) == expected
+    with pytest.raises(monorelay.AnswerFault, match=expected[1]):
+        whole_answer(asked_of(), sse_of(chunks), is_stream=True)
+
+
 def test_r15_malformed_arguments_end_a_stream_with_an_error():
     for parts in (['{"at'], ["[1]"], ['{"a":1}', "}"], ["{'a'}"]):
         data = sse_of([*(delta(calls=[call(0, "c1", "look", part)]) for part in parts), delta("tool_calls")])
@@ -6168,7 +6213,7 @@ def sample(annotation: Any) -> Any:
 
 def answered(**message: Any) -> dict[str, Any]:
     """A chat answer with these members of its message."""
-    return completion(None, **message)
+    return completion(**message)
 
 
 def with_usage(**fields: Any) -> dict[str, Any]:
@@ -10154,6 +10199,19 @@ def test_an_error_within_a_translated_stream_cools_unless_it_is_the_requests(ups
         assert_died(client)
     it.logged("path=/v1/messages", "error=upstream:error")
     assert ("comes last" in it.log.getvalue()) == cools
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_was_broken_off_cools_and_is_a_502(upstream, relay, stream):
+    broken = delta("insufficient_system_resource") if stream else completion("network_error", content="Hi")
+    reply = sse_reply(sse_of([delta(content="Hi"), broken])) if stream else json_reply(broken)
+    it = relay({"openai": upstream(reply)})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", json.dumps(prompt("gpt-test", stream=stream)).encode()))
+        got = client.until(b"the provider broke its answer off: ")
+        assert got.startswith(b"HTTP/1.1 200" if stream else b"HTTP/1.1 502") and b"message_stop" not in got
+    it.logged("path=/v1/messages")
+    assert "comes last" in it.log.getvalue()
 
 
 # An answer that says nothing about the provider and its key, and its status as a whole.
