@@ -4091,6 +4091,7 @@ TRANSLATED_ESCAPES = 2_000_000  # in its strings, and 30 ms for these: many clie
 ESCAPED_BYTES = 500_000  # of characters other than ASCII: to write escapes for them takes 0.3 s at most
 TRANSLATED_HELD_BYTES = 512 * 1024  # of an event, and of what waits for its turn in a streamed answer
 WRITTEN_CHARACTERS = 64 * 1024  # of a string at a time
+TAKEN_OUT_BYTES = 2 * 1024  # of a string in memory, where one character may make each take four
 WAITING_BYTES = 128  # that each piece of what waits takes besides
 # Of an answer that is translated as a whole. The longest ones have some 130,000 tokens, each in an event of its own;
 # as many take a second.
@@ -4350,29 +4351,51 @@ def dump(value: Any) -> str:
 
 def json_pieces(document: JsonDict) -> list[bytes]:
     """The document as JSON in pieces. Its long strings are taken out of it, and each is let go when it is written: they
-    may be most of a body, and are held twice only one after another."""
+    may be most of a body, and are held twice only one after another. Nor does a character in one of them, of which
+    Python makes four bytes, do so to all the others."""
     mark = f"{random.getrandbits(128):032x}"  # which no client can foresee
     long = taken_out(document, mark)
-    pieces = []
-    for number, part in enumerate(dump(document).split(mark)):
-        text = long[int(part)] if number % 2 else ""
-        for at in range(0, len(text), WRITTEN_CHARACTERS):
-            pieces.append(encoded(dump(text[at : at + WRITTEN_CHARACTERS])[1:-1]))
-        if number % 2:
-            long[int(part)] = ""
-        else:
-            pieces.append(encoded(part))
-    return pieces
+    pieces = JsonPieces()
+    text, end = dump(document), 0
+    for place in re.finditer(f"{mark}([0-9]+){mark}", text):
+        pieces.add(text, end, place.start())
+        end, number = place.end(), int(place[1])
+        for at in range(0, len(long[number]), WRITTEN_CHARACTERS):
+            written = dump(long[number][at : at + WRITTEN_CHARACTERS])
+            pieces.add(written, 1, len(written) - 1)
+        long[number] = ""
+    pieces.add(text, end, len(text))
+    return pieces.finished()
+
+
+class JsonPieces:
+    """JSON text in UTF-8, in pieces that are neither long nor many."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._last = bytearray()
+
+    def add(self, text: str, start: int, end: int) -> None:
+        """Adds a part of a text."""
+        for at in range(start, end, WRITTEN_CHARACTERS):
+            self._last += encoded(text[at : min(at + WRITTEN_CHARACTERS, end)])
+            if len(self._last) >= WRITTEN_CHARACTERS:
+                self._pieces.append(bytes(self._last))
+                self._last.clear()
+
+    def finished(self) -> list[bytes]:
+        """All of it."""
+        return [*self._pieces, bytes(self._last)] if self._last else self._pieces
 
 
 def taken_out(document: JsonDict, mark: str) -> list[str]:
-    """The long strings of a document, in whose places it leaves their numbers between two marks."""
+    """The strings of a document that take much memory, in whose places it leaves their numbers between two marks."""
     long: list[str] = []
     waiting: list[Any] = [document]
     while waiting:
         holder = waiting.pop()
         for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
-            if isinstance(value, str) and len(value) > WRITTEN_CHARACTERS:
+            if isinstance(value, str) and sys.getsizeof(value) > TAKEN_OUT_BYTES:
                 holder[key] = f"{mark}{len(long)}{mark}"
                 long.append(value)
             elif isinstance(value, (dict, list)):

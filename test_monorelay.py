@@ -4236,9 +4236,9 @@ def test_estimates_count_texts_and_tools_and_never_base64():
 
 @pytest.mark.parametrize("odd", ["é", '"', "\\", "\n", "\ud83d", "\U0001f600", "x"])
 def test_long_strings_are_written_like_short_ones(odd):
-    texts = [odd * size for size in (1, 65536, 65537, 140_000)]
-    body, _ = to_chat(messages=[user(*map(said, texts), IMAGE)], system=texts[2])
-    assert body["messages"] == [{"role": "system", "content": texts[2]}, user(*map(said, texts), image_part())]
+    texts = [odd * size for size in (1, 400, 500, 2000, 65536, 65537, 140_000)]
+    body, _ = to_chat(messages=[user(*map(said, texts), IMAGE)], system=texts[-2])
+    assert body["messages"] == [{"role": "system", "content": texts[-2]}, user(*map(said, texts), image_part())]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 1000])
@@ -4272,6 +4272,21 @@ def test_a_translation_holds_as_much_as_the_body_and_little_more_while_it_is_mad
         assert held < 1.1 * size and peak < 2.2 * size, "beside the body itself"
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("count", "length"), [(1000, 4000), (60, 60_000), (1, 4_000_000)])
+def test_a_character_of_four_bytes_in_each_string_makes_none_of_the_written_text(count, length):
+    """Python makes each character of its string as large; a text that held all of them would be, too."""
+    texts = [f"{number}{'a' * length}\U0001f600" for number in range(count)]
+    document = {"a": [*texts], "z": 1}
+    tracemalloc.start()
+    try:
+        pieces = monorelay.json_pieces(document)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert json.loads(b"".join(pieces)) == {"a": texts, "z": 1} and all(pieces)
+    assert peak < 1.5 * sum(map(len, pieces)) and max(map(len, pieces)) < 300_000
 
 
 # -- from chat
