@@ -9082,6 +9082,25 @@ def test_results_url_is_rewritten_only_where_it_points_at_the_provider(upstream,
         assert got.body == body
 
 
+@pytest.mark.parametrize("spelled", [
+    "http://127.0.0.1:9/v1/messages/batches/b", r"http:\u002f\u002f127.0.0.1:9\/v1/messages/batches/b",
+    r"h\u0074tp://127.0.0.1:9/v1/messages/batches/b", r"\thttp://a@127.0.0.1:9/v1/messages/batches/b",
+    "HTTP://127.0.0.1:9/v1/messages/batches/b?", "http://127.0.0.1:09/v1/messages/batches/b",
+])  # fmt: skip
+def test_results_url_is_rewritten_however_it_is_spelled(spelled):
+    provider = parse({"anthropic": {"base_url": "http://127.0.0.1:9"}}).providers["anthropic"]
+    for pieces in ([f'{{"results_url": "{spelled}"}}'.encode()], bytewise(f'{{"results_url": "{spelled}"}}'.encode())):
+        it = monorelay.ResultsUrlRewriter(provider, "http://relay")
+        told = json.loads(b"".join([*map(it.feed, pieces), it.flush()]))
+        assert told == {"results_url": "http://relay/v1/messages/batches/b"}
+
+
+def test_a_provider_opens_no_response_to_scripts_of_others(upstream, relay):
+    provider = upstream(answer(200, b"{}", "Access-Control-Allow-Origin: *", "access-control-allow-credentials: true"))
+    got = relay({"anthropic": provider}).ask("POST", "/v1/messages", STREAMED, "Origin: https://evil.example")
+    assert got.status == 200 and b"access-control-allow" not in got.head.lower()
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions", "/v1/files/f"])
 def test_a_providers_redirect_is_a_502_and_its_location_reaches_nobody(upstream, relay, path, status):
@@ -11597,6 +11616,9 @@ NAMED_ELSEWHERE = {
     "a tool": ("/v1/messages", '"model":"claude-a","tools":[{"type":"advisor_20260301","model":"claude-opus"}]'),
     "an image tool": ("/v1/responses", '"model":"claude-a","tools":[{"type":"image_generation","model":"gpt-image"}]'),
     "fallbacks": ("/v1/messages", '"fallbacks":[{"model":"claude-opus"}],"model":"claude-a"'),
+    "a fallback of LiteLLM's": ("/v1/chat/completions", '"model":"claude-a","context_window_fallbacks":[{"a":["b"]}]'),
+    "a preset": ("/v1/chat/completions", '"model":"claude-a","preset":"dear"'),
+    "a gateway's options": ("/v1/chat/completions", '"model":"claude-a","providerOptions":{"gateway":{"models":["b"]}}'),
     "fallbacks, a list of names": ("/v1/chat/completions", '"model":"claude-a","fallbacks":["claude-opus"]'),
     "extra_body": ("/v1/chat/completions", '"model":"claude-a","extra_body":{"model":"claude-opus"}'),
     "a list of models": ("/v1/chat/completions", '"model":"claude-a,claude-opus"'),
