@@ -11618,7 +11618,7 @@ NAMED_ELSEWHERE = {
     "fallbacks": ("/v1/messages", '"fallbacks":[{"model":"claude-opus"}],"model":"claude-a"'),
     "a fallback of LiteLLM's": ("/v1/chat/completions", '"model":"claude-a","context_window_fallbacks":[{"a":["b"]}]'),
     "a preset": ("/v1/chat/completions", '"model":"claude-a","preset":"dear"'),
-    "a gateway's options": ("/v1/chat/completions", '"model":"claude-a","providerOptions":{"gateway":{"models":["b"]}}'),
+    "a gateway's options": ("/v1/chat/completions", '"model":"claude-a","providerOptions":{"x":{"models":["b"]}}'),
     "fallbacks, a list of names": ("/v1/chat/completions", '"model":"claude-a","fallbacks":["claude-opus"]'),
     "extra_body": ("/v1/chat/completions", '"model":"claude-a","extra_body":{"model":"claude-opus"}'),
     "a list of models": ("/v1/chat/completions", '"model":"claude-a,claude-opus"'),
