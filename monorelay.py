@@ -9921,7 +9921,9 @@ class Catalogue:
         try:
             response = await self._relay.obtain(request)
             try:
-                listed = listed_entries((await read_rest(self._loop, response)).decode("utf-8"))
+                body = await read_rest(self._loop, response)
+                pieces = [body[at : at + RECEIVE_BYTES] for at in range(0, len(body), RECEIVE_BYTES)]
+                listed = listed_entries(json_text(pieces, "strict"))
             finally:
                 response.release(self._relay.connections)
             for entry in listed:
