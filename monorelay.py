@@ -2495,8 +2495,11 @@ def counts_of(section: Any) -> dict[str, int]:
     """The sound counts of an object, 20.0 too; none if it isn't one."""
     if not isinstance(section, dict):
         return {}
-    numbers = {name: value for name, value in section.items() if type(value) in (int, float)}
-    return {name: int(value) for name, value in numbers.items() if 0 <= value <= USAGE_COUNT and value % 1 == 0}
+    return {
+        name: int(value)
+        for name, value in section.items()
+        if type(value) in (int, float) and 0 <= value <= USAGE_COUNT and value % 1 == 0
+    }
 
 
 USAGE_WORD = re.compile(r"[A-Za-z0-9_.-]+")
