@@ -10632,11 +10632,11 @@ Answerer = Callable[["Exchange"], Coroutine[float, None, Response]]
 
 
 class Endpoint(NamedTuple):
-    """An endpoint: the function that answers, and what the rules ask of the path."""
+    """An endpoint: the function that answers, for which methods, and what the rules ask of the path."""
 
     answer: Answerer
-    format: str  # anthropic or openai: the shape of errors, and the format of the providers
-    path: str  # behind /v1, as it goes upstream
+    methods: tuple[str, ...]
+    path: str = ""  # behind /v1, as it goes upstream
     by_model: bool = False  # whether the body's top-level `model` is what decides which model works
     creates: bool = False  # whether what is sent there must never be sent twice
     beta: bool = False  # whether the path stands for `beta=true` in the query
@@ -10782,7 +10782,7 @@ class Exchange:
         """The targets of a model. Raises NotFound, which tells only who may use all of them what other models there
         are, and Unavailable."""
         try:
-            return self._targets(model, self.endpoint.format, self.endpoint.path in TRANSLATED_PATHS)
+            return self._targets(model, self.format, self.endpoint.path in TRANSLATED_PATHS)
         except NotFound as error:
             if not self.is_restricted():
                 raise
@@ -11402,6 +11402,11 @@ async def answer_by_model(exchange: Exchange) -> Response:
     return await relay_by_model(exchange, body)
 
 
+async def answer_chat(exchange: Exchange) -> Response:
+    """Relays a chat by its model; a GET asks for what is stored."""
+    return await (answer_by_model(exchange) if exchange.request.method == "POST" else answer_any(exchange))
+
+
 async def answer_any(exchange: Exchange) -> Response:
     """Relays any other request: by its model if it is JSON or a form that has one, else to the first provider."""
     kind, by_model = media_type(exchange.request.fields), exchange.endpoint.by_model
@@ -11457,7 +11462,7 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
     asked = exchange.record.model = body.facts.model
     exchange.check_model(body.facts)
     targets = exchange.targets_of(asked)
-    format = exchange.endpoint.format
+    format = exchange.format
     if all(target.model == asked and target.provider.format == format for target in targets):
         exchange.release_room(body.drop_decoded())
     else:
@@ -11481,7 +11486,7 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
     """Relays to the first provider's first key. Raises Forbidden for users who may use some models only, where
     models may stand out of sight."""
     exchange.check_may_call()
-    provider = first_provider(exchange.config, exchange.endpoint.format)
+    provider = first_provider(exchange.config, exchange.format)
     method, path = exchange.request.method, exchange.endpoint.path
     names_model = method in ("POST", "PUT", "PATCH") or exchange.request.body_length != 0
     names_model = names_model and not (method == "POST" and path == "/files")
@@ -11543,7 +11548,7 @@ def upstream_request(
         True,
         searches,
         translate,
-        endpoint.format,
+        exchange.format,
     )
 
 
@@ -11791,39 +11796,39 @@ def results_url_rewriter(exchange: Exchange, relayed: UpstreamResponse) -> Optio
 # -- what stands where
 
 
-READING = ("GET", "HEAD")
-ENDPOINTS: Mapping[str, tuple[tuple[str, ...], Answerer]] = {
-    "/": (READING, answer_root),
-    "/dashboard": (READING, answer_dashboard),
-    "/metrics": (READING, answer_metrics),
-    "/api/live": (("GET",), answer_live),
-    "/api/usage": (READING, answer_usage),
-    "/api/requests": (READING, answer_requests),
-    "/api/hello": (("HEAD",), answer_alive),
-    "/health": (READING, answer_health),
-    "/api/auth/login": (("POST",), answer_login),
-    "/api/auth/refresh": (("POST",), answer_refresh),
-    "/api/auth/me": (READING, answer_me),
-    "/api/event_logging/batch": (("POST",), answer_telemetry),
-    "/v1/messages": (("POST",), answer_by_model),
-    "/v1/messages/beta": (("POST",), answer_by_model),
-    "/v1/messages/count_tokens": (("POST",), answer_by_model),
-    "/v1/anthropic/models": (READING, answer_first_provider),
-    "/v1/models": (READING, answer_catalogue),
-    "/v1/chat/completions": (("POST", "GET"), answer_by_model),
-    "/v1/completions": (("POST",), answer_by_model),
-    "/v1/responses": (("POST",), answer_by_model),
-    "/v1/embeddings": (("POST",), answer_by_model),
+READING, SENDING = ("GET", "HEAD"), ("POST",)
+ENDPOINTS: Mapping[str, Endpoint] = {
+    "/": Endpoint(answer_root, READING),
+    "/dashboard": Endpoint(answer_dashboard, READING),
+    "/metrics": Endpoint(answer_metrics, READING),
+    "/api/live": Endpoint(answer_live, ("GET",)),
+    "/api/usage": Endpoint(answer_usage, READING),
+    "/api/requests": Endpoint(answer_requests, READING),
+    "/api/hello": Endpoint(answer_alive, ("HEAD",)),
+    "/health": Endpoint(answer_health, READING),
+    "/api/auth/login": Endpoint(answer_login, SENDING),
+    "/api/auth/refresh": Endpoint(answer_refresh, SENDING),
+    "/api/auth/me": Endpoint(answer_me, READING),
+    "/api/event_logging/batch": Endpoint(answer_telemetry, SENDING),
+    "/v1/messages": Endpoint(answer_by_model, SENDING, "/messages", by_model=True),
+    "/v1/messages/beta": Endpoint(answer_by_model, SENDING, "/messages", by_model=True, beta=True),
+    "/v1/messages/count_tokens": Endpoint(answer_by_model, SENDING, COUNTING_PATH, by_model=True),
+    "/v1/anthropic/models": Endpoint(answer_first_provider, READING, "/models"),
+    "/v1/models": Endpoint(answer_catalogue, READING, "/models"),
+    "/v1/chat/completions": Endpoint(answer_chat, ("POST", "GET"), "/chat/completions", by_model=True),
+    "/v1/completions": Endpoint(answer_by_model, SENDING, "/completions", by_model=True),
+    "/v1/responses": Endpoint(answer_by_model, SENDING, "/responses", by_model=True),
+    "/v1/embeddings": Endpoint(answer_by_model, SENDING, "/embeddings", by_model=True),
 }
 OPEN_ENDPOINTS = (  # they need no token
     answer_alive, answer_root, answer_dashboard, answer_health, answer_login, answer_refresh,
 )  # fmt: skip
 PAGE_PATHS = frozenset({"/dashboard", "/metrics", "/api/live", "/api/usage", "/api/requests"})  # not for other origins
 # Where the top-level `model` of a JSON body is what decides which model works, and nothing is created.
-MODEL_PATHS = frozenset(path for path, (_, answer) in ENDPOINTS.items() if answer is answer_by_model) | {
+OTHER_MODEL_PATHS = frozenset({
     "/v1/audio/speech", "/v1/images/generations", "/v1/moderations", "/v1/responses/compact",
     "/v1/responses/input_tokens",
-}  # fmt: skip
+})  # fmt: skip
 
 
 def format_of(path: str, names_version: bool) -> str:
@@ -11832,7 +11837,7 @@ def format_of(path: str, names_version: bool) -> str:
     path = known_form(path)
     if path == "/v1/messages" or path.startswith(("/v1/messages/", "/v1/anthropic/")):
         return "anthropic"
-    by_model = path in ENDPOINTS and ENDPOINTS[path][1] is answer_by_model
+    by_model = path in ENDPOINTS and ENDPOINTS[path].by_model
     return "anthropic" if names_version and not by_model else "openai"
 
 
@@ -11843,62 +11848,50 @@ def likely_format(data: bytes) -> str:
 
 
 def find_endpoint(method: str, path: str, format: str) -> Endpoint:
-    """The endpoint of a request. Raises NotFound and MethodNotAllowed."""
-    if method not in METHODS:
-        methods = ENDPOINTS.get(known_form(path), (METHODS,))[0]
-        error = MethodNotAllowed(method[:20], header_text(path[:200]), methods)
-        error.close = True  # what comes behind CONNECT is no request
+    """The endpoint of a request. Raises NotFound, BadRequest and MethodNotAllowed."""
+    endpoint = ENDPOINTS.get(path) or other_endpoint(method, path, format)
+    if method not in endpoint.methods:
+        error = MethodNotAllowed(method[:20], header_text(path[:200]), endpoint.methods)
+        error.close = method not in METHODS  # what comes behind CONNECT is no request
         raise error
+    return endpoint
+
+
+def other_endpoint(method: str, path: str, format: str) -> Endpoint:
+    """What serves a path that isn't listed, or is in another spelling. Raises NotFound and BadRequest."""
+    known = known_form(path)
+    if method not in METHODS:
+        return ENDPOINTS.get(known) or Endpoint(answer_any, METHODS)
     if path.count("%") > PATH_ESCAPES:
         raise NotFound(f"the path has more than {PATH_ESCAPES} percent-encoded characters")
     if not is_safe_path(path):
         raise NotFound("the path has empty, . or .. segments, a backslash, spaces or control characters")
-    known = known_form(path)
-    if is_within(known, "/v1/v1"):
-        raise BadRequest("the path begins with /v1/v1: leave /v1 out of the client's base_url", "doubled_v1")
-    return endpoint_at(method, path, known, format)
-
-
-def endpoint_at(method: str, path: str, known: str, format: str) -> Endpoint:
-    """The endpoint at a safe path, whose known_form() is `known`. Raises NotFound and MethodNotAllowed."""
-    methods, answer = ENDPOINTS.get(known) or fallback(method, known, format)
-    if method not in methods:
-        raise MethodNotAllowed(method, header_text(known[:200]), methods)
-    if known == "/v1/messages/beta":
-        return Endpoint(answer, format, "/messages", by_model=True, beta=True)
-    if answer is answer_by_model and method != "POST":
-        answer = answer_any
-    is_known = answer is not answer_any or known in ENDPOINTS or any(is_within(known, place) for place in STORED_PATHS)
-    upstream_path = (known if is_known else unreserved(path))[len("/v1") :]
-    if upstream_path.startswith("/anthropic/"):
-        upstream_path = upstream_path[len("/anthropic") :]
+    if known in ENDPOINTS:
+        return ENDPOINTS[known]
+    if known.startswith("/v1/anthropic/models/"):
+        return Endpoint(answer_first_provider, READING, known[len("/v1/anthropic") :])
+    check_base_url(known)
+    if not known.startswith("/v1/") or known.startswith("/v1/anthropic/"):
+        raise NotFound(f"there is nothing at {header_text(known[:200])}")
+    if known.startswith("/v1/models/") and method in READING:
+        return Endpoint(answer_catalogue, READING, known[len("/v1") :])
+    is_stored = any(is_within(known, place) for place in STORED_PATHS)
     decoded = re.sub("(?i)%2f", "/", known)  # as some servers read it
     return Endpoint(
-        answer,
-        format,
-        upstream_path,
-        by_model=known in MODEL_PATHS,
+        answer_first_provider if is_stored and format == "anthropic" else answer_any,
+        METHODS,
+        (known if is_stored else unreserved(path))[len("/v1") :],
+        by_model=known in OTHER_MODEL_PATHS,
         creates=any(is_within(decoded, place) for place in CREATING_PATHS),
         batches=is_within(known, STORED_PATHS[0]),
     )
 
 
-def fallback(method: str, path: str, format: str) -> tuple[tuple[str, ...], Answerer]:
-    """What serves a path that is no endpoint of its own, as in ENDPOINTS. Raises NotFound."""
-    if path.startswith("/v1/anthropic/models/"):
-        return READING, answer_first_provider
-    check_base_url(path)
-    if not path.startswith("/v1/") or path.startswith("/v1/anthropic/"):
-        raise NotFound(f"there is nothing at {header_text(path[:200])}")
-    if path.startswith("/v1/models/") and method in READING:
-        return READING, answer_catalogue
-    stored = format == "anthropic" and any(is_within(path, place) for place in STORED_PATHS)
-    return METHODS, answer_first_provider if stored else answer_any
-
-
 def check_base_url(path: str) -> None:
     """Raises BadRequest for a path that shows what is wrong with a client's base_url: of a 404, Claude Code tells only
     that the model may not exist."""
+    if is_within(path, "/v1/v1"):
+        raise BadRequest("the path begins with /v1/v1: leave /v1 out of the client's base_url", "doubled_v1")
     if f"/v1{path}" in ENDPOINTS:
         raise BadRequest(f"there is nothing at {path}: the client's base_url must end in /v1", "wrong_base_url")
     for prefix in ("/anthropic", "/openai", "/api"):
