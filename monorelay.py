@@ -2784,20 +2784,21 @@ GUARDED_HEADERS = HOP_BY_HOP | {
 }  # fmt: skip
 
 
-class Headers:
-    """Header fields as they stood in a head, to be looked up by their names in lower case. Raises FramingError for a
-    Connection that is too long."""
+class Headers(dict[str, str]):
+    """Header fields as they stood in a head: the first value of each by its name in lower case. Raises FramingError for
+    a Connection that is too long."""
 
-    __slots__ = ("_first", "connection", "has_repeated", "names", "pairs")
+    __slots__ = ("connection", "has_repeated", "names", "pairs")
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
         self.names = list(map(str.lower, map(operator.itemgetter(0), pairs)))
-        self._first = dict(zip(self.names, pairs))
-        self.has_repeated = len(self._first) < len(pairs)  # whether a name stands there more than once
+        values = list(map(operator.itemgetter(1), pairs))
+        super().__init__(zip(self.names, values))
+        self.has_repeated = len(self) < len(pairs)  # whether a name stands there more than once
         if self.has_repeated:  # then the last one of a name has taken the place of the first
-            self._first = dict(zip(reversed(self.names), reversed(pairs)))
-        self.connection: Collection[str] = self._options() if "connection" in self._first else ()
+            self.update(zip(reversed(self.names), reversed(values)))
+        self.connection: Collection[str] = self._options() if "connection" in self else ()
 
     def _options(self) -> frozenset[str]:
         text = ",".join(self.all("connection")).lower()
@@ -2805,23 +2806,15 @@ class Headers:
             raise FramingError(f"Connection has more than {CONNECTION_CHARACTERS} characters")
         return frozenset(map(str.strip, text.split(",")))
 
-    def get(self, name: str, default: str = "") -> str:
-        """The first value of a field."""
-        pair = self._first.get(name)
-        return pair[1] if pair else default
-
     def all(self, name: str) -> list[str]:
         """Every value of a field."""
         if not self.has_repeated:
-            return [self._first[name][1]] if name in self._first else []
+            return [self[name]] if name in self else []
         return [pair[1] for known, pair in zip(self.names, self.pairs) if known == name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._first
 
     def elements(self, name: str) -> list[str]:
         """The comma-separated elements of all fields of the name, in lower case."""
-        if name not in self._first:
+        if name not in self:
             return []
         values = ",".join(self.all(name)).lower()
         elements = map(str.strip, values.split(",")) if "," in values else [values]
@@ -2923,7 +2916,7 @@ def split_target(method: str, target: str) -> tuple[str, str]:
 
 def check_host(fields: Headers, version: int) -> None:
     """RFC 9112 §3.2: exactly one Host in HTTP/1.1, at most one in 1.0, and well-formed."""
-    count, host = fields.names.count("host"), fields.get("host")
+    count, host = fields.names.count("host"), fields.get("host", "")
     if count > 1 or (version >= 1 and not count):
         raise MalformedRequest("a request needs exactly one Host header")
     if host and not AUTHORITY.fullmatch(host):
@@ -2943,7 +2936,7 @@ def check_spellings(fields: Headers) -> None:
 
 def request_body_length(fields: Headers, version: int) -> Optional[int]:
     """The length of a request's body, None when it is chunked (RFC 9112 §6). Raises MalformedRequest."""
-    if "transfer-encoding" in fields.names:
+    if "transfer-encoding" in fields:
         if "content-length" in fields:
             raise MalformedRequest("Content-Length and Transfer-Encoding exclude each other")
         if [coding.lower() for coding in fields.all("transfer-encoding")] != ["chunked"] or version == 0:
@@ -3102,12 +3095,12 @@ def response_decoder(head: ResponseHead, method: str) -> Decoder:
     if method == "HEAD" or head.status in (204, 304):
         return LengthDecoder(0)
     fields = head.fields
-    if "transfer-encoding" in fields.names:
+    if "transfer-encoding" in fields:
         codings = [coding.lower() for coding in fields.all("transfer-encoding")]
         if "content-length" in fields or codings != ["chunked"] or head.version == 0:
             raise FramingError("the Transfer-Encoding is given twice, isn't chunked, or stands beside a Content-Length")
         return ChunkedDecoder(RESPONSE_HEAD_BYTES)
-    if "content-length" not in fields.names:
+    if "content-length" not in fields:
         return CloseDecoder()
     lengths = fields.all("content-length")
     if not CONTENT_LENGTH.fullmatch(lengths[0]) or lengths.count(lengths[0]) < len(lengths):
@@ -3176,8 +3169,8 @@ def upstream_fields(
     fields = [("Host", provider.authority)]
     fields += end_to_end(head.fields, kept_back)
     fields.append(("Accept-Encoding", "identity"))
-    names, version = head.fields.names, "anthropic-version"
-    if provider.format == "anthropic" and (version not in names or version in head.fields.connection):
+    version = "anthropic-version"
+    if provider.format == "anthropic" and (version not in head.fields or version in head.fields.connection):
         fields.append(("anthropic-version", DEFAULT_ANTHROPIC_VERSION))
     if provider.client_keys and "x-monorelay-key" in head.fields:
         fields += [pair for pair in head.fields.pairs if pair[0].lower() in ("authorization", "x-api-key")]
@@ -3215,7 +3208,7 @@ def shown_tokens(fields: Headers) -> list[str]:
 
 def media_type(fields: Headers) -> str:
     """The media type of Content-Type, in lower case and without parameters (RFC 9110 §8.3.1)."""
-    return fields.get("content-type").partition(";")[0].strip().lower()
+    return fields.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def reason_of(status: int) -> str:
@@ -3264,7 +3257,7 @@ NO_CREDIT = re.compile(rb'(?i)"message" ?: ?"your credit balance is too low[^":\
 def cors_fields(origins: Sequence[str], request: Headers, response: Iterable[tuple[str, str]] = ()) -> Pairs:
     """What lets a browser's script read a response (https://fetch.spec.whatwg.org/#http-cors-protocol);
     nothing unless the origin is one of the allowed ones."""
-    origin = request.get("origin") if origins else ""
+    origin = request.get("origin", "") if origins else ""
     if not origin or not matches_any(origin, origins):
         return []
     exposed = [*EXPOSED_HEADERS, *(name for name, _ in response if name.lower().startswith("anthropic-ratelimit-"))]
@@ -8788,7 +8781,7 @@ class RequestBody:
         self.begun = self._ahead = b""  # what was read of a form to know its model; what of that is to be read again
         self._model_span = 0, 0  # where the model stands in it
         self.is_spent = False  # whether some of it was passed on
-        self._sends_continue = head.version >= 1 and head.fields.get("expect").lower() == "100-continue"
+        self._sends_continue = head.version >= 1 and head.fields.get("expect", "").lower() == "100-continue"
         if (self.length or 0) > limit:
             raise self._too_large()
 
@@ -9318,7 +9311,7 @@ class UpstreamResponse:
         self.has_body = True  # False for one that must not have any: a provider may send one nevertheless
         self.translated: Optional[Translated] = None  # the request, if it was that
         # What came encoded has no lines to be told apart.
-        coding = head.fields.get("content-encoding").lower()
+        coding = head.fields.get("content-encoding", "").lower()
         self.is_stream = media_type(head.fields) == "text/event-stream" and coding in ("", "identity")
 
     @property
@@ -9339,7 +9332,7 @@ class UpstreamResponse:
     @property
     def request_id(self) -> str:
         """The provider's own id of the request, or nothing."""
-        return self.head.fields.get("request-id") or self.head.fields.get("x-request-id")
+        return self.head.fields.get("request-id") or self.head.fields.get("x-request-id", "")
 
     @property
     def begins_with_error(self) -> bool:
@@ -9381,7 +9374,7 @@ class UpstreamResponse:
 
     def _readable(self) -> bytes:
         """The beginning of what has come of the content, decompressed where the provider has compressed it unasked."""
-        if self.head.fields.get("content-encoding").lower() not in ("gzip", "x-gzip", "deflate"):
+        if self.head.fields.get("content-encoding", "").lower() not in ("gzip", "x-gzip", "deflate"):
             return self.content
         try:
             return zlib.decompressobj(32 + zlib.MAX_WBITS).decompress(self.content, PEEKED_BYTES)
@@ -9780,7 +9773,7 @@ class Relay:
             fault = response.first_fault if response.translated else None
             own_fault = own_fault or (fault is not None and fault.is_requests)
             if blames and not own_fault and not (provider.client_keys and status < 500):
-                wait = retry_after_seconds(response.head.fields.get("retry-after"), clock)
+                wait = retry_after_seconds(response.head.fields.get("retry-after", ""), clock)
                 self.keys.failed(candidate, status, wait, self._loop.now, request.by_model)
         if status not in RETRIED_STATUSES and not (request.searches and status == 404):
             return False
@@ -10156,7 +10149,7 @@ class Outgoing:
         status, fields, relayed = response.status, response.fields, response.relayed
         version = request.version if request else 1
         bodyless = status in (204, 304) or (request is not None and request.method == "HEAD")
-        length = relayed.head.fields.get("content-length") if relayed else str(len(response.body))
+        length = relayed.head.fields.get("content-length", "") if relayed else str(len(response.body))
         if response.live:
             length = ""
         if relayed and (self._lines or self._translator):
@@ -10770,7 +10763,7 @@ class Exchange:
         plain_type, decides = PLAIN_JSON_TYPE, self.endpoint.by_model
         if media_type(fields) == FORM_TYPE:
             plain_type, decides = PLAIN_FORM_TYPE, f"/v1{self.endpoint.path}" in FORM_PATHS
-        is_plain = plain_type.fullmatch(fields.get("content-type")) and not any(
+        is_plain = plain_type.fullmatch(fields.get("content-type", "")) and not any(
             len(fields.all(name)) > 1 for name in ("content-type", "content-encoding")
         )
         # Some servers take a list with commas, and what the query says, as well.
@@ -10868,7 +10861,7 @@ class Exchange:
     async def read_form(self, body: RequestBody) -> FormWalk:
         """What a form says of its model: the field must stand before its file, and in its first FORM_SEEN_BYTES. What
         was read is put back. Raises BadRequest, TooLarge and Unavailable."""
-        boundary = FORM_BOUNDARY.search(self.request.fields.get("content-type"))
+        boundary = FORM_BOUNDARY.search(self.request.fields.get("content-type", ""))
         form, pieces = FormWalk((boundary[1] or boundary[2]) if boundary else ""), [b""]
         while boundary and not form.settled and form.seen < FORM_SEEN_BYTES and not body.finished:
             piece = await body.read()
@@ -11169,7 +11162,7 @@ class LivePage:
         self._told: Optional[dict[str, int]] = None  # requests that it knows to have ended, and when
         self._hours: list[list[Any]] = []
         self._hours_at = -math.inf
-        seen = exchange.request.fields.get("last-event-id")
+        seen = exchange.request.fields.get("last-event-id", "")
         # Until when it knows what has ended, in milliseconds since 1970; 0 for one that knows nothing.
         self._known_until = int(seen) // 4096 if re.fullmatch("[0-9]{1,16}", seen) else 0
 
@@ -11334,7 +11327,7 @@ async def answer_dashboard(exchange: Exchange) -> Response:
 
 async def answer_root(exchange: Exchange) -> Response:
     """Leads a browser to the page; tells others only that the relay is there."""
-    is_browser = "text/html" in exchange.request.fields.get("accept")
+    is_browser = "text/html" in exchange.request.fields.get("accept", "")
     if exchange.request.method == "GET" and is_browser and exchange.config.server.dashboard:
         return exchange.respond(303, fields=[("location", "/dashboard")])
     return await (answer_alive if exchange.request.method == "HEAD" else answer_health)(exchange)
@@ -11789,7 +11782,7 @@ def results_url_rewriter(exchange: Exchange, relayed: UpstreamResponse) -> Optio
         message = f"the provider {provider.name} sent a batch as {coding} unasked; it can't be checked"
         raise UpstreamFailed(message, "upstream_broken")
     server = exchange.config.server
-    scheme = "https" if request.fields.get("x-forwarded-proto").lower() == "https" else "http"
+    scheme = "https" if request.fields.get("x-forwarded-proto", "").lower() == "https" else "http"
     return ResultsUrlRewriter(provider, f"{scheme}://{request.fields.get('host') or f'{server.host}:{server.port}'}")
 
 
@@ -12074,7 +12067,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request = exchange.request
             if request.method == "OPTIONS" and exchange.cors():
                 return exchange.respond(204, fields=preflight_fields(request.fields))
-            if "websocket" in request.fields.get("upgrade").lower():
+            if "websocket" in request.fields.get("upgrade", "").lower():
                 raise NoWebSocket
             endpoint = exchange.endpoint = find_endpoint(request.method, request.path, exchange.format)
             if endpoint.answer not in OPEN_ENDPOINTS:
@@ -12105,7 +12098,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise
         record, path = exchange.record, head.path
         record.method, record.path = head.method[:LOGGED_CHARACTERS], path[:LOGGED_CHARACTERS]
-        exchange.format = format_of(path[:TELLING_PATH_CHARACTERS], "anthropic-version" in head.fields.names)
+        exchange.format = format_of(path[:TELLING_PATH_CHARACTERS], "anthropic-version" in head.fields)
 
     def _admit(self) -> None:
         """Raises Unavailable while the relay has too many connections, or shuts down."""

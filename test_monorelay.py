@@ -10993,7 +10993,7 @@ def passed_on(
     decoder = monorelay.response_decoder(parsed, method)
     came = monorelay.UpstreamResponse(monorelay.Candidate(None, None), None, parsed, decoder)
     came.absorb(pieces[0])
-    fields = [("content-type", parsed.fields.get("content-type"))]
+    fields = [("content-type", parsed.fields.get("content-type", ""))]
     made = monorelay.Response(parsed.status, parsed.reason, fields, relayed=came, rewriter=rewriter)
     it = outgoing(made, method, version)
     sent = it.begin(True, 0.0)
