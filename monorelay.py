@@ -4000,7 +4000,7 @@ class Usage:
         self._found: JsonDict = {}  # the usage, as far as it is told
         self._is_placeholder = False  # what it says of the output
         self._tier = ""  # OpenAI's service tier, which stands beside it
-        self._held = b""  # an object, or the name before it, whose rest hasn't come yet
+        self._held = b""  # a line of a stream, an object, or the name before it, whose rest hasn't come yet
 
     @property
     def used(self) -> Used:
@@ -4015,15 +4015,15 @@ class Usage:
         """Looks through the next bytes of a response."""
         if self._held:
             data, self._held = self._held + data, b""
-        held = -USAGE_NAME_BYTES
         if b'"service_tier"' in data and (is_stream or not self._tier):
             self._note_tier(data, 0)
-        if b'"usage"' in data:
-            held = self._look(data, is_stream)
-        elif is_stream and data.endswith(b"\n"):
-            return
-        if not (is_stream and data.endswith(b"\n")):
-            self._held = data[held:]
+        held = self._look(data, is_stream) if b'"usage"' in data else max(0, len(data) - USAGE_NAME_BYTES)
+        if is_stream:
+            if data.endswith(b"\n"):
+                return
+            line = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1  # an event's type stands at its beginning
+            held = line if len(data) - line <= USAGE_BYTES else held
+        self._held = data[held:]
 
     def _look(self, data: bytes, is_stream: bool) -> int:
         """Reads the last usage objects in the data; from where on it is needed once more has come."""

@@ -3343,12 +3343,13 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
 }
 
 
-def told_in_pieces(body: bytes, is_stream: bool, cuts: list[int]) -> Any:
-    """What is read of a body that arrives cut at these places."""
+def told_in_pieces(body: bytes, is_stream: bool, cuts: list[int], by_line: bool = True) -> Any:
+    """What is read of a body that arrives cut at these places; `by_line`: of a stream that is passed on so, and not
+    translated."""
     usage, lines = monorelay.Usage(), monorelay.LineSplitter()
     for start, end in zip([0, *cuts], [*cuts, len(body)]):
         piece = body[start:end]
-        usage.read(lines.feed(piece) if is_stream else piece, is_stream)
+        usage.read(lines.feed(piece) if is_stream and by_line else piece, is_stream)
     usage.read(lines.flush(), is_stream)
     return usage.used
 
@@ -3376,8 +3377,9 @@ def test_what_was_used_is_the_same_however_an_answer_arrives(name):
         bytewise = list(range(1, len(body))) if len(body) < 6000 else list(range(begins - 60, len(body)))
         ways = [[], bytewise, *([cut] for cut in range(max(1, begins - 60), min(len(body), begins + 600)))]
         for cuts in ways:
-            used = told_in_pieces(body, is_stream, cuts)
-            assert used[:5] == tokens and (used.tier or None) == tier, cuts[:5]
+            for by_line in (True, False):
+                used = told_in_pieces(body, is_stream, cuts, by_line)
+                assert used[:5] == tokens and (used.tier or None) == tier, cuts[:5]
 
 
 @hypothesis.given(st.sampled_from(sorted(USAGE_TOLD)), st.data())
@@ -3385,8 +3387,9 @@ def test_what_was_used_is_the_same_wherever_an_answer_is_cut(name, data):
     _, said, tokens, tier = USAGE_TOLD[name]
     body = said if isinstance(said, bytes) else json.dumps(said).encode()
     cuts = sorted(data.draw(st.sets(st.integers(1, len(body) - 1), max_size=12)))
-    used = told_in_pieces(body, isinstance(said, bytes), cuts)
-    assert used[:5] == tokens and (used.tier or None) == tier
+    for by_line in (True, False):
+        used = told_in_pieces(body, isinstance(said, bytes), cuts, by_line)
+        assert used[:5] == tokens and (used.tier or None) == tier
 
 
 def test_the_steps_of_a_stream_are_charged_by_their_own_models(upstream, relay):
