@@ -5572,7 +5572,7 @@ class ChatReader:
             reason = "refusal"
         elif reason == "end_turn" and self._sequence:
             reason = "stop_sequence"
-        self._writer.end(reason, self._sequence if reason == "stop_sequence" else None, self._counted())
+        self._writer.end(reason, self._sequence if reason == "stop_sequence" else None, self._framed())
         return events + self._writer.take()
 
     def _read_choice(self, choice: JsonDict) -> None:
@@ -5713,7 +5713,7 @@ class ChatReader:
         self._held -= len(call.arguments) + len(call.seal)
         call.arguments, call.seal, call.closed = bytearray(), "", True
 
-    def _counted(self) -> JsonDict:
+    def _framed(self) -> JsonDict:
         """The usage in the terms of Messages, whose input leaves out what was read from a cache or written to it; an
         estimate where the provider tells none, since clients compact a conversation by it."""
         if not self._usage:
@@ -5906,7 +5906,7 @@ class MessageReader:
         delta = {"refusal": self._refusal} if self._refusal else {}
         chunks = [*self.begin(), self._chunk(delta, finish)]
         if self._asked.with_usage or not self._asked.stream:
-            chunks.append({**self._chunk({}), "choices": [], "usage": self._counted()})
+            chunks.append({**self._chunk({}), "choices": [], "usage": self._framed()})
         return chunks
 
     def _read_head(self, message: JsonDict) -> list[JsonDict]:
@@ -6004,7 +6004,7 @@ class MessageReader:
             "model": self._asked.model, "choices": [choice], **self._tier, **usage,
         }  # fmt: skip
 
-    def _counted(self) -> JsonDict:
+    def _framed(self) -> JsonDict:
         """The usage in the terms of chat, whose prompt holds what was read from a cache or written to it."""
         usage = {name: count_of(self._usage.get(name)) for name in MESSAGE_FIGURES}
         read, stored = usage["cache_read_input_tokens"], usage["cache_creation_input_tokens"]
@@ -10129,14 +10129,9 @@ class Outgoing:
         relayed = response.relayed
         self._decoder = relayed.decoder if relayed else LengthDecoder(0)
         self._key = relayed.candidate.secret if relayed else b""  # which no client may see
-        self._translator = response.translator
-        passes = relayed is not None and relayed.is_stream and not self._translator
-        self._lines = LineSplitter() if passes else None  # of an event stream
+        self._is_stream = relayed is not None and relayed.is_stream
+        self._lines = LineSplitter() if self._is_stream and not response.translator else None
         self._filter = self._lines or response.rewriter
-        self._untranslated = b""  # what has come, and waits until others had their turn
-        self._source_ended = False  # whether nothing more will come of what is translated
-        self.heard_at = 0.0  # when the provider last sent something, if that matters
-        self._told_end_at = 0.0  # when a translated stream told why it ends, though it hasn't ended
         # Whether a stream has to say that it is over, since its framing won't, and whether it has.
         self._awaits_end = self._lines is not None and isinstance(self._decoder, CloseDecoder)
         self._sees_end = False
@@ -10150,11 +10145,9 @@ class Outgoing:
         version = request.version if request else 1
         bodyless = status in (204, 304) or (request is not None and request.method == "HEAD")
         length = relayed.head.fields.get("content-length", "") if relayed else str(len(response.body))
-        if response.live:
-            length = ""
-        if relayed and (self._lines or self._translator):
+        if relayed and self._is_stream:
             fields += [pair for pair in UNBUFFERED if pair[0] not in relayed.head.fields]
-        if length and status != 204 and not (self._filter or self._translator):  # RFC 9110 §8.6
+        if length and status != 204 and not (self._filter or self._is_stream or response.live):  # RFC 9110 §8.6
             fields.append(("content-length", length))
         elif not bodyless and version >= 1:
             self._chunked = True
@@ -10166,21 +10159,17 @@ class Outgoing:
             fields.append(("connection", "close"))
         elif version == 0:
             fields.append(("connection", "keep-alive"))
-        record.status, record.first_byte = status, now
-        record.is_stream = self._lines is not None or self._translator is not None
+        record.status, record.first_byte, record.is_stream = status, now, self._is_stream
         head = head_bytes(f"HTTP/1.1 {status} {response.reason}", fields)
-        if relayed and self._translator:
-            self.heard_at = now
-            return head + (self._passed(relayed.take_content()) or self.ping())
         if relayed:
             return head + self._passed(relayed.take_content())
         self.ended = record.complete = bodyless or not response.live
-        return head if bodyless or response.live else head + self._counted(response.body)
+        return head if bodyless or response.live else head + self._framed(response.body)
 
     def tell(self, data: bytes) -> bytes:
         """What goes out for the next part of what the relay itself tells; nothing is its end."""
         self.ended = self._record.complete = not data
-        return LAST_CHUNK if not data and self._chunked else self._counted(data)
+        return LAST_CHUNK if not data and self._chunked else self._framed(data)
 
     def feed(self, data: bytes, closed: bool, broken: bool) -> bytes:
         """What goes out for the next bytes from the provider; `closed`: for the last, since it has closed the
@@ -10200,22 +10189,19 @@ class Outgoing:
         self.keep_alive = record.complete = False
         self.ended = True
         self.must_reset = self.until_close
-        kind = "timeout_error" if code == "upstream_timeout" else "api_error"
-        if self._translator:
-            event = self._translator.fail(message, kind, code)
-        elif self._lines:
-            event = b"\n\n" if self._lines.mid_line else b"\n"
-            event += error_event(self._format, kind, message, code, record.request_id)
-        else:
+        event = self._error_event("timeout_error" if code == "upstream_timeout" else "api_error", message, code)
+        return chunk(event) if event and self._chunked else event
+
+    def _error_event(self, kind: str, message: str, code: str) -> bytes:
+        """The event by which a stream tells of an error; nothing for any other body."""
+        if not self._lines:
             return b""
-        return chunk(event) if self._chunked else event
+        line_end = b"\n\n" if self._lines.mid_line else b"\n"
+        return line_end + error_event(self._format, kind, message, code, self._record.request_id)
 
     def _close(self, broken: bool) -> bytes:
         """What goes out when the provider has closed: rightly where nothing else marks the end, unless the connection
         is broken; and for a stream if it has said that it is over."""
-        if self._translator:
-            self._source_ended = True
-            return self.go_on()
         if self._lines and self._lines.held and not is_cut_off(self._lines.held):
             self._look_for_end(self._lines.held)
         if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not (self._awaits_end or broken)):
@@ -10225,67 +10211,20 @@ class Outgoing:
 
     def _passed(self, content: bytes) -> bytes:
         """The content as it goes out, whole lines of it in a stream, with its end if it has come."""
-        if self._translator:
-            self._untranslated += content
-            self._source_ended = self._decoder.finished
-            self._record.usage.read(content, is_stream=True)
-            return self.go_on()
+        if content:
+            self._record.usage.read(content, self._is_stream)
         if self._filter:
             content = self._filter.feed(content)
             if self._decoder.finished:
                 rest = self._filter.flush()
                 if self._lines and self._ends_within_line(content + rest, rest):
                     # What a proxy ends in good order when the server behind it has died.
-                    whole = self._counted(content)
+                    whole = self._framed(content)
                     return whole + self.fail("the provider's stream ends within a line", "upstream_broken")
                 content += rest
         self.ended = self._record.complete = self._decoder.finished
-        framed = self._counted(content)
+        framed = self._framed(content)
         return framed + LAST_CHUNK if self.ended and self._chunked else framed
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether something waits to be translated, once others had their turn: go_on() does a part of it."""
-        return bool(self._untranslated) and not self.ended
-
-    @property
-    def is_translated(self) -> bool:
-        """Whether it is an event stream in translation, which is to bring something now and then."""
-        return self._translator is not None
-
-    def ping_time(self, sent_at: float) -> float:
-        """When to ping(), if something last went out at `sent_at`: the client waits for a sign of life, or for an end
-        of which the provider has told."""
-        if not (self._translator and self._translator.may_end):
-            return sent_at + PING_SECONDS
-        self._told_end_at = self._told_end_at or self.heard_at
-        return self._told_end_at + ENDING_SECONDS
-
-    def ping(self) -> bytes:
-        """What goes out when nothing has come for a while that could be translated."""
-        return self._sent(self._translator.ping()) if self._translator else b""
-
-    def go_on(self) -> bytes:
-        """What goes out for the next part of what waits to be translated, and at its end."""
-        assert self._translator
-        waiting, size = self._untranslated, TRANSLATED_AT_ONCE_BYTES
-        part, self._untranslated = waiting[:size], waiting[size:]
-        sent = self._translator.feed(part)
-        if self._source_ended and not self._untranslated and not self._translator.ended:
-            sent += self._translator.close()
-        return self._sent(sent)
-
-    def _sent(self, translated: bytes) -> bytes:
-        """Translated events as they go out, with the end of the body if it is proper; an error has none."""
-        assert self._translator
-        self.ended, fault = self._translator.ended, self._translator.fault
-        if fault:
-            self.failed = not fault.is_requests
-            self._record.error = "upstream:error" if fault.text else fault.code
-            self.keep_alive, self.must_reset = False, self.until_close
-            return self._counted(translated)
-        self._record.complete = self.ended
-        return self._counted(translated) + (LAST_CHUNK if self.ended and self._chunked else b"")
 
     def _look_for_end(self, content: bytes) -> None:
         """Notes whether a stream says that it is over; a name does only when its data has come, too."""
@@ -10302,7 +10241,7 @@ class Outgoing:
             return (content.rstrip() or self._last_byte)[-1:] not in (b"}", b"]")
         return is_cut_off(rest)
 
-    def _counted(self, content: bytes) -> bytes:
+    def _framed(self, content: bytes) -> bytes:
         """The content, framed, after a look at what it tells."""
         if content:
             if self._lines and b"error" in content and EVENT_IS_ERROR.search(content):
@@ -10311,11 +10250,84 @@ class Outgoing:
                 content = content.replace(self._key, b"***" if self._chunked else b"*" * len(self._key))
             self._record.bytes_sent += len(content)
             self._last_byte = content[-1:]
-            if self._response.relayed and not self._translator:
-                self._record.usage.read(content, self._lines is not None)
             if self._awaits_end:
                 self._look_for_end(content)
         return chunk(content) if self._chunked else content
+
+
+class TranslatedStream(Outgoing):
+    """An event stream that goes out in the other format, and brings something now and then."""
+
+    def __init__(
+        self,
+        response: Response,
+        request: Optional[RequestHead],
+        format: str,
+        record: AccessRecord,
+        translator: AnswerTranslator,
+    ) -> None:
+        super().__init__(response, request, format, record)
+        self._translator = translator
+        self._untranslated = b""  # what has come, and waits until others had their turn
+        self._source_ended = False  # whether nothing more will come
+        self.heard_at = 0.0  # when the provider last sent something
+        self._told_end_at = 0.0  # when it told why the stream ends, though it hasn't ended
+
+    def begin(self, keep_alive: bool, now: float) -> bytes:
+        """The head, and an event."""
+        self.heard_at = now
+        begun = super().begin(keep_alive, now)
+        return begun if self._record.bytes_sent else begun + self.ping()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something waits to be translated, once others had their turn: go_on() does a part of it."""
+        return bool(self._untranslated) and not self.ended
+
+    def ping_time(self, sent_at: float) -> float:
+        """When to ping(), if something last went out at `sent_at`: the client waits for a sign of life, or for an end
+        of which the provider has told."""
+        if not self._translator.may_end:
+            return sent_at + PING_SECONDS
+        self._told_end_at = self._told_end_at or self.heard_at
+        return self._told_end_at + ENDING_SECONDS
+
+    def ping(self) -> bytes:
+        """What goes out when nothing has come for a while that could be translated."""
+        return self._sent(self._translator.ping())
+
+    def go_on(self) -> bytes:
+        """What goes out for the next part of what waits to be translated, and at its end."""
+        waiting, size = self._untranslated, TRANSLATED_AT_ONCE_BYTES
+        part, self._untranslated = waiting[:size], waiting[size:]
+        sent = self._translator.feed(part)
+        if self._source_ended and not self._untranslated and not self._translator.ended:
+            sent += self._translator.close()
+        return self._sent(sent)
+
+    def _sent(self, translated: bytes) -> bytes:
+        """Translated events as they go out, with the end of the body if it is proper; an error has none."""
+        self.ended, fault = self._translator.ended, self._translator.fault
+        if fault:
+            self.failed = not fault.is_requests
+            self._record.error = "upstream:error" if fault.text else fault.code
+            self.keep_alive, self.must_reset = False, self.until_close
+            return self._framed(translated)
+        self._record.complete = self.ended
+        return self._framed(translated) + (LAST_CHUNK if self.ended and self._chunked else b"")
+
+    def _error_event(self, kind: str, message: str, code: str) -> bytes:
+        return self._translator.fail(message, kind, code)
+
+    def _close(self, broken: bool) -> bytes:
+        self._source_ended = True
+        return self.go_on()
+
+    def _passed(self, content: bytes) -> bytes:
+        self._record.usage.read(content, is_stream=True)
+        self._untranslated += content
+        self._source_ended = self._decoder.finished
+        return self.go_on()
 
 
 # ==== Service ====================================================================================
@@ -12122,7 +12134,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     async def _send(self, exchange: Exchange, response: Response) -> bool:
         """Sends a response as it comes: the one place from which responses go to clients. Whether the connection can be
         used for another request. Raises ClientGone."""
-        outgoing = Outgoing(response, exchange.head, exchange.format, exchange.record)
+        made = response, exchange.head, exchange.format, exchange.record
+        outgoing = TranslatedStream(*made, response.translator) if response.translator else Outgoing(*made)
         try:
             keep_alive = await self._may_be_kept(exchange, response)
             data = outgoing.begin(keep_alive, self.loop.now)
@@ -12166,7 +12179,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         assert relayed
         upstream, timeout = relayed.channel, relayed.candidate.target.provider.timeout
         try:
-            if outgoing.is_translated:
+            if isinstance(outgoing, TranslatedStream):
                 return await self._next_translated(outgoing, upstream, timeout)
             if not upstream.received and not upstream.ended:
                 await upstream.arrival(self.loop.now + timeout)
@@ -12182,7 +12195,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             await checkpoint(self.loop)
         return outgoing.feed(upstream.take(), upstream.ended, upstream.broken)
 
-    async def _next_translated(self, outgoing: Outgoing, upstream: Channel, timeout: float) -> bytes:
+    async def _next_translated(self, outgoing: TranslatedStream, upstream: Channel, timeout: float) -> bytes:
         """What goes out next of a translated stream, within PING_SECONDS. Raises Overdue when the provider has been
         silent for its timeout."""
         sent_at, sent = self.loop.now, b""
