@@ -4081,13 +4081,17 @@ class Usage:
 # wrong, or lacks its place in the other format, is refused. Nothing is fetched, repaired or made up, and nothing is
 # remembered from one request to the next: what has to come back is put into what clients send back, ids of tool calls
 # and signatures of thinking.
+#
+# Python gives each character of a string as many bytes as its widest one needs: an emoji makes four of each. So the
+# documents here hold *narrow* text: each character stands for a byte of UTF-8, as narrow() makes them, and so they take
+# as much as was received, and are written as they came. ASCII, which all words of the formats are in, is the same
+# either way. What is told of a document to people is widened() again.
 
 TRANSLATED_VALUES = 250_000  # in a body: `json` takes up to 50 ms for as many
 TRANSLATED_ESCAPES = 2_000_000  # in its strings, and 30 ms for these: many clients escape all but ASCII
-ESCAPED_BYTES = 500_000  # of characters other than ASCII: to write escapes for them takes 0.3 s at most
 TRANSLATED_HELD_BYTES = 512 * 1024  # of an event, and of what waits for its turn in a streamed answer
 WRITTEN_CHARACTERS = 64 * 1024  # of a string at a time
-TAKEN_OUT_BYTES = 2 * 1024  # of a string in memory, where one character may make each take four
+TAKEN_OUT_CHARACTERS = 2 * 1024  # of a string that is let go as soon as it is written
 WAITING_BYTES = 128  # that each piece of what waits takes besides
 # Of an answer that is translated as a whole. The longest ones have some 130,000 tokens, each in an event of its own;
 # as many take a second.
@@ -4112,8 +4116,12 @@ MESSAGE_TOKENS = 4
 IMAGE_TOKENS = 1600
 DOCUMENT_TOKENS_PER_CHARACTER = 0.037  # of base64: 2,500 for 50 KB
 
-ASCII = bytes(range(128))
-WIDE = re.compile(r"(?<!\\)[^\0-\x7f]+")  # a backslash before it would escape the one that an escape begins with
+ASCII_BLANKS = " \t\n\r\v\f"
+# Begins the escape of what may stand in a JSON string as it is, in a text that is escaped once more.
+ESCAPE = re.compile(r"(?<!\\)\\\\u(?!00(?:[01]|22|5[cC]))")
+# In narrow text: half a surrogate pair, and what some clients take for the end of a line, with what each begins with.
+ESCAPED = re.compile("\xed[\xa0-\xbf][\x80-\xbf]|\xe2\x80[\xa8\xa9]|\xc2\x85")
+ESCAPED_BEGIN = ("\xed", "\xe2\x80\xa8", "\xe2\x80\xa9", "\xc2\x85")
 TOOL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # as Anthropic wants it
 CARRIED_ID = "toolu_x"  # begins an id that stands for another provider's, which is in it as base64, with its seal
 CARRIED_THINKING = "mr1."  # begins a signature of ours
@@ -4184,7 +4192,7 @@ class Draft:
     """A translation that is being made: for whom, and what is left out of it."""
 
     def __init__(self, target: Target) -> None:
-        self.model = target.model
+        self.model = narrow(target.model)
         self.provider = target.provider
         self.knobs = target.provider.translate or Translation()
         self.names: dict[str, str] = {}  # of tools: as sent, and as the client calls them
@@ -4200,7 +4208,7 @@ class Draft:
     def drop(self, name: str) -> None:
         """Notes that something is left out."""
         if len(self._dropped) < DROPPED_NAMES:
-            self._dropped[name[:LOG_VALUE_CHARACTERS]] = None
+            self._dropped[shown(name)] = None
 
     def drop_rest(self, members: Mapping[str, Any], known: Collection[str], place: str = "") -> None:
         """Notes which members are left out, since nobody here knows them."""
@@ -4212,8 +4220,7 @@ class Draft:
         """The error for what can't be said to the provider."""
         format = "OpenAI" if self.provider.format == "openai" else "Anthropic"
         return Untranslatable(
-            f"{place}: {what[:LOG_VALUE_CHARACTERS]} can't be sent to the provider {self.provider.name} "
-            f"({format} format)"
+            f"{place}: {shown(what)} can't be sent to the provider {self.provider.name} ({format} format)"
         )
 
     def refuse_members(self, members: Mapping[str, Any], refused: Iterable[str], place: str = "") -> None:
@@ -4225,12 +4232,12 @@ class Draft:
     def tool_name(self, name: str) -> str:
         """The name of a tool as it is sent: cut and marked where the other format would refuse it. Raises
         Untranslatable for one that is too long, and where too many are to be changed."""
-        if len(name) > TOOL_NAME_CHARACTERS:
+        if characters(name) > TOOL_NAME_CHARACTERS:
             raise self.refusal("tools", f"a name of more than {TOOL_NAME_CHARACTERS} characters")
         longest = 64 if self.provider.format == "openai" else 128
         if re.fullmatch(r"[a-zA-Z0-9_-]+", name) and len(name) <= longest:
             return name
-        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+        digest = hashlib.sha256(name.encode("latin-1")).hexdigest()[:8]
         sent = f"{re.sub('[^a-zA-Z0-9_-]', '_', name[:55])}_{digest}"
         self.names[sent] = name
         if len(self.names) > RENAMED_TOOLS:
@@ -4244,14 +4251,15 @@ class Draft:
         self._values += values_in(text)
         self._escapes += text.count("\\")
         check_weight(self._values, self._escapes)
-        return read_json(text)
+        return read_within(text)
 
     def finished(self, body: JsonDict) -> JsonDict:
         """The body with what the provider's knobs take out of it and put into it."""
-        for name in self.knobs.drop:
+        for name in map(narrow, self.knobs.drop):
             if body.pop(name, None) is not None:
                 self.drop(name)
-        return {**body, **json.loads(self.knobs.extra)}
+        body.update(read_within(narrow(self.knobs.extra)))
+        return body
 
 
 def translate_request(
@@ -4283,8 +4291,11 @@ def read_document(pieces: Sequence[bytes], values: int, errors: str = "strict") 
     """The JSON object in the pieces, which have so many values. Raises BadRequest for what is none, or would take
     `json` too long."""
     check_weight(values, sum(piece.count(b"\\") for piece in pieces))
+    is_short = len(pieces) == 1 and len(pieces[0]) <= WRITTEN_CHARACTERS
     try:
-        document = read_json(json_text(pieces, errors))
+        document = read_json(
+            narrow(without_escapes(pieces[0].decode("utf-8", errors))) if is_short else json_text(pieces, errors)
+        )
     except ValueError as error:
         raise not_json(str(error)) from None
     if not isinstance(document, dict):
@@ -4292,24 +4303,60 @@ def read_document(pieces: Sequence[bytes], values: int, errors: str = "strict") 
     return document
 
 
-def json_text(pieces: Sequence[bytes], errors: str) -> str:
-    """The pieces of a JSON document as text. A few characters other than ASCII become escapes: in Python one of them
-    makes all others take up to four bytes, too. Raises ValueError."""
-    wide = sum(len(piece.translate(None, ASCII)) for piece in pieces if not piece.isascii())
-    if len(pieces) == 1 or not 0 < wide < ESCAPED_BYTES:
-        return b"".join(pieces).decode("utf-8", errors)
-    decoder, parts, before = codecs.getincrementaldecoder("utf-8")(errors), [], ""
+def json_text(pieces: Iterable[bytes], errors: str = "strict") -> str:
+    """The pieces of a JSON document as narrow text. Raises ValueError."""
+    decoder, found, rest = codecs.getincrementaldecoder("utf-8")(errors), bytearray(), ""
     for piece in pieces:
-        text = before + decoder.decode(piece)
-        parts.append(WIDE.sub(escaped, text)[len(before) :])
-        before = "\\" if text.endswith("\\") else ""
-    parts.append(decoder.decode(b"", final=True))
-    return "".join(parts)
+        for at in range(0, len(piece), WRITTEN_CHARACTERS):
+            text = rest + decoder.decode(piece[at : at + WRITTEN_CHARACTERS])
+            end = end_of_escapes(text)
+            found += without_escapes(text[:end]).encode("utf-8", "surrogatepass")
+            rest = text[end:]
+    found += (rest + decoder.decode(b"", final=True)).encode("utf-8", "surrogatepass")
+    return found.decode("latin-1")
 
 
-def escaped(match: re.Match[str]) -> str:
-    """The characters as JSON's escapes."""
-    return json.dumps(match[0])[1:-1]
+def end_of_escapes(text: str) -> int:
+    """Where a part of a JSON text ends, but for an escape that goes on behind it."""
+    at = text.rfind("\\", -5)
+    if at < 0 or text[at + 1 : at + 2] not in ("", "u"):
+        return len(text)
+    is_escaped = (at - len(text[:at].rstrip("\\"))) % 2
+    return len(text) if is_escaped else at
+
+
+def without_escapes(text: str) -> str:
+    """A part of a JSON text in which escapes become the characters that they stand for, but where JSON needs them.
+    Raises ValueError."""
+    if "\\u" in text:
+        text = text.replace(r"\\", r"\u005c")  # each backslash left begins an escape
+        text = json.loads(ESCAPE.sub(r"\\u", json.dumps(text)))
+    return text
+
+
+def narrow(text: str) -> str:
+    """The text with a character for each byte that it has in UTF-8."""
+    return text if text.isascii() else text.encode("utf-8", "surrogatepass").decode("latin-1")
+
+
+def widened(text: str) -> str:
+    """What narrow() has made narrow; also a part of that."""
+    return text if text.isascii() else text.encode("latin-1", "replace").decode("utf-8", "replace")
+
+
+def shown(text: str) -> str:
+    """Narrow text as far as it is told of."""
+    return widened(text[: 4 * LOG_VALUE_CHARACTERS])[:LOG_VALUE_CHARACTERS]
+
+
+def characters(text: str) -> int:
+    """How many characters narrow text stands for."""
+    return sum(len(part.encode("latin-1").translate(None, CONTINUATION_BYTES)) for part in slices(text))
+
+
+def is_blank(text: str) -> bool:
+    """Whether narrow text says nothing. A long one that is blank by blanks beyond ASCII is taken to say something."""
+    return not (widened(text[:LOG_VALUE_CHARACTERS]).strip() or text[LOG_VALUE_CHARACTERS:].strip())
 
 
 def check_weight(values: int, escapes: int) -> None:
@@ -4340,27 +4387,31 @@ def read_json(text: str) -> Any:
     return READER.decode(text)
 
 
+def read_within(text: str) -> Any:
+    """The value of a JSON text that narrow text holds, narrow too. Raises ValueError."""
+    return read_json(json_text(map(encoded, slices(text))) if "\\u" in text else text)
+
+
 def dump(value: Any) -> str:
     """The value as JSON text without blanks."""
     return WRITER.encode(value)
 
 
 def json_pieces(document: JsonDict) -> list[bytes]:
-    """The document as JSON in pieces. Its long strings are taken out of it, and each is let go when it is written: they
-    may be most of a body, and are held twice only one after another. Nor does a character in one of them, of which
-    Python makes four bytes, do so to all the others."""
+    """The document, which it takes apart, as JSON in pieces. Its long strings are taken out, and each is let go when it
+    is written: they may be most of a body, and are held twice only one after another."""
     mark = f"{random.getrandbits(128):032x}"  # which no client can foresee
     long = taken_out(document, mark)
     pieces = JsonPieces()
     text, end = dump(document), 0
+    document.clear()
     for place in re.finditer(f"{mark}([0-9]+){mark}", text):
-        pieces.add(text, end, place.start())
+        pieces.add(text[end : place.start()])
         end, number = place.end(), int(place[1])
-        for at in range(0, len(long[number]), WRITTEN_CHARACTERS):
-            written = dump(long[number][at : at + WRITTEN_CHARACTERS])
-            pieces.add(written, 1, len(written) - 1)
+        for part in slices(long[number]):
+            pieces.add(dump(part)[1:-1])
         long[number] = ""
-    pieces.add(text, end, len(text))
+    pieces.add(text[end:])
     return pieces.finished()
 
 
@@ -4371,10 +4422,10 @@ class JsonPieces:
         self._pieces: list[bytes] = []
         self._last = bytearray()
 
-    def add(self, text: str, start: int, end: int) -> None:
-        """Adds a part of a text."""
-        for at in range(start, end, WRITTEN_CHARACTERS):
-            self._last += encoded(text[at : min(at + WRITTEN_CHARACTERS, end)])
+    def add(self, text: str) -> None:
+        """Adds some text."""
+        for part in slices(text):
+            self._last += encoded(part)
             if len(self._last) >= WRITTEN_CHARACTERS:
                 self._pieces.append(bytes(self._last))
                 self._last.clear()
@@ -4385,13 +4436,13 @@ class JsonPieces:
 
 
 def taken_out(document: JsonDict, mark: str) -> list[str]:
-    """The strings of a document that take much memory, in whose places it leaves their numbers between two marks."""
+    """The long strings of a document, in whose places it leaves their numbers between two marks."""
     long: list[str] = []
     waiting: list[Any] = [document]
     while waiting:
         holder = waiting.pop()
         for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
-            if isinstance(value, str) and sys.getsizeof(value) > TAKEN_OUT_BYTES:
+            if isinstance(value, str) and len(value) > TAKEN_OUT_CHARACTERS:
                 holder[key] = f"{mark}{len(long)}{mark}"
                 long.append(value)
             elif isinstance(value, (dict, list)):
@@ -4399,12 +4450,24 @@ def taken_out(document: JsonDict, mark: str) -> list[str]:
     return long
 
 
+def slices(text: str) -> Iterator[str]:
+    """The parts of narrow text, none of which ends within a character."""
+    at = 0
+    while at < len(text):
+        end = at + WRITTEN_CHARACTERS
+        while "\x80" <= text[end : end + 1] <= "\xbf":
+            end += 1
+        yield text[at:end]
+        at = end
+
+
 def encoded(text: str) -> bytes:
-    """JSON text in UTF-8; half a surrogate pair, which that can't hold, stays an escape."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:
-        return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text).encode("utf-8")
+    """Narrow JSON text in UTF-8, with escapes for what that can't hold, or what is better not seen."""
+    if not text.isascii() and any(begin in text for begin in ESCAPED_BEGIN):
+        text = ESCAPED.sub(
+            lambda found: json.dumps(found[0].encode("latin-1").decode("utf-8", "surrogatepass"))[1:-1], text
+        )
+    return text.encode("latin-1")
 
 
 # -- what requests are read with
@@ -4542,6 +4605,7 @@ NEW_LIMIT_HOSTS = re.compile(r"api\.openai\.com|.*\.openai\.azure\.com")  # whos
 def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
     """A request of Messages as one of chat. Raises BadRequest."""
     draft.refuse_members(request, MESSAGES_REFUSED)
+    input_tokens = estimated_tokens(request)
     field = draft.knobs.max_tokens_field
     if field == "auto":
         field = "max_completion_tokens" if NEW_LIMIT_HOSTS.fullmatch(draft.provider.host) else "max_tokens"
@@ -4570,7 +4634,7 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
     draft.about_answer = {
         "thinking": "hidden" if thinking.get("type") in ("disabled", None) else shown,
         "thinking_returns": draft.knobs.reasoning_back != "none",
-        "input_tokens": estimated_tokens(request),
+        "input_tokens": input_tokens,
     }
     return chat
 
@@ -4820,7 +4884,7 @@ class ChatTurns:
         found, _ = carried_call(name)
         if self._draft.provider.host != "api.mistral.ai" or re.fullmatch("[a-zA-Z0-9]{9}", found):
             return found
-        digits = int.from_bytes(hashlib.sha256(found.encode("utf-8", "surrogatepass")).digest(), "big")
+        digits = int.from_bytes(hashlib.sha256(found.encode("latin-1")).digest(), "big")
         return "".join(BASE62[digits // 62**power % 62] for power in range(9))
 
     def _write_user(self, turn: Turn) -> None:
@@ -4851,14 +4915,14 @@ class ChatTurns:
             given = call_name(result.get("tool_use_id"), f"{place}.tool_use_id")
             if self._call_id(given) not in open_calls:
                 raise Untranslatable(
-                    f"{place}: unexpected `tool_use_id` found in `tool_result` blocks: {given[:LOG_VALUE_CHARACTERS]}. "
+                    f"{place}: unexpected `tool_use_id` found in `tool_result` blocks: {shown(given)}. "
                     "Each `tool_result` block must have a corresponding `tool_use` block in the previous message."
                 )
             del open_calls[self._call_id(given)]
         if open_calls:
             raise Untranslatable(
                 f"{turn.place}: `tool_use` ids were found without `tool_result` blocks immediately after: "
-                f"{', '.join(open_calls)[:TOOL_ID_CHARACTERS]}"
+                f"{widened(', '.join(open_calls)[:TOOL_ID_CHARACTERS])}"
             )
 
     def _result(self, result: JsonDict, place: str) -> tuple[str, list[JsonDict]]:
@@ -4978,17 +5042,30 @@ def estimated_tokens(request: JsonDict) -> int:
             waiting += [block.get(name) for name in ("text", "thinking", "content", "source", "data", "title")]
     for tool in objects(request.get("tools") or [], "tools"):
         texts += [word(tool.get("name")), *plain_texts(tool.get("description")), dump(tool.get("input_schema", {}))]
-    return math.ceil(tokens + TOKENS_PER_CHARACTER * sum(map(len, texts)))
+    return math.ceil(tokens + TOKENS_PER_CHARACTER * sum(map(characters, texts)))
 
 
 # -- what comes back
+
+
+def utf8_of_base64(text: str, start: int) -> bytearray:
+    """The text in UTF-8 that base64 from there on stands for. Raises ValueError for anything else."""
+    if 0 <= text.find("=", start) < len(text) - 2:
+        raise ValueError("it goes on behind its end")
+    decoder, found = UTF_8(), bytearray()
+    for at in range(start, len(text), WRITTEN_CHARACTERS):
+        part = base64.b64decode(text[at : at + WRITTEN_CHARACTERS], validate=True)
+        decoder.decode(part)
+        found += part
+    decoder.decode(b"", True)
+    return found
 
 
 def carrying_id(name: str, seal: str = "") -> str:
     """The id of a call as Anthropic takes it, from which carried_call() tells the provider's own, and its seal."""
     if TOOL_ID.fullmatch(name) and not seal and not name.startswith(CARRIED_ID):
         return name
-    return CARRIED_ID + base64url(json.dumps([name, seal]).encode("ascii"))
+    return CARRIED_ID + base64url(encoded(dump([name, seal])))
 
 
 def carried_call(name: str) -> tuple[str, str]:
@@ -4996,8 +5073,8 @@ def carried_call(name: str) -> tuple[str, str]:
     if not name.startswith(CARRIED_ID):
         return name, ""
     try:
-        text = from_base64url(name[len(CARRIED_ID) :]).decode("utf-8")
-        id, seal = json.loads(text) if values_in(text) < CARRIED_VALUES else (name, "")
+        text = json_text([from_base64url(name[len(CARRIED_ID) :])])
+        id, seal = read_json(text) if values_in(text) < CARRIED_VALUES else (name, "")
         return string(id, ""), string(seal, "")
     except (ValueError, TypeError, RecursionError, RelayError):
         return name, ""  # it only looks like one
@@ -5005,8 +5082,8 @@ def carried_call(name: str) -> tuple[str, str]:
 
 def thinking_signature(provider: str, thought: str) -> str:
     """The signature of a provider's thinking, which carries the text where that isn't shown."""
-    carried = {"p": provider, "x": thought} if thought else {"p": provider}
-    return CARRIED_THINKING + base64url(json.dumps(carried).encode("ascii"))
+    carried = {"p": narrow(provider), "x": thought} if thought else {"p": narrow(provider)}
+    return CARRIED_THINKING + base64url(encoded(dump(carried)))
 
 
 def own_thinking(block: JsonDict, draft: Draft) -> str:
@@ -5015,10 +5092,10 @@ def own_thinking(block: JsonDict, draft: Draft) -> str:
     if not isinstance(sealed, str) or not sealed.startswith(CARRIED_THINKING) or len(sealed) > SIGNATURE_CHARACTERS:
         return ""
     try:
-        carried = draft.read_inner(from_base64url(sealed[len(CARRIED_THINKING) :]).decode("utf-8"))
+        carried = draft.read_inner(json_text([from_base64url(sealed[len(CARRIED_THINKING) :])]))
     except ValueError:
         return ""
-    if not isinstance(carried, dict) or carried.get("p") != draft.provider.name:
+    if not isinstance(carried, dict) or carried.get("p") != narrow(draft.provider.name):
         return ""
     thought = block.get("thinking") or carried.get("x")
     return thought if isinstance(thought, str) else ""
@@ -5102,7 +5179,7 @@ def message_sampling(chat: JsonDict, draft: Draft) -> JsonDict:
         del members["top_p"]
         draft.drop("top_p")
     stops = strings(chat.get("stop") or [], "stop")
-    kept = [stop for stop in stops if stop.strip()]
+    kept = [stop for stop in stops if not is_blank(stop)]
     if len(kept) < len(stops):
         draft.drop("stop")
     return {**members, "stop_sequences": kept} if kept else members
@@ -5295,8 +5372,7 @@ class MessageTurns:
     def _write_result(self, message: JsonDict, place: str) -> None:
         call_id = carrying_id(call_name(message.get("tool_call_id"), f"{place}.tool_call_id"))
         if call_id not in self._calls:
-            shown = call_id[:LOG_VALUE_CHARACTERS]
-            raise Untranslatable(f"{place}: there is no call before it with the tool_call_id {shown}")
+            raise Untranslatable(f"{place}: there is no call before it with the tool_call_id {shown(call_id)}")
         result: JsonDict = {"type": "tool_result", "tool_use_id": call_id}
         content = message.get("content")
         blocks = self._blocks(content, f"{place}.content")
@@ -5311,10 +5387,10 @@ class MessageTurns:
     def _blocks(self, content: Any, place: str) -> list[JsonDict]:
         """The blocks of a content; texts without a character are left out, since Anthropic refuses them."""
         if isinstance(content, str):
-            return [text_part(content)] if content.strip() else []
+            return [] if is_blank(content) else [text_part(content)]
         parts = objects([] if content is None else content, place)
         found = [self._block(part, f"{place}.{number}") for number, part in enumerate(parts)]
-        return [block for block in found if block["type"] != "text" or block["text"].strip()]
+        return [block for block in found if block["type"] != "text" or not is_blank(block["text"])]
 
     def _block(self, part: JsonDict, place: str) -> JsonDict:
         kind = part.get("type")
@@ -5343,17 +5419,18 @@ class MessageTurns:
         if "file_data" not in file:
             raise self._draft.refusal(place, "a file that isn't in the request")
         self._draft.drop_rest(file, ("file_data", "filename"), "file")
-        data = string(file["file_data"], f"{place}.file.file_data")
+        data = string(file.pop("file_data"), f"{place}.file.file_data")
         kind = DATA_URI.match(data, 0, DATA_URI_CHARACTERS)
-        media, encoded = (kind[1].lower(), data[kind.end() :]) if kind else ("application/pdf", data)
+        media, start = (kind[1].lower(), kind.end()) if kind else ("application/pdf", 0)
         if media == "application/pdf":
-            source = {"type": "base64", "media_type": media, "data": encoded}
+            source = {"type": "base64", "media_type": media, "data": data[start:]}
         elif media.startswith("text/"):
             try:
-                said = base64.b64decode(encoded, validate=True).decode("utf-8")
+                found = utf8_of_base64(data, start)
             except ValueError:
                 raise BadRequest(f"{place}.file.file_data: Input should be base64 of UTF-8") from None
-            source = {"type": "text", "media_type": "text/plain", "data": said}
+            del data, kind  # which holds it, too
+            source = {"type": "text", "media_type": "text/plain", "data": found.decode("latin-1")}
         else:
             raise self._draft.refusal(place, f"a file of the type {media}")
         title = {"title": file["filename"]} if isinstance(file.get("filename"), str) else {}
@@ -5363,7 +5440,7 @@ class MessageTurns:
         """Takes the blanks off the end of an answer that Claude is to go on with: it refuses them."""
         final = self._messages[-1]["content"][-1]
         if self._messages[-1]["role"] == "assistant" and final["type"] == "text":
-            final["text"] = final["text"].rstrip()
+            final["text"] = final["text"].rstrip(ASCII_BLANKS)
 
 
 # -- chat to Messages: the answer
@@ -5409,7 +5486,7 @@ class Call:
     def is_sound(self) -> bool:
         """Whether its arguments are a JSON object; none at all stand for an empty one."""
         try:
-            return isinstance(read_json(self.arguments.decode("utf-8", "surrogatepass").strip() or "{}"), dict)
+            return isinstance(read_json(self.arguments.decode("latin-1").strip(JSON_BLANKS) or "{}"), dict)
         except (ValueError, RecursionError):
             return False
 
@@ -5438,7 +5515,7 @@ class MessageWriter:
         self.begun = True
         message: JsonDict = {
             "id": answer_id("msg_", self._asked.id), "type": "message", "role": "assistant",
-            "model": self._asked.model, "content": [], "stop_reason": None, "stop_sequence": None,
+            "model": narrow(self._asked.model), "content": [], "stop_reason": None, "stop_sequence": None,
             "usage": message_usage(self._asked.input_tokens, 0, 0, 0),
         }  # fmt: skip
         self._events.append({"type": "message_start", "message": message})
@@ -5450,7 +5527,7 @@ class MessageWriter:
         if kind == "text" or self._asked.thinking == "shown":
             self._delta({"type": f"{kind}_delta", kind: said})
         elif self._asked.thinking_returns and len(self._thought) <= TRANSLATED_HELD_BYTES:
-            self._thought += said.encode("utf-8", "surrogatepass")
+            self._thought += said.encode("latin-1")
 
     def open_call(self, id: str, name: str) -> None:
         """Begins a call."""
@@ -5465,7 +5542,7 @@ class MessageWriter:
         """Ends the block that is open."""
         if self.open == "thinking":
             whole = self._thought if len(self._thought) <= TRANSLATED_HELD_BYTES else b""
-            thought, self._thought = whole.decode("utf-8", "surrogatepass"), bytearray()
+            thought, self._thought = whole.decode("latin-1"), bytearray()
             self._delta({"type": "signature_delta", "signature": thinking_signature(self._asked.provider, thought)})
         if self.open:
             self._events.append({"type": "content_block_stop", "index": self.blocks - 1})
@@ -5606,14 +5683,14 @@ class ChatReader:
     def _say(self, kind: str, said: str) -> None:
         """Writes text or thinking, or keeps it: blank text until something follows, and any behind an unfinished
         call."""
-        self._said += len(said)
+        self._said += characters(said)
         if self._calls and all(call.scan.whole for call in self._calls):
             self._advance(is_followed=True)
         if self._calls:
-            if said.strip():
+            if not is_blank(said):
                 self._hold(len(said) + WAITING_BYTES)
                 self._later.append((kind, said))
-        elif kind == "text" and self._writer.open != "text" and not said.strip():
+        elif kind == "text" and self._writer.open != "text" and is_blank(said):
             self._hold(len(said) + WAITING_BYTES)
             self._blanks.append(said)
         else:
@@ -5647,8 +5724,8 @@ class ChatReader:
         self._values += values_in(part)
         if self._values > TRANSLATED_VALUES:
             raise UnfitAnswer(f"the provider's answer calls tools with more than {TRANSLATED_VALUES} values")
-        data = part.encode("utf-8", "surrogatepass")
-        self._said += len(part)
+        data = part.encode("latin-1")
+        self._said += characters(part)
         self._hold(len(data) + len(seal))
         call.arguments += data
         call.scan.feed(part)
@@ -5679,7 +5756,7 @@ class ChatReader:
             if not call.is_open and not self._open(call, is_over):
                 return
             if call.is_open and len(call.arguments) > call.sent:
-                self._writer.write_arguments(call.arguments[call.sent :].decode("utf-8", "surrogatepass"))
+                self._writer.write_arguments(call.arguments[call.sent :].decode("latin-1"))
                 call.sent = len(call.arguments)
             if not is_over:
                 return
@@ -5774,7 +5851,10 @@ def gather(whole: JsonDict, part: JsonDict) -> None:
     """Adds a part of an answer to what has come of it: texts grow, and entries of lists go by their `index`."""
     for name, value in part.items():
         if name in GROWING:
-            whole.setdefault(name, []).append(value)
+            if whole.get(name, [""]) == [""]:
+                whole[name] = [value]  # one that comes at once is held once
+            else:
+                whole[name].append(value)
         elif isinstance(value, dict):
             gather(whole.setdefault(name, {}), value)
         elif isinstance(value, list):
@@ -5822,7 +5902,7 @@ class WholeMessage:
         for block in map(gathered, self._blocks):
             try:
                 if block["type"] == "tool_use":
-                    block["input"] = read_json(block.pop("partial_json", "").strip() or "{}")
+                    block["input"] = read_within(block.pop("partial_json", "").strip(JSON_BLANKS) or "{}")
                 content.append(block)
             except ValueError:
                 continue
@@ -6001,7 +6081,7 @@ class MessageReader:
         usage = {"usage": None} if self._asked.with_usage else {}
         return {
             "id": self._id, "object": "chat.completion.chunk", "created": self._asked.created,
-            "model": self._asked.model, "choices": [choice], **self._tier, **usage,
+            "model": narrow(self._asked.model), "choices": [choice], **self._tier, **usage,
         }  # fmt: skip
 
     def _framed(self) -> JsonDict:
@@ -6128,17 +6208,18 @@ class AnswerTranslator:
         events = read if is_stream else self._read_whole(body)
         try:
             if self._asked.stream:
-                return b"".join(map(self._bytes_of, events)) + self._last_line()
+                pieces = [piece for event in events for piece in self._pieces_of(event, is_short=is_stream)]
+                return b"".join([*pieces, self._last_line()])
             collector = WholeMessage() if self._asked.format == "anthropic" else WholeChat()
             for event in events:
                 collector.add(event)
-            text = dump(collector.document())
+            pieces = json_pieces(collector.document())
         except AnswerFault as fault:
             raise self._present(fault) from None
         except RecursionError:
             raise nested_too_deeply() from None
         del collector
-        return encoded(text)
+        return b"".join(pieces)
 
     def _framed(self, events: Iterable[JsonDict]) -> bytes:
         """The events as they go out, with what tells of a fault among them."""
@@ -6154,8 +6235,15 @@ class AnswerTranslator:
 
     def _bytes_of(self, event: JsonDict) -> bytes:
         if self._asked.format == "anthropic":
-            return f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode("ascii")
-        return b": ping\n\n" if event is PING else f"data: {json.dumps(event)}\n\n".encode("ascii")
+            return encoded(f"event: {event['type']}\ndata: {dump(event)}\n\n")
+        return b": ping\n\n" if event is PING else encoded(f"data: {dump(event)}\n\n")
+
+    def _pieces_of(self, event: JsonDict, is_short: bool) -> list[bytes]:
+        """An event as it goes out, which is taken apart unless it is short."""
+        if is_short or event is PING:
+            return [self._bytes_of(event)]
+        before = f"event: {event['type']}\ndata: " if self._asked.format == "anthropic" else "data: "
+        return [before.encode("ascii"), *json_pieces(event), b"\n\n"]
 
     def _last_line(self) -> bytes:
         return b"" if self._asked.format == "anthropic" else b"data: [DONE]\n\n"
@@ -6192,6 +6280,7 @@ class AnswerTranslator:
         if is_unfinished(answer):
             raise AnswerFault("the provider's answer ended before it was finished")
         self.ended = True
+        del answer
         yield from found
         yield from self._reader.end()
 
@@ -6364,7 +6453,8 @@ def fault_of(document: JsonDict) -> AnswerFault:
     figures += [meant for word, meant in FAULT_WORDS.items() if word in kind]
     status = next((figure for figure in figures if isinstance(figure, int) and 400 <= figure < 600), 502)
     words = words_of(document) or "the provider's answer holds an error"
-    return AnswerFault(words[:ERROR_CHARACTERS], status, json.dumps(document)[:ERROR_BYTES])
+    text = widened(json.dumps(document, ensure_ascii=False)[:ERROR_BYTES])
+    return AnswerFault(widened(words[:ERROR_CHARACTERS]), status, text)
 
 
 # ==== Records =======================================================================================
@@ -9918,8 +10008,7 @@ class Catalogue:
             response = await self._relay.obtain(request)
             try:
                 body = await read_rest(self._loop, response)
-                pieces = [body[at : at + RECEIVE_BYTES] for at in range(0, len(body), RECEIVE_BYTES)]
-                listed = listed_entries(json_text(pieces, "strict"))
+                listed = listed_entries(json_text([body]))
             finally:
                 response.release(self._relay.connections)
             for entry in listed:
@@ -9957,13 +10046,14 @@ def listed_entries(text: str) -> Iterator[JsonDict]:
     """The first LISTED_MODELS entries of the list `data` in a JSON object, or of a bare list: of one that tells much,
     only the name; an empty one for each that names no model. Raises ValueError for what is neither."""
     document = json.loads(text, parse_int=short_integer, parse_constant=refuse_constant)
-    del text  # up to four times as much as was received
+    del text
     listed = document.get("data") if isinstance(document, dict) else document
     if not isinstance(listed, list):
         raise ValueError("there is no list in it")
     for entry in listed[:LISTED_MODELS]:
         named = isinstance(entry, dict) and is_text(entry.get("id")) and len(entry["id"]) <= MODEL_CHARACTERS
-        yield {} if not named else entry if is_small(entry) else {"id": entry["id"]}
+        told = entry if named and is_small(entry) else {"id": entry["id"]} if named else {}
+        yield json.loads(encoded(dump(told)))
 
 
 def is_small(entry: JsonDict) -> bool:
@@ -11673,7 +11763,7 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
             record.error = upstream_error(relayed.content)
             return translated_error(fields, relayed, asked)
         body, secret = await whole_body(exchange, relayed), relayed.candidate.secret
-        body = body.replace(secret, b"***") if secret else body
+        body = body.replace(secret, b"***") if secret and secret in body else body
         record.usage.read(body, relayed.is_stream)
         work = functools.partial(translator.whole, body, relayed.is_stream)
         answer = await at_leisure(exchange, len(body), work)
@@ -11735,24 +11825,25 @@ def translation_fields(record: AccessRecord) -> Pairs:
 
 async def whole_body(exchange: Exchange, relayed: UpstreamResponse) -> bytes:
     """The whole body of a response that is to be translated. Raises UpstreamFailed, UpstreamSilent and Unavailable."""
-    pieces, size, limit = [relayed.take_content()], 0, min(exchange.body_limit, TRANSLATED_ANSWER_BYTES)
+    body, limit = bytearray(), min(exchange.body_limit, TRANSLATED_ANSWER_BYTES)
+    piece = relayed.take_content()
     provider = relayed.candidate.target.provider.name
     try:
         while True:
-            exchange.hold(len(pieces[-1]))
-            size += len(pieces[-1])
-            if size > limit:
+            exchange.hold(len(piece))
+            body += piece
+            if len(body) > limit:
                 raise UpstreamFailed(f"the answer of the provider {provider} is over {limit} bytes", "upstream_broken")
             if relayed.decoder.finished:
-                return b"".join(pieces)
+                return bytes(body)
             await more_of(exchange.loop, relayed.channel, relayed.candidate)
-            pieces.append(await absorb(exchange.loop, relayed))
+            piece = await absorb(exchange.loop, relayed)
             relayed.take_content()
     except NoResponse as error:
         raise UpstreamSilent(str(error)) from None
     except (BrokenExchange, FramingError):
         if isinstance(relayed.decoder, CloseDecoder) and not relayed.channel.broken:
-            return b"".join(pieces)
+            return bytes(body)
         raise UpstreamFailed(f"the provider {provider} broke off its answer", "upstream_broken") from None
 
 

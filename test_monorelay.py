@@ -4252,7 +4252,8 @@ def test_a_body_reads_the_same_in_pieces_of_any_size(size, count):
     body = text.encode()
     size *= count // 1000 + 1
     pieces = [body[at : at + size] for at in range(0, len(body), size)]
-    assert monorelay.read_document(pieces, 0) == document
+    read = monorelay.read_document(pieces, 0)
+    assert json.loads(b"".join(monorelay.json_pieces(read))) == document
     wrong = body.replace(b'"x"', "\"\\é\"".encode())  # no escape
     wrongs = [wrong[at : at + size] for at in range(0, len(wrong), size)]
     for broken in ([*pieces[:-1], b"\xc3"], [*pieces[:1], b"\xff", *pieces[1:]], wrongs):
@@ -4277,19 +4278,53 @@ def test_a_translation_holds_as_much_as_the_body_and_little_more_while_it_is_mad
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(("count", "length"), [(1000, 4000), (60, 60_000), (1, 4_000_000)])
-def test_a_character_of_four_bytes_in_each_string_makes_none_of_the_written_text(count, length):
-    """Python makes each character of its string as large; a text that held all of them would be, too."""
-    texts = [f"{number}{'a' * length}\U0001f600" for number in range(count)]
-    document = {"a": [*texts], "z": 1}
+WIDE = "\U0001f600"  # a character of which Python makes four bytes, and of all others in its string
+LETTERS = "a" * 2_000_000
+IN_JSON = {"name": "look", "arguments": json.dumps({"a": LETTERS + WIDE}, ensure_ascii=False)}
+FILE_DATA = "data:text/plain;base64," + base64.b64encode(f"{LETTERS}{WIDE}".encode()).decode()
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+@pytest.mark.parametrize(
+    ("format", "messages", "most"),
+    [
+        ("openai", [user(said(LETTERS + WIDE))], 2.2),
+        ("openai", [user(*[said("a" * 60_000 + WIDE)] * 40)], 2.2),
+        ("openai", [user(said(WIDE * 500_000))], 2.2),
+        ("openai", [HELLO, assistant(tool_use("t", at=LETTERS + WIDE)), user(tool_result("t"))], 3.2),
+        ("anthropic", [user(said(LETTERS + WIDE))], 2.2),
+        ("anthropic", [user(*[said("a" * 60_000 + WIDE)] * 40)], 2.2),
+        ("anthropic", [user({"type": "file", "file": {"file_data": FILE_DATA}})], 2.2),
+        ("anthropic", [HELLO, {"role": "assistant", "tool_calls": [{"id": "t", "function": IN_JSON}]}], 2.4),
+    ],
+)
+def test_a_wide_character_makes_no_other_one_of_a_request_wide(format, messages, most, escaped):
+    body = json.dumps(prompt(messages=messages), ensure_ascii=escaped).encode()
+    pieces = [body[at : at + 65536] for at in range(0, len(body), 65536)]
     tracemalloc.start()
     try:
-        pieces = monorelay.json_pieces(document)
-        _, peak = tracemalloc.get_traced_memory()
+        made = monorelay.translate_request(pieces, 0, target_of(format), "m", "req_1", 0.0)
+        assert tracemalloc.get_traced_memory()[1] < most * len(body), "beside the body itself"
     finally:
         tracemalloc.stop()
-    assert json.loads(b"".join(pieces)) == {"a": texts, "z": 1} and all(pieces)
-    assert peak < 1.5 * sum(map(len, pieces)) and max(map(len, pieces)) < 300_000
+    assert str(json.loads(b"".join(made.body))).count(WIDE) == max(1, str(messages).count(WIDE))
+    assert all(made.body) and max(map(len, made.body)) < 300_000
+
+
+# Two characters that are one in other parts of a string, halves that are none, and what looks like an escape.
+@hypothesis.given(
+    st.lists(st.sampled_from([*'\\u"', "00e9", "d83d", "\n", "\x7f", *"é\x85\u2028\ud83d\ude00", WIDE])).map("".join),
+    st.integers(1, 40),
+    st.booleans(),
+)
+def test_any_text_is_translated_as_it_is_however_it_is_written_and_cut(text, size, escaped):
+    whole = json.loads(json.dumps(text))  # pairs of halves become one
+    body = json.dumps(prompt(messages=[user(said("." + text))]), ensure_ascii=escaped)
+    body = re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04X}", body).encode()
+    pieces = [body[at : at + size] for at in range(0, len(body), size)]
+    for given in ([body], pieces):
+        made = monorelay.translate_request(given, 0, target_of(), "m", "req_1", 0.0)
+        assert json.loads(b"".join(made.body))["messages"] == [{"role": "user", "content": "." + whole}]
 
 
 # -- from chat
@@ -4548,7 +4583,10 @@ def test_t14_odd_ids_are_carried_and_come_back():
     assert "tool_call_id" in not_translated(lambda: to_messages(messages=[HELLO, returned("x")]))
 
 
-@hypothesis.given(st.text(min_size=1) | st.text().map(monorelay.carrying_id), st.text())
+NARROW = st.text().map(monorelay.narrow)
+
+
+@hypothesis.given(NARROW.filter(bool) | NARROW.map(monorelay.carrying_id), NARROW)
 def test_any_id_of_a_call_can_be_carried(id, seal):
     carried = monorelay.carrying_id(id, seal)
     assert re.fullmatch("[a-zA-Z0-9_-]+", carried)
@@ -5571,6 +5609,36 @@ def test_s23_events_are_those_that_their_lines_make(pieces, chance):
     reader, cuts = monorelay.EventReader(), sorted(chance.randint(0, len(data)) for _ in range(4))
     read = [it for a, b in zip([0, *cuts], [*cuts, len(data)]) for it in reader.feed(data[a:b])]
     assert [*read, *reader.flush()] == events
+
+
+@pytest.mark.parametrize("format", ["anthropic", "openai"])
+def test_what_clients_may_take_for_the_end_of_a_line_is_escaped_in_a_stream(format):
+    text = "é\x85\u2028\u2029\ud7ff\u2027'\U0001f600"
+    told = {"type": "content_block_delta", "delta": {"type": "text_delta", "text": text}}
+    event = delta(content=text) if format == "anthropic" else told
+    data = f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
+    made = monorelay.AnswerTranslator(asked_of(format)).feed(data).decode()
+    assert len(made.splitlines()) == made.count("\n")
+    shown = text.replace("\x85", "\\u0085").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    assert f'"{shown}"' in made
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("escaped", [False, True])
+@pytest.mark.parametrize("format", ["anthropic", "openai"])
+def test_a_wide_character_makes_no_other_one_of_a_whole_answer_wide(format, escaped, stream):
+    text = LETTERS + WIDE
+    message = {"type": "message", "content": [said(text)], "stop_reason": "end_turn", "usage": {}}
+    completion = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+    body = json.dumps(completion if format == "anthropic" else message, ensure_ascii=escaped).encode()
+    translator = monorelay.AnswerTranslator(monorelay.Asked(format, "m", "acme", stream, "req_1", 7))
+    tracemalloc.start()
+    try:
+        made = translator.whole(body, is_stream=False)
+        assert tracemalloc.get_traced_memory()[1] < 2.2 * len(body), "beside the body itself"
+    finally:
+        tracemalloc.stop()
+    assert text.encode() in made
 
 
 # -- answers of Messages
@@ -9846,7 +9914,7 @@ def test_a_translated_stream_leaves_event_by_event(upstream, relay, version):
         head = Message(client.until(b"\r\n\r\n"), b"")
         assert head.status == 200 and head.get("content-type") == "text/event-stream"
         assert head.get("cache-control") == "no-cache" and head.get("x-accel-buffering") == "no"
-        for words, gate in zip((b'"text": "H"', b'"text": "i"'), gates):
+        for words, gate in zip((b'"text":"H"', b'"text":"i"'), gates):
             client.until(words)
             gate.set()
         for gate in gates:
