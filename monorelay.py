@@ -10253,8 +10253,14 @@ class Outgoing:
         head = head_bytes(f"HTTP/1.1 {status} {response.reason}", fields)
         if relayed:
             return head + self._passed(relayed.take_content())
-        self.ended = record.complete = bodyless or not response.live
-        return head if bodyless or response.live else head + self._framed(response.body)
+        self.ended = record.complete = bodyless
+        is_long = len(response.body) > RECEIVE_BYTES  # it goes out behind the head, without being copied
+        return head if bodyless or response.live or is_long else head + self.rest()
+
+    def rest(self) -> bytes:
+        """The body of a response of the relay's own, behind its head."""
+        self.ended = self._record.complete = True
+        return self._framed(self._response.body)
 
     def tell(self, data: bytes) -> bytes:
         """What goes out for the next part of what the relay itself tells; nothing is its end."""
@@ -12267,7 +12273,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         relayed = response.relayed
         if response.live:
             return outgoing.tell(await response.live.next())
-        assert relayed
+        if not relayed:
+            return outgoing.rest()
         upstream, timeout = relayed.channel, relayed.candidate.target.provider.timeout
         try:
             if isinstance(outgoing, TranslatedStream):
