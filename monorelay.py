@@ -5449,8 +5449,6 @@ class MessageTurns:
 class ArgumentsScan:
     """Tells, as the text of an object comes, whether it is whole: its brackets are closed."""
 
-    _MARK = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)  # what is escaped goes with its backslash
-
     def __init__(self) -> None:
         self.whole = False
         self._depth = 0
@@ -5459,14 +5457,16 @@ class ArgumentsScan:
 
     def feed(self, text: str) -> None:
         """Takes what comes next."""
-        marks = self._MARK.findall(self._rest + text)
-        self._rest = "\\" if marks and marks[-1] == "\\" else ""
-        for mark in marks:
-            if mark == '"':
-                self._in_string = not self._in_string
-            elif not self._in_string and mark[0] != "\\":
-                self._depth += 1 if mark in "{[" else -1
-                self.whole = self._depth <= 0
+        text = (self._rest + text).replace(r"\\", "")
+        self._rest = "\\" if text.endswith("\\") else ""
+        parts = text.replace('\\"', "").split('"')
+        outside = "".join(parts[self._in_string :: 2])
+        self._in_string ^= len(parts) % 2 == 0
+        opened = outside.count("{") + outside.count("[")
+        closed = outside.count("}") + outside.count("]")
+        self._depth += opened - closed
+        if opened or closed:
+            self.whole = self._depth <= 0
 
 
 class Call:
