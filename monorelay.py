@@ -10158,23 +10158,22 @@ class ResultsUrlRewriter:
 
 
 class KeyEraser:
-    """Erases the relay's key from an error that goes on behind what was looked at before it was passed on."""
+    """Erases the relay's key from a body as it streams. Only what may be the key's beginning waits for what follows."""
 
-    def __init__(self, key: str) -> None:
-        self._key = key.encode("ascii")
+    def __init__(self, key: bytes) -> None:
+        self._key = key
         self._held = b""
 
-    def feed(self, data: bytes) -> bytes:
-        """What can be passed on of the body up to here."""
-        data = (self._held + data).replace(self._key, b"***")
-        cut = max(0, len(data) - len(self._key) + 1)
+    def feed(self, data: bytes, is_last: bool) -> bytes:
+        """What can be passed on of the body up to here; all of it is as long as it was."""
+        key = self._key
+        data = (self._held + data).replace(key, b"*" * len(key))
+        at = -1 if is_last else data.find(key[:1], max(0, len(data) - len(key) + 1))
+        while at >= 0 and not key.startswith(data[at:]):
+            at = data.find(key[:1], at + 1)
+        cut = at if at >= 0 else len(data)
         self._held = data[cut:]
         return data[:cut]
-
-    def flush(self) -> bytes:
-        """The rest, at the end of the body."""
-        held, self._held = self._held, b""
-        return held
 
 
 class Response(NamedTuple):
@@ -10185,7 +10184,7 @@ class Response(NamedTuple):
     fields: Pairs  # but for those of the framing
     body: bytes = b""
     relayed: Optional[UpstreamResponse] = None
-    rewriter: Union[ResultsUrlRewriter, KeyEraser, None] = None  # of its body
+    rewriter: Optional[ResultsUrlRewriter] = None  # of its body
     translator: Optional[AnswerTranslator] = None  # of an event stream in the other format
     close: bool = False  # whether the connection can't be used for another request
     live: Optional["LivePage"] = None  # what goes on telling, instead of a body
@@ -10218,7 +10217,7 @@ class Outgoing:
         self._chunked = self.until_close = False
         relayed = response.relayed
         self._decoder = relayed.decoder if relayed else LengthDecoder(0)
-        self._key = relayed.candidate.secret if relayed else b""  # which no client may see
+        self._eraser = KeyEraser(relayed.candidate.secret) if relayed else None
         self._is_stream = relayed is not None and relayed.is_stream
         self._lines = LineSplitter() if self._is_stream and not response.translator else None
         self._filter = self._lines or response.rewriter
@@ -10339,11 +10338,11 @@ class Outgoing:
 
     def _framed(self, content: bytes) -> bytes:
         """The content, framed, after a look at what it tells."""
+        if self._eraser:
+            content = self._eraser.feed(content, is_last=self._decoder.finished)
         if content:
             if self._lines and b"error" in content and EVENT_IS_ERROR.search(content):
                 self.failed = not CLIENTS_FAULT.search(content)
-            if self._key and self._key in content:
-                content = content.replace(self._key, b"***" if self._chunked else b"*" * len(self._key))
             self._record.bytes_sent += len(content)
             self._last_byte = content[-1:]
             if self._awaits_end:
@@ -11621,7 +11620,7 @@ async def relay(
     if relayed.head.status >= 400:
         exchange.record.error = upstream_error(relayed.content)
     try:
-        fields, rewriter = relayed_fields(exchange, relayed), rewriter_of(exchange, relayed)
+        fields, rewriter = relayed_fields(exchange, relayed), results_url_rewriter(exchange, relayed)
         return Response(relayed.head.status, relayed.head.reason, fields, relayed=relayed, rewriter=rewriter)
     except BaseException:
         relayed.release(exchange.service.relay.connections)
@@ -11768,8 +11767,7 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
         if is_error:
             record.error = upstream_error(relayed.content)
             return translated_error(fields, relayed, asked)
-        body, secret = await whole_body(exchange, relayed), relayed.candidate.secret
-        body = body.replace(secret, b"***") if secret and secret in body else body
+        body = KeyEraser(relayed.candidate.secret).feed(await whole_body(exchange, relayed), is_last=True)
         record.usage.read(body, relayed.is_stream)
         work = functools.partial(translator.whole, body, relayed.is_stream)
         answer = await at_leisure(exchange, len(body), work)
@@ -11869,19 +11867,11 @@ def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
     return fields + cors
 
 
-def rewriter_of(exchange: Exchange, relayed: UpstreamResponse) -> Union[ResultsUrlRewriter, KeyEraser, None]:
-    """The filter that keeps credentials out of the body, if one is needed."""
-    key = relayed.candidate.key
-    if relayed.head.status >= 300:
-        return KeyEraser(key.secret.reveal()) if key and not relayed.decoder.finished else None
-    return results_url_rewriter(exchange, relayed)
-
-
 def results_url_rewriter(exchange: Exchange, relayed: UpstreamResponse) -> Optional[ResultsUrlRewriter]:
     """The filter that makes a batch's results_url lead to the relay; None where there can't be one. Raises
     UpstreamFailed for a batch in a content-encoding."""
     request, provider = exchange.request, relayed.candidate.target.provider
-    if not exchange.endpoint.batches or provider.format != "anthropic":
+    if not exchange.endpoint.batches or provider.format != "anthropic" or relayed.head.status >= 300:
         return None
     if media_type(relayed.head.fields) != "application/json" or request.method == "HEAD":
         return None

@@ -9288,7 +9288,8 @@ def test_an_error_in_the_midst_of_a_stream_goes_on_without_the_key(upstream, rel
     stream = STREAM_HEAD + chunked(ANTHROPIC_EVENTS[0], b"event: error\ndata: " + pieces[0], pieces[1] + b"\n\n")
     it = relay({"anthropic": {"upstream": upstream(stream), "keys": [SLASHED_KEY]}})
     got = it.post("/v1/messages", prompt(stream=True))
-    assert got.body == ANTHROPIC_EVENTS[0] + b"event: error\ndata: %s\n\n" % TOLD.replace(SLASHED_KEY.encode(), b"***")
+    erased = TOLD.replace(SLASHED_KEY.encode(), b"*" * len(SLASHED_KEY))
+    assert got.body == ANTHROPIC_EVENTS[0] + b"event: error\ndata: %s\n\n" % erased
 
 
 @pytest.mark.parametrize(("path", "model"), [("/v1/messages", "claude-a"), ("/v1/chat/completions", "claude-a")])
@@ -9309,7 +9310,8 @@ def test_an_answer_of_200_goes_on_without_the_key(upstream, relay, path, model, 
 
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
 @pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
-def test_a_key_far_behind_the_beginning_of_an_error_is_erased(upstream, relay, framing, version):
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_key_far_behind_the_beginning_of_a_response_is_erased(upstream, relay, status, framing, version):
     head_read, part_read = threading.Event(), threading.Event()
     key = b"sk-proj-very-secret-0123456789"
     parts = [b"x" * 70_000, b"y" * 1000 + key[:13], key[13:] + b"z" * 100]
@@ -9319,7 +9321,8 @@ def test_a_key_far_behind_the_beginning_of_an_error_is_erased(upstream, relay, f
 
     def script(connection: Connection) -> None:
         connection.read_request()
-        connection.send(b"HTTP/1.1 400 Bad\r\ncontent-type: text/plain\r\n", lines[framing], b"\r\n", frame(parts[0]))
+        connection.send(b"HTTP/1.1 %d Told\r\ncontent-type: text/plain\r\n" % status, lines[framing], b"\r\n")
+        connection.send(frame(parts[0]))
         connection.wait(head_read)
         connection.send(frame(parts[1]))
         connection.wait(part_read)
@@ -9335,17 +9338,26 @@ def test_a_key_far_behind_the_beginning_of_an_error_is_erased(upstream, relay, f
         part_read.set()
         client.buffer[:0] = head
         got = client.answer()
-    assert got.status == 400 and got.body == b"".join(parts).replace(key, b"***")
+    assert got.status == status and got.body == b"".join(parts).replace(key, b"*" * len(key))
 
 
 @pytest.mark.parametrize("text", [b"abab", b"aababab", b"xabaabab", b"ababababab", b"aba", b"aab*abab", b""], ids=brief)
 def test_a_key_is_erased_wherever_the_text_is_split(text):
     for cuts in itertools.product([False, True], repeat=max(0, len(text) - 1)):
         edges = [0, *(place for place, cut in enumerate(cuts, 1) if cut), len(text)]
-        eraser = monorelay.KeyEraser("abab")
-        passed = [eraser.feed(text[start:end]) for start, end in zip(edges, edges[1:])]
-        assert b"".join([*passed, eraser.flush()]) == text.replace(b"abab", b"***"), edges
-        assert eraser.flush() == b""
+        eraser = monorelay.KeyEraser(b"abab")
+        passed = [eraser.feed(text[start:end], is_last=False) for start, end in zip(edges, edges[1:])]
+        passed.append(eraser.feed(b"", is_last=True))
+        assert b"".join(passed) == text.replace(b"abab", b"****"), edges
+
+
+def test_only_what_may_begin_the_key_is_held_back():
+    eraser = monorelay.KeyEraser(b"sk-secret")
+    parts = {b"a: s\n": b"a: s\n", b"is": b"i", b" it sk-sec": b"s it ", b"ond": b"sk-second", b"sk": b""}
+    for part, passed in parts.items():
+        assert eraser.feed(part, is_last=False) == passed
+    assert eraser.feed(b"", is_last=True) == b"sk"
+    assert monorelay.KeyEraser(b"").feed(b"all", is_last=False) == b"all"
 
 
 def test_the_code_of_a_401_is_not_told_when_it_is_the_key(upstream, relay):
