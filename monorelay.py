@@ -211,7 +211,7 @@ MODEL_CHARACTERS = 256  # of a model's name; the longest known ones, ARNs of inf
 BOARD_PLACE_BYTES = 4 * 1024 * 1024
 BOARD_READS = 3  # of a place that is being written meanwhile
 SHARED_SECONDS = 1.0  # between two times that a worker shows what it has counted
-SHARED_SOON_SECONDS = 0.025  # the same for rate limits and cooldowns
+SHARED_SOON_SECONDS = 0.025  # the same for cooldowns
 LOOKED_SECONDS = 0.01  # between two looks at what the other workers have shown
 SUMMED_SECONDS = 0.2  # how long the sum of what all have counted is kept: to make it may take 10 ms
 TALLIED_MODELS = 100  # that metrics tell apart, besides those that relay.json names
@@ -1797,8 +1797,6 @@ class Throttle:
     def __init__(self, period_seconds: float = 60.0) -> None:
         self._period = period_seconds
         self._times: collections.OrderedDict[str, collections.deque[float]] = collections.OrderedDict()
-        # What other workers have let through: by name, seconds on the monotonic clock, and how many events up to each.
-        self.elsewhere: Mapping[str, Sequence[tuple[float, int]]] = {}
 
     def wait_seconds(self, name: str, limit: int, now: float) -> float:
         """0.0 if the event may happen, which counts it; else the seconds until the next one may."""
@@ -1808,9 +1806,8 @@ class Throttle:
         if len(self._times) > THROTTLED_NAMES:
             self._times.popitem(last=False)
         self._drop_old(times, now)
-        elsewhere = self._elsewhere(name, now)
-        if len(times) + sum(count for _, count in elsewhere) >= limit:
-            return min([*itertools.islice(times, 1), *(second for second, _ in elsewhere)]) + self._period - now
+        if len(times) >= limit:
+            return times[0] + self._period - now
         times.append(now)
         return 0.0
 
@@ -1818,25 +1815,75 @@ class Throttle:
         """How many events may still happen now."""
         times = self._times.get(name[:THROTTLED_CHARACTERS], collections.deque())
         self._drop_old(times, now)
-        return max(0, limit - len(times) - sum(count for _, count in self._elsewhere(name, now)))
-
-    def counts(self, now: float) -> dict[str, list[tuple[int, int]]]:
-        """How many events there were for each name up to each full second, for the other workers."""
-        for times in self._times.values():
-            self._drop_old(times, now)
-        return {
-            name: list(collections.Counter(map(math.ceil, times)).items())
-            for name, times in self._times.items()
-            if times
-        }
+        return max(0, limit - len(times))
 
     def _drop_old(self, times: "collections.deque[float]", now: float) -> None:
         while times and times[0] <= now - self._period:
             times.popleft()
 
-    def _elsewhere(self, name: str, now: float) -> list[tuple[float, int]]:
-        known = self.elsewhere.get(name)
-        return [(second, count) for second, count in known if second > now - self._period] if known else []
+
+class SharedThrottle:
+    """What a Throttle is, for all workers of a relay together: at most so many events within a minute, for each name.
+
+    In the memory that they share, each worker has a row for each name: a hash of the name, then the events of each
+    second. It alone writes to its rows, eight bytes at once, of which nobody reads a half: so none waits for another
+    one, alive or dead. An event is counted first, and taken back if there are too many then: of two workers that count
+    the last one at the same moment, rather both refuse it than both let it through."""
+
+    CELLS = 64  # of a row: there are more than seconds of which the events count
+    BYTES = THROTTLED_NAMES * CELLS * 8  # for each worker; the system gives memory only for what is used
+
+    def __init__(self, cells: memoryview, worker: int) -> None:
+        self._cells = cells  # the rows of all workers, in cells of 64 bits
+        self._worker = worker
+        self._workers = len(cells) * 8 // self.BYTES
+
+    def wait_seconds(self, name: str, limit: int, now: float) -> float:
+        """0.0 if the event may happen, which counts it; else the seconds until the next one may."""
+        tag = self._tag(name)
+        wait = self._wait_seconds(tag, limit - 1, now)
+        if not wait:
+            self._add(tag, math.ceil(now), 1)
+            wait = self._wait_seconds(tag, limit, now)
+            if wait:
+                self._add(tag, math.ceil(now), -1)
+        return wait
+
+    def left(self, name: str, limit: int, now: float) -> int:
+        """How many events may still happen now."""
+        return max(0, limit - sum(count for _, count in self._counts(self._tag(name), now)))
+
+    @staticmethod
+    def _tag(name: str) -> int:
+        """What stands for a name in all workers: forked from one process, they hash alike."""
+        return hash(name) % 2**64 or 1
+
+    def _wait_seconds(self, tag: int, most: int, now: float) -> float:
+        """0.0 if there are no more events than that; else the seconds for which the first of them still count."""
+        counts = self._counts(tag, now)
+        return min(counts)[0] + 60.0 - now if sum(count for _, count in counts) > most else 0.0
+
+    def _counts(self, tag: int, now: float) -> list[tuple[int, int]]:
+        """The seconds up to which events count that there were in the last minute, and how many."""
+        oldest = (math.floor(now - 60.0) + 1) << 32
+        rows = [row for row in (self._row(worker, tag) for worker in range(self._workers)) if self._cells[row]]
+        cells = [cell for row in rows for cell in self._cells[row + 1 : row + self.CELLS].tolist() if cell >= oldest]
+        return [(cell >> 32, cell & 0xFFFFFFFF) for cell in cells if cell & 0xFFFFFFFF]
+
+    def _add(self, tag: int, second: int, count: int) -> None:
+        row = self._row(self._worker, tag)
+        self._cells[row] = tag
+        cell = row + 1 + second % (self.CELLS - 1)
+        before = max(self._cells[cell], second << 32)  # what it held of an earlier second doesn't count any more
+        self._cells[cell] = before + count
+
+    def _row(self, worker: int, tag: int) -> int:
+        """Where the row begins, or will begin, in which a worker counts a name."""
+        for number in range(tag, tag + THROTTLED_NAMES):
+            row = (worker * THROTTLED_NAMES + number % THROTTLED_NAMES) * self.CELLS
+            if self._cells[row] in (0, tag):
+                break
+        return row
 
 
 # ==== Routing =======================================================================================
@@ -10448,7 +10495,7 @@ class Service:
         self.relay = Relay(self.loop, log.warn)
         self.catalogue = Catalogue(self.relay, self.loop)
         self.bodies = HeldBodies()
-        self.requests = Throttle()
+        self.requests = place.throttle() if place else Throttle()
         self.logins = LoginGate(self.loop)
         self.ledger = LedgerWriter(log.warn, clock)
         self.tally = Tally(time.time())
@@ -10539,7 +10586,7 @@ class Workers:
     def __init__(self, service: Service, place: Optional["PlaceOnBoard"]) -> None:
         self._service = service
         self._place = place
-        self._is_showing = False  # whether it is about to show what limits and keys depend on
+        self._is_showing = False  # whether it is about to show which keys cool
         self._shown_at = self._looked_at = self._asked_at = -math.inf
         self._seen: dict[int, int] = {}  # how often each of the others has shown that
         self._others: list[JsonDict] = []  # what the others have counted
@@ -10549,7 +10596,7 @@ class Workers:
             service.loop.post(lambda: service.loop.start(self._show_figures(place)))
 
     def show_soon(self) -> None:
-        """Starts to show the other workers, soon, what has changed for limits and keys."""
+        """Starts to show the other workers, soon, which keys cool."""
         if self._place and not self._is_showing:
             self._is_showing = True
             self._service.loop.start(self._show(self._place))
@@ -10558,7 +10605,7 @@ class Workers:
         loop, service = self._service.loop, self._service
         await sleep(loop, self._shown_at + SHARED_SOON_SECONDS - loop.now)
         self._shown_at, self._is_showing = loop.now, False
-        place.show({"requests": service.requests.counts(loop.now), "cooling": service.relay.keys.shared(loop.now)})
+        place.show({"cooling": service.relay.keys.shared(loop.now)})
 
     async def _show_figures(self, place: "PlaceOnBoard") -> None:
         """Shows what this worker has counted and what runs, for as long as the loop runs."""
@@ -10592,20 +10639,13 @@ class Workers:
         }
 
     def look(self) -> None:
-        """Takes over what others have shown of limits and keys."""
+        """Takes over what others have shown of keys."""
         now = self._service.loop.now
         if not self._place or now < self._looked_at + LOOKED_SECONDS:
             return
         self._looked_at = now
-        news = self._place.news(self._seen)
-        for document in news:
+        for document in self._place.news(self._seen):
             self._service.relay.keys.adopt(document["cooling"])
-        if news:
-            elsewhere: dict[str, list[tuple[float, int]]] = {}
-            for document in self._place.others():
-                for name, counts in document["requests"].items():
-                    elsewhere.setdefault(name, []).extend(counts)
-            self._service.requests.elsewhere = elsewhere
 
     def _other_figures(self) -> list[JsonDict]:
         """What the other workers, and those that have ended, have counted; looked at once a second."""
@@ -10900,7 +10940,6 @@ class Exchange:
         limit = user.requests_per_minute if user else 0
         if limit:
             wait = self.service.requests.wait_seconds(self.caller.name, limit, self.loop.now)
-            workers.show_soon()
             if wait:
                 raise RateLimited(
                     f"{self.caller.name} is over {limit} requests a minute; again in {math.ceil(wait)} s", wait
@@ -12829,6 +12868,7 @@ class Board:
     def __init__(self, places: int) -> None:
         self.places = places
         self._memory = mmap.mmap(-1, places * BOARD_PLACE_BYTES)
+        self.requests = memoryview(mmap.mmap(-1, places // 2 * SharedThrottle.BYTES)).cast("Q")  # of users with a limit
 
     _ROOM = (BOARD_PLACE_BYTES - _HEAD.size) // 2  # for each of the two documents
 
@@ -12879,10 +12919,14 @@ class PlaceOnBoard(NamedTuple):
     board: Board
     worker: int
 
+    def throttle(self) -> SharedThrottle:
+        """What counts the requests of users with a limit, for all workers."""
+        return SharedThrottle(self.board.requests, self.worker)
+
     def show(self, document: JsonDict) -> None:
-        """Shows what limits and keys depend on; the limits alone where there is no room for both."""
+        """Shows which keys cool; nothing where there is no room for it."""
         if not self.board.write(2 * self.worker, document):
-            self.board.write(2 * self.worker, {**document, "cooling": []})
+            self.board.write(2 * self.worker, {"cooling": []})
 
     def show_figures(self, figures: JsonDict) -> None:
         """Shows what this worker has counted, and what runs."""
@@ -12901,10 +12945,6 @@ class PlaceOnBoard(NamedTuple):
                 seen[place] = number
                 changed.append(place)
         return self._read(changed)
-
-    def others(self) -> list[JsonDict]:
-        """The documents of all others on rate limits and cooldowns."""
-        return self._read(range(0, self.board.places - 1, 2))
 
     def other_figures(self) -> list[JsonDict]:
         """The figures of all others, and of those that have ended."""
