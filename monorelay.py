@@ -11504,8 +11504,9 @@ async def answer_live(exchange: Exchange) -> Response:
 async def answer_usage(exchange: Exchange) -> Response:
     """What was used and what it cost, summed up."""
     query = exchange.read_query("from", "to", "by", "step")
-    today = windows(time.time())[0]
-    first, last = query_date(query, "from", today), query_date(query, "to", today)
+    today, has_ledger = windows(time.time())[0], bool(exchange.service.ledger.file)
+    start = today if has_ledger else windows(exchange.service.workers.tally().since)[0]
+    first, last = query_date(query, "from", start), query_date(query, "to", today)
     by = list(dict.fromkeys(query.get("by", "user,model").split(",")))
     for name in by:
         if name not in GROUPS:
@@ -11513,6 +11514,11 @@ async def answer_usage(exchange: Exchange) -> Response:
     step = query.get("step", "")
     if step not in ("", "day"):
         raise BadRequest("step: must be day")
+    refused = "step" if step else "from" if first > start else "to" if last < today else ""
+    if refused and not has_ledger:
+        raise BadRequest(
+            f"{refused}: this relay keeps no ledger (see relay.json), but the sums since its start, {start}"
+        )
     body = await exchange.service.history.usage(exchange.own_name(), first, last, by, step == "day")
     return exchange.respond_with(body, [("content-type", "application/json")])
 
@@ -14078,10 +14084,11 @@ async function loadUsage() {
   // What ended just now may not be in the ledger yet.
   [usageAt, usageStale] = [performance.now(), recent.at(-1)?.at > now() - 3];
   const day = (ago) => utc(now() - 86400 * ago).slice(0, 10);
-  const query = usageQuery = `from=${day(($("days").value || 1) - 1)}&to=${day(0)}`;
+  // Without a ledger there are only the sums since the start.
+  const query = usageQuery = view.ledger ? `from=${day(($("days").value || 1) - 1)}&to=${day(0)}&` : "";
   try {
     const [users, models, parts] = await Promise.all(["user", "model", "user,model"].map((by) =>
-      get(`api/usage?${query}&by=${by}`)));
+      get(`api/usage?${query}by=${by}`)));
     const unpriced = parts.rows.filter(({ usd, output }) => unknown(usd) && output);
     const marked = ({ rows }, by) => rows.map((sum) =>
       ({ ...sum, unpriced: unpriced.some((part) => part[by] === sum[by]) }));
