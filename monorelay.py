@@ -76,6 +76,10 @@ try:
     from compression import zstd  # type: ignore[import-not-found]  # novm
 except ImportError:  # Python before 3.14, or built without it
     zstd = None
+try:
+    import sqlite3  # here and for all, since a reload may begin a ledger, and nothing is imported while serving
+except ImportError:  # Python built without it
+    sqlite3 = None  # type: ignore[assignment]
 
 if sys.version_info < (3, 9):  # noqa: UP036
     sys.exit(f"MonoRelay needs Python 3.9 or later, this is {sys.version.split()[0]}")
@@ -8477,6 +8481,7 @@ def write_text(stream: IO[str], text: str) -> None:
         data = data[os.write(descriptor, data) :]
 
 
+NO_SQLITE = "ledger: this Python has no sqlite3; nothing is kept"
 LEDGER_VERSION = 1
 LEDGER_SCHEMA = f"""
 PRAGMA user_version = {LEDGER_VERSION};
@@ -8548,7 +8553,7 @@ class LedgerWriter:
 
     def use(self, config: Config) -> None:
         """Writes where this configuration says, from the next transaction on."""
-        self._keeping = bool(config.ledger) and has_sqlite()
+        self._keeping = bool(config.ledger and sqlite3)
         self._settings = config.ledger or self._settings
         self._limited = tuple(user.name for user in config.users.values() if user.has_budget and self._keeping)
         with self._lock:
@@ -8657,8 +8662,6 @@ class LedgerWriter:
 def write_ledger(settings: LedgerSettings, rows: Sequence[LedgerRow], users: Iterable[str], now: float) -> Spent:
     """Adds the rows to the file and its sums, and drops what is too old, in one transaction; what these users have
     spent by then. Raises sqlite3.Error, and ValueError for a file of a newer version."""
-    import sqlite3
-
     rows = [LedgerRow._make(map(storable, row)) for row in rows]
     connection = sqlite3.connect(settings.path, timeout=LEDGER_LOCK_SECONDS, isolation_level=None)
     try:
@@ -8694,8 +8697,6 @@ def read_ledger(path: str, users: Iterable[str], now: float) -> Spent:
 
 def open_ledger(path: str) -> Any:
     """A connection that only reads, and makes no file. Raises sqlite3.Error."""
-    import sqlite3
-
     # With mode=ro it could not undo what a process has left that died while writing, and so not read it.
     address = f"file:{quote(os.path.abspath(path).replace(os.sep, '/'))}?mode=rw"
     connection = sqlite3.connect(address, uri=True, timeout=LEDGER_LOCK_SECONDS, isolation_level=None)
@@ -8861,15 +8862,6 @@ def file_identity(path: str) -> tuple[int, ...]:
     except OSError:
         return ()
     return found.st_dev, found.st_ino
-
-
-def has_sqlite() -> bool:
-    """Whether this Python has SQLite, which some are built without."""
-    try:
-        import sqlite3  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 # ==== Request body ==================================================================================
@@ -11280,7 +11272,6 @@ class History:
 
     async def _read(self, user: Optional[str], read: Callable[[], Result]) -> Result:
         """What is read from the ledger for a user, or for one who sees all, in a thread. Raises Unavailable."""
-        import sqlite3
 
         def attempt() -> Result:
             try:
@@ -12494,6 +12485,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
         for name in ("host", "port", "workers"):
             if getattr(config.server, name) != getattr(old.server, name):
                 warn(f"server.{name} has changed, which takes effect with a restart")
+        if config.ledger and not sqlite3:
+            warn(NO_SQLITE)
         self.log.style = config.server.log
         self.service.use(config)
 
@@ -12777,8 +12770,7 @@ def with_ledger_beside(config: Config, path: str, name: str) -> Config:
     """The configuration with its ledger's path made absolute. Raises ConfigError for budgets that can't be kept."""
     if not config.ledger:
         return config
-    # This also imports it, so that it is there when files run out.
-    if not has_sqlite():
+    if not sqlite3:
         limited = next((user.name for user in config.users.values() if user.has_budget), "")
         if limited:
             raise ConfigError([f"{name}: users.{limited}: has a budget, and this Python has no sqlite3 for the ledger"])
@@ -13234,8 +13226,8 @@ def config_warnings(config: Config) -> Iterator[str]:
         if "@" in name and name.rpartition("@")[2] not in config.providers:
             yield f"aliases.{alias}: {name} names no provider of this file, and goes upstream as it is"
     yield from price_warnings(config)
-    if config.ledger and not has_sqlite():
-        yield "ledger: this Python has no sqlite3; nothing is kept"
+    if config.ledger and not sqlite3:
+        yield NO_SQLITE
     run_secret = config.run_secrets.jwt_secret if config.run_secrets else None
     if config.server.jwt_secret in (None, run_secret) and any(user.password for user in config.users.values()):
         yield "server.jwt_secret: is not set, so that all who log in have to do so again when the relay restarts"
@@ -14508,11 +14500,9 @@ def run_usage(options: JsonDict, *paths: str) -> int:
     by, days = options.get("by", ("user", "model")), options.get("days", 7)
     if "csv" in options and "json" in options:
         raise UsageError("usage prints --csv or --json")
-    if not has_sqlite():
+    if not sqlite3:
         print("monorelay: ledger: this Python has no sqlite3", file=sys.stderr)
         return 1
-    import sqlite3
-
     today = int(time.time() // 86400)
     groups: dict[tuple[str, ...], Sums] = {}
     for path in paths or (configured_ledger(options),):

@@ -8919,21 +8919,12 @@ def test_a_ledger_lies_beside_relay_json_and_needs_sqlite(tmp_path, monkeypatch)
     config = monorelay.load_config(str(path), {})
     (warning,) = (line for line in monorelay.file_warnings(str(path), config) if line.startswith("ledger"))
     assert f"to the folder {path.parent}/no such folder; make it" in warning
-    monkeypatch.setitem(sys.modules, "sqlite3", None)
+    monkeypatch.setattr(monorelay, "sqlite3", None)
     config = monorelay.load_config(str(path), {})
     assert "ledger: this Python has no sqlite3; nothing is kept" in monorelay.config_warnings(config)
     path.write_text(json.dumps({**settings({"echo": {}}), **BUDGETED}))
     with pytest.raises(monorelay.ConfigError, match=r"users\.alice: has a budget, and this Python has no sqlite3"):
         monorelay.load_config(str(path), {})
-
-
-@pytest.mark.parametrize("sections", [{}, {"ledger": {"path": "usage.db"}}], ids=["without", "with"])
-def test_sqlite_is_imported_before_serving_and_only_for_a_ledger(tmp_path, sections):
-    (tmp_path / "relay.json").write_text(json.dumps({**settings({"echo": {}}), **sections}))
-    code = "import sys, monorelay; monorelay.load_config('relay.json', {}); print('sqlite3' in sys.modules)"
-    environ = {**os.environ, "PYTHONPATH": str(HERE)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True)
-    assert done.stdout.strip() == str(bool(sections)), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -15136,6 +15127,38 @@ def without_sqlite(folder: Path) -> dict[str, Any]:
     """The environment of a Python that has no sqlite3."""
     (folder / "sitecustomize.py").write_text("import sys\nsys.modules['sqlite3'] = sys.modules['_sqlite3'] = None\n")
     return {"env": {**os.environ, "PYTHONPATH": str(folder)}}
+
+
+NOTING_IMPORTS = """
+import os, sys
+imports = os.open("imports.txt", os.O_WRONLY | os.O_CREAT)
+sys.addaudithook(lambda event, values: event == "import" and os.write(imports, f"{values[0]}\\n".encode()))
+"""
+
+
+@pytest.mark.parametrize("has_sqlite", [True, False])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_ledger_that_comes_with_a_reload_imports_nothing(program, tmp_path, workers, has_sqlite):
+    options = {"env": {**os.environ, "PYTHONPATH": str(tmp_path)}} if has_sqlite else without_sqlite(tmp_path)
+    with open(tmp_path / "sitecustomize.py", "a") as file:
+        file.write(NOTING_IMPORTS)
+    config = settings({"echo": {}}, server={"workers": workers})
+    it = program(config, **options)
+    with Client(it.url) as client:
+        assert client.ask("POST", "/v1/messages", json.dumps(prompt()).encode()).status == 200
+    # This is the last that each of them imports when it starts.
+    eventually(lambda: (tmp_path / "imports.txt").read_text().split().count("ctypes._endian") == workers)
+    imported = (tmp_path / "imports.txt").read_text()
+    assert "sqlite3" in imported.split() and not (tmp_path / "usage.db").exists()
+    it.write({**config, "ledger": {"path": "usage.db"}})
+    eventually(lambda: "was reloaded" in it.text())
+    eventually(lambda: first_state(it)["ledger"] == has_sqlite)
+    with Client(it.url) as client:
+        assert client.ask("POST", "/v1/messages", json.dumps(prompt()).encode()).status == 200
+        assert client.ask("GET", "/api/usage").json["rows"] or has_sqlite
+    eventually(lambda: (tmp_path / "usage.db").exists() == has_sqlite)
+    assert (tmp_path / "imports.txt").read_text() == imported
+    assert it.text().count("ledger: this Python has no sqlite3; nothing is kept") == (not has_sqlite)
 
 
 @pytest.mark.parametrize("how", ["no sqlite3", "below a file", "disk full"])
