@@ -1928,8 +1928,9 @@ def known_models(config: Config) -> str:
 
 
 def named_models(config: Config) -> frozenset[str]:
-    """The models that relay.json names, as they are sent."""
-    entries = [*config.routes, *itertools.chain(*config.aliases.values())]
+    """The models that relay.json names, as they are asked for or sent."""
+    served = itertools.chain(*(provider.models for provider in config.providers.values()))
+    entries = [*config.routes, *config.aliases, *itertools.chain(*config.aliases.values()), *served]
     return frozenset(split_provider(config, entry)[0] for entry in entries if "*" not in entry)
 
 
@@ -2720,13 +2721,15 @@ GROUPS = ("user", "model", "provider", "key")  # by which they are told apart
 Sums = list[Optional[int]]
 
 
-def hour_sums(rows: Iterable[LedgerRow]) -> dict[tuple[int, str, str, str, str], Sums]:
-    """What the rows add to the table `hour`: the columns SUMS by hour, user, model, provider and key."""
+def hour_sums(rows: Iterable[LedgerRow], models: Collection[str] = ()) -> dict[tuple[int, str, str, str, str], Sums]:
+    """What the rows add to the table `hour`: the columns SUMS by hour, user, model, provider and key. A request that
+    failed counts for its model if that is one of `models`, and else for OTHER: clients invent names."""
     sums: dict[tuple[int, str, str, str, str], Sums] = {}
     priced = set()
     for row in rows:
         # What SQLite doesn't take was made None by storable().
-        model = (row.sent or row.model or "") if row.answered else OTHER
+        name = row.sent or row.model or ""
+        model = name if row.answered or name in models else OTHER
         key = (row.at // 3_600_000, row.user, model, row.provider or "", row.key or "")
         sums[key] = [*map(operator.add, sums.get(key, [0] * len(SUMS)), row.figures)]
         if row.cost is not None:
@@ -8528,6 +8531,8 @@ class LedgerWriter:
         self._settings: Optional[LedgerSettings] = None  # where the rows that wait are to be written
         self._keeping = False  # whether rows are taken
         self._limited: tuple[str, ...] = ()  # the users of whom it must be known what they have spent
+        self._named: Collection[str] = ()  # the models that relay.json names
+        self._answered: dict[str, None] = {}  # others that have answered since the start, the last ones
         self._rows: collections.deque[LedgerRow] = collections.deque()
         self._wanted = threading.Event()
         self._ending = threading.Event()
@@ -8555,6 +8560,7 @@ class LedgerWriter:
         """Writes where this configuration says, from the next transaction on."""
         self._keeping = bool(config.ledger and sqlite3)
         self._settings = config.ledger or self._settings
+        self._named = named_models(config)
         self._limited = tuple(user.name for user in config.users.values() if user.has_budget and self._keeping)
         with self._lock:
             self._unwritten = spent_sums([row for row in self._rows if row.user in self._limited])
@@ -8625,7 +8631,11 @@ class LedgerWriter:
         seen = file_identity(settings.path)
         try:
             if batch:
-                spent = write_ledger(settings, batch, self._limited, time.time())
+                self._answered.update((row.sent, None) for row in batch if row.answered and row.sent not in self._named)
+                for name in list(self._answered)[:-TALLIED_MODELS]:
+                    del self._answered[name]
+                known = {*self._named, *self._answered}
+                spent = write_ledger(settings, batch, self._limited, time.time(), known)
             else:
                 spent = read_ledger(settings.path, self._limited, time.time())
         except Exception as error:
@@ -8659,9 +8669,12 @@ class LedgerWriter:
             self._warn(f"the ledger {path} can't be written: {error}; {len(self._rows)} rows wait for it")
 
 
-def write_ledger(settings: LedgerSettings, rows: Sequence[LedgerRow], users: Iterable[str], now: float) -> Spent:
+def write_ledger(
+    settings: LedgerSettings, rows: Sequence[LedgerRow], users: Iterable[str], now: float, models: Collection[str] = ()
+) -> Spent:
     """Adds the rows to the file and its sums, and drops what is too old, in one transaction; what these users have
-    spent by then. Raises sqlite3.Error, and ValueError for a file of a newer version."""
+    spent by then. `models`: those that are told apart though they fail. Raises sqlite3.Error, and ValueError for a file
+    of a newer version."""
     rows = [LedgerRow._make(map(storable, row)) for row in rows]
     connection = sqlite3.connect(settings.path, timeout=LEDGER_LOCK_SECONDS, isolation_level=None)
     try:
@@ -8671,7 +8684,7 @@ def write_ledger(settings: LedgerSettings, rows: Sequence[LedgerRow], users: Ite
             for statement in LEDGER_SCHEMA.split(";"):
                 connection.execute(statement)
         connection.executemany(INSERT_REQUEST, rows)
-        connection.executemany(ADD_HOUR, [(*key, *sums) for key, sums in hour_sums(rows).items()])
+        connection.executemany(ADD_HOUR, [(*key, *sums) for key, sums in hour_sums(rows, models).items()])
         connection.executemany(ADD_SPENT, [(*key, *sums) for key, sums in spent_sums(rows).items()])
         connection.execute(SWEEP_REQUESTS, (int((now - settings.keep_days * 86400) * 1000),))
         oldest = now - LEDGER_SUMS_DAYS * 86400
