@@ -15255,6 +15255,7 @@ class Bill(NamedTuple):
     stream: bool
     kinds: tuple[int | None, ...] | None
     complete: bool
+    path: str
 
     @property
     def cost(self) -> int | None:
@@ -15297,7 +15298,8 @@ def usage_in(path: str, kinds: tuple[int, ...]) -> dict[str, Any]:
 
 def plan_in(asked: Any) -> dict[str, Any]:
     """What the text of a request tells its provider to do."""
-    return json.loads(asked["input"] if "input" in asked else asked["messages"][0]["content"])
+    text = asked["input"] if "input" in asked else asked["messages"][0]["content"]
+    return json.loads(text if isinstance(text, str) else text[0]["text"])
 
 
 class Billing:
@@ -15327,7 +15329,7 @@ class Billing:
         kinds = tuple(plan["kinds"])
 
         def bill(status: int, stream: bool, told: tuple[int | None, ...] | None, complete: bool = True) -> str:
-            self.bills.append(Bill(plan, body["model"], provider, key, status, stream, told, complete))
+            self.bills.append(Bill(plan, body["model"], provider, key, status, stream, told, complete, path))
             self.attempts[(provider, key, str(status))] += 1
             return f"x-bill: {len(self.bills) - 1}"
 
@@ -15343,7 +15345,9 @@ class Billing:
             return not connection.ended_within(TIMEOUT_SECONDS)
         else:
             whole = json.dumps({**self.document(path, body["model"]), "usage": usage_in(path, kinds)}).encode()
-            number = bill(200, False, None if fate == "cut" else kinds, fate != "cut")
+            # Half of an answer can't be translated: its client gets a whole error.
+            half = (502, True) if plan["path"] != path else (200, False)
+            number = bill(half[0], False, None, half[1]) if fate == "cut" else bill(200, False, kinds)
             sent = answer(200, whole, number)
             connection.send(sent[: len(sent) - len(whole) // 2] if fate == "cut" else sent)
         return fate != "cut"
@@ -15394,6 +15398,9 @@ STYLES = {  # path, streamed, model as it is asked for
     "chat": ("/v1/chat/completions", False, "gpt-a"), "chat stream": ("/v1/chat/completions", True, "gpt-a"),
     "chat without a price": ("/v1/chat/completions", False, "gpt-unpriced"),
     "response": ("/v1/responses", False, "gpt-a"), "response stream": ("/v1/responses", True, "gpt-a"),
+    "message to chat": ("/v1/messages", False, "gpt-a"), "message to chat stream": ("/v1/messages", True, "gpt-a"),
+    "chat to message": ("/v1/chat/completions", False, "claude-a"),
+    "chat to message stream": ("/v1/chat/completions", True, "smart"),
 }  # fmt: skip
 FATES = ("whole", "failover", "elsewhere", "fails", "refused", "cut", "left", "untold")
 WEEK_USERS = {"alice": {"key": "key-of-alice-0123", "usd_per_month": 10**6}, "bob": {"usd_per_day": 10**6}}
@@ -15409,6 +15416,7 @@ class Week:
         self.path = folder / "usage.db"
         self.billing = Billing()
         self.delivered: list[tuple[int, str, str, Bill]] = []  # day, user, model as asked for
+        self.translated: list[tuple[Bill, bytes]] = []  # what was answered in another format than the provider's
         prices = {
             model: {"litellm_provider": "any", **dict(zip(RATE_NAMES, map(float, rates)))}
             for model, rates in ODD_RATES.items()
@@ -15433,14 +15441,15 @@ class Week:
         for number, (user, style, fate) in enumerate(wanted):
             self.now = self.end - 6 * 86400 * (1 - number / len(wanted))
             kinds = [chance.randrange(10 ** chance.randrange(1, 6)) for _ in KIND_NAMES]
-            self.call({"number": number, "fate": fate, "kinds": kinds}, user, *STYLES[style])
+            path, stream, model = STYLES[style]
+            self.call({"number": number, "fate": fate, "kinds": kinds, "path": path}, user, path, stream, model)
             eventually(lambda count=number + 1: sum(tally.statuses.values()) == count)
         self.now = self.end
         eventually(lambda: not self.relay.server.service.ledger.waiting)
 
     def call(self, plan: dict[str, Any], user: str, path: str, stream: bool, model: str) -> None:
         """Sends a request and finds the bill of the attempt whose answer came."""
-        text = json.dumps(plan)
+        text, got = json.dumps(plan), b""
         body = {"model": model, "stream": stream, "max_tokens": 9}
         if path.endswith("/responses"):
             body["input"] = text
@@ -15458,10 +15467,11 @@ class Week:
                 told = None
             else:
                 head = Message(client.until(b"\r\n\r\n"), b"")
-                client.rest() if plan["fate"] == "cut" else read_body(client, head)
+                got = client.rest() if plan["fate"] == "cut" and head.status == 200 else read_body(client, head)
                 told = head.get("x-bill")
         bill = self.billing.bills[int(told)] if told else self.billing.of(plan)[-1]
         self.delivered.append((int(self.now // 86400), user, model, bill))
+        self.translated += [(bill, got)] if bill.path != path else []
 
     def sums(self, *by: str, first: int = 0, last: int = 10**6, user: str = "") -> dict[tuple[Any, ...], list[Any]]:
         """FIGURES by some of day, user, model, provider and key, as the providers told them."""
@@ -15479,13 +15489,11 @@ class Week:
         return self.sums(**chosen).get((), [0] * len(FIGURES))
 
 
-def read_body(client: Client, head: Message) -> None:
+def read_body(client: Client, head: Message) -> bytes:
     """Reads the rest of an answer."""
     if head.get("transfer-encoding"):
-        for _ in iter(client.chunk, b""):
-            pass
-    else:
-        client.take(int(head.get("content-length")))
+        return b"".join(iter(client.chunk, b""))
+    return client.take(int(head.get("content-length")))
 
 
 def figures_of(row: dict[str, Any]) -> list[Any]:
@@ -15529,7 +15537,8 @@ GROUPINGS = [("user",), ("model",), ("provider",), ("key",), ("user", "model"), 
 
 def test_all_accounts_of_a_week_agree_with_what_the_providers_told(week, tmp_path):
     days = sorted({day for day, *_ in week.delivered})
-    assert len(days) == 7 and {bill.status for *_, bill in week.delivered} == {0, 200, 400, 500}
+    assert len(days) == 7 and {bill.status for *_, bill in week.delivered} == {0, 200, 400, 500, 502}
+    check_translated(week)
     check_rows(week)
     check_queries(week, days)
     check_command_line(week, tmp_path)
@@ -15538,6 +15547,32 @@ def test_all_accounts_of_a_week_agree_with_what_the_providers_told(week, tmp_pat
     check_budgets(week)
     check_log(week)
     assert_sums_are_exact(week.path, *ODD_RATES, "gpt-unpriced")
+
+
+def check_translated(week: Week) -> None:
+    """Clients of the other format are told the same tokens, those that were written to a cache in one."""
+    seen: Counter[tuple[str, bool]] = Counter()
+    for bill, got in week.translated:
+        if not (bill.answered and bill.complete):
+            continue
+        plain, read, write, long, output = bill.plan["kinds"]
+        expected, path = usage_in(bill.plan["path"], (plain, read, write + long, 0, output)), bill.plan["path"]
+        documents = [json.loads(line) for line in re.findall(rb"(?m)^(?:data: )?(\{.*\})$", got)]
+        told: dict[str, Any] = {}
+        for document in documents:
+            told.update(document.get("message", document).get("usage") or {})
+        if path.endswith("completions"):
+            asked_for_it = bill.plan["fate"] != "untold" or not bill.stream
+            expected["prompt_tokens_details"].pop("cache_write_tokens_details")
+            more = {"total_tokens": sum(bill.plan["kinds"]), "completion_tokens_details": {"reasoning_tokens": 0}}
+            expected = {**expected, **more} if asked_for_it else {}
+        else:
+            del expected["cache_creation"], expected["service_tier"]
+            # Claude Code takes 0 for not told.
+            expected["input_tokens"] = plain or int(read + write + long > 0)
+        assert told == expected, (bill, got)
+        seen[path, bill.stream] += 1
+    assert len(seen) == 4 and min(seen.values()) > 10, seen
 
 
 def check_rows(week: Week) -> None:
