@@ -18267,13 +18267,29 @@ def test_soak_of_a_ledger_that_is_locked_for_ten_seconds_while_workers_are_kille
     # What is lost is what a worker had not written when it was killed: what ended in its last second, or since the
     # file was locked.
     spans = [(times["locked"] - 1.5, killed[0]), (killed[1] - 1.5, killed[1])]
-    missing, lost = [billed.ended[request_id] for request_id in billed.missing()], []
+    unwritten = billed.missing()
+    missing, lost = [billed.ended[request_id] for request_id in unwritten], []
     for since, until in spans:
         ended = sum(since < at < until + 0.5 for at in billed.ended.values())
         lost.append(sum(since < at < until + 0.5 for at in missing))
         assert lost[-1] < 0.8 * ended, "the other worker has lost nothing"
     assert sum(lost) == len(missing)
     assert len(billed.broken) <= 2 * 200, "those that ran in the workers that were killed"
+    # All tell the same of what is left, which is what the provider has told of it.
+    columns = ("requests", *KIND_NAMES)
+    (written,) = selected(billed.path, f"SELECT {', '.join(f'sum({name})' for name in columns)} FROM hour")
+    left = [mark for request_id, mark, _, _ in billed.got if request_id not in unwritten]
+    assert list(written[1:]) == [sum(column) for column in zip(*(billed.told[mark] for mark in left))]
+    printed = json.loads(run("usage", "usage.db", "--json", cwd=tmp_path).stdout)["total"]
+    with patient(billed.it) as client:
+        asked = client.ask("GET", f"/api/usage?from={monorelay.windows(time.time() - 86400)[0]}").json["total"]
+    assert [printed[name] for name in columns] == [asked[name] for name in columns] == list(written)
+    assert written[0] == len(left)
+    # The metrics know all but what ended in a killed worker's last second: it showed what it had counted before.
+    counted = int(samples(billed.it)[("monorelay_requests_total", "anthropic", "claude-test", "200")])
+    unshown = sum(any(at - 1.5 < ended < at + 0.5 for at in killed) for ended in billed.ended.values())
+    assert len(billed.got) - unshown <= counted <= len(billed.got) + len(billed.broken)
+    assert counted > len(left), "also what was lost while the file was locked"
     # Nobody waits for the file.
     locked, usual = billed.waits(times["locked"], times["free"]), billed.waits(until=times["locked"])
     assert len(locked) > 500 and locked[len(locked) * 99 // 100] < max(0.3, 3 * usual[len(usual) * 99 // 100])
