@@ -5930,37 +5930,30 @@ def gathered(whole: Any) -> Any:
     return whole
 
 
-class WholeMessage:
-    """Collects the events of a message into the message."""
-
-    def __init__(self) -> None:
-        self._message: JsonDict = {}
-        self._blocks: list[JsonDict] = []
-
-    def add(self, event: JsonDict) -> None:
-        """Takes the next event."""
+def whole_message(events: Iterable[JsonDict]) -> JsonDict:
+    """The message that the events tell of, without a call that was cut off."""
+    message: JsonDict = {}
+    blocks: list[JsonDict] = []
+    for event in events:
         kind = event["type"]
         if kind == "message_start":
-            self._message = event["message"]
+            message = event["message"]
         elif kind == "content_block_start":
-            self._blocks.append({})
-            gather(self._blocks[-1], event["content_block"])
+            blocks.append({})
+            gather(blocks[-1], event["content_block"])
         elif kind == "content_block_delta":
-            gather(self._blocks[-1], {name: value for name, value in event["delta"].items() if name != "type"})
+            gather(blocks[-1], {**event["delta"], "type": blocks[-1]["type"]})
         elif kind == "message_delta":
-            self._message.update(event["delta"], usage=event["usage"])
-
-    def document(self) -> JsonDict:
-        """The message, without a call that was cut off."""
-        content = []
-        for block in map(gathered, self._blocks):
-            try:
-                if block["type"] == "tool_use":
-                    block["input"] = read_within(block.pop("partial_json", "").strip(JSON_BLANKS) or "{}")
-                content.append(block)
-            except ValueError:
-                continue
-        return {**self._message, "content": content or [text_part("")]}
+            message.update(event["delta"], usage=event["usage"])
+    content = []
+    for block in map(gathered, blocks):
+        try:
+            if block["type"] == "tool_use":
+                block["input"] = read_within(block.pop("partial_json", "").strip(JSON_BLANKS) or "{}")
+            content.append(block)
+        except ValueError:
+            continue
+    return {**message, "content": content or [text_part("")]}
 
 
 # -- Messages to chat: the answer
@@ -6151,29 +6144,20 @@ class MessageReader:
         }  # fmt: skip
 
 
-class WholeChat:
-    """Collects the chunks of a chat answer into the answer."""
-
-    def __init__(self) -> None:
-        self._last: JsonDict = {}
-        self._message: JsonDict = {}
-        self._finish: Optional[str] = None
-
-    def add(self, chunk: JsonDict) -> None:
-        """Takes the next chunk."""
-        if chunk is PING:
-            return
-        self._last = chunk
-        for choice in chunk["choices"]:
-            gather(self._message, choice["delta"])
-            self._finish = choice["finish_reason"]
-
-    def document(self) -> JsonDict:
-        """The answer."""
-        message = {"refusal": None, **gathered(self._message)}
-        message["content"] = message["content"] or (None if "tool_calls" in message else "")
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self._finish}
-        return {**self._last, "object": "chat.completion", "choices": [choice]}
+def whole_chat(chunks: Iterable[JsonDict]) -> JsonDict:
+    """The chat answer that the chunks are parts of."""
+    last: JsonDict = {}
+    whole: JsonDict = {}
+    finish: Optional[str] = None
+    for chunk in chunks:
+        last = last if chunk is PING else chunk
+        for choice in chunk.get("choices", ()):
+            gather(whole, choice["delta"])
+            finish = choice["finish_reason"]
+    message = {"refusal": None, **gathered(whole)}
+    message["content"] = message["content"] or (None if "tool_calls" in message else "")
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
+    return {**last, "object": "chat.completion", "choices": [choice]}
 
 
 # -- an answer in bytes
@@ -6264,15 +6248,11 @@ class AnswerTranslator:
             if self._asked.stream:
                 pieces = [piece for event in events for piece in self._pieces_of(event, is_short=is_stream)]
                 return b"".join([*pieces, self._last_line()])
-            collector = WholeMessage() if self._asked.format == "anthropic" else WholeChat()
-            for event in events:
-                collector.add(event)
-            pieces = json_pieces(collector.document())
+            pieces = json_pieces(whole_message(events) if self._asked.format == "anthropic" else whole_chat(events))
         except AnswerFault as fault:
             raise self._present(fault) from None
         except RecursionError:
             raise nested_too_deeply() from None
-        del collector
         return b"".join(pieces)
 
     def _framed(self, events: Iterable[JsonDict]) -> bytes:
