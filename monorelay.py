@@ -5241,10 +5241,8 @@ def message_sampling(chat: JsonDict, draft: Draft) -> JsonDict:
 
 def message_tools(chat: JsonDict, draft: Draft) -> JsonDict:
     """The members of a request of Messages that are about tools."""
-    tools = [
-        message_tool(tool, f"tools.{index}", draft)
-        for index, tool in enumerate(objects(chat.get("tools") or [], "tools"))
-    ]
+    offered = objects(chat.get("tools") or [], "tools")
+    tools = [message_tool(tool, f"tools.{index}", draft) for index, tool in enumerate(offered)]
     choice = chat.get("tool_choice")
     written: JsonDict = {}
     kind = word(choice.get("type") if isinstance(choice, dict) else choice)
@@ -5416,12 +5414,8 @@ class MessageTurns:
         if not isinstance(arguments, dict):
             raise self._draft.refusal(f"{place}.function.arguments", "what is no JSON object")
         name = self._draft.tool_name(text_in(function, "name", f"{place}.function"))
-        return {
-            "type": "tool_use",
-            "id": carrying_id(call_name(call.get("id"), f"{place}.id")),
-            "name": name,
-            "input": arguments,
-        }
+        id = carrying_id(call_name(call.get("id"), f"{place}.id"))
+        return {"type": "tool_use", "id": id, "name": name, "input": arguments}
 
     def _write_result(self, message: JsonDict, place: str) -> None:
         call_id = carrying_id(call_name(message.get("tool_call_id"), f"{place}.tool_call_id"))
@@ -5885,11 +5879,6 @@ def reasoning_of(delta: JsonDict) -> str:
     return "".join([said for said in told if isinstance(said, str)])
 
 
-def count_of(value: Any) -> int:
-    """A number of tokens, 0 for what is none."""
-    return int(value) if isinstance(value, (int, float)) and 0 < value < 1e15 else 0
-
-
 def message_usage(fresh: int, stored: int, read: int, output: int) -> JsonDict:
     """The usage of a message."""
     return {
@@ -5962,9 +5951,7 @@ FINISH_REASONS = {
     "max_tokens": "length", "model_context_window_exceeded": "length", "tool_use": "tool_calls",
     "refusal": "content_filter",
 }  # fmt: skip
-MESSAGE_FIGURES = (
-    "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens", "output_tokens_details",
-)  # fmt: skip
+MESSAGE_FIGURES = (*ANTHROPIC_NAMES, "output_tokens_details")
 DELTAS = {
     "text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature",
     "input_json_delta": "partial_json",
@@ -6070,17 +6057,12 @@ class MessageReader:
         self._open = word(block.get("type"))
         if self._open == "tool_use":
             return self._start_call(block)
-        if self._open not in ("thinking", "redacted_thinking"):
-            return self._read_delta({"type": "text_delta", "text": block.get("text")}) if self._open == "text" else []
-        self._is_new_thought = True
-        if self._open == "redacted_thinking":
-            data = block.get("data")
-            return [self._thinking_chunk(type=self._open, data=data)] if isinstance(data, str) else []
-        return [
-            chunk
-            for name in ("thinking", "signature")
-            for chunk in self._read_delta({"type": f"{name}_delta", name: block.get(name)})
-        ]
+        self._is_new_thought |= self._open in ("thinking", "redacted_thinking")
+        if self._open == "redacted_thinking" and isinstance(block.get("data"), str):
+            return [self._thinking_chunk(type=self._open, data=block["data"])]
+        names = {"text": ("text",), "thinking": ("thinking", "signature")}.get(self._open, ())
+        deltas = ({"type": f"{name}_delta", name: block.get(name)} for name in names)
+        return [chunk for delta in deltas for chunk in self._read_delta(delta)]
 
     def _start_call(self, block: JsonDict) -> list[JsonDict]:
         id, name = (value if isinstance(value, str) else "" for value in (block.get("id"), block.get("name")))
@@ -6133,10 +6115,9 @@ class MessageReader:
 
     def _framed(self) -> JsonDict:
         """The usage in the terms of chat, whose prompt holds what was read from a cache or written to it."""
-        usage = {name: count_of(self._usage.get(name)) for name in MESSAGE_FIGURES}
-        read, stored = usage["cache_read_input_tokens"], usage["cache_creation_input_tokens"]
-        prompt, output = usage["input_tokens"] + read + stored, usage["output_tokens"]
-        thought = count_of(member(self._usage, "output_tokens_details").get("thinking_tokens"))
+        fresh, read, stored, _, output = (count or 0 for count in tokens_of(self._usage))
+        prompt = fresh + read + stored
+        thought = counts_of(self._usage.get("output_tokens_details")).get("thinking_tokens", 0)
         return {
             "prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": stored},
@@ -6399,15 +6380,11 @@ def first_fault(content: bytes, is_stream: bool) -> Optional[AnswerFault]:
     try:
         document = read_answer(next(EventReader().feed(content), b"{}") if is_stream else content)
         choices = listed_objects(document.get("choices"))
-        failed = document if document.get("error") else next(filter(has_failed, choices), None)
-        return fault_of(failed) if failed else None
+        failed = [choice for choice in choices if choice.get("finish_reason") == "error"]
+        failed = [document] if document.get("error") else failed
+        return fault_of(failed[0]) if failed else None
     except (AnswerFault, RecursionError):
         return None  # which is told when it is translated
-
-
-def has_failed(choice: JsonDict) -> bool:
-    """Whether a choice of a chat answer is an error."""
-    return bool(choice.get("finish_reason") == "error")
 
 
 def error_terms(format: str, fault: AnswerFault) -> tuple[int, str, str, str]:
