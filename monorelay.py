@@ -7041,10 +7041,10 @@ def echo_models(path: str) -> EchoResponse:
     raise EchoFault(404, f"the echo provider has no GET {path}")
 
 
-def echo_json(document: Any) -> EchoResponse:
-    """A whole response."""
+def echo_json(document: Any, cut: bool = False) -> EchoResponse:
+    """The document as a whole response, or half of it."""
     body = json.dumps(document).encode("ascii")
-    return EchoResponse(200, "application/json", [(0.0, body)], len(body))
+    return EchoResponse(200, "application/json", [(0.0, body[: len(body) // 2] if cut else body)], len(body), cut)
 
 
 # -- what both formats check and say
@@ -7055,13 +7055,8 @@ def of_type(*types: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, types) and (bool in types or not isinstance(value, bool))
 
 
-is_text, is_whole, is_number, is_object, is_list = (
-    of_type(str),
-    of_type(int),
-    of_type(int, float),
-    of_type(dict),
-    of_type(list),
-)
+is_text, is_whole, is_number = of_type(str), of_type(int), of_type(int, float)
+is_object, is_list = of_type(dict), of_type(list)
 
 
 def is_filled(value: Any) -> bool:
@@ -7175,21 +7170,33 @@ def sample(schema: Any) -> Any:
     )
 
 
-def stream_response(request: JsonDict, reply: Reply, events: Iterator[bytes]) -> EchoResponse:
-    """The events of a reply as a stream, at the pace and up to the end that the model's name asks for."""
-    pause = ECHO_WORD_SECONDS if request["model"].startswith("echo-slow") else 0.0
+def reply_to(request: JsonDict, identity: str, text: str, tool: JsonDict, input_tokens: int) -> Reply:
+    """What echo says to a request that was checked: the text, or a call of the tool if there is one."""
+    stops = request.get("stop_sequences") or ()
+    text, reason, sequence = shorten("" if tool else text, request.get("max_tokens"), stops)
+    thinks = (request.get("thinking") or {}).get("type") in ("enabled", "adaptive")
+    return Reply(
+        id=identity,
+        model=request["model"],
+        thinking="The user's last text is to be repeated." if thinks else "",
+        text=text,
+        tool=tool.get("name", ""),
+        tool_input=sample(tool["input_schema"]) if "input_schema" in tool else {},
+        stop_reason="tool_use" if tool else reason,
+        stop_sequence=sequence,
+        input_tokens=input_tokens,
+    )
+
+
+def reply_response(request: JsonDict, reply: Reply, whole: JsonDict, events: Iterator[bytes]) -> EchoResponse:
+    """A reply as a whole or in events, as was asked, at the pace and up to the end that the model's name asks for."""
     cut = request["model"].startswith("echo-cut")
+    if not request.get("stream"):
+        return echo_json(whole, cut)
+    pause = ECHO_WORD_SECONDS if request["model"].startswith("echo-slow") else 0.0
     if cut:
         events = itertools.islice(events, 2 + reply.output_tokens // 2)
     return EchoResponse(200, "text/event-stream; charset=utf-8", ((pause, event) for event in events), cut=cut)
-
-
-def whole_response(request: JsonDict, document: JsonDict) -> EchoResponse:
-    """The document as a whole response; half of it if the model's name asks for that."""
-    body = json.dumps(document).encode("ascii")
-    cut = request["model"].startswith("echo-cut")
-    sent = body[: len(body) // 2] if cut else body
-    return EchoResponse(200, "application/json", [(0.0, sent)], len(body), cut)
 
 
 # -- the Anthropic format: https://docs.anthropic.com/en/api/messages and …/messages-streaming
@@ -7201,10 +7208,13 @@ def echo_messages(request: JsonDict, identity: str, now: int) -> EchoResponse:
     check_messages(request)
     check_sampling(request)
     check_tools(request)
-    reply = anthropic_reply(request, identity)
-    if request.get("stream"):
-        return stream_response(request, reply, anthropic_events(reply))
-    return whole_response(request, anthropic_message(reply))
+    users = [message for message in request["messages"] if message["role"] == "user"]
+    content = users[-1]["content"]
+    results = isinstance(content, list) and any(block["type"] == "tool_result" for block in content)
+    tool = {} if results else called_tool(request)
+    text = "" if tool else content_text(content)
+    reply = reply_to(request, f"msg_{identity}", text, tool, anthropic_input_tokens(request))
+    return reply_response(request, reply, anthropic_message(reply), anthropic_events(reply))
 
 
 def echo_count_tokens(request: JsonDict, identity: str, now: int) -> EchoResponse:
@@ -7223,22 +7233,13 @@ def check_messages(request: JsonDict) -> None:
         place = f"messages.{index}."
         if not isinstance(message, dict):
             raise EchoFault(400, f"messages.{index}: Input should be an object")
-        require(
-            message,
-            "role",
-            lambda value: value in ("user", "assistant"),
-            "Input should be 'user' or 'assistant'",
-            place,
-        )
+        require(message, "role", ("user", "assistant").__contains__, "Input should be 'user' or 'assistant'", place)
         require(message, "content", of_type(str, list), "Input should be a valid string or list", place)
         check_blocks(message["content"], place)
         if message["role"] == before:
-            raise EchoFault(
-                400,
-                'messages: first message must use the "user" role'
-                if index == 0
-                else f'messages: roles must alternate between "user" and "assistant", found "{before}" twice',
-            )
+            alternation = f'roles must alternate between "user" and "assistant", found "{before}" twice'
+            broken = alternation if index else 'first message must use the "user" role'
+            raise EchoFault(400, f"messages: {broken}")
         before = message["role"]
     if "system" in request and not isinstance(request["system"], (str, list)):
         raise EchoFault(400, "system: Input should be a valid string or list")
@@ -7249,18 +7250,12 @@ def check_blocks(content: Any, place: str) -> None:
     if not content:
         raise EchoFault(400, f"{place}content: must not be empty")
     for index, block in enumerate(content if isinstance(content, list) else ()):
-        inner = f"{place}content.{index}."
+        at = f"{place}content.{index}."
         if not isinstance(block, dict):
-            raise EchoFault(400, f"{inner[:-1]}: Input should be an object")
-        require(block, "type", is_text, "Input should be a valid string", inner)
+            raise EchoFault(400, f"{at[:-1]}: Input should be an object")
+        require(block, "type", is_text, "Input should be a valid string", at)
         if block["type"] == "text":
-            require(
-                block,
-                "text",
-                lambda value: is_text(value) and value != "",
-                "text content blocks must be non-empty",
-                inner,
-            )
+            require(block, "text", lambda value: value and is_text(value), "text content blocks must be non-empty", at)
 
 
 def check_sampling(request: JsonDict) -> None:
@@ -7306,30 +7301,6 @@ def check_tools(request: JsonDict) -> None:
         raise EchoFault(400, "tool_choice: may only be specified while providing tools")
     if choice.get("type") == "tool" and choice.get("name") not in [tool["name"] for tool in tools]:
         raise EchoFault(400, f"tool_choice.name: Tool '{choice.get('name')}' not found in provided tools")
-
-
-def anthropic_reply(request: JsonDict, identity: str) -> Reply:
-    """What echo says to a message request that was checked."""
-    users = [message for message in request["messages"] if message["role"] == "user"]
-    content = users[-1]["content"]
-    blocks = content if isinstance(content, list) else []
-    results = any(block["type"] == "tool_result" for block in blocks)
-    tool = {} if results else called_tool(request)
-    text, reason, sequence = shorten(
-        "" if tool else content_text(content), request["max_tokens"], request.get("stop_sequences") or ()
-    )
-    thinks = (request.get("thinking") or {}).get("type") in ("enabled", "adaptive")
-    return Reply(
-        id=f"msg_{identity}",
-        model=request["model"],
-        thinking="The user's last text is to be repeated." if thinks else "",
-        text=text,
-        tool=tool.get("name", ""),
-        tool_input=sample(tool["input_schema"]) if "input_schema" in tool else {},
-        stop_reason="tool_use" if tool else reason,
-        stop_sequence=sequence,
-        input_tokens=anthropic_input_tokens(request),
-    )
 
 
 def called_tool(request: JsonDict) -> JsonDict:
@@ -7430,9 +7401,7 @@ def echo_completion(request: JsonDict, identity: str, now: int) -> EchoResponse:
         whole = {"id": reply.id, "object": "text_completion", "created": now, "model": reply.model, "choices": told}
         return {**whole, "usage": usage}
 
-    if not request.get("stream"):
-        return whole_response(request, completion((reply.text, finish), usage=usage))
-    asks_usage = (request.get("stream_options") or {}).get("include_usage")
+    asks_usage = request.get("stream") and (request.get("stream_options") or {}).get("include_usage")
 
     def events() -> Iterator[bytes]:
         last = [completion(("", finish)), *([completion(usage=usage)] if asks_usage else [])]
@@ -7440,7 +7409,7 @@ def echo_completion(request: JsonDict, identity: str, now: int) -> EchoResponse:
             yield f"data: {json.dumps(document)}\n\n".encode("ascii")
         yield b"data: [DONE]\n\n"
 
-    return stream_response(request, reply, events())
+    return reply_response(request, reply, completion((reply.text, finish), usage=usage), events())
 
 
 def echo_embeddings(request: JsonDict, identity: str, now: int) -> EchoResponse:
@@ -7487,7 +7456,8 @@ def echo_responses(request: JsonDict, identity: str, now: int) -> EchoResponse:
     asked = [item for item in items if item.get("role") == "user"] or items
     text = str(items[-1].get("output")) if results else content_text(asked[-1].get("content"))
     functions = [tool for tool in request.get("tools") or [] if tool.get("type", "function") == "function"]
-    tools = [{"name": tool["name"], "input_schema": tool.get("parameters")} for tool in functions]
+    plain = {"type": "object"}
+    tools = [{"name": tool["name"], "input_schema": tool.get("parameters") or plain} for tool in functions]
     tool = {} if results else called_tool({"model": request["model"], "tools": tools})
     limited = {**request, "max_tokens": request.get("max_output_tokens"), "messages": items}
     reply = openai_reply(limited, f"resp_{identity}", text, tool)
@@ -7509,14 +7479,12 @@ def echo_responses(request: JsonDict, identity: str, now: int) -> EchoResponse:
         "parallel_tool_calls": True, "temperature": 1.0, "tool_choice": "auto", "tools": [], "top_p": 1.0,
         "usage": usage,
     }  # fmt: skip
-    if not request.get("stream"):
-        return whole_response(request, whole)
     events = (
         f"event: response.{name}\ndata: "
         f"{json.dumps({'type': f'response.{name}', 'sequence_number': number, **fields})}\n\n".encode("ascii")
         for number, (name, fields) in enumerate(response_events(reply, whole))
     )
-    return stream_response(request, reply, events)
+    return reply_response(request, reply, whole, events)
 
 
 def response_events(reply: Reply, whole: JsonDict) -> Iterator[tuple[str, JsonDict]]:
@@ -7551,19 +7519,10 @@ def openai_reply(request: JsonDict, identity: str, text: str, tool: JsonDict) ->
     stops = [stop] if isinstance(stop, str) else stop
     if not is_texts(stops):
         raise EchoFault(400, "stop: Input should be a string or a list of strings")
-    text, reason, sequence = shorten("" if tool else text, limit, stops)
     texts = [content_text(message.get("content")) for message in request.get("messages") or ()]
-    return Reply(
-        id=identity,
-        model=request["model"],
-        thinking="",
-        text=text,
-        tool=tool.get("name", ""),
-        tool_input=sample(tool.get("input_schema") or {"type": "object"}) if tool else {},
-        stop_reason="tool_use" if tool else reason,
-        stop_sequence=sequence,
-        input_tokens=max(1, count_words([*texts, request.get("prompt"), request.get("tools")])),
-    )
+    input_tokens = max(1, count_words([*texts, request.get("prompt"), request.get("tools")]))
+    checked = {"model": request["model"], "max_tokens": limit, "stop_sequences": stops}
+    return reply_to(checked, identity, text, tool, input_tokens)
 
 
 ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoResponse]] = {
