@@ -7315,25 +7315,15 @@ def called_tool(request: JsonDict) -> JsonDict:
 
 def anthropic_input_tokens(request: JsonDict) -> int:
     """The words of system prompt, messages and tools; at least one, as the API counts."""
-    texts = [
-        content_text(request.get("system")),
-        *(content_text(message["content"]) for message in request["messages"]),
-    ]
-    return max(1, count_words([*texts, request.get("tools")]))
+    texts = [content_text(message["content"]) for message in request["messages"]]
+    return max(1, count_words([content_text(request.get("system")), *texts, request.get("tools")]))
 
 
 def anthropic_blocks(reply: Reply) -> list[JsonDict]:
     """The content blocks of a reply."""
-    blocks: list[JsonDict] = []
-    if reply.thinking:
-        blocks.append({"type": "thinking", "thinking": reply.thinking, "signature": base64url(reply.id.encode())})
-    if reply.tool:
-        blocks.append(
-            {"type": "tool_use", "id": f"toolu_{reply.id[4:]}", "name": reply.tool, "input": reply.tool_input}
-        )
-    else:
-        blocks.append({"type": "text", "text": reply.text})
-    return blocks
+    thinking = {"type": "thinking", "thinking": reply.thinking, "signature": base64url(reply.id.encode())}
+    call = {"type": "tool_use", "id": f"toolu_{reply.id[4:]}", "name": reply.tool, "input": reply.tool_input}
+    return [*([thinking] if reply.thinking else []), call if reply.tool else text_part(reply.text)]
 
 
 def anthropic_message(reply: Reply) -> JsonDict:
@@ -7353,17 +7343,17 @@ def anthropic_message(reply: Reply) -> JsonDict:
 def anthropic_events(reply: Reply) -> Iterator[bytes]:
     """A reply as the documented sequence of events."""
     opened = {**anthropic_message(reply), "content": [], "stop_reason": None, "stop_sequence": None}
-    yield anthropic_event("message_start", message={**opened, "usage": message_usage(reply.input_tokens, 0, 0, 1)})
+    yield named_event("message_start", message={**opened, "usage": message_usage(reply.input_tokens, 0, 0, 1)})
     for index, block in enumerate(anthropic_blocks(reply)):
         empty: JsonDict = {"text": "", "thinking": "", "signature": "", "input": {}}
         opening = {name: empty.get(name, value) for name, value in block.items()}
-        yield anthropic_event("content_block_start", index=index, content_block=opening)
+        yield named_event("content_block_start", index=index, content_block=opening)
         for delta in anthropic_deltas(reply, block):
-            yield anthropic_event("content_block_delta", index=index, delta=delta)
-        yield anthropic_event("content_block_stop", index=index)
+            yield named_event("content_block_delta", index=index, delta=delta)
+        yield named_event("content_block_stop", index=index)
     stop = {"stop_reason": reply.stop_reason, "stop_sequence": reply.stop_sequence}
-    yield anthropic_event("message_delta", delta=stop, usage=opened["usage"])
-    yield anthropic_event("message_stop")
+    yield named_event("message_delta", delta=stop, usage=opened["usage"])
+    yield named_event("message_stop")
 
 
 def anthropic_deltas(reply: Reply, block: JsonDict) -> Iterator[JsonDict]:
@@ -7379,9 +7369,9 @@ def anthropic_deltas(reply: Reply, block: JsonDict) -> Iterator[JsonDict]:
         yield {"type": "input_json_delta", "partial_json": json.dumps(reply.tool_input)}
 
 
-def anthropic_event(name: str, **fields: Any) -> bytes:
-    """One event of a message stream."""
-    return f"event: {name}\ndata: {json.dumps({'type': name, **fields})}\n\n".encode("ascii")
+def named_event(event: str, **fields: Any) -> bytes:
+    """One event of a stream, whose name is also the type in its data."""
+    return f"event: {event}\ndata: {json.dumps({'type': event, **fields})}\n\n".encode("ascii")
 
 
 # -- the OpenAI format: https://platform.openai.com/docs/api-reference
@@ -7479,12 +7469,9 @@ def echo_responses(request: JsonDict, identity: str, now: int) -> EchoResponse:
         "parallel_tool_calls": True, "temperature": 1.0, "tool_choice": "auto", "tools": [], "top_p": 1.0,
         "usage": usage,
     }  # fmt: skip
-    events = (
-        f"event: response.{name}\ndata: "
-        f"{json.dumps({'type': f'response.{name}', 'sequence_number': number, **fields})}\n\n".encode("ascii")
-        for number, (name, fields) in enumerate(response_events(reply, whole))
-    )
-    return reply_response(request, reply, whole, events)
+    events = enumerate(response_events(reply, whole))
+    named = (named_event(f"response.{name}", sequence_number=number, **fields) for number, (name, fields) in events)
+    return reply_response(request, reply, whole, named)
 
 
 def response_events(reply: Reply, whole: JsonDict) -> Iterator[tuple[str, JsonDict]]:
