@@ -8540,7 +8540,8 @@ class LedgerWriter:
                 known = {*self._named, *self._answered}
                 spent = write_ledger(settings, batch, self._limited, time.time(), known)
             else:
-                spent = read_ledger(settings.path, self._limited, time.time())
+                users, now = self._limited, time.time()
+                spent = read_ledger(settings.path, lambda connection: select_spent(connection, users, now)) or {}
         except Exception as error:
             self.failing = True
             self._note_failure(settings.path, seen, error)
@@ -8600,13 +8601,14 @@ def write_ledger(
         connection.close()  # which undoes what isn't committed
 
 
-def read_ledger(path: str, users: Iterable[str], now: float) -> Spent:
-    """What these users have spent. Raises sqlite3.Error, and ValueError for a file of a newer version."""
+def read_ledger(path: str, read: Callable[[Any], Any]) -> Any:
+    """What is read by a connection to the file; None where there is no file yet. Raises sqlite3.Error, and ValueError
+    for a file of a newer version."""
     if not os.path.exists(path):
-        return {}
+        return None
     connection = open_ledger(path)
     try:
-        return select_spent(connection, users, now) if ledger_version(connection) else {}
+        return read(connection) if ledger_version(connection) else None
     finally:
         connection.close()
 
@@ -8649,11 +8651,11 @@ def summed_usage(
         raise ValueError(f"it can be grouped by {', '.join(GROUPS)}")
     names = [*(["day"] if step_day else []), *by]
     columns = ["hour / 24" if name == "day" else name for name in names]
-    query = f"SELECT {', '.join([*columns, *(f'sum({name})' for name in SUMS)])} FROM hour WHERE hour >= ? AND hour < ?"
-    query += " AND user = ?" if user is not None else ""
+    query = f"SELECT {', '.join([*columns, *(f'sum({name})' for name in SUMS)])} FROM hour"
+    query += " WHERE hour >= :since AND hour < :until AND (:user IS NULL OR user = :user)"
     query += f" GROUP BY {', '.join(columns)}" if columns else ""
     query += f" ORDER BY {'hour / 24, ' if step_day else ''}sum(cost) DESC, sum(requests) DESC LIMIT {LEDGER_GROUPS}"
-    found = query_ledger(path, query, [since_hour, until_hour, *([storable(user)] if user is not None else [])])
+    found = query_ledger(path, query, {"since": since_hour, "until": until_hour, "user": storable(user)})
     groups = [(dict(zip(names, row)), list(row[len(names) :])) for row in found]
     for group, _ in groups:
         if step_day:
@@ -8683,65 +8685,41 @@ def usage_row(group: Mapping[str, str], sums: Sums) -> JsonDict:
     }
 
 
-def request_rows(
-    path: str,
-    before: Optional[int] = None,
-    limit: int = 200,
-    user: Optional[str] = None,
-    model: Optional[str] = None,
-    key: Optional[str] = None,
-    errors: bool = False,
-) -> list[JsonDict]:
-    """The requests before the one with an id, newest first, by the names of their columns: those of a user, of a model
-    as it was asked for or sent, with a key as provider/label, or that failed. Looks through LEDGER_SEARCHED_ROWS and no
-    more. Raises sqlite3.Error."""
-    below = search_start(path, before)
-    wanted: list[tuple[str, list[Any]]] = [("id < ? AND id >= ?", [below, below - LEDGER_SEARCHED_ROWS])]
-    wanted += [("user = ?", [storable(user)])] if user is not None else []
-    wanted += [("(sent = ? OR model = ?)", [storable(model)] * 2)] if model is not None else []
-    wanted += [("provider || '/' || key = ?", [storable(key)])] if key is not None else []
-    wanted += [("(status >= 400 OR coalesce(error, 'client_gone') NOT IN ('', 'client_gone'))", [])] if errors else []
-    names = ("id", *LedgerRow._fields)
-    query = f"SELECT {', '.join(names)} FROM request WHERE {' AND '.join(term for term, _ in wanted)}"
-    values = [value for _, values in wanted for value in values]
-    found = query_ledger(path, f"{query} ORDER BY id DESC LIMIT ?", [*values, max(1, min(limit, LEDGER_LISTED_ROWS))])
-    return [dict(zip(names, row)) for row in found]
+FIND_REQUESTS = f"""
+SELECT id, {", ".join(LedgerRow._fields)} FROM request WHERE id < :below AND id >= :end
+AND (:user IS NULL OR user = :user) AND (:model IS NULL OR sent = :model OR model = :model)
+AND (:key IS NULL OR provider || '/' || key = :key)
+AND (NOT :errors OR status >= 400 OR coalesce(error, 'client_gone') NOT IN ('', 'client_gone'))
+ORDER BY id DESC LIMIT :limit"""
 
 
-def search_start(path: str, before: Optional[int]) -> int:
-    """The id below which the requests before the one with an id are looked for. Raises sqlite3.Error."""
-    newest = query_ledger(path, "SELECT max(id) FROM request", ())
-    return min(before or 2**63 - 1, ((newest[0][0] or 0) if newest else 0) + 1)
-
-
-def request_page(path: str, before: int, limit: int, **wanted: Any) -> tuple[list[JsonDict], Optional[int]]:
-    """The request_rows() before an id, and the id to ask for more by; None where there are no more. Raises
-    sqlite3.Error."""
-    below = search_start(path, before)
-    rows = request_rows(path, below, limit, **wanted)
-    end = rows[-1]["id"] if len(rows) == limit else below - LEDGER_SEARCHED_ROWS
+def request_page(
+    path: str, before: int = 2**62, limit: int = 200, errors: bool = False, **wanted: str
+) -> tuple[list[JsonDict], Optional[int]]:
+    """The requests before the one with an id, newest first, by the names of their columns, and the id to ask for more
+    by; None where there are no more. They are those `wanted` of a user, of a model as it was asked for or sent, or with
+    a key as provider/label. Looks through LEDGER_SEARCHED_ROWS and no more. Raises sqlite3.Error."""
+    newest = query_ledger(path, "SELECT coalesce(max(id), 0) FROM request", ())
+    below = min(before, newest[0][0] + 1 if newest else 1)
+    end, limit = below - LEDGER_SEARCHED_ROWS, max(1, min(limit, LEDGER_LISTED_ROWS))
+    asked = {name: storable(wanted.get(name)) for name in ("user", "model", "key")}
+    found = query_ledger(path, FIND_REQUESTS, {**asked, "below": below, "end": end, "limit": limit, "errors": errors})
+    rows = [dict(zip(("id", *LedgerRow._fields), row)) for row in found]
+    end = rows[-1]["id"] if len(rows) == limit else end
     older = query_ledger(path, "SELECT id FROM request WHERE id < ? LIMIT 1", (end,))
     return rows, end if older else None
 
 
 def hour_rows(path: str, since: int, user: Optional[str]) -> list[list[Any]]:
     """The hours since one, by their number since 1970, and SUMS of each; of one user if named. Raises sqlite3.Error."""
-    query = f"SELECT hour, {', '.join(f'sum({column})' for column in SUMS)} FROM hour WHERE hour >= ?"
-    query += " AND user = ?" if user is not None else ""
-    values = [since] if user is None else [since, storable(user)]
-    return [list(row) for row in query_ledger(path, f"{query} GROUP BY hour ORDER BY hour", values)]
+    query = f"SELECT hour, {', '.join(f'sum({column})' for column in SUMS)} FROM hour"
+    query += " WHERE hour >= :since AND (:user IS NULL OR user = :user) GROUP BY hour ORDER BY hour"
+    return [list(row) for row in query_ledger(path, query, {"since": since, "user": storable(user)})]
 
 
-def query_ledger(path: str, query: str, values: Sequence[Any]) -> list[Any]:
-    """What a query finds; nothing where there is no file yet. Raises sqlite3.Error, and ValueError for a file of a
-    newer version."""
-    if not os.path.exists(path):
-        return []
-    connection = open_ledger(path)
-    try:
-        return list(connection.execute(query, values).fetchall()) if ledger_version(connection) else []
-    finally:
-        connection.close()
+def query_ledger(path: str, query: str, values: Union[Sequence[Any], JsonDict]) -> list[Any]:
+    """What a query finds; nothing where there is no file yet. Raises what read_ledger() does."""
+    return read_ledger(path, lambda connection: connection.execute(query, values).fetchall()) or []
 
 
 def storable(value: Any) -> Union[str, int, None]:

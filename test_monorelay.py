@@ -14988,9 +14988,9 @@ def test_usage_is_grouped_by_known_columns_only(some_days, by):
 
 def test_requests_are_listed_newest_first_page_by_page(some_days):
     def ids(**wanted: Any) -> list[int]:
-        return [it["id"] for it in monorelay.request_rows(some_days, **wanted)]
+        return [it["id"] for it in monorelay.request_page(some_days, **wanted)[0]]
 
-    (newest,) = monorelay.request_rows(some_days, limit=1)
+    (newest,) = monorelay.request_page(some_days, limit=1)[0]
     assert tuple(newest) == ("id", *monorelay.LedgerRow._fields)
     assert (newest["id"], newest["user"], newest["complete"], newest["cost"]) == (5, "bob", 0, None)
     assert ids() == [5, 4, 3, 2, 1]
@@ -15020,10 +15020,10 @@ def test_a_rare_request_is_found_however_many_there_are_before_it(relay, tmp_pat
 
 def test_a_ledger_that_is_not_there_yet_is_empty_and_stays_so(tmp_path):
     path = tmp_path / "usage.db"
-    assert usage_rows(str(path), 0, 10**6) == monorelay.request_rows(str(path)) == []
+    assert usage_rows(str(path), 0, 10**6) == monorelay.request_page(str(path))[0] == []
     assert not path.exists()
     path.touch()
-    assert usage_rows(str(path), 0, 10**6) == monorelay.request_rows(str(path)) == []
+    assert usage_rows(str(path), 0, 10**6) == monorelay.request_page(str(path))[0] == []
 
 
 def test_a_ledgers_queries_only_read(some_days):
@@ -15713,7 +15713,7 @@ def test_what_a_bill_of_anthropics_was_is_told_everywhere(upstream, program, tmp
     with Client(it.url) as client:
         got = client.ask("POST", "/v1/messages", json.dumps(prompt("claude-3-7-sonnet-20250219", stream=True)).encode())
         assert got.body == b"".join(events)
-        eventually(lambda: monorelay.request_rows(str(tmp_path / "usage.db")))
+        eventually(lambda: monorelay.request_page(str(tmp_path / "usage.db"))[0])
         today = monorelay.windows(time.time())[0]
         by_api = client.ask("GET", f"/api/usage?from={DAYS[-1]}&to={today}").json
         counters = client.ask("GET", "/metrics").body.decode()
