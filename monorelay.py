@@ -1011,14 +1011,9 @@ def as_headers(value: Any) -> tuple[tuple[str, Optional[str]], ...]:
     return tuple((name, None if content is None else str(content)) for name, content in value.items())
 
 
-def as_list(value: Any) -> list[Any]:
-    """The list."""
-    return list(expect(value, list, "a list"))
-
-
 def as_list_or_client(value: Any) -> Any:
     """The list, or the word that stands for the clients' own credentials."""
-    return value if value == "client" else as_list(value)
+    return value if value == "client" else expect(value, list, "a list")
 
 
 def as_object_or_boolean(value: Any) -> Any:
@@ -1178,7 +1173,7 @@ def read_settings(table: Mapping[str, tuple[Check, Any]], given: Any, place: str
     section = read_object(given, place, problems)
     for key in section:
         if key not in table:
-            problems.add(join(place, key), f"unknown key{suggested_setting(key, table)}")
+            problems.add(f"{place}.{key}", f"unknown key{suggested_setting(key, table)}")
     found = {}
     for key, (check, default) in table.items():
         found[key] = default
@@ -1186,7 +1181,7 @@ def read_settings(table: Mapping[str, tuple[Check, Any]], given: Any, place: str
             try:
                 found[key] = check(section[key])
             except ValueError as error:
-                problems.add(join(place, key), str(error))
+                problems.add(f"{place}.{key}", str(error))
     return found
 
 
@@ -1231,11 +1226,10 @@ def read_ledger_settings(document: JsonDict, users: Mapping[str, User], problems
     """The ledger's settings, if there is one; without it there can't be budgets, which a restart would forget."""
     if "ledger" in document:
         return LedgerSettings(**read_settings(LEDGER_SETTINGS, document["ledger"], "ledger", problems))
+    needed = 'has a budget, which needs the ledger: add "ledger": {"path": "usage.db"}'
     for user in users.values():
         if user.has_budget:
-            problems.add(
-                f"users.{user.name}", 'has a budget, which needs the ledger: add "ledger": {"path": "usage.db"}'
-            )
+            problems.add(f"users.{user.name}", needed)
     return None
 
 
@@ -1258,14 +1252,14 @@ def read_provider(name: str, given: Any, problems: Problems) -> Provider:
     before = len(problems.lines)
     settings = read_settings(PROVIDER_SETTINGS, given, place, problems)
     settings["client_keys"] = settings["keys"] == "client"
-    settings["keys"] = None if settings["client_keys"] else read_keys(settings["keys"], join(place, "keys"), problems)
+    settings["keys"] = None if settings["client_keys"] else read_keys(settings["keys"], f"{place}.keys", problems)
     settings["translate"] = read_translation(settings["translate"], settings["format"], place, problems)
     kind, url = settings["format"], settings.pop("base_url")
     if len(problems.lines) == before:
         if not kind:
-            problems.add(join(place, "format"), "is missing; it is anthropic, openai or echo")
+            problems.add(f"{place}.format", "is missing; it is anthropic, openai or echo")
         elif not url and kind != "echo":
-            problems.add(join(place, "base_url"), "is missing")
+            problems.add(f"{place}.base_url", "is missing")
     settings["auth_header"] = settings["auth_header"] or ("x-api-key" if kind == "anthropic" else "authorization")
     parts = urlsplit(url or "echo://echo")
     host, port = parts.hostname or "", parts.port or DEFAULT_PORTS[parts.scheme]
@@ -1308,7 +1302,7 @@ def read_translation(value: Any, format: str, place: str, problems: Problems) ->
     if value is False:
         return None
     given = value if isinstance(value, dict) else {}
-    settings = read_settings(TRANSLATION_SETTINGS, given, join(place, "translate"), problems)
+    settings = read_settings(TRANSLATION_SETTINGS, given, f"{place}.translate", problems)
     # Most servers of OpenAI's format take the system's words anywhere; of Claude's models only some do.
     settings["system_turns"] = settings["system_turns"] or ("keep" if format == "openai" else "lead")
     return Translation(**settings)
@@ -1384,10 +1378,8 @@ def pattern_price(pattern: str, given: JsonDict) -> Price:
     for kind in ("input", "output"):
         if kind not in given:
             raise ValueError(f"{pattern}.{kind}: is missing; it is USD per million tokens")
-    million = 1_000_000
-    return Price(
-        {(kind, "", 0): price_number(given[kind], f"{pattern}.{kind}", million) for kind in KINDS if kind in given}, {}
-    )
+    rates = {kind: price_number(given[kind], f"{pattern}.{kind}", 1_000_000) for kind in KINDS if kind in given}
+    return Price({(kind, "", 0): rate for kind, rate in rates.items()}, {})
 
 
 def price_number(value: Any, place: str, tokens: int = 1) -> int:
@@ -1416,9 +1408,7 @@ def check_routes(config: Config, problems: Problems) -> None:
     for pattern, names in config.routes.items():
         for name in names:
             if name not in config.providers:
-                problems.add(
-                    join("routes", pattern), f"there is no provider {name}{suggestion(name, config.providers)}"
-                )
+                problems.add(f"routes.{pattern}", f"there is no provider {name}{suggestion(name, config.providers)}")
 
 
 LONG_CONTEXT = "[1m]"  # behind a model's name: with a context of a million tokens
@@ -1477,20 +1467,19 @@ def without_stand_in(targets: list[Target]) -> list[Target]:
 def check_aliases(config: Config, problems: Problems) -> None:
     """Every alias must end at a provider, and none at itself."""
     for alias, names in config.aliases.items():
+        place = f"aliases.{alias}"
         if alias.count("*") > 1:
-            problems.add(join("aliases", alias), "must have one * at most")
+            problems.add(place, "must have one * at most")
         try:
             for name in names:
                 follow(config, name, (alias,))
         except ValueError as error:
-            problems.add(join("aliases", alias), str(error))
+            problems.add(place, str(error))
             continue
         # Where a name with a * in it leads to, requests will tell.
         for name in [name for name in names if "*" not in alias and not leads_on(config, name, alias)]:
             meant = suggestion(name, [*config.aliases, *config.routes])
-            problems.add(
-                join("aliases", alias), f"{name} is neither an alias, nor matches a route, nor names a provider{meant}"
-            )
+            problems.add(place, f"{name} is neither an alias, nor matches a route, nor names a provider{meant}")
 
 
 def leads_on(config: Config, name: str, alias: str) -> bool:
