@@ -14299,11 +14299,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 def run_command(arguments: Sequence[str]) -> int:
     """Takes the command line apart and does what it says; the exit status. Raises UsageError."""
-    known = [name if name in FLAGS else f"{name}=" for name in (*OPTIONS, *FLAGS)]
+    options = (*OPTIONS, *FLAGS)
+    known = [name if name in FLAGS else f"{name}=" for name in options]
     try:
         given, words = getopt.gnu_getopt(arguments, "h", [*known, "version", "help"])
     except getopt.GetoptError as error:
-        options = (*OPTIONS, *FLAGS)
         meant = "" if error.opt in options else suggestion(f"--{error.opt}", [f"--{name}" for name in options])
         raise UsageError(f"{error.msg}{meant}") from None
     asked = dict(given)
@@ -14379,26 +14379,21 @@ def run_check(options: JsonDict) -> int:
 
 
 def run_usage(options: JsonDict, *paths: str) -> int:
-    """Prints what was used and what it cost; 1 if there is no ledger to tell it. Several files are summed up."""
+    """Prints what was used and what it cost. Several files are summed up. Raises OSError for one that can't tell."""
     by, days = options.get("by", ("user", "model")), options.get("days", 7)
     if "csv" in options and "json" in options:
         raise UsageError("usage prints --csv or --json")
     if not sqlite3:
-        print("monorelay: ledger: this Python has no sqlite3", file=sys.stderr)
-        return 1
+        raise OSError(errno.ENOSYS, "this Python has no sqlite3", "ledger")
     today = int(time.time() // 86400)
     groups: dict[tuple[str, ...], Sums] = {}
     for path in paths or (configured_ledger(options),):
         if not os.path.exists(path):
-            print(
-                f"monorelay: {path}: there is no ledger yet; a relay begins it with its first request", file=sys.stderr
-            )
-            return 1
+            raise OSError(errno.ENOENT, "there is no ledger yet; a relay begins it with its first request", path)
         try:
             add_usage(groups, path, by, (today - days + 1) * 24, (today + 1) * 24)
         except (sqlite3.Error, ValueError) as error:
-            print(f"monorelay: {path}: {error}", file=sys.stderr)
-            return 1
+            raise OSError(errno.EIO, str(error), path) from None
     first, last = (windows_of_day(day)[0] for day in (today - days + 1, today))
     rows = [usage_row(dict(zip(by, group)), sums) for group, sums in groups.items()]
     rows.sort(key=lambda row: (row.get("day", ""), -(row["usd"] or 0), -row["requests"]))
@@ -14600,22 +14595,17 @@ def answers_for_others(config: Config, names: Sequence[str]) -> bool:
 
 def key_variables(path: str, provider: str) -> list[str]:
     """The variables of the environment that the keys of a provider are read from."""
-    try:
-        keys = json.dumps(config_document(path)["providers"][provider]["keys"])
-    except (KeyError, TypeError):
-        return []
+    keys = json.dumps(as_written(path, "providers", provider, "keys"))
     return [match[1] for match in re.finditer(VARIABLE, keys) if not match[1].startswith("file:")]
 
 
-def config_document(path: str) -> Any:
-    """The configuration as it stands in the file, variables and all."""
+def as_written(path: str, *names: str) -> Any:
+    """What stands in the configuration at a place, variables and all; None where nothing does, or it can't be read."""
     try:
-        if not path:
-            return json.loads(BUILT_IN_CONFIG)
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        return {}
+        with open(path, encoding="utf-8-sig") if path else io.StringIO(BUILT_IN_CONFIG) as file:
+            return functools.reduce(operator.getitem, names, json.load(file))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def token_expression(config: Config, path: str) -> str:
@@ -14625,7 +14615,8 @@ def token_expression(config: Config, path: str) -> str:
             if value == key.reveal() and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 return f"${name}"
     if config.server.access_keys:
-        for index, key_text in enumerate(written_access_keys(path)):
+        written = as_written(path, "server", "access_key") or ()
+        for index, key_text in enumerate([written] if isinstance(written, str) else written):
             if Secret(key_text) in config.server.access_keys:
                 code = 'import json,sys;k=json.load(open(sys.argv[1]))["server"]["access_key"]'
                 code += f";print(k if isinstance(k,str) else k[{index}])"
@@ -14646,15 +14637,6 @@ def from_file(name: str, folder: str, env_file: str) -> str:
     if name.startswith("file:"):
         return f"$(cat {shlex.quote(os.path.join(folder, name[len('file:') :]))})"
     return f'$(. {shlex.quote(os.path.join(folder, env_file))}; echo "${name}")' if env_file else ""
-
-
-def written_access_keys(path: str) -> list[str]:
-    """The access keys as they stand in the file."""
-    try:
-        keys = config_document(path)["server"]["access_key"]
-    except (KeyError, TypeError):
-        return []
-    return [keys] if isinstance(keys, str) else [str(key) for key in keys]
 
 
 def curl_line(config: Config, url: str, token: str) -> str:
