@@ -3333,9 +3333,7 @@ JSON_BLANKS = " \t\n\r"
 JSON_AT_ONCE_BYTES = 256 * 1024  # `json` takes up to 8 ms for as much
 SPLICED_AT_ONCE_BYTES = 16 * 1024  # and model_span() up to 5
 AT_ONCE_BYTES = 4 * 1024  # a longer body waits for the turn of others before it is read: 0.4 ms at worst
-WALKED_BYTES = 100 * 1024  # from here on a body of few strings is walked faster than `json` reads it
 LONG_STRING_BYTES = 4096
-QUOTE_SPACING_BYTES = 200  # further apart than this on the average, quotes are few
 WALK_STEPS = 500  # tokens, or parts of a string, at a time; of a piece of 64 KiB that takes 3 ms at the most
 # What stands before a value: { or a comma, the name, a colon.
 MEMBER = re.compile(r'[ \t\n\r]*[{,][ \t\n\r]*"([^"\\]*(?:\\.[^"\\]*)*)"[ \t\n\r]*:[ \t\n\r]*')
@@ -3457,18 +3455,6 @@ def short_integer(digits: str) -> int:
     if len(digits) > INTEGER_DIGITS:
         raise ValueError("an integer is too long")
     return int(digits)
-
-
-def takes_long(body: bytes) -> bool:
-    """Whether a JSON body is to be walked: it is long, or it is quick to walk since it has few strings."""
-    if len(body) > JSON_AT_ONCE_BYTES:
-        return True
-    position = 0
-    for _ in range(len(body) // QUOTE_SPACING_BYTES):
-        position = body.find(b'"', position) + 1
-        if not position:
-            return True
-    return False
 
 
 class JsonWalk:
@@ -3701,13 +3687,8 @@ class ReadBody:
         if self._walk or self.problem[0]:
             self._finish_walk()
             return
-        text = b"".join(self.content)
-        if len(text) > WALKED_BYTES and takes_long(text):
-            self._begin_walk()
-            self._finish_walk()
-            return
         try:
-            self.facts = read_at_once(text, self._restricted)
+            self.facts = read_at_once(b"".join(self.content), self._restricted)
         except BadRequest as error:
             self.problem = error.message, error.code
 
