@@ -8501,7 +8501,7 @@ class LedgerWriter:
             batch = list(itertools.islice(self._rows, LEDGER_BATCH_ROWS))
         if not settings or not (batch or self._limited):
             return True
-        seen = file_identity(settings.path)
+        seen = file_state(settings.path)
         try:
             if batch:
                 self._answered.update((row.sent, None) for row in batch if row.answered and row.sent not in self._named)
@@ -8709,7 +8709,7 @@ def set_aside(path: str, seen: tuple[int, ...]) -> str:
     """Renames a broken file, unless another process has already done that; its new name, or nothing."""
     kept = f"{path}.broken-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     try:
-        if not seen or file_identity(path) != seen:
+        if not seen or file_state(path)[2:] != seen[2:]:
             return ""
         os.replace(path, kept)
         if os.path.exists(f"{path}-journal"):
@@ -8719,13 +8719,14 @@ def set_aside(path: str, seen: tuple[int, ...]) -> str:
     return kept
 
 
-def file_identity(path: str) -> tuple[int, ...]:
-    """Device and inode of a file, which tell it from another one of the same name; empty if there is none."""
+def file_state(path: str) -> tuple[int, ...]:
+    """Time and size of a file, which change when it is edited, and device and inode, when it is replaced; empty if
+    there is none."""
     try:
         found = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):
         return ()
-    return found.st_dev, found.st_ino
+    return found.st_mtime_ns, found.st_size, found.st_dev, found.st_ino
 
 
 # ==== Request body ==================================================================================
@@ -13070,15 +13071,6 @@ def system_problem(error: OSError) -> str:
 def in_terminal() -> bool:
     """Whether one of the standard streams is at a terminal that is still there."""
     return any(os.isatty(descriptor) for descriptor in (0, 1, 2))
-
-
-def file_state(path: str) -> tuple[int, ...]:
-    """Time, size and inode of a file, which change when it is edited or replaced; empty if there is none."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
-        return ()
-    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def config_warnings(config: Config) -> Iterator[str]:
