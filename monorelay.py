@@ -3869,9 +3869,7 @@ class FormWalk:
     def _pass_rest(self) -> bool:
         """Passes over what is behind the last part: nothing, or the end of its line."""
         self.settled = True
-        if self._held not in (b"", b"\r", b"\r\n"):
-            return self._give_up()
-        return False
+        return self._held not in (b"", b"\r", b"\r\n") and self._give_up()
 
     def _give_up(self) -> bool:
         """Looks at nothing more: it is no form that all read in the same way."""
@@ -4221,18 +4219,13 @@ class Draft:
         self.knobs = target.provider.translate or Translation()
         self.names: dict[str, str] = {}  # of tools: as sent, and as the client calls them
         self.about_answer: JsonDict = {}  # what Asked has to know besides
-        self._dropped: dict[str, None] = {}
+        self.dropped: dict[str, None] = {}  # the names of what was left out, each once
         self._values = self._escapes = 0  # in the JSON texts that strings of it hold
-
-    @property
-    def dropped(self) -> tuple[str, ...]:
-        """The names of what was left out, each once."""
-        return tuple(self._dropped)
 
     def drop(self, name: str) -> None:
         """Notes that something is left out."""
-        if len(self._dropped) < DROPPED_NAMES:
-            self._dropped[shown(name)] = None
+        if len(self.dropped) < DROPPED_NAMES:
+            self.dropped[shown(name)] = None
 
     def drop_rest(self, members: Mapping[str, Any], known: Collection[str], place: str = "") -> None:
         """Notes which members are left out, since nobody here knows them."""
@@ -4308,7 +4301,7 @@ def translate_request(
     asked = Asked(
         format, asked_model, target.provider.name, stream, request_id, int(now), draft.names, **draft.about_answer
     )
-    return Translated(path, written, draft.dropped, asked)
+    return Translated(path, written, tuple(draft.dropped), asked)
 
 
 def read_document(pieces: Sequence[bytes], values: int, errors: str = "strict") -> JsonDict:
@@ -4954,9 +4947,7 @@ class ChatTurns:
         parts = self._all_parts(result.get("content"), f"{place}.content")
         texts = [part["text"] for part in parts if part["type"] == "text"]
         media = [part for part in parts if part["type"] != "text"]
-        told = TEXT_JOINT.join(texts)
-        if media and not texts:
-            told = "(see the next message)"
+        told = TEXT_JOINT.join(texts) if texts or not media else "(see the next message)"
         if result.get("is_error") is True and not told.startswith("Error"):
             told = f"Error: {told}" if told else "Error"
         return told, media
@@ -7081,9 +7072,8 @@ def content_text(content: Any) -> str:
 def shorten(text: str, max_tokens: Optional[int], stops: Sequence[str]) -> tuple[str, str, Optional[str]]:
     """The text up to the first stop sequence or the limit, why it ends, and at which sequence."""
     if len(stops) > ECHO_STOPS or any(len(stop) > ECHO_STOP_CHARACTERS for stop in stops):
-        raise EchoFault(
-            400, f"stop_sequences: echo takes at most {ECHO_STOPS}, of at most {ECHO_STOP_CHARACTERS} characters"
-        )
+        limits = f"at most {ECHO_STOPS}, of at most {ECHO_STOP_CHARACTERS} characters"
+        raise EchoFault(400, f"stop_sequences: echo takes {limits}")
     reason, sequence = "end_turn", None
     found = first_stop(text, [stop for stop in stops if stop])
     if found:
@@ -7135,9 +7125,8 @@ def sample(schema: Any) -> Any:
         # Each name once, however often it is given: so each part of the schema is looked at once.
         names = dict.fromkeys(name for name in schema.get("required") or [] if isinstance(name, str))
         return {name: sample(properties.get(name)) for name in names}
-    return {"integer": 1, "number": 1.0, "boolean": True, "array": [], "null": None}.get(
-        str(schema.get("type")), "echo"
-    )
+    values = {"integer": 1, "number": 1.0, "boolean": True, "array": [], "null": None}
+    return values.get(str(schema.get("type")), "echo")
 
 
 def reply_to(request: JsonDict, identity: str, text: str, tool: JsonDict, input_tokens: int) -> Reply:
@@ -9879,11 +9868,8 @@ class Catalogue:
     async def _listed(self, providers: Sequence[Provider]) -> list[list[JsonDict]]:
         """What each provider lists: remembered, or asked for now, all at once and not for long."""
         now = self._loop.now
-        stale = [
-            provider
-            for provider in providers
-            if self._lists.get(provider, (-math.inf, []))[0] < now - CATALOGUE_FRESH_SECONDS
-        ]
+        fetched = {provider: self._lists[provider][0] for provider in providers if provider in self._lists}
+        stale = [one for one in providers if fetched.get(one, -math.inf) < now - CATALOGUE_FRESH_SECONDS]
         self._fetches = {provider: fetch for provider, fetch in self._fetches.items() if not fetch.done}
         fetches = [self._fetches.get(provider) or self._loop.start(self._fetch(provider)) for provider in stale]
         self._fetches.update(zip(stale, fetches))
@@ -14547,15 +14533,12 @@ INDENT = " " * 15  # of the lines of a command
 
 def missing_keys(config: Config, path: str) -> Iterator[str]:
     """What to set for each provider that has no key, and for which routes echo stands in until then."""
+    echoed = [pattern for pattern, names in config.routes.items() if answers_for_others(config, names)]
     for provider in config.providers.values():
         if provider.enabled and provider.keys == ():
             variables = key_variables(path, provider.name)
             remedy = f"set {' or '.join(variables)}" if variables else f"put one into providers.{provider.name}.keys"
-            routes = [
-                pattern
-                for pattern, names in config.routes.items()
-                if provider.name in names and answers_for_others(config, names)
-            ]
+            routes = [pattern for pattern in echoed if provider.name in config.routes[pattern]]
             meanwhile = f"; until then echo answers for {listing(routes)}" if routes else ""
             yield f"{provider.name} has no key: {remedy}{meanwhile}"
 
