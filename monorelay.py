@@ -768,8 +768,7 @@ def close_matches(name: str, known: Iterable[str], count: int) -> list[str]:
 
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
-    """Whether the name equals one of the shell patterns, whatever characters it has, or matches it,
-    case-sensitively."""
+    """Whether the name equals a shell pattern, whatever characters it has, or matches one, case-sensitively."""
     return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -1483,8 +1482,7 @@ def check_aliases(config: Config, problems: Problems) -> None:
 
 
 def leads_on(config: Config, name: str, alias: str) -> bool:
-    """Whether the name that an alias stands for is something, if only a route that names no provider: that is told at
-    the route."""
+    """Whether the name that an alias stands for is something, if only a route without providers: that is told there."""
     named = split_provider(config, name)[1] or find_alias(config, name, (alias,))[0]
     return bool(named) or matches_any(name, config.routes)
 
@@ -3883,8 +3881,7 @@ class FormWalk:
 
 
 class Inflater:
-    """Decompresses a body in steps: gzip, deflate and, where Python has it, zstd. Raises UnsupportedCoding for any
-    other coding."""
+    """Decompresses a body in steps: gzip, deflate, and zstd where Python has it. Else raises UnsupportedCoding."""
 
     def __init__(self, pieces: Iterable[bytes], coding: str) -> None:
         self._pieces = iter(pieces)
@@ -4715,8 +4712,7 @@ GEMINI_REFUSED = frozenset(
 
 
 def with_object_type(schema: JsonDict, draft: Draft) -> JsonDict:
-    """A tool's schema with the members that OpenAI requires at its root, and without those that servers stumble over;
-    else as it is."""
+    """A tool's schema with what OpenAI requires at its root, and without what servers stumble over; else as it is."""
     found = {name: value for name, value in schema.items() if name != "$schema" and (name, value) != ("required", None)}
     found.setdefault("type", "object")
     if found["type"] == "object":
@@ -5019,8 +5015,7 @@ def text_part(said: str) -> JsonDict:
 
 
 def content_of(parts: list[JsonDict]) -> Union[str, list[JsonDict]]:
-    """The parts as the content of a chat message: one text if that is all they are, since simple servers know no
-    parts."""
+    """The parts as the content of a chat message: if all are text, as one text, since simple servers know no parts."""
     if all(part["type"] == "text" for part in parts):
         return TEXT_JOINT.join(part["text"] for part in parts)
     return parts
@@ -5690,8 +5685,7 @@ class ChatReader:
             self._sequence = sequence if isinstance(sequence, str) else ""
 
     def _say(self, kind: str, said: str) -> None:
-        """Writes text or thinking, or keeps it: blank text until something follows, and any behind an unfinished
-        call."""
+        """Writes text or thinking, or keeps it: blank text until more follows, and any behind an unfinished call."""
         self._said += characters(said)
         if self._calls and all(call.scan.whole for call in self._calls):
             self._advance(is_followed=True)
@@ -6059,8 +6053,7 @@ class MessageReader:
         return self._chunk({"tool_calls": [{"index": self._calls - 1, "function": {"arguments": part}}]})
 
     def _thinking_chunk(self, said: str = "", **block: Any) -> JsonDict:
-        """A part of thinking, by DeepSeek's name for those who show it, and as LiteLLM has it for those who send it
-        back."""
+        """A part of thinking: by DeepSeek's name for who shows it, in LiteLLM's form for who sends it back."""
         self._thoughts += self._is_new_thought
         self._is_new_thought = False
         shown = {"reasoning_content": said} if said else {}
@@ -6166,8 +6159,7 @@ class AnswerTranslator:
         return self._framed(self._read_end())
 
     def ping(self) -> bytes:
-        """What goes to the client when nothing has come for a while: a sign of life, or the end of an answer of which
-        nothing more is needed."""
+        """What goes out when nothing has come for a while: a sign of life, or the end of an answer that may end."""
         return self.close() if self.may_end else self._framed([*self._reader.begin(), PING])
 
     def fail(self, message: str, kind: str, code: str) -> bytes:
@@ -6176,8 +6168,7 @@ class AnswerTranslator:
         return error_event(self._asked.format, kind, message, code, self._asked.id)
 
     def whole(self, body: bytes, is_stream: bool) -> bytes:
-        """What goes to the client for an answer of which all has come, whether it asked for a stream or not. Raises
-        AnswerFault."""
+        """What the client gets for an answer that has come as a whole, in the form it asked for. Raises AnswerFault."""
         if is_stream and body.count(b"data:") > WHOLE_EVENTS:
             raise UnfitAnswer(f"the provider streamed an answer of more than {WHOLE_EVENTS} events")
         if is_stream and body.count(b"\n") + body.count(b"\r") > WHOLE_LINES:
@@ -6892,8 +6883,7 @@ class EchoFault(Exception):
 
 
 class EchoResponse(NamedTuple):
-    """A response in parts, which are made as they are sent: each when its seconds have passed. A cut one ends too
-    early."""
+    """A response in parts, each made and sent when its seconds have passed. A cut one ends too early."""
 
     status: int
     content_type: str
@@ -7039,8 +7029,7 @@ def require(section: JsonDict, name: str, holds: Callable[[Any], bool], otherwis
 
 
 def split_words(text: str) -> Iterator[str]:
-    """The words of a text, each with the white space before it, the last with that behind it too; together they are
-    the text."""
+    """The words of a text with the white space before each, and behind the last: together they are the text."""
     # Without rstrip() the expression would try in vain from every blank behind the last word.
     end = len(text.rstrip(BLANK_CHARACTERS))
     for match in WORD.finditer(text, 0, end):
