@@ -722,10 +722,6 @@ class Problems:
     def add(self, place: str, message: str) -> None:
         self.lines.append(f"{self.name}: {place}: {message}" if place else f"{self.name}: {message}")
 
-    def raise_if_any(self) -> None:
-        if self.lines:
-            raise ConfigError(self.lines)
-
 
 def parse_json(text: Union[str, bytes]) -> Any:
     """The value of a JSON text, stricter than `json.loads`: NaN and infinities are refused too, and
@@ -1143,7 +1139,8 @@ def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.jso
     config = read_prices(config, document.get("prices"), problems)
     check_routes(config, problems)
     check_aliases(config, problems)
-    problems.raise_if_any()
+    if problems.lines:
+        raise ConfigError(problems.lines)
     return config
 
 
