@@ -13386,8 +13386,8 @@ const clock = (parts, format = new Intl.DateTimeFormat("en-GB", parts)) => (seco
 const toHour = clock({ hour: "2-digit", minute: "2-digit" }), toSecond = clock({ timeStyle: "medium" });
 const toDay = clock({ day: "numeric", month: "short" });
 const hour = (seconds) => Math.abs(seconds - now()) < 20 * 3600 ? toHour(seconds) : toDay(seconds);
-const isToday = (seconds) => toDay(seconds) === toDay(now());
-const moment = (seconds) => isToday(seconds) ? toSecond(seconds) : `${toDay(seconds)}, ${toHour(seconds)}`;
+const moment = (seconds) =>
+  toDay(seconds) === toDay(now()) ? toSecond(seconds) : `${toDay(seconds)}, ${toHour(seconds)}`;
 const utc = (seconds) => new Date(seconds * 1000).toISOString().replace("T", " ").slice(0, 19) + " UTC";
 
 // ---- elements ----
@@ -13406,7 +13406,8 @@ function element(tag, attributes, ...children) {
 // A name that has its place in a line, whatever its length.
 const brief = (name) => name.length > 64 ? `${name.slice(0, 63)}…` : name;
 
-const on = (type, target, act) => target.addEventListener(type, act);
+const on = (type, target, act, options) => target.addEventListener(type, act, options);
+const once = (type, target) => new Promise((resolve) => on(type, target, resolve, { once: true }));
 const narrow = matchMedia("(width <= 640px)");
 
 // Shows a text or an element in a place, and leaves alone what is there already.
@@ -13957,8 +13958,6 @@ function drawAll() {
 
 const merged = (old, changed = [], key) => [...new Map([...old, ...changed].map((one) => [key(one), one])).values()];
 
-const fromKey = (key, at) => ({ ...key, told: key.state, until: at + key.for });
-
 // How a key is. One that cools because the provider refuses it, or its account has no credit, needs a person; one that
 // is ready may have spent a limit, or have failed when it was last tried, unless that was about the request.
 function stateOf(key) {
@@ -13974,7 +13973,7 @@ function take(event, data) {
   if (event === "state") view = { running: [], keys: [], hours: [], budgets: [] };
   view = {
     ...view, ...data, offset: data.now - performance.now() / 1000, running: running ?? view.running,
-    keys: merged(view.keys, data.keys?.map((key) => fromKey(key, data.now)), keyOf),
+    keys: merged(view.keys, data.keys?.map((key) => ({ ...key, told: key.state, until: data.now + key.for })), keyOf),
     hours: merged(view.hours, data.hours, ([one]) => one),
     budgets: merged(view.budgets, data.budgets, (budget) => `${budget.limit} ${budget.user}`),
   };
@@ -14037,12 +14036,11 @@ async function follow() {
 }
 
 const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, seconds * 1000));
-const turn = () => new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true }));
 
 async function live() {
   let wait = 1;
   for (;;) {
-    if (document.hidden) await turn();
+    if (document.hidden) await once("visibilitychange", document);
     const why = await follow().then(() => "the relay ended it", (error) => error.message);
     if (document.hidden) continue;
     wait = $("link").dataset.tone === "good" ? 1 : Math.min(wait * 2, 30);
@@ -14102,7 +14100,7 @@ async function signIn() {
   put($("problem"), old ? "The sign-in has expired. Please sign in again." : "");
   while (!session) {
     $("signin").showModal();
-    await new Promise((resolve) => $("signin").addEventListener("close", resolve, { once: true }));
+    await once("close", $("signin"));
   }
   if (old && old.name !== session.name) location.reload();
 }
