@@ -4132,9 +4132,9 @@ MESSAGE_TOKENS = 4
 IMAGE_TOKENS = 1600
 DOCUMENT_TOKENS_PER_CHARACTER = 0.037  # of base64: 2,500 for 50 KB
 
-ASCII_BLANKS = " \t\n\r\v\f"
 # Begins the escape of what may stand in a JSON string as it is, in a text that is escaped once more.
 ESCAPE = re.compile(r"(?<!\\)\\\\u(?!00(?:[01]|22|5[cC]))")
+HALF_ESCAPE = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")  # of the first half of a surrogate pair
 # In narrow text: half a surrogate pair, and what some clients take for the end of a line, with what each begins with.
 ESCAPED = re.compile("\xed[\xa0-\xbf][\x80-\xbf]|\xe2\x80[\xa8\xa9]|\xc2\x85")
 ESCAPED_BEGIN = ("\xed", "\xe2\x80\xa8", "\xe2\x80\xa9", "\xc2\x85")
@@ -4328,12 +4328,15 @@ def json_text(pieces: Iterable[bytes], errors: str = "strict") -> str:
 
 
 def end_of_escapes(text: str) -> int:
-    """Where a part of a JSON text ends, but for an escape that goes on behind it."""
+    """Where a part of a JSON text ends, but for an escape that goes on behind it, or whose other half may."""
     at = text.rfind("\\", -5)
-    if at < 0 or text[at + 1 : at + 2] not in ("", "u"):
-        return len(text)
-    is_escaped = (at - len(text[:at].rstrip("\\"))) % 2
-    return len(text) if is_escaped else at
+    end = at if at >= 0 and text[at + 1 : at + 2] in ("", "u") and begins_escape(text, at) else len(text)
+    return end - 6 if HALF_ESCAPE.fullmatch(text, end - 6, end) and begins_escape(text, end - 6) else end
+
+
+def begins_escape(text: str, at: int) -> bool:
+    """Whether the backslash there isn't escaped itself."""
+    return (at - len(text[:at].rstrip("\\"))) % 2 == 0
 
 
 def without_escapes(text: str) -> str:
@@ -4368,6 +4371,13 @@ def characters(text: str) -> int:
 def is_blank(text: str) -> bool:
     """Whether narrow text says nothing. A long one that is blank by blanks beyond ASCII is taken to say something."""
     return not (widened(text[:LOG_VALUE_CHARACTERS]).strip() or text[LOG_VALUE_CHARACTERS:].strip())
+
+
+def without_final_blanks(text: str) -> str:
+    """Narrow text without the blanks at its end, of which there may be many in ASCII, and few others."""
+    text = text.rstrip(" \t\n\r\v\f")
+    end = widened(text[-WRITTEN_CHARACTERS:])
+    return text[: len(text) - len(narrow(end[len(end.rstrip()) :]))]
 
 
 def check_weight(values: int, escapes: int) -> None:
@@ -5441,7 +5451,7 @@ class MessageTurns:
         """Takes the blanks off the end of an answer that Claude is to go on with: it refuses them."""
         final = self._messages[-1]["content"][-1]
         if self._messages[-1]["role"] == "assistant" and final["type"] == "text":
-            final["text"] = final["text"].rstrip(ASCII_BLANKS)
+            final["text"] = without_final_blanks(final["text"])
 
 
 # -- chat to Messages: the answer

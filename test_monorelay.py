@@ -4386,7 +4386,23 @@ def test_any_text_is_translated_as_it_is_however_it_is_written_and_cut(text, siz
         assert json.loads(b"".join(made.body))["messages"] == [{"role": "user", "content": "." + whole}]
 
 
+def test_an_id_in_escapes_is_the_same_wherever_it_is_cut():
+    call = {"id": f"call {WIDE}", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [HELLO, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": call["id"]}]
+    body = json.dumps(prompt(messages=turns)).encode()
+    whole = monorelay.translate_request([body], 0, target_of("anthropic"), "m", "req_1", 0.0)
+    for cut in range(1, len(body)):
+        made = monorelay.translate_request([body[:cut], body[cut:]], 0, target_of("anthropic"), "m", "req_1", 0.0)
+        assert b"".join(made.body) == b"".join(whole.body), cut
+
+
 # -- from chat
+
+
+@pytest.mark.parametrize("blanks", ["\u3000", "\xa0 \x85", "\x1f\n", "\u2003" * 20_000], ids=ascii)
+def test_an_answer_to_go_on_with_loses_the_blanks_at_its_end(blanks):
+    body, _ = to_messages(messages=[HELLO, {"role": "assistant", "content": f"{WIDE}{blanks}b{blanks}"}])
+    assert body["messages"][-1]["content"] == [said(f"{WIDE}{blanks}b")]
 
 
 def test_t1_the_systems_words_lead():
