@@ -4104,7 +4104,7 @@ class Usage:
 # either way. What is told of a document to people is widened() again.
 
 TRANSLATED_VALUES = 250_000  # in a body: `json` takes up to 50 ms for as many
-TRANSLATED_ESCAPES = 2_000_000  # in its strings, and 30 ms for these: many clients escape all but ASCII
+TRANSLATED_ESCAPES = 2_000_000  # in its strings, and 0.3 s for these, in small steps: many clients escape all but ASCII
 TRANSLATED_HELD_BYTES = 512 * 1024  # of an event, and of what waits for its turn in a streamed answer
 WRITTEN_CHARACTERS = 64 * 1024  # of a string at a time
 TAKEN_OUT_CHARACTERS = 2 * 1024  # of a string that is let go as soon as it is written
@@ -4365,6 +4365,8 @@ def shown(text: str) -> str:
 
 def characters(text: str) -> int:
     """How many characters narrow text stands for."""
+    if text.isascii():
+        return len(text)
     return sum(len(part.encode("latin-1").translate(None, CONTINUATION_BYTES)) for part in slices(text))
 
 
@@ -4515,7 +4517,9 @@ def text_in(members: JsonDict, name: str, place: str) -> str:
 
 def word(value: Any) -> str:
     """A word such as a type, as far as it is looked at and shown: what should be one may be anything, and large."""
-    return value[:LOG_VALUE_CHARACTERS] if isinstance(value, str) else "(none)"
+    if not isinstance(value, str):
+        return "(none)"
+    return value if len(value) <= LOG_VALUE_CHARACTERS else narrow(shown(value))
 
 
 def strings(value: Any, place: str) -> list[str]:
@@ -9939,7 +9943,7 @@ def listed_entries(text: str) -> Iterator[JsonDict]:
     for entry in listed[:LISTED_MODELS]:
         named = isinstance(entry, dict) and is_text(entry.get("id")) and len(entry["id"]) <= MODEL_CHARACTERS
         told = entry if named and is_small(entry) else {"id": entry["id"]} if named else {}
-        yield json.loads(encoded(dump(told)))
+        yield json.loads(json.dumps(told, ensure_ascii=False).encode("latin-1"))
 
 
 def is_small(entry: JsonDict) -> bool:

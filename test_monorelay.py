@@ -4337,6 +4337,33 @@ def test_a_translation_holds_as_much_as_the_body_and_little_more_while_it_is_mad
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("escaped", [False, True])
+def test_characters_beyond_ascii_stay_what_they_are_in_names_and_in_what_is_told(escaped):
+    known = target_of(extra={"ü": "é"}, drop=["ö"]).provider
+    target, wide = monorelay.Target(known._replace(name="acmé中"), "modèle中"), "中" * 300
+
+    def made(*messages: Any, **fields: Any) -> Any:
+        body = json.dumps(prompt(messages=messages, **fields), ensure_ascii=escaped).encode()
+        return monorelay.translate_request([body], 0, target, "m", "req_1", 0.0)
+
+    it = made(user({"type": "tool_reference", "tool_name": wide}), é中=1, tools=[{**TOOL, "name": "naïve"}])
+    body = json.loads(b"".join(it.body))
+    assert (body["model"], body["ü"], it.dropped) == ("modèle中", "é", ("é中",))
+    assert body["messages"][0]["content"] == f"Tool available: {wide[:200]}"
+    refused = not_translated(lambda: made(user({"type": wide})))
+    assert f": a block of the type {wide}"[:202] + " can't be sent to the provider acmé中 (" in refused
+    name, given = body["tools"][0]["function"]["name"], json.dumps({"à": WIDE}, ensure_ascii=escaped)
+    calls = [{"id": "é", "function": {"name": name, "arguments": given}}]
+    choice = {"message": {"tool_calls": calls}, "finish_reason": "tool_calls"}
+    answer = json.dumps({"choices": [choice]}, ensure_ascii=escaped).encode()
+    message = json.loads(monorelay.AnswerTranslator(it.asked).whole(answer, is_stream=False))
+    assert message["content"][0]["name"] == "naïve" and message["content"][0]["input"] == {"à": WIDE}
+    error = json.dumps({"error": {"message": f"nö {WIDE}"}}, ensure_ascii=escaped).encode()
+    with pytest.raises(monorelay.AnswerFault) as caught:
+        monorelay.AnswerTranslator(it.asked).whole(error, is_stream=False)
+    assert caught.value.message == f"nö {WIDE}"
+
+
 WIDE = "\U0001f600"  # a character of which Python makes four bytes, and of all others in its string
 LETTERS = "a" * 2_000_000
 IN_JSON = {"name": "look", "arguments": json.dumps({"a": LETTERS + WIDE}, ensure_ascii=False)}
