@@ -9933,15 +9933,15 @@ async def read_rest(loop: EventLoop, response: UpstreamResponse) -> bytes:
 
 
 def listed_entries(text: str) -> Iterator[JsonDict]:
-    """The first LISTED_MODELS entries of the list `data` in a JSON object, or of a bare list: of one that tells much,
-    only the name; an empty one for each that names no model. Raises ValueError for what is neither."""
+    """The first LISTED_MODELS entries of the list `data` in a JSON object in narrow text, or of a bare list: of one
+    that tells much, only the name; an empty one for each that names no model. Raises ValueError for what is neither."""
     document = json.loads(text, parse_int=short_integer, parse_constant=refuse_constant)
     del text
     listed = document.get("data") if isinstance(document, dict) else document
     if not isinstance(listed, list):
         raise ValueError("there is no list in it")
     for entry in listed[:LISTED_MODELS]:
-        named = isinstance(entry, dict) and is_text(entry.get("id")) and len(entry["id"]) <= MODEL_CHARACTERS
+        named = isinstance(entry, dict) and is_text(entry.get("id")) and characters(entry["id"]) <= MODEL_CHARACTERS
         told = entry if named and is_small(entry) else {"id": entry["id"]} if named else {}
         yield json.loads(json.dumps(told, ensure_ascii=False).encode("latin-1"))
 
