@@ -10057,7 +10057,9 @@ class KeyEraser:
     def feed(self, data: bytes, is_last: bool) -> bytes:
         """What can be passed on of the body up to here; all of it is as long as it was."""
         key = self._key
-        data = (self._held + data).replace(key, b"*" * len(key))
+        data = self._held + data
+        if key in data:
+            data = data.replace(key, b"*" * len(key))
         at = -1 if is_last else data.find(key[:1], max(0, len(data) - len(key) + 1))
         while at >= 0 and not key.startswith(data[at:]):
             at = data.find(key[:1], at + 1)
