@@ -12237,7 +12237,7 @@ def test_a_list_that_cannot_be_read_is_warned_of_once(upstream, relay):
 
 
 def listed(text: str) -> list[dict[str, Any]]:
-    return list(monorelay.listed_entries(monorelay.narrow(text)))
+    return list(monorelay.listed_entries(monorelay.json_text([text.encode()])))
 
 
 BLANK = " \t\r\n "
