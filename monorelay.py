@@ -4496,11 +4496,11 @@ def encoded(text: str) -> bytes:
 # -- what requests are read with
 
 
-def objects(value: Any, place: str) -> list[JsonDict]:
-    """The objects of a list. Raises BadRequest."""
+def objects(value: Any, place: str) -> list[tuple[str, JsonDict]]:
+    """The objects of a list, each with its place. Raises BadRequest."""
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise BadRequest(f"{place}: Input should be a list of objects")
-    return value
+    return [(f"{place}.{index}", item) for index, item in enumerate(value)]
 
 
 def string(value: Any, place: str) -> str:
@@ -4594,16 +4594,15 @@ class Turn(NamedTuple):
 def turns_of(messages: Any, draft: Draft) -> list[Turn]:
     """The turns of the messages: text becomes a block. Raises BadRequest."""
     turns: list[Turn] = []
-    for index, message in enumerate(objects(messages, "messages")):
-        place, role, content = f"messages.{index}", message.get("role"), message.get("content")
+    for place, message in objects(messages, "messages"):
+        role, content = message.get("role"), message.get("content")
         draft.drop_rest(message, ("role", "content"), "messages")
         if isinstance(content, str):
             blocks = [(f"{place}.content", {"type": "text", "text": content})]
         else:
-            listed = objects([] if content is None else content, f"{place}.content")
-            for block in listed:
+            blocks = objects([] if content is None else content, f"{place}.content")
+            for _, block in blocks:
                 drop_from_block(block, draft)
-            blocks = [(f"{place}.content.{number}", block) for number, block in enumerate(listed)]
         if turns and turns[-1].role == role:
             turns[-1].blocks.extend(blocks)
         else:
@@ -4669,8 +4668,7 @@ CHOICES = {"auto": "auto", "required": "any", "none": "none"}  # of tools, by ch
 
 def chat_tools(request: JsonDict, draft: Draft) -> JsonDict:
     """The members of a chat request that are about tools."""
-    tools = objects(request.get("tools") or [], "tools")
-    written = [chat_tool(tool, f"tools.{index}", draft) for index, tool in enumerate(tools)]
+    written = [chat_tool(tool, place, draft) for place, tool in objects(request.get("tools") or [], "tools")]
     choice = member(request, "tool_choice")
     kind = word(choice.get("type"))
     words = {word: chats for chats, word in CHOICES.items()}
@@ -4961,8 +4959,8 @@ class ChatTurns:
 
     def _all_parts(self, content: Any, place: str) -> list[JsonDict]:
         """The parts that a content becomes, if it is a text or blocks."""
-        blocks = [text_part(content)] if isinstance(content, str) else objects(content or [], place)
-        return [part for number, block in enumerate(blocks) for part in self._parts(block, f"{place}.{number}")]
+        blocks = objects([text_part(content)] if isinstance(content, str) else content or [], place)
+        return [part for at, block in blocks for part in self._parts(block, at)]
 
     def _parts(self, block: JsonDict, place: str) -> list[JsonDict]:
         """The parts of a chat message that a user's block becomes."""
@@ -5016,7 +5014,7 @@ def system_texts(value: Any, place: str) -> list[str]:
     if isinstance(value, str):
         return [value] if value else []
     blocks = objects([] if value is None else value, place)
-    texts = [string(block.get("text", block.get("content")), f"{place}.{index}") for index, block in enumerate(blocks)]
+    texts = [string(block.get("text", block.get("content")), at) for at, block in blocks]
     return [said for index, said in enumerate(texts) if said and not (index == 0 and said.startswith(BILLING_BLOCK))]
 
 
@@ -5044,7 +5042,7 @@ def estimated_tokens(request: JsonDict) -> int:
     size, never by their base64."""
     texts, tokens = list(plain_texts(request.get("system"))), 0.0
     waiting: list[Any] = []
-    for message in objects(request.get("messages") or [], "messages"):
+    for _, message in objects(request.get("messages") or [], "messages"):
         tokens += MESSAGE_TOKENS
         waiting.append(message.get("content"))
     while waiting:
@@ -5061,7 +5059,7 @@ def estimated_tokens(request: JsonDict) -> int:
             texts += [word(block.get("name")), dump(block.get("input"))]
         elif isinstance(block, dict):
             waiting += [block.get(name) for name in ("text", "thinking", "content", "source", "data", "title")]
-    for tool in objects(request.get("tools") or [], "tools"):
+    for _, tool in objects(request.get("tools") or [], "tools"):
         texts += [word(tool.get("name")), *plain_texts(tool.get("description")), dump(tool.get("input_schema", {}))]
     return math.ceil(tokens + TOKENS_PER_CHARACTER * sum(map(characters, texts)))
 
@@ -5208,8 +5206,7 @@ def message_sampling(chat: JsonDict, draft: Draft) -> JsonDict:
 
 def message_tools(chat: JsonDict, draft: Draft) -> JsonDict:
     """The members of a request of Messages that are about tools."""
-    offered = objects(chat.get("tools") or [], "tools")
-    tools = [message_tool(tool, f"tools.{index}", draft) for index, tool in enumerate(offered)]
+    tools = [message_tool(tool, place, draft) for place, tool in objects(chat.get("tools") or [], "tools")]
     choice = chat.get("tool_choice")
     written: JsonDict = {}
     kind = word(choice.get("type") if isinstance(choice, dict) else choice)
@@ -5217,7 +5214,7 @@ def message_tools(chat: JsonDict, draft: Draft) -> JsonDict:
         allowed = member(chat["tool_choice"], kind)
         names = {
             draft.tool_name(string(member(tool, "function").get("name"), "tool_choice"))
-            for tool in objects(allowed.get("tools"), "tool_choice.allowed_tools.tools")
+            for _, tool in objects(allowed.get("tools"), "tool_choice.allowed_tools.tools")
         }
         tools = [tool for tool in tools if tool["name"] in names]
         written = {"type": "any" if allowed.get("mode") == "required" else "auto"}
@@ -5306,8 +5303,8 @@ class MessageTurns:
     def of(self, chat: JsonDict) -> list[JsonDict]:
         """The messages for a request. Raises BadRequest."""
         writers = {"user": self._write_user, "assistant": self._write_assistant, "tool": self._write_result}
-        for index, message in enumerate(objects(chat.get("messages"), "messages")):
-            place, role = f"messages.{index}", word(message.get("role"))
+        for place, message in objects(chat.get("messages"), "messages"):
+            role = word(message.get("role"))
             given = {name: value for name, value in message.items() if value}
             self._draft.refuse_members(given, ("audio", "function_call"), place)
             self._draft.drop_rest(given, CHAT_MESSAGE_KNOWN, "messages")
@@ -5358,14 +5355,13 @@ class MessageTurns:
         self._write_later()
         blocks = [
             {name: value for name, value in block.items() if name != "index"}
-            for block in objects(message.get("thinking_blocks") or [], f"{place}.thinking_blocks")
+            for _, block in objects(message.get("thinking_blocks") or [], f"{place}.thinking_blocks")
             if (block.get("type") == "thinking" and block.get("signature")) or block.get("type") == "redacted_thinking"
         ]
         for name in ("content", "refusal"):
             blocks += self._blocks(message.get(name), f"{place}.{name}")
         calls = objects(message.get("tool_calls") or [], f"{place}.tool_calls")
-        for number, call in enumerate(calls):
-            blocks.append(self._call(call, f"{place}.tool_calls.{number}"))
+        blocks += [self._call(call, at) for at, call in calls]
         self._say("assistant", blocks)
         self._calls = {block["id"] for block in blocks if block["type"] == "tool_use"}
 
@@ -5403,8 +5399,7 @@ class MessageTurns:
         """The blocks of a content; texts without a character are left out, since Anthropic refuses them."""
         if isinstance(content, str):
             return [] if is_blank(content) else [text_part(content)]
-        parts = objects([] if content is None else content, place)
-        found = [self._block(part, f"{place}.{number}") for number, part in enumerate(parts)]
+        found = [self._block(part, at) for at, part in objects([] if content is None else content, place)]
         return [block for block in found if block["type"] != "text" or not is_blank(block["text"])]
 
     def _block(self, part: JsonDict, place: str) -> JsonDict:
