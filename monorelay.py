@@ -5523,11 +5523,8 @@ class MessageWriter:
         if self.begun:
             return
         self.begun = True
-        message: JsonDict = {
-            "id": answer_id("msg_", self._asked.id), "type": "message", "role": "assistant",
-            "model": narrow(self._asked.model), "content": [], "stop_reason": None, "stop_sequence": None,
-            "usage": message_usage(self._asked.input_tokens, 0, 0, 0),
-        }  # fmt: skip
+        usage = message_usage(self._asked.input_tokens, 0, 0, 0)
+        message = empty_message(answer_id("msg_", self._asked.id), narrow(self._asked.model), usage)
         self._events.append({"type": "message_start", "message": message})
 
     def write(self, kind: str, said: str) -> None:
@@ -5838,6 +5835,14 @@ def reasoning_of(delta: JsonDict) -> str:
         if part.get("type") == "thinking":
             told += plain_texts(part.get("thinking"))
     return "".join([said for said in told if isinstance(said, str)])
+
+
+def empty_message(id: str, model: str, usage: JsonDict) -> JsonDict:
+    """A message of which nothing is said yet."""
+    return {
+        "id": id, "type": "message", "role": "assistant", "model": model, "content": [], "stop_reason": None,
+        "stop_sequence": None, "usage": usage,
+    }  # fmt: skip
 
 
 def message_usage(fresh: int, stored: int, read: int, output: int) -> JsonDict:
@@ -7282,22 +7287,15 @@ def anthropic_blocks(reply: Reply) -> list[JsonDict]:
 
 def anthropic_message(reply: Reply) -> JsonDict:
     """A reply as a whole message."""
-    return {
-        "id": reply.id,
-        "type": "message",
-        "role": "assistant",
-        "model": reply.model,
-        "content": anthropic_blocks(reply),
-        "stop_reason": reply.stop_reason,
-        "stop_sequence": reply.stop_sequence,
-        "usage": message_usage(reply.input_tokens, 0, 0, reply.output_tokens),
-    }
+    message = empty_message(reply.id, reply.model, message_usage(reply.input_tokens, 0, 0, reply.output_tokens))
+    stop = {"stop_reason": reply.stop_reason, "stop_sequence": reply.stop_sequence}
+    return {**message, "content": anthropic_blocks(reply), **stop}
 
 
 def anthropic_events(reply: Reply) -> Iterator[bytes]:
     """A reply as the documented sequence of events."""
-    opened = {**anthropic_message(reply), "content": [], "stop_reason": None, "stop_sequence": None}
-    yield named_event("message_start", message={**opened, "usage": message_usage(reply.input_tokens, 0, 0, 1)})
+    opened = empty_message(reply.id, reply.model, message_usage(reply.input_tokens, 0, 0, 1))
+    yield named_event("message_start", message=opened)
     for index, block in enumerate(anthropic_blocks(reply)):
         empty: JsonDict = {"text": "", "thinking": "", "signature": "", "input": {}}
         opening = {name: empty.get(name, value) for name, value in block.items()}
@@ -7306,7 +7304,7 @@ def anthropic_events(reply: Reply) -> Iterator[bytes]:
             yield named_event("content_block_delta", index=index, delta=delta)
         yield named_event("content_block_stop", index=index)
     stop = {"stop_reason": reply.stop_reason, "stop_sequence": reply.stop_sequence}
-    yield named_event("message_delta", delta=stop, usage=opened["usage"])
+    yield named_event("message_delta", delta=stop, usage={**opened["usage"], "output_tokens": reply.output_tokens})
     yield named_event("message_stop")
 
 
