@@ -258,7 +258,6 @@ LEDGER_BACKLOG_ROWS = 10_000  # more than that waiting for a file that can't be 
 LEDGER_SWEPT_ROWS = 5000  # that are too old, in a transaction; takes some 5 ms
 LEDGER_SUMS_DAYS = 400  # for which the sums are kept: a year, and the month to compare it with
 LEDGER_WARNING_SECONDS = 60.0
-LEDGER_LISTED_ROWS = 1000  # in one answer
 LEDGER_SEARCHED_ROWS = 200_000  # for those that are wanted; takes some 0.1 s, for which nobody can write
 LEDGER_GROUPS = 10_000  # in one answer
 PRICES_BYTES = 64 * 1024 * 1024  # of a price file; LiteLLM's has 3.5 MB
@@ -8653,7 +8652,7 @@ def request_page(
     a key as provider/label. Looks through LEDGER_SEARCHED_ROWS and no more. Raises sqlite3.Error."""
     newest = query_ledger(path, "SELECT coalesce(max(id), 0) FROM request", ())
     below = min(before, newest[0][0] + 1 if newest else 1)
-    end, limit = below - LEDGER_SEARCHED_ROWS, max(1, min(limit, LEDGER_LISTED_ROWS))
+    end, limit = below - LEDGER_SEARCHED_ROWS, max(1, min(limit, ROWS_AT_ONCE))
     asked = {name: storable(wanted.get(name)) for name in ("user", "model", "key")}
     found = query_ledger(path, FIND_REQUESTS, {**asked, "below": below, "end": end, "limit": limit, "errors": errors})
     rows = [dict(zip(("id", *LedgerRow._fields), row)) for row in found]
