@@ -34,6 +34,7 @@ import bisect
 import codecs
 import collections
 import datetime
+import decimal
 import difflib
 import email.utils
 import errno
@@ -1391,11 +1392,7 @@ def price_number(value: Any, place: str, tokens: int = 1) -> int:
 @functools.lru_cache(maxsize=4096)  # the list has some 1,100 different numbers, of which each stands often
 def exact(value: float) -> int:
     """The number in PRICE_UNIT, as it is written and not as the nearest binary fraction."""
-    digits, _, exponent = repr(value).partition("e")
-    whole_part, _, fraction = digits.partition(".")
-    places = 30 + int(exponent or 0) - len(fraction)
-    found = int(whole_part + fraction)
-    return found * int(10**places) if places >= 0 else found // int(10**-places)
+    return int(decimal.Decimal(repr(value)) * PRICE_UNIT)
 
 
 def check_routes(config: Config, problems: Problems) -> None:
