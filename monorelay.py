@@ -6189,10 +6189,8 @@ class AnswerTranslator:
                 pieces = [piece for event in events for piece in self._pieces_of(event, is_short=is_stream)]
                 return b"".join([*pieces, self._last_line()])
             pieces = json_pieces(whole_message(events) if self._asked.format == "anthropic" else whole_chat(events))
-        except AnswerFault as fault:
-            raise self._present(fault) from None
-        except RecursionError:
-            raise nested_too_deeply() from None
+        except (AnswerFault, RecursionError) as error:
+            raise self._fault_of(error) from None
         return b"".join(pieces)
 
     def _framed(self, events: Iterable[JsonDict]) -> bytes:
@@ -6203,9 +6201,14 @@ class AnswerTranslator:
                 sent.append(self._bytes_of(event))
             return b"".join(sent) + (self._last_line() if self.ended else b"")
         except (AnswerFault, RecursionError) as error:
-            fault = self.fault = self._present(error if isinstance(error, AnswerFault) else nested_too_deeply())
+            fault = self.fault = self._fault_of(error)
             _, kind, message, code = error_terms(self._asked.format, fault)
             return b"".join(sent) + self.fail(message, kind, code if fault.text else fault.code)
+
+    def _fault_of(self, error: Exception) -> AnswerFault:
+        """What the client hears of a fault, or of an answer that is nested too deeply to be written again."""
+        nested = AnswerFault("the provider's answer is nested too deeply")
+        return self._present(error if isinstance(error, AnswerFault) else nested)
 
     def _bytes_of(self, event: JsonDict) -> bytes:
         if self._asked.format == "anthropic":
@@ -6265,11 +6268,6 @@ def is_unfinished(answer: JsonDict) -> bool:
     choice = next((it for it in listed_objects(answer.get("choices")) if it.get("index", 0) == 0), {})
     message = member(choice, "message")
     return choice.get("finish_reason", "") is None and not (message.get("tool_calls") or message.get("function_call"))
-
-
-def nested_too_deeply() -> AnswerFault:
-    """The fault of an answer that can't be written again."""
-    return AnswerFault("the provider's answer is nested too deeply")
 
 
 def read_answer(data: bytes) -> JsonDict:
