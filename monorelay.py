@@ -12589,15 +12589,13 @@ def load_config(path: str, options: JsonDict) -> Config:
         config = parse_config(source, environ, name)
     except RecursionError:
         raise ConfigError([f"{name}: it is nested, or its aliases are chained, too deeply"]) from None
+    changed: JsonDict = {name: options[name] for name in ("host", "port") if name in options}
     if not config.server.access_keys:
         try:
-            keys = as_access_keys(environ.get("MONORELAY_ACCESS_KEY", ""))
+            changed["access_keys"] = as_access_keys(environ.get("MONORELAY_ACCESS_KEY", ""))
         except ValueError as error:
             raise ConfigError([f"the environment's MONORELAY_ACCESS_KEY: {error}"]) from None
-        config = config._replace(server=config.server._replace(access_keys=keys))
-    address = {name: options[name] for name in ("host", "port") if name in options}
-    config = with_ledger_beside(config, path, name)
-    config = config._replace(server=config.server._replace(**address))
+    config = with_ledger_beside(config._replace(server=config.server._replace(**changed)), path, name)
     if config.server.workers > 1 and not hasattr(os, "fork"):
         raise ConfigError([f"{name}: server.workers: must be 1 on this system"])
     obstacle = start_obstacle(config)
