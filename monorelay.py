@@ -999,9 +999,8 @@ def as_headers(value: Any) -> tuple[tuple[str, Optional[str]], ...]:
     for name, content in expect(value, dict, "an object of headers").items():
         if not TOKEN.fullmatch(name) or name.lower() in FRAMING_HEADERS:
             raise ValueError(f"{name!r} is not a header that can be set")
-        if content is not None and not (
-            isinstance(content, str) and FIELD_VALUE.fullmatch(content) and content.isascii()
-        ):
+        fits = isinstance(content, str) and FIELD_VALUE.fullmatch(content) and content.isascii()
+        if content is not None and not fits:
             raise ValueError(f"{name}: must be a string without control characters, or null to remove the header")
     return tuple((name, None if content is None else str(content)) for name, content in value.items())
 
@@ -3662,10 +3661,7 @@ class ReadBody:
 
     def add(self, piece: bytes) -> None:
         """Takes the next piece of the content."""
-        if self.content:
-            append_piece(self.content, piece)
-        else:
-            self.content.append(piece)
+        append_piece(self.content, piece)
         self.size += len(piece)
         if self._walk:
             self._walk.feed(piece)
@@ -6911,10 +6907,6 @@ class Reply(NamedTuple):
     input_tokens: int
 
     @property
-    def words(self) -> Iterator[str]:
-        return split_words(self.text)
-
-    @property
     def output_tokens(self) -> int:
         return count_words([self.text, self.thinking, self.tool_input]) + (1 if self.tool else 0)
 
@@ -7305,7 +7297,7 @@ def anthropic_events(reply: Reply) -> Iterator[bytes]:
 def anthropic_deltas(reply: Reply, block: JsonDict) -> Iterator[JsonDict]:
     """A content block piece by piece."""
     if block["type"] == "text":
-        for word in reply.words:
+        for word in split_words(reply.text):
             yield {"type": "text_delta", "text": word}
     elif block["type"] == "thinking":
         for word in split_words(reply.thinking):
@@ -7341,7 +7333,7 @@ def echo_completion(request: JsonDict, identity: str, now: int) -> EchoResponse:
 
     def events() -> Iterator[bytes]:
         last = [completion(("", finish)), *([completion(usage=usage)] if asks_usage else [])]
-        for document in itertools.chain((completion((word, None)) for word in reply.words), last):
+        for document in itertools.chain((completion((word, None)) for word in split_words(reply.text)), last):
             yield f"data: {json.dumps(document)}\n\n".encode("ascii")
         yield b"data: [DONE]\n\n"
 
@@ -7436,7 +7428,7 @@ def response_events(reply: Reply, whole: JsonDict) -> Iterator[tuple[str, JsonDi
         begun = {**item, "content": [], "status": "in_progress"}
         yield "output_item.added", {"output_index": 0, "item": begun}
         yield "content_part.added", {**place, "part": {**part, "text": ""}}
-        for word in reply.words:
+        for word in split_words(reply.text):
             yield "output_text.delta", {**place, "delta": word, "logprobs": []}
         yield "output_text.done", {**place, "text": reply.text, "logprobs": []}
         yield "content_part.done", {**place, "part": part}
