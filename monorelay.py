@@ -14333,14 +14333,14 @@ def run_usage(options: JsonDict, *paths: str) -> int:
     first, last = (windows_of_day(day)[0] for day in (today - days + 1, today))
     rows = [usage_row(dict(zip(by, group)), sums) for group, sums in groups.items()]
     rows.sort(key=lambda row: (row.get("day", ""), -(row["usd"] or 0), -row["requests"]))
-    total = [functools.reduce(plus, column) for column in zip(*groups.values())]
+    sums = [functools.reduce(plus, column) for column in zip(*groups.values())]
+    total = usage_row({}, sums) if sums else {}
     if "json" in options:
-        totals = usage_row({}, total) if total else {}
-        print(json.dumps({"from": first, "to": last, "by": by, "rows": rows, "total": totals}, indent=2))
+        print(json.dumps({"from": first, "to": last, "by": by, "rows": rows, "total": total}, indent=2))
     elif "csv" in options:
         print_csv(rows, by)
     else:
-        print("\n".join(usage_table(rows, usage_row({}, total) if total else {}, by, f"from {first} to {last} (UTC)")))
+        print("\n".join(usage_table(rows, total, by, f"from {first} to {last} (UTC)")))
     return 0
 
 
@@ -14367,8 +14367,7 @@ def print_csv(rows: Sequence[JsonDict], by: Sequence[str]) -> None:
     """The rows as CSV (RFC 4180) with a head."""
     import csv
 
-    figures = [name for name in SUMS if name not in ("cost", "ttfb", "streamed", "duration")]
-    writer = csv.DictWriter(sys.stdout, [*by, *figures, "usd", "ttfb", "seconds"])
+    writer = csv.DictWriter(sys.stdout, list(usage_row(dict.fromkeys(by, ""), [0] * len(SUMS))))
     writer.writeheader()
     writer.writerows(rows)
 
