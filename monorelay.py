@@ -3285,6 +3285,23 @@ LASTING_STATUSES = frozenset({401, 402, 403})
 # Anthropic's 400 for an account without credit, which is about the key and not about the request. It is the whole
 # message: where a message quotes what a client has sent, a colon stands before or behind.
 NO_CREDIT = re.compile(rb'(?i)"message" ?: ?"your credit balance is too low[^":\\]*"')
+# Whether these are about the key or about what was asked, only their bodies tell.
+TELLING_STATUSES = frozenset({400, 401, 402, 403, 429})
+# What an error says, or is called, that is about what was asked: Anthropic of browsers and of a tier's context,
+# OpenRouter of what the credit left is too little for, OpenAI of a request alone over its limit of tokens a minute,
+# OpenRouter and xAI of moderation.
+OWN_FAULT = re.compile(
+    rb"""(?x) CORS\ requests | long\ context\ requests | can\ only\ afford\ [1-9] | [Pp]rompt\ tokens\ limit\ exceeded
+    | [Rr]equest\ too\ large\ for | input\ was\ flagged | usage\ guidelines
+    | context_length_exceeded | content_policy | content_filter"""
+)
+
+
+def is_own_fault(status: int, told: bytes) -> bool:
+    """Whether an error says nothing about the provider and its key, but about what was asked. The status is 0 where
+    only its type tells: with a 401 or 403, `invalid_request` may mean the key."""
+    is_named = OWN_FAULT.search(told) or (not status and b"invalid_request" in told)
+    return bool(is_named) or status in (400, 404, 413, 422)
 
 
 def cors_fields(origins: Sequence[str], request: Headers, response: Iterable[tuple[str, str]] = ()) -> Pairs:
@@ -3933,7 +3950,6 @@ STREAM_ENDS = re.compile(
 )
 ENDS_IN_NAME = re.compile(rb"(?:^|[\r\n])event:[^\r\n]*(?:\r\n|\n|\r)\Z")  # an event's name without data behind it
 EVENT_IS_ERROR = re.compile(rb'(?:^|[\r\n])(?:event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error"))')
-CLIENTS_FAULT = re.compile(rb"invalid_request|context_length_exceeded|content_policy|content_filter")  # in an error
 FIRST_EVENT_IS_ERROR = rb'event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error")'
 USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 USAGE_OBJECT = re.compile(rb'"usage" {0,4}:? {0,4}(?:\{|\Z)')  # its opening, or as much of it as has come
@@ -4162,7 +4178,7 @@ class AnswerFault(Exception):
     @property
     def is_requests(self) -> bool:
         """Whether it says nothing about the provider and its key, but about what was asked."""
-        return self.status in (400, 403, 404, 413, 422)
+        return is_own_fault(self.status, encoded(self.text))
 
 
 class UnfitAnswer(AnswerFault):
@@ -9316,7 +9332,7 @@ class UpstreamResponse:
             return self.head.status
         fault = self.first_fault
         # Told in a stream that was opened too early: overloaded, unless it is the request's own fault.
-        return fault.status if fault else 400 if CLIENTS_FAULT.search(self.content) else 529
+        return fault.status if fault else 400 if is_own_fault(0, self.content) else 529
 
     @property
     def told(self) -> str:
@@ -9457,7 +9473,7 @@ class Attempt:
                 await self._read_first_line(response)
                 if response.begins_with_error:
                     await peek(self._loop, response, event_only=True)
-            elif response.head.status == 400 or (response.translated and response.head.status < 300):
+            elif response.head.status in TELLING_STATUSES or (response.translated and response.head.status < 300):
                 await peek(self._loop, response)
             self.response = response
         except FramingError as error:
@@ -9729,11 +9745,10 @@ class Relay:
             self.keys.succeeded(candidate, self._loop.now)
         elif status >= 400:
             self.keys.note(candidate, "5xx" if status >= 500 else str(status), clock)
-            # What the client itself has caused says nothing about a key: an account that it named, an upload that it
-            # didn't finish.
+            # What the client itself has caused says nothing about a key: what it asked for, an account that it named,
+            # an upload that it didn't finish.
             own_fault = request.names_account if status == 401 else status >= 500 and not request.is_sent
-            fault = response.first_fault if response.translated else None
-            own_fault = own_fault or (fault is not None and fault.is_requests)
+            own_fault = own_fault or is_own_fault(status, response.content)
             if blames and not own_fault and not (provider.client_keys and status < 500):
                 wait = retry_after_seconds(response.head.fields.get("retry-after", ""), clock)
                 self.keys.failed(candidate, status, wait, self._loop.now, request.by_model)
@@ -9770,7 +9785,8 @@ def problem_of(request: UpstreamRequest, response: UpstreamResponse) -> tuple[st
     status, name = response.head.status, f"the provider {response.candidate.target.provider.name}"
     if 300 <= status < 400 and status != 304 and "location" in response.head.fields:
         return f"{name} answered with a redirect ({status}): correct its base_url in relay.json", "upstream_redirect"
-    is_clients = request.names_account and not response.translated and bool(ABOUT_ACCOUNT.search(response.content))
+    is_about_account = request.names_account and ABOUT_ACCOUNT.search(response.content)
+    is_clients = not response.translated and bool(is_about_account or is_own_fault(status, response.content))
     code = error_member(response.content, "code") or error_member(response.content, "type")
     return key_problem(response, response.status, response.told, code, is_clients)
 
@@ -10213,7 +10229,7 @@ class Outgoing:
             content = self._eraser.feed(content, is_last=self._decoder.finished)
         if content:
             if self._lines and b"error" in content and EVENT_IS_ERROR.search(content):
-                self.failed = not CLIENTS_FAULT.search(content)
+                self.failed = not is_own_fault(0, content)
             self._record.bytes_sent += len(content)
             self._last_byte = content[-1:]
             if self._awaits_end:

@@ -9895,6 +9895,43 @@ def test_a_401_about_the_clients_own_organization_cools_nothing(upstream, relay,
     assert {message.get("authorization") for message in provider.requests[tried:]} == {"Bearer sk-a"}
 
 
+CORS_REFUSED = "CORS requests must set 'anthropic-dangerous-direct-browser-access' header"
+AFFORDS = "This request requires more credits, or fewer max_tokens. You requested up to 64000, but can only afford"
+TOO_LARGE = "Request too large for gpt-4o in organization org-x on tokens per min (TPM): Limit 30000, Requested 45007."
+MODERATED = "claude-x requires moderation on Anthropic. Your input was flagged for \"violence\"."
+# What providers say with the status of an error that is about the key, and whether it is about the request.
+ABOUT_KEY_OR_REQUEST = [
+    (401, CORS_REFUSED, True), (401, "invalid x-api-key", False),
+    (402, f"{AFFORDS} 1234. To increase, visit", True), (402, f"{AFFORDS} 0. To increase, visit", False),
+    (402, "Prompt tokens limit exceeded: 64128 > 6964.", True), (402, "Insufficient Balance", False),
+    (403, MODERATED, True), (403, "Content violates usage guidelines. Failed check: SAFETY_CHECK_TYPE_BIO", True),
+    (403, "Your organization has no access to this model", False),
+    (429, TOO_LARGE, True), (429, "Extra usage is required for long context requests.", True),
+    (429, "Rate limit reached for gpt-4o in organization org-x", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize(("status", "message", "is_own"), ABOUT_KEY_OR_REQUEST)
+def test_an_error_that_only_its_words_tell_to_be_the_requests_is_tried_elsewhere_and_cools_nothing(
+    upstream, relay, path, status, message, is_own
+):
+    provider = upstream(json_reply({"error": {"type": "invalid_request_error", "message": message}}, status))
+    it = relay({"openai": two_keys(provider)})
+    got = it.post(path, prompt("gpt-test", max_tokens=64_000))
+    refuses_key = status == 401 and not (is_own and path == "/v1/chat/completions")
+    assert (got.status, len(provider.requests)) == (502 if refuses_key else status, 2)
+    assert refuses_key or message in str(got.json["error"])
+    assert ("comes last" in it.log.getvalue()) == (not is_own)
+
+
+@pytest.mark.timed
+def test_errors_are_judged_in_milliseconds():
+    for words in (b"c", b"p", b"can only afford ", b"prompt tokens ", b"content_"):
+        told = words * (monorelay.PEEKED_BYTES // len(words))
+        assert seconds_each(lambda told=told: monorelay.is_own_fault(429, told), 3) < 0.02
+
+
 @pytest.mark.parametrize("model", ["gpt-test", "gpt-other"])
 def test_a_401_on_a_path_of_which_nothing_is_known_rests_the_key_for_no_other_request(upstream, relay, model):
     def script(connection: Connection) -> None:
