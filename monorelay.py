@@ -3159,8 +3159,14 @@ OWN_HEADERS = (
     "x-monorelay-provider", "x-monorelay-model", "x-monorelay-attempts", "x-monorelay-error", "x-monorelay-request-id",
     "x-monorelay-translated", "x-monorelay-dropped", "x-monorelay-estimated",
 )  # fmt: skip
+# By which a browser tells a server that a script of another origin calls (https://fetch.spec.whatwg.org/). That is
+# between browser and relay, as the answer to it is: Anthropic has a 401 for it, whatever the key.
+BROWSER_HEADERS = frozenset({
+    "origin", "access-control-request-method", "access-control-request-headers",
+    "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest", "sec-fetch-user", "sec-fetch-storage-access",
+})  # fmt: skip
 # What the relay sets itself, or keeps to itself.
-REQUEST_HEADERS_KEPT_BACK = GUARDED_HEADERS | {"accept-encoding"}
+REQUEST_HEADERS_KEPT_BACK = GUARDED_HEADERS | BROWSER_HEADERS | {"accept-encoding"}
 CORS_HEADERS = frozenset(
     {"access-control-allow-origin", "access-control-allow-credentials", "access-control-expose-headers"}
 )
@@ -9420,8 +9426,8 @@ class UpstreamRequest(NamedTuple):
 
     @property
     def names_account(self) -> bool:
-        """Whether a provider's 401 may be about a header of the client."""
-        return any(name in self.head.fields for name in ACCOUNT_HEADERS)
+        """Whether a provider's 401 may be about a header of the client, or a key in its query."""
+        return "key=" in self.target.lower() or any(name in self.head.fields for name in ACCOUNT_HEADERS)
 
 
 LINE_END = re.compile(rb"[\r\n]")

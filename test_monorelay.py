@@ -9895,6 +9895,13 @@ def test_a_401_about_the_clients_own_organization_cools_nothing(upstream, relay,
     assert {message.get("authorization") for message in provider.requests[tried:]} == {"Bearer sk-a"}
 
 
+@pytest.mark.parametrize("query", ["?api-key=bogus", "?subscription-Key=bogus"])
+def test_a_401_about_a_key_in_the_clients_query_cools_nothing(upstream, relay, query):
+    it = relay({"openai": two_keys(upstream(answer(401)))})
+    refused(it.post(f"/v1/chat/completions{query}", chat()), 502, "api_error", openai_shape=True)
+    assert "comes last" not in it.log.getvalue()
+
+
 CORS_REFUSED = "CORS requests must set 'anthropic-dangerous-direct-browser-access' header"
 AFFORDS = "This request requires more credits, or fewer max_tokens. You requested up to 64000, but can only afford"
 TOO_LARGE = "Request too large for gpt-4o in organization org-x on tokens per min (TPM): Limit 30000, Requested 45007."
@@ -12466,6 +12473,18 @@ def test_cors_preflight_needs_no_token(relay):
         and "anthropic-version" in allowed
         and "POST" in got.get("access-control-allow-methods")
     )
+
+
+def test_that_a_browser_calls_from_another_origin_is_told_to_no_provider(upstream, relay):
+    """Anthropic refuses such requests with a 401, whatever the key."""
+    provider = upstream(answer())
+    fetch = ("Sec-Fetch-Site: cross-site", "sec-fetch-mode: cors", "sec-fetch-dest: empty")
+    others = ("referer: https://app.example/", "sec-ch-ua-mobile: ?0", "anthropic-beta: a")
+    got = relay({"anthropic": provider}, **CORS).post("/v1/messages", prompt(), ORIGIN, *fetch, *others)
+    assert got.status == 200 and got.get("access-control-allow-origin")
+    sent = [f"{name}: {value}".lower() for name, value in provider.requests[0].headers]
+    assert not [line for line in sent if line.startswith(("origin", "sec-fetch-"))]
+    assert set(others) <= set(sent), "they are about the client"
 
 
 @pytest.mark.parametrize(("origins", "origin", "allowed"), [
