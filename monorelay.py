@@ -168,6 +168,7 @@ LINGER_SECONDS = 5.0  # nginx's lingering_timeout
 LINGER_LONGEST_SECONDS = 30.0  # nginx's lingering_time
 # A kept upstream connection; shorter than the 60 s after which common balancers drop theirs.
 UPSTREAM_IDLE_SECONDS = 50.0
+STALE_SECONDS = 1.0  # within which a kept one shows that it was closed: a round trip, and a packet lost on it
 CONNECTED_ADDRESSES = 16  # of a host that has more, these are tried
 # How many connections to a provider wait for their next use; nginx needs as many for the same load.
 UPSTREAM_IDLE_CONNECTIONS = 512
@@ -9705,14 +9706,14 @@ class Relay:
         return response
 
     async def _attempt(self, request: UpstreamRequest, candidate: Candidate, fresh: bool) -> Attempt:
-        """One try with a candidate. A kept connection that turns out to be closed is replaced; where that would be once
-        too often, a `fresh` one is made at once."""
+        """One try with a candidate. A kept connection that turns out to be closed is replaced, one that breaks when the
+        provider may have worked for long isn't; where that would be once too often, a `fresh` one is made at once."""
         attempt, provider = Attempt(self._loop, request, candidate), candidate.target.provider
         try:
-            kept = None if fresh else self.connections.take(provider)
+            kept, begun = None if fresh else self.connections.take(provider), self._loop.now
             if kept:
                 await attempt.run(kept)
-            if not attempt.has_begun:
+            if not attempt.has_begun and not (attempt.may_be_at_work and self._loop.now - begun > STALE_SECONDS):
                 await attempt.run(await self.connections.connect(provider))
         except Unreachable as error:
             attempt.problem, attempt.code, attempt.reached = str(error), "upstream_unreachable", False

@@ -8115,6 +8115,28 @@ def test_a_stale_upstream_connection_is_replaced_unnoticed_and_cools_no_key(upst
     assert [message.get("x-api-key") for message in provider.requests] == ["sk-a"] * 3
 
 
+@pytest.mark.parametrize(("seconds", "keys"), [(0.5, "aaa"), (1.5, "aab")])
+def test_a_kept_connection_that_breaks_when_its_provider_has_worked_was_not_stale(upstream, relay, seconds, keys):
+    gate = threading.Event()
+
+    def script(connection: Connection) -> None:
+        while connection.read_request():
+            if len(connection.upstream.requests) == 2:
+                return connection.wait(gate)
+            connection.send(answer())
+
+    clock, provider = Clock(), upstream(script)
+    it = relay({"anthropic": two_keys(provider)}, clock)
+    with it.client() as client:
+        assert client.ask("POST", "/v1/messages", STREAMED).status == 200
+        client.send(request("POST", "/v1/messages", STREAMED))
+        eventually(lambda: len(provider.requests) == 2)
+        clock.move(seconds)
+        gate.set()
+        assert client.answer().get("x-monorelay-attempts") == str(len(set(keys)))
+    assert "".join(asked.get("x-api-key")[-1] for asked in provider.requests) == keys
+
+
 def test_a_request_that_meets_stale_and_broken_connections_goes_out_three_times_at_most(upstream, relay):
     together, warm = threading.Barrier(4), threading.Event()
 
