@@ -1950,7 +1950,14 @@ def targets_for(config: Config, name: str, format: str, translates: bool = False
     usable = [target for target in speaking if target.provider.usable]
     if not usable:
         raise not_usable(speaking[0].provider)
-    return usable
+    return for_one_credential(usable)
+
+
+def for_one_credential(targets: Sequence[Target]) -> list[Target]:
+    """The targets to which one request may go: the client's own credential, where they take that, is meant for the
+    first of these, and isn't shown to another place."""
+    places = [target.provider.origin for target in targets if target.provider.client_keys]
+    return [target for target in targets if not target.provider.client_keys or target.provider.origin == places[0]]
 
 
 def callable_targets(config: Config, name: str, format: str) -> list[Target]:
@@ -11490,9 +11497,8 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
         everywhere = [other for other in exchange.config.providers.values() if other.format == provider.format]
     else:
         everywhere = [provider]
-    candidates = [
-        Candidate(Target(other, ""), key) for other in everywhere if other.usable for key in other.keys or (None,)
-    ]
+    targets = for_one_credential([Target(other, "") for other in everywhere if other.usable])
+    candidates = [Candidate(target, key) for target in targets for key in target.provider.keys or (None,)]
     return await relay(exchange, body, candidates if searches else candidates[:1], searches)
 
 
@@ -13069,6 +13075,10 @@ def config_warnings(config: Config) -> Iterator[str]:
     for alias, name in ((alias, name) for alias, names in config.aliases.items() for name in names):
         if "@" in name and name.rpartition("@")[2] not in config.providers:
             yield f"aliases.{alias}: {name} names no provider of this file, and goes upstream as it is"
+    for place, targets in named_targets(config):
+        asked = for_one_credential(targets)
+        for name in dict.fromkeys(target.provider.name for target in targets if target not in asked):
+            yield f"{place}: {name} gets nothing, a client's own key is for the first that takes one; name it elsewhere"
     yield from price_warnings(config)
     if config.ledger and not sqlite3:
         yield NO_SQLITE
@@ -13104,6 +13114,16 @@ def provider_warnings(provider: Provider, place: str) -> Iterator[str]:
         yield f"{place}.base_url: has no path; that of OpenAI's SDK ends in /v1"
 
 
+def named_targets(config: Config) -> Iterator[tuple[str, list[Target]]]:
+    """The targets of each route and alias that has some, and its place in relay.json."""
+    sections: tuple[tuple[str, Iterable[str]], ...] = (("routes", config.routes), ("aliases", config.aliases))
+    for place, name in ((f"{section}.{name}", name) for section, names in sections for name in names):
+        try:
+            yield place, resolve(config, name)
+        except RelayError:
+            continue
+
+
 def price_warnings(config: Config) -> Iterator[str]:
     """Which models can be called that no budget in USD limits, since they have no price."""
     limited = next((user.name for user in config.users.values() if user.usd_per_day or user.usd_per_month), "")
@@ -13112,11 +13132,7 @@ def price_warnings(config: Config) -> Iterator[str]:
     if not config.prices:
         yield f"prices: are missing, so that the budget of {limited} limits nothing; name a price file or list them"
         return
-    for name in [*config.routes, *config.aliases]:
-        try:
-            targets = resolve(config, name)
-        except RelayError:
-            continue
+    for _, targets in named_targets(config):
         for provider, model in targets:
             if provider.format != "echo" and not may_have_price(config.prices, provider, model):
                 yield f"prices: there is none for {model} at {provider.name}, which no budget in USD limits; add one"
@@ -14631,11 +14647,13 @@ def run_route(options: JsonDict, model: str) -> int:
         print(f"{model}: {error.message}")
         return 1
     print("\n".join(route_reasons(config, model)))
+    asked = for_one_credential([target for target in targets if target.provider.usable])
     for number, target in enumerate(targets, 1):
         provider = target.provider
-        state = f"for {served_paths(provider)}" if provider.usable else "skipped, it has no key"
+        why = "a client's own key is for the first that takes one" if provider.usable else "it has no key"
+        state = f"for {served_paths(provider)}" if target in asked else f"skipped, {why}"
         print(f"  {number}. {target.model} at {provider.name} ({provider.format}): {state}")
-    return 0 if any(target.provider.usable for target in targets) else 1
+    return 0 if asked else 1
 
 
 def served_paths(provider: Provider) -> str:

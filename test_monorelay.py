@@ -8895,6 +8895,27 @@ def test_a_client_brings_its_own_credential_where_the_provider_takes_that(upstre
     assert len(theirs.requests) == 2
 
 
+def test_a_clients_own_credential_is_shown_to_one_place_only(upstream, relay):
+    """Also while that cools, and not where it is searched for what one of the providers may know."""
+    first, other, ours = (upstream(answer(status)) for status in (529, 404, 404))
+    it = relay(
+        {"first": {"upstream": first, "format": "anthropic", "keys": "client"},
+         "same": {"upstream": first, "format": "openai", "keys": "client"},
+         "other": {"upstream": other, "format": "openai", "keys": "client"},
+         "ours": {"upstream": ours, "format": "openai", "keys": ["sk-ours"]}},
+        aliases={"smart": ["claude-a@first", "gpt-a@other", "gpt-b@same"]},
+    )  # fmt: skip
+    own = ("Authorization: Bearer sk-client", f"x-monorelay-key: {TOKEN}")
+    for _ in range(2):
+        it.post("/v1/messages", prompt("smart"), *own, token="")
+    assert len(first.requests) == 4
+    first.script = replies(answer(404))
+    assert it.ask("GET", "/v1/responses/resp_1", None, *own, token="").status == 404
+    assert (len(first.requests), len(ours.requests), other.requests) == (5, 1, [])
+    assert it.post("/v1/chat/completions", prompt("gpt-a@other"), *own, token="").status == 404
+    assert other.requests[0].get("authorization") == "Bearer sk-client", "it was asked for by its name"
+
+
 def test_secrets_come_from_files_and_from_an_env_file(tmp_path, monkeypatch):
     monkeypatch.setenv("IN_BOTH", "of-the-environment")
     (tmp_path / "secret").write_text("\n of-a-file \n")
@@ -8943,6 +8964,15 @@ def test_what_is_doubtful_of_names_is_warned_of():
     ]  # fmt: skip
     (warning,) = monorelay.config_warnings(monorelay.parse_config("{}", {}))
     assert warning.startswith("nothing is served")
+
+
+def test_providers_that_a_clients_own_key_never_goes_to_are_warned_of():
+    own = {name: {"format": "openai", "base_url": f"https://{name}.example/v1", "keys": "client"} for name in "abc"}
+    own["a2"] = own["a"]
+    config = parse(own, routes={"gpt-*": ["a", "b"], "o?": ["a", "a2"]}, aliases={"smart": ["x@b", "x@c", "y@c"]})
+    assert [warning.partition(",")[0] for warning in monorelay.config_warnings(config)] == [
+        "routes.gpt-*: b gets nothing", "aliases.smart: c gets nothing",
+    ]  # fmt: skip
 
 
 BUDGETED = {"users": {"alice": {"usd_per_day": 1}}, "ledger": {"path": "usage.db"}}
@@ -9068,8 +9098,11 @@ def test_a_route_is_explained(tmp_path):
     (tmp_path / "relay.json").write_text(json.dumps({
         "providers": {"one": {"format": "anthropic", "base_url": "https://one.example", "keys": ["k"]},
                       "two": {"format": "openai", "base_url": "https://two.example/v1", "keys": [""]},
+                      "three": {"format": "openai", "base_url": "https://three.example/v1", "keys": "client"},
+                      "four": {"format": "openai", "base_url": "https://four.example/v1", "keys": "client"},
                       "echo": {"format": "echo"}},
-        "aliases": {"smart": ["claude-x", "gpt-x@two"], "any/*": "*"}, "routes": {"claude-*": "one"},
+        "aliases": {"smart": ["claude-x", "gpt-x@two"], "any/*": "*", "own": ["x@three", "x@four"]},
+        "routes": {"claude-*": "one"},
     }))  # fmt: skip
     done = run("route", "smart", cwd=tmp_path)
     assert (done.returncode, done.stdout.splitlines()) == (0, [
@@ -9083,6 +9116,8 @@ def test_a_route_is_explained(tmp_path):
     assert told.endswith("1. x at echo (echo): for /v1/messages, and /v1/chat/completions translated\n")
     assert run("route", "any/claude-y[1m]", cwd=tmp_path).returncode == 0
     assert run("route", "gpt-x@two", cwd=tmp_path).returncode == 1, "nobody can serve it"
+    own = run("route", "own", cwd=tmp_path).stdout
+    assert own.endswith("2. x at four (openai): skipped, a client's own key is for the first that takes one\n")
     nowhere = run("route", "nobody", cwd=tmp_path)
     assert nowhere.returncode == 1 and "no route for the model 'nobody'" in nowhere.stdout
     assert "route takes one MODEL" in run("route", cwd=tmp_path).stderr
