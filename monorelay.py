@@ -12854,31 +12854,64 @@ class Signals:
         signal.set_wakeup_fd(-1)
 
 
-class Operator:
-    """Waits for signals and for edits of relay.json while the other threads serve."""
+class ConfigFile:
+    """relay.json and the files that it names, as they are edited: the last configuration that could be read of them. A
+    supervisor reads them as its workers do, so that a new worker begins with what the others serve by."""
 
-    def __init__(
-        self,
-        server: RelayServer,
-        path: str,
-        options: JsonDict,
-        seen: tuple[int, ...],
-        supervisor: int = 0,
-        tells: bool = True,
-    ) -> None:
-        self._server = server
-        self._supervisor = supervisor  # its process id, in a worker
-        self._tells = tells  # whether it logs what happens to all workers
+    def __init__(self, config: Config, path: str, options: JsonDict, seen: tuple[int, ...]) -> None:
+        self.config = config
+        self.problem = ""  # what was broken when they were read last
         self._path = path
         self._options = options
         self._seen = seen  # the state of the file that was read
         self._beside_seen = self._files_beside()
-        self._in_terminal = in_terminal()
 
     def _files_beside(self) -> list[tuple[int, ...]]:
         """The states of the files that relay.json names: the env_file and the prices."""
-        config = self._server.service.config
-        return [file_state(beside(self._path, name)) for name in (config.env_file, config.prices_file) if name]
+        names = (self.config.env_file, self.config.prices_file)
+        return [file_state(beside(self._path, name)) for name in names if name]
+
+    def has_changed(self) -> bool:
+        """Whether one was edited since they were read."""
+        self._path = self._path or config_path(self._options)  # it may have come since the start
+        return (file_state(self._path), self._files_beside()) != (self._seen, self._beside_seen)
+
+    def read(self) -> bool:
+        """Reads them again; whether that made a configuration. A broken relay.json changes nothing, broken prices keep
+        those of before."""
+        self._seen, self._beside_seen = file_state(self._path), self._files_beside()
+        self.problem = ""
+        try:
+            config = self._with_prices(load_config(self._path, self._options))
+        except (ConfigError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:
+                self._seen = ()  # there is no descriptor to read it with: the next try is in a second
+                return False
+            problem = system_problem(error) if isinstance(error, OSError) else str(error)
+            self.problem = f"{problem}\nthe configuration was not reloaded; the one before stays in force"
+            return False
+        self.config = with_run_secrets(config, self.config)
+        self._beside_seen = self._files_beside()
+        return True
+
+    def _with_prices(self, config: Config) -> Config:
+        """The configuration with its prices, or with those of before when the file is broken."""
+        try:
+            return load_prices(config, self._path)
+        except ConfigError as error:
+            self.problem = f"{error}; the prices of before stay in force"
+            return config._replace(prices=self.config.prices)
+
+
+class Operator:
+    """Waits for signals and for edits of relay.json while the other threads serve."""
+
+    def __init__(self, server: RelayServer, file: ConfigFile, supervisor: int = 0, tells: bool = True) -> None:
+        self._server = server
+        self._file = file
+        self._supervisor = supervisor  # its process id, in a worker
+        self._tells = tells  # whether it logs what happens to all workers
+        self._in_terminal = in_terminal()
 
     def run(self, signals: Signals) -> int:
         """Serves until SIGTERM, SIGINT or the death of the supervising process; the exit status."""
@@ -12889,36 +12922,18 @@ class Operator:
             if name in ("SIGTERM", "SIGINT", WORKER_CUTS) or left or (supervisor and os.getppid() != supervisor):
                 self._drain(signals, name == WORKER_CUTS)
                 return 0
-            self._path = self._path or config_path(self._options)  # it may have come since the start
-            changed = (file_state(self._path), self._files_beside()) != (self._seen, self._beside_seen)
-            if name == reloads or changed:
+            if name == reloads or self._file.has_changed():
                 self.reload()
 
     def reload(self) -> None:
-        """Reads relay.json again, and the prices; a broken one changes nothing."""
-        self._seen, self._beside_seen = file_state(self._path), self._files_beside()
+        """Reads relay.json again, and the files that it names, and serves by them."""
         log = self._server.log if self._tells else LogWriter(None)
-        try:
-            config = self._with_prices(load_config(self._path, self._options), log)
-        except (ConfigError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:
-                self._seen = ()  # there is no descriptor to read it with: the next try is in a second
-                return
-            for line in (system_problem(error) if isinstance(error, OSError) else str(error)).splitlines():
-                log.warn(line)
-            log.warn("the configuration was not reloaded; the one before stays in force")
-            return
-        self._server.reload(config, self._tells)
-        self._beside_seen = self._files_beside()
-        log.say("the configuration was reloaded; values of the environment are those of the start")
-
-    def _with_prices(self, config: Config, log: LogWriter) -> Config:
-        """The configuration with its prices, or with those of before when the file is broken."""
-        try:
-            return load_prices(config, self._path)
-        except ConfigError as error:
-            log.warn(f"{error}; the prices of before stay in force")
-            return config._replace(prices=self._server.service.config.prices)
+        is_read = self._file.read()
+        for line in self._file.problem.splitlines():
+            log.warn(line)
+        if is_read:
+            self._server.reload(self._file.config, self._tells)
+            log.say("the configuration was reloaded; values of the environment are those of the start")
 
     def _drain(self, signals: Signals, cuts: bool) -> None:
         """Stops in good order; another signal, or one that `cuts`, ends the process at once."""
@@ -12941,15 +12956,14 @@ class Supervisor:
     """The parent of several workers, which share its listening sockets: it replaces one that dies, and
     passes signals on. Each worker is a relay of its own, with its own loop, kept connections and threads."""
 
-    def __init__(self, config: Config, path: str, options: JsonDict, listeners: Sequence[socket.socket]) -> None:
-        self._config = config
-        self._path = path
-        self._options = options
+    def __init__(self, file: ConfigFile, listeners: Sequence[socket.socket]) -> None:
+        self._file = file
+        self._count = file.config.server.workers  # which a reload doesn't change
         self._listeners = listeners
         self._log = LogWriter(sys.stderr)
-        self._log.style = config.server.log
+        self._log.style = file.config.server.log
         self._workers: dict[int, tuple[float, int]] = {}  # process id: when it was started, and its place on the board
-        self._board = Board(2 * config.server.workers + 1)
+        self._board = Board(2 * self._count + 1)
         self._in_terminal = in_terminal()
 
     def run(self, signals: Signals, lines: Sequence[str]) -> int:
@@ -12959,7 +12973,9 @@ class Supervisor:
         self._log.announce(lines)
         self._log.start()
         while True:
-            while len(self._workers) < self._config.server.workers and self._start_worker():
+            if len(self._workers) < self._count or self._file.has_changed():
+                self._file.read()
+            while len(self._workers) < self._count and self._start_worker():
                 pass
             name = signals.next(1.0)
             if name in ("SIGTERM", "SIGINT"):
@@ -12967,6 +12983,7 @@ class Supervisor:
             if name == "SIGHUP":
                 if self._in_terminal and not in_terminal():
                     return self._stop(signals)
+                self._file.read()
                 self._pass_on(signal.Signals[WORKER_RELOADS])
             for pid, started in self._reap():
                 self._log.warn(f"the worker {pid} has ended; another one takes its place")
@@ -12976,7 +12993,7 @@ class Supervisor:
     def _start_worker(self) -> bool:
         """Starts a worker; False when the system gives out no more processes."""
         parent, taken = os.getpid(), {worker for _, worker in self._workers.values()}
-        place = PlaceOnBoard(self._board, min(set(range(self._config.server.workers)) - taken))
+        place = PlaceOnBoard(self._board, min(set(range(self._count)) - taken))
         # What comes between the fork and the worker's own handlers has to wait for these.
         held = {getattr(signal, name) for name in (*OPERATOR_SIGNALS, WORKER_RELOADS, WORKER_CUTS)}
         signal.pthread_sigmask(signal.SIG_BLOCK, held)
@@ -12990,6 +13007,8 @@ class Supervisor:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
         self._workers[pid] = time.monotonic(), place.worker
+        for line in self._file.problem.splitlines()[:1]:
+            self._log.warn(f"the new worker {pid} serves by the last configuration that could be read: {line}")
         return True
 
     def _be_worker(self, parent: int, held: set[int], place: PlaceOnBoard) -> NoReturn:
@@ -13009,13 +13028,8 @@ class Supervisor:
 
     def _work(self, signals: Signals, parent: int, place: PlaceOnBoard) -> int:
         """Serves until the worker is told to stop; the exit status."""
-        config, seen = self._config, file_state(self._path)
-        try:
-            config = with_run_secrets(load_prices(load_config(self._path, self._options), self._path), config)
-        except (ConfigError, OSError):
-            pass  # the file is broken at the moment: the configuration of the start still holds
-        server = RelayServer(config, None, self._listeners, place)
-        operator = Operator(server, self._path, self._options, seen, parent, place.worker == 0)
+        server = RelayServer(self._file.config, None, self._listeners, place)
+        operator = Operator(server, self._file, parent, place.worker == 0)
         server.start()
         return operator.run(signals)
 
@@ -13038,7 +13052,7 @@ class Supervisor:
 
     def _stop(self, signals: Signals) -> int:
         """Drains all workers; a second signal ends them at once. The exit status."""
-        seconds = self._config.server.drain_seconds
+        seconds = self._file.config.server.drain_seconds
         self._log.say(f"stopping; what runs may take {seconds:g} s more, a second signal ends it at once")
         for listener in self._listeners:
             listener.close()
@@ -14475,6 +14489,7 @@ def run_serve(options: JsonDict) -> int:
     seen = file_state(path)  # as it was before it is read: an edit meanwhile is taken up
     given = load_prices(load_config(path, options), path)
     config = with_run_secrets(given, None)
+    file = ConfigFile(config, path, options, seen)
     raise_descriptor_limit()
     supervised = config.server.workers > 1
     # Whoever can connect must be able to count on an end in good order.
@@ -14485,9 +14500,9 @@ def run_serve(options: JsonDict) -> int:
     lines = list(banner(config, path, relay_url(host, port), made_up))
     if supervised:
         # Python's own way out would wait for a log that nobody reads.
-        os._exit(Supervisor(config, path, options, listeners).run(signals, lines))
+        os._exit(Supervisor(file, listeners).run(signals, lines))
     server = RelayServer(config, None, listeners)
-    operator = Operator(server, path, options, seen)
+    operator = Operator(server, file)
     server.log.announce(lines)
     server.start()
     return outlast_script(lambda: operator.run(signals))

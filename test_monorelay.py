@@ -17161,7 +17161,7 @@ def test_an_edit_of_the_price_file_is_taken_up_and_a_broken_one_keeps_the_old_pr
     path, prices = tmp_path / "relay.json", tmp_path / "prices.json"
     path.write_text(json.dumps({**settings({"echo": {}}), "prices": prices.name}))
     prices.write_text(json.dumps(LITELLM_PRICES))
-    operator = monorelay.Operator(it, str(path), {}, ())
+    operator = monorelay.Operator(it, monorelay.ConfigFile(it.service.config, str(path), {}, ()))
 
     def price() -> Any:
         config = it.service.config
@@ -17689,6 +17689,33 @@ def test_workers_share_the_port_and_a_dead_one_is_replaced(program):
     assert eventually(lambda: all(accepts(it.url) for _ in range(20)))
     it.signal(signal.SIGTERM)
     assert it.ended() == 0
+
+
+@pytest.mark.parametrize("broken", ["relay.json", "prices.json"])
+def test_who_was_taken_away_does_not_come_back_with_a_new_worker(program, tmp_path, broken):
+    (tmp_path / "prices.json").write_text("{}")
+    config = {**workers_of(settings({"echo": {}}), 2), "prices": "prices.json"}
+    it = program({**config, "users": {"alice": {"key": ALICE}, "bob": {"key": BOB}}})
+
+    def admits(token: str) -> set[int]:
+        return {got.status for got in asked_of_workers(it, 20, "GET", "/api/auth/me", token=token)}
+
+    eventually(lambda: admits(ALICE) == admits(BOB) == {200})
+    it.write({**config, "users": {"bob": {"key": BOB}}})
+    eventually(lambda: admits(ALICE) == {401})
+    time.sleep(1.1)  # each process looks once a second
+    (tmp_path / broken).write_text('{"half": ')
+    eventually(lambda: "stays in force" in it.text() or "stay in force" in it.text())
+    for worker in (killed := children(it)):
+        os.kill(worker, signal.SIGKILL)
+    eventually(lambda: len(children(it) - killed) == 2)
+    eventually(lambda: admits(BOB) == {200})
+    assert admits(ALICE) == {401}
+    told = rf"the new worker (\d+) serves by the last configuration .*{broken}: "
+    eventually(lambda: set(map(int, re.findall(told, it.text()))) == children(it))
+    (tmp_path / "prices.json").write_text("{}")
+    it.write({**config, "users": {"alice": {"key": ALICE}}})
+    eventually(lambda: admits(ALICE) == {200}), "new workers see the next edit"
 
 
 # ---- what workers know together
