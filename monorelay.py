@@ -8530,7 +8530,8 @@ class LedgerWriter:
 
     def _note_failure(self, path: str, seen: tuple[int, ...], error: Exception) -> None:
         """Makes way for a new file where this one is broken, and else warns, once a minute."""
-        if is_broken(error):
+        is_database = begins_as_database(path)
+        if is_database and is_broken(error):
             kept = set_aside(path, seen)
             if kept:
                 self._warn(f"the ledger {path} is broken ({error}); it is kept as {kept}, and a new one is begun")
@@ -8538,7 +8539,8 @@ class LedgerWriter:
         now = self._clock()
         if now - self._warned_at >= LEDGER_WARNING_SECONDS:
             self._warned_at = now
-            self._warn(f"the ledger {path} can't be written: {error}; {len(self._rows)} rows wait for it")
+            reason = error if is_database else NO_DATABASE
+            self._warn(f"the ledger {path} can't be written: {reason}; {len(self._rows)} rows wait for it")
 
 
 def write_ledger(
@@ -8592,9 +8594,13 @@ def open_ledger(path: str) -> Any:
 
 def ledger_version(connection: Any) -> int:
     """The version of the file's tables, 0 for a file without any. Raises ValueError for one that isn't known here."""
-    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    # In one query: another process may begin the tables between two.
+    query = "SELECT user_version, EXISTS (SELECT 1 FROM sqlite_master) FROM pragma_user_version"
+    version, has_tables = map(int, connection.execute(query).fetchone())
     if version > LEDGER_VERSION:
         raise ValueError(f"a newer MonoRelay has made it (version {version}, this one knows {LEDGER_VERSION})")
+    if has_tables and not version:
+        raise ValueError("another program has made it; name another file in ledger.path")
     return version
 
 
@@ -8696,6 +8702,20 @@ def storable(value: Any) -> Union[str, int, None]:
         is_plain = len(value) <= MODEL_CHARACTERS and value.isascii()
         return value if is_plain else value[:MODEL_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
     return value if isinstance(value, int) and -(2**63) <= value < 2**63 else None
+
+
+NO_DATABASE = "it is no SQLite database, and stays as it is; name another file in ledger.path"
+
+
+def begins_as_database(path: str) -> bool:
+    """Whether a file begins as those of SQLite do, or is empty: any other one isn't the relay's to rename. True where
+    no file can be read: what is in the way is told when it is to be written."""
+    magic = b"SQLite format 3\0"
+    try:
+        with open(path if os.path.isfile(path) else os.devnull, "rb") as file:  # a pipe would be waited for
+            return magic.startswith(file.read(len(magic)))
+    except OSError:
+        return True
 
 
 def is_broken(error: Exception) -> bool:
@@ -13172,6 +13192,8 @@ def file_warnings(path: str, config: Config) -> Iterator[str]:
     folder = os.path.dirname(config.ledger.path) if config.ledger else ""
     if folder and not os.access(folder, os.W_OK):
         yield f"ledger.path: nothing can be written to the folder {folder}; make it, or name another one"
+    if config.ledger and not begins_as_database(config.ledger.path):
+        yield f"ledger.path: {config.ledger.path}: {NO_DATABASE}"
     try:
         with open(path, encoding="utf-8") as file:
             source = file.read()
