@@ -2734,9 +2734,15 @@ def spent_sums(rows: Iterable[LedgerRow]) -> dict[tuple[str, str], tuple[int, in
         tokens = (row.input or 0) + (row.cache_write or 0) + (row.cache_write_long or 0) + (row.output or 0)
         if tokens or row.cost:
             for window in windows_of_day(row.at // 86_400_000):
-                cost, count = sums.get((row.user, window), (0, 0))
-                sums[(row.user, window)] = cost + (row.cost or 0), count + tokens
+                add_spent(sums, {(row.user, window): (row.cost or 0, tokens)})
     return sums
+
+
+def add_spent(sums: dict[tuple[str, str], tuple[int, int]], more: Mapping[tuple[str, str], tuple[int, int]]) -> None:
+    """Adds sums by user and window to others."""
+    for key, (cost, tokens) in more.items():
+        before = sums.get(key, (0, 0))
+        sums[key] = before[0] + cost, before[1] + tokens
 
 
 def plus(before: Optional[int], figure: Optional[int]) -> Optional[int]:
@@ -8409,9 +8415,12 @@ class LedgerWriter:
         self._ending = threading.Event()
         self._started = False
         self._thread: Optional[threading.Thread] = None
-        self._lock = threading.Lock()  # guards _rows and the next two: several threads ask and add
+        self._lock = threading.Lock()  # guards _rows and the next three: several threads ask and add
         self._spent: Spent = {}  # by the users with budgets, as the file had it at last
-        self._unwritten: Spent = {}  # and of their rows that wait
+        self._unwritten: Spent = {}  # and of their rows that wait, or are lost
+        self._lost: Spent = {}  # of those for which there was no room
+        self.elsewhere: dict[int, Spent] = {}  # what other workers have shared(), by their place
+        self.changed: Callable[[], object] = lambda: None  # called when shared() tells something else
         self._warned_at = -math.inf
         self.dropped = 0  # rows, since the start
         self._dropped_told = 0
@@ -8434,7 +8443,8 @@ class LedgerWriter:
         self._named = named_models(config)
         self._limited = tuple(user.name for user in config.users.values() if user.has_budget and self._keeping)
         with self._lock:
-            self._unwritten = spent_sums([row for row in self._rows if row.user in self._limited])
+            self._unwritten = dict(self._lost)
+            add_spent(self._unwritten, spent_sums([row for row in self._rows if row.user in self._limited]))
         self._wanted.set()
         if self._started:
             self.start()
@@ -8448,27 +8458,34 @@ class LedgerWriter:
             self._thread.start()
 
     def put(self, row: LedgerRow) -> None:
-        """Takes a row."""
+        """Takes a row. When too many wait it is lost, but for what it has cost."""
         if not self._keeping:
             return
-        if len(self._rows) >= LEDGER_BACKLOG_ROWS:
-            self.dropped += 1
-            return
+        spent = spent_sums((row,)) if row.user in self._limited else {}
+        has_room = len(self._rows) < LEDGER_BACKLOG_ROWS
         with self._lock:
-            if row.user in self._limited:
-                for key, (cost, tokens) in spent_sums((row,)).items():
-                    before = self._unwritten.get(key, (0, 0))
-                    self._unwritten[key] = before[0] + cost, before[1] + tokens
-            self._rows.append(row)
+            add_spent(self._unwritten, spent)
+            if has_room:
+                self._rows.append(row)
+            else:
+                self.dropped += 1
+                add_spent(self._lost, spent)
+        if spent and (self.failing or not has_room):
+            self.changed()
         if not self._wanted.is_set():
             self._wanted.set()
 
     def spent(self, user: str, window: str) -> tuple[int, int]:
         """What a user with a budget has spent in a window: 10^-9 USD, and tokens without those read from a cache."""
         with self._lock:
-            cost, tokens = self._spent.get((user, window), (0, 0))
-            more_cost, more_tokens = self._unwritten.get((user, window), (0, 0))
-        return cost + more_cost, tokens + more_tokens
+            known = (self._spent, self._unwritten, *self.elsewhere.values())
+            found = [sums.get((user, window), (0, 0)) for sums in known]
+        return sum(cost for cost, _ in found), sum(tokens for _, tokens in found)
+
+    def shared(self) -> list[tuple[tuple[str, str], tuple[int, int]]]:
+        """What users with budgets have spent that other workers can't read in the file."""
+        with self._lock:
+            return list((self._unwritten if self.failing else self._lost).items())
 
     def finish(self) -> None:
         """Waits for the thread to write the last rows, but not for long."""
@@ -8511,10 +8528,10 @@ class LedgerWriter:
                 users, now = self._limited, time.time()
                 spent = read_ledger(settings.path, lambda connection: select_spent(connection, users, now)) or {}
         except Exception as error:
-            self.failing = True
+            self._note_whether_failing(True)
             self._note_failure(settings.path, seen, error)
             return False
-        self.failing = False
+        self._note_whether_failing(False)
         with self._lock:
             self._spent = spent
             for key, (cost, tokens) in spent_sums([row for row in batch if row.user in self._limited]).items():
@@ -8527,6 +8544,11 @@ class LedgerWriter:
             self._warn(f"{self.dropped - self._dropped_told} rows of the ledger were dropped: too many waited for it")
             self._dropped_told = self.dropped
         return True
+
+    def _note_whether_failing(self, failing: bool) -> None:
+        if failing != self.failing:
+            self.failing = failing
+            self.changed()
 
     def _note_failure(self, path: str, seen: tuple[int, ...], error: Exception) -> None:
         """Makes way for a new file where this one is broken, and else warns, once a minute."""
@@ -10460,17 +10482,18 @@ class Workers:
     def __init__(self, service: Service, place: Optional["PlaceOnBoard"]) -> None:
         self._service = service
         self._place = place
-        self._is_showing = False  # whether it is about to show which keys cool
+        self._is_showing = False  # whether it is about to show which keys cool, and what the ledger's file lacks
         self._shown_at = self._looked_at = self._asked_at = -math.inf
         self._seen: dict[int, int] = {}  # how often each of the others has shown that
         self._others: list[JsonDict] = []  # what the others have counted
         self._known: dict[str, tuple[float, Any]] = {}  # what was found of late, and when
         if place:
             service.relay.keys.changed = self.show_soon
+            service.ledger.changed = lambda: service.loop.post(self.show_soon)
             service.loop.post(lambda: service.loop.start(self._show_figures(place)))
 
     def show_soon(self) -> None:
-        """Starts to show the other workers, soon, which keys cool."""
+        """Starts to show the other workers, soon, which keys cool, and what was spent that they can't read."""
         if self._place and not self._is_showing:
             self._is_showing = True
             self._service.loop.start(self._show(self._place))
@@ -10479,7 +10502,7 @@ class Workers:
         loop, service = self._service.loop, self._service
         await sleep(loop, self._shown_at + SHARED_SOON_SECONDS - loop.now)
         self._shown_at, self._is_showing = loop.now, False
-        place.show({"cooling": service.relay.keys.shared(loop.now)})
+        place.show({"cooling": service.relay.keys.shared(loop.now), "spent": service.ledger.shared()})
 
     async def _show_figures(self, place: "PlaceOnBoard") -> None:
         """Shows what this worker has counted and what runs, for as long as the loop runs."""
@@ -10513,13 +10536,15 @@ class Workers:
         }
 
     def look(self) -> None:
-        """Takes over what others have shown of keys."""
+        """Takes over what others have shown of keys and budgets."""
         now = self._service.loop.now
         if not self._place or now < self._looked_at + LOOKED_SECONDS:
             return
         self._looked_at = now
-        for document in self._place.news(self._seen):
-            self._service.relay.keys.adopt(document["cooling"])
+        for place, document in self._place.news(self._seen).items():
+            self._service.relay.keys.adopt(document.get("cooling", ()))
+            spent = {tuple(key): tuple(sums) for key, sums in document.get("spent", ())}
+            self._service.ledger.elsewhere[place] = spent
 
     def _other_figures(self) -> list[JsonDict]:
         """What the other workers, and those that have ended, have counted; looked at once a second."""
@@ -12801,31 +12826,28 @@ class PlaceOnBoard(NamedTuple):
         return SharedThrottle(self.board.requests, self.worker)
 
     def show(self, document: JsonDict) -> None:
-        """Shows which keys cool; nothing where there is no room for it."""
+        """Shows which keys cool, and what was spent; the latter alone where there is no room for both."""
         if not self.board.write(2 * self.worker, document):
-            self.board.write(2 * self.worker, {"cooling": []})
+            self.board.write(2 * self.worker, {**document, "cooling": []})
 
     def show_figures(self, figures: JsonDict) -> None:
         """Shows what this worker has counted, and what runs."""
         self.board.write_figures(2 * self.worker + 1, figures)
 
-    def _read(self, places: Iterable[int]) -> list[JsonDict]:
-        own = (2 * self.worker, 2 * self.worker + 1)
-        return list(filter(None, (self.board.read(place) for place in places if place not in own)))
-
-    def news(self, seen: dict[int, int]) -> list[JsonDict]:
-        """The documents of others that are newer than those `seen`, which is brought up to date."""
-        changed = []
+    def news(self, seen: dict[int, int]) -> dict[int, JsonDict]:
+        """The documents of others, by place, that are newer than those `seen`, which is brought up to date."""
+        changed = {}
         for place in range(0, self.board.places - 1, 2):
             number = self.board.number(place)
-            if seen.get(place) != number:
+            if seen.get(place) != number and place != 2 * self.worker:
                 seen[place] = number
-                changed.append(place)
-        return self._read(changed)
+                changed[place] = self.board.read(place) or {}
+        return changed
 
     def other_figures(self) -> list[JsonDict]:
         """The figures of all others, and of those that have ended."""
-        return self._read([*range(1, self.board.places - 1, 2), self.board.places - 1])
+        places = [*range(1, self.board.places - 1, 2), self.board.places - 1]
+        return list(filter(None, (self.board.read(place) for place in places if place != 2 * self.worker + 1)))
 
     def keep_figures(self) -> None:
         """Adds this worker's figures, which has ended, to those of the others that have."""

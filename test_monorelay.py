@@ -15081,6 +15081,22 @@ def test_what_other_workers_have_spent_is_known_soon(tmp_path):
     assert idle.write() == busy.write() == []
 
 
+def test_rows_for_which_there_is_no_room_count_for_budgets(tmp_path, monkeypatch):
+    monkeypatch.setattr(monorelay, "LEDGER_BACKLOG_ROWS", 3)
+    day, _ = monorelay.windows(time.time())
+    it = Ledger(tmp_path / "no such folder" / "usage.db", users=LIMITED)
+    for _ in range(5):
+        it.put(row(cost=70))
+    assert (it.spent("alice", day), it.waiting, it.dropped) == ((350, 120), 3, 2)
+    it.use(parse({"echo": {}}, users=LIMITED, ledger={"path": str(it.path)}))
+    assert it.spent("alice", day) == (350, 120), "a reload forgets nothing"
+    it.path.parent.mkdir()
+    eventually(lambda: not it.waiting)
+    assert it.spent("alice", day) == (350, 120)
+    assert dict(it.shared())["alice", day] == (140, 48), "which other workers read nowhere"
+    it.write()
+
+
 @hypothesis.settings(max_examples=20)
 @hypothesis.given(st.lists(ROWS, max_size=30), st.integers(0, 30))
 def test_what_was_spent_is_the_sum_of_what_is_written_and_what_waits(rows, written):
@@ -17897,6 +17913,31 @@ def test_budgets_hold_for_all_workers(upstream, program):
     assert {(got.status, got.get("x-monorelay-error")) for got in found} == {(429, "budget_exceeded")}
 
 
+def test_budgets_hold_for_all_workers_while_the_ledger_can_not_be_written(upstream, program, tmp_path):
+    provider = upstream(spending(30))
+    it = program(workers_of(settings({"anthropic": provider}, ledger={"path": "later/usage.db"}, **SPENDERS), 3))
+
+    def all_have_rows_that_wait() -> bool:
+        asked_of_workers(it, 12, "POST", "/v1/messages", prompt("free"))
+        return it.text().count("can't be written") == 3
+
+    eventually(all_have_rows_that_wait)
+
+    def asked() -> Counter[int]:
+        got: Counter[int] = Counter()
+        for _ in range(20):
+            got.update(found.status for found in asked_of_workers(it, 1, "POST", "/v1/messages", prompt("free"), BOB))
+            time.sleep(0.1)
+        return got
+
+    assert asked() == {200: 4, 429: 16}
+    (tmp_path / "later").mkdir()
+    eventually(lambda: all(metrics(it).value("monorelay_ledger_rows_waiting") == 0 for _ in range(10)))
+    assert asked() == {429: 20}
+    found = asked_of_workers(it, 20, "GET", "/api/auth/me", token=BOB)
+    assert {got.json["budgets"][0]["used"] for got in found} == {120}, "nothing counts twice"
+
+
 def test_a_board_is_read_whole_though_several_write_without_pause():
     board, writers, stop = monorelay.Board(5), 3, time.monotonic() + 1.5
     pids = []
@@ -17970,8 +18011,8 @@ def test_figures_are_shown_with_fewer_rows_where_there_is_no_room_for_all():
 
 def test_nothing_cools_in_other_workers_where_there_is_no_room_to_show_it():
     place = monorelay.PlaceOnBoard(monorelay.Board(5), 0)
-    place.show({"cooling": [[["p", "k", "x" * 2000]] * 2000]})
-    assert monorelay.PlaceOnBoard(place.board, 1).news({}) == [{"cooling": []}]
+    place.show({"cooling": [[["p", "k", "x" * 2000]] * 2000], "spent": [1]})
+    assert monorelay.PlaceOnBoard(place.board, 1).news({})[0] == {"cooling": [], "spent": [1]}
 
 
 def test_a_relay_without_room_on_its_board_serves_on(upstream, program, monkeypatch, tmp_path):
