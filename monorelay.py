@@ -181,7 +181,7 @@ LEEWAY_SECONDS = 60.0  # clocks of token issuers differ; RFC 7519 §4.1.4 allows
 ACCESS_TOKEN_SECONDS = 3600
 REFRESH_TOKEN_SECONDS = 30 * 86400
 JWT_SECRET_BYTES = 32  # RFC 7518 §3.2: a key at least as long as the hash
-JWT_BYTES = 8 * 1024  # as long as a header line may be for nginx
+JWT_BYTES = 8 * 1024  # as long as a header line may be for nginx; an access key isn't longer either
 JWT_HEADER_BYTES = 512  # of it, which is read before anybody is known; the usual ones have 36
 SHOWN_TOKENS = 2  # one in `Authorization`, one in `x-api-key`
 USER_KEY_CHARACTERS = 16
@@ -902,7 +902,10 @@ def as_access_keys(value: Any) -> tuple[Secret, ...]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         raise ValueError("must be a string or a list of strings")
-    return tuple(Secret(secret) for secret in map(stripped_secret, items) if secret)
+    keys = tuple(Secret(secret) for secret in map(stripped_secret, items) if secret)
+    if any(len(key.reveal()) > JWT_BYTES for key in keys):
+        raise ValueError(f"must have at most {JWT_BYTES} characters")
+    return keys
 
 
 def stripped_secret(value: str) -> str:
@@ -1687,6 +1690,9 @@ def identify(tokens: Sequence[str], config: Config, now: float) -> Caller:
         raise BadRequest("show one token, in `Authorization` or in `x-api-key`, or one in each of them")
     problem: Optional[Unauthenticated] = None
     for token in tokens:
+        if len(token) > JWT_BYTES:  # before anything is computed of it, for anybody
+            problem = MalformedToken(f"the token is longer than any, it has {len(token)} characters")
+            continue
         if is_access_key(token, config.server.access_keys):
             return ADMIN
         owner = config.user_keys.get(hashlib.sha256(token.encode("latin-1")).digest()) if config.user_keys else None
@@ -12103,6 +12109,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     async def _respond(self, exchange: Exchange, data: bytes) -> Response:
         """The response of the endpoint, or the error that stands in its way: the one place where errors become HTTP."""
         try:
+            if len(data) > AT_ONCE_BYTES and not self.known:
+                await checkpoint(self.loop)  # many may end long heads at one moment, who have shown no token
             self._read_head(exchange, data)
             self._admit()
             request = exchange.request

@@ -989,6 +989,7 @@ def test_config_reports_all_problems_at_once():
         ("users/alice/viewer", 1, "users.alice.viewer"),
         ("ledger", "usage.db", "ledger: must be an object"),
         ("ledger/path", "", "ledger.path"),
+        ("server/access_key", "k" * 8193, "server.access_key"),
         ("ledger/keep_days", 0, "ledger.keep_days"),
         ("ledger/keep", 1, "did you mean keep_days?"),
         ("prices", 5, "prices: must be an object"),
@@ -1245,6 +1246,16 @@ def test_a_tokens_header_has_512_characters_at_most():
     assert monorelay.verify_token(token_of(header(512), CLAIMS), JWT_SECRET, UNIX_TIME) == CLAIMS
     with pytest.raises(monorelay.MalformedToken):
         monorelay.verify_token(token_of(header(514), CLAIMS), JWT_SECRET, UNIX_TIME)
+
+
+def test_a_token_that_is_longer_than_any_is_refused_before_anything_is_computed(monkeypatch):
+    longest = "k" * monorelay.JWT_BYTES
+    config = parse({"echo": {}}, server={"access_key": longest, "jwt_secret": JWT_SECRET}, users={"bob": {"key": BOB}})
+    assert monorelay.identify([f"{longest}k", longest], config, UNIX_TIME).admin, "the other one may be valid"
+    for name in ("is_access_key", "verify_token", "hashlib"):
+        monkeypatch.setattr(monorelay, name, None)
+    with pytest.raises(monorelay.MalformedToken):
+        monorelay.identify([f"{longest}k"] * 2, config, UNIX_TIME)
 
 
 def test_password_hashes_are_salted_scrypt():
@@ -15984,6 +15995,25 @@ def test_a_burst_of_300_connections_is_served_within_two_seconds(relay):
             client.send(request("POST", "/v1/messages", json.dumps(prompt("echo")).encode()))
         assert [client.answer().status for client in clients] == [200] * 300
     assert time.monotonic() - begin < 2
+
+
+def test_long_heads_of_those_who_have_shown_no_token_wait_for_the_others(relay):
+    it, gate = relay({"echo": {}}), threading.Event()
+    with contextlib.ExitStack() as stack:
+        known, *clients, last = (stack.enter_context(it.client()) for _ in range(12))
+        assert known.ask("GET", "/api/auth/me").status == 200
+        assert {client.ask("GET", "/health").status for client in (*clients, last)} == {200}
+        it.server.service.loop.post(gate.wait)
+        for client in clients:
+            client.send(request("GET", "/v1/models", None, f"x-long: {'x' * 5000}"))
+        last.send(request("GET", "/health"))
+        known.send(request("GET", "/api/auth/me", None, f"x-long: {'x' * 5000}"))
+        time.sleep(0.1)  # until all of it has come
+        gate.set()
+        assert {client.answer().status for client in (known, last, *clients)} == {200}
+    eventually(lambda: it.log.getvalue().count("path=") == 24)
+    ended = re.findall(r"path=(\S+)", it.log.getvalue())[12:]
+    assert sorted(ended[:2]) == ["/api/auth/me", "/health"] and ended[2:] == ["/v1/models"] * 10
 
 
 def threads_and_descriptors() -> tuple[int, int]:
