@@ -682,6 +682,7 @@ class Config(NamedTuple):
     ledger: Optional[LedgerSettings] = None
     prices: Optional[Prices] = None
     prices_file: str = ""  # as written: relative to the folder of relay.json
+    beside_seen: Sequence[tuple[int, ...]] = ()  # the states of these two files before they were read
 
 
 DEFAULT_PORTS = {"http": 80, "https": 443, "echo": 0}
@@ -12658,7 +12659,7 @@ def load_config(path: str, options: JsonDict) -> Config:
             raise ConfigError([f"{name}: byte {error.start} is not UTF-8"]) from None
     else:
         source = BUILT_IN_CONFIG
-    environ = environment(source, path)
+    env_seen, environ = environment(source, path)
     try:
         config = parse_config(source, environ, name)
     except RecursionError:
@@ -12670,6 +12671,7 @@ def load_config(path: str, options: JsonDict) -> Config:
         except ValueError as error:
             raise ConfigError([f"the environment's MONORELAY_ACCESS_KEY: {error}"]) from None
     config = with_ledger_beside(config._replace(server=config.server._replace(**changed)), path, name)
+    config = config._replace(beside_seen=[*env_seen, *files_beside(config, path)[len(env_seen) :]])
     if config.server.workers > 1 and not hasattr(os, "fork"):
         raise ConfigError([f"{name}: server.workers: must be 1 on this system"])
     obstacle = start_obstacle(config)
@@ -12694,6 +12696,11 @@ def beside(path: str, name: str) -> str:
     return os.path.join(os.path.dirname(os.path.abspath(path or "relay.json")), name)
 
 
+def files_beside(config: Config, path: str) -> list[tuple[int, ...]]:
+    """The states of the files that relay.json names: the env_file and the prices."""
+    return [file_state(beside(path, name)) for name in (config.env_file, config.prices_file) if name]
+
+
 def load_prices(config: Config, path: str) -> Config:
     """The configuration with the prices of the file that it names. Raises ConfigError for a file that can't be read or
     is broken, and OSError when there is no descriptor to read it with."""
@@ -12716,9 +12723,10 @@ def load_prices(config: Config, path: str) -> Config:
     return config._replace(prices=prices._replace(as_of=windows(changed)[0]))
 
 
-def environment(source: str, path: str) -> dict[str, str]:
+def environment(source: str, path: str) -> tuple[list[tuple[int, ...]], dict[str, str]]:
     """What the variables of a relay.json stand for: the environment of the start, the lines of its `env_file`, and the
-    content of each file that it names. Raises ConfigError for an env_file that can't be read."""
+    content of each file that it names; and the state of the env_file, if there is one, before it was read. Raises
+    ConfigError for an env_file that can't be read."""
     folder = os.path.dirname(os.path.abspath(path))
     variables = {match[1] for match in re.finditer(VARIABLE, source)}
     paths = {name: os.path.join(folder, name[len("file:") :]) for name in variables if name.startswith("file:")}
@@ -12728,15 +12736,17 @@ def environment(source: str, path: str) -> dict[str, str]:
     except (ValueError, RecursionError):
         document = None  # parse_config() will say why
     name = document.get("env_file") if isinstance(document, dict) else None
+    seen: list[tuple[int, ...]] = []
     lines: dict[str, str] = {}
     if name and isinstance(name, str):
+        seen = [file_state(os.path.join(folder, name))]
         try:
             with open(os.path.join(folder, name), encoding="utf-8-sig") as file:
                 lines = dict(filter(None, map(env_line, file)))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
             raise ConfigError([f"{os.path.basename(path)}: env_file: {name} can't be read: {reason}"]) from None
-    return {**lines, **os.environ, **{name: content for name, content in found.items() if content is not None}}
+    return seen, {**lines, **os.environ, **{name: content for name, content in found.items() if content is not None}}
 
 
 def read_secret(path: str) -> Optional[str]:
@@ -12913,35 +12923,33 @@ class ConfigFile:
         self.problem = ""  # what was broken when they were read last
         self._path = path
         self._options = options
-        self._seen = seen  # the state of the file that was read
-        self._beside_seen = self._files_beside()
+        self._seen = [seen, *config.beside_seen]  # the states of the files that were read
 
-    def _files_beside(self) -> list[tuple[int, ...]]:
-        """The states of the files that relay.json names: the env_file and the prices."""
-        names = (self.config.env_file, self.config.prices_file)
-        return [file_state(beside(self._path, name)) for name in names if name]
+    def _states(self) -> list[tuple[int, ...]]:
+        """The states of relay.json, and of the files that it names."""
+        return [file_state(self._path), *files_beside(self.config, self._path)]
 
     def has_changed(self) -> bool:
         """Whether one was edited since they were read."""
         self._path = self._path or config_path(self._options)  # it may have come since the start
-        return (file_state(self._path), self._files_beside()) != (self._seen, self._beside_seen)
+        return self._states() != self._seen
 
     def read(self) -> bool:
         """Reads them again; whether that made a configuration. A broken relay.json changes nothing, broken prices keep
         those of before."""
-        self._seen, self._beside_seen = file_state(self._path), self._files_beside()
+        self._seen = self._states()
         self.problem = ""
         try:
             config = self._with_prices(load_config(self._path, self._options))
         except (ConfigError, OSError) as error:
             if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:
-                self._seen = ()  # there is no descriptor to read it with: the next try is in a second
+                self._seen = []  # there is no descriptor to read it with: the next try is in a second
                 return False
             problem = system_problem(error) if isinstance(error, OSError) else str(error)
             self.problem = f"{problem}\nthe configuration was not reloaded; the one before stays in force"
             return False
         self.config = with_run_secrets(config, self.config)
-        self._beside_seen = self._files_beside()
+        self._seen[1:] = config.beside_seen
         return True
 
     def _with_prices(self, config: Config) -> Config:

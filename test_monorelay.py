@@ -17213,6 +17213,34 @@ def test_an_edit_of_the_env_file_is_taken_up(program, tmp_path):
     assert [status(f"{which}-key-0123456789") for which in ("first", "second")] == [401, 200]
 
 
+@pytest.mark.parametrize("edited", ["keys.env", "prices.json"])
+@pytest.mark.parametrize("when", ["at the start", "in a reload"])
+def test_an_edit_of_a_file_beside_while_it_is_read_is_taken_up(relay, tmp_path, monkeypatch, edited, when):
+    texts = {"keys.env": "OWNER={}-key-0123456789\n", "prices.json": '{{"{}-*": {{"input": 1, "output": 2}}}}'}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text.format("first"))
+    path, it, edits = tmp_path / "relay.json", relay({"echo": {}}).server, [texts[edited].format("second")]
+    beside = {"env_file": "keys.env", "prices": "prices.json"}
+    path.write_text(json.dumps({**settings({"echo": {}}, server={"access_key": "${OWNER}"}), **beside}))
+    parse_prices = monorelay.parse_prices
+
+    def edit_and_parse(document: Any) -> Any:
+        if edits:
+            (tmp_path / edited).write_text(edits.pop())
+        return parse_prices(document)
+
+    monkeypatch.setattr(monorelay, "parse_prices", edit_and_parse)
+    if when == "at the start":
+        it.reload(monorelay.load_prices(monorelay.load_config(str(path), {}), str(path)))
+    operator = monorelay.Operator(it, str(path), {}, monorelay.file_state(str(path)))
+    signals = iter(["SIGHUP", ""] if when == "in a reload" else ["", ""])
+    with pytest.raises(StopIteration):
+        operator.run(types.SimpleNamespace(next=lambda seconds: next(signals)))
+    config = it.service.config
+    found = [config.server.access_keys[0].reveal(), config.prices.by_pattern[0][0]]
+    assert found[edited == "prices.json"].startswith("second-") and found[edited == "keys.env"].startswith("first-")
+
+
 @pytest.mark.parametrize(("again", "status"), [(b"horse\n", 0), (b"house\n", 1)])
 def test_hash_password_asks_twice_at_a_terminal(tmp_path, again, status):
     near, far = os.openpty()
