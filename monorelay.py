@@ -61,6 +61,7 @@ import shlex
 import signal
 import socket
 import ssl
+import stat
 import struct
 import sys
 import textwrap
@@ -262,7 +263,7 @@ LEDGER_SUMS_DAYS = 400  # for which the sums are kept: a year, and the month to 
 LEDGER_WARNING_SECONDS = 60.0
 LEDGER_SEARCHED_ROWS = 200_000  # for those that are wanted; takes some 0.1 s, for which nobody can write
 LEDGER_GROUPS = 10_000  # in one answer
-PRICES_BYTES = 64 * 1024 * 1024  # of a price file; LiteLLM's has 3.5 MB
+CONFIG_BYTES = 64 * 1024 * 1024  # of each file of a configuration; LiteLLM's prices have 3.5 MB
 PRICE_USD = 1.0  # the most that a token may cost
 
 ECHO_MODELS = ("echo", "echo-slow", "echo-cut", "echo-tool", "echo-error-529")
@@ -794,7 +795,7 @@ def expand_text(text: str, place: str, environ: Mapping[str, str], problems: Pro
         name, has_default, default = match.groups()
         found = environ.get(name, "")
         if not has_default and name not in environ and name.startswith("file:"):
-            problems.add(place, f"the file {name[len('file:') :]} can't be read")
+            problems.add(place, f"the file {name[len('file:') :]} can't be read as a regular file of UTF-8")
         elif not has_default and name not in environ:
             problems.add(place, f"the environment variable {name} is not set; set it, or write ${{{name}:-}}")
         return found or default or ""
@@ -12649,7 +12650,7 @@ def load_config(path: str, options: JsonDict) -> Config:
     """The configuration in a file, with the address of the command line. Raises ConfigError and OSError."""
     name = config_name(path)
     if path:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_regular) as file:
             data = file.read()
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise ConfigError([f"{name}: is in UTF-16; save it as UTF-8"])
@@ -12708,12 +12709,9 @@ def load_prices(config: Config, path: str) -> Config:
         return config
     place = f"{os.path.basename(path)}: prices: {config.prices_file}"
     try:
-        with open(beside(path, config.prices_file), "rb") as file:
-            data = file.read(PRICES_BYTES + 1)
+        with open(beside(path, config.prices_file), "rb", opener=open_regular) as file:
+            prices = parse_prices(parse_json(file.read()))
             changed = os.fstat(file.fileno()).st_mtime
-        if len(data) > PRICES_BYTES:
-            raise ConfigError([f"{place}: is larger than {PRICES_BYTES // MEGABYTE} MB"])
-        prices = parse_prices(parse_json(data))
     except OSError as error:
         if error.errno in NO_DESCRIPTOR:
             raise
@@ -12741,7 +12739,7 @@ def environment(source: str, path: str) -> tuple[list[tuple[int, ...]], dict[str
     if name and isinstance(name, str):
         seen = [file_state(os.path.join(folder, name))]
         try:
-            with open(os.path.join(folder, name), encoding="utf-8-sig") as file:
+            with open(os.path.join(folder, name), encoding="utf-8-sig", opener=open_regular) as file:
                 lines = dict(filter(None, map(env_line, file)))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
@@ -12752,10 +12750,21 @@ def environment(source: str, path: str) -> tuple[list[tuple[int, ...]], dict[str
 def read_secret(path: str) -> Optional[str]:
     """A file's content without white space at its ends; None if it can't be read."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", opener=open_regular) as file:
             return file.read(SECRET_FILE_CHARACTERS).strip()
     except (OSError, ValueError):
         return None
+
+
+def open_regular(path: str, flags: int) -> int:
+    """Opens a file of the configuration for open(). Raises OSError, also for a pipe or a device, of which nothing or no
+    end may ever come: no signal is heeded meanwhile."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and found.st_size <= CONFIG_BYTES:
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, f"it must be a regular file of up to {CONFIG_BYTES // MEGABYTE} MB", path)
 
 
 def env_line(line: str) -> Optional[tuple[str, str]]:

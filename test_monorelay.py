@@ -17300,6 +17300,33 @@ def test_a_running_relay_sees_an_edit_of_its_price_file(program, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (None, "given: "),
+        ({"env_file": "given"}, "relay.json: env_file: given can't be read: "),
+        ({"prices": "given"}, "relay.json: prices: given: can't be read: "),
+        ({"server": {"access_key": "${file:given}"}}, "access_key: the file given can't be read as a regular file"),
+    ],
+    ids=brief,
+)
+@pytest.mark.parametrize("kind", ["pipe", "device", "large"])
+def test_only_regular_files_of_some_size_are_read(tmp_path, config, told, kind):
+    """A pipe or a device would keep a relay waiting, which could not be stopped then."""
+    given = tmp_path / "given"
+    if kind == "pipe":
+        os.mkfifo(given)
+    elif kind == "device":
+        given.symlink_to("/dev/zero")
+    else:
+        given.touch()
+        os.truncate(given, (64 << 20) + 1)
+    (tmp_path / "relay.json").write_text(json.dumps({**settings({"echo": {}}), **(config or {})}))
+    done = run("check", *([] if config else ["--config", "given"]), cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert told in done.stderr and "a regular file" in done.stderr
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
         (None, "relay.json: prices: prices.json: can't be read: No such file or directory"),
