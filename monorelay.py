@@ -13118,18 +13118,20 @@ class Supervisor:
                 pass  # it has just ended, and will be reaped
 
     def _stop(self, signals: Signals) -> int:
-        """Drains all workers; a second signal ends them at once. The exit status."""
+        """Drains all workers; a second signal ends them at once, and so does it if one takes longer than any should. The
+        exit status."""
         seconds = self._file.config.server.drain_seconds
         self._log.say(f"stopping; what runs may take {seconds:g} s more, a second signal ends it at once")
         for listener in self._listeners:
             listener.close()
         self._pass_on(signal.SIGTERM)
-        status, latest = 0, math.inf
+        status, latest = 0, time.monotonic() + seconds + LEDGER_LAST_SECONDS + CUT_SECONDS
         while self._workers:
             if signals.next(0.1 if status else 1.0) in ("SIGTERM", "SIGINT"):
                 self._pass_on(signal.SIGKILL if status else signal.Signals[WORKER_CUTS])
                 status, latest = 1, time.monotonic() + CUT_SECONDS
             if time.monotonic() > latest:
+                status = 1
                 self._pass_on(signal.SIGKILL)
             for _ in self._reap():
                 pass

@@ -17851,6 +17851,27 @@ def test_who_was_taken_away_does_not_come_back_with_a_new_worker(program, tmp_pa
     eventually(lambda: admits(ALICE) == {200}), "new workers see the next edit"
 
 
+def test_a_worker_that_can_not_act_is_killed_some_time_after_its_last_request_was_due(monkeypatch):
+    config = parse({"echo": {}}, server={"drain_seconds": 30})
+    supervisor = monorelay.Supervisor(monorelay.ConfigFile(config, "", {}, ()), [])
+    pid, now = os.fork(), [0.0]
+    if not pid:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(0)
+    os.waitpid(pid, os.WUNTRACED)
+    supervisor._workers[pid], supervisor._log = (0.0, 0), types.SimpleNamespace(say=print, finish=list)
+    monkeypatch.setattr(monorelay, "time", types.SimpleNamespace(**{**vars(time), "monotonic": lambda: now[0]}))
+
+    def pass_time(seconds: float) -> str:
+        assert now[0] < 1000
+        now[0] += 1
+        time.sleep(0.01)
+        return ""
+
+    assert supervisor._stop(types.SimpleNamespace(next=pass_time, close=lambda: None)) == 1
+    assert 5 < now[0] - 30 < 20
+
+
 # ---- what workers know together
 
 
