@@ -6703,14 +6703,15 @@ class Tally:
         return counts
 
     def _model_label(self, row: LedgerRow) -> str:
-        """The model as it was sent, once a provider has answered for it: clients invent names, and no one may do so
-        for all."""
-        if row.sent not in self._models and row.sent not in self.models:
+        """The model as it was sent, or would have been asked for, once a provider has answered for it: clients invent
+        names, and no one may do so for all."""
+        name = row.sent or row.model
+        if name not in self._models and name not in self.models:
             is_full = len(self._models) >= TALLIED_MODELS
-            if not row.answered or is_full or is_odd_name(row.sent) or self._has_named_many(row.user):
+            if not row.answered or is_full or is_odd_name(name) or self._has_named_many(row.user):
                 return OTHER
-            self._models[row.sent] = row.user
-        return row.sent
+            self._models[name] = row.user
+        return name
 
     def _has_named_many(self, user: str) -> bool:
         return list(self._models.values()).count(user) >= TALLIED_MODELS_OF_ONE

@@ -13207,6 +13207,14 @@ def test_one_user_can_not_take_the_names_of_models_from_the_others(relay):
     assert len(models) == monorelay.TALLIED_MODELS_OF_ONE + 3 and {"(other)", "echo-mine", "echo-new"} <= models
 
 
+def test_a_request_that_was_refused_before_it_was_sent_counts_for_the_model_that_relay_json_names():
+    tally = monorelay.Tally(0.0)
+    tally.models = {"smart"}
+    for model in ("smart", "nonsense"):
+        tally.add(row(sent="", model=model, provider="", key="", status=429))
+    assert set(tally.by(1)) == {("smart",), ("(other)",)}
+
+
 def test_users_of_relay_json_are_told_apart_however_many_they_are():
     tally = monorelay.Tally(0.0)
     tally.users = {f"user-{number}": None for number in range(300)}
