@@ -8424,7 +8424,7 @@ class LedgerWriter:
         self._ending = threading.Event()
         self._started = False
         self._thread: Optional[threading.Thread] = None
-        self._lock = threading.Lock()  # guards _rows and the next three: several threads ask and add
+        self._lock = threading.Lock()  # guards _limited, _rows and the next three: several threads ask and add
         self._spent: Spent = {}  # by the users with budgets, as the file had it at last
         self._unwritten: Spent = {}  # and of their rows that wait, or are lost
         self._lost: Spent = {}  # of those for which there was no room
@@ -8450,8 +8450,8 @@ class LedgerWriter:
         self._keeping = bool(config.ledger and sqlite3)
         self._settings = config.ledger or self._settings
         self._named = named_models(config)
-        self._limited = tuple(user.name for user in config.users.values() if user.has_budget and self._keeping)
         with self._lock:
+            self._limited = tuple(user.name for user in config.users.values() if user.has_budget and self._keeping)
             self._unwritten = dict(self._lost)
             add_spent(self._unwritten, spent_sums([row for row in self._rows if row.user in self._limited]))
         self._wanted.set()

@@ -15161,6 +15161,24 @@ def test_a_ledger_that_a_reload_begins_is_written(tmp_path):
     assert selected(tmp_path / "usage.db", "SELECT count(*) FROM request") == [1]
 
 
+def test_who_is_limited_changes_together_with_what_is_known_of_them(tmp_path):
+    """Else a row could be written of which a budget knows nothing yet."""
+    it = monorelay.LedgerWriter(lambda message: None)
+    limited, lock = [], it._lock
+
+    class Lock:
+        def __enter__(self) -> None:
+            limited.append(it._limited)
+            lock.acquire()
+
+        def __exit__(self, *error: object) -> None:
+            lock.release()
+
+    it._lock = Lock()
+    it.use(parse({"echo": {}}, ledger={"path": str(tmp_path / "usage.db")}, users={"alice": {"usd_per_day": 1}}))
+    assert (limited, it._limited) == ([()], ("alice",))
+
+
 HOUR = 3_600_000
 MIDNIGHT = (int(NOW // 86400) - 3) * 24  # the hour in which three days ago begins
 DAYS = [monorelay.windows(NOW + number * 86400)[0] for number in (-3, -2, -1)]
