@@ -2281,10 +2281,11 @@ class KeyPool:
         return record
 
     def cooling(self, now: float) -> dict[tuple[str, ...], list[tuple[str, Cooling]]]:
-        """What cools, by provider, or provider and mark of the key: the model, or nothing for all, and the entry."""
+        """What cools for requests to models, by provider, or provider and mark of the key: the model, or nothing for
+        all, and the entry."""
         found: dict[tuple[str, ...], list[tuple[str, Cooling]]] = {}
         for name, entry in self._cooling.items():
-            if entry.until > now:
+            if entry.until > now and name[2:] != ("",):
                 found.setdefault(name[:2], []).append((name[2] if len(name) > 2 else "", entry))
         return found
 
@@ -2414,8 +2415,8 @@ def cooldown_words(candidate: Candidate, name: tuple[str, ...]) -> str:
     words = [f"the provider {candidate.target.provider.name}"]
     if len(name) > 1:
         words.append(f"key {candidate.label}" if candidate.key else "no key")
-    if len(name) > 2 and candidate.target.model:
-        words.append(f"model {candidate.target.model}")
+    if len(name) > 2:
+        words.append(f"model {name[2]}" if name[2] else "any request without a model")
     return ", ".join(words)
 
 

@@ -9701,6 +9701,13 @@ def test_what_begins_to_cool_and_what_recovers_is_one_warning_each(upstream, rel
     it.logged("warning", "recovered")
 
 
+def test_what_fails_without_a_model_says_nothing_of_the_whole_key(upstream, relay):
+    it = relay({"openai": {"upstream": upstream(answer(500)), "keys": ["sk-a"]}})
+    assert it.ask("GET", "/v1/responses/resp_1").status == 500
+    it.logged("warning", "the provider openai, key key1, any request without a model comes last for 1 s: 500")
+    assert 'monorelay_key_cooling{provider="openai",key="key1"} 0\n' in it.ask("GET", "/metrics").body.decode()
+
+
 @pytest.mark.parametrize("format", ["anthropic", "openai"])
 def test_a_lone_key_that_cools_answers_as_the_provider_would(upstream, relay, format):
     provider = upstream(replies(answer(429, b"{}", "retry-after: 60"), answer(529), answer(200, b'{"ok":1}')))
