@@ -8827,6 +8827,7 @@ class RequestBody:
         self._taken = 0
         self._latest = math.inf  # when it must have come
         self.watch: Callable[[bytes], object] = lambda piece: None  # sees each piece as it comes
+        self.waited: Callable[[], object] = lambda: None  # called when it had to be waited for
         self.begun = self._ahead = b""  # what was read of a form to know its model; what of that is to be read again
         self._model_span = 0, 0  # where the model stands in it
         self.is_spent = False  # whether some of it was passed on
@@ -8920,6 +8921,7 @@ class RequestBody:
                 await until(deadline)
         except Overdue:
             raise MalformedRequest("the body takes too long", 408) from None
+        self.waited()
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"the body is over this relay's limit of {size_text(self._limit, self._setting)}")
@@ -10712,6 +10714,7 @@ class Exchange:
         self.channel = channel  # to the client
         self.address = address
         self.config, self._targets = service.routing
+        self._admitted_by = self.config
         self.record = AccessRecord(time.time(), self.loop.now)
         self.record.client = address
         self.head: Optional[RequestHead] = None  # None for one that can't be read
@@ -10879,7 +10882,20 @@ class Exchange:
     def open_body(self, limit: int, setting: str = "") -> RequestBody:
         """The body, still to be read; the setting is where its limit comes from. Raises TooLarge."""
         self._incoming = RequestBody(self.channel, self.request, limit, self.loop, setting)
+        if self.caller is not ANONYMOUS:
+            self._incoming.waited = self._check_caller
         return self._incoming
+
+    def _check_caller(self) -> None:
+        """Raises Unauthenticated, or Forbidden, for a caller who was taken away, or may not do what he might when the
+        request began, which may take days to come."""
+        if self._admitted_by is self.service.config:
+            return
+        self._admitted_by = self.service.config
+        now = identify(shown_tokens(self.request.fields), self._admitted_by, time.time())
+        before, after = ((user.models, user.viewer) if user else (None, False) for user in (self.caller.user, now.user))
+        if before != after:
+            raise Forbidden(f"what {self.record.caller} may use has changed while this request came; send it again")
 
     async def read_body(self, required: bool) -> ReadBody:
         """The body, read for its model, which must be there if it is required. Raises BadRequest, TooLarge,
@@ -10902,9 +10918,6 @@ class Exchange:
                 append_piece(encoded, piece)
             if incoming.finished:
                 break
-        if self.service.config is not self.config:
-            # Whoever was taken away while the body came isn't served any more.
-            identify(shown_tokens(fields), self.service.config, time.time())
         if any(encoded):
             body.sent = encoded
             await self._inflate(Inflater(encoded, coding), body)

@@ -16169,6 +16169,40 @@ def test_a_running_request_finishes_on_the_config_it_began_with(upstream, relay)
         client.until(b"message_stop")
 
 
+COMING = {
+    "JSON": ("/v1/chat/completions", json.dumps(prompt("m")).encode(), "Content-Type: application/json"),
+    "a form": ("/v1/audio/transcriptions", form(("model", "m")), FORM),
+    "a form's file": ("/v1/audio/transcriptions", form(("model", "m"), file=b"x" * 9000), FORM),
+    "a file": ("/v1/files", b"x" * 9000, "Content-Type: application/octet-stream"),
+}
+
+
+@pytest.mark.parametrize("kind", COMING)
+@pytest.mark.parametrize(
+    ("users", "status"),
+    [({}, 401), ({"alice": {"key": ALICE, "models": []}}, 403), ({"alice": {"key": ALICE, "viewer": True}}, 403),
+     ({"alice": {"key": ALICE, "requests_per_minute": 9}}, 200)],
+    ids=brief,
+)  # fmt: skip
+def test_a_body_that_is_still_coming_is_not_taken_from_one_who_may_not_send_it_any_more(
+    upstream, relay, kind, users, status
+):
+    provider = upstream(answer())
+    it = relay({"openai": provider}, users={"alice": {"key": ALICE}})
+    path, body, content_type = COMING[kind]
+    begun = len(body) - 500 if "file" in kind else 20
+    with it.client() as client:
+        client.send(request("POST", path, None, content_type, f"Content-Length: {len(body)}", token=ALICE))
+        client.send(body[:begun])
+        eventually(lambda: it.server.service.running)
+        time.sleep(0.05)
+        config, other = it.server.service.config, parse({"echo": {}}, users=users)
+        it.server.reload(config._replace(users=other.users, user_keys=other.user_keys))
+        client.send(body[begun:])
+        assert client.answer().status == status
+    assert len(provider.requests) == (status == 200)
+
+
 def test_stopping_lets_a_running_stream_finish(upstream, relay):
     gate = threading.Event()
     it = relay({"anthropic": upstream(gated_stream(gate))})
