@@ -8674,11 +8674,13 @@ def summed_usage(
     return [(group, sums) for group, sums in groups if sums[0]]  # without a group, there is a row of nothing
 
 
-def usage_body(about: JsonDict, groups: Sequence[tuple[JsonDict, Sums]]) -> bytes:
-    """What was used by each group, and in all, as JSON: row by row, since nothing else runs while `json` writes one."""
-    total = [functools.reduce(plus, column) for column in zip(*(sums for _, sums in groups))]
+def usage_body(
+    about: JsonDict, groups: Iterable[tuple[JsonDict, Sums]], total: Sequence[tuple[JsonDict, Sums]]
+) -> bytes:
+    """What was used by each group, and in all, as JSON: row by row, since nothing else runs while `json` writes one.
+    `total`: grouped by nothing, with what LEDGER_GROUPS leave out; empty if there is nothing."""
     rows = ", ".join([json.dumps(usage_row(group, sums)) for group, sums in groups])
-    last = json.dumps(usage_row({}, total or [0] * len(SUMS)))
+    last = json.dumps(usage_row({}, total[0][1] if total else [0] * len(SUMS)))
     return f'{json.dumps(about)[:-1]}, "rows": [{rows}], "total": {last}}}'.encode("ascii")
 
 
@@ -11159,9 +11161,14 @@ class History:
         prices, path = self._service.config.prices, self._service.ledger.file
         about = {"from": first, "to": last, "by": list(by), "priced": prices and (prices.as_of or True)}
         if not path:
-            return usage_body(about, self._usage_in_memory(user, by))
+            return usage_body(about, self._usage_in_memory(user, by), self._usage_in_memory(user, ()))
         hours = int((window_end(first) - 86400) // 3600), int(window_end(last) // 3600)
-        return await self._read(user, lambda: usage_body(about, summed_usage(path, *hours, by, daily, user)))
+
+        def read() -> bytes:
+            total = summed_usage(path, *hours, (), False, user)
+            return usage_body(about, summed_usage(path, *hours, by, daily, user), total)
+
+        return await self._read(user, read)
 
     def _usage_in_memory(self, user: Optional[str], by: Sequence[str]) -> list[tuple[JsonDict, Sums]]:
         series = self._service.workers.tally().by(*(GROUPS.index(name) for name in by), user=user)
@@ -13138,8 +13145,8 @@ class Supervisor:
                 pass  # it has just ended, and will be reaped
 
     def _stop(self, signals: Signals) -> int:
-        """Drains all workers; a second signal ends them at once, and so does it if one takes longer than any should. The
-        exit status."""
+        """Drains all workers; a second signal ends them at once, and one that takes longer than any should is killed.
+        The exit status."""
         seconds = self._file.config.server.drain_seconds
         self._log.say(f"stopping; what runs may take {seconds:g} s more, a second signal ends it at once")
         for listener in self._listeners:
@@ -14467,18 +14474,19 @@ def run_usage(options: JsonDict, *paths: str) -> int:
         raise OSError(errno.ENOSYS, "this Python has no sqlite3", "ledger")
     today = int(time.time() // 86400)
     groups: dict[tuple[str, ...], Sums] = {}
+    totals: dict[tuple[str, ...], Sums] = {}  # grouped by nothing, with what LEDGER_GROUPS leave out
     for path in paths or (configured_ledger(options),):
         if not os.path.exists(path):
             raise OSError(errno.ENOENT, "there is no ledger yet; a relay begins it with its first request", path)
         try:
             add_usage(groups, path, by, (today - days + 1) * 24, (today + 1) * 24)
+            add_usage(totals, path, (), (today - days + 1) * 24, (today + 1) * 24)
         except (sqlite3.Error, ValueError) as error:
             raise OSError(errno.EIO, str(error), path) from None
     first, last = (windows_of_day(day)[0] for day in (today - days + 1, today))
     rows = [usage_row(dict(zip(by, group)), sums) for group, sums in groups.items()]
     rows.sort(key=lambda row: (row.get("day", ""), -(row["usd"] or 0), -row["requests"]))
-    sums = [functools.reduce(plus, column) for column in zip(*groups.values())]
-    total = usage_row({}, sums) if sums else {}
+    total = usage_row({}, totals[()]) if totals else {}
     if "json" in options:
         print(json.dumps({"from": first, "to": last, "by": by, "rows": rows, "total": total}, indent=2))
     elif "csv" in options:

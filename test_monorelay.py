@@ -15253,6 +15253,17 @@ def test_usage_is_summed_by_what_is_asked_for(some_days):
     assert usage_rows(some_days, MIDNIGHT + 1, MIDNIGHT + 23, ["provider"], True, "nobody") == []
 
 
+def test_the_total_has_what_groups_beyond_the_most_leave_out(relay, some_days, monkeypatch, capsys):
+    monkeypatch.setattr(monorelay, "LEDGER_GROUPS", 1)
+    it = relay({"echo": {}}, ledger={"path": some_days}, users={"alice": {"key": ALICE}})
+    for token, requests in ((TOKEN, 5), (ALICE, 2)):
+        told = it.ask("GET", f"/api/usage?from={DAYS[0]}&by=user,model&step=day", token=token).json
+        assert len(told["rows"]) == 1 and told["total"]["requests"] == requests
+    assert monorelay.run_usage({"json": True, "by": ("user", "model"), "days": 9}, some_days, some_days) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["rows"]) == 1 and told["total"]["requests"] == 10
+
+
 @pytest.mark.parametrize("by", [["day"], ["hour"], ["user", "1; DROP TABLE hour"], ["request"]])
 def test_usage_is_grouped_by_known_columns_only(some_days, by):
     with pytest.raises(ValueError, match="it can be grouped by user, model, provider, key"):
