@@ -10716,7 +10716,6 @@ class Exchange:
         self.channel = channel  # to the client
         self.address = address
         self.config, self._targets = service.routing
-        self._admitted_by = self.config
         self.record = AccessRecord(time.time(), self.loop.now)
         self.record.client = address
         self.head: Optional[RequestHead] = None  # None for one that can't be read
@@ -10885,19 +10884,8 @@ class Exchange:
         """The body, still to be read; the setting is where its limit comes from. Raises TooLarge."""
         self._incoming = RequestBody(self.channel, self.request, limit, self.loop, setting)
         if self.caller is not ANONYMOUS:
-            self._incoming.waited = self._check_caller
+            self._incoming.waited = functools.partial(check_again, self.service, self.config, self.caller, self.request)
         return self._incoming
-
-    def _check_caller(self) -> None:
-        """Raises Unauthenticated, or Forbidden, for a caller who was taken away, or may not do what he might when the
-        request began, which may take days to come."""
-        if self._admitted_by is self.service.config:
-            return
-        self._admitted_by = self.service.config
-        now = identify(shown_tokens(self.request.fields), self._admitted_by, time.time())
-        before, after = ((user.models, user.viewer) if user else (None, False) for user in (self.caller.user, now.user))
-        if before != after:
-            raise Forbidden(f"what {self.record.caller} may use has changed while this request came; send it again")
 
     async def read_body(self, required: bool) -> ReadBody:
         """The body, read for its model, which must be there if it is required. Raises BadRequest, TooLarge,
@@ -10990,6 +10978,19 @@ class Exchange:
         if self._read:
             self._read.drop()
             self._read = None
+
+
+def check_again(service: Service, admitted_by: Config, caller: Caller, request: RequestHead) -> None:
+    """Raises Unauthenticated, or Forbidden, for a caller who was taken away, or may not do what he might when the
+    request began, which may take days to come."""
+    if service.config is admitted_by:
+        return
+    now = identify(shown_tokens(request.fields), service.config, time.time())
+    before, after = ((user.models, user.viewer) if user else (None, False) for user in (caller.user, now.user))
+    if before != after:
+        raise Forbidden(
+            f"what {caller.name[:LOGGED_CHARACTERS]} may use has changed while this request came; send it again"
+        )
 
 
 def running_row(exchange: Exchange) -> list[Any]:
