@@ -8567,8 +8567,7 @@ class LedgerWriter:
 
     def _note_failure(self, path: str, seen: tuple[int, ...], error: Exception) -> None:
         """Makes way for a new file where this one is broken, and else warns, once a minute."""
-        is_database = begins_as_database(path)
-        if is_database and is_broken(error):
+        if is_broken(error):
             kept = set_aside(path, seen)
             if kept:
                 self._warn(f"the ledger {path} is broken ({error}); it is kept as {kept}, and a new one is begun")
@@ -8576,8 +8575,7 @@ class LedgerWriter:
         now = self._clock()
         if now - self._warned_at >= LEDGER_WARNING_SECONDS:
             self._warned_at = now
-            reason = error if is_database else NO_DATABASE
-            self._warn(f"the ledger {path} can't be written: {reason}; {len(self._rows)} rows wait for it")
+            self._warn(f"the ledger {path} can't be written: {error}; {len(self._rows)} rows wait for it")
 
 
 def write_ledger(
@@ -8743,12 +8741,9 @@ def storable(value: Any) -> Union[str, int, None]:
     return value if isinstance(value, int) and -(2**63) <= value < 2**63 else None
 
 
-NO_DATABASE = "it is no SQLite database, and stays as it is; name another file in ledger.path"
-
-
 def begins_as_database(path: str) -> bool:
-    """Whether a file begins as those of SQLite do, or is empty: any other one isn't the relay's to rename. True where
-    no file can be read: what is in the way is told when it is to be written."""
+    """Whether a file begins as those of SQLite do, or is empty. True where none can be read: what is in the way is told
+    when it is to be written."""
     magic = b"SQLite format 3\0"
     try:
         with open(path if os.path.isfile(path) else os.devnull, "rb") as file:  # a pipe would be waited for
@@ -13270,7 +13265,7 @@ def file_warnings(path: str, config: Config) -> Iterator[str]:
     if folder and not os.access(folder, os.W_OK):
         yield f"ledger.path: nothing can be written to the folder {folder}; make it, or name another one"
     if config.ledger and not begins_as_database(config.ledger.path):
-        yield f"ledger.path: {config.ledger.path}: {NO_DATABASE}"
+        yield f"ledger.path: {config.ledger.path} is no SQLite database: a ledger takes its place, and it is renamed"
     try:
         with open(path, encoding="utf-8") as file:
             source = file.read()
