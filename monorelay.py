@@ -7701,20 +7701,20 @@ class Channel:
             self._window = window
             self._watch()
 
-    def take(self) -> bytes:
+    def take_all(self) -> bytes:
         """Takes all that has arrived."""
         data = self.received
-        self.put_back(b"")
+        self.keep(b"")
         return data
 
-    def use(self, count: int) -> bytes:
+    def take(self, count: int) -> bytes:
         """Takes the first bytes of what has arrived."""
         data = self.received
-        self.put_back(data[count:])
+        self.keep(data[count:])
         return data[:count]
 
-    def put_back(self, rest: bytes) -> None:
-        """Replaces the receive buffer, and reads on if there is room."""
+    def keep(self, rest: bytes) -> None:
+        """Keeps no more than this of what has arrived, and reads on if there is room."""
         self.received = rest
         if not self._watched & READABLE:
             self._watch()
@@ -8895,7 +8895,7 @@ class RequestBody:
             piece = decoder.feed(channel.received)
         except FramingError as error:
             raise MalformedRequest(f"the chunked body is malformed: {error}") from None
-        channel.put_back(decoder.rest)
+        channel.keep(decoder.rest)
         self._taken += len(piece)
         if self._taken > self._limit or (self._chunks and self._taken + self._chunks.announced > self._limit):
             raise self._too_large()
@@ -9229,7 +9229,7 @@ async def serve_echo(loop: EventLoop, sock: socket.socket) -> None:
     try:
         while not head_length(channel.received):
             await until()
-        head = parse_request_head(channel.use(head_length(channel.received)))
+        head = parse_request_head(channel.take(head_length(channel.received)))
         request_id = new_request_id()
         try:
             body = await RequestBody(channel, head, ECHO_BODY_BYTES, loop).read_all()
@@ -9302,7 +9302,7 @@ class ResponseHeads:
     def take_final(self) -> Optional[ResponseHead]:
         """The head of the final response, once it is whole. Raises FramingError."""
         size = self._pass_interim()
-        return parse_response_head(self._channel.use(size)) if size else None
+        return parse_response_head(self._channel.take(size)) if size else None
 
     def _pass_interim(self) -> int:
         """Drops whole interim heads; the size of the final one, 0 while it isn't whole."""
@@ -9320,7 +9320,7 @@ class ResponseHeads:
             size = end + len(b"\r\n\r\n")
             if channel.received[9:10] != b"1":
                 return size
-            self._count_interim(parse_response_head(channel.use(size)))
+            self._count_interim(parse_response_head(channel.take(size)))
 
     def _count_interim(self, head: ResponseHead) -> None:
         if self._loop.now - self._since > INTERIM_SECONDS:
@@ -9649,7 +9649,7 @@ async def absorb(loop: EventLoop, response: UpstreamResponse) -> bytes:
     Raises FramingError."""
     if is_laborious(response.channel.received):
         await checkpoint(loop)
-    return response.absorb(response.channel.take())
+    return response.absorb(response.channel.take_all())
 
 
 async def more_of(loop: EventLoop, channel: Channel, candidate: Candidate, deadline: float = math.inf) -> None:
@@ -9986,7 +9986,7 @@ async def read_rest(loop: EventLoop, response: UpstreamResponse) -> bytes:
     pieces, size = [response.content], len(response.content)
     while not response.decoder.finished:
         await more_of(loop, response.channel, response.candidate)
-        pieces.append(response.decoder.feed(response.channel.take()))
+        pieces.append(response.decoder.feed(response.channel.take_all()))
         size += len(pieces[-1])
         if size > CATALOGUE_BYTES:
             raise FramingError("the list of models is too long")
@@ -12076,11 +12076,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if not (self.idle or channel.received):
                     self._be_idle()
                 if seen < 2 and channel.received.startswith(b"\r\n"):
-                    channel.use(2)  # RFC 9112 §2.2: an empty line before it is ignored
+                    channel.take(2)  # RFC 9112 §2.2: an empty line before it is ignored
                     seen = 0
                 size = head_length(channel.received, seen) if channel.received else 0
                 if size:
-                    return channel.use(size)
+                    return channel.take(size)
                 seen = len(channel.received)
                 if seen and not begun:
                     begun = True
@@ -12095,7 +12095,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.fault = MalformedRequest(f"the head took more than {HEAD_SECONDS:.0f} seconds", 408)
         finally:
             self.be_busy()
-        return channel.take()
+        return channel.take_all()
 
     def _be_idle(self) -> None:
         """Notes that the connection may be closed."""
@@ -12256,7 +12256,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What goes out for what has come from the provider."""
         if is_laborious(upstream.received):
             await checkpoint(self.loop)
-        return outgoing.feed(upstream.take(), upstream.ended, upstream.broken)
+        return outgoing.feed(upstream.take_all(), upstream.ended, upstream.broken)
 
     async def _next_translated(self, outgoing: TranslatedStream, upstream: Channel, timeout: float) -> bytes:
         """What goes out next of a translated stream, within PING_SECONDS. Raises Overdue when the provider has been
@@ -12290,7 +12290,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._be_idle()
             latest = self.loop.now + (OVER_LIMIT_SECONDS if self.over_limit else LINGER_LONGEST_SECONDS)
             while True:
-                self.channel.take()
+                self.channel.take_all()
                 await until(min(self.loop.now + LINGER_SECONDS, latest))
         except (OSError, Overdue):
             pass

@@ -2440,9 +2440,9 @@ class Arriving:
     def __init__(self) -> None:
         self.received, self.ended = b"", False
 
-    def use(self, count: int) -> bytes:
-        used, self.received = self.received[:count], self.received[count:]
-        return used
+    def take(self, count: int) -> bytes:
+        taken, self.received = self.received[:count], self.received[count:]
+        return taken
 
 
 def read_by_ours(pieces: list[bytes], method: str) -> Reading | None:
@@ -2457,10 +2457,10 @@ def read_by_ours(pieces: list[bytes], method: str) -> Reading | None:
                 decoder = head and monorelay.response_decoder(head, method)
             else:
                 size, seen = monorelay.head_length(channel.received, seen), len(channel.received)
-                head = monorelay.parse_request_head(channel.use(size)) if size else None
+                head = monorelay.parse_request_head(channel.take(size)) if size else None
                 length = head and head.body_length
                 decoder = monorelay.ChunkedDecoder() if length is None else monorelay.LengthDecoder(length)
-            piece = channel.use(len(channel.received)) if head else b""
+            piece = channel.take(len(channel.received)) if head else b""
         if head and decoder.finished:
             behind += piece
         elif head:
