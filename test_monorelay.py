@@ -17330,10 +17330,10 @@ def test_an_edit_of_a_file_beside_while_it_is_read_is_taken_up(relay, tmp_path, 
     monkeypatch.setattr(monorelay, "parse_prices", edit_and_parse)
     if when == "at the start":
         it.reload(monorelay.load_prices(monorelay.load_config(str(path), {}), str(path)))
-    operator = monorelay.Operator(it, str(path), {}, monorelay.file_state(str(path)))
+    file = monorelay.ConfigFile(it.service.config, str(path), {}, monorelay.file_state(str(path)))
     signals = iter(["SIGHUP", ""] if when == "in a reload" else ["", ""])
     with pytest.raises(StopIteration):
-        operator.run(types.SimpleNamespace(next=lambda seconds: next(signals)))
+        monorelay.Operator(it, file).run(types.SimpleNamespace(next=lambda seconds: next(signals)))
     config = it.service.config
     found = [config.server.access_keys[0].reveal(), config.prices.by_pattern[0][0]]
     assert found[edited == "prices.json"].startswith("second-") and found[edited == "keys.env"].startswith("first-")
