@@ -1916,9 +1916,8 @@ def known_models(config: Config) -> str:
 
 
 def named_models(config: Config) -> frozenset[str]:
-    """The models that relay.json names, as they are asked for or sent."""
-    served = itertools.chain(*(provider.models for provider in config.providers.values()))
-    entries = [*config.routes, *config.aliases, *itertools.chain(*config.aliases.values()), *served]
+    """The models that relay.json names, as they are sent."""
+    entries = [*config.routes, *itertools.chain(*config.aliases.values())]
     return frozenset(split_provider(config, entry)[0] for entry in entries if "*" not in entry)
 
 
@@ -2717,15 +2716,13 @@ GROUPS = ("user", "model", "provider", "key")  # by which they are told apart
 Sums = list[Optional[int]]
 
 
-def hour_sums(rows: Iterable[LedgerRow], models: Collection[str] = ()) -> dict[tuple[int, str, str, str, str], Sums]:
-    """What the rows add to the table `hour`: the columns SUMS by hour, user, model, provider and key. A request that
-    failed counts for its model if that is one of `models`, and else for OTHER: clients invent names."""
+def hour_sums(rows: Iterable[LedgerRow]) -> dict[tuple[int, str, str, str, str], Sums]:
+    """What the rows add to the table `hour`: the columns SUMS by hour, user, model, provider and key."""
     sums: dict[tuple[int, str, str, str, str], Sums] = {}
     priced = set()
     for row in rows:
         # What SQLite doesn't take was made None by storable().
-        name = row.sent or row.model or ""
-        model = name if row.answered or name in models else OTHER
+        model = (row.sent or row.model or "") if row.answered else OTHER
         key = (row.at // 3_600_000, row.user, model, row.provider or "", row.key or "")
         sums[key] = [*map(operator.add, sums.get(key, [0] * len(SUMS)), row.figures)]
         if row.cost is not None:
@@ -8423,8 +8420,6 @@ class LedgerWriter:
         self._settings: Optional[LedgerSettings] = None  # where the rows that wait are to be written
         self._keeping = False  # whether rows are taken
         self._limited: tuple[str, ...] = ()  # the users of whom it must be known what they have spent
-        self._named: Collection[str] = ()  # the models that relay.json names
-        self._answered: dict[str, None] = {}  # others that have answered since the start, the last ones
         self._rows: collections.deque[LedgerRow] = collections.deque()
         self._wanted = threading.Event()
         self._ending = threading.Event()
@@ -8455,7 +8450,6 @@ class LedgerWriter:
         """Writes where this configuration says, from the next transaction on."""
         self._keeping = bool(config.ledger and sqlite3)
         self._settings = config.ledger or self._settings
-        self._named = named_models(config)
         with self._lock:
             self._limited = tuple(user.name for user in config.users.values() if user.has_budget and self._keeping)
             self._unwritten = dict(self._lost)
@@ -8534,11 +8528,7 @@ class LedgerWriter:
         seen = file_state(settings.path)
         try:
             if batch:
-                self._answered.update((row.sent, None) for row in batch if row.answered and row.sent not in self._named)
-                for name in list(self._answered)[:-TALLIED_MODELS]:
-                    del self._answered[name]
-                known = {*self._named, *self._answered}
-                spent = write_ledger(settings, batch, self._limited, time.time(), known)
+                spent = write_ledger(settings, batch, self._limited, time.time())
             else:
                 users, now = self._limited, time.time()
                 spent = read_ledger(settings.path, lambda connection: select_spent(connection, users, now)) or {}
@@ -8578,12 +8568,9 @@ class LedgerWriter:
             self._warn(f"the ledger {path} can't be written: {error}; {len(self._rows)} rows wait for it")
 
 
-def write_ledger(
-    settings: LedgerSettings, rows: Sequence[LedgerRow], users: Iterable[str], now: float, models: Collection[str] = ()
-) -> Spent:
+def write_ledger(settings: LedgerSettings, rows: Sequence[LedgerRow], users: Iterable[str], now: float) -> Spent:
     """Adds the rows to the file and its sums, and drops what is too old, in one transaction; what these users have
-    spent by then. `models`: those that are told apart though they fail. Raises sqlite3.Error, and ValueError for a file
-    of a newer version."""
+    spent by then. Raises sqlite3.Error, and ValueError for a file of a newer version."""
     rows = [LedgerRow._make(map(storable, row)) for row in rows]
     connection = sqlite3.connect(settings.path, timeout=LEDGER_LOCK_SECONDS, isolation_level=None)
     try:
@@ -8593,7 +8580,7 @@ def write_ledger(
             for statement in LEDGER_SCHEMA.split(";"):
                 connection.execute(statement)
         connection.executemany(INSERT_REQUEST, rows)
-        connection.executemany(ADD_HOUR, [(*key, *sums) for key, sums in hour_sums(rows, models).items()])
+        connection.executemany(ADD_HOUR, [(*key, *sums) for key, sums in hour_sums(rows).items()])
         connection.executemany(ADD_SPENT, [(*key, *sums) for key, sums in spent_sums(rows).items()])
         connection.execute(SWEEP_REQUESTS, (int((now - settings.keep_days * 86400) * 1000),))
         oldest = now - LEDGER_SUMS_DAYS * 86400
