@@ -3313,11 +3313,11 @@ LASTING_STATUSES = frozenset({401, 402, 403})
 NO_CREDIT = re.compile(rb'(?i)"message" ?: ?"your credit balance is too low[^":\\]*"')
 # Whether these are about the key or about what was asked, only their bodies tell.
 TELLING_STATUSES = frozenset({400, 401, 402, 403, 429})
-# What an error says, or is called, that is about what was asked: Anthropic of browsers and of a tier's context,
-# OpenRouter of what the credit left is too little for, OpenAI of a request alone over its limit of tokens a minute,
-# OpenRouter and xAI of moderation.
+# What an error says, or is called, that is about what was asked: Anthropic of a tier's context, OpenRouter of what the
+# credit left is too little for, OpenAI of a request alone over its limit of tokens a minute, OpenRouter and xAI of
+# moderation.
 OWN_FAULT = re.compile(
-    rb"""(?x) CORS\ requests | long\ context\ requests | can\ only\ afford\ [1-9] | [Pp]rompt\ tokens\ limit\ exceeded
+    rb"""(?x) long\ context\ requests | can\ only\ afford\ [1-9] | [Pp]rompt\ tokens\ limit\ exceeded
     | [Rr]equest\ too\ large\ for | input\ was\ flagged | usage\ guidelines
     | context_length_exceeded | content_policy | content_filter"""
 )
@@ -3326,8 +3326,10 @@ OWN_FAULT = re.compile(
 def is_own_fault(status: int, told: bytes) -> bool:
     """Whether an error says nothing about the provider and its key, but about what was asked. The status is 0 where
     only its type tells: with a 401 or 403, `invalid_request` may mean the key."""
-    is_named = OWN_FAULT.search(told) or (not status and b"invalid_request" in told)
-    return bool(is_named) or status in (400, 404, 413, 422)
+    if status == 401:
+        return b"CORS requests" in told  # Anthropic's word for a browser's
+    is_named = status in (0, 402, 403, 429) and OWN_FAULT.search(told)
+    return bool(is_named) or status in (400, 404, 413, 422) or (not status and b"invalid_request" in told)
 
 
 def cors_fields(origins: Sequence[str], request: Headers, response: Iterable[tuple[str, str]] = ()) -> Pairs:
@@ -4174,9 +4176,7 @@ DOCUMENT_TOKENS_PER_CHARACTER = 0.037  # of base64: 2,500 for 50 KB
 # Begins the escape of what may stand in a JSON string as it is, in a text that is escaped once more.
 ESCAPE = re.compile(r"(?<!\\)\\\\u(?!00(?:[01]|22|5[cC]))")
 HALF_ESCAPE = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")  # of the first half of a surrogate pair
-# In narrow text: half a surrogate pair, and what some clients take for the end of a line, with what each begins with.
-ESCAPED = re.compile("\xed[\xa0-\xbf][\x80-\xbf]|\xe2\x80[\xa8\xa9]|\xc2\x85")
-ESCAPED_BEGIN = ("\xed", "\xe2\x80\xa8", "\xe2\x80\xa9", "\xc2\x85")
+LINE_ENDS = [(mark.encode("utf-8"), f"\\u{ord(mark):04x}".encode("ascii")) for mark in "\x85\u2028\u2029"]
 TOOL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # as Anthropic wants it
 CARRIED_ID = "toolu_x"  # begins an id that stands for another provider's, which is in it as base64, with its seal
 CARRIED_THINKING = "mr1."  # begins a signature of ours
@@ -4209,7 +4209,7 @@ class AnswerFault(Exception):
     @property
     def is_requests(self) -> bool:
         """Whether it says nothing about the provider and its key, but about what was asked."""
-        return is_own_fault(self.status, encoded(self.text))
+        return is_own_fault(self.status, self.text.encode("utf-8", "replace"))
 
 
 class UnfitAnswer(AnswerFault):
@@ -4524,12 +4524,16 @@ def slices(text: str) -> Iterator[str]:
 
 
 def encoded(text: str) -> bytes:
-    """Narrow JSON text in UTF-8, with escapes for what that can't hold, or what is better not seen."""
-    if not text.isascii() and any(begin in text for begin in ESCAPED_BEGIN):
-        text = ESCAPED.sub(
-            lambda found: json.dumps(found[0].encode("latin-1").decode("utf-8", "surrogatepass"))[1:-1], text
-        )
-    return text.encode("latin-1")
+    """Narrow JSON text in UTF-8, with escapes for halves of surrogate pairs, which that can't hold."""
+    data = text.encode("latin-1")
+    return data.decode("utf-8", "surrogatepass").encode("utf-8", "backslashreplace") if "\xed" in text else data
+
+
+def on_one_line(data: bytes) -> bytes:
+    """JSON in UTF-8 with escapes for what some clients take for the end of a line."""
+    for end, escape in () if data.isascii() else LINE_ENDS:
+        data = data.replace(end, escape)
+    return data
 
 
 # -- what requests are read with
@@ -6255,15 +6259,15 @@ class AnswerTranslator:
 
     def _bytes_of(self, event: JsonDict) -> bytes:
         if self._asked.format == "anthropic":
-            return encoded(f"event: {event['type']}\ndata: {dump(event)}\n\n")
-        return b": ping\n\n" if event is PING else encoded(f"data: {dump(event)}\n\n")
+            return on_one_line(encoded(f"event: {event['type']}\ndata: {dump(event)}\n\n"))
+        return b": ping\n\n" if event is PING else on_one_line(encoded(f"data: {dump(event)}\n\n"))
 
     def _pieces_of(self, event: JsonDict, is_short: bool) -> list[bytes]:
         """An event as it goes out, which is taken apart unless it is short."""
         if is_short or event is PING:
             return [self._bytes_of(event)]
         before = f"event: {event['type']}\ndata: " if self._asked.format == "anthropic" else "data: "
-        return [before.encode("ascii"), *json_pieces(event), b"\n\n"]
+        return [before.encode("ascii"), *map(on_one_line, json_pieces(event)), b"\n\n"]
 
     def _last_line(self) -> bytes:
         return b"" if self._asked.format == "anthropic" else b"data: [DONE]\n\n"
@@ -9478,7 +9482,7 @@ class UpstreamRequest(NamedTuple):
     @property
     def names_account(self) -> bool:
         """Whether a provider's 401 may be about a header of the client, or a key in its query."""
-        return "key=" in self.target.lower() or any(name in self.head.fields for name in ACCOUNT_HEADERS)
+        return "key=" in unquote(self.target).lower() or any(name in self.head.fields for name in ACCOUNT_HEADERS)
 
 
 LINE_END = re.compile(rb"[\r\n]")
@@ -10968,7 +10972,7 @@ def check_again(service: Service, admitted_by: Config, caller: Caller, request: 
     if service.config is admitted_by:
         return
     now = identify(shown_tokens(request.fields), service.config, time.time())
-    before, after = ((user.models, user.viewer) if user else (None, False) for user in (caller.user, now.user))
+    before, after = ((it.name, it.user and (it.user.models, it.user.viewer)) for it in (caller, now))
     if before != after:
         raise Forbidden(
             f"what {caller.name[:LOGGED_CHARACTERS]} may use has changed while this request came; send it again"

@@ -4449,6 +4449,21 @@ def test_any_text_is_translated_as_it_is_however_it_is_written_and_cut(text, siz
         assert json.loads(b"".join(made.body))["messages"] == [{"role": "user", "content": "." + whole}]
 
 
+@pytest.mark.timed
+@pytest.mark.parametrize("odd", ["\x85", "\u2028", "\ud83d"], ids=ascii)
+def test_odd_characters_are_translated_as_fast_as_others(odd):
+    body = json.dumps(prompt(messages=[user(said(odd * 300_000))]), ensure_ascii=odd == "\ud83d").encode()
+    begin = time.process_time()
+    made = monorelay.translate_request([body], 0, target_of(), "m", "req_1", 0.0)
+    assert time.process_time() - begin < 0.5
+    assert json.loads(b"".join(made.body))["messages"][0]["content"] == odd * 300_000
+    it = monorelay.AnswerTranslator(asked_of(stream=True))
+    begin = time.process_time()
+    sent = it.feed(sse_of([delta(content=odd * 100_000)], done=False))
+    assert time.process_time() - begin < 0.05
+    assert odd == "\ud83d" or (odd.encode() not in sent and sent.count(json.dumps(odd)[1:-1].encode()) == 100_000)
+
+
 def test_an_id_in_escapes_is_the_same_wherever_it_is_cut():
     call = {"id": f"call {WIDE}", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     turns = [HELLO, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": call["id"]}]
@@ -5528,6 +5543,14 @@ def test_s12_an_error_in_the_midst_ends_the_stream(error, kind):
     words = error["message"] if isinstance(error, dict) else error
     assert ended_with(asked_of(), data) == (kind, words)
     assert ended_with(asked_of(), b"data: nonsense\n\n")[0] == "api_error"
+
+
+@pytest.mark.parametrize(("code", "is_requests"), [(529, False), (400, True), ("context_length_exceeded", True)])
+def test_a_fault_is_judged_in_whatever_language_it_is_told(code, is_requests):
+    it = monorelay.AnswerTranslator(asked_of(stream=True))
+    sent = it.feed(sse_of([delta(content="Hi"), {"error": {"message": f"\u5fd9\u2019 {WIDE}", "code": code}}]))
+    assert f"\u5fd9\u2019 {WIDE}" in events_of(sent)[-1][1]["error"]["message"]
+    assert it.fault.is_requests == is_requests
 
 
 def test_s17_comments_are_no_events_and_silence_gets_a_ping():
@@ -9999,7 +10022,7 @@ def test_a_401_about_the_clients_own_organization_cools_nothing(upstream, relay,
     assert {message.get("authorization") for message in provider.requests[tried:]} == {"Bearer sk-a"}
 
 
-@pytest.mark.parametrize("query", ["?api-key=bogus", "?subscription-Key=bogus"])
+@pytest.mark.parametrize("query", ["?api-key=bogus", "?subscription-Key=bogus", "?%6Bey=bogus"])
 def test_a_401_about_a_key_in_the_clients_query_cools_nothing(upstream, relay, query):
     it = relay({"openai": two_keys(upstream(answer(401)))})
     refused(it.post(f"/v1/chat/completions{query}", chat()), 502, "api_error", openai_shape=True)
@@ -10012,7 +10035,7 @@ TOO_LARGE = "Request too large for gpt-4o in organization org-x on tokens per mi
 MODERATED = "claude-x requires moderation on Anthropic. Your input was flagged for \"violence\"."
 # What providers say with the status of an error that is about the key, and whether it is about the request.
 ABOUT_KEY_OR_REQUEST = [
-    (401, CORS_REFUSED, True), (401, "invalid x-api-key", False),
+    (401, CORS_REFUSED, True), (401, "invalid x-api-key", False), (401, "no content_policy for this key", False),
     (402, f"{AFFORDS} 1234. To increase, visit", True), (402, f"{AFFORDS} 0. To increase, visit", False),
     (402, "Prompt tokens limit exceeded: 64128 > 6964.", True), (402, "Insufficient Balance", False),
     (403, MODERATED, True), (403, "Content violates usage guidelines. Failed check: SAFETY_CHECK_TYPE_BIO", True),
@@ -16159,7 +16182,7 @@ COMING = {
 @pytest.mark.parametrize(
     ("users", "status"),
     [({}, 401), ({"alice": {"key": ALICE, "models": []}}, 403), ({"alice": {"key": ALICE, "viewer": True}}, 403),
-     ({"alice": {"key": ALICE, "requests_per_minute": 9}}, 200)],
+     ({"bob": {"key": ALICE}}, 403), ({"alice": {"key": ALICE, "requests_per_minute": 9}}, 200)],
     ids=brief,
 )  # fmt: skip
 def test_a_body_that_is_still_coming_is_not_taken_from_one_who_may_not_send_it_any_more(
