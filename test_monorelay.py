@@ -4413,7 +4413,7 @@ FILE_DATA = "data:text/plain;base64," + base64.b64encode(f"{LETTERS}{WIDE}".enco
         ("openai", [user(said(LETTERS + WIDE))], 2.2),
         ("openai", [user(*[said("a" * 60_000 + WIDE)] * 40)], 2.2),
         ("openai", [user(said(WIDE * 500_000))], 2.2),
-        ("openai", [HELLO, assistant(tool_use("t", at=LETTERS + WIDE)), user(tool_result("t"))], 3.2),
+        ("openai", [HELLO, assistant(tool_use("t", at=LETTERS + WIDE)), user(tool_result("t"))], 3.3),
         ("anthropic", [user(said(LETTERS + WIDE))], 2.2),
         ("anthropic", [user(*[said("a" * 60_000 + WIDE)] * 40)], 2.2),
         ("anthropic", [user({"type": "file", "file": {"file_data": FILE_DATA}})], 2.2),
