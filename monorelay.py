@@ -4173,8 +4173,8 @@ MESSAGE_TOKENS = 4
 IMAGE_TOKENS = 1600
 DOCUMENT_TOKENS_PER_CHARACTER = 0.037  # of base64: 2,500 for 50 KB
 
-# Begins the escape of what may stand in a JSON string as it is, in a text that is escaped once more.
-ESCAPE = re.compile(r"(?<!\\)\\\\u(?!00(?:[01]|22|5[cC]))")
+# In a text that is escaped once more: the escape of what can't stand in a JSON string as it is.
+NEEDED_ESCAPE = re.compile(r"\\\\u(00(?:[01]|22|5[cC]))")
 HALF_ESCAPE = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")  # of the first half of a surrogate pair
 LINE_ENDS = [(mark.encode("utf-8"), f"\\u{ord(mark):04x}".encode("ascii")) for mark in "\x85\u2028\u2029"]
 TOOL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # as Anthropic wants it
@@ -4382,8 +4382,8 @@ def without_escapes(text: str) -> str:
     """A part of a JSON text in which escapes become the characters that they stand for, but where JSON needs them.
     Raises ValueError."""
     if "\\u" in text:
-        text = text.replace(r"\\", r"\u005c")  # each backslash left begins an escape
-        text = json.loads(ESCAPE.sub(r"\\u", json.dumps(text)))
+        text = json.dumps(text.replace(r"\\", r"\u005c"))  # each backslash left begins an escape, and is doubled
+        text = json.loads(NEEDED_ESCAPE.sub("\0\\1", text).replace(r"\\u", r"\u").replace("\0", r"\\u"))
     return text
 
 
