@@ -4145,7 +4145,7 @@ class Usage:
 # either way. What is told of a document to people is widened() again.
 
 TRANSLATED_VALUES = 250_000  # in a body: `json` takes up to 50 ms for as many
-TRANSLATED_ESCAPES = 2_000_000  # in its strings, and 0.3 s for these, in small steps: many clients escape all but ASCII
+TRANSLATED_ESCAPES = 2_000_000  # in its strings, and 0.2 s for these, in small steps: many clients escape all but ASCII
 TRANSLATED_HELD_BYTES = 512 * 1024  # of an event, and of what waits for its turn in a streamed answer
 WRITTEN_CHARACTERS = 64 * 1024  # of a string at a time
 TAKEN_OUT_CHARACTERS = 2 * 1024  # of a string that is let go as soon as it is written
@@ -4174,7 +4174,7 @@ IMAGE_TOKENS = 1600
 DOCUMENT_TOKENS_PER_CHARACTER = 0.037  # of base64: 2,500 for 50 KB
 
 # In a text that is escaped once more: the escape of what can't stand in a JSON string as it is.
-NEEDED_ESCAPE = re.compile(r"\\\\u(00(?:[01]|22|5[cC]))")
+NEEDED_ESCAPE = re.compile(r"\\\\u(?=00(?:[01]|22|5[cC]))")
 HALF_ESCAPE = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")  # of the first half of a surrogate pair
 LINE_ENDS = [(mark.encode("utf-8"), f"\\u{ord(mark):04x}".encode("ascii")) for mark in "\x85\u2028\u2029"]
 TOOL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # as Anthropic wants it
@@ -4383,7 +4383,7 @@ def without_escapes(text: str) -> str:
     Raises ValueError."""
     if "\\u" in text:
         text = json.dumps(text.replace(r"\\", r"\u005c"))  # each backslash left begins an escape, and is doubled
-        text = json.loads(NEEDED_ESCAPE.sub("\0\\1", text).replace(r"\\u", r"\u").replace("\0", r"\\u"))
+        text = json.loads(NEEDED_ESCAPE.sub("\0", text).replace(r"\\u", r"\u").replace("\0", r"\\u"))
     return text
 
 
