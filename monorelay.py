@@ -4382,7 +4382,8 @@ def without_escapes(text: str) -> str:
     """A part of a JSON text in which escapes become the characters that they stand for, but where JSON needs them.
     Raises ValueError."""
     if "\\u" in text:
-        text = json.dumps(text.replace(r"\\", r"\u005c"))  # each backslash left begins an escape, and is doubled
+        # Each backslash left begins an escape, and is doubled; a NUL is left nowhere.
+        text = json.dumps(text.replace(r"\\", r"\u005c"), ensure_ascii=False)
         text = json.loads(NEEDED_ESCAPE.sub("\0", text).replace(r"\\u", r"\u").replace("\0", r"\\u"))
     return text
 
