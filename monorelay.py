@@ -4044,8 +4044,7 @@ class Usage:
 
     Only the objects behind "usage" are parsed. The last that tells something is the valid one: those before may stand
     in a tool's schema, which comes back in the answer. Anthropic's message_delta has the totals without their details,
-    so it is merged over message_start, where the output is a placeholder. Zeros at the end of a stream replace
-    nothing: some servers tell there that they don't know."""
+    so it is merged over message_start, where the output is a placeholder."""
 
     __slots__ = ("_found", "_held", "_is_placeholder", "_tier")
 
@@ -4102,16 +4101,12 @@ class Usage:
             kind = event[1] if event else b""
             if kind.startswith(b"content_block"):
                 return  # a tool's input may have a `usage` of its own; of a whole answer it stands before the real one
-            before = {**self._found}
-            if self._is_placeholder:
-                before.pop("output_tokens", None)
             self._is_placeholder = kind == b"message_start"
             if kind == b"message_delta":
                 told = {name: usage[name] for name in USAGE_NAMES & usage.keys() if usage[name] is not None}
-                usage = {**told, **before, **{name: value for name, value in told.items() if value}}
+                usage = {**self._found, **told}
             elif not self._is_placeholder:
                 self._note_tier(data, start)
-                usage = usage if any(counts_of(usage).values()) else before or usage
         self._found = usage
 
     def _note_tier(self, data: bytes, start: int) -> None:

@@ -3331,31 +3331,6 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         (25, 0, 0, 0, 12),
         None,
     ),
-    "a stream that ends with no input": (
-        "/v1/messages",
-        message_stream(CACHED, {"input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 9}),
-        (10, 500, 30, 40, 9),
-        None,
-    ),
-    "a stream without output": (
-        "/v1/messages",
-        message_stream({"input_tokens": 25, "output_tokens": 1}, {"output_tokens": 0}),
-        (25, 0, 0, 0, 0),
-        None,
-    ),
-    "a chat's stream that ends with zeros": (
-        "/v1/chat/completions",
-        b"".join(
-            b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
-            for usage in (
-                {"prompt_tokens": 25, "completion_tokens": 9, "prompt_tokens_details": {"cached_tokens": 5}},
-                {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
-            )
-        )
-        + b"data: [DONE]\n\n",
-        (20, 5, 0, 0, 9),
-        None,
-    ),
     "a stream's cache lifetimes": (
         "/v1/messages",
         message_stream(
