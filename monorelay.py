@@ -9949,8 +9949,7 @@ class Catalogue:
         try:
             response = await self._relay.obtain(request)
             try:
-                body = await read_rest(self._loop, response)
-                listed = listed_entries(json_text([body]))
+                listed = listed_entries(json_text([await read_rest(self._loop, response)]))
             finally:
                 response.release(self._relay.connections)
             for entry in listed:
