@@ -10031,6 +10031,7 @@ def test_an_error_that_only_its_words_tell_to_be_the_requests_is_tried_elsewhere
     refuses_key = status == 401 and not (is_own and path == "/v1/chat/completions")
     assert (got.status, len(provider.requests)) == (502 if refuses_key else status, 2)
     assert refuses_key or message in str(got.json["error"])
+    it.logged("status=")  # behind all that it warns of
     assert ("comes last" in it.log.getvalue()) == (not is_own)
 
 
@@ -16037,7 +16038,9 @@ def test_long_heads_of_those_who_have_shown_no_token_wait_for_the_others(relay):
         known, *clients, last = (stack.enter_context(it.client()) for _ in range(12))
         assert known.ask("GET", "/api/auth/me").status == 200
         assert {client.ask("GET", "/health").status for client in (*clients, last)} == {200}
-        it.server.service.loop.post(gate.wait)
+        held = threading.Event()
+        it.server.service.loop.post(lambda: (held.set(), gate.wait()))
+        assert held.wait(TIMEOUT_SECONDS)
         for client in clients:
             client.send(request("GET", "/api/auth/me", None, f"x-long: {'x' * 5000}"))
         last.send(request("GET", "/health"))
