@@ -3114,6 +3114,8 @@ class ChunkedDecoder:
         content = data[position : end - 2]
         self._chunk = end - position - len(content)
         self._buffer = data[position + len(content) :]
+        if self._buffer not in (b"", b"\r"):
+            raise FramingError("a chunk is not ended by CRLF")
         return content
 
     def _partial_size_line(self, line: bytes) -> bytes:

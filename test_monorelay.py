@@ -2372,7 +2372,7 @@ def test_chunks_are_decoded_however_they_arrive(extension):
 
 @pytest.mark.parametrize("data", [b"+3\r\nabc\r\n", b"0x3\r\nabc\r\n", b"0_3\r\nabc\r\n", b"-1\r\n", b"\r\n",
 b" 3\r\nabc\r\n",
-                                  b"3\nabc\r\n", b"3\r\nabcd\r\n", b"3\r\nabc\n0", b"g\r\n",
+                                  b"3\nabc\r\n", b"3\r\nabcd\r\n", b"3\r\nabc\n", b"3\r\nabc\n0", b"g\r\n",
                                   b"f" * 17 + b"\r\n", b"3;a\nb\r\nabc\r\n",
                                   b"3;\0\r\nabc\r\n", b"3\r\nabc\rX", b"0\r\nbad trailer\r\n\r\n",
                                   b"0\r\nA: b\nc\r\n\r\n",
