@@ -4273,7 +4273,7 @@ class Draft:
     def refuse_members(self, members: Mapping[str, Any], refused: Iterable[str], place: str = "") -> None:
         """Raises Untranslatable for the first of these members that has a value."""
         for name in refused:
-            if members.get(name):
+            if members.get(name) or members.get(name) == {}:  # which asks for what is usual
                 raise self.refusal(join(place, name), "this field")
 
     def tool_name(self, name: str) -> str:

@@ -4642,6 +4642,7 @@ def test_t10_the_form_of_the_answer():
         ),
         pytest.param({"modalities": ["text", "audio"]}, "modalities: audio", id="modalities"),
         pytest.param({"web_search_options": {"a": 1}}, "web_search_options: this field", id="search"),
+        pytest.param({"web_search_options": {}}, "web_search_options: this field", id="usual-search"),
         pytest.param({"tools": [{"type": "custom", "custom": {}}]}, "tools.0: a tool of the type custom", id="custom"),
         pytest.param({"tool_choice": {"type": "custom"}}, "tool_choice: the type custom", id="choice"),
         pytest.param(
