@@ -6465,6 +6465,8 @@ def fault_of(document: JsonDict) -> AnswerFault:
     kind = word(told.get("type") or told.get("code"))
     figures += [meant for word, meant in FAULT_WORDS.items() if word in kind]
     status = next((figure for figure in figures if isinstance(figure, int) and 400 <= figure < 600), 502)
+    if status != 429 and OVERFLOW.search(json.dumps(told)[:ERROR_BYTES]):
+        status = 400  # whatever else it says, or doesn't
     words = words_of(document) or "the provider's answer holds an error"
     text = widened(json.dumps(document, ensure_ascii=False)[:ERROR_BYTES])
     return AnswerFault(widened(words[:ERROR_CHARACTERS]), status, text)

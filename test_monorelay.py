@@ -5511,6 +5511,7 @@ def test_s10_and_s11_what_ends_a_stream(done, finish):
         ({"message": "slow", "code": "rate_limit_exceeded"}, "rate_limit_error"),
         ({"message": "bad", "code": 400}, "invalid_request_error"),
         ({"message": "x"}, "api_error"),
+        ({"message": "context window exceeds", "code": 429}, "rate_limit_error"),
         ("x", "api_error"),
     ],
 )
@@ -6153,8 +6154,8 @@ def test_e2_a_context_overflow_is_told_in_the_words_that_clients_act_on(words):
             "message"
         ]
     )
-    sent, _ = streamed(asked_of(), sse_of([{"error": {"message": words, "code": 400}}]))
-    assert events_of(sent)[-1][1]["error"]["message"] == message
+    for error in ({"message": words, "code": 400}, {"message": words, "type": "server_error", "code": 500}, words):
+        assert ended_with(asked_of(), sse_of([{"error": error}])) == ("invalid_request_error", message)
 
 
 def test_e2_overflows_that_say_it_in_other_ways():
