@@ -5686,8 +5686,6 @@ class ChatReader:
         """The events that end the message. Raises AnswerFault."""
         events, self._over = self.begin(), True
         self._advance(is_followed=True)
-        for kind, said in self._later:
-            self._writer.write(kind, said)
         if not (self._writer.blocks or self._blanks or self._finish):
             raise AnswerFault("the provider's answer ended before anything was said")
         if not self._writer.blocks:
@@ -5828,10 +5826,15 @@ class ChatReader:
         return True
 
     def _close(self, call: Call) -> None:
-        """Ends a call. Raises AnswerFault for arguments that nobody can execute, unless the answer was cut off."""
+        """Ends a call, and writes what was said meanwhile. Raises AnswerFault for arguments that nobody can execute,
+        unless the answer was cut off."""
         if not call.is_sound and not self._is_cut_off:
             raise UnfitAnswer("the provider sent malformed tool arguments")
         self._writer.close()
+        for kind, said in self._later:
+            self._writer.write(kind, said)
+            self._held -= len(said) + WAITING_BYTES
+        self._later = []
         self._calls.pop(0)
         self._closed += call.is_open
         self._held -= len(call.arguments) + len(call.seal)

@@ -5441,6 +5441,18 @@ STREAMS: dict[str, tuple[list[dict[str, Any]], list[Any], str]] = {
         [LOOK, said("Hi")],
         "tool_use",
     ),
+    "text-around-the-end-of-a-call": (
+        [
+            delta(calls=[call(0, "c1", "look", '{"at":')]),
+            delta(content="H"),
+            delta(calls=[call(0, arguments='"door"}')]),
+            delta(content="i"),
+            delta(calls=[call(1, "c2", "dig", "{}")]),
+            delta("stop", USAGE),
+        ],
+        [LOOK, said("Hi"), tool_use("c2", "dig")],
+        "tool_use",
+    ),
     "no-id": ([delta(calls=[call(0, None, "look", ARGUMENTS)]), delta("stop", USAGE)], None, "tool_use"),
     "thinking-again": (
         [delta(reasoning="a"), delta(content="b"), delta(reasoning="c"), delta(content="d"), delta("stop", USAGE)],
