@@ -6035,7 +6035,7 @@ class MessageReader:
 
     def _read_head(self, message: JsonDict) -> list[JsonDict]:
         """The first chunk, by what a message tells before its content."""
-        if message.get("id"):
+        if message.get("id") and not self._begun:
             self._id = answer_id("chatcmpl-", word(message["id"]))
         self._count(message)
         return self.begin()

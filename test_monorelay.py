@@ -6027,6 +6027,12 @@ def test_u6_and_u8_pings_are_comments_and_unknown_events_nothing():
     assert it.feed(sse("content_block_delta", index=0, delta={"type": "citations_delta", "citation": {}})) == b""
 
 
+def test_all_chunks_of_an_answer_have_one_id_though_the_first_goes_before_anything_came():
+    it = monorelay.AnswerTranslator(asked_of("openai", id="req_7", stream=True))
+    sent = it.ping() + it.feed(b"".join(message_events(said("Hi"))))
+    assert {data["id"] for _, data in events_of(sent)[:-1]} == {"chatcmpl-7"} and it.ended
+
+
 def test_a_called_tool_has_the_name_that_the_client_gave_it():
     body, made = translated(chat(tools=[{"type": "function", "function": {"name": "my.tool"}}]), target_of("anthropic"))
     assert re.fullmatch("my_tool_[0-9a-f]{8}", body["tools"][0]["name"])
