@@ -4994,7 +4994,7 @@ class ChatTurns:
         texts = [part["text"] for part in parts if part["type"] == "text"]
         media = [part for part in parts if part["type"] != "text"]
         told = TEXT_JOINT.join(texts) if texts or not media else "(see the next message)"
-        if result.get("is_error") is True and not told.startswith("Error"):
+        if result.get("is_error") is True and not told.startswith("Error:"):
             told = f"Error: {told}" if told else "Error"
         return told, media
 

@@ -3646,6 +3646,7 @@ def test_q2_and_q3_results_come_first_and_their_pictures_behind_all_of_them():
     [
         (tool_result("t1", "no such door", is_error=True), "Error: no such door"),
         (tool_result("t1", "Error: no", is_error=True), "Error: no"),
+        (tool_result("t1", "ErrorLog.txt isn't there", is_error=True), "Error: ErrorLog.txt isn't there"),
         (tool_result("t1", is_error=True), "Error"),
         (tool_result("t1"), ""),
         (tool_result("t1", []), ""),
