@@ -4741,7 +4741,8 @@ def chat_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
     kind = tool.get("type") or "custom"
     if kind != "custom":
         raise draft.refusal(place, f"a tool of the type {word(kind)}")
-    if "direct" not in strings(tool.get("allowed_callers") or "direct", f"{place}.allowed_callers"):
+    callers = strings(tool.get("allowed_callers") or "direct", f"{place}.allowed_callers")
+    if "direct" not in callers:
         raise draft.refusal(f"{place}.allowed_callers", "a tool that only code may call")
     function: JsonDict = {"name": draft.tool_name(text_in(tool, "name", place))}
     if tool.get("description"):
@@ -4750,6 +4751,8 @@ def chat_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
     function["parameters"] = with_object_type(schema if isinstance(schema, dict) else {}, draft)
     if tool.get("strict") is True:
         function["strict"] = True
+    if len(callers) > 1:
+        draft.drop("tools.allowed_callers")
     draft.drop_rest(tool, TOOL_KNOWN, "tools")
     return {"type": "function", "function": function}
 

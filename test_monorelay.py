@@ -3928,6 +3928,8 @@ def test_q16_a_schema_stays_as_it_is_but_for_what_servers_stumble_over():
         }
     ]
     assert dropped == ("tools.input_examples",)
+    for callers, named in ((["direct"], ()), (["direct", "code_execution_20250825"], ("tools.allowed_callers",))):
+        assert to_chat(tools=[{**TOOL, "allowed_callers": callers}])[1] == named
     for gemini in ({"const": 1, "type": "object"}, {"properties": {"const": {"const": 1, "type": "string"}}}):
         target = target_of(host="generativelanguage.googleapis.com")
         parameters = to_chat(target, tools=[{"name": "t", "input_schema": gemini}])[0]["tools"][0]["function"][
