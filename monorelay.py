@@ -1957,7 +1957,14 @@ def targets_for(config: Config, name: str, format: str, translates: bool = False
     usable = [target for target in speaking if target.provider.usable]
     if not usable:
         raise not_usable(speaking[0].provider)
-    return for_one_credential(usable)
+    return for_one_credential([unmarked(target) for target in usable] if format == "anthropic" else usable)
+
+
+def unmarked(target: Target) -> Target:
+    """The target of a client of Anthropic's; where it speaks the other format, without the mark that nobody knows
+    there."""
+    is_marked = target.provider.chat_format == "openai" and target.model.endswith(LONG_CONTEXT)
+    return target._replace(model=target.model[: -len(LONG_CONTEXT)] or target.model) if is_marked else target
 
 
 def for_one_credential(targets: Sequence[Target]) -> list[Target]:

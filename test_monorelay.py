@@ -1412,6 +1412,17 @@ def test_model_becomes_its_targets_in_order_of_preference(name, expected):
         assert [f"{it.model}@{it.provider.name}" for it in monorelay.resolve(config, name)] == expected
 
 
+@pytest.mark.parametrize(("name", "sent"), [("gpt-5[1m]", "gpt-5"), ("[1m]", "[1m]")])
+def test_a_mark_of_anthropics_clients_goes_to_no_provider_of_the_other_format(name, sent):
+    config = parse(
+        {name: {"base_url": "http://127.0.0.1:9", "keys": ["k"]} for name in ("anthropic", "openai")},
+        routes={"*": ["openai", "anthropic"]},
+    )
+    targets = monorelay.targets_for(config, name, "anthropic", True)
+    assert [(it.provider.name, it.model) for it in targets] == [("openai", sent), ("anthropic", name)]
+    assert {it.model for it in monorelay.targets_for(config, name, "openai", True)} == {name}
+
+
 @pytest.mark.parametrize("name", ["opus-4-8[1m]", "what?", "a*b", "[", "[!x]", "x]"])
 def test_a_pattern_that_equals_a_name_matches_it_whatever_characters_it_has(name):
     config = parse(
