@@ -5434,7 +5434,7 @@ class MessageTurns:
     def _write_result(self, message: JsonDict, place: str) -> None:
         call_id = carrying_id(call_name(message.get("tool_call_id"), f"{place}.tool_call_id"))
         if call_id not in self._calls:
-            raise Untranslatable(f"{place}: there is no call before it with the tool_call_id {shown(call_id)}")
+            raise self._draft.refusal(f"{place}.tool_call_id", "a result without a call before it that has this id")
         result: JsonDict = {"type": "tool_result", "tool_use_id": call_id}
         content = message.get("content")
         blocks = self._blocks(content, f"{place}.content")

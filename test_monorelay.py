@@ -4680,6 +4680,11 @@ def test_t10_the_form_of_the_answer():
             id="t3-broken",
         ),
         pytest.param(
+            {"messages": [HELLO, assistant_said(None, called("a")), returned("b")]},
+            "messages.2.tool_call_id: a result without a call before it that has this id",
+            id="unpaired",
+        ),
+        pytest.param(
             {"messages": [HELLO, {"role": "function", "name": "f", "content": "x"}]},
             "messages.1.role: the role function",
             id="role",
