@@ -6477,7 +6477,8 @@ def fault_of(document: JsonDict) -> AnswerFault:
     figures = [told.get(name) for name in ("code", "status", "status_code")]
     kind = word(told.get("type") or told.get("code"))
     figures += [meant for word, meant in FAULT_WORDS.items() if word in kind]
-    status = next((figure for figure in figures if isinstance(figure, int) and 400 <= figure < 600), 502)
+    numbers = [figure for figure in figures if isinstance(figure, (int, str))]  # LiteLLM's are texts
+    status = next((int(number) for number in numbers if re.fullmatch("[45][0-9]{2}", str(number))), 502)
     if status != 429 and OVERFLOW.search(json.dumps(told)[:ERROR_BYTES]):
         status = 400  # whatever else it says, or doesn't
     words = words_of(document) or "the provider's answer holds an error"

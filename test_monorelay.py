@@ -5541,6 +5541,8 @@ def test_s10_and_s11_what_ends_a_stream(done, finish):
         ({"message": "Overloaded", "type": "overloaded_error"}, "overloaded_error"),
         ({"message": "slow", "code": "rate_limit_exceeded"}, "rate_limit_error"),
         ({"message": "bad", "code": 400}, "invalid_request_error"),
+        ({"message": "slow", "type": "None", "param": "None", "code": "429"}, "rate_limit_error"),
+        ({"message": "x", "code": "1302"}, "api_error"),
         ({"message": "x"}, "api_error"),
         ({"message": "context window exceeds", "code": 429}, "rate_limit_error"),
         ("x", "api_error"),
