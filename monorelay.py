@@ -5482,6 +5482,8 @@ class MessageTurns:
         self._draft.drop_rest(file, ("file_data", "filename"), "file")
         data = string(file.pop("file_data"), f"{place}.file.file_data")
         kind = DATA_URI.match(data, 0, DATA_URI_CHARACTERS)
+        if not kind and data.startswith("data:"):
+            raise self._draft.refusal(place, "a file whose data isn't in base64")
         media, start = (kind[1].lower(), kind.end()) if kind else ("application/pdf", 0)
         if media == "application/pdf":
             source = {"type": "base64", "media_type": media, "data": data[start:]}

@@ -4670,6 +4670,11 @@ def test_t10_the_form_of_the_answer():
             id="t4-file",
         ),
         pytest.param(
+            {"messages": [user({"type": "file", "file": {"file_data": "data:text/plain,Hi"}})]},
+            "messages.0.content.0: a file whose data isn't in base64",
+            id="t4-not-base64",
+        ),
+        pytest.param(
             {"messages": [HELLO, assistant_said(None, called("a", "[1]")), returned("a")]},
             "messages.1.tool_calls.0.function.arguments: what is no JSON object",
             id="t3",
