@@ -9476,6 +9476,8 @@ class UpstreamRequest(NamedTuple):
     translate: Optional[Callable[[Target], Coroutine[float, None, "UpstreamRequest"]]] = None
     format: str = ""  # in which the client has made it, where it may be translated
     translated: Optional[Translated] = None  # what was made of it
+    # Whether it only asks about a model. Other limits, and perhaps other rights, hold for that than for its work.
+    is_aside: bool = False
 
     @property
     def only_once(self) -> bool:
@@ -9816,7 +9818,7 @@ class Relay:
         provider, status = candidate.target.provider, response.status
         if status == 400 and NO_CREDIT.search(response.content):
             status = 402
-        clock, blames = time.time(), request.blames and provider.format != "echo"
+        clock, blames = time.time(), request.blames and not request.is_aside and provider.format != "echo"
         self.keys.note_limits(candidate, response.head.fields, clock)
         if status < 300 and blames:
             self.keys.succeeded(candidate, self._loop.now)
@@ -11614,6 +11616,7 @@ def upstream_request(
     if "x-monorelay-key" not in request.fields:
         candidates = without_client_keys(candidates)
     target = endpoint.target(request.query)
+    is_aside = endpoint.path in COUNTING_PATHS or endpoint.answer is answer_catalogue
     translate = None
     if isinstance(body, ReadBody) and endpoint.path in TRANSLATED_PATHS:
         translate = TranslatedRequest(exchange, body).to
@@ -11628,6 +11631,7 @@ def upstream_request(
         searches,
         translate,
         exchange.format,
+        is_aside=is_aside,
     )
 
 

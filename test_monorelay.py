@@ -10081,6 +10081,26 @@ def test_an_error_that_only_its_words_tell_to_be_the_requests_is_tried_elsewhere
     assert ("comes last" in it.log.getvalue()) == (not is_own)
 
 
+@pytest.mark.parametrize("status", [403, 429, 500, 529])
+def test_what_a_request_about_a_model_meets_says_nothing_of_its_work(upstream, relay, status):
+    """Anthropic's limits for counting are apart, and a restricted key of OpenAI's may not read models."""
+
+    def script(connection: Connection) -> None:
+        while asked := connection.read_request():
+            aside = "count_tokens" in asked.target or "/models" in asked.target
+            connection.send(answer(status if aside else 200, b"{}", "retry-after: 600"))
+
+    provider, other = upstream(script), upstream(message_answer(HI))
+    it = relay({"anthropic": provider, "anthropic2": other}, routes={"claude-*": ["anthropic", "anthropic2"]})
+    for method, path, body in (
+        ("POST", "/v1/messages/count_tokens", prompt()),
+        ("GET", "/v1/models/claude-test", None),
+    ):
+        it.ask(method, path, body and json.dumps(body).encode(), ANTHROPIC_VERSION)
+        assert it.post("/v1/messages", prompt()).get("x-monorelay-provider") == "anthropic"
+    assert "comes last" not in it.log.getvalue()
+
+
 @pytest.mark.timed
 def test_errors_are_judged_in_milliseconds():
     for words in (b"c", b"p", b"can only afford ", b"prompt tokens ", b"content_"):
