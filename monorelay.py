@@ -10881,7 +10881,7 @@ class Exchange:
     @property
     def body_ended(self) -> bool:
         """Whether nothing of the body is still to come."""
-        return self._incoming is None or self._incoming.finished
+        return self._incoming.finished if self._incoming else self.request.body_length == 0
 
     def open_body(self, limit: int, setting: str = "") -> RequestBody:
         """The body, still to be read; the setting is where its limit comes from. Raises TooLarge."""

@@ -12440,6 +12440,21 @@ def test_a_model_that_is_not_listed_but_routed_is_asked_for_at_its_provider(upst
     assert [sent.target for sent in provider.requests] == ["/v1/models", "/v1/models/gpt-new"]
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_what_comes_with_a_request_for_a_model_is_no_request_of_its_own(upstream, relay, method, is_chunked):
+    """Behind a proxy that shares its connections, the answer to it would be another client's."""
+    provider = upstream(replies(answer(200, b'{"data": []}'), answer(404, b"")))
+    it = relay({"openai": provider}, routes={"gpt-*": "openai"})
+    hidden = request("GET", "/health")
+    framing = "Transfer-Encoding: chunked" if is_chunked else f"Content-Length: {len(hidden)}"
+    with it.client() as client:
+        client.send(request(method, "/v1/models/gpt-new", chunked(hidden) if is_chunked else hidden, framing))
+        got = client.until(b"\r\n\r\n")
+        assert got.startswith(b"HTTP/1.1 404 ") and b"\r\nconnection: close\r\n" in got.lower()
+        assert b"HTTP/1.1" not in client.rest()
+
+
 def test_a_list_that_cannot_be_read_is_warned_of_once(upstream, relay):
     it = relay({"openai": upstream(answer(200, b"<html>"))})
     for _ in range(2):
