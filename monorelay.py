@@ -11302,7 +11302,8 @@ class LivePage:
         news = {name: value for name, value in now.items() if name == "now" or value != before[name]}
         for name in ("keys", "hours", "budgets"):
             if name in news:
-                news[name] = [entry for entry in now[name] if entry not in before[name]]
+                pairs = itertools.zip_longest(now[name], before[name])  # in their order, as long as they are the same
+                news[name] = [entry for entry, known in pairs if entry not in (None, known)]
         ended = self._ended()
         return {**news, "ended": ended} if ended else news
 

@@ -13652,6 +13652,33 @@ def test_a_page_that_was_slow_to_read_has_missed_nothing(relay, quick, monkeypat
     assert [told[21] for told in page._ended()] == ["req_b", "req_c"] and page._ended() == []
 
 
+@pytest.mark.timed
+def test_a_page_is_told_in_milliseconds_which_of_many_budgets_have_changed(relay, monkeypatch):
+    users = {f"user{n}": {"key": f"a-key-of-user-{n:04}", "usd_per_day": 1, "tokens_per_day": 1} for n in range(1500)}
+    it = relay({"echo": {}}, users=users, ledger={"path": "usage.db"})
+    with live(it) as client:
+        live_head(client)
+        state = next_event(client)[2]
+        assert len(state["budgets"]) == 3000
+        page = next(iter(it.server.service.pages))
+    told = {**state, "budgets": [{**state["budgets"][0], "used": 0.5}, *state["budgets"][1:]]}
+
+    async def state_now() -> Any:
+        return told
+
+    monkeypatch.setattr(page, "_state", state_now)
+
+    def news() -> Any:
+        page._last = state
+        try:
+            page._news().send(None)
+        except StopIteration as end:
+            return end.value
+
+    assert news()["budgets"] == told["budgets"][:1]
+    assert seconds_each(news, 3) < 0.02
+
+
 @pytest.mark.parametrize("seen", ["0", "1", "99999999999999999999", "-1", "a", "9" * 16, "1 2"])
 def test_a_page_that_comes_back_with_an_odd_id_gets_the_state(relay, seen):
     it = relay({"echo": {}})
