@@ -2223,8 +2223,8 @@ class KeyPool:
         cooldown = candidate.target.provider.cooldown
         _, key, key_and_model = cooldown_keys(candidate)
         name = key if status in QUARANTINED else key_and_model
-        # Of a request without a model, it may be the path that the key can't use.
-        if status in QUARANTINED and not (by_model and candidate.target.model):
+        # Of a request that went nowhere by its model, it may be the path that the key can't use.
+        if status in (403, *QUARANTINED) and not (by_model and candidate.target.model):
             return
         if status not in (429, 403, *QUARANTINED) and status < 500:
             return

@@ -10108,11 +10108,14 @@ def test_errors_are_judged_in_milliseconds():
         assert seconds_each(lambda told=told: monorelay.is_own_fault(429, told), 3) < 0.02
 
 
+@pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("model", ["gpt-test", "gpt-other"])
-def test_a_401_on_a_path_of_which_nothing_is_known_rests_the_key_for_no_other_request(upstream, relay, model):
+def test_a_refusal_on_a_path_of_which_nothing_is_known_rests_the_key_for_no_other_request(
+    upstream, relay, model, status
+):
     def script(connection: Connection) -> None:
         while asked := connection.read_request():
-            connection.send(answer(401 if "organization" in asked.target else 200))
+            connection.send(answer(status if "organization" in asked.target else 200))
 
     provider = upstream(script)
     it = relay({"openai": two_keys(provider), "openai2": upstream(answer())})
