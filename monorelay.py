@@ -2684,11 +2684,11 @@ class LedgerRow(NamedTuple):
         return user is None or self.user == user
 
     def matches(self, names: Mapping[str, str], errors: bool) -> bool:
-        """Whether it is one of those asked for by user, model or key, as provider/label; or by having failed."""
+        """Whether it is one of those asked for by user, model, key (label or provider/label), or by having failed."""
         return (
             names.get("user", self.user) == self.user
             and names.get("model", self.sent) in (self.model, self.sent)
-            and names.get("key", f"{self.provider}/{self.key}") == f"{self.provider}/{self.key}"
+            and names.get("key", self.key) in (self.key, f"{self.provider}/{self.key}")
             and (self.failed or not errors)
         )
 
@@ -8706,7 +8706,7 @@ def usage_row(group: Mapping[str, str], sums: Sums) -> JsonDict:
 FIND_REQUESTS = f"""
 SELECT id, {", ".join(LedgerRow._fields)} FROM request WHERE id < :below AND id >= :end
 AND (:user IS NULL OR user = :user) AND (:model IS NULL OR sent = :model OR model = :model)
-AND (:key IS NULL OR provider || '/' || key = :key)
+AND (:key IS NULL OR :key IN (key, provider || '/' || key))
 AND (NOT :errors OR status >= 400 OR coalesce(error, 'client_gone') NOT IN ('', 'client_gone'))
 ORDER BY id DESC LIMIT :limit"""
 
@@ -8716,7 +8716,7 @@ def request_page(
 ) -> tuple[list[JsonDict], Optional[int]]:
     """The requests before the one with an id, newest first, by the names of their columns, and the id to ask for more
     by; None where there are no more. They are those `wanted` of a user, of a model as it was asked for or sent, or with
-    a key as provider/label. Looks through LEDGER_SEARCHED_ROWS and no more. Raises sqlite3.Error."""
+    a key as label or provider/label. Looks through LEDGER_SEARCHED_ROWS and no more. Raises sqlite3.Error."""
     newest = query_ledger(path, "SELECT coalesce(max(id), 0) FROM request", ())
     below = min(before, newest[0][0] + 1 if newest else 1)
     end, limit = below - LEDGER_SEARCHED_ROWS, max(1, min(limit, ROWS_AT_ONCE))

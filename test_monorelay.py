@@ -13986,6 +13986,9 @@ def test_requests_are_told_in_pages_newest_first(relay):
         ("user=", 25),
     ):
         assert len(it.ask("GET", f"/api/requests?{query}").json["rows"]) == count, query
+    keyed = rows[0]._replace(provider="openai", key="team")
+    named = {name: keyed.matches({"key": name}, False) for name in ("team", "openai/team", "openai", "other/team")}
+    assert named == {"team": True, "openai/team": True, "openai": False, "other/team": False}
 
 
 def test_a_ledger_that_can_not_be_read_is_told_and_ends_no_page(relay, quick, tmp_path):
@@ -15967,6 +15970,7 @@ def check_rows(week: Week) -> None:
         "model=claude-b&key=anthropic2/team": lambda user, asked, bill: (
             bill.model == "claude-b" and (bill.provider, bill.key) == ("anthropic2", "team")
         ),
+        "key=team": lambda user, asked, bill: bill.key == "team",
         "errors=1": lambda user, asked, bill: bill.failed,
     }.items():
         found = week.relay.ask("GET", f"/api/requests?limit=1000&{query}").json["rows"]
