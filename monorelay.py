@@ -8795,26 +8795,40 @@ def file_state(path: str) -> tuple[int, ...]:
 
 
 class HeldBodies:
-    """How many bytes of request bodies are held to be sent, all together."""
+    """How many bytes of request bodies are held to be sent: all together, and each user's."""
 
     def __init__(self) -> None:
         self.limit = 0
         self.bytes = 0
         self.released = 0  # since this was last set to 0
+        self._by_user: dict[str, int] = {}
 
-    def claim(self, count: int) -> None:
-        """Takes room for so many bytes more. Raises Unavailable."""
-        if self.bytes + count > self.limit:
-            raise Unavailable(
-                "this relay holds as many bytes of request bodies as it may (server.max_held_mb); try again",
-                "bodies_full",
-            )
+    def claim(self, count: int, user: str = "", own: int = 0) -> None:
+        """Takes room for so many bytes more of a request that holds `own`. A user's other requests get no more than
+        they leave to everybody else: so no one takes it all. Raises Unavailable."""
+        left = self.limit - self.bytes - count
+        if left < 0:
+            raise bodies_full("this relay holds as many bytes of request bodies as it may")
+        if user:
+            before = self._by_user.get(user, 0)
+            if before > own and before + count > left:
+                raise bodies_full(f"the requests of {user} that run hold as many bytes as this relay has left")
+            self._by_user[user] = before + count
         self.bytes += count
 
-    def release(self, count: int) -> None:
+    def release(self, count: int, user: str = "") -> None:
         """Gives the room back."""
         self.bytes -= count
         self.released += count
+        if user:
+            self._by_user[user] -= count
+            if not self._by_user[user]:
+                del self._by_user[user]
+
+
+def bodies_full(what: str) -> Unavailable:
+    """The error for a body that there is no room for."""
+    return Unavailable(f"{what} (server.max_held_mb); try again", "bodies_full")
 
 
 class RequestBody:
@@ -10966,13 +10980,18 @@ class Exchange:
 
     def hold(self, count: int) -> None:
         """Takes room for so many bytes. Raises Unavailable."""
-        self.service.bodies.claim(count)
+        self.service.bodies.claim(count, self._user_name, self._held)
         self._held += count
+
+    @property
+    def _user_name(self) -> str:
+        """Whose room its body takes; empty where it is the owner's."""
+        return self.caller.user.name if self.caller.user else ""
 
     def release_room(self, count: int) -> None:
         """Gives back room for so many bytes."""
         if count:
-            self.service.bodies.release(count)
+            self.service.bodies.release(count, self._user_name)
             self._held -= count
 
     def let_go(self) -> None:

@@ -12988,6 +12988,38 @@ def test_bodies_held_together_beyond_their_bound_are_a_503_until_the_others_are_
     assert len(provider.requests) == 3
 
 
+def test_no_user_takes_the_room_for_bodies_that_others_need(upstream, relay):
+    gate = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.wait(gate)
+        connection.send(answer())
+
+    provider = upstream(script)
+    users = {name: {"key": f"{name}-key-0123456789"} for name in ("ann", "bob")}
+    it = relay({"anthropic": provider}, server={"max_held_mb": 4}, users=users)
+    body = json.dumps(prompt(padding="x" * 1_100_000)).encode()
+
+    def ask(token: str) -> Connection:
+        client = it.client()
+        client.send(request("POST", "/v1/messages", body, token=token))
+        return client
+
+    with ask("ann-key-0123456789") as first:
+        eventually(lambda: len(provider.requests) == 1)
+        with ask("ann-key-0123456789") as second:
+            got = second.answer()
+            refused(got, 503, "api_error")
+            assert got.get("x-monorelay-error") == "bodies_full" and "requests of ann" in got.json["error"]["message"]
+        with ask("bob-key-0123456789") as third, ask(TOKEN) as fourth:
+            eventually(lambda: len(provider.requests) == 3)
+            gate.set()
+            assert [client.answer().status for client in (first, third, fourth)] == [200] * 3
+    with ask("ann-key-0123456789") as again:
+        assert again.answer().status == 200, "her room was given back"
+
+
 def test_an_upload_that_streams_through_is_not_held(upstream, relay):
     provider = upstream(answer())
     it = relay({"anthropic": provider}, server={"max_held_mb": 1})
