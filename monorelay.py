@@ -8866,7 +8866,7 @@ class RequestBody:
     def ask_for(self, model: str) -> None:
         """Puts this model in the place of the one that stands in what was put back."""
         (start, end), name = self._model_span, model.encode("utf-8", "replace")
-        if end and self.begun[start:end] != name:
+        if end:
             self._ahead = self.begun[:start] + name + self.begun[end:]
             if self._announced is not None:
                 self.length = self._announced + len(name) - (end - start)

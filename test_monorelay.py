@@ -12988,6 +12988,16 @@ def test_bodies_held_together_beyond_their_bound_are_a_503_until_the_others_are_
     assert len(provider.requests) == 3
 
 
+def test_a_form_asks_for_the_last_target_that_was_tried():
+    head = monorelay.parse_request_head(b"POST /v1/images/edits HTTP/1.1\r\nHost: a\r\nContent-Length: 30\r\n\r\n")
+    body = monorelay.RequestBody(None, head, 1000, None)
+    body.put_back(b"model=small;file=", (6, 11))
+    for name, length in (("larger", 31), ("small", 30), ("s", 26)):
+        body.ask_for(name)
+        assert body.length == length
+        assert body._ahead == f"model={name};file=".encode()
+
+
 def test_no_user_takes_the_room_for_bodies_that_others_need(upstream, relay):
     gate = threading.Event()
 
