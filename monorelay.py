@@ -3323,11 +3323,11 @@ NO_CREDIT = re.compile(rb'(?i)"message" ?: ?"your credit balance is too low[^":\
 # Whether these are about the key or about what was asked, only their bodies tell.
 TELLING_STATUSES = frozenset({400, 401, 402, 403, 429})
 # What an error says, or is called, that is about what was asked: Anthropic of a tier's context, OpenRouter of what the
-# credit left is too little for, OpenAI of a request alone over its limit of tokens a minute, OpenRouter and xAI of
-# moderation.
+# credit left is too little for, OpenAI of a request alone over its limit of tokens a minute, and of its flex tier that
+# has no room, OpenRouter and xAI of moderation.
 OWN_FAULT = re.compile(
     rb"""(?x) long\ context\ requests | can\ only\ afford\ [1-9] | [Pp]rompt\ tokens\ limit\ exceeded
-    | [Rr]equest\ too\ large\ for | input\ was\ flagged | usage\ guidelines
+    | [Rr]equest\ too\ large\ for | [Rr]esource[ _][Uu]navailable | input\ was\ flagged | usage\ guidelines
     | context_length_exceeded | content_policy | content_filter"""
 )
 
@@ -3339,6 +3339,13 @@ def is_own_fault(status: int, told: bytes) -> bool:
         return b"CORS requests" in told  # Anthropic's word for a browser's
     is_named = status in (0, 402, 403, 429) and OWN_FAULT.search(told)
     return bool(is_named) or status in (400, 404, 413, 422) or (not status and b"invalid_request" in told)
+
+
+def is_about_fast_mode(status: int, fields: Headers) -> bool:
+    """Whether an error says that Anthropic's fast mode has no room, whose limits are apart from the model's
+    (https://platform.claude.com/docs/en/build-with-claude/fast-mode)."""
+    left = [fields.get(f"anthropic-fast-{kind}-tokens-remaining") for kind in ("input", "output")]
+    return "0" in left or (status == 529 and any(left))
 
 
 def cors_fields(origins: Sequence[str], request: Headers, response: Iterable[tuple[str, str]] = ()) -> Pairs:
@@ -9840,8 +9847,11 @@ class Relay:
             self.keys.note(candidate, "5xx" if status >= 500 else str(status), clock)
             # What the client itself has caused says nothing about a key: what it asked for, an account that it named,
             # an upload that it didn't finish.
-            own_fault = request.names_account if status == 401 else status >= 500 and not request.is_sent
-            own_fault = own_fault or is_own_fault(status, response.content)
+            own_fault = (
+                (request.names_account if status == 401 else status >= 500 and not request.is_sent)
+                or is_own_fault(status, response.content)
+                or is_about_fast_mode(status, response.head.fields)
+            )
             if blames and not own_fault and not (provider.client_keys and status < 500):
                 wait = retry_after_seconds(response.head.fields.get("retry-after", ""), clock)
                 self.keys.failed(candidate, status, wait, self._loop.now, request.by_model)

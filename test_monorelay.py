@@ -10062,7 +10062,7 @@ ABOUT_KEY_OR_REQUEST = [
     (403, MODERATED, True), (403, "Content violates usage guidelines. Failed check: SAFETY_CHECK_TYPE_BIO", True),
     (403, "Your organization has no access to this model", False),
     (429, TOO_LARGE, True), (429, "Extra usage is required for long context requests.", True),
-    (429, "Rate limit reached for gpt-4o in organization org-x", False),
+    (429, "Rate limit reached for gpt-4o in organization org-x", False), (429, "429 Resource Unavailable", True),
 ]  # fmt: skip
 
 
@@ -10079,6 +10079,23 @@ def test_an_error_that_only_its_words_tell_to_be_the_requests_is_tried_elsewhere
     assert refuses_key or message in str(got.json["error"])
     it.logged("status=")  # behind all that it warns of
     assert ("comes last" in it.log.getvalue()) == (not is_own)
+
+
+@pytest.mark.parametrize(
+    ("status", "left", "is_of_fast_mode"),
+    [(429, ("0", "900"), True), (429, ("900", "0"), True), (429, ("900", "900"), False), (529, ("900", "900"), True)],
+)
+def test_fast_mode_without_room_cools_nothing_for_requests_of_the_usual_speed(
+    upstream, relay, status, left, is_of_fast_mode
+):
+    fields = [f"anthropic-fast-{kind}-tokens-remaining: {count}" for kind, count in zip(("input", "output"), left)]
+    provider = upstream(answer(status, b"{}", *fields, "retry-after: 600"))
+    it = relay({"anthropic": two_keys(provider)})
+    got = it.post("/v1/messages", prompt(speed="fast"))
+    assert (got.status, len(provider.requests)) == (status, 2)
+    assert got.get("anthropic-fast-input-tokens-remaining") == left[0]
+    it.logged("status=")
+    assert ("comes last" in it.log.getvalue()) == (not is_of_fast_mode)
 
 
 @pytest.mark.parametrize("status", [403, 429, 500, 529])
