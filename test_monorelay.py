@@ -13025,26 +13025,27 @@ def test_no_user_takes_the_room_for_bodies_that_others_need(upstream, relay):
 
     provider = upstream(script)
     users = {name: {"key": f"{name}-key-0123456789"} for name in ("ann", "bob")}
-    it = relay({"anthropic": provider}, server={"max_held_mb": 4}, users=users)
-    body = json.dumps(prompt(padding="x" * 1_100_000)).encode()
+    it = relay({"anthropic": provider}, server={"max_held_mb": 5}, users=users)
 
-    def ask(token: str) -> Connection:
+    def ask(token: str, size: int) -> Connection:
         client = it.client()
+        body = json.dumps(prompt(padding="x" * size)).encode()
         client.send(request("POST", "/v1/messages", body, token=token))
         return client
 
-    with ask("ann-key-0123456789") as first:
-        eventually(lambda: len(provider.requests) == 1)
-        with ask("ann-key-0123456789") as second:
-            got = second.answer()
+    with contextlib.ExitStack() as stack:
+        hers = [stack.enter_context(ask("ann-key-0123456789", 1_100_000)) for _ in range(3)]
+        eventually(lambda: len(provider.requests) == 3)
+        with ask("ann-key-0123456789", 1_100_000) as another:
+            got = another.answer()
             refused(got, 503, "api_error")
             assert got.get("x-monorelay-error") == "bodies_full" and "requests of ann" in got.json["error"]["message"]
-        with ask("bob-key-0123456789") as third, ask(TOKEN) as fourth:
-            eventually(lambda: len(provider.requests) == 3)
-            gate.set()
-            assert [client.answer().status for client in (first, third, fourth)] == [200] * 3
-    with ask("ann-key-0123456789") as again:
-        assert again.answer().status == 200, "her room was given back"
+        others = [stack.enter_context(ask(token, 600_000)) for token in ("bob-key-0123456789", TOKEN)]
+        eventually(lambda: len(provider.requests) == 5)
+        gate.set()
+        assert [client.answer().status for client in hers + others] == [200] * 5
+    with ask("ann-key-0123456789", 4_000_000) as alone:
+        assert alone.answer().status == 200, "her room was given back, and a single request may take it all"
 
 
 def test_an_upload_that_streams_through_is_not_held(upstream, relay):
