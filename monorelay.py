@@ -4354,9 +4354,9 @@ def read_document(pieces: Sequence[bytes], values: int, errors: str = "strict") 
     check_weight(values, sum(piece.count(b"\\") for piece in pieces))
     is_short = len(pieces) == 1 and len(pieces[0]) <= WRITTEN_CHARACTERS
     try:
-        document = read_json(
-            narrow(without_escapes(pieces[0].decode("utf-8", errors))) if is_short else json_text(pieces, errors)
-        )
+        if not is_short:
+            return DocumentReader(json_parts(pieces, errors)).read()
+        document = read_json(narrow(without_escapes(pieces[0].decode("utf-8", errors))))
     except ValueError as error:
         raise not_json(str(error)) from None
     if not isinstance(document, dict):
@@ -4364,17 +4364,114 @@ def read_document(pieces: Sequence[bytes], values: int, errors: str = "strict") 
     return document
 
 
-def json_text(pieces: Iterable[bytes], errors: str = "strict") -> str:
+class DocumentReader:
+    """Reads a JSON object whose narrow text comes in parts. Of that it holds what it is reading: a member, or an
+    element of a list that is one. The whole text and all its values together would take twice as much."""
+
+    def __init__(self, parts: Iterator[str]) -> None:
+        self._parts = parts
+        self._text = ""
+        self._at = 0  # how far that is read
+
+    def read(self) -> JsonDict:
+        """The object. Raises ValueError for what is none."""
+        found: JsonDict = {}
+        mark = self._begin("{", "}")
+        while mark != "}":
+            name, mark = self._value()
+            if mark != ":" or not isinstance(name, str):
+                raise ValueError("a name in quotes and a colon must come before a value")
+            if self._next() == "[":
+                found[name], mark = self._list(), self._take(",}")
+            else:
+                found[name], mark = self._value()
+            if mark not in ",}":
+                raise ValueError("a comma or } must follow a member")
+        if self._next():
+            raise ValueError("something follows the object")
+        return found
+
+    def _list(self) -> list[Any]:
+        elements: list[Any] = []
+        mark = self._begin("[", "]")
+        while mark != "]":
+            element, mark = self._value()
+            elements.append(element)
+            if mark not in ",]":
+                raise ValueError("a comma or ] must follow an element")
+        return elements
+
+    def _begin(self, opening: str, closing: str) -> str:
+        """Takes the opening mark, and the closing one, too, where it follows; the last one."""
+        self._take(opening)
+        return self._take(closing) if self._next() == closing else opening
+
+    def _take(self, marks: str) -> str:
+        mark = self._next()
+        if not mark or mark not in marks:
+            raise ValueError(f"one of {marks} must stand where there is {mark or 'the end'}")
+        self._at += 1
+        return mark
+
+    def _next(self) -> str:
+        """The next character that isn't blank; empty at the end."""
+        while True:
+            found = NOT_BLANK.search(self._text, self._at)
+            self._at = found.start() if found else len(self._text)
+            if found or not self._read_on():
+                return found[0] if found else ""
+
+    def _value(self) -> tuple[Any, str]:
+        """The value that follows, and the mark behind it, without which it may go on: the beginning of a number is one,
+        too."""
+        self._next()
+        while True:
+            try:
+                value, end = READER.raw_decode(self._text, self._at)
+                mark = VALUE_END.match(self._text, end)
+                if mark:
+                    self._at = mark.end()
+                    return value, mark[1]
+            except json.JSONDecodeError:
+                pass  # it isn't here as a whole, or is malformed
+            if not self._read_on():
+                raise ValueError("a value is malformed, or cut off")
+
+    def _read_on(self) -> bool:
+        """Adds at least as much text as is left unread, so that what is read once more is no more than that; False at
+        the end."""
+        parts = [self._text[self._at :]]
+        self._text, self._at = "", 0
+        wanted = max(1, len(parts[0]))
+        for part in self._parts:
+            parts.append(part)
+            wanted -= len(part)
+            if wanted <= 0:
+                break
+        self._text = "".join(parts)
+        return len(parts) > 1
+
+
+VALUE_END = re.compile(r"[ \t\n\r]*([,:\]}])")
+NOT_BLANK = re.compile(r"[^ \t\n\r]")
+
+
+def json_text(pieces: Iterable[bytes]) -> str:
     """The pieces of a JSON document as narrow text. Raises ValueError."""
-    decoder, found, rest = codecs.getincrementaldecoder("utf-8")(errors), bytearray(), ""
+    return "".join(json_parts(pieces))
+
+
+def json_parts(pieces: Iterable[bytes], errors: str = "strict") -> Iterator[str]:
+    """The pieces of a JSON document as parts of narrow text, without the escapes that JSON doesn't need. Raises
+    ValueError."""
+    decoder, rest = codecs.getincrementaldecoder("utf-8")(errors), ""
     for piece in pieces:
         for at in range(0, len(piece), WRITTEN_CHARACTERS):
             text = rest + decoder.decode(piece[at : at + WRITTEN_CHARACTERS])
             end = end_of_escapes(text)
-            found += without_escapes(text[:end]).encode("utf-8", "surrogatepass")
+            yield narrow(without_escapes(text[:end]))
             rest = text[end:]
-    found += (rest + decoder.decode(b"", final=True)).encode("utf-8", "surrogatepass")
-    return found.decode("latin-1")
+    yield narrow(rest + decoder.decode(b"", final=True))
 
 
 def end_of_escapes(text: str) -> int:
@@ -4472,20 +4569,23 @@ def dump(value: Any) -> str:
 
 
 def json_pieces(document: JsonDict) -> list[bytes]:
-    """The document, which it takes apart, as JSON in pieces. Its long strings are taken out, and each is let go when it
-    is written: they may be most of a body, and are held twice only one after another."""
-    mark = f"{random.getrandbits(128):032x}"  # which no client can foresee
-    long = taken_out(document, mark)
-    pieces = JsonPieces()
-    text, end = dump(document), 0
-    document.clear()
-    for place in re.finditer(f"{mark}([0-9]+){mark}", text):
-        pieces.add(text[end : place.start()])
-        end, number = place.end(), int(place[1])
-        for part in slices(long[number]):
-            pieces.add(dump(part)[1:-1])
-        long[number] = ""
-    pieces.add(text[end:])
+    """The document, which it takes apart, as JSON in pieces. Its members, the elements of lists that are such, and
+    long strings are let go when they are written: what is held twice is one of them at a time."""
+    pieces, before = JsonPieces(), "{"
+    for name in list(document):
+        value = document.pop(name)
+        pieces.add(f"{before}{dump(name)}:")
+        if isinstance(value, list):
+            pieces.add("[")
+            for number, element in enumerate(taken(value)):
+                if number:
+                    pieces.add(",")
+                pieces.add_value(element)
+            pieces.add("]")
+        else:
+            pieces.add_value(value)
+        before = ","
+    pieces.add("}" if before == "," else "{}")
     return pieces.finished()
 
 
@@ -4495,6 +4595,21 @@ class JsonPieces:
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
         self._last = bytearray()
+        self._mark = f"{random.getrandbits(128):032x}"  # which no client can foresee
+
+    def add_value(self, value: Any) -> None:
+        """Adds a value, which it takes apart: its long strings are added one by one, and let go."""
+        holder = [value]
+        long = taken_out(holder, self._mark)
+        text, end = dump(holder[0]), 0
+        holder.clear()
+        for place in re.finditer(f"{self._mark}([0-9]+){self._mark}", text) if long else ():
+            self.add(text[end : place.start()])
+            end, number = place.end(), int(place[1])
+            for part in slices(long[number]):
+                self.add(dump(part)[1:-1])
+            long[number] = ""
+        self.add(text[end:])
 
     def add(self, text: str) -> None:
         """Adds some text."""
@@ -4509,7 +4624,7 @@ class JsonPieces:
         return [*self._pieces, bytes(self._last)] if self._last else self._pieces
 
 
-def taken_out(document: JsonDict, mark: str) -> list[str]:
+def taken_out(document: list[Any], mark: str) -> list[str]:
     """The long strings of a document, in whose places it leaves their numbers between two marks."""
     long: list[str] = []
     waiting: list[Any] = [document]
@@ -4551,11 +4666,34 @@ def on_one_line(data: bytes) -> bytes:
 # -- what requests are read with
 
 
-def objects(value: Any, place: str) -> list[tuple[str, JsonDict]]:
+def objects(value: Any, place: str) -> Iterator[tuple[str, JsonDict]]:
     """The objects of a list, each with its place. Raises BadRequest."""
+    return places(iter(checked_objects(value, place)), place)
+
+
+def taken_objects(value: Any, place: str) -> Iterator[tuple[str, JsonDict]]:
+    """The objects of a list, each with its place. The list is emptied meanwhile: it may be most of a body. Raises
+    BadRequest."""
+    return places(taken(checked_objects(value, place)), place)
+
+
+def places(items: Iterator[JsonDict], place: str) -> Iterator[tuple[str, JsonDict]]:
+    """Items of a list, each with its place."""
+    return ((f"{place}.{index}", item) for index, item in enumerate(items))
+
+
+def checked_objects(value: Any, place: str) -> list[JsonDict]:
+    """The list, if it is one of objects. Raises BadRequest."""
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise BadRequest(f"{place}: Input should be a list of objects")
-    return [(f"{place}.{index}", item) for index, item in enumerate(value)]
+    return value
+
+
+def taken(items: list[Any]) -> Iterator[Any]:
+    """The items of a list, which lets go of each when it is taken."""
+    items.reverse()
+    while items:
+        yield items.pop()
 
 
 def string(value: Any, place: str) -> str:
@@ -4646,23 +4784,26 @@ class Turn(NamedTuple):
         return [(place, block) for place, block in self.blocks if block.get("type") == kind]
 
 
-def turns_of(messages: Any, draft: Draft) -> list[Turn]:
-    """The turns of the messages: text becomes a block. Raises BadRequest."""
-    turns: list[Turn] = []
-    for place, message in objects(messages, "messages"):
+def turns_of(messages: Any, draft: Draft) -> Iterator[Turn]:
+    """The turns of the messages, which it takes: text becomes a block. Raises BadRequest."""
+    turn: Optional[Turn] = None
+    for place, message in taken_objects(messages, "messages"):
         role, content = message.get("role"), message.get("content")
         draft.drop_rest(message, ("role", "content"), "messages")
         if isinstance(content, str):
             blocks = [(f"{place}.content", {"type": "text", "text": content})]
         else:
-            blocks = objects([] if content is None else content, f"{place}.content")
+            blocks = list(objects([] if content is None else content, f"{place}.content"))
             for _, block in blocks:
                 drop_from_block(block, draft)
-        if turns and turns[-1].role == role:
-            turns[-1].blocks.extend(blocks)
+        if turn and turn.role == role:
+            turn.blocks.extend(blocks)
         else:
-            turns.append(Turn(string(role, f"{place}.role"), place, blocks))
-    return turns
+            if turn:
+                yield turn
+            turn = Turn(string(role, f"{place}.role"), place, blocks)
+    if turn:
+        yield turn
 
 
 def reminder(text: str) -> str:
@@ -4868,26 +5009,29 @@ class ChatTurns:
     def of(self, request: JsonDict) -> list[JsonDict]:
         """The messages for a request. Raises BadRequest."""
         self._lead = system_texts(request.get("system"), "system")
-        turns = turns_of(request.get("messages"), self._draft)
-        said = [turn for turn in turns if turn.role != "system" and turn.blocks]
-        if not said:
-            raise BadRequest("messages: at least one message is required")
-        if said[-1].role == "assistant":
-            raise self._draft.refusal("messages", "a final assistant message (prefill)")
-        for place, block in said[-1].blocks:
-            if SERVER_BLOCK.fullmatch(word(block.get("type"))):
-                raise self._draft.refusal(place, f"a block of the type {word(block['type'])}")
         writers = {"system": self._write_system, "user": self._write_user, "assistant": self._write_assistant}
-        for turn in turns:
+        last: Optional[Turn] = None
+        for turn in turns_of(request.get("messages"), self._draft):
             if turn.role not in writers:
                 raise self._draft.refusal(f"{turn.place}.role", f"the role {turn.role}")
             writers[turn.role](turn)
+            last = turn if turn.role != "system" and turn.blocks else last
+        if not last:
+            raise BadRequest("messages: at least one message is required")
+        if last.role == "assistant":
+            raise self._draft.refusal("messages", "a final assistant message (prefill)")
+        for place, block in last.blocks:
+            if SERVER_BLOCK.fullmatch(word(block.get("type"))):
+                raise self._draft.refusal(place, f"a block of the type {word(block['type'])}")
         self._write_reminders()
+        self._end_saying()
         lead = [{"role": "system", "content": TEXT_JOINT.join(self._lead)}] if self._lead else []
-        for message in self._messages:
-            if message["role"] == "user":
-                message["content"] = content_of(message["content"])
         return lead + self._messages
+
+    def _write(self, message: JsonDict) -> None:
+        """Writes a message, which ends what the user says before it."""
+        self._end_saying()
+        self._messages.append(message)
 
     def _say(self, parts: list[JsonDict]) -> None:
         """Writes what the user says; some servers take no two messages of a user in a row."""
@@ -4895,6 +5039,10 @@ class ChatTurns:
             self._messages[-1]["content"] += parts
         elif parts:
             self._messages.append({"role": "user", "content": parts})
+
+    def _end_saying(self) -> None:
+        if self._messages and self._messages[-1]["role"] == "user":
+            self._messages[-1]["content"] = content_of(self._messages[-1]["content"])
 
     def _write_system(self, turn: Turn) -> None:
         """What the system says later on, where the provider wants it."""
@@ -4909,7 +5057,7 @@ class ChatTurns:
     def _write_reminders(self) -> None:
         """Writes what waits, as the system's or the user's words."""
         if self._reminders and self._draft.knobs.system_turns == "keep":
-            self._messages.append({"role": "system", "content": TEXT_JOINT.join(self._reminders)})
+            self._write({"role": "system", "content": TEXT_JOINT.join(self._reminders)})
         else:
             self._say([text_part(reminder(said)) for said in self._reminders])
         self._reminders = []
@@ -4928,7 +5076,7 @@ class ChatTurns:
         message.update(self._thinking("".join(thoughts)))
         if calls:
             message["tool_calls"] = calls
-        self._messages.append(message)
+        self._write(message)
         self._calls = [call["id"] for call in calls]
 
     def _write_leftovers(self, turn: Turn) -> None:
@@ -4977,7 +5125,7 @@ class ChatTurns:
         for place, result in results:
             call_id = self._call_id(result["tool_use_id"])
             told, media = self._result(result, place)
-            self._messages.append({"role": "tool", "tool_call_id": call_id, "content": told})
+            self._write({"role": "tool", "tool_call_id": call_id, "content": told})
             if media and (len(results) > 1 or rest):
                 parts.append(text_part(f"[tool result {call_id}]"))
             parts += media
@@ -5098,7 +5246,7 @@ def plain_texts(content: Any) -> list[str]:
 def estimated_tokens(request: JsonDict) -> int:
     """How many tokens a request of Messages has, more or less: what its texts have, and its pictures and documents by
     size, never by their base64."""
-    texts, tokens = list(plain_texts(request.get("system"))), 0.0
+    tokens, counted = 0.0, sum(map(characters, plain_texts(request.get("system"))))
     waiting: list[Any] = []
     for _, message in objects(request.get("messages") or [], "messages"):
         tokens += MESSAGE_TOKENS
@@ -5106,7 +5254,7 @@ def estimated_tokens(request: JsonDict) -> int:
     while waiting:
         block = waiting.pop()
         if isinstance(block, str):
-            texts.append(block)
+            counted += characters(block)
         elif isinstance(block, list):
             waiting += block
         elif isinstance(block, dict) and block.get("type") == "image":
@@ -5114,12 +5262,13 @@ def estimated_tokens(request: JsonDict) -> int:
         elif isinstance(block, dict) and member(block, "source").get("type") == "base64":
             tokens += sum(map(len, plain_texts(block["source"].get("data")))) * DOCUMENT_TOKENS_PER_CHARACTER
         elif isinstance(block, dict) and block.get("type") == "tool_use":
-            texts += [word(block.get("name")), dump(block.get("input"))]
+            counted += characters(word(block.get("name"))) + characters(dump(block.get("input")))
         elif isinstance(block, dict):
             waiting += [block.get(name) for name in ("text", "thinking", "content", "source", "data", "title")]
     for _, tool in objects(request.get("tools") or [], "tools"):
-        texts += [word(tool.get("name")), *plain_texts(tool.get("description")), dump(tool.get("input_schema", {}))]
-    return math.ceil(tokens + TOKENS_PER_CHARACTER * sum(map(characters, texts)))
+        texts = [word(tool.get("name")), *plain_texts(tool.get("description")), dump(tool.get("input_schema", {}))]
+        counted += sum(map(characters, texts))
+    return math.ceil(tokens + TOKENS_PER_CHARACTER * counted)
 
 
 # -- what comes back
@@ -5361,7 +5510,7 @@ class MessageTurns:
     def of(self, chat: JsonDict) -> list[JsonDict]:
         """The messages for a request. Raises BadRequest."""
         writers = {"user": self._write_user, "assistant": self._write_assistant, "tool": self._write_result}
-        for place, message in objects(chat.get("messages"), "messages"):
+        for place, message in taken_objects(chat.get("messages"), "messages"):
             role = word(message.get("role"))
             given = {name: value for name, value in message.items() if value}
             self._draft.refuse_members(given, ("audio", "function_call"), place)
@@ -7555,7 +7704,8 @@ Result = TypeVar("Result")
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)  # is left for this process, or in the whole system
 CONNECTING = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
-M_ARENA_MAX = -8  # mallopt(3)
+M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3  # mallopt(3)
+MMAP_THRESHOLD_BYTES = 128 * 1024  # glibc's own at the start
 IGNORE_UNEXPECTED_EOF = 0x80  # SSL_CTX_set_options(3); Python has no name for it before 3.10
 # When the first probe of a silent connection is sent, and the next; macOS calls the first TCP_KEEPALIVE.
 PROBES = [
@@ -8283,6 +8433,8 @@ def find_malloc_trim() -> Callable[[int], object]:
         c_library = ctypes.CDLL(None)
         # malloc_trim() doesn't shrink the arenas that glibc gives to other threads than the first; so there are none.
         c_library.mallopt(M_ARENA_MAX, 1)
+        # It would grow with each large block that is freed, and such blocks stay in the heap then, in holes.
+        c_library.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
         return c_library.malloc_trim
     except (ImportError, OSError, AttributeError, TypeError):
         return lambda kept: None
