@@ -4362,6 +4362,47 @@ def test_a_translation_holds_as_much_as_the_body_and_little_more_while_it_is_mad
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("format", ["openai", "anthropic"])
+def test_a_conversation_is_read_and_written_message_by_message(format):
+    turns = [user(said("x" * 1000)), {"role": "assistant", "content": "y" * 1000}] * 2000
+    body = json.dumps(prompt(messages=[*turns, HELLO])).encode()
+    pieces, target = [body[at : at + 65536] for at in range(0, len(body), 65536)], target_of(format)
+    tracemalloc.start()
+    try:
+        made = monorelay.translate_request(pieces, 0, target, "m", "req_1", 0.0)
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(body), "beside the body itself"
+    finally:
+        tracemalloc.stop()
+    assert len(json.loads(b"".join(made.body))["messages"]) == 4001
+
+
+DOCUMENTS = [
+    "{}", '{"a":[]}', '{"a":{},"b":[[]]}', ' {"a" : [1 , {"b":[2]},-3.5e1 ] , "c":"]},:" }', '{"a":1,"a":[2]}',
+    '{"a":[true,false,null,"\\u0041\\"]"]}', '{"a":-1,"b":[12,1E2]}',
+    # and what is none
+    "", " ", "{", "[]", "1", '"a"', "{}1", '{"a"}', '{"a":}', '{"a":1,}', "{,}", '{"a":[1,]}', '{"a":[,1]}',
+    '{"a":[1 2]}', '{"a":1 "b":2}', '{a:1}', "{1:2}", '{"a":[1}', '{"a":[1]]', '{"a":"', '{"a":[1', '{"a":[nul]}',
+    '{"a":1.}', '{"a":-}', '{"a":[1]:2}', '{"a":[1]}}', '{"a",1}', '{"a":01}', '{"a":"\n"}', '{"a":[[1]}',
+    '{"a":Infinity}', '{"a":[NaN]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DOCUMENTS)
+def test_a_document_in_parts_is_read_as_json_reads_it(text):
+    try:
+        expected = monorelay.read_json(text)
+    except ValueError:
+        expected = None
+    ways = [[text[:at], text[at:]] for at in range(len(text) + 1)] + [list(text)]
+    for parts in ways:
+        reader = monorelay.DocumentReader(iter(parts))
+        if isinstance(expected, dict):
+            assert reader.read() == expected, parts
+        else:
+            with pytest.raises(ValueError):
+                reader.read()
+
+
 @pytest.mark.parametrize("escaped", [False, True])
 def test_characters_beyond_ascii_stay_what_they_are_in_names_and_in_what_is_told(escaped):
     known = target_of(extra={"ü": "é"}, drop=["ö"]).provider
