@@ -904,7 +904,7 @@ def as_access_keys(value: Any) -> tuple[Secret, ...]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         raise ValueError("must be a string or a list of strings")
-    keys = tuple(Secret(secret) for secret in map(stripped_secret, items) if secret)
+    keys = tuple(Secret(secret) for secret in map(header_secret, items) if secret)
     if any(len(key.reveal()) > JWT_BYTES for key in keys):
         raise ValueError(f"must have at most {JWT_BYTES} characters")
     return keys
@@ -912,10 +912,16 @@ def as_access_keys(value: Any) -> tuple[Secret, ...]:
 
 def stripped_secret(value: str) -> str:
     """A secret without the white space that files and shells leave around it. Raises ValueError for one in quotes,
-    which a `docker --env-file` keeps, and for what no header can hold."""
+    which a `docker --env-file` keeps."""
     found = str(value.strip())
     if len(found) > 1 and found[0] == found[-1] and found[0] in "\"'":
         raise ValueError("stands in quotes that are part of it: take them off")
+    return found
+
+
+def header_secret(value: str) -> str:
+    """A stripped secret that a header can hold. Raises ValueError."""
+    found = stripped_secret(value)
     if not re.fullmatch(r"[\x20-\x7e]*", found):
         raise ValueError("must be printable ASCII")
     return found
@@ -931,7 +937,7 @@ def as_user_keys(value: Any) -> tuple[Secret, ...]:
 
 def as_jwt_secret(value: Any) -> Optional[Secret]:
     """The secret, long enough to be one; None when it is empty."""
-    found = as_text(value).strip()
+    found = stripped_secret(as_text(value))
     try:
         size = len(found.encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:
@@ -1034,7 +1040,7 @@ def provider_key(value: Any, number_in_list: int) -> Optional[ProviderKey]:
     unknown = [name for name in entry if name not in ("key", "label", "weight")]
     if unknown:
         raise ValueError(f"{unknown[0]}: unknown key{suggestion(unknown[0], ('key', 'label', 'weight'))}")
-    secret = stripped_secret(entry["key"])
+    secret = header_secret(entry["key"])
     if " " in secret:
         raise ValueError("must be printable ASCII without spaces")
     label = as_some_text(entry.get("label", f"key{number_in_list}"))

@@ -937,6 +937,7 @@ def test_config_reports_all_problems_at_once():
         ("server/log", "xml", "server.log"),
         ("server/access_key", 12345, "server.access_key"),
         ("server/jwt_secret", "only 31 bytes are not enough...", "server.jwt_secret"),
+        ("server/jwt_secret", '"in quotes that docker has kept there"', "server.jwt_secret"),
         ("users", [], "users"),
         ("users/alice/password", "plain", "users.alice.password"),
         ("users/alice/models", "claude-*", "users.alice.models"),
