@@ -678,7 +678,7 @@ class Config(NamedTuple):
     providers: Mapping[str, Provider]
     aliases: Mapping[str, tuple[str, ...]]
     routes: Mapping[str, tuple[str, ...]]
-    env_file: str = ""  # as written: relative to the folder of relay.json
+    env_file: str = ""  # relative to the folder of relay.json
     run_secrets: Optional[RunSecrets] = None
     ledger: Optional[LedgerSettings] = None
     prices: Optional[Prices] = None
@@ -12881,7 +12881,7 @@ def load_config(path: str, options: JsonDict) -> Config:
             raise ConfigError([f"{name}: byte {error.start} is not UTF-8"]) from None
     else:
         source = BUILT_IN_CONFIG
-    env_seen, environ = environment(source, path)
+    env_file, env_seen, environ = environment(source, path)
     try:
         config = parse_config(source, environ, name)
     except RecursionError:
@@ -12893,6 +12893,7 @@ def load_config(path: str, options: JsonDict) -> Config:
         except ValueError as error:
             raise ConfigError([f"the environment's MONORELAY_ACCESS_KEY: {error}"]) from None
     config = with_ledger_beside(config._replace(server=config.server._replace(**changed)), path, name)
+    config = config._replace(env_file=env_file)
     config = config._replace(beside_seen=[*env_seen, *files_beside(config, path)[len(env_seen) :]])
     if config.server.workers > 1 and not hasattr(os, "fork"):
         raise ConfigError([f"{name}: server.workers: must be 1 on this system"])
@@ -12942,22 +12943,26 @@ def load_prices(config: Config, path: str) -> Config:
     return config._replace(prices=prices._replace(as_of=windows(changed)[0]))
 
 
-def environment(source: str, path: str) -> tuple[list[tuple[int, ...]], dict[str, str]]:
-    """What the variables of a relay.json stand for: the environment of the start, the lines of its `env_file`, and the
-    content of each file that it names; and the state of the env_file, if there is one, before it was read. Raises
+def environment(source: str, path: str) -> tuple[str, list[tuple[int, ...]], dict[str, str]]:
+    """The `env_file` of a relay.json, if it has one; its state before it was read; and what the variables stand for:
+    the environment of the start, the lines of the env_file, and the content of each file that is named. Raises
     ConfigError for an env_file that can't be read."""
-    folder = os.path.dirname(os.path.abspath(path))
-    variables = {match[1] for match in re.finditer(VARIABLE, source)}
-    paths = {name: os.path.join(folder, name[len("file:") :]) for name in variables if name.startswith("file:")}
-    found = {name: read_secret(path) for name, path in paths.items()}
+    folder, problems = os.path.dirname(os.path.abspath(path)), Problems(os.path.basename(path))
     try:
         document = json.loads(source)
+        variables = {match[1] for text in texts_in(document) for match in re.finditer(VARIABLE, text)}
     except (ValueError, RecursionError):
-        document = None  # parse_config() will say why
+        document, variables = None, set()  # parse_config() will say why
+    paths = {name: os.path.join(folder, name[len("file:") :]) for name in variables if name.startswith("file:")}
+    found = {name: read_secret(path) for name, path in paths.items()}
+    environ = {**os.environ, **{name: content for name, content in found.items() if content is not None}}
     name = document.get("env_file") if isinstance(document, dict) else None
+    name = expand_text(name, "env_file", environ, problems) if isinstance(name, str) else ""
+    if problems.lines:
+        raise ConfigError(problems.lines)
     seen: list[tuple[int, ...]] = []
     lines: dict[str, str] = {}
-    if name and isinstance(name, str):
+    if name:
         seen = [file_state(os.path.join(folder, name))]
         try:
             with open(os.path.join(folder, name), encoding="utf-8-sig", opener=open_regular) as file:
@@ -12965,7 +12970,18 @@ def environment(source: str, path: str) -> tuple[list[tuple[int, ...]], dict[str
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
             raise ConfigError([f"{os.path.basename(path)}: env_file: {name} can't be read: {reason}"]) from None
-    return seen, {**lines, **os.environ, **{name: content for name, content in found.items() if content is not None}}
+    return str(name), seen, {**lines, **environ}
+
+
+def texts_in(document: Any) -> Iterator[str]:
+    """The strings of a JSON document, but for names and comments."""
+    if isinstance(document, dict):
+        document = [value for key, value in document.items() if not key.startswith("//")]
+    if isinstance(document, list):
+        for value in document:
+            yield from texts_in(value)
+    elif isinstance(document, str):
+        yield document
 
 
 def read_secret(path: str) -> Optional[str]:

@@ -9060,6 +9060,24 @@ def test_secrets_come_from_files_and_from_an_env_file(tmp_path, monkeypatch):
         monorelay.load_config(str(tmp_path / "relay.json"), {})
 
 
+def test_the_paths_of_secrets_are_read_as_json_writes_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("CREDENTIALS", str(tmp_path / "credentials"))
+    (tmp_path / "credentials").mkdir()
+    (tmp_path / "credentials" / "keys.env").write_text("LINE=of-a-line\nCREDENTIALS=elsewhere\n", encoding="utf-8")
+    (tmp_path / 'a "ü"').write_text("of-a-file", encoding="utf-8")
+    keys = ["${LINE}", '${file:a "ü"}', "${NONE:-}"]
+    provider = {"format": "anthropic", "base_url": "https://a.example", "keys": keys}
+    for name in ("${CREDENTIALS}/keys.env", "${NONE:-credentials}/keys.env"):
+        document = {"//": "${file:no such file}", "env_file": name, "providers": {"a": provider}}
+        (tmp_path / "relay.json").write_text(json.dumps(document), encoding="utf-8")
+        config = monorelay.load_config(str(tmp_path / "relay.json"), {})
+        assert [key.secret.reveal() for key in config.providers["a"].keys] == ["of-a-line", "of-a-file"]
+        assert os.path.samefile(tmp_path / config.env_file, tmp_path / "credentials" / "keys.env")
+    (tmp_path / "relay.json").write_text('{"env_file": "${NONE}/keys.env"}', encoding="utf-8")
+    with pytest.raises(monorelay.ConfigError, match=r"relay\.json: env_file: the environment variable NONE is not set"):
+        monorelay.load_config(str(tmp_path / "relay.json"), {})
+
+
 DOUBTFUL = {
     "providers.a.keys: key1 looks like a placeholder": {"a": {"keys": ["$ANTHROPIC_API_KEY"]}},
     "providers.b.keys: named looks like a placeholder": {"b": {"keys": [{"key": "sk-ant-...", "label": "named"}]}},
