@@ -12873,7 +12873,7 @@ def load_config(path: str, options: JsonDict) -> Config:
     if path:
         with open(path, "rb", opener=open_regular) as file:
             data = file.read()
-        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        if json.detect_encoding(data).startswith("utf-16"):
             raise ConfigError([f"{name}: is in UTF-16; save it as UTF-8"])
         try:
             source = data.decode("utf-8").removeprefix("\ufeff")

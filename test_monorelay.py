@@ -9178,8 +9178,9 @@ def test_what_is_often_the_matter_with_a_file_is_said(text, hint):
     assert hint in message if hint is not None else "(" not in message
 
 
-def test_a_file_in_utf_16_is_told_as_such(tmp_path):
-    (tmp_path / "relay.json").write_text('{"providers": {}}', encoding="utf-16")
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_file_in_utf_16_is_told_as_such(tmp_path, encoding):
+    (tmp_path / "relay.json").write_text('{"providers": {}}', encoding=encoding)
     with pytest.raises(monorelay.ConfigError, match=r"relay\.json: is in UTF-16; save it as UTF-8"):
         monorelay.load_config(str(tmp_path / "relay.json"), {})
 
