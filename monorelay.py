@@ -835,7 +835,9 @@ def as_some_text(value: Any) -> str:
 
 
 def as_boolean(value: Any) -> bool:
-    """The truth value."""
+    """The truth value, which may come as text from the environment."""
+    if isinstance(value, FromEnvironment) and value in ("true", "false"):
+        return value == "true"
     return bool(expect(value, bool, "true or false"))
 
 

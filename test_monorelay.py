@@ -9078,6 +9078,18 @@ def test_the_paths_of_secrets_are_read_as_json_writes_them(tmp_path, monkeypatch
         monorelay.load_config(str(tmp_path / "relay.json"), {})
 
 
+@pytest.mark.parametrize(("given", "expected"), [("true", True), ("false", False), ("", None), ("yes", None)])
+def test_a_truth_value_may_come_from_the_environment(given, expected):
+    source = '{"server": {"dashboard": "${SHOWN}"}}'
+    if expected is None:
+        with pytest.raises(monorelay.ConfigError, match="dashboard: must be true or false, not a string"):
+            monorelay.parse_config(source, {"SHOWN": given})
+    else:
+        assert monorelay.parse_config(source, {"SHOWN": given}).server.dashboard is expected
+    with pytest.raises(monorelay.ConfigError, match="dashboard: must be true or false, not a string"):
+        monorelay.parse_config('{"server": {"dashboard": "true"}}', {})
+
+
 DOUBTFUL = {
     "providers.a.keys: key1 looks like a placeholder": {"a": {"keys": ["$ANTHROPIC_API_KEY"]}},
     "providers.b.keys: named looks like a placeholder": {"b": {"keys": [{"key": "sk-ant-...", "label": "named"}]}},
