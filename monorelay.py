@@ -13394,6 +13394,7 @@ def config_warnings(config: Config) -> Iterator[str]:
     for provider in config.providers.values():
         yield from provider_warnings(provider, f"providers.{provider.name}")
     yield from route_warnings(config)
+    yield from secret_warnings(config)
     for alias, name in ((alias, name) for alias, names in config.aliases.items() for name in names):
         if "@" in name and name.rpartition("@")[2] not in config.providers:
             yield f"aliases.{alias}: {name} names no provider of this file, and goes upstream as it is"
@@ -13404,13 +13405,19 @@ def config_warnings(config: Config) -> Iterator[str]:
     yield from price_warnings(config)
     if config.ledger and not sqlite3:
         yield NO_SQLITE
-    run_secret = config.run_secrets.jwt_secret if config.run_secrets else None
-    if config.server.jwt_secret in (None, run_secret) and any(user.password for user in config.users.values()):
-        yield "server.jwt_secret: is not set, so that all who log in have to do so again when the relay restarts"
     if "admin" in config.users:
         yield "users.admin: is called like the owner; give it another name to tell them apart in the log"
     if not any(provider.usable for provider in config.providers.values()) or not (config.routes or config.aliases):
         yield "nothing is served: there must be a provider with a key, and a route or an alias to it"
+
+
+def secret_warnings(config: Config) -> Iterator[str]:
+    """Warnings of the secrets by which callers are known."""
+    if any(PLACEHOLDER.search(key.reveal()) for key in config.server.access_keys):
+        yield f"server.access_key: one {LIKE_PLACEHOLDER}"
+    run_secret = config.run_secrets.jwt_secret if config.run_secrets else None
+    if config.server.jwt_secret in (None, run_secret) and any(user.password for user in config.users.values()):
+        yield "server.jwt_secret: is not set, so that all who log in have to do so again when the relay restarts"
 
 
 def route_warnings(config: Config) -> Iterator[str]:
@@ -13429,7 +13436,7 @@ def provider_warnings(provider: Provider, place: str) -> Iterator[str]:
     """Warnings of one provider."""
     for key in provider.keys or ():
         if PLACEHOLDER.search(key.secret.reveal()):
-            yield f"{place}.keys: {key.label} looks like a placeholder or an unexpanded variable; write ${{NAME}}"
+            yield f"{place}.keys: {key.label} {LIKE_PLACEHOLDER}"
     if provider.scheme == "http" and provider.keys and not is_loopback(provider.host):
         yield f"{place}.base_url: its keys travel in clear text over plain http; use https"
     if provider.format == "openai" and not provider.prefix:
@@ -13495,6 +13502,7 @@ def file_warnings(path: str, config: Config) -> Iterator[str]:
 
 
 # What examples and other programs' settings have in the place of a key.
+LIKE_PLACEHOLDER = "looks like a placeholder or an unexpanded variable; write ${NAME}"
 PLACEHOLDER = re.compile(r"(?i)^\$|^\{\{|^env:|^os\.environ|\.\.\.|^<.*>$|your[-_ ]|changeme|^x+$")
 REGULAR_EXPRESSION = re.compile(r"\.[*+]|[(|^$\\]")
 

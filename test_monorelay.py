@@ -9116,6 +9116,8 @@ def test_what_is_doubtful_of_names_is_warned_of():
     ]  # fmt: skip
     (warning,) = monorelay.config_warnings(monorelay.parse_config("{}", {}))
     assert warning.startswith("nothing is served")
+    (warning,) = monorelay.config_warnings(parse(server={"access_key": ["fine", "$MONORELAY_ACCESS_KEY"]}))
+    assert warning.startswith("server.access_key: one looks like a placeholder")
 
 
 def test_providers_that_a_clients_own_key_never_goes_to_are_warned_of():
