@@ -9497,15 +9497,15 @@ class ResponseHeads:
         channel = self._channel
         while True:
             end = channel.received.find(b"\r\n\r\n", self._seen - 3 if self._seen > 3 else 0)
+            size = end + len(b"\r\n\r\n") if end >= 0 else len(channel.received) + 1  # or more
+            if size > RESPONSE_HEAD_BYTES:
+                raise FramingError(f"its head is longer than {RESPONSE_HEAD_BYTES} bytes")
             if end < 0:
                 if BARE_LF.search(channel.received, max(0, self._seen - 1)):
                     raise FramingError("a line of its head ends in LF alone")
-                if len(channel.received) >= RESPONSE_HEAD_BYTES:
-                    raise FramingError(f"its head is longer than {RESPONSE_HEAD_BYTES} bytes")
                 self._seen = len(channel.received)
                 return 0
             self._seen = 0
-            size = end + len(b"\r\n\r\n")
             if channel.received[9:10] != b"1":
                 return size
             self._count_interim(parse_response_head(channel.take(size)))

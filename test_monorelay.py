@@ -11257,6 +11257,20 @@ def test_a_requests_own_fault_that_a_stream_tells_is_tried_nowhere_else(upstream
     assert len(first.requests) == 2 and not second.requests
 
 
+@pytest.mark.parametrize(("size", "whole"), [(0, True), (1, False), (20_000, False)])
+def test_a_providers_head_has_at_most_256_kib(size, whole):
+    """Even if it is whole when it is first looked at."""
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nx-a: %s\r\n\r\n"
+    head %= b"x" * (monorelay.RESPONSE_HEAD_BYTES - len(head % b"") + size)
+    channel = types.SimpleNamespace(received=bytearray(head), ended=False, take=lambda count: head[:count])
+    heads = monorelay.ResponseHeads(types.SimpleNamespace(now=0.0), channel)
+    if whole:
+        assert heads.take_final().status == 200
+    else:
+        with pytest.raises(monorelay.FramingError, match="its head is longer than"):
+            heads.take_final()
+
+
 def test_an_error_that_opens_a_stream_is_not_held_back(upstream, relay):
     told = b'data: {"error":{"message":"overloaded"}}\n\n'
     gate = threading.Event()
