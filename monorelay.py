@@ -12112,6 +12112,15 @@ def likely_format(data: bytes) -> str:
     return "anthropic" if anthropic else "openai"
 
 
+def likely_origin(data: bytes) -> Headers:
+    """The origin in a head that can't be read, if there is one; none for the page, which is for no other origin."""
+    path = re.match(rb"\S{1,20} ([^ ?]{1,200})", data)
+    origin = re.search(rb"(?i)\norigin: ?([!-~]{1,200})", data)
+    if not origin or (path and known_form(path[1].decode("latin-1")) in PAGE_PATHS):
+        return Headers([])
+    return Headers([("origin", origin[1].decode("ascii"))])
+
+
 def find_endpoint(method: str, path: str, format: str) -> Endpoint:
     """The endpoint of a request. Raises NotFound, BadRequest and MethodNotAllowed."""
     endpoint = ENDPOINTS.get(path) or other_endpoint(method, path, format)
@@ -12365,8 +12374,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.fault:
                 raise self.fault
             head = exchange.head = exchange.request = parse_request_head(data)
-        except MalformedRequest:
+        except MalformedRequest as fault:
             exchange.format = likely_format(data)
+            fault.headers += cors_fields(exchange.config.server.cors_origins, likely_origin(data))
             if data.startswith(TLS_HELLO):
                 self.server.warn_of_tls(exchange.address)
             raise

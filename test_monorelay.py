@@ -12754,6 +12754,28 @@ def test_the_query_of_a_base_url_goes_upstream_with_each_request(upstream, relay
     assert (sent.get("api-key"), sent.get("authorization")) == ("sk-a", None)
 
 
+UNREADABLE_HEADS = {
+    "a header without a colon": ("GET /v1/models", "odd", 400),
+    "no Host": ("GET /health", "", 400),
+    "a long line": ("GET /v1/models?after_id=" + "x" * 17_000, "host: a", 414),
+    "too many headers": ("POST /v1/messages", "x-a: 1\r\n" * 201 + "host: a", 431),
+    "too long headers": ("POST /v1/messages", f"host: a\r\nx-a: {'x' * 70_000}", 431),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE_HEADS)
+@pytest.mark.parametrize("origin", ["https://app.example", "https://evil.example"])
+def test_cors_is_on_the_answer_to_a_head_that_cannot_be_read(relay, name, origin):
+    line, fields, status = UNREADABLE_HEADS[name]
+    it = relay({"echo": {}}, **CORS)
+    told = origin if origin == "https://app.example" else None
+    for start, expected in ((line, told), (re.sub(" /[^ ?]+", " /api/us%61ge", line), None)):
+        with it.client() as client:
+            client.send(f"{start} HTTP/1.1\r\nOrigin: {origin}\r\n{fields}\r\n\r\n".encode())
+            got = client.answer()
+        assert (got.status, got.get("access-control-allow-origin")) == (status, expected)
+
+
 def test_cors_preflight_needs_no_token(relay):
     got = relay({"echo": {}}, **CORS).ask(
         "OPTIONS", "/v1/messages", None, ORIGIN, "Access-Control-Request-Method: POST",
