@@ -8488,11 +8488,13 @@ class LogWriter:
 
     def say(self, message: str, level: str = "info") -> None:
         """Takes a line of the relay's own."""
+        self.write(self._line(message, level))
+
+    def _line(self, message: str, level: str) -> str:
         clock = f"{utc_time(int(time.time()))}Z"
         if self.style == "json":
-            self.write(log_json({"time": clock, "level": level, "message": message}))
-        else:
-            self.write(f"time={clock} level={level} message={log_text(message)}")
+            return log_json({"time": clock, "level": level, "message": message})
+        return f"time={clock} level={level} message={log_text(message)}"
 
     def announce(self, lines: Sequence[str]) -> None:
         """Takes the lines of the banner. Of those that come as several, commands, none is broken."""
@@ -8520,7 +8522,8 @@ class LogWriter:
             lines = [self._lines.popleft() for _ in range(len(self._lines))]
             self._size = 0
             if self.dropped:
-                lines.append(f"{self.dropped} lines of the log were dropped: it was not taken fast enough")
+                told = f"{self.dropped} lines of the log were dropped: it was not taken fast enough"
+                lines.append(self._line(told, "warning"))
                 self.dropped = 0
             if self._stream and lines:
                 try:
@@ -13291,6 +13294,7 @@ class Supervisor:
         while True:
             if len(self._workers) < self._count or self._file.has_changed():
                 self._file.read()
+            self._log.style = self._file.config.server.log
             while len(self._workers) < self._count and self._start_worker():
                 pass
             name = signals.next(1.0)
@@ -13337,6 +13341,7 @@ class Supervisor:
             status = self._work(signals, parent, place)
         except BaseException as error:
             log = LogWriter(sys.stderr)
+            log.style = self._file.config.server.log
             log.warn(f"internal error: {describe(error)}")
             log.start()
             log.finish()

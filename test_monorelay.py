@@ -14941,6 +14941,21 @@ def test_the_log_can_be_json_or_off(relay):
     assert "/v1/messages" not in quiet.log.getvalue()
 
 
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_how_many_lines_were_dropped_is_told_as_anything_else_is(style):
+    stream = io.StringIO()
+    writer = monorelay.LogWriter(stream)
+    writer.style = style
+    for number in range(monorelay.LOG_BACKLOG_LINES + 7):
+        writer.say(str(number))
+    writer.start()
+    writer.finish()
+    last = stream.getvalue().splitlines()[-1]
+    told = json.loads(last) if style == "json" else dict(part.split("=") for part in shlex.split(last))
+    message = "7 lines of the log were dropped: it was not taken fast enough"
+    assert (told["level"], told["message"]) == ("warning", message)
+
+
 @pytest.mark.parametrize("log", ["text", "json"])
 def test_the_log_is_one_line_whatever_a_client_sends(relay, log):
     it = relay({"echo": {}}, server={"log": log})
