@@ -9916,7 +9916,7 @@ class Relay:
                 attempt = await self._attempt(wanted, candidate, fresh=request.only_once or last_try)
                 response = attempt.response
                 if response:
-                    last = self._more_telling(last, response)
+                    last = self._more_telling(last, response, request.searches)
                     if last_try or not self._is_failure(wanted, response) or request.is_spent:
                         break
                 else:
@@ -9953,11 +9953,16 @@ class Relay:
             self.keys.failed(response.candidate, 502, None, self._loop.now)
         response.release(self.connections)
 
-    def _more_telling(self, before: Optional[UpstreamResponse], response: UpstreamResponse) -> UpstreamResponse:
-        """The one of two responses that the client gets if no better one comes. Releases the other."""
-        if before and response.head.status in LASTING_STATUSES and before.head.status not in LASTING_STATUSES:
-            before, response = response, before
+    def _more_telling(
+        self, before: Optional[UpstreamResponse], response: UpstreamResponse, searches: bool
+    ) -> UpstreamResponse:
+        """The one of two responses that the client gets if no better one comes. Releases the other. Where one
+        `searches`, a key that can't say now may know what another doesn't."""
         if before:
+            first, status = before.head.status, response.head.status
+            is_unknown = searches and status == 404 and first in RETRIED_STATUSES
+            if (status in LASTING_STATUSES or is_unknown) and first not in LASTING_STATUSES:
+                before, response = response, before
             before.release(self.connections)
         return response
 

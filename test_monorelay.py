@@ -9019,7 +9019,8 @@ def test_a_client_brings_its_own_credential_where_the_provider_takes_that(upstre
 
 def test_a_clients_own_credential_is_shown_to_one_place_only(upstream, relay):
     """Also while that cools, and not where it is searched for what one of the providers may know."""
-    first, other, ours = (upstream(answer(status)) for status in (529, 404, 404))
+    first = upstream(replies(*4 * [answer(529)], answer(404)))
+    other, ours = upstream(answer(404)), upstream(answer(404))
     it = relay(
         {"first": {"upstream": first, "format": "anthropic", "keys": "client"},
          "same": {"upstream": first, "format": "openai", "keys": "client"},
@@ -9031,7 +9032,6 @@ def test_a_clients_own_credential_is_shown_to_one_place_only(upstream, relay):
     for _ in range(2):
         it.post("/v1/messages", prompt("smart"), *own, token="")
     assert len(first.requests) == 4
-    first.script = replies(answer(404))
     assert it.ask("GET", "/v1/responses/resp_1", None, *own, token="").status == 404
     assert (len(first.requests), len(ours.requests), other.requests) == (5, 1, [])
     assert it.post("/v1/chat/completions", prompt("gpt-a@other"), *own, token="").status == 404
@@ -9764,6 +9764,18 @@ def test_what_an_account_keeps_is_asked_for_with_each_key(upstream, relay, metho
     second.requests.clear()
     assert it.ask(method, "/v1/files/file_1", None).status == 404 and not second.requests, "files are the first's"
     assert it.ask("POST", "/v1/responses/resp_1/cancel", b"").status == 404 and not second.requests
+
+
+@pytest.mark.parametrize(
+    ("statuses", "told"),
+    [((500, 404), 500), ((404, 429, 404), 429), ((404, 403), 404), ((403, 404), 404), ((404, 404), 404)],
+    ids=brief,
+)
+def test_what_no_key_knows_is_a_404_only_if_each_has_answered(upstream, relay, statuses, told):
+    providers = {f"p{n}": {"upstream": upstream(answer(status, b'{"n": %d}' % n)), "format": "openai", "keys": ["k"]}
+                 for n, status in enumerate(statuses)}  # fmt: skip
+    got = relay(providers).ask("GET", "/v1/responses/resp_1", None)
+    assert got.status == told and statuses[got.json["n"]] == told
 
 
 @pytest.mark.parametrize("status", [403, 429, 500, 503, 529])
