@@ -3304,7 +3304,7 @@ def header_text(value: str) -> str:
 def retry_after_seconds(value: str, now: float) -> Optional[float]:
     """What `retry-after` asks for: seconds, fractions too, or an HTTP date (RFC 9110 §10.2.3), compared
     with `now` (seconds since 1970); at most an hour. None when it is absent, malformed or in the past."""
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+    if re.fullmatch(r"[0-9]{1,18}(\.[0-9]{1,9})?", value):
         seconds = float(value)
     else:
         try:
