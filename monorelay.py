@@ -9522,7 +9522,7 @@ class ResponseHeads:
 
 
 SECRET_NAME = re.compile(r"(?i)(?:.*-)?(?:authorization|auth|(?:api-?)?key|token|secret)")
-SECRET_CHARACTERS = 8  # of a key or a header's value; shorter ones may stand anywhere
+SECRET_CHARACTERS = 8  # of a header's value; shorter ones may stand anywhere
 
 
 def unescaped(text: str) -> str:
@@ -9604,10 +9604,12 @@ class UpstreamResponse:
     def quotes_key(self, text: str) -> bool:
         """Whether the key that was sent, or another secret among the provider's headers, stands in a text, however it
         is escaped there."""
-        provider = self.candidate.target.provider
+        key, provider = self.candidate.key, self.candidate.target.provider
         given = [value.rpartition(" ")[2] for name, value in provider.headers if value and SECRET_NAME.fullmatch(name)]
         secrets = [secret for secret in given if len(secret) >= SECRET_CHARACTERS]
-        secrets += filter(None, [self.candidate.secret.decode("ascii")])
+        own = key.secret.reveal() if key else ""
+        # Local servers are given such words as ollama, none or EMPTY, which any error may hold.
+        secrets += [own] if len(own) >= SECRET_CHARACTERS or (own and not own.isalpha()) else []
         plain = unescaped(text[: 2 * PEEKED_BYTES]) if secrets else ""
         return any(secret in text or secret in plain for secret in secrets)
 

@@ -9593,7 +9593,7 @@ def test_an_error_that_quotes_the_key_where_few_would_look_is_a_502(upstream, re
     assert got.get("x-monorelay-error") == "upstream_quoted_key" and b"very-secret" not in got.head + got.body
 
 
-def test_a_key_so_short_that_it_may_be_a_word_is_quoted_by_no_error(upstream, relay):
+def test_a_key_that_is_a_short_word_is_quoted_by_no_error(upstream, relay):
     """Local servers are given such ones: ollama, none, EMPTY."""
     told = b'{"error":{"message":"model not found, try: ollama pull llama3.3"}}'
     got = relay({"anthropic": {"upstream": upstream(answer(404, told)), "keys": ["ollama"]}}).post(
