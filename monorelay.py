@@ -4168,6 +4168,8 @@ TRANSLATED_ESCAPES = 2_000_000  # in its strings, and 0.2 s for these, in small 
 TRANSLATED_HELD_BYTES = 512 * 1024  # of an event, and of what waits for its turn in a streamed answer
 WRITTEN_CHARACTERS = 64 * 1024  # of a string at a time
 TAKEN_OUT_CHARACTERS = 2 * 1024  # of a string that is let go as soon as it is written
+WRITTEN_ELEMENTS = 50  # of a list at a time
+READ_AT_ONCE_BYTES = 1024 * 1024  # of a body: reading it in parts costs a fifth more
 WAITING_BYTES = 128  # that each piece of what waits takes besides
 # Of an answer that is translated as a whole. The longest ones have some 130,000 tokens, each in an event of its own;
 # as many take a second.
@@ -4362,9 +4364,11 @@ def read_document(pieces: Sequence[bytes], values: int, errors: str = "strict") 
     check_weight(values, sum(piece.count(b"\\") for piece in pieces))
     is_short = len(pieces) == 1 and len(pieces[0]) <= WRITTEN_CHARACTERS
     try:
-        if not is_short:
+        if sum(map(len, pieces)) > READ_AT_ONCE_BYTES:
             return DocumentReader(json_parts(pieces, errors)).read()
-        document = read_json(narrow(without_escapes(pieces[0].decode("utf-8", errors))))
+        document = read_json(
+            narrow(without_escapes(pieces[0].decode("utf-8", errors))) if is_short else json_text(pieces, errors)
+        )
     except ValueError as error:
         raise not_json(str(error)) from None
     if not isinstance(document, dict):
@@ -4464,9 +4468,9 @@ VALUE_END = re.compile(r"[ \t\n\r]*([,:\]}])")
 NOT_BLANK = re.compile(r"[^ \t\n\r]")
 
 
-def json_text(pieces: Iterable[bytes]) -> str:
+def json_text(pieces: Iterable[bytes], errors: str = "strict") -> str:
     """The pieces of a JSON document as narrow text. Raises ValueError."""
-    return "".join(json_parts(pieces))
+    return "".join(json_parts(pieces, errors))
 
 
 def json_parts(pieces: Iterable[bytes], errors: str = "strict") -> Iterator[str]:
@@ -4577,21 +4581,21 @@ def dump(value: Any) -> str:
 
 
 def json_pieces(document: JsonDict) -> list[bytes]:
-    """The document, which it takes apart, as JSON in pieces. Its members, the elements of lists that are such, and
-    long strings are let go when they are written: what is held twice is one of them at a time."""
+    """The document, which it takes apart, as JSON in pieces. Its members, some elements at a time of lists that are
+    such, and long strings are let go when they are written: no more than one of them is held twice."""
     pieces, before = JsonPieces(), "{"
     for name in list(document):
         value = document.pop(name)
         pieces.add(f"{before}{dump(name)}:")
         if isinstance(value, list):
-            pieces.add("[")
-            for number, element in enumerate(taken(value)):
-                if number:
-                    pieces.add(",")
-                pieces.add_value(element)
-            pieces.add("]")
+            elements, mark = taken(value), "["
+            while value:
+                pieces.add(mark)
+                pieces.add_values(list(itertools.islice(elements, WRITTEN_ELEMENTS)))
+                mark = ","
+            pieces.add("]" if mark == "," else "[]")
         else:
-            pieces.add_value(value)
+            pieces.add_values([value])
         before = ","
     pieces.add("}" if before == "," else "{}")
     return pieces.finished()
@@ -4605,12 +4609,11 @@ class JsonPieces:
         self._last = bytearray()
         self._mark = f"{random.getrandbits(128):032x}"  # which no client can foresee
 
-    def add_value(self, value: Any) -> None:
-        """Adds a value, which it takes apart: its long strings are added one by one, and let go."""
-        holder = [value]
-        long = taken_out(holder, self._mark)
-        text, end = dump(holder[0]), 0
-        holder.clear()
+    def add_values(self, values: list[Any]) -> None:
+        """Adds values, with commas between them, and takes them apart: each long string is let go when it is added."""
+        long = taken_out(values, self._mark)
+        text, end = dump(values)[1:-1], 0
+        values.clear()
         for place in re.finditer(f"{self._mark}([0-9]+){self._mark}", text) if long else ():
             self.add(text[end : place.start()])
             end, number = place.end(), int(place[1])
