@@ -2746,9 +2746,37 @@ def test_small_pieces_of_a_body_become_large_ones():
 
 def test_a_number_too_long_for_an_alias_is_a_bad_request(upstream, relay):
     it = relay({"anthropic": upstream(answer())}, aliases={"fast": "claude-test"})
-    dense = b'"x":[' + b'"abcd",' * 8000 + b"9" * 5000 + b"]}"
-    assert it.post("/v1/messages", b'{"model":"claude-test",' + dense).status == 200
-    refused(it.post("/v1/messages", b'{"model":"fast",' + dense), 400, "invalid_request_error")
+    dense = b'"x":[' + b'"abcd",' * 8000 + b"9" * 5000 + b"]"
+    for before, after, status in ((b"", b"," + dense, 200), (dense + b",", b"", 400)):
+        assert it.post("/v1/messages", b'{%s"model":"claude-test"%s}' % (before, after)).status == 200
+        assert it.post("/v1/messages", b'{%s"model":"fast"%s}' % (before, after)).status == status
+
+
+@pytest.mark.parametrize(
+    ("text", "is_walked"),
+    [
+        ('"' + "x" * 900_000 + '"', False), ("[" + '"' + '","'.join(["x" * 90] * 9000) + '"]', False),
+        ("[" + "[]," * 90_000 + "1]", True), ('"' + "," * 300_000 + '"', True), ("[" + "[]," * 80_000 + "1]", False),
+        ('"' + "x" * 1_100_000 + '"', True),
+    ],
+    ids=["long", "strings", "dense", "commas", "short", "longer"],
+)  # fmt: skip
+def test_json_reads_at_once_what_takes_it_milliseconds(text, is_walked):
+    data = f'{{"x":{text},"model":"a"}}'.encode()
+    body = monorelay.ReadBody()
+    for at in range(0, len(data), 65536):
+        body.add(data[at : at + 65536])
+        while body.behind:
+            body.go_on()
+    body.finish()
+    while body.behind:
+        body.go_on()
+    assert body.facts.model == "a" and (body.values > 0) == is_walked
+    body.locate_model()
+    while body.behind:
+        body.go_on()
+    assert data[slice(*body.facts.span)] == b'"a"'
+    assert json.loads(b"".join(body.with_model("other")[0]))["model"] == "other"
 
 
 def test_deep_nesting_is_searched_or_refused():
