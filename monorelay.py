@@ -9706,6 +9706,7 @@ class UpstreamRequest(NamedTuple):
 
 LINE_END = re.compile(rb"[\r\n]")
 EVENT_DATA = re.compile(rb"(?:^|[\r\n])data:[^\r\n]*[\r\n]")
+DATA_LINE = re.compile(rb"(?:^|[\r\n])data: ?(\{[^\r\n]*)")
 EVENT_END = re.compile(rb"\n\n|\r\r|\r\n\r\n")
 
 
@@ -10104,6 +10105,12 @@ def presented_fault(response: UpstreamResponse, fault: AnswerFault) -> AnswerFau
 def upstream_error(content: bytes) -> str:
     """A provider's error as the log has it: `upstream:` and its type, if it has one."""
     return f"upstream:{error_member(content, 'type')}".rstrip(":")
+
+
+def streamed_error(events: bytes) -> str:
+    """The error of a provider's of which events tell, as the log has it."""
+    types = (error_member(data[1], "type") for data in DATA_LINE.finditer(events))
+    return f"upstream:{next(filter(None, types), 'error')}"
 
 
 def error_member(content: bytes, name: str) -> str:
@@ -10517,6 +10524,7 @@ class Outgoing:
         if content:
             if self._lines and b"error" in content and EVENT_IS_ERROR.search(content):
                 self.failed = not is_own_fault(0, content)
+                self._record.error = streamed_error(content)
             self._record.bytes_sent += len(content)
             self._last_byte = content[-1:]
             if self._awaits_end:

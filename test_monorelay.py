@@ -9887,6 +9887,27 @@ def test_a_stream_that_fails_in_its_midst_sends_the_next_try_elsewhere(upstream,
     assert len(first.requests) == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "events", "error"),
+    [
+        ("/v1/messages", [ANTHROPIC_EVENTS[0], LATER_ERROR], "upstream:overloaded_error"),
+        ("/v1/messages", [ANTHROPIC_EVENTS[0], *LATER_ERROR.splitlines(True)], "upstream:overloaded_error"),
+        ("/v1/messages", [LATER_ERROR], "upstream:overloaded_error"),
+        ("/v1/chat/completions", [b'data: {"error":{"type":"server_error"}}\n\n'], "upstream:server_error"),
+        ("/v1/chat/completions", [b'data: {"id":1}\n\n', b'data: {"error":"x"}\n\n'], "upstream:error"),
+    ],
+    ids=["whole", "in pieces", "at once", "chat", "untyped"],
+)  # fmt: skip
+def test_an_error_in_a_stream_is_told_in_the_log_and_counted(upstream, relay, path, events, error):
+    provider = upstream(STREAM_HEAD + chunked(*events))
+    it = relay({"openai" if "chat" in path else "anthropic": provider})
+    assert it.post(path, prompt("gpt-test" if "chat" in path else "claude-test", stream=True)).body == b"".join(events)
+    assert f"error={error}" in it.logged("status=200")
+    row = it.ask("GET", "/api/requests").json["rows"][0]
+    assert (row["error"], row["complete"]) == (error, 1)
+    assert it.ask("GET", "/api/usage").json["total"]["errors"] == 1
+
+
 def test_what_begins_to_cool_and_what_recovers_is_one_warning_each(upstream, relay):
     provider = upstream(replies(answer(529), answer(529), answer(), answer()))
     it = relay({"anthropic": {"upstream": provider, "keys": ["sk-a"]}})
