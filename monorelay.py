@@ -4452,10 +4452,12 @@ class DocumentReader:
         while True:
             try:
                 value, end = READER.raw_decode(self._text, self._at)
-                mark = VALUE_END.match(self._text, end)
-                if mark:
+                mark = NOT_BLANK.search(self._text, end)
+                if mark and mark[0] in ",:]}":
                     self._at = mark.end()
-                    return value, mark[1]
+                    return value, mark[0]
+                if not mark:
+                    self._text, self._at = self._text[self._at : end + 1], 0  # one blank is as good as many
             except json.JSONDecodeError:
                 pass  # it isn't here as a whole, or is malformed
             if not self._read_on():
@@ -4476,7 +4478,6 @@ class DocumentReader:
         return len(parts) > 1
 
 
-VALUE_END = re.compile(r"[ \t\n\r]*([,:\]}])")
 NOT_BLANK = re.compile(r"[^ \t\n\r]")
 
 
