@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-# coding: utf-8 (said to Python 2, that it may come as far as the line which tells it what is needed)  # noqa: UP009
+# coding: utf-8 (for Python 2, whose SyntaxError then shows the line with the version that is needed)  # noqa: UP009
 """MonoRelay: one file between Anthropic and OpenAI clients and the providers that its owner configured.
 
     python monorelay.py                          serve ./relay.json (or the one beside this file)
@@ -100,7 +100,7 @@ JsonDict = dict[str, Any]
 
 # nginx's large_client_header_buffers allows 8 KiB a line; long ids and queries get twice that.
 REQUEST_LINE_BYTES = 16 * 1024
-CONNECTION_CHARACTERS = 512  # of its options, which are kept one by one; they have some 30
+CONNECTION_CHARACTERS = 512  # of the Connection fields, whose options are kept one by one; most have some 30
 PATH_ESCAPES = 512  # percent-encoded characters in a path: each is looked at several times
 # Tomcat and gunicorn stop at 8 KiB, h11 at 16; a cookie-laden browser and long beta lists need more.
 REQUEST_HEAD_BYTES = 64 * 1024
@@ -124,14 +124,14 @@ USAGE_NAME_BYTES = 40  # of the name before it, or of a service tier that stands
 USAGES_AT_ONCE = 8  # the last ones of what has come at once: some servers send one with each word
 TRANSLATED_AT_ONCE_BYTES = 16 * 1024  # which takes some milliseconds; a longer body is translated in a thread
 PING_SECONDS = 15.0  # without an event in a translated stream; Claude Code tells its user of 20
-ENDING_SECONDS = 2.0  # for the usage that may follow the end of a translated stream, or for the word that none does
+ENDING_SECONDS = 2.0  # after the finish_reason of a translated stream, for the usage or [DONE] that may follow
 # One recv: a TLS record is 16 KiB, four of them make system calls rare.
 RECEIVE_BYTES = 64 * 1024
 # A JSON body of more values takes a second to walk; the largest conversations have some 100,000.
 JSON_VALUES = 1_000_000
 TLS_RECEIVE_BYTES = 16 * 1024  # one record's; of the shortest ones, which may cost 10 µs each, it holds some 600
 INFLATED_BYTES = 64 * 1024  # at a time
-ZSTD_WINDOW_LOG = 23  # 8 MiB, the most that a sender may want to be remembered (RFC 9659 §3)
+ZSTD_WINDOW_LOG = 23  # 8 MiB, the largest window that a sender may use (RFC 9659 §3)
 FORM_SEEN_BYTES = 64 * 1024  # of a form are read for its model, which stands before its file
 FORM_FIELD_BYTES = 4096  # of the header of a part in it, and of the model
 FORM_PARTS = 100  # are looked at; most forms have two or three
@@ -148,7 +148,7 @@ AHEAD_SECONDS = 0.5  # between two checks whether a client with a full buffer ha
 SWEEP_SECONDS = 5.0
 TICK_SECONDS = 0.005
 PATIENT_SECONDS = 0.005  # of a turn of the event loop, for work that is done in steps
-SWITCH_SECONDS = 0.0005  # a thread that computes holds up each system call of the loop so long; CPython's own is 5 ms
+SWITCH_SECONDS = 0.0005  # for so long, a computing thread keeps the loop waiting for the GIL; CPython's default is 5 ms
 OTHER_THREADS_SECONDS = 0.0001  # after which other threads have their turn
 SLOW_EVENT_SECONDS = 0.002  # a connection whose last event took longer shares PATIENT_SECONDS, too
 LATE_SECONDS = 0.015  # of a turn; connections that aren't served by then come first in the next one
@@ -169,7 +169,7 @@ LINGER_SECONDS = 5.0  # nginx's lingering_timeout
 LINGER_LONGEST_SECONDS = 30.0  # nginx's lingering_time
 # A kept upstream connection; shorter than the 60 s after which common balancers drop theirs.
 UPSTREAM_IDLE_SECONDS = 50.0
-STALE_SECONDS = 1.0  # within which a kept one shows that it was closed: a round trip, and a packet lost on it
+STALE_SECONDS = 1.0  # within which a kept connection shows that it was closed: a round trip, and a lost packet
 CONNECTED_ADDRESSES = 16  # of a host that has more, these are tried
 # How many connections to a provider wait for their next use; nginx needs as many for the same load.
 UPSTREAM_IDLE_CONNECTIONS = 512
@@ -212,7 +212,7 @@ COMPARED_PRODUCT = 100_000  # of characters, for "did you mean": 20 ms at worst,
 COMPARED_CHARACTERS = 64
 COMPARED_PATTERNS = 50
 LISTED_NAMES = 8  # in a message
-TELLING_PATH_CHARACTERS = 200
+TELLING_PATH_CHARACTERS = 200  # of a path, by which it is told which format and page it is for
 MODEL_CHARACTERS = 256  # of a model's name; the longest known ones, ARNs of inference profiles, have some 120
 # Of a worker, for what has to be known soon, and as much for the rest; the system gives memory only for what is used.
 BOARD_PLACE_BYTES = 4 * 1024 * 1024
@@ -385,7 +385,7 @@ class MethodNotAllowed(RelayError):
 
 
 class NoWebSocket(RelayError):
-    """The request asks for a WebSocket; of this answer Codex goes on over HTTP (RFC 9110 §15.5.22)."""
+    """The request asks for a WebSocket; after this response, Codex goes on over HTTP (RFC 9110 §15.5.22)."""
 
     status, kind, code = 426, "invalid_request_error", "no_websocket"
     lasts = True
