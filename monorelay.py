@@ -2022,13 +2022,14 @@ def not_usable(provider: Provider) -> Unavailable:
 # its provider would.
 #
 #   429                             the key with this model, until retry-after or for `cooldown`
-#   401, 402                        the key, for ten times `cooldown`; for requests without a model, if it was one
+#   401, 402                        the key, for ten times `cooldown`
 #   403, 5xx (529 among them)       the key with this model, for a second, doubling up to `cooldown`
 #   no connection, or a broken one  the provider, for a second, doubling up to `cooldown`
 #   anything else                   says nothing about a key
 #
+# Nor do 401, 402 and 403 for a request that isn't routed by its model: it may be the path that the key can't use.
 # A success proves the connection, and the key for its own model: it ends what these had, but no retry-after
-# before its time. What a request without a model proves of a key is not enough to end a quarantine.
+# before its time. What a request without a model proves of a key is not enough to end the pause after a 401 or 402.
 
 
 class Candidate(NamedTuple):
@@ -2227,11 +2228,10 @@ class KeyPool:
     def failed(
         self, candidate: Candidate, status: int, retry_after: Optional[float], now: float, by_model: bool = True
     ) -> None:
-        """Notes a response with a status of failure; `by_model`: to a request that went where its model belongs."""
+        """Notes a response with a status of failure. `by_model`: whether the request was routed by its model."""
         cooldown = candidate.target.provider.cooldown
         _, key, key_and_model = cooldown_keys(candidate)
         name = key if status in QUARANTINED else key_and_model
-        # Of a request that went nowhere by its model, it may be the path that the key can't use.
         if status in (403, *QUARANTINED) and not (by_model and candidate.target.model):
             return
         if status not in (429, 403, *QUARANTINED) and status < 500:
