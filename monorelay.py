@@ -749,7 +749,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def listing(names: Sequence[str]) -> str:
-    """The first names, separated by commas."""
+    """The first LISTED_NAMES names, separated by commas, and … for more."""
     return ", ".join([*names[:LISTED_NAMES], *["…"] * (len(names) > LISTED_NAMES)])
 
 
@@ -1392,7 +1392,7 @@ def pattern_price(pattern: str, given: JsonDict) -> Price:
 
 
 def price_number(value: Any, place: str, tokens: int = 1) -> int:
-    """So many USD for so many tokens, as a rate. Raises ValueError."""
+    """The rate, in PRICE_UNIT a token, of so many USD for so many tokens. Raises ValueError."""
     try:
         found = as_number(value)
     except ValueError as error:
@@ -1409,7 +1409,7 @@ def exact(value: float) -> int:
 
 
 def check_routes(config: Config, problems: Problems) -> None:
-    """Every provider that a route names must exist."""
+    """Adds a problem for each provider that a route names and that doesn't exist."""
     for pattern, names in config.routes.items():
         for name in names:
             if name not in config.providers:
@@ -1450,8 +1450,8 @@ def follow(config: Config, name: str, passed: tuple[str, ...]) -> list[Target]:
 
 
 def find_alias(config: Config, name: str, passed: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """The alias that a name is, or the first one with a `*` that matches it and wasn't passed, and the names that it
-    stands for, with what the `*` was; nothing if there is none."""
+    """The alias that a name is, or the first one with a `*` that matches it and wasn't passed; and the names that it
+    stands for, with the `*` filled in. Nothing if there is none."""
     if name in config.aliases:
         return name, config.aliases[name]
     for alias, names in config.aliases.items():
@@ -1470,7 +1470,7 @@ def without_stand_in(targets: list[Target]) -> list[Target]:
 
 
 def check_aliases(config: Config, problems: Problems) -> None:
-    """Every alias must end at a provider, and none at itself."""
+    """Adds a problem for each alias that leads to no provider, or back to itself."""
     for alias, names in config.aliases.items():
         place = f"aliases.{alias}"
         if alias.count("*") > 1:
@@ -1488,7 +1488,7 @@ def check_aliases(config: Config, problems: Problems) -> None:
 
 
 def leads_on(config: Config, name: str, alias: str) -> bool:
-    """Whether the name that an alias stands for is something, if only a route without providers: that is told there."""
+    """Whether a name that an alias stands for is another alias, names a provider, or matches a route."""
     named = split_provider(config, name)[1] or find_alias(config, name, (alias,))[0]
     return bool(named) or matches_any(name, config.routes)
 
@@ -1637,20 +1637,20 @@ def token_part(part: str) -> JsonObject:
 
 
 def check_expiry(claims: JsonDict, now: float) -> None:
-    """`exp` must be there, and ahead."""
+    """Raises ExpiredToken unless there is an `exp`, and it is later than `now`; BadClaim if it is no number."""
     if now >= numeric_date(claims, "exp", 0):
         raise ExpiredToken("the token has expired, or has no `exp`")
 
 
 def check_start(claims: JsonDict, now: float) -> None:
-    """`nbf` and `iat`, where given, must have come, give or take the leeway."""
+    """Raises ImmatureToken if `nbf` or `iat` is more than LEEWAY_SECONDS ahead; BadClaim if one is no number."""
     for name in ("nbf", "iat"):
         if numeric_date(claims, name, now) > now + LEEWAY_SECONDS:
             raise ImmatureToken(f"the token's `{name}` is in the future")
 
 
 def numeric_date(claims: JsonDict, name: str, default: float) -> float:
-    """A claim that is a NumericDate (RFC 7519 §2)."""
+    """A claim that is a NumericDate (RFC 7519 §2), or the default. Raises BadClaim for anything else."""
     value = claims.get(name, default)
     # The bounds refuse NaN, infinities and integers that no float can hold.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e15 < value < 1e15:
@@ -1659,7 +1659,8 @@ def numeric_date(claims: JsonDict, name: str, default: float) -> float:
 
 
 def subject(claims: JsonDict, kind: str, config: Config) -> str:
-    """Whom a token of this type ("access" or "refresh") stands for; a token without type is for access."""
+    """Whom a token of this type ("access" or "refresh") stands for; one without is for access. Raises BadClaim and
+    RevokedToken."""
     name = claims.get("sub")
     if claims.get("type", "access") != kind:
         raise BadClaim(f"this needs a token of the type {kind}")
@@ -1673,7 +1674,8 @@ def subject(claims: JsonDict, kind: str, config: Config) -> str:
 
 
 def check_not_revoked(claims: JsonDict, user: User, secret: Optional[Secret]) -> None:
-    """A token ends with the password that its user had when this relay issued it, and at `tokens_since`."""
+    """Raises RevokedToken if the user's password is no longer that of the time when this relay issued the token, or if
+    the token is older than `tokens_since`."""
     if secret and claims.get("pwd", password_mark(user, secret)) != password_mark(user, secret):
         raise RevokedToken("the user's password has changed since the token was issued; log in again")
     if user.tokens_since and numeric_date(claims, "iat", 0) < user.tokens_since:
@@ -1859,12 +1861,12 @@ class SharedThrottle:
         return hash(name) % 2**64 or 1
 
     def _wait_seconds(self, tag: int, most: int, now: float) -> float:
-        """0.0 if there are no more events than that; else the seconds for which the first of them still count."""
+        """0.0 if there are at most so many events; else the seconds for which the first of them still count."""
         counts = self._counts(tag, now)
         return min(counts)[0] + 60.0 - now if sum(count for _, count in counts) > most else 0.0
 
     def _counts(self, tag: int, now: float) -> list[tuple[int, int]]:
-        """The seconds up to which events count that there were in the last minute, and how many."""
+        """The events of the last minute that the workers have counted: (end of a second, how many in it)."""
         oldest = (math.floor(now - 60.0) + 1) << 32
         rows = [row for row in (self._row(worker, tag) for worker in range(self._workers)) if self._cells[row]]
         cells = [cell for row in rows for cell in self._cells[row + 1 : row + self.CELLS].tolist() if cell >= oldest]
@@ -1942,15 +1944,14 @@ def find_targets(config: Config, name: str) -> list[Target]:
 
 
 def understands(provider: Provider, format: str, translates: bool) -> bool:
-    """Whether a provider takes requests in the format; `translates`: chats, which may be translated."""
+    """Whether a provider can serve requests in the format. `translates`: they are chats, which may be translated."""
     if translates:
         return provider.chat_format == format or provider.translate is not None
     return provider.format in (format, "echo")
 
 
 def targets_for(config: Config, name: str, format: str, translates: bool = False) -> list[Target]:
-    """The usable targets of a model that speak the format, in order of preference; `translates`: or may be translated
-    to.
+    """The usable targets of a model that understand the format, in order of preference; see understands().
 
     Raises NotFound when no route leads to one, BadRequest when all of them speak the other format, and Unavailable when
     none of them has a key."""
@@ -1969,8 +1970,7 @@ def targets_for(config: Config, name: str, format: str, translates: bool = False
 
 
 def unmarked(target: Target) -> Target:
-    """The target of a client of Anthropic's; where it speaks the other format, without the mark that nobody knows
-    there."""
+    """The target; where it speaks OpenAI's format, without the `[1m]` that only Anthropic's clients know."""
     is_marked = target.provider.chat_format == "openai" and target.model.endswith(LONG_CONTEXT)
     return target._replace(model=target.model[: -len(LONG_CONTEXT)] or target.model) if is_marked else target
 
@@ -1983,8 +1983,7 @@ def for_one_credential(targets: Sequence[Target]) -> list[Target]:
 
 
 def callable_targets(config: Config, name: str, format: str) -> list[Target]:
-    """The usable targets of a model that speak the chat format or may be translated to, in order of preference; none
-    where a request would fail."""
+    """The usable targets of a model for chats in the format, in order of preference; none where one would fail."""
     return [
         target
         for target in find_targets(config, name)
@@ -2829,10 +2828,10 @@ def spent_over(user: User, spent: Callable[[str], tuple[int, int]], now: float) 
 # the other is refused. Lines end in CRLF and in nothing else; no name, length or chunk size is guessed.
 # Heads are text in Latin-1, which maps every byte to one character and back; bodies stay bytes.
 
-# One header field a line: no space before the colon, no folded line, no control byte but the tab. At most one part
-# can give something back to another, and that a single blank, so that a line is read in time proportional to its
-# length; more blanks around the value are taken off afterwards. (^ follows LF only, and neither a bare LF nor a
-# bare CR is part of a field, so as many matches as there are LFs prove that every line is one.)
+# One header field a line: no space before the colon, no folded line, no control byte but the tab. The expression
+# backtracks by a single blank at most, so that a line is read in time proportional to its length; more blanks around
+# the value are taken off afterwards. (^ follows LF only, and neither a bare LF nor a bare CR is part of a field, so as
+# many matches as there are LFs prove that every line is one.)
 FIELD_LINE = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+): ?([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
@@ -2971,7 +2970,8 @@ def parse_fields(block: str) -> Optional[Pairs]:
 
 
 def split_target(method: str, target: str) -> tuple[str, str]:
-    """Path and query of a request target. The host of an absolute one is dropped: it chooses nothing."""
+    """Path and query of a request target. The host of an absolute one is dropped: it chooses nothing. Raises
+    MalformedRequest."""
     if not target.startswith("/"):
         target = re.sub(ABSOLUTE_FORM, "/", target)
         if method == "CONNECT" or target == "*":
@@ -2983,7 +2983,7 @@ def split_target(method: str, target: str) -> tuple[str, str]:
 
 
 def check_host(fields: Headers, version: int) -> None:
-    """RFC 9112 §3.2: exactly one Host in HTTP/1.1, at most one in 1.0, and well-formed."""
+    """Raises MalformedRequest unless there is one well-formed Host, or none in HTTP/1.0 (RFC 9112 §3.2)."""
     count, host = fields.names.count("host"), fields.get("host", "")
     if count > 1 or (version >= 1 and not count):
         raise MalformedRequest("a request needs exactly one Host header")
@@ -2992,7 +2992,7 @@ def check_host(fields: Headers, version: int) -> None:
 
 
 def check_spellings(fields: Headers) -> None:
-    """Refuses `content_length` and its like: names that another server may read as a guarded one."""
+    """Raises MalformedRequest for `content_length` and its like, which another server may read as a guarded name."""
     together = "".join(fields.names)
     if "_" not in together and "." not in together:
         return
@@ -3134,7 +3134,7 @@ class ChunkedDecoder:
         return content
 
     def _partial_size_line(self, line: bytes) -> bytes:
-        """The line, if more bytes can make it a size line; keeps what has come of the last chunk's."""
+        """The line, if more bytes can make it a size line. Raises FramingError."""
         if (
             b"\n" in line
             or len(line) > CHUNK_LINE_BYTES
@@ -3144,7 +3144,8 @@ class ChunkedDecoder:
         return line
 
     def _feed_trailers(self, data: bytes) -> None:
-        """Checks the trailer fields whose lines are whole, and looks for the empty line that ends them."""
+        """Checks the trailer fields whose lines are whole, and looks for the empty line that ends them. Raises
+        FramingError."""
         end = (b"\r\n" + data).find(b"\r\n\r\n")  # where the empty line stands
         size = end if end >= 0 else data.rfind(b"\n") + 1
         fields, rest = data[:size], data[size:]
@@ -3269,7 +3270,7 @@ def upstream_fields(
 
 
 def head_bytes(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
-    """A head on the wire."""
+    """A head as it is sent, with its empty line."""
     return "\r\n".join([first_line, *map(": ".join, fields), "", ""]).encode("latin-1")
 
 
