@@ -3442,7 +3442,9 @@ class BodyFacts(NamedTuple):
     span: Optional[tuple[int, int]] = None  # where the value of `model` stands, if that is known
 
 
-def facts_of(models: Sequence[tuple[str, Any]], session: str, span: Optional[tuple[int, int]] = None) -> BodyFacts:
+def facts_of(
+    models: Sequence[tuple[str, Any]], tool_has_model: bool, session: str, span: Optional[tuple[int, int]] = None
+) -> BodyFacts:
     """The facts of a body with these members whose names may be taken for `model`. Raises BadRequest unless exactly one
     has that very name, and names a model."""
     values = [value for name, value in models if name == "model"]
@@ -3450,7 +3452,7 @@ def facts_of(models: Sequence[tuple[str, Any]], session: str, span: Optional[tup
         raise BadRequest("model: Field required", "no_model")
     if len(values) > 1:
         raise BadRequest("model: given more than once")
-    return BodyFacts(model_name(values[0]), len(models) > 1, session, span)
+    return BodyFacts(model_name(values[0]), tool_has_model or len(models) > 1, session, span)
 
 
 def model_name(value: Any) -> str:
@@ -3504,7 +3506,7 @@ def read_at_once(body: bytes, restricted: bool = True) -> BodyFacts:
         return BodyFacts(model_name(members["model"]), False, session)
     models = [member for member in document if is_model_name(member[0])]
     tools = [tool for name, tools in document if name == "tools" and isinstance(tools, list) for tool in tools]
-    return facts_of([*models, ("", None)] if any(map(has_model, tools)) else models, session)
+    return facts_of(models, any(map(has_model, tools)), session)
 
 
 def not_json(problem: str) -> BadRequest:
@@ -3548,8 +3550,7 @@ class JsonWalk:
     @property
     def facts(self) -> BodyFacts:
         """The facts of the body. Raises BadRequest."""
-        models = [*self._models, ("", None)] if self._has_model else self._models
-        return facts_of(models, self._user_id or self._cache_key, self.span)
+        return facts_of(self._models, self._has_model, self._user_id or self._cache_key, self.span)
 
     def feed(self, piece: bytes) -> None:
         """Takes the next piece."""
