@@ -3978,8 +3978,8 @@ class Inflater:
     def go_on(self) -> bytes:
         """The next piece of the content, of INFLATED_BYTES at most. Raises BadRequest."""
         content, goes_on = self._decompress()
-        over_limit = self.finished and (self._inflater.unused_data or any(self._pieces))
-        if over_limit or not (goes_on or content or self.finished):
+        has_trailing_data = self.finished and (self._inflater.unused_data or any(self._pieces))
+        if has_trailing_data or not (goes_on or content or self.finished):
             raise BadRequest(f"the body is not what its content-encoding {self._coding} says")
         return content
 
