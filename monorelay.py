@@ -4015,19 +4015,17 @@ STREAM_ENDS = re.compile(
     rb'|"finish_reason" ?: ?"'
 )
 ENDS_IN_NAME = re.compile(rb"(?:^|[\r\n])event:[^\r\n]*(?:\r\n|\n|\r)\Z")  # an event's name without data behind it
-EVENT_IS_ERROR = re.compile(rb'(?:^|[\r\n])(?:event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error"))')
-FIRST_EVENT_IS_ERROR = rb'event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error")'
+FIRST_EVENT_IS_ERROR = re.compile(rb'event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error")')
+EVENT_IS_ERROR = re.compile(rb"(?:^|[\r\n])(?:%b)" % FIRST_EVENT_IS_ERROR.pattern)
 USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 USAGE_OBJECT = re.compile(rb'"usage" {0,4}:? {0,4}(?:\{|\Z)')  # its opening, or as much of it as has come
 EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_start|message_delta|content_block_[a-z]+|response\.[a-z_]+)"')
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
 # What a usage object tells, in Anthropic's words and in OpenAI's two sets of them.
-USAGE_NAMES = frozenset({
-    "input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "cache_creation",
-    "service_tier", "speed", "inference_geo", "server_tool_use", "iterations",
-    "prompt_tokens", "completion_tokens", "prompt_tokens_details", "input_tokens_details",
-    "prompt_cache_hit_tokens", "cached_tokens", "completion_tokens_details", "total_tokens",
-})  # fmt: skip
+USAGE_NAMES = OPENAI_NAMES | {
+    *ANTHROPIC_NAMES, "cache_creation", "service_tier", "speed", "inference_geo", "server_tool_use", "iterations",
+    "completion_tokens_details", "total_tokens",
+}  # fmt: skip
 
 
 def is_cut_off(line: bytes) -> bool:
@@ -9597,7 +9595,7 @@ class UpstreamResponse:
         status."""
         if self.translated:
             return self.first_fault is not None
-        return self.is_stream and re.match(FIRST_EVENT_IS_ERROR, self.content) is not None
+        return self.is_stream and FIRST_EVENT_IS_ERROR.match(self.content) is not None
 
     @property
     def first_fault(self) -> Optional[AnswerFault]:
