@@ -793,12 +793,13 @@ def expand_text(text: str, place: str, environ: Mapping[str, str], problems: Pro
 
     def fill(match: re.Match[str]) -> str:
         name, has_default, default = match.groups()
-        found = environ.get(name, "")
-        if not has_default and name not in environ and name.startswith("file:"):
+        if has_default or name in environ:
+            return environ.get(name) or default or ""
+        if name.startswith("file:"):
             problems.add(place, f"the file {name[len('file:') :]} can't be read as a regular file of UTF-8")
-        elif not has_default and name not in environ:
+        else:
             problems.add(place, f"the environment variable {name} is not set; set it, or write ${{{name}:-}}")
-        return found or default or ""
+        return ""
 
     if "${" in re.sub(VARIABLE, "", text):
         problems.add(place, "a ${ that is no variable; write ${NAME}, ${NAME:-default} or ${file:PATH}")
@@ -1046,8 +1047,8 @@ def provider_key(value: Any, number_in_list: int) -> Optional[ProviderKey]:
     if " " in secret:
         raise ValueError("must be printable ASCII without spaces")
     label = as_some_text(entry.get("label", f"key{number_in_list}"))
-    mark = hashlib.sha256(secret.encode("ascii", "replace")).hexdigest()[:16]
-    return ProviderKey(Secret(str(secret)), label, as_positive(entry.get("weight", 1)), mark) if secret else None
+    mark = hashlib.sha256(secret.encode("ascii")).hexdigest()[:16]
+    return ProviderKey(Secret(secret), label, as_positive(entry.get("weight", 1)), mark) if secret else None
 
 
 def kind_of(value: Any) -> str:
@@ -2810,15 +2811,13 @@ def spent_over(user: User, spent: Callable[[str], tuple[int, int]], now: float) 
     for window, usd, tokens in ((month, user.usd_per_month, 0), (day, user.usd_per_day, user.tokens_per_day)):
         if not usd and not tokens:
             continue
-        cost, count = spent(window)
-        until = datetime.datetime.fromtimestamp(window_end(window), datetime.timezone.utc)
+        (cost, count), end = spent(window), window_end(window)
+        until = datetime.datetime.fromtimestamp(end, datetime.timezone.utc)
         rest = f"in {window} (UTC); the budget begins anew at {until:%Y-%m-%dT%H:%M:%SZ}"
         if usd and cost * PRICE_UNIT >= exact(usd) * 10**9:
-            return Overspent(
-                f"{user.name} has spent {usd_text(cost)} of {usd_text(usd * 1e9)} {rest}", window_end(window)
-            )
+            return Overspent(f"{user.name} has spent {usd_text(cost)} of {usd_text(usd * 1e9)} {rest}", end)
         if tokens and count >= tokens:
-            return Overspent(f"{user.name} has used {count} of {tokens} tokens {rest}", window_end(window))
+            return Overspent(f"{user.name} has used {count} of {tokens} tokens {rest}", end)
     return None
 
 
@@ -3248,7 +3247,7 @@ def upstream_fields(
     fields.append(("Accept-Encoding", "identity"))
     version = "anthropic-version"
     if provider.format == "anthropic" and (version not in head.fields or version in head.fields.connection):
-        fields.append(("anthropic-version", DEFAULT_ANTHROPIC_VERSION))
+        fields.append((version, DEFAULT_ANTHROPIC_VERSION))
     if provider.client_keys and "x-monorelay-key" in head.fields:
         fields += [pair for pair in head.fields.pairs if pair[0].lower() in ("authorization", "x-api-key")]
     if key:
