@@ -202,6 +202,7 @@ LOGINS_PER_USER = 10  # a minute, for each address: nobody can lock a user out f
 LOGINS_PER_ADDRESS = 30  # a minute
 LOGINS_WAITING = 8  # for their password to be hashed, which takes 50 ms each
 SECRET_FILE_CHARACTERS = 64 * 1024
+SECRET_CHARACTERS = 8  # of one that is looked for in errors; shorter ones may be words that stand anywhere
 RATE_LIMIT_FIELDS = 40  # of a response that are remembered; Anthropic sends some 20
 LOGIN_BODY_BYTES = 16 * 1024  # who logs in hasn't shown a token yet
 LOGIN_BODY_SECONDS = 20.0  # as for a head
@@ -9537,7 +9538,6 @@ class ResponseHeads:
 
 
 SECRET_NAME = re.compile(r"(?i)(?:.*-)?(?:authorization|auth|(?:api-?)?key|token|secret)")
-SECRET_CHARACTERS = 8  # of a header's value; shorter ones may stand anywhere
 
 
 def unescaped(text: str) -> str:
