@@ -3334,19 +3334,19 @@ TELLING_STATUSES = frozenset({400, 401, 402, 403, 429})
 # What an error says, or is called, that is about what was asked: Anthropic of a tier's context, OpenRouter of what the
 # credit left is too little for, OpenAI of a request alone over its limit of tokens a minute, and of its flex tier that
 # has no room, OpenRouter and xAI of moderation.
-OWN_FAULT = re.compile(
+ABOUT_REQUEST = re.compile(
     rb"""(?x) long\ context\ requests | can\ only\ afford\ [1-9] | [Pp]rompt\ tokens\ limit\ exceeded
     | [Rr]equest\ too\ large\ for | [Rr]esource[ _][Uu]navailable | input\ was\ flagged | usage\ guidelines
     | context_length_exceeded | content_policy | content_filter"""
 )
 
 
-def is_own_fault(status: int, told: bytes) -> bool:
+def is_about_request(status: int, told: bytes) -> bool:
     """Whether an error says nothing about the provider and its key, but about what was asked. The status is 0 where
     only its type tells: with a 401 or 403, `invalid_request` may mean the key."""
     if status == 401:
         return b"CORS requests" in told  # Anthropic's word for a browser's
-    is_named = status in (0, 402, 403, 429) and OWN_FAULT.search(told)
+    is_named = status in (0, 402, 403, 429) and ABOUT_REQUEST.search(told)
     return bool(is_named) or status in (400, 404, 413, 422) or (not status and b"invalid_request" in told)
 
 
@@ -4240,15 +4240,15 @@ class AnswerFault(Exception):
         self.code = code  # by which the relay tells of it, where the provider said nothing
 
     @property
-    def is_requests(self) -> bool:
+    def is_about_request(self) -> bool:
         """Whether it says nothing about the provider and its key, but about what was asked."""
-        return is_own_fault(self.status, self.text.encode("utf-8", "replace"))
+        return is_about_request(self.status, self.text.encode("utf-8", "replace"))
 
 
 class UnfitAnswer(AnswerFault):
     """A sound answer that no message can hold. Requests can bring it about."""
 
-    is_requests = True
+    is_about_request = True
 
 
 class Asked(NamedTuple):
@@ -9608,7 +9608,7 @@ class UpstreamResponse:
             return self.head.status
         fault = self.first_fault
         # Told in a stream that was opened too early: overloaded, unless it is the request's own fault.
-        return fault.status if fault else 400 if is_own_fault(0, self.content) else 529
+        return fault.status if fault else 400 if is_about_request(0, self.content) else 529
 
     @property
     def told(self) -> str:
@@ -10035,7 +10035,7 @@ class Relay:
             # an upload that it didn't finish.
             own_fault = (
                 (request.names_account if status == 401 else status >= 500 and not request.is_sent)
-                or is_own_fault(status, response.content)
+                or is_about_request(status, response.content)
                 or is_about_fast_mode(status, response.head.fields)
             )
             if blames and not own_fault and not (provider.client_keys and status < 500):
@@ -10075,7 +10075,7 @@ def problem_of(request: UpstreamRequest, response: UpstreamResponse) -> tuple[st
     if 300 <= status < 400 and status != 304 and "location" in response.head.fields:
         return f"{name} answered with a redirect ({status}): correct its base_url in relay.json", "upstream_redirect"
     is_about_account = request.names_account and ABOUT_ACCOUNT.search(response.content)
-    is_clients = not response.translated and bool(is_about_account or is_own_fault(status, response.content))
+    is_clients = not response.translated and bool(is_about_account or is_about_request(status, response.content))
     code = error_member(response.content, "code") or error_member(response.content, "type")
     return key_problem(response, response.status, response.told, code, is_clients)
 
@@ -10523,7 +10523,7 @@ class Outgoing:
             content = self._eraser.feed(content, is_last=self._decoder.finished)
         if content:
             if self._lines and b"error" in content and EVENT_IS_ERROR.search(content):
-                self.failed = not is_own_fault(0, content)
+                self.failed = not is_about_request(0, content)
                 self._record.error = streamed_error(content)
             self._record.bytes_sent += len(content)
             self._last_byte = content[-1:]
@@ -10586,7 +10586,7 @@ class TranslatedStream(Outgoing):
         """Translated events as they go out, with the end of the body if it is proper; an error has none."""
         self.ended, fault = self._translator.ended, self._translator.fault
         if fault:
-            self.failed = not fault.is_requests
+            self.failed = not fault.is_about_request
             self._record.error = "upstream:error" if fault.text else fault.code
             self.keep_alive, self.must_reset = False, self.until_close
             return self._framed(translated)
@@ -11981,7 +11981,7 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
         fields.append(("content-type", "text/event-stream" if asked.stream else "application/json"))
         return Response(200, reason_of(200), fields, answer)
     except AnswerFault as fault:
-        failed = not fault.is_requests
+        failed = not fault.is_about_request
         if not fault.text:
             return untold_answer(exchange, UpstreamFailed(fault.message, fault.code))
         record.error = "upstream:error"

@@ -5347,7 +5347,7 @@ def test_r8_and_r9_an_answer_that_was_broken_off_is_a_fault(name):
     if wrong_whole:
         with pytest.raises(monorelay.AnswerFault) as caught:
             whole_answer(asked_of(), document)
-        assert (caught.value.message, caught.value.status) == (wrong_whole, 502) and not caught.value.is_requests
+        assert (caught.value.message, caught.value.status) == (wrong_whole, 502) and not caught.value.is_about_request
     else:
         assert whole_answer(asked_of(), document) == message_of([said("Hi")])
     if wrong_stream:
@@ -5631,12 +5631,12 @@ def test_s12_an_error_in_the_midst_ends_the_stream(error, kind):
     assert ended_with(asked_of(), b"data: nonsense\n\n")[0] == "api_error"
 
 
-@pytest.mark.parametrize(("code", "is_requests"), [(529, False), (400, True), ("context_length_exceeded", True)])
-def test_a_fault_is_judged_in_whatever_language_it_is_told(code, is_requests):
+@pytest.mark.parametrize(("code", "is_about_request"), [(529, False), (400, True), ("context_length_exceeded", True)])
+def test_a_fault_is_judged_in_whatever_language_it_is_told(code, is_about_request):
     it = monorelay.AnswerTranslator(asked_of(stream=True))
     sent = it.feed(sse_of([delta(content="Hi"), {"error": {"message": f"\u5fd9\u2019 {WIDE}", "code": code}}]))
     assert f"\u5fd9\u2019 {WIDE}" in events_of(sent)[-1][1]["error"]["message"]
-    assert it.fault.is_requests == is_requests
+    assert it.fault.is_about_request == is_about_request
 
 
 def test_s17_comments_are_no_events_and_silence_gets_a_ping():
@@ -10268,7 +10268,7 @@ def test_what_a_request_about_a_model_meets_says_nothing_of_its_work(upstream, r
 def test_errors_are_judged_in_milliseconds():
     for words in (b"c", b"p", b"can only afford ", b"prompt tokens ", b"content_"):
         told = words * (monorelay.PEEKED_BYTES // len(words))
-        assert seconds_each(lambda told=told: monorelay.is_own_fault(429, told), 3) < 0.02
+        assert seconds_each(lambda told=told: monorelay.is_about_request(429, told), 3) < 0.02
 
 
 @pytest.mark.parametrize("status", [401, 403])
