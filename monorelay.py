@@ -5887,7 +5887,7 @@ class ChatReader:
             reason = "refusal"
         elif reason == "end_turn" and self._sequence:
             reason = "stop_sequence"
-        self._writer.end(reason, self._sequence if reason == "stop_sequence" else None, self._framed())
+        self._writer.end(reason, self._sequence if reason == "stop_sequence" else None, self._final_usage())
         return events + self._writer.take()
 
     def _read_choice(self, choice: JsonDict) -> None:
@@ -6032,7 +6032,7 @@ class ChatReader:
         self._held -= len(call.arguments) + len(call.seal)
         call.arguments, call.seal, call.closed = bytearray(), "", True
 
-    def _framed(self) -> JsonDict:
+    def _final_usage(self) -> JsonDict:
         """The usage in the terms of Messages, whose input leaves out what was read from a cache or written to it; an
         estimate where the provider tells none, since clients compact a conversation by it."""
         if not self._usage:
@@ -6222,7 +6222,7 @@ class MessageReader:
         delta = {"refusal": self._refusal} if self._refusal else {}
         chunks = [*self.begin(), self._chunk(delta, finish)]
         if self._asked.with_usage or not self._asked.stream:
-            chunks.append({**self._chunk({}), "choices": [], "usage": self._framed()})
+            chunks.append({**self._chunk({}), "choices": [], "usage": self._final_usage()})
         return chunks
 
     def _read_head(self, message: JsonDict) -> list[JsonDict]:
@@ -6314,7 +6314,7 @@ class MessageReader:
             "model": narrow(self._asked.model), "choices": [choice], **self._tier, **usage,
         }  # fmt: skip
 
-    def _framed(self) -> JsonDict:
+    def _final_usage(self) -> JsonDict:
         """The usage in the terms of chat, whose prompt holds what was read from a cache or written to it."""
         fresh, read, stored, _, output = (count or 0 for count in tokens_of(self._usage))
         prompt = fresh + read + stored
@@ -6399,15 +6399,15 @@ class AnswerTranslator:
 
     def feed(self, data: bytes) -> bytes:
         """The bytes for the client, of the next bytes of a stream."""
-        return self._framed(self._read_events(self._events.feed(data)))
+        return self._bytes_of_all(self._read_events(self._events.feed(data)))
 
     def close(self) -> bytes:
         """The bytes for the client at the end of a stream."""
-        return self._framed(self._read_end())
+        return self._bytes_of_all(self._read_end())
 
     def ping(self) -> bytes:
         """What goes out when nothing has come for a while: a sign of life, or the end of an answer that may end."""
-        return self.close() if self.may_end else self._framed([*self._reader.begin(), PING])
+        return self.close() if self.may_end else self._bytes_of_all([*self._reader.begin(), PING])
 
     def fail(self, message: str, kind: str, code: str) -> bytes:
         """The error event that ends a stream."""
@@ -6433,7 +6433,7 @@ class AnswerTranslator:
             raise self._fault_of(error) from None
         return b"".join(pieces)
 
-    def _framed(self, events: Iterable[JsonDict]) -> bytes:
+    def _bytes_of_all(self, events: Iterable[JsonDict]) -> bytes:
         """The events as they go out, with what tells of a fault among them."""
         sent = []
         try:
