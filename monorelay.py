@@ -4282,7 +4282,7 @@ class Draft:
     def __init__(self, target: Target) -> None:
         self.model = narrow(target.model)
         self.provider = target.provider
-        self.knobs = target.provider.translate or Translation()
+        self.settings = target.provider.translate or Translation()
         self.names: dict[str, str] = {}  # of tools: as sent, and as the client calls them
         self.about_answer: JsonDict = {}  # what Asked has to know besides
         self.dropped: dict[str, None] = {}  # the names of what was left out, each once
@@ -4337,11 +4337,11 @@ class Draft:
         return read_within(text)
 
     def finished(self, body: JsonDict) -> JsonDict:
-        """The body with what the provider's knobs take out of it and put into it."""
-        for name in map(narrow, self.knobs.drop):
+        """The body with what the settings of `translate` take out of it and put into it."""
+        for name in map(narrow, self.settings.drop):
             if body.pop(name, None) is not None:
                 self.drop(name)
-        body.update(read_within(narrow(self.knobs.extra)))
+        body.update(read_within(narrow(self.settings.extra)))
         return body
 
 
@@ -4850,7 +4850,7 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
     """A request of Messages as one of chat. Raises BadRequest."""
     draft.refuse_members(request, MESSAGES_REFUSED)
     input_tokens = estimated_tokens(request)
-    field = draft.knobs.max_tokens_field
+    field = draft.settings.max_tokens_field
     if field == "auto":
         field = "max_completion_tokens" if NEW_LIMIT_HOSTS.fullmatch(draft.provider.host) else "max_tokens"
     if request.get("max_tokens") == 0:
@@ -4877,7 +4877,7 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
     shown = "omitted" if thinking.get("display") == "omitted" else "shown"
     draft.about_answer = {
         "thinking": "hidden" if thinking.get("type") in ("disabled", None) else shown,
-        "thinking_returns": draft.knobs.reasoning_back != "none",
+        "thinking_returns": draft.settings.reasoning_back != "none",
         "input_tokens": input_tokens,
     }
     return chat
@@ -4975,7 +4975,7 @@ EFFORTS = ("low", "medium", "high", "xhigh", "max")
 def chat_reasoning(request: JsonDict, draft: Draft) -> JsonDict:
     """How much the model is to think, where the provider can be told."""
     thinking, output = member(request, "thinking"), member(request, "output_config")
-    effort, kind, is_told = output.get("effort"), thinking.get("type"), draft.knobs.reasoning != "none"
+    effort, kind, is_told = output.get("effort"), thinking.get("type"), draft.settings.reasoning != "none"
     draft.drop_rest(thinking, ("type", "display", "budget_tokens"), "thinking")
     if kind not in ("enabled", "adaptive", "disabled", None) or (kind in ("enabled", "adaptive") and not is_told):
         draft.drop("thinking")
@@ -5071,16 +5071,16 @@ class ChatTurns:
     def _write_system(self, turn: Turn) -> None:
         """What the system says later on, where the provider wants it."""
         texts = [said for place, block in turn.blocks for said in system_texts([block], place)]
-        if self._draft.knobs.system_turns == "lead":
+        if self._draft.settings.system_turns == "lead":
             self._lead += texts
         else:
             self._reminders += texts
-        if self._draft.knobs.system_turns == "keep" and not self._calls:
+        if self._draft.settings.system_turns == "keep" and not self._calls:
             self._write_reminders()
 
     def _write_reminders(self) -> None:
         """Writes what waits, as the system's or the user's words."""
-        if self._reminders and self._draft.knobs.system_turns == "keep":
+        if self._reminders and self._draft.settings.system_turns == "keep":
             self._write({"role": "system", "content": TEXT_JOINT.join(self._reminders)})
         else:
             self._say([text_part(reminder(said)) for said in self._reminders])
@@ -5114,7 +5114,7 @@ class ChatTurns:
 
     def _thinking(self, thought: str) -> JsonDict:
         """The provider's own thinking, where it wants it back."""
-        field = self._draft.knobs.reasoning_back
+        field = self._draft.settings.reasoning_back
         if field == "none" or (field == "reasoning" and not thought):
             return {}
         return {field: thought or " "}  # some refuse a turn without it, and some an empty one
@@ -5416,7 +5416,7 @@ def longest_answer(chat: JsonDict, draft: Draft) -> int:
     for name in ("max_completion_tokens", "max_tokens"):
         if chat.get(name) not in (None, 0, -1):  # which some clients send for no limit
             return positive_count(chat[name], name)
-    return draft.knobs.default_max_tokens
+    return draft.settings.default_max_tokens
 
 
 def message_sampling(chat: JsonDict, draft: Draft) -> JsonDict:
@@ -5502,7 +5502,7 @@ def message_output(chat: JsonDict, draft: Draft, system: list[JsonDict]) -> Json
     elif kind != "text":
         raise draft.refusal("response_format", f"the type {kind}")
     effort = chat.get("reasoning_effort")
-    if effort is not None and draft.knobs.reasoning == "none":
+    if effort is not None and draft.settings.reasoning == "none":
         draft.drop("reasoning_effort")
     elif effort == "none":
         members["thinking"] = {"type": "disabled"}
@@ -5563,7 +5563,7 @@ class MessageTurns:
         texts = self._blocks(message.get("content"), f"{place}.content")
         if any(block["type"] != "text" for block in texts):
             raise self._draft.refusal(f"{place}.content", "what is no text, from the system,")
-        if not self._messages or self._draft.knobs.system_turns == "lead":
+        if not self._messages or self._draft.settings.system_turns == "lead":
             self.system += texts
         else:
             self._later += texts
@@ -5571,13 +5571,13 @@ class MessageTurns:
     def _write_later(self) -> None:
         """Writes what the system says later: where models know that, it stands behind a user's turn."""
         later, self._later = self._later, []
-        if later and self._draft.knobs.system_turns == "keep":
+        if later and self._draft.settings.system_turns == "keep":
             self._messages.append({"role": "system", "content": later})
         elif later:
             self._say("user", [{**block, "text": reminder(block["text"])} for block in later])
 
     def _write_user(self, message: JsonDict, place: str) -> None:
-        if self._draft.knobs.system_turns == "user":
+        if self._draft.settings.system_turns == "user":
             self._write_later()
         self._say("user", self._blocks(message.get("content"), f"{place}.content"))
 

@@ -3595,9 +3595,9 @@ TOOL = {
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
 
 
-def target_of(format: str = "openai", host: str = "127.0.0.1", **knobs: Any) -> Any:
-    """A target whose provider speaks the format, with the knobs of its `translate`."""
-    provider = {"format": format, "base_url": f"http://{host}/v1", "translate": knobs or True}
+def target_of(format: str = "openai", host: str = "127.0.0.1", **settings: Any) -> Any:
+    """A target whose provider speaks the format, with the settings of its `translate`."""
+    provider = {"format": format, "base_url": f"http://{host}/v1", "translate": settings or True}
     config = monorelay.parse_config(json.dumps({"providers": {"acme": provider}}), {})
     return monorelay.Target(config.providers["acme"], "model-upstream")
 
@@ -4022,7 +4022,7 @@ def test_q20_who_the_user_is_stays_here():
 
 
 @pytest.mark.parametrize(
-    ("host", "knobs", "field"),
+    ("host", "settings", "field"),
     [
         ("api.openai.com", {}, "max_completion_tokens"),
         ("me.openai.azure.com", {}, "max_completion_tokens"),
@@ -4031,8 +4031,8 @@ def test_q20_who_the_user_is_stays_here():
         ("127.0.0.1", {"max_tokens_field": "max_completion_tokens"}, "max_completion_tokens"),
     ],
 )
-def test_q22_the_limit_has_the_name_that_the_host_knows(host, knobs, field):
-    body, _ = to_chat(target_of(host=host, **knobs))
+def test_q22_the_limit_has_the_name_that_the_host_knows(host, settings, field):
+    body, _ = to_chat(target_of(host=host, **settings))
     assert {name: value for name, value in body.items() if name.startswith("max")} == {field: 64}
 
 
@@ -4247,7 +4247,7 @@ def test_g2_geminis_signature_goes_with_its_call_and_comes_back_to_gemini_alone(
         assert [one["id"] for one in turn["tool_calls"]] == [one["tool_call_id"] for one in results] == ids
 
 
-def test_the_owners_knobs_take_fields_out_and_put_some_in():
+def test_the_owners_settings_take_fields_out_and_put_some_in():
     target = target_of(drop=["temperature", "stream_options"], extra={"top_k": 3, "chat_template_kwargs": {"a": [1]}})
     body, dropped = to_chat(target, temperature=0.5, stop_sequences=["x"])
     assert "temperature" not in body and body["top_k"] == 3 and body["chat_template_kwargs"] == {"a": [1]}
@@ -20120,8 +20120,8 @@ def test_the_readmes_alias_fails_over_across_formats(upstream, relay):
 def test_the_readmes_settings_of_translation_are_valid():
     told = [json.loads(cell.strip("`")) for cell in readme_tables()["provider"].values() if cell.startswith("`")]
     assert len(told) == 4
-    for knobs in told:
-        parse({"a": {"format": "openai", "base_url": "http://127.0.0.1:9/v1", "translate": knobs}})
+    for settings in told:
+        parse({"a": {"format": "openai", "base_url": "http://127.0.0.1:9/v1", "translate": settings}})
 
 
 @pytest.mark.parametrize("client", ["Anthropic SDKs", "OpenAI SDKs"])
