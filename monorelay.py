@@ -3295,11 +3295,8 @@ def reason_of(status: int) -> str:
 
 def header_text(value: str) -> str:
     """Text from outside made fit for a header value: what isn't printable ASCII is percent-encoded."""
-    return (
-        value
-        if value.isascii() and value.isprintable()
-        else quote(value, safe=" !#$&'()*+,/:;=?@[]%", errors="replace")
-    )
+    is_fit = value.isascii() and value.isprintable()
+    return value if is_fit else quote(value, safe=" !#$&'()*+,/:;=?@[]%", errors="replace")
 
 
 def retry_after_seconds(value: str, now: float) -> Optional[float]:
@@ -3662,9 +3659,11 @@ class JsonWalk:
         if depth > 2:
             self._notice_tool(kind, state, start, end)
         elif GRAMMAR[state].get(kind) == "colon":
-            self._names[depth - 1 :] = [self._text(start, end), ""][: 3 - depth]
-            if self._names[0] == "metadata" and depth == 1:
-                self._user_id = ""  # the last one counts
+            self._names[depth - 1] = self._text(start, end)
+            if depth == 1:
+                self._names[1] = ""
+                if self._names[0] == "metadata":
+                    self._user_id = ""  # the last one counts
         elif state == "value" and depth == 1 and is_model_name(self._names[0]):
             self._notice_model(self._names[0], start, end, is_string)
         elif state == "value" and depth == 1 and self._names[0] == "prompt_cache_key":
@@ -4874,9 +4873,9 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
     draft.drop_rest(request, MESSAGES_KNOWN)
     draft.drop_rest(member(request, "metadata"), (), "metadata")
     thinking = member(request, "thinking")
-    shown = "omitted" if thinking.get("display") == "omitted" else "shown"
+    display = "omitted" if thinking.get("display") == "omitted" else "shown"
     draft.about_answer = {
-        "thinking": "hidden" if thinking.get("type") in ("disabled", None) else shown,
+        "thinking": "hidden" if thinking.get("type") in ("disabled", None) else display,
         "thinking_returns": draft.settings.reasoning_back != "none",
         "input_tokens": input_tokens,
     }
@@ -4891,8 +4890,8 @@ def chat_tools(request: JsonDict, draft: Draft) -> JsonDict:
     written = [chat_tool(tool, place, draft) for place, tool in objects(request.get("tools") or [], "tools")]
     choice = member(request, "tool_choice")
     kind = word(choice.get("type"))
-    words = {word: chats for chats, word in CHOICES.items()}
-    if choice and kind not in words and kind != "tool":
+    chat_choices = dict(zip(CHOICES.values(), CHOICES))
+    if choice and kind not in chat_choices and kind != "tool":
         raise draft.refusal("tool_choice", f"the type {kind}")
     if not written and kind in ("any", "tool"):
         raise draft.refusal("tool_choice", "a call of a tool that isn't offered")
@@ -4903,7 +4902,7 @@ def chat_tools(request: JsonDict, draft: Draft) -> JsonDict:
         name = draft.tool_name(text_in(choice, "name", "tool_choice"))
         members["tool_choice"] = {"type": "function", "function": {"name": name}}
     elif choice:
-        members["tool_choice"] = words[kind]
+        members["tool_choice"] = chat_choices[kind]
     if choice.get("disable_parallel_tool_use") is True and kind != "none":
         members["parallel_tool_calls"] = False
     return members
@@ -6143,7 +6142,7 @@ def whole_message(events: Iterable[JsonDict]) -> JsonDict:
                 block["input"] = read_within(block.pop("partial_json", "").strip(JSON_BLANKS) or "{}")
             content.append(block)
         except ValueError:
-            continue
+            pass  # a call that was cut off
     return {**message, "content": content or [text_part("")]}
 
 
@@ -6303,8 +6302,8 @@ class MessageReader:
         """A part of thinking: by DeepSeek's name for who shows it, in LiteLLM's form for who sends it back."""
         self._thoughts += self._is_new_thought
         self._is_new_thought = False
-        shown = {"reasoning_content": said} if said else {}
-        return self._chunk({**shown, "thinking_blocks": [{"index": self._thoughts - 1, **block}]})
+        text = {"reasoning_content": said} if said else {}
+        return self._chunk({**text, "thinking_blocks": [{"index": self._thoughts - 1, **block}]})
 
     def _chunk(self, delta: JsonDict, finish: Optional[str] = None) -> JsonDict:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
