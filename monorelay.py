@@ -96,7 +96,8 @@ JsonDict = dict[str, Any]
 
 # ==== Limits =====================================================================================
 #
-# Each is a size in bytes, a count or a time in seconds, and says whom it follows.
+# Each is a size in bytes, a count or a time in seconds. The comment above it or behind it, which goes on where the
+# name ends, says what is bounded, and why there or whom it follows.
 
 # nginx's large_client_header_buffers allows 8 KiB a line; long ids and queries get twice that.
 REQUEST_LINE_BYTES = 16 * 1024
@@ -288,6 +289,8 @@ BUILT_IN_CONFIG = """{
 
 
 # ==== Errors =====================================================================================
+#
+# A fault gets its status, type and code where it is found; Exchange.error_response() alone makes HTTP of a RelayError.
 #
 # RelayError                what the client is told; carries status, type (`kind`) and short code
 #  ├─ BadRequest            400  ├─ MalformedRequest: the connection is closed, too
@@ -511,7 +514,8 @@ def error_event(format: str, kind: str, message: str, code: str, request_id: str
 #
 # relay.json becomes a Config in three steps: parse_json refuses what JSON leaves vague, expand fills
 # in the environment, and the tables of settings below check every value at its place. Problems are
-# collected, so that one run of `check` shows all of them.
+# collected, so that one run of `check` shows all of them. Aliases and routes are followed here, too, since
+# one of the checks is whether each alias leads to a provider.
 
 
 class Secret:
@@ -2206,13 +2210,13 @@ class KeyPool:
         return float((int.from_bytes(digest[:7], "big") / 2**56) ** (1 / key.weight))
 
     def _back_at(self, candidate: Candidate) -> float:
-        """When the candidate is wanted again."""
+        """When nothing of the candidate cools any more; 0.0 if nothing does."""
         return max(
             (self._cooling[name].until for name in cooldown_keys(candidate) if name in self._cooling), default=0.0
         )
 
     def succeeded(self, candidate: Candidate, now: float) -> None:
-        """Forgets what was held against the candidate, as far as a success disproves it."""
+        """Ends the cooling of what a success of the candidate has proven to work."""
         if not self._cooling:
             return
         provider, key, key_and_model = cooldown_keys(candidate)
@@ -2296,8 +2300,8 @@ class KeyPool:
         return record
 
     def cooling(self, now: float) -> dict[tuple[str, ...], list[tuple[str, Cooling]]]:
-        """What cools for requests to models, by provider, or provider and mark of the key: the model, or nothing for
-        all, and the entry."""
+        """What cools for requests to models, by (provider,) or (provider, mark of the key): pairs of a model, empty for
+        all of them, and its entry."""
         found: dict[tuple[str, ...], list[tuple[str, Cooling]]] = {}
         for name, entry in self._cooling.items():
             if entry.until > now and name[2:] != ("",):
@@ -2305,8 +2309,9 @@ class KeyPool:
         return found
 
     def shared(self, now: float) -> list[list[Any]]:
-        """What cools, or is still taken for cooling by others, for the other workers: of too many, whole providers and
-        keys, and what has changed last; no models that are called as clients invent them to take room."""
+        """The entries for the other workers: of what cools, or may still be taken for cooling by them. Of too many,
+        those of whole providers and keys, then those that changed last. None of models whose names are long or odd:
+        such are invented to take room."""
         known = [
             (name, entry)
             for name, entry in self._cooling.items()
@@ -3777,8 +3782,8 @@ class ReadBody:
             self.problem, self.behind, self._walk = (error.message, error.code), False, None
 
     def with_model(self, model: str, decoded: bool = False) -> tuple[list[bytes], bool]:
-        """The body that asks for this model, in pieces, and whether it lost its content-encoding, as it does to be
-        `decoded`. To ask for another one than the client did, the place of the model must be known."""
+        """The body that asks for this model, in pieces, and whether it has lost its content-encoding: it does where it
+        asks for another one than the client, whose place must be known then, or is to be `decoded`."""
         if self.facts is None or self.facts.model == model:
             return (self.content, self.sent is not self.content) if decoded else (self.sent, False)
         assert self.facts.span
@@ -3991,7 +3996,7 @@ class Inflater:
             return b"", False
 
     def _decompress_zstd(self) -> tuple[bytes, bool]:
-        """The same; what it hasn't decompressed yet, the decompressor keeps."""
+        """As _decompress_zlib(), but zstd's decompressor itself keeps what it hasn't decompressed yet."""
         held = not self._inflater.needs_input
         data = b"" if held else next(self._pieces, b"")
         try:
@@ -4347,8 +4352,8 @@ class Draft:
 def translate_request(
     pieces: Sequence[bytes], values: int, target: Target, asked_model: str, request_id: str, now: float
 ) -> Translated:
-    """A request to the other format of the target, of a body in pieces that has so many values. Raises BadRequest, as
-    Untranslatable where it is sound. What isn't needed any more is let go at once: it may be as large as the body."""
+    """The request in a body in pieces, which has so many JSON values, in the format of the target. Raises BadRequest,
+    Untranslatable for a sound one. What isn't needed any more is let go at once: it may be as large as the body."""
     draft = Draft(target)
     try:
         request = read_document(pieces, values)
@@ -4499,7 +4504,7 @@ def json_parts(pieces: Iterable[bytes], errors: str = "strict") -> Iterator[str]
 
 
 def end_of_escapes(text: str) -> int:
-    """Where a part of a JSON text ends, but for an escape that goes on behind it, or whose other half may."""
+    """Where a part of a JSON text can be cut: before an escape that isn't whole, or whose other half may follow."""
     at = text.rfind("\\", -5)
     end = at if at >= 0 and text[at + 1 : at + 2] in ("", "u") and begins_escape(text, at) else len(text)
     return end - 6 if HALF_ESCAPE.fullmatch(text, end - 6, end) and begins_escape(text, end - 6) else end
@@ -6905,8 +6910,8 @@ class Tally:
         return counts
 
     def _model_label(self, row: LedgerRow) -> str:
-        """The model as it was sent, or would have been asked for, once a provider has answered for it: clients invent
-        names, and no one may do so for all."""
+        """The model as it was sent, else as it was asked for; OTHER until a provider has answered for it, and where its
+        user has had many such names: clients invent them."""
         name = row.sent or row.model
         if name not in self._models and name not in self.models:
             is_full = len(self._models) >= TALLIED_MODELS
@@ -6966,12 +6971,11 @@ class Tally:
 
 # -- the page
 
-RUNNING_USER, RUNNING_SINCE = 1, 7
+RUNNING_USER, RUNNING_SINCE = 1, 7  # where these stand in a row of a request that runs
 
 
 def ended_row(row: LedgerRow) -> list[Any]:
-    """A request that has ended, as the page gets it: the first is a number that grows with time, and almost never is
-    another one's; the times are in seconds."""
+    """A request that has ended, as the page gets it: first its row_number(); times are in seconds."""
     written = None if row.cache_write is None else row.cache_write + (row.cache_write_long or 0)
     return [
         row_number(row), row.at / 1000, row.user, row.model, row.sent, row.provider, row.key, row.status,
@@ -6982,7 +6986,7 @@ def ended_row(row: LedgerRow) -> list[Any]:
 
 
 def row_number(row: LedgerRow) -> int:
-    """A number for a row that isn't in the ledger: rows that ended later have larger ones."""
+    """A number for a row that isn't in the ledger: larger than that of one that ended before, and hardly ever twice."""
     return row.at * 4096 + zlib.crc32(row.request.encode()) % 4096
 
 
@@ -6993,7 +6997,7 @@ Family = tuple[str, str, str, Sequence[Sample]]  # name, type, meaning
 
 
 def metrics_text(tally: Tally, keys: Sequence[JsonDict], gauges: Mapping[str, float]) -> Iterator[str]:
-    """All that is counted in Prometheus' text format 0.0.4, piece by piece: of many models, one takes 50 ms
+    """All that is counted in Prometheus' text format 0.0.4, family by family: one of many models takes 50 ms
     (https://prometheus.io/docs/instrumenting/exposition_formats/). `keys`: as the page has them."""
     for name, kind, meaning, samples in metric_families(tally, keys, gauges):
         lines = [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
@@ -7416,7 +7420,7 @@ def echo_count_tokens(request: JsonDict, identity: str, now: int) -> EchoRespons
 
 
 def check_messages(request: JsonDict) -> None:
-    """The turns: at least one, the first the user's, alternating, each with content."""
+    """Raises EchoFault unless there are turns that alternate, the first the user's, each with content."""
     require(request, "messages", is_list, "Input should be a valid list")
     if not request["messages"]:
         raise EchoFault(400, "messages: at least one message is required")
@@ -7438,7 +7442,7 @@ def check_messages(request: JsonDict) -> None:
 
 
 def check_blocks(content: Any, place: str) -> None:
-    """Content blocks: objects with a type, texts that aren't empty."""
+    """Raises EchoFault unless the content is a text or blocks with a type, and none of its texts is empty."""
     if not content:
         raise EchoFault(400, f"{place}content: must not be empty")
     for index, block in enumerate(content if isinstance(content, list) else ()):
@@ -7451,7 +7455,7 @@ def check_blocks(content: Any, place: str) -> None:
 
 
 def check_sampling(request: JsonDict) -> None:
-    """The fields that are optional, where they are given."""
+    """Raises EchoFault for a max_tokens or an optional field, where given, of a wrong type or out of range."""
     checks: Sequence[tuple[str, Callable[[Any], bool], str]] = (
         ("max_tokens", lambda value: value >= 1, "Input should be greater than or equal to 1"),
         ("temperature", lambda value: is_number(value) and 0 <= value <= 1, "range: 0..1"),
@@ -7475,7 +7479,7 @@ def check_sampling(request: JsonDict) -> None:
 
 
 def check_tools(request: JsonDict) -> None:
-    """Tools: each with a name, and a schema unless the provider itself would run it."""
+    """Raises EchoFault unless each tool has a name, and a schema if the client runs it, and the choice is one."""
     tools = [] if request.get("tools") is None else request["tools"]
     choice = request.get("tool_choice") or {}
     if not isinstance(tools, list) or not isinstance(choice, dict):
