@@ -2350,12 +2350,12 @@ def key_states(
 ) -> list[JsonDict]:
     """How each key of the enabled providers is, for their owner to see. `records`: of a provider and the label of its
     key, as record_document() has them. `now` is on the monotonic clock, `clock` in seconds since 1970."""
-    states, all_cooling = [], pool.cooling(now)
+    states, all_cooling, unused = [], pool.cooling(now), record_document(KeyRecord())
     for provider in providers:
         keys: Sequence[Optional[ProviderKey]] = provider.keys or (None,)
         for key in keys if provider.enabled else ():
             candidate = Candidate(Target(provider, ""), key)
-            record = records.get((provider.name, candidate.label), EMPTY_RECORD)
+            record = records.get((provider.name, candidate.label), unused)
             names = cooldown_keys(candidate)[:2]
             cooling = [entry for name in names for entry in all_cooling.get(name, ())]
             state = {"provider": provider.name, "key": candidate.label, **key_state(provider, cooling, now)}
@@ -2380,9 +2380,6 @@ def key_state(provider: Provider, cooling: Sequence[tuple[str, Cooling]], now: f
         state |= {"state": "cooling", "for": round(longest.until - now, 1), "why": longest.why}
         state["models"] = None if "" in models else models
     return state
-
-
-EMPTY_RECORD: JsonDict = {"outcomes": {}, "hours": [], "failed": None, "answered": 0.0, "limits": []}
 
 
 def record_document(record: KeyRecord) -> JsonDict:
