@@ -5870,9 +5870,9 @@ class ChatReader:
         usage, ended = chunk.get("usage"), False
         if isinstance(usage, dict):
             self._usage, ended = usage, self.may_end
-        ours = [it for it in listed_objects(chunk.get("choices")) if it.get("index", 0) == 0]
-        if ours and not self.may_end:
-            self._read_choice(ours[0])
+        choice = first_choice(chunk)
+        if choice is not None and not self.may_end:
+            self._read_choice(choice)
         return self._writer.take(), ended
 
     def end(self) -> list[JsonDict]:
@@ -6043,6 +6043,11 @@ class ChatReader:
         stored = brief + lasting
         # Claude Code takes 0 for not told, and would count the cached part twice.
         return message_usage(fresh or min(1, read + stored), stored, read, output)
+
+
+def first_choice(answer: JsonDict) -> Optional[JsonDict]:
+    """The first choice of a chat answer or a chunk, if it has one: nobody has asked for others."""
+    return next((it for it in listed_objects(answer.get("choices")) if it.get("index", 0) == 0), None)
 
 
 def too_many_calls() -> UnfitAnswer:
@@ -6506,7 +6511,7 @@ class AnswerTranslator:
 def is_unfinished(answer: JsonDict) -> bool:
     """Whether a whole chat answer says by a null that nothing has ended it. Some servers say so of all that calls
     tools; whether that is whole, the calls tell."""
-    choice = next((it for it in listed_objects(answer.get("choices")) if it.get("index", 0) == 0), {})
+    choice = first_choice(answer) or {}
     message = member(choice, "message")
     return choice.get("finish_reason", "") is None and not (message.get("tool_calls") or message.get("function_call"))
 
