@@ -1414,6 +1414,9 @@ def exact(value: float) -> int:
     return int(decimal.Decimal(repr(value)) * PRICE_UNIT)
 
 
+# -- where names lead, and where to listen
+
+
 def check_routes(config: Config, problems: Problems) -> None:
     """Adds a problem for each provider that a route names and that doesn't exist."""
     for pattern, names in config.routes.items():
@@ -5296,7 +5299,7 @@ def estimated_tokens(request: JsonDict) -> int:
     return math.ceil(tokens + TOKENS_PER_CHARACTER * counted)
 
 
-# -- what comes back
+# -- what clients send back for the provider: ids of calls, and thinking
 
 
 def utf8_of_base64(text: str, start: int) -> bytearray:
