@@ -7467,6 +7467,7 @@ def check_sampling(request: JsonDict) -> None:
         ("top_p", lambda value: is_number(value) and 0 <= value <= 1, "range: 0..1"),
         ("top_k", lambda value: is_whole(value) and value >= 0, "Input should be greater than or equal to 0"),
         ("stop_sequences", is_texts, "Input should be a valid list of strings"),
+        ("stop_sequences", lambda value: all(map(str.strip, value)), "each must contain non-whitespace"),
         ("stream", of_type(bool), "Input should be a valid boolean"),
         ("thinking", is_object, "Input should be an object"),
     )

@@ -7018,6 +7018,7 @@ def test_echo_streams_word_by_word(echo):
         ({"stream": "yes"}, "stream"),
         ({"system": 5}, "system"),
         ({"stop_sequences": "x"}, "stop_sequences"),
+        ({"stop_sequences": ["x", " \n"]}, "stop_sequences"),
         ({"tools": {}}, "tools"),
         ({"tools": [{"name": "look"}]}, "tools.0"),
         ({"tools": [TOOL], "tool_choice": {"type": "maybe"}}, "tool_choice"),
