@@ -10705,7 +10705,8 @@ class Service:
             row = record.row(self.loop.now, time.time())
             self.tally.add(row)
             self.ledger.put(row)
-        if record.error and not record.error.startswith("upstream:"):
+        # Neither a provider's error nor the end of a client that left, or was made to, is one of the relay's own.
+        if record.error and not record.error.startswith(("upstream:", "client_gone", "made_room")):
             self.tally.refused[record.error] += 1
         self.log.record(record, self.loop.clock())
 

@@ -3526,6 +3526,7 @@ def test_what_message_start_says_of_the_output_is_no_figure(upstream, relay):
     gate.set()
     assert (row.input, row.output, row.complete, row.error, row.untold) == (25, None, 0, "client_gone", True)
     assert row.cost == 25 * 2000 and not row.failed
+    assert not it.server.service.tally.refused, "a client that leaves is refused nothing"
     line = it.logged("client_gone")
     assert " input=25" in line and "output=" not in line
 
