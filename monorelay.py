@@ -12656,13 +12656,13 @@ class RelayServer(http.server.ThreadingHTTPServer):
             )
 
     def start(self) -> None:
-        """Starts its threads: one serves, one accepts at each address, one writes the log, one the ledger if any."""
+        """Starts its threads: one writes the log, one the ledger if any, one serves, one accepts at each address."""
+        self.log.start()
+        self.service.ledger.start()  # before the first request: it reads what users have spent
         threading.Thread(target=self.service.loop.run, name="event loop", daemon=True).start()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="accept", daemon=True).start()
         for listener in self._listeners[1:]:
             threading.Thread(target=self._accept_from, args=(listener,), name="accept more", daemon=True).start()
-        self.log.start()
-        self.service.ledger.start()
         self._started = True
 
     def reload(self, config: Config, warns: bool = True) -> None:

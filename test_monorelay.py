@@ -14361,6 +14361,26 @@ def test_a_spent_budget_refuses_what_would_cost_and_survives_a_restart(upstream,
             it = budgeted(relay, provider, tmp_path)
 
 
+def test_no_request_is_served_before_it_is_known_what_was_spent(upstream, relay, tmp_path):
+    provider = upstream(spending(1200))
+    budgeted(relay, provider, tmp_path).post("/v1/messages", prompt("priced"), token=ALICE)
+    path = tmp_path / "usage.db"
+    eventually(lambda: path.exists() and monorelay.read_ledger(str(path), lambda connection: True))
+    holder = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+    holder.execute("BEGIN EXCLUSIVE")
+    config = parse({"anthropic": provider}, ledger={"path": str(path)}, **SPENDERS)
+    again = monorelay.RelayServer(config, log=io.StringIO())
+    body = json.dumps(prompt("priced")).encode()
+    with concurrent.futures.ThreadPoolExecutor(1) as threads, Client(again.url) as client:
+        asked = threads.submit(client.ask, "POST", "/v1/messages", body, token=ALICE)
+        release = threading.Timer(0.3, holder.close)
+        release.start()
+        again.start()
+        assert refused(asked.result(), 429, "rate_limit_error").startswith("alice has spent $1.20")
+        release.join()
+    again.stop(1.0)
+
+
 def test_budgets_do_not_count_cache_reads_nor_what_has_no_price(upstream, relay, tmp_path):
     it = budgeted(relay, upstream(spending(9, cache_read_input_tokens=10**6)), tmp_path)
     for _ in range(11):
