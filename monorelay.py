@@ -11296,11 +11296,12 @@ async def answer_login(exchange: Exchange) -> Response:
 async def answer_refresh(exchange: Exchange) -> Response:
     """Exchanges a refresh token for new tokens."""
     given = await read_login(exchange, "refresh_token")
-    secret = exchange.config.server.jwt_secret
+    config = exchange.service.config  # that of now: new tokens would outlive what has ended this one meanwhile
+    secret = config.server.jwt_secret
     if not secret:
         raise Unauthenticated("this relay issues no tokens: server.jwt_secret is not set")
     claims = verify_token(given["refresh_token"], secret.reveal(), time.time())
-    return token_response(exchange, subject(claims, "refresh", exchange.config), secret)
+    return token_response(exchange, subject(claims, "refresh", config), secret)
 
 
 def token_response(exchange: Exchange, username: str, secret: Secret) -> Response:

@@ -12104,6 +12104,20 @@ def test_tokens_since_ends_what_was_issued_before_or_does_not_say_when(relay, is
     assert is_let_in(it, log_in(it).json["access_token"])
 
 
+def test_a_refresh_that_comes_slowly_is_judged_by_what_holds_at_its_end(relay):
+    it = relay({"echo": {}}, **GUARDED)
+    body = json.dumps({"refresh_token": log_in(it).json["refresh_token"]}).encode()
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 60))
+    users = {**USERS, "alice": {**USERS["alice"], "tokens_since": since}}
+    with it.client() as client:
+        client.send(request("POST", "/api/auth/refresh", body, token="")[:-9])
+        eventually(lambda: it.server.service.running)
+        it.server.reload(parse({"echo": {}}, server={"jwt_secret": JWT_SECRET}, users=users))
+        assert is_let_in(it, log_in(it, "bob").json["access_token"]), "the reload is through"
+        client.send(body[-9:])
+        refused(client.answer(), 401, "authentication_error", openai_shape=True)
+
+
 @pytest.mark.parametrize("left", [{}, {"jwt_secret": JWT_SECRET}], ids=["nothing", "a jwt_secret"])
 def test_an_access_key_that_was_removed_lets_nobody_in(relay, left):
     it = relay({"echo": {}}, server=left)
