@@ -4185,6 +4185,8 @@ TRANSLATED_HELD_BYTES = 512 * 1024  # of an event, and of what waits for its tur
 WRITTEN_CHARACTERS = 64 * 1024  # of a string at a time
 TAKEN_OUT_CHARACTERS = 2 * 1024  # of a string that is let go as soon as it is written
 WRITTEN_ELEMENTS = 50  # of a list at a time
+VALUE_CHARACTERS = 5  # of a number or a word, with the comma behind it
+WRITTEN_AT_ONCE_CHARACTERS = 512 * 1024  # which `json` writes within 3 ms, and nothing else runs meanwhile
 READ_AT_ONCE_BYTES = 1024 * 1024  # of a body: reading it in parts costs a fifth more
 WAITING_BYTES = 128  # that each piece of what waits takes besides
 # Of an answer that is translated as a whole. The longest ones have some 130,000 tokens, each in an event of its own;
@@ -4597,24 +4599,45 @@ def dump(value: Any) -> str:
     return WRITER.encode(value)
 
 
+def dump_apart(value: Any) -> str:
+    """The same of a value that may be large, and is taken apart."""
+    return "".join(json_texts([value]))
+
+
+def json_characters(value: Any) -> int:
+    """How many characters a value has as JSON text, but for escapes."""
+    counted, waiting = 0, [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            counted += characters(value) + len('"",')
+        elif isinstance(value, (dict, list)):
+            counted += len("{},")
+            waiting += value
+            waiting += value.values() if isinstance(value, dict) else ()
+        else:
+            counted += VALUE_CHARACTERS
+    return counted
+
+
 def json_pieces(document: JsonDict) -> list[bytes]:
     """The document, which it takes apart, as JSON in pieces. Its members, some elements at a time of lists that are
     such, and long strings are let go when they are written: no more than one of them is held twice."""
     pieces, before = JsonPieces(), "{"
     for name in list(document):
         value = document.pop(name)
-        pieces.add(f"{before}{dump(name)}:")
+        pieces.add([f"{before}{dump(name)}:"])
         if isinstance(value, list):
             elements, mark = taken(value), "["
             while value:
-                pieces.add(mark)
-                pieces.add_values(list(itertools.islice(elements, WRITTEN_ELEMENTS)))
+                pieces.add([mark])
+                pieces.add(json_texts(list(itertools.islice(elements, WRITTEN_ELEMENTS))))
                 mark = ","
-            pieces.add("]" if mark == "," else "[]")
+            pieces.add(["]" if mark == "," else "[]"])
         else:
-            pieces.add_values([value])
+            pieces.add(json_texts([value]))
         before = ","
-    pieces.add("}" if before == "," else "{}")
+    pieces.add(["}" if before == "," else "{}"])
     return pieces.finished()
 
 
@@ -4624,47 +4647,97 @@ class JsonPieces:
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
         self._last = bytearray()
-        self._mark = f"{random.getrandbits(128):032x}"  # which no client can foresee
 
-    def add_values(self, values: list[Any]) -> None:
-        """Adds values, with commas between them, and takes them apart: each long string is let go when it is added."""
-        long = taken_out(values, self._mark)
-        text, end = dump(values)[1:-1], 0
-        values.clear()
-        for place in re.finditer(f"{self._mark}([0-9]+){self._mark}", text) if long else ():
-            self.add(text[end : place.start()])
-            end, number = place.end(), int(place[1])
-            for part in slices(long[number]):
-                self.add(dump(part)[1:-1])
-            long[number] = ""
-        self.add(text[end:])
-
-    def add(self, text: str) -> None:
-        """Adds some text."""
-        for part in slices(text):
-            self._last += encoded(part)
-            if len(self._last) >= WRITTEN_CHARACTERS:
-                self._pieces.append(bytes(self._last))
-                self._last.clear()
+    def add(self, texts: Iterable[str]) -> None:
+        """Adds some texts."""
+        for text in texts:
+            for part in slices(text):
+                self._last += encoded(part)
+                if len(self._last) >= WRITTEN_CHARACTERS:
+                    self._pieces.append(bytes(self._last))
+                    self._last.clear()
 
     def finished(self) -> list[bytes]:
         """All of it."""
         return [*self._pieces, bytes(self._last)] if self._last else self._pieces
 
 
-def taken_out(document: list[Any], mark: str) -> list[str]:
-    """The long strings of a document, in whose places it leaves their numbers between two marks."""
+def json_texts(values: list[Any]) -> Iterator[str]:
+    """The JSON text of values, with commas between them, in parts. It takes them apart: what is long is let go when it
+    is written."""
+    mark = f"{random.getrandbits(128):032x}"  # which no client can foresee
+    long, left = taken_out(values, mark)
+    if left <= WRITTEN_AT_ONCE_CHARACTERS:
+        texts = iter([dump(values)[1:-1]])
+        values.clear()
+    else:
+        parts = in_parts(values)
+        texts = iter(lambda: "".join(itertools.islice(parts, WRITTEN_ELEMENTS)), "")
+    for text in texts:
+        end = 0
+        for place in re.finditer(f"{mark}([0-9]+){mark}", text) if long else ():
+            yield text[end : place.start()]
+            end, number = place.end(), int(place[1])
+            for part in slices(long[number]):
+                yield dump(part)[1:-1]
+            long[number] = ""
+        yield text[end:]
+
+
+def taken_out(document: list[Any], mark: str) -> tuple[list[str], int]:
+    """The long strings of a document, in whose places it leaves their numbers between two marks; and about how many
+    characters are left."""
     long: list[str] = []
+    left = 0
     waiting: list[Any] = [document]
     while waiting:
         holder = waiting.pop()
+        left += sum(map(len, holder)) if isinstance(holder, dict) else 0
         for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
-            if isinstance(value, str) and len(value) > TAKEN_OUT_CHARACTERS:
+            left += VALUE_CHARACTERS
+            if isinstance(value, (dict, list)):
+                waiting.append(value)
+            elif isinstance(value, str) and len(value) <= TAKEN_OUT_CHARACTERS:
+                left += len(value)
+            elif isinstance(value, str):
                 holder[key] = f"{mark}{len(long)}{mark}"
                 long.append(value)
-            elif isinstance(value, (dict, list)):
-                waiting.append(value)
-    return long
+    return long, left
+
+
+def in_parts(values: list[Any]) -> Iterator[str]:
+    """The JSON text of values, with commas between them, in parts that take `json` no time. What is written is gone."""
+    holders = [(False, taken_members(values))]
+    comma = ""
+    while holders:
+        is_object, members = holders[-1]
+        plain, inner = [], None
+        for name, value in members:
+            if value and isinstance(value, (dict, list)):
+                inner = value
+                break
+            plain.append((name, value))
+            if len(plain) == WRITTEN_ELEMENTS:
+                break
+        if plain:
+            yield comma + dump(dict(plain) if is_object else [value for _, value in plain])[1:-1]
+            comma = ","
+        if inner:
+            yield f"{comma}{dump(name) + ':' if is_object else ''}{'{' if isinstance(inner, dict) else '['}"
+            comma = ""
+            holders.append((isinstance(inner, dict), taken_members(inner)))
+        elif not plain:
+            holders.pop()
+            comma = ","
+            if holders:
+                yield "}" if is_object else "]"
+
+
+def taken_members(holder: Union[list[Any], JsonDict]) -> Iterator[tuple[Any, Any]]:
+    """The members of an object, or the elements of a list with their places, all of which are taken out of it."""
+    members = list(holder.items() if isinstance(holder, dict) else enumerate(holder))
+    holder.clear()
+    return taken(members)
 
 
 def slices(text: str) -> Iterator[str]:
@@ -5129,7 +5202,7 @@ class ChatTurns:
             raise self._draft.refusal(f"{place}.input", "what is no object")
         name = self._draft.tool_name(text_in(block, "name", place))
         id = call_name(block.get("id"), f"{place}.id")
-        call = {"id": self._call_id(id), "type": "function", "function": {"name": name, "arguments": dump(given)}}
+        call = {"id": self._call_id(id), "type": "function", "function": {"name": name, "arguments": dump_apart(given)}}
         _, seal = carried_call(id)
         if seal and self._draft.provider.host == GEMINI_HOST:
             call["extra_content"] = {"google": {"thought_signature": seal}}
@@ -5290,12 +5363,12 @@ def estimated_tokens(request: JsonDict) -> int:
         elif isinstance(block, dict) and member(block, "source").get("type") == "base64":
             tokens += sum(map(len, plain_texts(block["source"].get("data")))) * DOCUMENT_TOKENS_PER_CHARACTER
         elif isinstance(block, dict) and block.get("type") == "tool_use":
-            counted += characters(word(block.get("name"))) + characters(dump(block.get("input")))
+            counted += characters(word(block.get("name"))) + json_characters(block.get("input"))
         elif isinstance(block, dict):
             waiting += [block.get(name) for name in ("text", "thinking", "content", "source", "data", "title")]
     for _, tool in objects(request.get("tools") or [], "tools"):
-        texts = [word(tool.get("name")), *plain_texts(tool.get("description")), dump(tool.get("input_schema", {}))]
-        counted += sum(map(characters, texts))
+        counted += sum(map(characters, (word(tool.get("name")), *plain_texts(tool.get("description")))))
+        counted += json_characters(tool.get("input_schema", {}))
     return math.ceil(tokens + TOKENS_PER_CHARACTER * counted)
 
 

@@ -4359,6 +4359,29 @@ def test_long_strings_are_written_like_short_ones(odd):
     assert body["messages"] == [{"role": "system", "content": texts[-2]}, user(*map(said, texts), image_part())]
 
 
+def value_of(chance: random.Random, depth: int) -> Any:
+    """A JSON value, as deep as that at most, and sometimes wide."""
+    width = chance.choice([0, 1, 3, 49, 50, 51, 120] if depth < 3 else [1, 2, 3])
+    kind = chance.random() if depth else 0
+    if kind < 0.5:
+        texts = ["", "a", "é\U0001f600\ud83d", '"\\\n', "x" * 3000, "x" * 70_000]
+        return chance.choice([*texts, 1, -2.5, True, None, [], {}])
+    if kind < 0.75:
+        return [value_of(chance, depth - 1) for _ in range(width)]
+    return {chance.choice(["k", "é", '"']) + str(number): value_of(chance, depth - 1) for number in range(width)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_large_is_written_in_parts_and_the_same(monkeypatch, seed):
+    chance = random.Random(seed)
+    document = {"x": [value_of(chance, 4) for _ in range(3)], "y": value_of(chance, 3)}
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+    monkeypatch.setattr(monorelay, "WRITTEN_AT_ONCE_CHARACTERS", 0)
+    first, second = (json.loads(monorelay.narrow(text)) for _ in range(2))
+    assert monorelay.dump_apart(first) == monorelay.narrow(text)
+    assert json.loads(b"".join(monorelay.json_pieces(second))) == document
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 1000])
 @pytest.mark.parametrize("count", [1, 200_000])
 def test_a_body_reads_the_same_in_pieces_of_any_size(size, count):
@@ -19343,6 +19366,17 @@ def in_gzip(*pieces: bytes, path: str = "/v1/messages", **options: int) -> tuple
     return (path, *squeezed(*pieces, **options))
 
 
+CALLING = (
+    b'{"model":"gpt-x","max_tokens":1,"messages":[{"role":"user","content":"x"},'
+    b'{"role":"assistant","content":[{"type":"tool_use","id":"t","name":"n","input":{"a":'
+)
+CALLED = b'}}]},{"role":"user","content":[{"type":"tool_result","tool_use_id":"t","content":"y"}]}]}'
+SHOWING = (
+    b'{"model":"gpt-x","max_tokens":1,"messages":[{"role":"user","content":"x"}],'
+    b'"tools":[{"name":"n","input_schema":{"enum":['
+)
+SHOWN = b'""]}}]}'
+
 # Path, body, and how large the body is when it is inflated; and the statuses that an answer may have.
 LARGE_REQUESTS: dict[str, tuple[Callable[[], tuple[str, bytes, int]], tuple[int, ...]]] = {
     "echo-tool 7 deep": (lambda: as_json("/v1/messages", prompt("echo-tool", tools=[nested_tool(7)])), (200, 400)),
@@ -19377,6 +19411,13 @@ LARGE_REQUESTS: dict[str, tuple[Callable[[], tuple[str, bytes, int]], tuple[int,
     "escapes": (lambda: in_gzip(b'{"model":"fast","x":"', b"\\u00e9", b'"}'), (200,)),
     "a model of 24 MB": (lambda: in_gzip(b'{"model":"claude-\\u0041', b"x", b'"}', size=24 << 20), (400,)),
     "an unknown model of 31 MB": (lambda: in_gzip(b'{"model":"', b"x", b'"}', path="/v1/chat/completions"), (400,)),
+    # These are translated, and what this provider answers to all can't be.
+    "a call with a string of 16 MB": (
+        lambda: in_gzip(CALLING + b'"', b"x", b'"' + CALLED, size=16 << 20), (502,)),
+    "a call with 16,000 strings": (
+        lambda: in_gzip(CALLING + b"[", b'"' + b"x" * 1000 + b'",', b'""]' + CALLED, size=16 << 20), (502,)),
+    "a schema of 50,000 strings": (
+        lambda: in_gzip(SHOWING, b'"' + b"x" * 300 + b'",', SHOWN, size=16 << 20), (502,)),
     "one image of 31 MB": (lambda: in_gzip(b'{"x":"', b"iVBORw0KGgo", b'","model":"fast"}'), (200,)),
 }  # fmt: skip
 
