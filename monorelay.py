@@ -488,11 +488,13 @@ class ClientGone(Exception):
 
 
 class ConfigError(Exception):
-    """Everything that is wrong with a configuration; `problems` holds one line each."""
+    """Everything that is wrong with a configuration; `problems` holds one line each. `unread`: the path of the file
+    that can't be read, if that is all."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
+    def __init__(self, problems: Sequence[str], unread: str = "") -> None:
         super().__init__("\n".join(problems))
         self.problems = list(problems)
+        self.unread = unread
 
 
 def error_body(format: str, kind: str, message: str, code: str, request_id: str) -> bytes:
@@ -8658,7 +8660,10 @@ def write_text(stream: IO[str], text: str) -> None:
         return
     data = text.encode(getattr(stream, "encoding", None) or "ascii", "backslashreplace")
     while data:
-        data = data[os.write(descriptor, data) :]
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:  # another program that has it, too, has set it not to block
+            time.sleep(LOG_PAUSE_SECONDS)
 
 
 NO_SQLITE = "ledger: this Python has no sqlite3; nothing is kept"
@@ -8707,7 +8712,7 @@ class LedgerWriter:
         self._clock = clock
         self._settings: Optional[LedgerSettings] = None  # where the rows that wait are to be written
         self._keeping = False  # whether rows are taken
-        self._limited: tuple[str, ...] = ()  # the users of whom it must be known what they have spent
+        self._limited: frozenset[str] = frozenset()  # the users of whom it must be known what they have spent
         self._rows: collections.deque[LedgerRow] = collections.deque()
         self._wanted = threading.Event()
         self._ending = threading.Event()
@@ -8739,7 +8744,7 @@ class LedgerWriter:
         self._keeping = bool(config.ledger and sqlite3)
         self._settings = config.ledger or self._settings
         with self._lock:
-            self._limited = tuple(user.name for user in config.users.values() if user.has_budget and self._keeping)
+            self._limited = frozenset(user.name for user in config.users.values() if user.has_budget and self._keeping)
             self._unwritten = dict(self._lost)
             add_spent(self._unwritten, spent_sums([row for row in self._rows if row.user in self._limited]))
         self._wanted.set()
@@ -8758,9 +8763,9 @@ class LedgerWriter:
         """Takes a row. When too many wait it is lost, but for what it has cost."""
         if not self._keeping:
             return
-        spent = spent_sums((row,)) if row.user in self._limited else {}
         has_room = len(self._rows) < LEDGER_BACKLOG_ROWS
         with self._lock:
+            spent = spent_sums((row,)) if row.user in self._limited else {}
             add_spent(self._unwritten, spent)
             if has_room:
                 self._rows.append(row)
@@ -13075,7 +13080,7 @@ def load_prices(config: Config, path: str) -> Config:
 def environment(source: str, path: str) -> tuple[str, list[tuple[int, ...]], dict[str, str]]:
     """The `env_file` of a relay.json, if it has one; its state before it was read; and what the variables stand for:
     the environment of the start, the lines of the env_file, and the content of each file that is named. Raises
-    ConfigError for an env_file that can't be read."""
+    ConfigError for an env_file that can't be read, and OSError when there is no descriptor to read one with."""
     folder, problems = os.path.dirname(os.path.abspath(path)), Problems(os.path.basename(path))
     try:
         document = json.loads(source)
@@ -13097,8 +13102,11 @@ def environment(source: str, path: str) -> tuple[str, list[tuple[int, ...]], dic
             with open(os.path.join(folder, name), encoding="utf-8-sig", opener=open_regular) as file:
                 lines = dict(filter(None, map(env_line, file)))
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:
+                raise
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise ConfigError([f"{os.path.basename(path)}: env_file: {name} can't be read: {reason}"]) from None
+            told = f"{os.path.basename(path)}: env_file: {name} can't be read: {reason}"
+            raise ConfigError([told], os.path.join(folder, name)) from None
     return str(name), seen, {**lines, **environ}
 
 
@@ -13114,11 +13122,14 @@ def texts_in(document: Any) -> Iterator[str]:
 
 
 def read_secret(path: str) -> Optional[str]:
-    """A file's content without white space at its ends; None if it can't be read."""
+    """A file's content without white space at its ends; None if it can't be read. Raises OSError when there is no
+    descriptor to read it with."""
     try:
         with open(path, encoding="utf-8", opener=open_regular) as file:
             return file.read(SECRET_FILE_CHARACTERS).strip()
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:
+            raise
         return None
 
 
@@ -13270,6 +13281,7 @@ class Signals:
 
     def __init__(self, *names: str) -> None:
         self._queue, self._far = socket.socketpair()
+        self._received = b""  # and not told yet
         self._far.setblocking(False)
         signal.set_wakeup_fd(self._far.fileno(), warn_on_full_buffer=False)
         for name in names:
@@ -13277,12 +13289,17 @@ class Signals:
                 signal.signal(getattr(signal, name), lambda number, frame: None)
 
     def next(self, seconds: float) -> str:
-        """The name of the next signal, or nothing after so many seconds."""
-        self._queue.settimeout(seconds)
-        try:
-            return signal.Signals(self._queue.recv(1)[0]).name
-        except socket.timeout:
-            return ""
+        """The name of the next signal, or nothing after so many seconds. Reloads that follow each other are one."""
+        if not self._received:
+            self._queue.settimeout(seconds)
+            try:
+                self._received = self._queue.recv(4096)
+            except socket.timeout:
+                return ""
+        first, rest = self._received[:1], self._received[1:]
+        name = signal.Signals(first[0]).name
+        self._received = rest.lstrip(first) if name in ("SIGHUP", WORKER_RELOADS) else rest
+        return name
 
     def close(self) -> None:
         """Ends the queue: from now on signals only run their handlers."""
@@ -13298,11 +13315,12 @@ class ConfigFile:
         self.problem = ""  # what was broken when they were read last
         self._path = path
         self._options = options
-        self._seen = [seen, *config.beside_seen]  # the states of the files that were read
+        self._unread = ""  # a file that an edit has named, and that couldn't be read
+        self._seen = [seen, *config.beside_seen, ()]  # the states of the files that were read
 
     def _states(self) -> list[tuple[int, ...]]:
-        """The states of relay.json, and of the files that it names."""
-        return [file_state(self._path), *files_beside(self.config, self._path)]
+        """The states of relay.json, and of the files that it names, or that an edit has named in vain."""
+        return [file_state(self._path), *files_beside(self.config, self._path), file_state(self._unread)]
 
     def has_changed(self) -> bool:
         """Whether one was edited since they were read."""
@@ -13322,9 +13340,12 @@ class ConfigFile:
                 return False
             problem = system_problem(error) if isinstance(error, OSError) else str(error)
             self.problem = f"{problem}\nthe configuration was not reloaded; the one before stays in force"
+            self._unread = error.unread if isinstance(error, ConfigError) else ""
+            self._seen[-1] = file_state(self._unread)
             return False
         self.config = with_run_secrets(config, self.config)
-        self._seen[1:] = config.beside_seen
+        self._unread = ""
+        self._seen[1:] = [*config.beside_seen, ()]
         return True
 
     def _with_prices(self, config: Config) -> Config:
@@ -13419,10 +13440,11 @@ class Supervisor:
                     return self._stop(signals)
                 self._file.read()
                 self._pass_on(signal.Signals[WORKER_RELOADS])
-            for pid, started in self._reap():
+            ended = list(self._reap())
+            for pid, _ in ended:
                 self._log.warn(f"the worker {pid} has ended; another one takes its place")
-                if time.monotonic() - started < 1.0:
-                    time.sleep(1.0)  # one that can't even start must not be started without end
+            if any(time.monotonic() - started < 1.0 for _, started in ended):
+                time.sleep(1.0)  # one that can't even start must not be started without end
 
     def _start_worker(self) -> bool:
         """Starts a worker; False when the system gives out no more processes."""

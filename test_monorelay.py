@@ -92,6 +92,7 @@ import contextlib
 import csv
 import datetime
 import email.utils
+import errno
 import fractions
 import functools
 import gc
@@ -15077,6 +15078,27 @@ def test_how_many_lines_were_dropped_is_told_as_anything_else_is(style):
     assert (told["level"], told["message"]) == ("warning", message)
 
 
+def test_a_log_that_another_program_has_set_not_to_block_gets_every_line():
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.set_blocking(writing, False)
+    taken = b""
+
+    def is_whole() -> bool:
+        nonlocal taken
+        with contextlib.suppress(BlockingIOError):
+            taken += os.read(reading, 1 << 20)
+        return taken.count(b"\n") == 1000
+
+    with os.fdopen(reading), os.fdopen(writing, "w") as stream:
+        writer = monorelay.LogWriter(stream)
+        for number in range(1000):
+            writer.write(f"{number} {'x' * 500}")
+        writer.start()
+        eventually(is_whole)
+    assert [int(line.split()[0]) for line in taken.splitlines()] == list(range(1000))
+
+
 @pytest.mark.parametrize("log", ["text", "json"])
 def test_the_log_is_one_line_whatever_a_client_sends(relay, log):
     it = relay({"echo": {}}, server={"log": log})
@@ -15602,7 +15624,27 @@ def test_who_is_limited_changes_together_with_what_is_known_of_them(tmp_path):
 
     it._lock = Lock()
     it.use(parse({"echo": {}}, ledger={"path": str(tmp_path / "usage.db")}, users={"alice": {"usd_per_day": 1}}))
-    assert (limited, it._limited) == ([()], ("alice",))
+    assert (limited, it._limited) == ([frozenset()], {"alice"})
+
+
+def test_a_reload_that_limits_a_user_while_a_row_of_his_is_put_loses_nothing(tmp_path):
+    it = Ledger(tmp_path / "usage.db")
+    lock, reloads = it._lock, [parse({"echo": {}}, users=LIMITED, ledger={"path": str(tmp_path / "usage.db")})]
+
+    class Lock:
+        def __enter__(self) -> None:
+            if reloads and threading.current_thread() is threading.main_thread():
+                it.use(reloads.pop())
+            lock.acquire()
+
+        def __exit__(self, *error: object) -> None:
+            lock.release()
+
+    it._lock = Lock()
+    it.put(row())
+    eventually(lambda: not it.waiting)
+    day, _ = monorelay.windows(row().at / 1000)
+    assert it.write(row()) == [] and it.spent("alice", day) == (2000, 48)
 
 
 HOUR = 3_600_000
@@ -17722,6 +17764,50 @@ def test_an_edit_of_the_env_file_is_taken_up(program, tmp_path):
     assert [status(f"{which}-key-0123456789") for which in ("first", "second")] == [401, 200]
 
 
+def edited_file(tmp_path: Path, **edit: Any) -> Any:
+    """relay.json, edited since it was read."""
+    path, before = tmp_path / "relay.json", settings({"echo": {}})
+    path.write_text(json.dumps(before))
+    config = monorelay.load_config(str(path), {})
+    file = monorelay.ConfigFile(config, str(path), {}, monorelay.file_state(str(path)))
+    assert not file.has_changed()
+    path.write_text(json.dumps({**before, **edit}))
+    assert file.has_changed()
+    return file
+
+
+def test_an_env_file_may_come_after_the_relay_json_that_names_it(tmp_path):
+    file = edited_file(tmp_path, env_file="keys.env")
+    for _ in range(2):
+        assert not file.read() and "keys.env can't be read: No such file" in file.problem
+        assert not file.has_changed(), "it isn't told each second"
+    (tmp_path / "keys.env").write_text("A=b\n")
+    assert file.has_changed() and file.read() and not file.problem and not file.has_changed()
+    (tmp_path / "keys.env").write_text("A=cd\n")
+    assert file.has_changed() and file.read() and not file.has_changed()
+
+
+@pytest.mark.parametrize("name", ["relay.json", "keys.env", "owner.key", "prices.json"])
+def test_a_reload_without_a_descriptor_for_one_of_its_files_is_tried_again(tmp_path, monkeypatch, name):
+    (tmp_path / "keys.env").write_text("A=b\n")
+    (tmp_path / "owner.key").write_text("a-key-0123456789")
+    (tmp_path / "prices.json").write_text("{}")
+    server = {"access_key": "${file:owner.key:-}"}
+    file = edited_file(tmp_path, env_file="keys.env", prices="prices.json", server=server)
+    opened = monorelay.open_regular
+
+    def open_regular(path: str, flags: int) -> int:
+        if Path(path).name == name:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opened(path, flags)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(monorelay, "open_regular", open_regular)
+        assert not file.read() and not file.problem and file.has_changed()
+    assert file.read() and not file.has_changed()
+    assert file.config.server.access_keys == (monorelay.Secret("a-key-0123456789"),)
+
+
 @pytest.mark.parametrize("edited", ["keys.env", "prices.json"])
 @pytest.mark.parametrize("when", ["at the start", "in a reload"])
 def test_an_edit_of_a_file_beside_while_it_is_read_is_taken_up(relay, tmp_path, monkeypatch, edited, when):
@@ -18129,6 +18215,17 @@ def test_relay_json_is_reloaded_and_a_broken_one_keeps_the_old(program, how):
     rewrite({**config, "server": {**config["server"], "workers": 2}, "aliases": {"newer": "echo"}})
     assert eventually(lambda: status("newer") == 200) and status("new") == 404
     assert eventually(lambda: "workers" in it.text() and "restart" in it.text())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_reloads_that_are_asked_for_at_once_are_few_and_hold_up_no_end(program, tmp_path, workers):
+    (tmp_path / "prices.json").write_text(json.dumps({f"model-{n}": {"input": 1, "output": 2} for n in range(5000)}))
+    it = program(settings({"echo": {}}, server={"workers": workers}, prices="prices.json"))
+    for _ in range(300):
+        it.signal(signal.SIGHUP)
+    eventually(lambda: "was reloaded" in it.text())
+    it.signal(signal.SIGTERM)
+    assert it.ended() == 0 and it.text().count("was reloaded") < 20
 
 
 TOO_DEEP = {
