@@ -9758,7 +9758,7 @@ class UpstreamRequest(NamedTuple):
     body: Union[ReadBody, RequestBody]
     candidates: Sequence[Candidate]
     record: AccessRecord
-    blames: bool = True  # whether what goes wrong with it says something about keys and providers
+    cools_down: bool = True  # whether its failures cool keys and providers down, and its success ends that
     searches: bool = False  # whether it asks for something that another key may know when one doesn't
     # Makes of it what another format's target gets; None where that can't be.
     translate: Optional[Callable[[Target], Coroutine[float, None, "UpstreamRequest"]]] = None
@@ -10093,7 +10093,7 @@ class Relay:
         """Cools down a provider that could not be reached, or the key with the model where the connection broke; not
         one that gave up on a slow upload. Echo never cools."""
         candidate = attempt.candidate
-        if candidate.target.provider.format == "echo" or not request.blames:
+        if candidate.target.provider.format == "echo" or not request.cools_down:
             return
         if not attempt.reached:
             self.keys.unreachable(candidate, self._loop.now)
@@ -10112,9 +10112,9 @@ class Relay:
         provider, status = candidate.target.provider, response.status
         if status == 400 and NO_CREDIT.search(response.content):
             status = 402
-        clock, blames = time.time(), request.blames and not request.is_aside and provider.format != "echo"
+        clock, cools_down = time.time(), request.cools_down and not request.is_aside and provider.format != "echo"
         self.keys.note_limits(candidate, response.head.fields, clock)
-        if status < 300 and blames:
+        if status < 300 and cools_down:
             self.keys.succeeded(candidate, self._loop.now)
         elif status >= 400:
             self.keys.note(candidate, "5xx" if status >= 500 else str(status), clock)
@@ -10125,7 +10125,7 @@ class Relay:
                 or is_about_request(status, response.content)
                 or is_about_fast_mode(status, response.head.fields)
             )
-            if blames and not own_fault and not (provider.client_keys and status < 500):
+            if cools_down and not own_fault and not (provider.client_keys and status < 500):
                 wait = retry_after_seconds(response.head.fields.get("retry-after", ""), clock)
                 self.keys.failed(candidate, status, wait, self._loop.now, request.by_model)
         if status not in RETRIED_STATUSES and not (request.searches and status == 404):
@@ -10268,7 +10268,7 @@ class Catalogue:
         head = RequestHead("GET", "/v1/models", "", 1, Headers([]), 0)
         candidate = Candidate(Target(hasty, ""), provider.keys[0] if provider.keys else None)
         record = AccessRecord(time.time(), self._loop.now)
-        request = UpstreamRequest(head, target, False, ReadBody(), [candidate], record, blames=False)
+        request = UpstreamRequest(head, target, False, ReadBody(), [candidate], record, cools_down=False)
         entries: list[JsonDict] = []
         asked = self._loop.now
         try:
@@ -11933,18 +11933,9 @@ def upstream_request(
     if isinstance(body, ReadBody) and endpoint.path in TRANSLATED_PATHS:
         translate = TranslatedRequest(exchange, body).to
     return UpstreamRequest(
-        request,
-        target,
-        endpoint.by_model,
-        body,
-        candidates,
-        exchange.record,
-        True,
-        searches,
-        translate,
-        exchange.format,
-        is_aside=is_aside,
-    )
+        request, target, endpoint.by_model, body, candidates, exchange.record,
+        searches=searches, translate=translate, format=exchange.format, is_aside=is_aside,
+    )  # fmt: skip
 
 
 # -- what is translated on the way
