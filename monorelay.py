@@ -10462,11 +10462,11 @@ def own_response(
     status: int, body: bytes, fields: Sequence[tuple[str, str]], request_id: str, close: bool = False
 ) -> Response:
     """A response that the relay itself makes."""
-    clock = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
     has_kind = not body or any(name == "content-type" for name, _ in fields)
     kind = [] if has_kind else [("content-type", "application/json")]
+    date = email.utils.formatdate(usegmt=True)
     ids = [(name, request_id) for name in ("request-id", "x-request-id", "x-monorelay-request-id")]
-    return Response(status, reason_of(status), [("date", clock), *kind, *ids, *fields], body, close=close)
+    return Response(status, reason_of(status), [("date", date), *kind, *ids, *fields], body, close=close)
 
 
 class Outgoing:
