@@ -7182,10 +7182,9 @@ def label_text(text: str) -> str:
 # ==== Echo ==========================================================================================
 #
 # A provider that is built in: it answers without any network, so that a newcomer sees the relay work before
-# there is a key, and clients can be tried against errors and cut streams. It speaks Anthropic's format, and of
-# OpenAI's what is no chat: chats are translated for it. What it says follows from the request alone; here it
-# is only composed. The upstream room lets it speak HTTP, so that a response of echo takes the very path that
-# a provider's takes.
+# there is a key, and clients can be tried against errors and cut streams. It speaks Anthropic's format, and all of
+# OpenAI's but chats, which are translated for it. Its response follows from the request alone; here it is only
+# composed. The upstream room sends it over HTTP, so that it takes the very path that a provider's takes.
 #
 #   echo            the last user text comes back, word by word when streaming
 #   echo-slow       at 20 words a second
@@ -7207,7 +7206,7 @@ ECHO_CREATED_UNIX = 1735689600
 
 
 class EchoFault(Exception):
-    """What echo finds wrong with a request, or was asked to answer."""
+    """An error that echo finds in a request, or that the model's name asks for."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -7215,7 +7214,7 @@ class EchoFault(Exception):
 
 
 class EchoResponse(NamedTuple):
-    """A response in parts, each made and sent when its seconds have passed. A cut one ends too early."""
+    """A response in parts, each made and sent after a pause in seconds. A cut one ends too early."""
 
     status: int
     content_type: str
@@ -7283,7 +7282,7 @@ def echo_error(path: str, fault: EchoFault, request_id: str) -> EchoResponse:
 
 
 def has_beta(request: JsonDict, name: str) -> bool:
-    """Whether a request asks for a version of this beta."""
+    """Whether a request names a version of this beta; `name` is how all versions begin."""
     return any(beta.startswith(name) for beta in request["betas"])
 
 
@@ -7357,7 +7356,7 @@ def require(section: JsonDict, name: str, holds: Callable[[Any], bool], otherwis
 
 
 def split_words(text: str) -> Iterator[str]:
-    """The words of a text with the white space before each, and behind the last: together they are the text."""
+    """The words of a text, each with the white space before it, the last with that behind it, too: joined, the text."""
     # Without rstrip() the expression would try in vain from every blank behind the last word.
     end = len(text.rstrip(BLANK_CHARACTERS))
     for match in WORD.finditer(text, 0, end):
@@ -7377,7 +7376,7 @@ def count_words(value: Any) -> int:
 
 
 def content_text(content: Any) -> str:
-    """The text of a message's content; a content without any is told by the types of its blocks."""
+    """The text of a message's content; where it has none, the types of its blocks, each in brackets."""
     if not isinstance(content, list):
         return content if isinstance(content, str) else ""
     blocks = [block for block in content if isinstance(block, dict)]
@@ -7404,7 +7403,7 @@ def shorten(text: str, max_tokens: Optional[int], stops: Sequence[str]) -> tuple
 
 
 def end_of_word(text: str, number: int) -> int:
-    """Where the word of this number ends; the text has more."""
+    """The index at which the word of this number, from 1, ends; the text has more of them."""
     # In pieces: in one call, `re` would hold up all threads until it has counted half a million.
     start = 0
     while True:
@@ -7417,7 +7416,7 @@ def end_of_word(text: str, number: int) -> int:
 
 
 def first_stop(text: str, stops: Sequence[str]) -> Optional[tuple[int, str]]:
-    """Where the first of the stop sequences begins, and which it is."""
+    """The index of the first stop sequence in the text, and which it is; None if there is none."""
     # In pieces, since Python before 3.10 may take time in proportion to the product of both lengths.
     for start in range(0, len(text) if stops else 0, ECHO_AT_ONCE_BYTES):
         end = start + ECHO_AT_ONCE_BYTES
@@ -7439,7 +7438,7 @@ def sample(schema: Any) -> Any:
         return schema["enum"][0]
     if schema.get("type") == "object" or "properties" in schema:
         properties = schema.get("properties") or {}
-        # Each name once, however often it is given: so each part of the schema is looked at once.
+        # Each name once, however often it is required, so that each part of the schema is visited once.
         names = dict.fromkeys(name for name in schema.get("required") or [] if isinstance(name, str))
         return {name: sample(properties.get(name)) for name in names}
     values = {"integer": 1, "number": 1.0, "boolean": True, "array": [], "null": None}
@@ -7793,16 +7792,16 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoResponse]] = {
 
 # ==== Event loop =================================================================================
 #
-# One thread serves everybody. What it serves are tasks: a task is a coroutine, and where it would have to wait, it
-# awaits until(), with a deadline on the loop's clock. It is resumed when something may have happened: on one of its
-# channels, or to what it has started. That promises nothing, so it looks again and waits again if need be. At its
-# deadline Overdue is raised in it, and ClientGone as soon as its client has left. Between two waits a task has
-# everything to itself, so what tasks share needs no lock. What would block in the system (looking up a name, hashing a
-# password) is done by a thread of its own, see in_thread().
+# One thread serves everybody. It runs tasks: a task is a coroutine, and where it would have to wait, it awaits
+# until(), with a deadline on the loop's clock. It is resumed when something may have happened: on one of its
+# channels, or to what it has started. So it checks again what it waits for, and waits again if need be. At its
+# deadline Overdue is raised in it, and ClientGone as soon as its client has left. Between two waits no other task
+# runs, so what tasks share needs no lock. What would block in the system (looking up a name, hashing a password)
+# is done by a thread of its own, see in_thread().
 #
-# The loop goes round in turns: it waits for sockets, has their channels receive and their tasks go on, and in
-# the end sends what was put off in that turn. Work that would take long is done in steps of a few milliseconds,
-# after each of which its task gives way: all who do so share PATIENT_SECONDS of a turn.
+# The loop runs in turns: it waits for sockets, receives on their channels, resumes their tasks, and in the end sends
+# what was put off in that turn. Work that would take long is done in steps of a few milliseconds, after each of
+# which its task gives way: all tasks that do so share PATIENT_SECONDS of a turn.
 #
 # Why the loop is this file's own, and not asyncio's: a stream costs no transport, protocol, future and callback for
 # each event; a client's departure is seen while nothing is read from it; and a deadline is a number, not a timer.
@@ -7836,8 +7835,8 @@ def tune(sock: socket.socket) -> None:
 
 
 class TlsSocket:
-    """TLS on a connected socket that doesn't block. OpenSSL is given what has arrived piece by piece: reading by itself
-    it doesn't return while records without content come, which a provider may send without end."""
+    """TLS on a connected socket that doesn't block. It gives OpenSSL one piece of what has arrived at a time: an
+    OpenSSL that reads the socket itself doesn't return while records without content come, maybe without end."""
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str) -> None:
         self._sock = sock
@@ -7859,7 +7858,7 @@ class TlsSocket:
             self._flush()
             raise BlockingIOError from None
         except OSError:
-            self._flush()  # why not
+            self._flush()  # the alert that says why
             raise
         if not self._flush():
             raise ssl.SSLWantWriteError
@@ -7883,14 +7882,14 @@ class TlsSocket:
         except OSError:
             if not pieces:
                 raise
-        # What ends the connection stands behind these: the selector is to report the socket again.
+        # Behind these bytes comes the end or an error: shut down, the socket is reported by the selector again.
         if pieces:
             self._end_reading()
         return b"".join(pieces)
 
     def send(self, data: Union[bytes, memoryview]) -> int:
-        """How many of the bytes were sent. Raises BlockingIOError when it has to be called again with the same bytes,
-        and OSError."""
+        """Sends what there is room for; how many of the bytes that was. Raises OSError, and BlockingIOError when it has
+        to be called again with the same bytes."""
         if not self._accepted:
             if not self._flush():
                 raise BlockingIOError
@@ -7904,7 +7903,7 @@ class TlsSocket:
         return count
 
     def _take(self) -> None:
-        """Hands on the next piece of what has arrived. Raises BlockingIOError and OSError."""
+        """Gives OpenSSL the next piece of what has arrived. Raises BlockingIOError and OSError."""
         data = self._sock.recv(TLS_RECEIVE_BYTES)
         if data:
             self._arrived.write(data)
@@ -7918,7 +7917,7 @@ class TlsSocket:
             pass  # it is closed already
 
     def _flush(self) -> bool:
-        """Sends the records that were made; whether all of them are gone. Raises OSError."""
+        """Sends the records that were made; whether all of them were sent. Raises OSError."""
         if self._made.pending:
             self._unsent += self._made.read()
         if self._unsent:
@@ -7933,8 +7932,8 @@ class Channel:
     """One connection, to a client or to a provider, and what has arrived on it and not been used yet.
 
     It stays with the loop's selector for as long as it is open. What arrives is received at once, up to a
-    limit, and the task that it belongs to is resumed; one that belongs to none waits in a pool, and is closed
-    as soon as the other side closes it or speaks unasked."""
+    limit, and the task that owns it is resumed; one without a task waits in a pool, and is closed as soon as the
+    other side closes it or sends something."""
 
     __slots__ = (
         "_blocked", "_loop", "_outgoing", "_queued", "_slow", "_watched", "_window", "_wire", "answered", "broken",
@@ -7978,7 +7977,7 @@ class Channel:
         return bool(self._outgoing) and not self.closed
 
     def set_window(self, window: int) -> None:
-        """Lets so many bytes wait to be used."""
+        """Sets how many received bytes may wait to be used."""
         if window != self._window:
             self._window = window
             self._watch()
@@ -8002,8 +8001,8 @@ class Channel:
             self._watch()
 
     def send_now(self, data: Union[bytes, memoryview]) -> int:
-        """How many of the bytes could be sent at once; the task is resumed when there is room for more.
-        Raises OSError."""
+        """Sends what there is room for; how many of the bytes that was. The task is resumed when there is room for
+        more. Raises OSError."""
         if self._outgoing and not self.flush():
             return 0
         if self.kept_in_turn:
@@ -8039,8 +8038,7 @@ class Channel:
             rest = rest[sent:]
 
     async def arrival(self, deadline: float) -> None:
-        """Waits until more has arrived than waits to be used, or the other side has closed. Raises Overdue and
-        ClientGone."""
+        """Waits until more has arrived, or the other side has closed. Raises Overdue and ClientGone."""
         before = len(self.received)
         while len(self.received) == before and not self.ended:
             await until(deadline)
@@ -8063,13 +8061,13 @@ class Channel:
         self.sock.shutdown(socket.SHUT_WR)
 
     def flush(self) -> bool:
-        """Sends what was put off; whether all of it is gone. Raises OSError."""
+        """Sends what was put off; whether all of it was sent. Raises OSError."""
         data, self._outgoing = self._outgoing, b""
         self._outgoing = data[self.send_now(data) :] if data else b""
         return not self._outgoing
 
     def end_turn(self) -> None:
-        """Sends what was put off, and tells the task when the connection turns out to be broken."""
+        """Sends what was put off, and wakes the task when the connection turns out to be broken."""
         try:
             if not self.closed:
                 self.flush()
@@ -8126,7 +8124,7 @@ class Channel:
         return state in (TCP_CLOSE, TCP_CLOSE_WAIT)
 
     def abort_on_close(self, abort: bool) -> None:
-        """Whether the connection ends in a reset, which can't be taken for the end of a response, when it is closed."""
+        """Sets whether close() resets the connection: a reset can't be taken for the end of a response."""
         try:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", abort, 0))
         except OSError:
@@ -8144,8 +8142,8 @@ class Channel:
                 pass  # closed is closed
 
     def _ready(self, events: int, patient: bool = False) -> None:
-        """Called by the loop: the socket is readable or writable. Serves that later and `patient`, where it took long
-        the last time, or the turn is long already: what is cheap to serve must not wait for what isn't."""
+        """Called by the loop: the socket is readable or writable. Where that took long the last time, or the turn is
+        late, it is served later, `patient`: what is cheap to serve must not wait for what isn't."""
         loop = self._loop
         if patient:
             self._queued = False
@@ -8156,7 +8154,7 @@ class Channel:
             return
         begun = loop.moment
         if self.closed:
-            return  # by what was seen before it
+            return  # by an event before this one
         if events & WRITABLE:
             self._blocked = False
             self._watch()
@@ -8225,7 +8223,7 @@ class Channel:
 
 
 class Task:
-    """A coroutine that the loop runs; `client` is the channel to the one it is for."""
+    """A coroutine that the loop runs; `client` is the channel of the client that it serves."""
 
     __slots__ = ("_coroutine", "_loop", "_waiting", "client", "deadline", "done")
 
@@ -8238,7 +8236,7 @@ class Task:
         self._waiting: set[Task] = set()  # those to resume when this one is done
 
     def resume(self, error: Optional[Exception] = None) -> None:
-        """Goes on until it must wait again. A defect costs this task only."""
+        """Runs it until it waits again; an error is raised in it. A defect ends this task only."""
         if self.done:
             return
         loop = self._loop
@@ -8277,7 +8275,7 @@ class Task:
 
 
 class EventLoop:
-    """The thread that serves all tasks. `clock` tells it the seconds, which never go back."""
+    """The thread that serves all tasks. `clock` returns monotonic seconds."""
 
     def __init__(self, warn: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self.warn = warn
@@ -8285,13 +8283,12 @@ class EventLoop:
         self.selector = selectors.DefaultSelector()
         self.now = clock()  # when the turn began
         self.moment = self.now  # the same, or when one of its events was dealt with
-        self.late_at = self.now  # when it is late in the turn
+        self.late_at = self.now  # from when on the turn is late
         self.running: Optional[Task] = None
         self.tasks: set[Task] = set()
         self.sweep_at = 0.0
         self.turn = 1
-        # What those wait for who came late in a turn, or gave way: some to go on with their work, some to be served
-        # once more.
+        # What is called in a later turn: events of sockets that came late, tasks that gave way, pipelined requests.
         self.late: collections.deque[Callable[[], object]] = collections.deque()
         self.patient: collections.deque[Callable[[], object]] = collections.deque()
         self.pipelined: collections.deque[Callable[[], object]] = collections.deque()
@@ -8338,7 +8335,7 @@ class EventLoop:
             except Exception as fault:  # what was not reached comes again in the next turn
                 self.warn(f"internal error: {describe(fault)}")
                 time.sleep(TICK_SECONDS)
-        self._wakeup_pending = True  # nobody rings any more
+        self._wakeup_pending = True  # so that post() sends no more
         for resource in (self.selector, self._wakeup_reader, self._wakeup_writer):
             resource.close()
 
@@ -8364,14 +8361,14 @@ class EventLoop:
         self._end_turn()
 
     def _serve_late(self) -> None:
-        """Serves what came too late in the turn before, as long as it isn't late again."""
+        """Serves what came late in the turn before, until this turn is late, too."""
         for _ in range(len(self.late)):
             if self.moment > self.late_at:
                 break
             self.late.popleft()()
 
     def _serve_patient(self) -> None:
-        """Lets those who wait go on, in turns and as many of one kind as of the others, while there is time."""
+        """Calls what is patient and what is pipelined alternately, for PATIENT_SECONDS at most."""
         self.moment = self.clock()
         deadline = self.moment + PATIENT_SECONDS
         while (self.patient or self.pipelined) and self.moment < deadline:
@@ -8379,8 +8376,8 @@ class EventLoop:
                 if queued:
                     queued.popleft()()
                     self.moment = self.clock()
-        # The thread that accepts, and the log's: one that lets go of CPython's lock for a moment more often than every
-        # 5 ms would get it back before any of them has woken up.
+        # For the threads that accept and log: one that releases CPython's lock for a moment more often than every 5 ms
+        # takes it again before any of them has woken up.
         time.sleep(OTHER_THREADS_SECONDS)
 
     def _end_turn(self) -> None:
@@ -8432,8 +8429,8 @@ def until(deadline: float = math.inf) -> Generator[float, None, None]:
 
 
 async def checkpoint(loop: EventLoop, pipelined: bool = False) -> None:
-    """Lets all others that can go on do so first. What happens on the task's channels meanwhile doesn't end that.
-    `pipelined`: it is the next of several requests that were sent at once."""
+    """Lets all other tasks that can run do so first. Events on this task's channels don't end the wait. `pipelined`:
+    before the next of several requests that were sent at once."""
     task, its_turn = loop.current, False
 
     def go_on() -> None:
@@ -8457,12 +8454,12 @@ async def sleep(loop: EventLoop, seconds: float) -> None:
 
 
 class Worker:
-    """A thread that calls one thing after another, those of different callers in turns; it begins with the first."""
+    """A thread that runs calls one by one, those of different callers in turns. It starts with the first call."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, collections.deque[Callable[[], None]]] = {}  # by caller, who is next in front
         self._lock = threading.Lock()  # guards what waits
-        self._put = threading.Semaphore(0)  # how much waits
+        self._put = threading.Semaphore(0)  # how many calls wait
         self._begun = False
 
     def call(self, run: Callable[[], None], caller: str = "") -> None:
@@ -8480,7 +8477,7 @@ class Worker:
             self._next()()
 
     def _next(self) -> Callable[[], None]:
-        """What is to be called next; its caller's turn comes again behind all others'."""
+        """Takes the next call; its caller goes behind all others."""
         with self._lock:
             caller = next(iter(self._waiting))
             calls = self._waiting.pop(caller)
@@ -8491,15 +8488,15 @@ class Worker:
 
 
 def start_thread(run: Callable[[], None]) -> None:
-    """Calls it in a thread of its own. Raises RuntimeError when the system gives out no more threads."""
+    """Calls run() in a thread of its own. Raises RuntimeError when the system gives out no more threads."""
     threading.Thread(target=run, name="errand", daemon=True).start()
 
 
 async def in_thread(
     loop: EventLoop, work: Callable[[], Result], start: Callable[[Callable[[], None]], object] = start_thread
 ) -> Result:
-    """The result of work(), called in the thread that `start` finds for it, unless nobody waits for it any more by
-    then. Raises what it raises, and Unavailable when there is no thread."""
+    """The result of work(), called in a thread by way of `start`; not called if the task waits no more by then. Raises
+    what work() raises, and Unavailable when there is no thread."""
     task = loop.current
     outcome: list[tuple[Any, Optional[Exception]]] = []
     abandoned = False
@@ -8528,7 +8525,7 @@ async def in_thread(
         try:
             raise fault
         finally:
-            del fault  # else its traceback, and this frame in that, would keep each other, and all that work() has used
+            del fault  # else its traceback and this frame would keep each other, and all that work() has used
     return result
 
 
@@ -8570,7 +8567,7 @@ class LogWriter:
     def __init__(self, stream: Optional[IO[str]]) -> None:
         self._stream = stream
         self._lines: collections.deque[str] = collections.deque()
-        self._size = 0  # of the lines, about: several threads add to it
+        self._size = 0  # characters of the lines, about: several threads add to it
         self._wanted = threading.Event()
         self._lock = threading.Lock()  # guards the order of writes
         self.style = "text"
@@ -8597,7 +8594,7 @@ class LogWriter:
         return f"time={clock} level={level} message={log_text(message)}"
 
     def announce(self, lines: Sequence[str]) -> None:
-        """Takes the lines of the banner. Of those that come as several, commands, none is broken."""
+        """Takes the lines of the banner, wrapped; commands, which have several lines already, stay as they are."""
         if self.style == "json":
             for line in lines:
                 self.say(" ".join(line.replace("\\\n", "").split()))
@@ -8609,7 +8606,7 @@ class LogWriter:
         self.say(message, "warning")
 
     def finish(self) -> None:
-        """Waits a moment for the thread to write the last lines; a log that takes none holds up nothing."""
+        """Waits up to LOG_LAST_SECONDS for the thread to write the last lines."""
         deadline = time.monotonic() + LOG_LAST_SECONDS
         while self._lines and time.monotonic() < deadline:
             time.sleep(LOG_PAUSE_SECONDS / 10)
@@ -8710,20 +8707,20 @@ class LedgerWriter:
     def __init__(self, warn: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
         self._warn = warn
         self._clock = clock
-        self._settings: Optional[LedgerSettings] = None  # where the rows that wait are to be written
+        self._settings: Optional[LedgerSettings] = None  # of the file that the waiting rows go to
         self._keeping = False  # whether rows are taken
-        self._limited: frozenset[str] = frozenset()  # the users of whom it must be known what they have spent
+        self._limited: frozenset[str] = frozenset()  # the users with budgets
         self._rows: collections.deque[LedgerRow] = collections.deque()
         self._wanted = threading.Event()
         self._ending = threading.Event()
         self._started = False
         self._thread: Optional[threading.Thread] = None
         self._lock = threading.Lock()  # guards _limited, _rows and the next three: several threads ask and add
-        self._spent: Spent = {}  # by the users with budgets, as the file had it at last
-        self._unwritten: Spent = {}  # and of their rows that wait, or are lost
-        self._lost: Spent = {}  # of those for which there was no room
+        self._spent: Spent = {}  # by users with budgets, as last read from the file
+        self._unwritten: Spent = {}  # the same by their rows that wait or were dropped
+        self._lost: Spent = {}  # the same by the dropped ones alone
         self.elsewhere: dict[int, Spent] = {}  # what other workers have shared(), by their place
-        self.changed: Callable[[], object] = lambda: None  # called when shared() tells something else
+        self.changed: Callable[[], object] = lambda: None  # called when shared() has changed
         self._warned_at = -math.inf
         self.dropped = 0  # rows, since the start
         self._dropped_told = 0
@@ -8760,7 +8757,7 @@ class LedgerWriter:
             self._thread.start()
 
     def put(self, row: LedgerRow) -> None:
-        """Takes a row. When too many wait it is lost, but for what it has cost."""
+        """Queues a row. When too many wait, it is dropped, and only what it has cost is kept."""
         if not self._keeping:
             return
         has_room = len(self._rows) < LEDGER_BACKLOG_ROWS
@@ -8790,7 +8787,7 @@ class LedgerWriter:
             return list((self._unwritten if self.failing else self._lost).items())
 
     def finish(self) -> None:
-        """Waits for the thread to write the last rows, but not for long."""
+        """Waits up to LEDGER_LAST_SECONDS for the thread to write the last rows."""
         self._ending.set()
         self._wanted.set()
         if self._thread:
@@ -8811,8 +8808,8 @@ class LedgerWriter:
                 time.sleep(LEDGER_PAUSE_SECONDS / 50)
 
     def _flush(self) -> bool:
-        """Writes a batch of the rows that wait, and reads what was spent; whether it could. The thread alone takes rows
-        off, when they are committed, so that none is lost by a failure, whatever it is."""
+        """Writes a batch of the rows that wait, and reads what was spent; whether both succeeded. A row is taken off
+        only when it is committed, so that no failure loses it."""
         settings = self._settings
         with self._lock:
             batch = list(itertools.islice(self._rows, LEDGER_BATCH_ROWS))
@@ -8849,7 +8846,7 @@ class LedgerWriter:
             self.changed()
 
     def _note_failure(self, path: str, seen: tuple[int, ...], error: Exception) -> None:
-        """Makes way for a new file where this one is broken, and else warns, once a minute."""
+        """Renames a broken file to make room for a new one; of any other failure warns, once a minute."""
         if is_broken(error):
             kept = set_aside(path, seen)
             if kept:
@@ -9114,9 +9111,9 @@ class RequestBody:
         self._channel = channel
         self._loop = loop
         self._limit = limit
-        self._setting = setting  # of relay.json, that says so
+        self._setting = setting  # of relay.json, which the limit comes from
         self._taken = 0
-        self._latest = math.inf  # when it must have come
+        self._latest = math.inf  # the deadline of the whole body
         self.watch: Callable[[bytes], object] = lambda piece: None  # sees each piece as it comes
         self.waited: Callable[[], object] = lambda: None  # called when it had to be waited for
         self.begun = self._ahead = b""  # what was read of a form to know its model; what of that is to be read again
@@ -9154,14 +9151,14 @@ class RequestBody:
         return piece
 
     async def read_all(self) -> bytes:
-        """The whole rest of a body that is short."""
+        """The rest of a short body. Raises what read() does."""
         pieces = [await self.read()]
         while not self.finished:
             pieces.append(await self.read())
         return b"".join(pieces)
 
     def must_come_within(self, seconds: float) -> None:
-        """Gives all of it so much time."""
+        """Sets the deadline of the whole body."""
         self._latest = self._loop.now + seconds
 
     async def discard(self) -> bool:
@@ -9226,8 +9223,8 @@ def size_text(count: int, setting: str) -> str:
 # ==== Upstream ===================================================================================
 #
 # Connections to providers are made in the loop: an attempt costs no thread, and ends when its client leaves. Only
-# names are looked up in threads, one for each name that is asked for, whoever waits for it. A kept connection is
-# looked at right before its next request: what it holds then is no response to that.
+# names are looked up in threads, one for each name, however many wait for it. A kept connection is checked right
+# before its next request: what it holds then is no response to that.
 
 
 class Lookup:
@@ -9249,7 +9246,7 @@ class UpstreamPool:
         self._tls: Optional[ssl.SSLContext] = None
 
     def prepare(self, providers: Iterable[Provider]) -> None:
-        """Loads and opens what connecting to these will need: while it serves, there may be no descriptor for it."""
+        """Loads and opens what connecting to these needs: while the relay serves, there may be no descriptor for it."""
         codecs.lookup("idna")
         for provider in providers:
             if provider.scheme == "https":
@@ -9628,7 +9625,7 @@ SECRET_NAME = re.compile(r"(?i)(?:.*-)?(?:authorization|auth|(?:api-?)?key|token
 
 
 def unescaped(text: str) -> str:
-    """The text with what JSON, HTML and URLs have for a character in its place."""
+    """The text with the escapes of JSON, HTML and URLs replaced by their characters."""
     text = re.sub(r"\\u00([0-9a-fA-F]{2})", lambda match: chr(int(match[1], 16)), text.replace("\\/", "/"))
     # No character has a number so long, and Python converts none of thousands of digits.
     text = re.sub(r"&#[0-9]{8,}", "", re.sub(r"&#0+(?=[0-9])", "&#", text))
@@ -9651,7 +9648,7 @@ class UpstreamResponse:
         self.whole_request = True  # False when it came before the request had been sent
         self.has_body = True  # False for one that must not have any: a provider may send one nevertheless
         self.translated: Optional[Translated] = None  # the request, if it was that
-        # What came encoded has no lines to be told apart.
+        # In a compressed body no lines can be seen.
         coding = head.fields.get("content-encoding", "").lower()
         self.is_stream = media_type(head.fields) == "text/event-stream" and coding in ("", "identity")
 
@@ -9677,8 +9674,7 @@ class UpstreamResponse:
 
     @property
     def begins_with_error(self) -> bool:
-        """Whether it is a stream whose first event tells of an error, or a chat's answer that is one for all its
-        status."""
+        """Whether it is a stream whose first event is an error, or a translated answer of 200 that is one."""
         if self.translated:
             return self.first_fault is not None
         return self.is_stream and FIRST_EVENT_IS_ERROR.match(self.content) is not None
@@ -9690,7 +9686,7 @@ class UpstreamResponse:
 
     @property
     def status(self) -> int:
-        """Its status; of one of 200 that begins with an error, the one that this should have had."""
+        """Its status; of a 200 that begins with an error, the status that this error should have had."""
         if self.head.status >= 300 or not self.begins_with_error:
             return self.head.status
         fault = self.first_fault
@@ -9815,7 +9811,7 @@ class Attempt:
 
     @property
     def has_begun(self) -> bool:
-        """Whether something of a response has come, if only that it is none."""
+        """Whether any byte of a response has come, even of a malformed one."""
         return self.reached and (self.response is not None or self.channel.answered)
 
     @property
@@ -9824,9 +9820,9 @@ class Attempt:
         return self.reached and self._sent and not self.channel.send_failed
 
     async def run(self, channel: Channel) -> None:
-        """Sends the request on a connection and reads the response so far that it can be judged: its head, of a stream
-        the first line too. Where the connection breaks, there is none. Raises NoResponse, ClientGone, and what reading
-        the body raises."""
+        """Sends the request on a connection and reads the response until it can be judged: its head, of a stream the
+        first line, too. Where the connection breaks, `problem` says how. Raises NoResponse, ClientGone, and what
+        reading the body raises."""
         self.channel, self.reached, self._sent = channel, True, False
         channel.answered = False
         self._heads = ResponseHeads(self._loop, channel)
@@ -9874,7 +9870,7 @@ class Attempt:
             target += f"{'&' if '?' in target else '?'}{provider.query}"
         head = head_bytes(f"{request.head.method} {target} HTTP/1.1", fields)
         try:
-            # Many sends are cheaper than a copy of a large body; for a small one, one send is.
+            # A large body is cheaper to send in pieces than to copy, a small one cheaper to copy.
             if (length or 0) < RECEIVE_BYTES:
                 head, pieces = b"".join([head, *pieces]), []
             for data in (head, *pieces):
@@ -9943,8 +9939,8 @@ class Attempt:
 
 
 async def absorb(loop: EventLoop, response: UpstreamResponse) -> bytes:
-    """Decodes what has come of a response, after what others have to do where that takes long; returns what it adds.
-    Raises FramingError."""
+    """Decodes what has come of a response, and returns what it adds; lets others go first where that takes long. Raises
+    FramingError."""
     if is_laborious(response.channel.received):
         await checkpoint(loop)
     return response.absorb(response.channel.take_all())
@@ -9965,8 +9961,8 @@ async def more_of(loop: EventLoop, channel: Channel, candidate: Candidate, deadl
 
 
 async def peek(loop: EventLoop, response: UpstreamResponse, event_only: bool = False) -> None:
-    """Reads so much of an error that can be judged, of a stream perhaps only its first event; what goes wrong
-    meanwhile is seen when it is passed on."""
+    """Reads as much of an error as it takes to judge it; `event_only`: the first event of a stream. What goes wrong
+    meanwhile shows when the response is passed on. Raises ClientGone."""
     channel, deadline = response.channel, loop.now + PEEK_SECONDS
     try:
         while not response.decoder.finished and len(response.content) < PEEKED_BYTES:
@@ -10062,7 +10058,7 @@ class Relay:
         self, before: Optional[UpstreamResponse], response: UpstreamResponse, searches: bool
     ) -> UpstreamResponse:
         """The one of two responses that the client gets if no better one comes. Releases the other. Where one
-        `searches`, a key that can't say now may know what another doesn't."""
+        `searches`, a key that can't answer now may have what another doesn't know."""
         if before:
             first, status = before.head.status, response.head.status
             is_unknown = searches and status == 404 and first in RETRIED_STATUSES
@@ -10073,7 +10069,7 @@ class Relay:
 
     async def _attempt(self, request: UpstreamRequest, candidate: Candidate, fresh: bool) -> Attempt:
         """One try with a candidate. A kept connection that turns out to be closed is replaced, one that breaks when the
-        provider may have worked for long isn't; where that would be once too often, a `fresh` one is made at once."""
+        provider may have worked for long isn't. `fresh`: no kept one is used, since only one try is left."""
         attempt, provider = Attempt(self._loop, request, candidate), candidate.target.provider
         try:
             kept, begun = None if fresh else self.connections.take(provider), self._loop.now
@@ -10151,7 +10147,7 @@ class Relay:
 
 
 def record_failure(record: AccessRecord, candidate: Candidate, met: str) -> None:
-    """Records what an attempt met that came to nothing."""
+    """Records an attempt that failed, and what it met."""
     name = f"{candidate.target.provider.name}/{candidate.label}".rstrip("/")
     record.tried = f"{record.tried} {name}:{met}".strip()
 
@@ -10170,8 +10166,8 @@ def problem_of(request: UpstreamRequest, response: UpstreamResponse) -> tuple[st
 def key_problem(
     response: UpstreamResponse, status: int, told: str, code: str = "", is_clients: bool = False
 ) -> tuple[str, str]:
-    """Why an error with that status isn't for the client, and a short code for that: it refuses the relay's key, unless
-    what it refuses `is_clients`, or quotes it; empty if it is."""
+    """Why an error with that status isn't for the client, and a short code for that; empty if it is. One that isn't
+    refuses the relay's key (`is_clients`: it refuses what is the client's), or quotes it."""
     candidate, has_quoted = response.candidate, response.quotes_key(told)
     name = f"the provider {candidate.target.provider.name}"
     if status == 401 and not (is_clients or candidate.target.provider.client_keys):
@@ -10184,7 +10180,7 @@ def key_problem(
 
 
 def presented_fault(response: UpstreamResponse, fault: AnswerFault) -> AnswerFault:
-    """A fault that a response tells of in its midst, or another one if that isn't for the client."""
+    """A fault in the midst of a response, or another one in its place if it isn't for the client."""
     problem, code = key_problem(response, fault.status, f"{fault.message}\n{fault.text}")
     return AnswerFault(problem, code=code) if problem else fault
 
@@ -10195,7 +10191,7 @@ def upstream_error(content: bytes) -> str:
 
 
 def streamed_error(events: bytes) -> str:
-    """The error of a provider's of which events tell, as the log has it."""
+    """A provider's error in the events of a stream, as the log has it."""
     types = (error_member(data[1], "type") for data in DATA_LINE.finditer(events))
     return f"upstream:{next(filter(None, types), 'error')}"
 
@@ -10262,7 +10258,7 @@ class Catalogue:
         return [self._lists[provider][1] for provider in providers if provider in self._lists]
 
     async def _fetch(self, provider: Provider) -> None:
-        """Asks a provider, and remembers what it says; of one that fails, that it lists nothing for a while."""
+        """Asks a provider for its list, and remembers it; one that fails lists nothing for CATALOGUE_RETRY_SECONDS."""
         hasty = provider._replace(timeout=CATALOGUE_WAIT_SECONDS, connect_timeout=CATALOGUE_WAIT_SECONDS)
         target = "/models?limit=1000" if provider.format == "anthropic" else "/models"
         head = RequestHead("GET", "/v1/models", "", 1, Headers([]), 0)
@@ -10309,8 +10305,8 @@ async def read_rest(loop: EventLoop, response: UpstreamResponse) -> bytes:
 
 
 def listed_entries(text: str) -> Iterator[JsonDict]:
-    """The first LISTED_MODELS entries of the list `data` in a JSON object in narrow text, or of a bare list: of one
-    that tells much, only the name; an empty one for each that names no model. Raises ValueError for what is neither."""
+    """The first LISTED_MODELS entries of a JSON list in narrow text, bare or the `data` of an object: of a long entry
+    only its id, and {} for one that names no model. Raises ValueError for what is no such list."""
     document = json.loads(text, parse_int=short_integer, parse_constant=refuse_constant)
     del text
     listed = document.get("data") if isinstance(document, dict) else document
@@ -10376,7 +10372,7 @@ def model_page(entries: Sequence[JsonDict], query: str, format: str) -> JsonDict
 # ==== Responses ==================================================================================
 #
 # What a client is sent goes out in one place, Handler._send, whether all of it is there or a provider is still sending
-# it. A Response says what; an Outgoing makes bytes of it, and decides there, once for all, whether the body has a
+# it. A Response says what; an Outgoing makes bytes of it, and decides, in one place, whether the body has a
 # length, is chunked or ends with the connection, what HEAD, 204 and HTTP/1.0 leave out, and whether the connection is
 # kept. It holds back nothing but the beginning of a line, so that an error can be told between two lines.
 
@@ -10431,7 +10427,7 @@ class KeyEraser:
         self._held = b""
 
     def feed(self, data: bytes, is_last: bool) -> bytes:
-        """What can be passed on of the body up to here; all of it is as long as it was."""
+        """What can be passed on of the body up to here; in all it is as long as it came."""
         key = self._key
         data = self._held + data
         if key in data:
@@ -10455,7 +10451,7 @@ class Response(NamedTuple):
     rewriter: Optional[ResultsUrlRewriter] = None  # of its body
     translator: Optional[AnswerTranslator] = None  # of an event stream in the other format
     close: bool = False  # whether the connection can't be used for another request
-    live: Optional["LivePage"] = None  # what goes on telling, instead of a body
+    live: Optional["LivePage"] = None  # whose events are sent instead of a body
 
 
 def own_response(
@@ -10489,7 +10485,7 @@ class Outgoing:
         self._is_stream = relayed is not None and relayed.is_stream
         self._lines = LineSplitter() if self._is_stream and not response.translator else None
         self._filter = self._lines or response.rewriter
-        # Whether a stream has to say that it is over, since its framing won't, and whether it has.
+        # Whether a stream has to say that it is over, since its framing doesn't, and whether it has.
         self._awaits_end = self._lines is not None and isinstance(self._decoder, CloseDecoder)
         self._sees_end = False
         self._name = b""  # of an event whose data hasn't come yet: its line
@@ -10530,13 +10526,13 @@ class Outgoing:
         return self._framed(self._response.body)
 
     def tell(self, data: bytes) -> bytes:
-        """What goes out for the next part of what the relay itself tells; nothing is its end."""
+        """What goes out for the next event of the live page; no data is its end."""
         self.ended = self._record.complete = not data
         return LAST_CHUNK if not data and self._chunked else self._framed(data)
 
     def feed(self, data: bytes, closed: bool, broken: bool) -> bytes:
-        """What goes out for the next bytes from the provider; `closed`: for the last, since it has closed the
-        connection; `broken`: which was no end in good order."""
+        """What goes out for the next bytes from the provider. `closed`: these are the last, it has closed the
+        connection; `broken`: not by a FIN, over TLS by a close_notify."""
         try:
             sent = self._passed(self._decoder.feed(data)) if data else b""
         except FramingError:
@@ -10563,8 +10559,8 @@ class Outgoing:
         return line_end + error_event(self._format, kind, message, code, self._record.request_id)
 
     def _close(self, broken: bool) -> bytes:
-        """What goes out when the provider has closed: rightly where nothing else marks the end, unless the connection
-        is broken; and for a stream if it has said that it is over."""
+        """What goes out when the provider has closed: the end of the body where only that marks it, unless the
+        connection is broken or a stream hasn't said that it is over; else an error."""
         if self._lines and self._lines.held and not is_cut_off(self._lines.held):
             self._look_for_end(self._lines.held)
         if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not (self._awaits_end or broken)):
@@ -10590,7 +10586,7 @@ class Outgoing:
         return framed + LAST_CHUNK if self.ended and self._chunked else framed
 
     def _look_for_end(self, content: bytes) -> None:
-        """Notes whether a stream says that it is over; a name does only when its data has come, too."""
+        """Notes whether a stream says that it is over; an event's name counts only when its data has come, too."""
         text = self._name + content
         name = ENDS_IN_NAME.search(text)
         self._name = text[name.start() :] if name else b""
@@ -10638,7 +10634,7 @@ class TranslatedStream(Outgoing):
         self._told_end_at = 0.0  # when it told why the stream ends, though it hasn't ended
 
     def begin(self, keep_alive: bool, now: float) -> bytes:
-        """The head, and an event."""
+        """The head, and an event, if only a ping."""
         self.heard_at = now
         begun = super().begin(keep_alive, now)
         return begun if self._record.bytes_sent else begun + self.ping()
@@ -11276,7 +11272,7 @@ class Exchange:
 
     @property
     def _user_name(self) -> str:
-        """Whose room its body takes; empty where it is the owner's."""
+        """The user whose room its body takes; empty for the owner."""
         return self.caller.user.name if self.caller.user else ""
 
     def release_room(self, count: int) -> None:
@@ -11338,7 +11334,7 @@ def shutting_down() -> Unavailable:
 
 
 async def answer_alive(exchange: Exchange) -> Response:
-    """Says nothing, which is what Claude Code's probes want to hear."""
+    """Responds without a body, as Claude Code's probes expect."""
     return exchange.respond(200)
 
 
@@ -11550,10 +11546,10 @@ class LivePage:
         self.caller = exchange.caller
         self._service.pages[self] = None
         self._task = exchange.loop.current
-        self._is_sending = False  # what it was told last: as long as its client doesn't take it
-        self._config = self._service.config  # by which it was told
-        self._last: JsonDict = {}  # what it was told
-        self._told: Optional[dict[str, int]] = None  # requests that it knows to have ended, and when
+        self._is_sending = False  # whether its client hasn't taken the last event yet
+        self._config = self._service.config  # that of the last event
+        self._last: JsonDict = {}  # the state that it was told last
+        self._told: Optional[dict[str, int]] = None  # the ended requests that it was told of, and when they ended
         self._hours: list[list[Any]] = []
         self._hours_at = -math.inf
         seen = exchange.request.fields.get("last-event-id", "")
@@ -12094,7 +12090,7 @@ def without_client_keys(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
 
 
 def untold_answer(exchange: Exchange, error: RelayError) -> Response:
-    """The response where a provider's answer to a translated request is none."""
+    """The response in place of a provider's answer that broke off or can't be translated."""
     response = exchange.error_response(error)
     return response._replace(fields=response.fields + translation_fields(exchange.record))
 
@@ -12210,8 +12206,8 @@ OTHER_MODEL_PATHS = frozenset({
 
 
 def format_of(path: str, names_version: bool) -> str:
-    """The API that a request speaks; `names_version`: it has an anthropic-version. The first
-    TELLING_PATH_CHARACTERS of its path tell."""
+    """The format of a request; `names_version`: it has an anthropic-version. The first TELLING_PATH_CHARACTERS of its
+    path are enough."""
     path = known_form(path)
     if path == "/v1/messages" or path.startswith(("/v1/messages/", "/v1/anthropic/")):
         return "anthropic"
@@ -12220,7 +12216,7 @@ def format_of(path: str, names_version: bool) -> str:
 
 
 def likely_format(data: bytes) -> str:
-    """The API that a head speaks which can't be read, or hasn't been."""
+    """The format of a request whose head can't be read, or hasn't been."""
     anthropic = re.match(rb"\S{1,20} /v1/(?:messages|anthropic/)", data) or b"\nanthropic-version:" in data.lower()
     return "anthropic" if anthropic else "openai"
 
@@ -12327,7 +12323,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.known = False  # whether it has shown a valid token
         self.idle = False  # between two requests
         self.lingering = False  # behind the last one
-        self.evicted = False  # since others had to have room
+        self.evicted = False  # to make room for others
         self.busy = False  # with a request that isn't answered yet
         self.record: Optional[AccessRecord] = None  # of the last request
         self.fault: Optional[MalformedRequest] = None  # why no head can come any more
@@ -12457,7 +12453,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The response of the endpoint, or the error that stands in its way: the one place where errors become HTTP."""
         try:
             if len(data) > AT_ONCE_BYTES and not self.known:
-                await checkpoint(self.loop)  # many may end long heads at one moment, who have shown no token
+                await checkpoint(self.loop)  # many clients without a token may complete long heads at one moment
             self._read_head(exchange, data)
             self._admit()
             request = exchange.request
@@ -12470,7 +12466,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._authenticate(exchange)
             return await endpoint.answer(exchange)
         except RelayError as error:
-            # What is kept to be raised again would be kept by its own traceback, with all that led to it.
+            # An error that is kept to be raised again would keep, by its traceback, all frames that led to it.
             return exchange.error_response(error.with_traceback(None))
         except (ClientGone, Overdue):
             raise
@@ -12808,7 +12804,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
                 pass  # there is nobody left
 
     def _begin_draining(self) -> None:
-        """From now on new requests are turned away; closes the connections on which none has come."""
+        """Has new requests refused from now on, and closes the connections on which none has come."""
         self.service.draining = True
         for handler in list(self.handlers):
             handler.close_if_idle()
@@ -13125,8 +13121,8 @@ def read_secret(path: str) -> Optional[str]:
 
 
 def open_regular(path: str, flags: int) -> int:
-    """Opens a file of the configuration for open(). Raises OSError, also for a pipe or a device, of which nothing or no
-    end may ever come: no signal is heeded meanwhile."""
+    """Opens a file of the configuration for open(). Raises OSError, also for a pipe or a device: to read it may take
+    forever, and no signal is heeded meanwhile."""
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     found = os.fstat(descriptor)
     if stat.S_ISREG(found.st_mode) and found.st_size <= CONFIG_BYTES:
@@ -14727,7 +14723,7 @@ example:
 
 
 class UsageError(Exception):
-    """A command line that asks for what there isn't."""
+    """The command line is wrong; the message says where."""
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
