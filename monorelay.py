@@ -9258,7 +9258,7 @@ class UpstreamPool:
     def take(self, provider: Provider) -> Optional[Channel]:
         """A kept connection, the one used last: it is the least likely to be closed soon. One that came back just now
         is left: what its provider sends behind its response, if anything, has yet to be seen."""
-        idle = self._idle.get(way_to(provider), [])
+        idle = self._idle.get(pool_key(provider), [])
         for index in range(len(idle) - 1, -1, -1):
             if idle[index].kept_in_turn == self._loop.turn:
                 continue
@@ -9271,7 +9271,7 @@ class UpstreamPool:
 
     def keep(self, provider: Provider, channel: Channel) -> None:
         """Takes a connection back after a whole response."""
-        idle = self._idle.setdefault(way_to(provider), [])
+        idle = self._idle.setdefault(pool_key(provider), [])
         if channel.ended or len(idle) >= UPSTREAM_IDLE_CONNECTIONS:
             channel.close()
             return
@@ -9368,7 +9368,7 @@ class UpstreamPool:
             del self._lookups[host, port]
 
 
-def way_to(provider: Provider) -> tuple[str, str, int, str]:
+def pool_key(provider: Provider) -> tuple[str, str, int, str]:
     """The key of a provider's connections in the pool; providers with the same one share them."""
     return provider.scheme, provider.host, provider.port, provider.proxy
 
@@ -9468,8 +9468,8 @@ def proxy_address(provider: Provider) -> str:
     """Where the proxy to use is, or nothing: the provider's own setting, else HTTPS_PROXY, HTTP_PROXY and NO_PROXY."""
     if provider.proxy:
         return "" if provider.proxy == "direct" else provider.proxy
-    past = is_loopback(provider.host) or goes_past_proxy(provider.host, provider.port, proxy_variable("no"))
-    return "" if past else proxy_variable(provider.scheme)
+    bypassed = is_loopback(provider.host) or bypasses_proxy(provider.host, provider.port, proxy_variable("no"))
+    return "" if bypassed else proxy_variable(provider.scheme)
 
 
 def proxy_variable(name: str) -> str:
@@ -9477,7 +9477,7 @@ def proxy_variable(name: str) -> str:
     return os.environ.get(f"{name}_proxy", os.environ.get(f"{name.upper()}_PROXY", ""))
 
 
-def goes_past_proxy(host: str, port: int, no_proxy: str) -> bool:
+def bypasses_proxy(host: str, port: int, no_proxy: str) -> bool:
     """Whether NO_PROXY names the host: by its name, a suffix (`.corp`, `*.corp`), a CIDR block or `*`, perhaps with a
     port; as curl, Go and Node read it."""
     for entry in filter(None, map(str.strip, no_proxy.lower().split(","))):

@@ -8675,7 +8675,7 @@ def test_a_proxy_is_used_as_the_environment_says(
     ],
 )  # fmt: skip
 def test_no_proxy_knows_names_suffixes_blocks_and_ports(host, no_proxy, past):
-    assert monorelay.goes_past_proxy(host, 443, no_proxy) == past
+    assert monorelay.bypasses_proxy(host, 443, no_proxy) == past
 
 
 def test_a_provider_has_a_proxy_of_its_own_or_none(upstream, relay, no_proxy_yet, monkeypatch):
