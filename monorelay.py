@@ -10494,7 +10494,7 @@ class Outgoing:
     def begin(self, keep_alive: bool, now: float) -> bytes:
         """The head, and what there is of the body. `keep_alive`: the connection may be kept."""
         response, request, record = self._response, self._request, self._record
-        status, fields, relayed = response.status, response.fields, response.relayed
+        status, fields, relayed = response.status, [*response.fields], response.relayed
         version = request.version if request else 1
         bodyless = status in (204, 304) or (request is not None and request.method == "HEAD")
         length = relayed.head.fields.get("content-length", "") if relayed else str(len(response.body))
