@@ -8636,8 +8636,7 @@ class LogWriter:
         else:
             self.dropped += 1
             self.dropped_in_all += 1
-        if not self._wanted.is_set():
-            self._wanted.set()
+        self._wanted.set()
 
     def _run(self) -> None:
         while True:
@@ -8771,8 +8770,7 @@ class LedgerWriter:
                 add_spent(self._lost, spent)
         if spent and (self.failing or not has_room):
             self.changed()
-        if not self._wanted.is_set():
-            self._wanted.set()
+        self._wanted.set()
 
     def spent(self, user: str, window: str) -> tuple[int, int]:
         """What a user with a budget has spent in a window: 10^-9 USD, and tokens without those read from a cache."""
@@ -9897,7 +9895,7 @@ class Attempt:
     async def _read_head(self) -> UpstreamResponse:
         """Waits for the head of the final response. Raises BrokenExchange, NoResponse and FramingError."""
         channel, method = self.channel, self._request.head.method
-        head = self._heads.take_final() if channel.received else None
+        head = self._heads.take_final()
         while not head:
             await more_of(self._loop, channel, self.candidate)
             head = self._heads.take_final()
@@ -11202,7 +11200,7 @@ class Exchange:
         )
         encoded: list[bytes] = []
         while True:
-            piece = incoming.arrived() or await incoming.read()
+            piece = await incoming.read()
             self.hold(len(piece))
             if coding == "identity":
                 body.add(piece)
