@@ -9142,10 +9142,10 @@ class RequestBody:
     async def read(self, has_responded: Optional[Callable[[], bool]] = None) -> bytes:
         """The next piece, b"" at the end. Raises ClientGone, TooLarge, MalformedRequest, and EarlyResponse
         when `has_responded` says that the provider speaks before there is one."""
-        piece = self.arrived()
+        piece = self._next_piece()
         while not piece and not self.finished:
             await self._wait_for_more(has_responded)
-            piece = self.arrived()
+            piece = self._next_piece()
         return piece
 
     async def read_all(self) -> bytes:
@@ -9172,7 +9172,7 @@ class RequestBody:
             return False
         return True
 
-    def arrived(self) -> bytes:
+    def _next_piece(self) -> bytes:
         """What has come of the body and not been read yet. Raises TooLarge and MalformedRequest."""
         channel, decoder = self._channel, self._decoder
         if self._ahead:
