@@ -10463,6 +10463,45 @@ def own_response(
     return Response(status, reason_of(status), [("date", date), *kind, *ids, *fields], body, close=close)
 
 
+class TranslatedStream:
+    """An event stream on its way into the other format. It is translated in parts, so that others have their turn."""
+
+    def __init__(self, translator: AnswerTranslator) -> None:
+        self.translator = translator
+        self._untranslated = b""  # what has come, and waits until others had their turn
+        self._source_ended = False  # whether nothing more will come
+        self.heard_at = 0.0  # when the provider last sent something
+        self._told_end_at = 0.0  # when it told why the stream ends, though it hasn't ended
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something waits to be translated, once others had their turn: go_on() does a part of it."""
+        return bool(self._untranslated) and not self.translator.ended
+
+    def ping_time(self, sent_at: float) -> float:
+        """When to ping, if something last went out at `sent_at`: the client waits for a sign of life, or for an end of
+        which the provider has told."""
+        if not self.translator.may_end:
+            return sent_at + PING_SECONDS
+        self._told_end_at = self._told_end_at or self.heard_at
+        return self._told_end_at + ENDING_SECONDS
+
+    def feed(self, content: bytes, is_last: bool) -> bytes:
+        """The events for what has come, or for a part of it."""
+        self._untranslated += content
+        self._source_ended = is_last
+        return self.go_on()
+
+    def go_on(self) -> bytes:
+        """The events for the next part of what waits to be translated, and at its end."""
+        waiting, size = self._untranslated, TRANSLATED_AT_ONCE_BYTES
+        part, self._untranslated = waiting[:size], waiting[size:]
+        events = self.translator.feed(part)
+        if self._source_ended and not self._untranslated and not self.translator.ended:
+            events += self.translator.close()
+        return events
+
+
 class Outgoing:
     """A response as bytes for its client: first begin(), then feed() with what comes from the provider, until it has
     `ended`. Does no I/O."""
@@ -10481,6 +10520,7 @@ class Outgoing:
         self._decoder = relayed.decoder if relayed else LengthDecoder(0)
         self._eraser = KeyEraser(relayed.candidate.secret) if relayed else None
         self._is_stream = relayed is not None and relayed.is_stream
+        self.translation = TranslatedStream(response.translator) if response.translator else None
         self._lines = LineSplitter() if self._is_stream and not response.translator else None
         self._filter = self._lines or response.rewriter
         # Whether a stream has to say that it is over, since its framing doesn't, and whether it has.
@@ -10490,7 +10530,8 @@ class Outgoing:
         self._last_byte = b""  # that went out
 
     def begin(self, keep_alive: bool, now: float) -> bytes:
-        """The head, and what there is of the body. `keep_alive`: the connection may be kept."""
+        """The head, and what there is of the body, of a translated stream at least a ping. `keep_alive`: the connection
+        may be kept."""
         response, request, record = self._response, self._request, self._record
         status, fields, relayed = response.status, [*response.fields], response.relayed
         version = request.version if request else 1
@@ -10512,8 +10553,13 @@ class Outgoing:
             fields.append(("connection", "keep-alive"))
         record.status, record.first_byte, record.is_stream = status, now, self._is_stream
         head = head_bytes(f"HTTP/1.1 {status} {response.reason}", fields)
+        if self.translation:
+            self.translation.heard_at = now
         if relayed:
-            return head + self._passed(relayed.take_content())
+            begun = head + self._passed(relayed.take_content())
+            if self.translation and not record.bytes_sent:
+                begun += self.translated(self.translation.translator.ping())
+            return begun
         self.ended = record.complete = bodyless
         is_long = len(response.body) > RECEIVE_BYTES  # it goes out behind the head, without being copied
         return head if bodyless or response.live or is_long else head + self.rest()
@@ -10551,6 +10597,8 @@ class Outgoing:
 
     def _error_event(self, kind: str, message: str, code: str) -> bytes:
         """The event by which a stream tells of an error; nothing for any other body."""
+        if self.translation:
+            return self.translation.translator.fail(message, kind, code)
         if not self._lines:
             return b""
         line_end = b"\n\n" if self._lines.mid_line else b"\n"
@@ -10559,6 +10607,8 @@ class Outgoing:
     def _close(self, broken: bool) -> bytes:
         """What goes out when the provider has closed: the end of the body where only that marks it, unless the
         connection is broken or a stream hasn't said that it is over; else an error."""
+        if self.translation:
+            return self.translated(self.translation.feed(b"", is_last=True))
         if self._lines and self._lines.held and not is_cut_off(self._lines.held):
             self._look_for_end(self._lines.held)
         if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not (self._awaits_end or broken)):
@@ -10570,6 +10620,8 @@ class Outgoing:
         """The content as it goes out, whole lines of it in a stream, with its end if it has come."""
         if content:
             self._record.usage.read(content, self._is_stream)
+        if self.translation:
+            return self.translated(self.translation.feed(content, self._decoder.finished))
         if self._filter:
             content = self._filter.feed(content)
             if self._decoder.finished:
@@ -10582,6 +10634,18 @@ class Outgoing:
         self.ended = self._record.complete = self._decoder.finished
         framed = self._framed(content)
         return framed + LAST_CHUNK if self.ended and self._chunked else framed
+
+    def translated(self, events: bytes) -> bytes:
+        """Translated events as they go out, with the end of the body if it is proper; an error has none."""
+        assert self.translation
+        self.ended, fault = self.translation.translator.ended, self.translation.translator.fault
+        if fault:
+            self.failed = not fault.is_about_request
+            self._record.error = "upstream:error" if fault.text else fault.code
+            self.keep_alive, self.must_reset = False, self.until_close
+            return self._framed(events)
+        self._record.complete = self.ended
+        return self._framed(events) + (LAST_CHUNK if self.ended and self._chunked else b"")
 
     def _look_for_end(self, content: bytes) -> None:
         """Notes whether a stream says that it is over; an event's name counts only when its data has come, too."""
@@ -10611,81 +10675,6 @@ class Outgoing:
             if self._awaits_end:
                 self._look_for_end(content)
         return chunk(content) if self._chunked else content
-
-
-class TranslatedStream(Outgoing):
-    """An event stream that goes out in the other format, and brings something now and then."""
-
-    def __init__(
-        self,
-        response: Response,
-        request: Optional[RequestHead],
-        format: str,
-        record: AccessRecord,
-        translator: AnswerTranslator,
-    ) -> None:
-        super().__init__(response, request, format, record)
-        self._translator = translator
-        self._untranslated = b""  # what has come, and waits until others had their turn
-        self._source_ended = False  # whether nothing more will come
-        self.heard_at = 0.0  # when the provider last sent something
-        self._told_end_at = 0.0  # when it told why the stream ends, though it hasn't ended
-
-    def begin(self, keep_alive: bool, now: float) -> bytes:
-        """The head, and an event, if only a ping."""
-        self.heard_at = now
-        begun = super().begin(keep_alive, now)
-        return begun if self._record.bytes_sent else begun + self.ping()
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether something waits to be translated, once others had their turn: go_on() does a part of it."""
-        return bool(self._untranslated) and not self.ended
-
-    def ping_time(self, sent_at: float) -> float:
-        """When to ping(), if something last went out at `sent_at`: the client waits for a sign of life, or for an end
-        of which the provider has told."""
-        if not self._translator.may_end:
-            return sent_at + PING_SECONDS
-        self._told_end_at = self._told_end_at or self.heard_at
-        return self._told_end_at + ENDING_SECONDS
-
-    def ping(self) -> bytes:
-        """What goes out when nothing has come for a while that could be translated."""
-        return self._sent(self._translator.ping())
-
-    def go_on(self) -> bytes:
-        """What goes out for the next part of what waits to be translated, and at its end."""
-        waiting, size = self._untranslated, TRANSLATED_AT_ONCE_BYTES
-        part, self._untranslated = waiting[:size], waiting[size:]
-        sent = self._translator.feed(part)
-        if self._source_ended and not self._untranslated and not self._translator.ended:
-            sent += self._translator.close()
-        return self._sent(sent)
-
-    def _sent(self, translated: bytes) -> bytes:
-        """Translated events as they go out, with the end of the body if it is proper; an error has none."""
-        self.ended, fault = self._translator.ended, self._translator.fault
-        if fault:
-            self.failed = not fault.is_about_request
-            self._record.error = "upstream:error" if fault.text else fault.code
-            self.keep_alive, self.must_reset = False, self.until_close
-            return self._framed(translated)
-        self._record.complete = self.ended
-        return self._framed(translated) + (LAST_CHUNK if self.ended and self._chunked else b"")
-
-    def _error_event(self, kind: str, message: str, code: str) -> bytes:
-        return self._translator.fail(message, kind, code)
-
-    def _close(self, broken: bool) -> bytes:
-        self._source_ended = True
-        return self.go_on()
-
-    def _passed(self, content: bytes) -> bytes:
-        self._record.usage.read(content, is_stream=True)
-        self._untranslated += content
-        self._source_ended = self._decoder.finished
-        return self.go_on()
 
 
 # ==== Service ====================================================================================
@@ -12513,8 +12502,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     async def _send(self, exchange: Exchange, response: Response) -> bool:
         """Sends a response as it comes: the one place from which responses go to clients. Whether the connection can be
         used for another request. Raises ClientGone."""
-        made = response, exchange.head, exchange.format, exchange.record
-        outgoing = TranslatedStream(*made, response.translator) if response.translator else Outgoing(*made)
+        outgoing = Outgoing(response, exchange.head, exchange.format, exchange.record)
         try:
             keep_alive = await self._may_be_kept(exchange, response)
             data = outgoing.begin(keep_alive, self.loop.now)
@@ -12559,8 +12547,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return outgoing.rest()
         upstream, timeout = relayed.channel, relayed.candidate.target.provider.timeout
         try:
-            if isinstance(outgoing, TranslatedStream):
-                return await self._next_translated(outgoing, upstream, timeout)
+            if outgoing.translation:
+                return await self._next_translated(outgoing, outgoing.translation, upstream, timeout)
             if not upstream.received and not upstream.ended:
                 await upstream.arrival(self.loop.now + timeout)
             return await self._fed(outgoing, upstream)
@@ -12575,26 +12563,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
             await checkpoint(self.loop)
         return outgoing.feed(upstream.take_all(), upstream.ended, upstream.broken)
 
-    async def _next_translated(self, outgoing: TranslatedStream, upstream: Channel, timeout: float) -> bytes:
+    async def _next_translated(
+        self, outgoing: Outgoing, stream: TranslatedStream, upstream: Channel, timeout: float
+    ) -> bytes:
         """What goes out next of a translated stream, within PING_SECONDS. Raises Overdue when the provider has been
         silent for its timeout."""
         sent_at, sent = self.loop.now, b""
         while not sent and not outgoing.ended:
-            if outgoing.is_behind:
+            if stream.is_behind:
                 await checkpoint(self.loop)
-                sent = outgoing.go_on()
+                sent = outgoing.translated(stream.go_on())
                 continue
-            pinged_at, silent_at = outgoing.ping_time(sent_at), outgoing.heard_at + timeout
+            pinged_at, silent_at = stream.ping_time(sent_at), stream.heard_at + timeout
             try:
                 if not upstream.received and not upstream.ended:
                     await upstream.arrival(min(pinged_at, silent_at))
             except Overdue:
                 if silent_at <= pinged_at:
                     raise
-                return outgoing.ping()
+                return outgoing.translated(stream.translator.ping())
             if self.loop.now > pinged_at:
-                return outgoing.ping()
-            outgoing.heard_at = self.loop.now
+                return outgoing.translated(stream.translator.ping())
+            stream.heard_at = self.loop.now
             sent = await self._fed(outgoing, upstream)
         return sent
 
