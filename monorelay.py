@@ -8489,7 +8489,7 @@ class Worker:
 
 def start_thread(run: Callable[[], None]) -> None:
     """Calls run() in a thread of its own. Raises RuntimeError when the system gives out no more threads."""
-    threading.Thread(target=run, name="errand", daemon=True).start()
+    threading.Thread(target=run, name="worker", daemon=True).start()
 
 
 async def in_thread(
@@ -9017,8 +9017,8 @@ def storable(value: Any) -> Union[str, int, None]:
 
 
 def begins_as_database(path: str) -> bool:
-    """Whether a file begins as those of SQLite do, or is empty. True where none can be read: what is in the way is told
-    when it is to be written."""
+    """Whether a file begins as those of SQLite do, or is empty. True for what can't be read: writing it will tell what
+    is wrong."""
     magic = b"SQLite format 3\0"
     try:
         with open(path if os.path.isfile(path) else os.devnull, "rb") as file:  # a pipe would be waited for
@@ -9028,7 +9028,7 @@ def begins_as_database(path: str) -> bool:
 
 
 def is_broken(error: Exception) -> bool:
-    """Whether SQLite says that what it has read is no database, or none that holds together."""
+    """Whether SQLite reports that a file is no database, or a malformed one."""
     return type(error).__name__ == "DatabaseError" and bool(re.search("malformed|not a database", str(error)))
 
 
@@ -9381,8 +9381,8 @@ def looked_up(host: str, port: int) -> list[Any]:
 
 
 async def connect_any(loop: EventLoop, addresses: Sequence[Any], deadline: float) -> Channel:
-    """A connection to the first address that takes one; those left share the time. Raises OSError, Overdue and
-    ClientGone."""
+    """A connection to the first address that takes one; each gets an equal share of the time left. Raises OSError,
+    Overdue and ClientGone."""
     problem: Exception = OSError(errno.EADDRNOTAVAIL, "its host has no address")
     for index, (family, _, _, _, address) in enumerate(addresses):
         latest = loop.now + (deadline - loop.now) / (len(addresses) - index)
@@ -9496,7 +9496,7 @@ def is_within_network(host: str, block: str) -> bool:
 
 
 def proxy_credential(proxy: Any) -> Pairs:
-    """The header that user and password of a proxy's URL become."""
+    """The header field for user and password in a proxy's URL."""
     if proxy.username is None:
         return []
     credential = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()
@@ -10250,7 +10250,7 @@ class Catalogue:
         except Overdue:
             pass
         for provider in stale:
-            # One that is still silent isn't waited for again at once; should it answer yet, the better.
+            # One that is still silent isn't waited for again at once; a late list is taken all the same.
             asked, entries = self._lists.get(provider, (-math.inf, []))
             self._lists[provider] = (max(asked, now - CATALOGUE_FRESH_SECONDS + CATALOGUE_RETRY_SECONDS), entries)
         return [self._lists[provider][1] for provider in providers if provider in self._lists]
@@ -10803,7 +10803,7 @@ class Workers:
             service.loop.post(lambda: service.loop.start(self._show_figures(place)))
 
     def show_soon(self) -> None:
-        """Starts to show the other workers, soon, which keys cool, and what was spent that they can't read."""
+        """Shows the other workers, soon, which keys cool, and what was spent that isn't in the ledger's file."""
         if self._place and not self._is_showing:
             self._is_showing = True
             self._service.loop.start(self._show(self._place))
@@ -10873,7 +10873,7 @@ class Workers:
         return found  # type: ignore[no-any-return]
 
     def tally(self) -> Tally:
-        """What all of them have counted."""
+        """What all workers have counted."""
         others = self._other_figures()
         return self._lately("tally", lambda: self._sum(others)) if others else self._service.tally
 
@@ -10884,7 +10884,7 @@ class Workers:
         return tally
 
     def running(self) -> list[list[Any]]:
-        """What runs, the oldest first."""
+        """The running requests of all workers, oldest first."""
         return self._lately("running", self._find_running)
 
     def _find_running(self) -> list[list[Any]]:
@@ -10894,7 +10894,7 @@ class Workers:
         return sorted(rows, key=lambda row: float(row[RUNNING_SINCE]))
 
     def keys(self, config: Config) -> list[JsonDict]:
-        """How each key is."""
+        """The state of each key, from all workers."""
         self.look()
         pool, now = self._service.relay.keys, self._service.loop.now
         own = [[*name, record_document(record)] for name, record in pool.records.items()]
@@ -10902,7 +10902,7 @@ class Workers:
         return key_states(config.providers.values(), pool, records, now, time.time())
 
     def gauges(self) -> dict[str, float]:
-        """The sums of what each has at the moment."""
+        """The gauges of all workers, summed up."""
         sums = collections.Counter(self._gauges())
         for figures in self._other_figures():
             sums.update(figures["gauges"])
@@ -11313,7 +11313,7 @@ def hidden_model(caller: Caller) -> Forbidden:
 
 
 def shutting_down() -> Unavailable:
-    """The error for those whom the relay can't serve to the end."""
+    """The error for requests that the relay can't serve to the end."""
     return Unavailable("this relay is shutting down", "shutting_down")
 
 
@@ -11511,7 +11511,7 @@ class History:
         ]  # fmt: skip
 
     async def _read(self, user: Optional[str], read: Callable[[], Result]) -> Result:
-        """What is read from the ledger for a user, or for one who sees all, in a thread. Raises Unavailable."""
+        """What read() returns, called in a thread, in the turn of the user. Raises Unavailable."""
 
         def attempt() -> Result:
             try:
@@ -11544,11 +11544,11 @@ class LivePage:
         self._known_until = int(seen) // 4096 if re.fullmatch("[0-9]{1,16}", seen) else 0
 
     def close(self) -> None:
-        """Makes room for another page."""
+        """Gives up its place among the pages."""
         self._service.pages.pop(self, None)
 
     def end(self) -> None:
-        """Ends it at once if its client takes nothing; else it ends with its next look."""
+        """Ends it at once if its client takes nothing; else it ends when it next checks whether it may go on."""
         if self._is_sending:
             self._task.resume(shutting_down())
 
@@ -11602,7 +11602,7 @@ class LivePage:
         return {**news, "ended": ended} if ended else news
 
     async def _state(self) -> JsonDict:
-        """How everything is, as far as the caller may see it."""
+        """The state of everything that the caller may see."""
         exchange, service = self._exchange, self._service
         own, config, clock = exchange.own_name(), service.config, time.time()
         if self._loop.now >= self._hours_at + (HOURS_SECONDS if service.ledger.file else 0):
@@ -11639,7 +11639,7 @@ class LivePage:
         """The requests that have ended since it was last asked; at first the last ones, and all that the ledger may not
         have yet."""
         own, told, is_new = self._exchange.own_name(), self._told or {}, not self._known_until
-        # What another worker has to tell comes a little later.
+        # What other workers tell comes a little later.
         since, self._known_until = self._known_until - LIVE_LATE_SECONDS * 1000, int(time.time() * 1000)
         rows: list[LedgerRow] = []
         for row in reversed(self._service.workers.tally().ended):
@@ -11884,11 +11884,10 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
 async def relay(
     exchange: Exchange, body: Union[ReadBody, RequestBody], candidates: Sequence[Candidate], searches: bool = False
 ) -> Response:
-    """The response of the first candidate that gives one which isn't a failure; of what creates something, only one is
-    asked."""
+    """The response of the first candidate that doesn't fail; for what creates something, only one is tried."""
     candidates = candidates[:1] if exchange.endpoint.creates else candidates
     relayed = await exchange.service.relay.obtain(upstream_request(exchange, body, candidates, searches))
-    if relayed.candidate.target.provider.format != "echo":  # which tells the body as long as its response lasts
+    if relayed.candidate.target.provider.format != "echo":  # which holds as much as long as its response lasts
         exchange.let_go()
     exchange.record.upstream_id = relayed.request_id[:LOGGED_CHARACTERS]
     if relayed.translated:
@@ -12083,7 +12082,7 @@ def untold_answer(exchange: Exchange, error: RelayError) -> Response:
 
 
 def translated_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
-    """The header of a response that is translated."""
+    """The header fields of a translated response."""
     fields = [pair for pair in relayed_fields(exchange, relayed) if pair[0].lower() not in BODY_HEADERS]
     record, names = exchange.record, {name.lower() for name, _ in fields}
     fields += [(name, record.request_id) for name in ("request-id", "x-request-id") if name not in names]
@@ -12091,7 +12090,7 @@ def translated_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
 
 
 def translation_fields(record: AccessRecord) -> Pairs:
-    """What the header of a response tells of a translation."""
+    """The header fields that tell of a translation."""
     dropped = [("x-monorelay-dropped", header_text(record.dropped))] if record.dropped else []
     return [("x-monorelay-translated", record.translated), *dropped]
 
@@ -12121,7 +12120,7 @@ async def whole_body(exchange: Exchange, relayed: UpstreamResponse) -> bytes:
 
 
 def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
-    """The header of a provider's response, and what the relay adds."""
+    """The header fields of a provider's response that are passed on, and those that the relay adds."""
     target = relayed.candidate.target
     cors = exchange.cors(relayed.head.fields.pairs)
     fields = end_to_end(relayed.head.fields, RESPONSE_HEADERS_KEPT_BACK)
@@ -12610,7 +12609,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 #   accept         one thread for each address: it makes a Handler, which posts its task to the loop
 #   event loop     serves; all else belongs to it
 #   log, ledger    write; what they are given waits in a deque, which several threads may use
-#   errand, and three Workers: names; echo and translations; passwords; queries of the ledger. Each posts its result
+#   worker         four kinds: names; echo and translations; passwords; queries of the ledger. Each posts its result
 #   operator       waits for signals and edits, replaces `service.routing` as a whole, and stops the server
 #
 # `handlers` is added to by the thread that accepts, and else belongs to the loop; whoever else reads it takes a copy.
@@ -12678,8 +12677,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
         return True
 
     def make_room(self) -> bool:
-        """Closes the connection that has been idle for longest; where there is none, the one that has been busy for
-        longest without having shown a token, if that is too long. Whether there was one."""
+        """Closes the connection that has been idle for longest, else the one that has been busy for longest without
+        having shown a token, if for over UNPROVEN_SECONDS; whether there was one."""
         while self.idle:
             handler = next(iter(self.idle))
             if handler.task and handler.may_be_closed():
@@ -13154,7 +13153,7 @@ class Board:
     _ROOM = (BOARD_PLACE_BYTES - _HEAD.size) // 2  # for each of the two documents
 
     def _begin(self, place: int, number: int) -> int:
-        """Where the document stands that was written as this one."""
+        """The offset of the document with this number, which decides between the two rooms of the place."""
         return place * BOARD_PLACE_BYTES + self._HEAD.size + number % 2 * self._ROOM
 
     def number(self, place: int) -> int:
