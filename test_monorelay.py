@@ -20181,7 +20181,8 @@ class ReadmeShell:
         if SERVES.fullmatch(text[text.startswith("export") and text.index("\n") + 1 :]):
             self.serve(command, options)
             return ""
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, **options)
+        # On a busy machine with cold caches, importing two SDKs alone has taken over 30 seconds.
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, **options)
         assert done.returncode == 0, f"README.md line {block.line}: {done.stderr}"
         return done.stdout
 
