@@ -2780,6 +2780,24 @@ def test_json_reads_at_once_what_takes_it_milliseconds(text, is_walked):
     assert json.loads(b"".join(body.with_model("other")[0]))["model"] == "other"
 
 
+@pytest.mark.parametrize("number", ["0", "1e-400"])
+def test_numbers_take_json_no_longer_than_strings(number):
+    def seconds(value: str) -> float:
+        body = b'{"x":[%s],"model":"a"}' % ",".join([value] * 39_000).encode()
+        return min(process_time(functools.partial(monorelay.read_at_once, body)) for _ in range(5))
+
+    assert seconds(number) < 5 * seconds('"' + number + '"')
+
+
+def test_many_tools_are_searched_for_a_model_in_little_time():
+    def seconds(members: bytes) -> float:
+        body = b'{"model":"a",%b}' % members
+        return min(process_time(functools.partial(monorelay.read_at_once, body)) for _ in range(5))
+
+    tools = b",".join([b'{"a":""}'] * 29_000)
+    assert seconds(b'"tools":[%b]' % tools) < 2.2 * seconds(b'"slots":[%b]' % tools)
+
+
 def test_deep_nesting_is_searched_or_refused():
     body = b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b',"model":"a"}'
     assert walked([body]).model == "a"
