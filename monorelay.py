@@ -120,6 +120,7 @@ CHUNK_LINE_BYTES = 4096
 # A line of a stream that is longer goes out in pieces: memory stays bounded whatever arrives.
 STREAM_LINE_BYTES = 64 * 1024
 LABORIOUS_LINES = 2000  # or chunks, in what has come at once: they may take 0.3 ms
+LABORIOUS_BYTES = 16 * 1024  # of a client's body in so many chunks are decoded at a time, which may take 2 ms
 USAGE_BYTES = 16 * 1024  # of a response's usage object; some have 1,500
 USAGE_NAME_BYTES = 40  # of the name before it, or of a service tier that stands beside it
 USAGES_AT_ONCE = 8  # the last ones of what has come at once: some servers send one with each word
@@ -3184,6 +3185,11 @@ def response_decoder(head: ResponseHead, method: str) -> Decoder:
     if not CONTENT_LENGTH.fullmatch(lengths[0]) or lengths.count(lengths[0]) < len(lengths):
         raise FramingError("the Content-Length is malformed")
     return LengthDecoder(int(lengths[0]))
+
+
+def is_laborious(data: bytes) -> bool:
+    """Whether so many short lines or chunks are among what has come that others should go first."""
+    return len(data) > LABORIOUS_LINES and data.count(b"\n") > LABORIOUS_LINES
 
 
 def chunk(data: bytes) -> bytes:
@@ -9144,10 +9150,10 @@ class RequestBody:
     async def read(self, has_responded: Optional[Callable[[], bool]] = None) -> bytes:
         """The next piece, b"" at the end. Raises ClientGone, TooLarge, MalformedRequest, and EarlyResponse
         when `has_responded` says that the provider speaks before there is one."""
-        piece = self._next_piece()
+        piece = await self._next_piece()
         while not piece and not self.finished:
             await self._wait_for_more(has_responded)
-            piece = self._next_piece()
+            piece = await self._next_piece()
         return piece
 
     async def read_all(self) -> bytes:
@@ -9174,19 +9180,24 @@ class RequestBody:
             return False
         return True
 
-    def _next_piece(self) -> bytes:
-        """What has come of the body and not been read yet. Raises TooLarge and MalformedRequest."""
-        channel, decoder = self._channel, self._decoder
+    async def _next_piece(self) -> bytes:
+        """What has come of the body and not been read yet; of many chunks some, when others had their turn. Raises
+        ClientGone, TooLarge and MalformedRequest."""
+        channel, decoder, size = self._channel, self._decoder, None
         if self._ahead:
             piece, self._ahead = self._ahead, b""
             return piece
         if not channel.received or decoder.finished:
             return b""
+        if self._chunks and is_laborious(channel.received):
+            await checkpoint(self._loop)
+            size = LABORIOUS_BYTES
+        received = channel.received
         try:
-            piece = decoder.feed(channel.received)
+            piece = decoder.feed(received[:size])
         except FramingError as error:
             raise MalformedRequest(f"the chunked body is malformed: {error}") from None
-        channel.keep(decoder.rest)
+        channel.keep(decoder.rest if size is None else decoder.rest + received[size:])
         self._taken += len(piece)
         if self._taken > self._limit or (self._chunks and self._taken + self._chunks.announced > self._limit):
             raise self._too_large()
@@ -9567,11 +9578,6 @@ async def send_echo(loop: EventLoop, channel: Channel, response: EchoResponse, r
 
 
 BARE_LF = re.compile(rb"(?:^|[^\r])\n")
-
-
-def is_laborious(data: bytes) -> bool:
-    """Whether so many short lines or chunks are among what has come that others should go first."""
-    return len(data) > LABORIOUS_LINES and data.count(b"\n") > LABORIOUS_LINES
 
 
 class ResponseHeads:

@@ -13245,6 +13245,26 @@ def test_bodies_held_together_beyond_their_bound_are_a_503_until_the_others_are_
     assert len(provider.requests) == 3
 
 
+def test_a_body_in_tiny_chunks_is_decoded_in_parts_between_which_others_have_their_turn(
+    upstream, relay, monkeypatch
+):
+    provider, sizes, decode = upstream(answer()), [], monorelay.ChunkedDecoder.feed
+
+    def feed(decoder: Any, data: bytes) -> bytes:
+        sizes.append(len(data))
+        return decode(decoder, data)
+
+    monkeypatch.setattr(monorelay.ChunkedDecoder, "feed", feed)
+    it = relay({"anthropic": provider})
+    body = b"1\r\n-\r\n" * 100_000 + b"0\r\n\r\n"
+    headers = (ANTHROPIC_VERSION, "Transfer-Encoding: chunked", "Content-Type: multipart/form-data; boundary=x")
+    with it.client() as client:
+        client.send(request("POST", "/v1/files", body, *headers))
+        assert client.answer().status == 200
+    assert provider.requests[0].body == b"-" * 100_000
+    assert max(sizes) <= 16 * 1024
+
+
 def test_a_form_asks_for_the_last_target_that_was_tried():
     head = monorelay.parse_request_head(b"POST /v1/images/edits HTTP/1.1\r\nHost: a\r\nContent-Length: 30\r\n\r\n")
     body = monorelay.RequestBody(None, head, 1000, None)
