@@ -10325,7 +10325,8 @@ def listed_entries(text: str) -> Iterator[JsonDict]:
 
 
 def is_small(entry: JsonDict) -> bool:
-    """Whether an entry has at most LISTED_ENTRY_VALUES values, and so many characters in its strings."""
+    """Whether an entry has at most LISTED_ENTRY_VALUES values, and so many characters in its strings. One with a number
+    that Python can't hold (1e400), and so can't write again, isn't small."""
     waiting: list[Any] = [entry]
     values = characters = 0
     while waiting and values + len(waiting) <= LISTED_ENTRY_VALUES and characters <= LISTED_ENTRY_CHARACTERS:
@@ -10338,6 +10339,8 @@ def is_small(entry: JsonDict) -> bool:
             waiting += value
         elif isinstance(value, str):
             characters += len(value)
+        elif isinstance(value, float) and math.isinf(value):
+            return False
     return not waiting and characters <= LISTED_ENTRY_CHARACTERS
 
 

@@ -12605,6 +12605,15 @@ def test_a_list_with_what_is_no_json_number_is_none_and_the_catalogue_is_json(up
     assert [model["id"] for model in json.loads(got.body, parse_constant=pytest.fail)["data"]] == ["claude-b"]
 
 
+@pytest.mark.parametrize("value", ["1e400", '{"most":[0,-1E+999]}'], ids=brief)
+def test_of_an_entry_with_a_number_too_large_to_hold_the_name_is_listed(upstream, relay, value):
+    odd = answer(200, b'{"data":[{"id":"claude-a","type":"model","n":%s}]}' % value.encode())
+    it = relay({"anthropic": upstream(odd), "anthropic2": upstream(catalogue_answer("claude-b"))})
+    got = it.ask("GET", "/v1/models", None, ANTHROPIC_VERSION)
+    listed = json.loads(got.body, parse_constant=pytest.fail)["data"]
+    assert [model["id"] for model in listed] == ["claude-a", "claude-b"] and "n" not in listed[0]
+
+
 @pytest.mark.parametrize("status", [401, 402])
 def test_a_path_that_a_key_is_not_good_for_spoils_it_for_no_model(upstream, relay, status):
     def script(connection: Connection) -> None:
