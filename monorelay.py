@@ -3351,13 +3351,19 @@ ABOUT_REQUEST = re.compile(
 )
 
 
+# How vLLM and others tell in a stream, whose own status was 200, that a request was a bad one.
+CODE_ABOUT_REQUEST = re.compile(rb'"(?:code|status|status_code)" ?: ?"?(?:400|404|413|422)[",} ]')
+
+
 def is_about_request(status: int, told: bytes) -> bool:
     """Whether an error says nothing about the provider and its key, but about what was asked. The status is 0 where
-    only its type tells: with a 401 or 403, `invalid_request` may mean the key."""
+    only its type and code tell: with a 401 or 403, `invalid_request` may mean the key."""
     if status == 401:
         return b"CORS requests" in told  # Anthropic's word for a browser's
     is_named = status in (0, 402, 403, 429) and ABOUT_REQUEST.search(told)
-    return bool(is_named) or status in (400, 404, 413, 422) or (not status and b"invalid_request" in told)
+    if not status and (b"invalid_request" in told or CODE_ABOUT_REQUEST.search(told)):
+        return True
+    return bool(is_named) or status in (400, 404, 413, 422)
 
 
 def is_about_fast_mode(status: int, fields: Headers) -> bool:

@@ -11372,6 +11372,22 @@ def test_a_requests_own_fault_that_a_stream_tells_is_tried_nowhere_else(upstream
     assert len(first.requests) == 2 and not second.requests
 
 
+@pytest.mark.parametrize(
+    ("code", "is_own"), [("400", True), ('"422"', True), ("4000", False), ("500", False), ("null", False)]
+)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_stream_that_tells_by_a_code_that_the_request_is_bad_cools_nothing(upstream, relay, is_first, code, is_own):
+    """As vLLM does, whose type is BadRequestError then."""
+    told = b'data: {"error":{"message":"no","type":"BadRequestError","param":null,"code":%s}}\n\n' % code.encode()
+    sent = told if is_first else OPENAI_EVENTS[0] + told
+    first, second = upstream(STREAM_HEAD + chunked(sent)), upstream(OPENAI_STREAM)
+    it = relay({"openai": first, "openai2": second})
+    got = it.post("/v1/chat/completions", chat(stream=True))
+    assert (got.body == sent) == (is_own or not is_first)
+    it.logged("path=/v1/chat/completions")
+    assert ("comes last" in it.log.getvalue()) != is_own and bool(second.requests) == (is_first and not is_own)
+
+
 @pytest.mark.parametrize(("size", "whole"), [(0, True), (1, False), (20_000, False)])
 def test_a_providers_head_has_at_most_256_kib(size, whole):
     """Even if it is whole when it is first looked at."""
