@@ -6759,11 +6759,21 @@ def fault_of(document: JsonDict) -> AnswerFault:
     figures += [meant for word, meant in FAULT_WORDS.items() if word in kind]
     numbers = [figure for figure in figures if isinstance(figure, (int, str))]  # LiteLLM's are texts
     status = next((int(number) for number in numbers if re.fullmatch("[45][0-9]{2}", str(number))), 502)
-    if status != 429 and OVERFLOW.search(json.dumps(told)[:ERROR_BYTES]):
+    if status != 429 and OVERFLOW.search(beginning(told, ensure_ascii=True)):
         status = 400  # whatever else it says, or doesn't
     words = words_of(document) or "the provider's answer holds an error"
-    text = widened(json.dumps(document, ensure_ascii=False)[:ERROR_BYTES])
+    text = widened(beginning(document, ensure_ascii=False))
     return AnswerFault(widened(words[:ERROR_CHARACTERS]), status, text)
+
+
+def beginning(document: JsonDict, ensure_ascii: bool) -> str:
+    """The first ERROR_BYTES characters of a document as JSON text; no more of it than that is written."""
+    found = ""
+    for part in json.JSONEncoder(ensure_ascii=ensure_ascii).iterencode(document):
+        found += part
+        if len(found) >= ERROR_BYTES:
+            break
+    return found[:ERROR_BYTES]
 
 
 # ==== Records =======================================================================================

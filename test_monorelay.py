@@ -5682,6 +5682,14 @@ def test_a_fault_is_judged_in_whatever_language_it_is_told(code, is_about_reques
     assert it.fault.is_about_request == is_about_request
 
 
+@pytest.mark.timed
+@pytest.mark.parametrize("value", ["1,", '{"":1},', "1e9,", '"\\u00e9",'], ids=brief)
+def test_a_long_error_is_told_as_fast_as_it_is_read(value):
+    told = monorelay.read_answer(b'{"error":{"message":"x","a":[%s1]}}' % (value.encode() * (400_000 // len(value))))
+    assert monorelay.fault_of(told).message == "x"
+    assert seconds_each(lambda: monorelay.fault_of(told), 1) < 0.01
+
+
 def test_s17_comments_are_no_events_and_silence_gets_a_ping():
     it = monorelay.AnswerTranslator(asked_of(stream=True))
     assert it.feed(b": OPENROUTER PROCESSING\n\n") == b""
