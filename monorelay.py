@@ -6448,7 +6448,8 @@ class EventReader:
 
     # Of an event: the end of a line, and one without a character.
     _END = re.compile(rb"\n(?:\n|\r\n?)|\r(?:\r\n?|\n(?:\n|\r\n?))")
-    _DATA = re.compile(rb"(?:\A|[\r\n])data(?:: ?([^\r\n]*))?(?![^\r\n])")
+    # A stream may begin with a byte order mark.
+    _DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data(?:: ?([^\r\n]*))?(?![^\r\n])")
 
     def __init__(self) -> None:
         self._rest = bytearray()  # what has come of an event that hasn't ended

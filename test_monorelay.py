@@ -5690,6 +5690,13 @@ def test_a_long_error_is_told_as_fast_as_it_is_read(value):
     assert seconds_each(lambda: monorelay.fault_of(told), 1) < 0.01
 
 
+@pytest.mark.parametrize("size", [1, 1000])
+def test_the_first_event_behind_a_byte_order_mark_counts(size):
+    data, reader = b"\xef\xbb\xbfdata: 1\n\ndata: 2\n\n", monorelay.EventReader()
+    parts = (data[at : at + size] for at in range(0, len(data), size))
+    assert [event for part in parts for event in reader.feed(part)] == [b"1", b"2"]
+
+
 def test_s17_comments_are_no_events_and_silence_gets_a_ping():
     it = monorelay.AnswerTranslator(asked_of(stream=True))
     assert it.feed(b": OPENROUTER PROCESSING\n\n") == b""
