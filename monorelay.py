@@ -9200,12 +9200,13 @@ class RequestBody:
     async def _next_piece(self) -> bytes:
         """What has come of the body and not been read yet; of many chunks some, when others had their turn. Raises
         ClientGone, TooLarge and MalformedRequest."""
-        channel, decoder, size = self._channel, self._decoder, None
+        channel, decoder = self._channel, self._decoder
         if self._ahead:
             piece, self._ahead = self._ahead, b""
             return piece
         if not channel.received or decoder.finished:
             return b""
+        size = len(channel.received)
         if self._chunks and is_laborious(channel.received):
             await checkpoint(self._loop)
             size = LABORIOUS_BYTES
@@ -9214,7 +9215,7 @@ class RequestBody:
             piece = decoder.feed(received[:size])
         except FramingError as error:
             raise MalformedRequest(f"the chunked body is malformed: {error}") from None
-        channel.keep(decoder.rest if size is None else decoder.rest + received[size:])
+        channel.keep(decoder.rest + received[size:])
         self._taken += len(piece)
         if self._taken > self._limit or (self._chunks and self._taken + self._chunks.announced > self._limit):
             raise self._too_large()
