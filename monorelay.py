@@ -6024,8 +6024,14 @@ class ChatReader:
             self._hold(len(said) + WAITING_BYTES)
             self._blanks.append(said)
         else:
-            blanks, self._blanks = self._blanks if kind == "text" else [], []
-            self._writer.write(kind, "".join([*blanks, said]))
+            blanks = self._take_blanks()
+            self._writer.write(kind, "".join([*blanks, said] if kind == "text" else [said]))
+
+    def _take_blanks(self) -> list[str]:
+        """The blank text that was kept, which is so no longer."""
+        blanks, self._blanks = self._blanks, []
+        self._held -= sum(len(blank) + WAITING_BYTES for blank in blanks)
+        return blanks
 
     def _hold(self, size: int) -> None:
         """Takes room for what has to wait. Raises AnswerFault."""
@@ -6105,7 +6111,7 @@ class ChatReader:
         while id in self._ids:
             id += "_2"
         self._ids.add(id)
-        self._blanks = []
+        self._take_blanks()
         self._writer.open_call(carrying_id(id, call.seal), call.name)
         call.is_open = True
         return True

@@ -5690,6 +5690,15 @@ def test_a_long_error_is_told_as_fast_as_it_is_read(value):
     assert seconds_each(lambda: monorelay.fault_of(told), 1) < 0.01
 
 
+def test_blank_text_that_waits_no_longer_takes_no_room():
+    """Some servers send one with each word of thinking."""
+    it = monorelay.AnswerTranslator(asked_of(stream=True, thinking="shown"))
+    word = sse_of([delta(reasoning_content="a", content="\n")], done=False)
+    for _ in range(monorelay.TRANSLATED_HELD_BYTES // monorelay.WAITING_BYTES + 1):
+        assert b"thinking_delta" in it.feed(word)
+        assert not it.ended
+
+
 @pytest.mark.parametrize("size", [1, 1000])
 def test_the_first_event_behind_a_byte_order_mark_counts(size):
     data, reader = b"\xef\xbb\xbfdata: 1\n\ndata: 2\n\n", monorelay.EventReader()
