@@ -6050,7 +6050,7 @@ class ChatReader:
         if len(id) > TOOL_ID_CHARACTERS or len(seal) > SEAL_CHARACTERS:
             raise UnfitAnswer("the provider's answer calls a tool by an id, or with a signature, that is too long")
         call = self._call_of(entry.get("index"), id, bool(name and part.strip()))
-        call.id, call.seal = call.id or id, call.seal or seal
+        seal_before, call.id, call.seal = call.seal, call.id or id, call.seal or seal
         if not call.is_open and not call.closed:
             call.name = call.name if call.name == name else (call.name + name)[: TOOL_NAME_CHARACTERS + 1]
         if call.closed:
@@ -6062,7 +6062,7 @@ class ChatReader:
             raise UnfitAnswer(f"the provider's answer calls tools with more than {TRANSLATED_VALUES} values")
         data = part.encode("latin-1")
         self._said += characters(part)
-        self._hold(len(data) + len(seal))
+        self._hold(len(data) + len(call.seal) - len(seal_before))
         call.arguments += data
         call.scan.feed(part)
         self._advance(is_followed=False)
@@ -6145,7 +6145,7 @@ class ChatReader:
 
 def first_choice(answer: JsonDict) -> Optional[JsonDict]:
     """The first choice of a chat answer or a chunk, if it has one: nobody has asked for others."""
-    return next((it for it in listed_objects(answer.get("choices")) if it.get("index", 0) == 0), None)
+    return next((it for it in listed_objects(answer.get("choices")) if not it.get("index")), None)
 
 
 def too_many_calls() -> UnfitAnswer:
@@ -6621,7 +6621,9 @@ def read_answer(data: bytes) -> JsonDict:
         may_be_many = len(data) > TRANSLATED_VALUES
         values = sum(map(data.count, (b",", b"[", b"{"))) if may_be_many else 0
         return read_document([data], values, errors="replace")
-    except (BadRequest, RecursionError):
+    except RecursionError:
+        raise UnfitAnswer("the provider's answer is nested too deeply to be translated") from None
+    except BadRequest:
         raise AnswerFault("the provider sent what is no JSON object, or one of too many values") from None
 
 

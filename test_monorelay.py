@@ -5699,6 +5699,24 @@ def test_blank_text_that_waits_no_longer_takes_no_room():
         assert not it.ended
 
 
+def test_a_signature_that_comes_with_each_part_of_a_call_takes_its_room_once():
+    it = monorelay.AnswerTranslator(asked_of(stream=True))
+    seal = {"google": {"thought_signature": "s" * monorelay.SEAL_CHARACTERS}}
+    for part in ['{"a":"', *"b" * 20, '"}']:
+        call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": part}, "extra_content": seal}
+        it.feed(sse_of([delta(tool_calls=[call])], done=False))
+    assert not it.ended and it.fault is None
+
+
+def test_an_answer_that_is_nested_too_deeply_says_nothing_about_its_provider():
+    with pytest.raises(monorelay.UnfitAnswer):
+        monorelay.read_answer(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+
+
+def test_a_choice_whose_index_is_null_is_the_first():
+    assert monorelay.first_choice({"choices": [{"index": 1}, {"index": None, "a": 2}]}) == {"index": None, "a": 2}
+
+
 @pytest.mark.parametrize("size", [1, 1000])
 def test_the_first_event_behind_a_byte_order_mark_counts(size):
     data, reader = b"\xef\xbb\xbfdata: 1\n\ndata: 2\n\n", monorelay.EventReader()
