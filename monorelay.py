@@ -105,6 +105,7 @@ CONNECTION_CHARACTERS = 512  # of the Connection fields, whose options are kept 
 PATH_ESCAPES = 512  # percent-encoded characters in a path: each is looked at several times
 # Tomcat and gunicorn stop at 8 KiB, h11 at 16; a cookie-laden browser and long beta lists need more.
 REQUEST_HEAD_BYTES = 64 * 1024
+LONG_HEAD_BYTES = 8 * 1024  # a longer one waits for the turn of others, also of a client that has shown a token
 # Apache's LimitRequestFields is 100; http.client's own limit, 100, has bitten users of other relays.
 REQUEST_HEAD_FIELDS = 200
 # Providers are trusted more than clients: http.client allows 100 lines of 64 KiB, curl 300 KiB.
@@ -2847,7 +2848,7 @@ AUTHORITY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::
 ABSOLUTE_FORM = r"(?i)^https?://[^/?]*/?"
 # A percent-encoded letter, digit, hyphen, dot, underscore or tilde.
 UNRESERVED_ESCAPED = r"%(2[DdEe]|3[0-9]|4[1-9A-Fa-f]|5[0-9AaFf]|6[1-9A-Fa-f]|7[0-9AaEe])"
-PLAIN_PATH = re.compile(r"(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
+UNSAFE_BYTES = bytes(range(0x21)) + b"\\\x7f"  # in a path
 CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 
@@ -3229,14 +3230,12 @@ EXPOSED_HEADERS = ("request-id", "x-request-id", "retry-after", *OWN_HEADERS)
 
 def is_safe_path(path: str) -> bool:
     """Whether no server behind can take the path for another one, decoded once or twice."""
-    if PLAIN_PATH.fullmatch(path):
-        return True
     once = unquote_to_bytes(path)
-    for form in (path.encode("latin-1"), once, unquote_to_bytes(once)):
-        if b"//" in form or b"\\" in form or re.search(rb"[\x00-\x20\x7f]", form):
+    for form in {path.encode("latin-1"), once, unquote_to_bytes(once)}:
+        if b"//" in form or len(form.translate(None, UNSAFE_BYTES)) < len(form):
             return False
         # Some servers take what follows a semicolon for a parameter, and the segment for what is before it.
-        if re.search(rb"(?:^|/)\.\.?(?:[;/]|\Z)", form):
+        if b"/." in b"/" + form and re.search(rb"(?:^|/)\.\.?(?:[;/]|\Z)", form):
             return False
     return True
 
@@ -12265,11 +12264,11 @@ def find_endpoint(method: str, path: str, format: str) -> Endpoint:
 
 def other_endpoint(method: str, path: str, format: str) -> Endpoint:
     """What serves a path that isn't listed, or is in another spelling. Raises NotFound and BadRequest."""
+    if path.count("%") > PATH_ESCAPES:
+        raise NotFound(f"the path has more than {PATH_ESCAPES} percent-encoded characters")
     known = known_form(path)
     if method not in METHODS:
         return ENDPOINTS.get(known) or Endpoint(answer_any, METHODS)
-    if path.count("%") > PATH_ESCAPES:
-        raise NotFound(f"the path has more than {PATH_ESCAPES} percent-encoded characters")
     if not is_safe_path(path):
         raise NotFound("the path has empty, . or .. segments, a backslash, spaces or control characters")
     if known in ENDPOINTS:
@@ -12475,8 +12474,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     async def _respond(self, exchange: Exchange, data: bytes) -> Response:
         """The response of the endpoint, or the error that stands in its way: the one place where errors become HTTP."""
         try:
-            if len(data) > AT_ONCE_BYTES and not self.known:
-                await checkpoint(self.loop)  # many clients without a token may complete long heads at one moment
+            if len(data) > (LONG_HEAD_BYTES if self.known else AT_ONCE_BYTES):
+                await checkpoint(self.loop)  # many clients may complete long heads at one moment
             self._read_head(exchange, data)
             self._admit()
             request = exchange.request

@@ -2789,6 +2789,16 @@ def test_numbers_take_json_no_longer_than_strings(number):
     assert seconds(number) < 5 * seconds('"' + number + '"')
 
 
+@pytest.mark.parametrize("path", ["/v1/" + "%41" * 5400, "/v1/" + "a/" * 8000, "/v1x/" + "a/" * 8000])
+def test_a_long_path_is_judged_in_no_time(path):
+    def judge() -> None:
+        for _ in range(10):
+            with contextlib.suppress(monorelay.RelayError):
+                monorelay.other_endpoint("POST", path, "openai")
+
+    assert min(process_time(judge) for _ in range(5)) < 0.005
+
+
 def test_many_tools_are_searched_for_a_model_in_little_time():
     def seconds(members: bytes) -> float:
         body = b'{"model":"a",%b}' % members
