@@ -757,14 +757,14 @@ def bytes_grown(event: Callable[[], object], count: int) -> int:
 
 
 def slowness() -> float:
-    """How many times as long as the 20 ms of an ordinary machine this one takes for a loop just now; at least 1. Limits
-    of processor time are multiplied by it where they come close to what an ordinary machine takes."""
+    """How many times as long as the 12 ms of a fast machine this one takes for a loop just now; at least 1. Limits
+    of processor time are multiplied by it where they are close to what a fast one takes."""
 
     def count() -> None:
         for _ in range(1_000_000):
             pass
 
-    return max(1.0, seconds_each(count, 1) / 0.02)
+    return max(1.0, seconds_each(count, 1) / 0.012)
 
 
 def seconds_each(event: Callable[[], object], count: int = 200) -> float:
