@@ -16662,6 +16662,25 @@ def test_long_heads_of_those_who_have_shown_no_token_wait_for_the_others(relay):
     assert ended == ["/health"] * 2 + ["/api/auth/me"] * 10
 
 
+def test_heads_of_over_8_kb_wait_for_the_others_whoever_sends_them(relay):
+    it, gate = relay({"echo": {}}, clock=Clock()), threading.Event()  # by which no turn is ever late
+    with contextlib.ExitStack() as stack:
+        *clients, last = (stack.enter_context(it.client()) for _ in range(11))
+        assert {client.ask("GET", "/api/auth/me").status for client in (*clients, last)} == {200}
+        held = threading.Event()
+        it.server.service.loop.post(lambda: (held.set(), gate.wait()))
+        assert held.wait(TIMEOUT_SECONDS)
+        for client in clients:
+            client.send(request("GET", "/api/auth/me", None, f"x-long: {'x' * 9000}"))
+        last.send(request("GET", "/health"))
+        time.sleep(0.1)  # until all of it has come
+        gate.set()
+        assert {client.answer().status for client in (last, *clients)} == {200}
+    eventually(lambda: it.log.getvalue().count("path=") == 22)
+    ended = re.findall(r"path=(\S+)", it.log.getvalue())[11:]
+    assert ended == ["/health"] + ["/api/auth/me"] * 10
+
+
 def threads_and_descriptors() -> tuple[int, int]:
     return threading.active_count(), len(os.listdir("/dev/fd"))
 
