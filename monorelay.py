@@ -7857,6 +7857,11 @@ TCP_INFO = getattr(socket, "TCP_INFO", 0)
 TCP_CLOSE, TCP_CLOSE_WAIT = 7, 8
 
 
+def lacks_descriptor(error: Exception) -> bool:
+    """Whether something failed since no file descriptor is left."""
+    return isinstance(error, OSError) and error.errno in NO_DESCRIPTOR
+
+
 def tune(sock: socket.socket) -> None:
     """Sets a TCP connection to send at once (no Nagle), and to probe whether its peer is there (keep-alive): NATs
     forget what is silent for some minutes."""
@@ -9323,7 +9328,7 @@ class UpstreamPool:
                 return echo_channel(self._loop)
             return await self._dial(provider)
         except (OSError, ValueError, FramingError, Overdue) as error:
-            if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:
+            if lacks_descriptor(error):
                 raise Unavailable("this relay has no file descriptor left for a connection", "no_descriptors") from None
             raise Unreachable(connect_problem(error, provider)) from None
 
@@ -12853,7 +12858,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         try:
             sock, address = listener.accept()
         except OSError as error:
-            if error.errno in NO_DESCRIPTOR:
+            if lacks_descriptor(error):
                 with self._spare_lock:
                     self._refuse_without_descriptor(listener)
             raise
@@ -13079,7 +13084,7 @@ def load_prices(config: Config, path: str) -> Config:
             prices = parse_prices(parse_json(file.read()))
             changed = os.fstat(file.fileno()).st_mtime
     except OSError as error:
-        if error.errno in NO_DESCRIPTOR:
+        if lacks_descriptor(error):
             raise
         raise ConfigError([f"{place}: can't be read: {error.strerror}"]) from None
     except ValueError as error:
@@ -13112,7 +13117,7 @@ def environment(source: str, path: str) -> tuple[str, list[tuple[int, ...]], dic
             with open(os.path.join(folder, name), encoding="utf-8-sig", opener=open_regular) as file:
                 lines = dict(filter(None, map(env_line, file)))
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:
+            if lacks_descriptor(error):
                 raise
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
             told = f"{os.path.basename(path)}: env_file: {name} can't be read: {reason}"
@@ -13138,7 +13143,7 @@ def read_secret(path: str) -> Optional[str]:
         with open(path, encoding="utf-8", opener=open_regular) as file:
             return file.read(SECRET_FILE_CHARACTERS).strip()
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:
+        if lacks_descriptor(error):
             raise
         return None
 
@@ -13345,7 +13350,7 @@ class ConfigFile:
         try:
             config = self._with_prices(load_config(self._path, self._options))
         except (ConfigError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in NO_DESCRIPTOR:
+            if lacks_descriptor(error):
                 self._seen = []  # there is no descriptor to read it with: the next try is in a second
                 return False
             problem = system_problem(error) if isinstance(error, OSError) else str(error)
