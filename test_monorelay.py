@@ -17666,7 +17666,7 @@ def test_ten_thousand_requests_scroll_and_stay_where_they_are(relay, browser, tm
         browser.until("rows.length > arguments[0]", count)
         browser.settle()
     assert browser.run("$('rows').rows.length") < 100
-    assert browser.driver.execute_script(DRAWING_MILLISECONDS) < 16
+    assert browser.driver.execute_script(DRAWING_MILLISECONDS) < 16 * slowness()
     # Where somebody reads, nothing moves when requests end; and what has the focus keeps it.
     browser.driver.execute_script("$('box').scrollTop = 5000")
     browser.settle()
@@ -19490,7 +19490,7 @@ def test_thousands_of_idle_clients_and_quiet_streams_at_a_time(many_descriptors,
 # At full size: nobody is held up, nothing is kept
 # ------------------------------------------------------------------------------------------------------------
 
-STALL_SECONDS = 0.1  # how long anybody may wait for GET /health, whatever others do
+STALL_SECONDS = 0.1  # how long anybody may wait for GET /health on a fast machine, whatever others do
 PEAK_FACTOR = 3  # how often what was sent may be held at a time
 PEAK_BYTES = 12 << 20  # and what anything may take besides
 KEPT_BYTES = 20 << 20  # what may be left of it
@@ -19554,19 +19554,20 @@ def assert_bearable(
     """Whatever the attack sends (so many bytes, inflated ones counted), others don't notice, and it leaves nothing.
 
     The best of a few tries counts: a stall that the relay makes comes each time, what else a small machine does
-    doesn't. One of a second is no noise."""
+    doesn't. One ten times as long is no noise."""
     before, seen = it.resident_bytes(), []
     while len(seen) < TRIES:
         with Meter(it) as meter:
             attack()
         seen.append(meter.slowest)
+        limit = STALL_SECONDS * slowness()
         assert meter.peak - before < PEAK_FACTOR * sent_bytes + PEAK_BYTES, (
             f"{(meter.peak - before) >> 20} MB at a time"
         )
-        assert meter.slowest < 1, f"GET /health took {meter.slowest:.2f} s"
-        if meter.slowest < STALL_SECONDS:
+        assert meter.slowest < 10 * limit, f"GET /health took {meter.slowest:.2f} s"
+        if meter.slowest < limit:
             break
-    assert min(seen) < STALL_SECONDS, f"GET /health took {seen} s"
+    assert min(seen) < limit, f"GET /health took {seen} s"
 
     def is_back() -> bool:
         kept = it.resident_bytes() - before
