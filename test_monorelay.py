@@ -19273,6 +19273,7 @@ class Billed:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
     def script(self, connection: Connection) -> None:
+        connection.sock.settimeout(100)  # a connection that is kept waits for its next request however long
         while True:
             mark = connection.read_request().json["metadata"]["user_id"]
             chance = random.Random(mark)
