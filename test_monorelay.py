@@ -5961,7 +5961,7 @@ def test_what_is_held_of_an_answer_stays_below_a_few_megabytes(kind):
     format, part = ANSWERS_WITHOUT_END[kind]
     it = monorelay.AnswerTranslator(asked_of(format, stream=True, thinking="omitted", thinking_returns=True))
     numbers = itertools.count()
-    assert bytes_grown(lambda: it.feed(part(next(numbers))), 100) < 8 * monorelay.TRANSLATED_HELD_BYTES
+    assert bytes_grown(lambda: it.feed(part(next(numbers))), 50) < 8 * monorelay.TRANSLATED_HELD_BYTES
 
 
 @pytest.mark.parametrize("line_end", sorted(LINE_ENDS))
@@ -15030,7 +15030,7 @@ def test_what_clients_invent_is_not_kept(upstream, relay, name):
     with it.client() as client:
         for _ in range(20):
             ask()
-        assert bytes_grown(ask, 600) < 6 << 20, "most of these are 15 kB long"
+        assert bytes_grown(ask, 300) < 3 << 20, "most of these are 15 kB long"
 
 
 def test_no_cache_is_without_bound():
