@@ -20355,7 +20355,7 @@ class ReadmeShell:
             process = subprocess.Popen(command, stderr=log, start_new_session=True, **options)
         self.serving.callback(process.wait, TIMEOUT_SECONDS)
         self.serving.callback(os.killpg, process.pid, signal.SIGTERM)
-        eventually(lambda: accepts(f"http://127.0.0.1:{self.port}"))
+        eventually(lambda: accepts(f"http://127.0.0.1:{self.port}"), 10 * TIMEOUT_SECONDS)
         assert process.poll() is None
 
 
