@@ -11605,6 +11605,7 @@ class LivePage:
         while True:
             if self._last:
                 await sleep(self._loop, LIVE_SECONDS)
+            await checkpoint(self._loop)  # many pages may begin, or be due, at one moment
             if not self._may_go_on():
                 return b""
             news = await self._news()

@@ -14230,6 +14230,31 @@ def test_who_has_most_pages_makes_room_for_another_ones(relay, quick):
         assert owners["alice"] == 25 and owners["bob"] == 24 and len(owners) == 3
 
 
+def test_pages_that_begin_at_one_moment_wait_for_the_others(relay, monkeypatch):
+    it, gate, held = relay({"echo": {}}, clock=Clock()), threading.Event(), threading.Event()
+    service, told = it.server.service, monorelay.LivePage._news
+    order: list[str] = []
+    monkeypatch.setattr(monorelay.LivePage, "_news", lambda page: (order.append("page"), told(page))[1])
+    with contextlib.ExitStack() as stack:
+        pages = [stack.enter_context(it.client()) for _ in range(10)]
+        other = stack.enter_context(it.client())
+        assert {client.ask("GET", "/health").status for client in (*pages, other)} == {200}
+        conclude = service.conclude
+        monkeypatch.setattr(service, "conclude", lambda exchange: (order.append("request"), conclude(exchange)))
+        service.loop.post(lambda: (held.set(), gate.wait()))
+        assert held.wait(TIMEOUT_SECONDS)
+        order.clear()
+        for page in pages:
+            page.send(request("GET", "/api/live"))
+        other.send(request("GET", "/health"))
+        time.sleep(0.1)  # until all of it has come
+        gate.set()
+        assert other.answer().status == 200
+        for page in pages:
+            told_live(page)
+        assert order == ["request"] + ["page"] * 10
+
+
 @pytest.mark.parametrize("reads", [True, False])
 @pytest.mark.timed
 def test_pages_hold_up_no_drain(relay, quick, monkeypatch, reads):
