@@ -267,6 +267,7 @@ LEDGER_SUMS_DAYS = 400  # for which the sums are kept: a year, and the month to 
 LEDGER_WARNING_SECONDS = 60.0
 LEDGER_SEARCHED_ROWS = 200_000  # for those that are wanted; takes some 0.1 s, for which nobody can write
 LEDGER_GROUPS = 10_000  # in one answer
+LEDGER_MODELS = 100  # of one user in an hour that its sums tell apart; nobody works with so many
 CONFIG_BYTES = 64 * 1024 * 1024  # of each file of a configuration; LiteLLM's prices have 3.5 MB
 PRICE_USD = 1.0  # the most that a token may cost
 
@@ -2741,14 +2742,25 @@ GROUPS = ("user", "model", "provider", "key")  # by which they are told apart
 Sums = list[Optional[int]]
 
 
-def hour_sums(rows: Iterable[LedgerRow]) -> dict[tuple[int, str, str, str, str], Sums]:
-    """What the rows add to the table `hour`: the columns SUMS by hour, user, model, provider and key."""
+def hour_sums(
+    rows: Iterable[LedgerRow], find_models: Callable[[int, str], Iterable[str]] = lambda hour, user: ()
+) -> dict[tuple[int, str, str, str, str], Sums]:
+    """What the rows add to the table `hour`: the columns SUMS by hour, user, model, provider and key. `find_models`:
+    the models that it has already of a user in an hour. More than LEDGER_MODELS of them are one: echo answers for any
+    name that a client invents, and so do some servers."""
     sums: dict[tuple[int, str, str, str, str], Sums] = {}
     priced = set()
+    known: dict[tuple[int, str], set[str]] = {}
     for row in rows:
         # What SQLite doesn't take was made None by storable().
         model = (row.sent or row.model or "") if row.answered else OTHER
-        key = (row.at // 3_600_000, row.user, model, row.provider or "", row.key or "")
+        hour = row.at // 3_600_000
+        if (hour, row.user) not in known:
+            known[hour, row.user] = {OTHER, *find_models(hour, row.user)}
+        models = known[hour, row.user]
+        model = model if model in models or len(models) <= LEDGER_MODELS else OTHER
+        models.add(model)
+        key = (hour, row.user, model, row.provider or "", row.key or "")
         sums[key] = [*map(operator.add, sums.get(key, [0] * len(SUMS)), row.figures)]
         if row.cost is not None:
             priced.add(key)
@@ -8905,7 +8917,8 @@ def write_ledger(settings: LedgerSettings, rows: Sequence[LedgerRow], users: Ite
             for statement in LEDGER_SCHEMA.split(";"):
                 connection.execute(statement)
         connection.executemany(INSERT_REQUEST, rows)
-        connection.executemany(ADD_HOUR, [(*key, *sums) for key, sums in hour_sums(rows).items()])
+        find_models = functools.partial(select_models, connection)
+        connection.executemany(ADD_HOUR, [(*key, *sums) for key, sums in hour_sums(rows, find_models).items()])
         connection.executemany(ADD_SPENT, [(*key, *sums) for key, sums in spent_sums(rows).items()])
         connection.execute(SWEEP_REQUESTS, (int((now - settings.keep_days * 86400) * 1000),))
         oldest = now - LEDGER_SUMS_DAYS * 86400
@@ -8949,6 +8962,12 @@ def ledger_version(connection: Any) -> int:
     if has_tables and not version:
         raise ValueError("another program has made it; name another file in ledger.path")
     return version
+
+
+def select_models(connection: Any, hour: int, user: str) -> list[str]:
+    """The models of a user in an hour."""
+    query = "SELECT DISTINCT model FROM hour WHERE hour = ? AND user = ?"
+    return [model for (model,) in connection.execute(query, (hour, user))]
 
 
 def select_spent(connection: Any, users: Iterable[str], now: float) -> Spent:

@@ -15439,6 +15439,21 @@ def test_names_that_nobody_answered_to_are_one_model_in_the_sums(tmp_path):
     ]  # fmt: skip
 
 
+def test_of_a_users_many_models_in_an_hour_the_sums_tell_a_hundred_apart(tmp_path):
+    path, at = tmp_path / "usage.db", int(time.time() * 1000)
+    for first in range(0, 300, 50):  # whichever writer gets which of them
+        named = [f"echo-{n}" for n in range(first, first + 50)]
+        assert Ledger(path).write(*(row(at=at, sent=name, cost=7) for name in named)) == []
+    assert Ledger(path).write(row(at=at, sent="echo-3"), row(at=at, sent="echo-299", cost=None)) == []
+    assert Ledger(path).write(row(at=at, user="bob", sent="echo-299"), row(at=at - 3_600_000, sent="echo-299")) == []
+    told = "SELECT model, requests, cost FROM hour WHERE user = 'alice' AND hour = (SELECT max(hour) FROM hour)"
+    sums = {model: (requests, cost) for model, requests, cost in selected(path, told)}
+    assert len(sums) == monorelay.LEDGER_MODELS + 1 and set(sums) == {"(other)", *(f"echo-{n}" for n in range(100))}
+    assert sums["(other)"] == (201, 1400) and sums["echo-3"][0] == 2
+    assert selected(path, "SELECT user FROM hour WHERE model = 'echo-299' ORDER BY user") == ["alice", "bob"]
+    assert selected(path, "SELECT count(*) FROM request WHERE sent = 'echo-299'") == [4]
+
+
 @pytest.mark.timed
 def test_a_file_that_another_process_has_locked_gets_its_rows_when_it_is_free(tmp_path, monkeypatch):
     monkeypatch.setattr(monorelay, "LEDGER_LOCK_SECONDS", 0.2)
