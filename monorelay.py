@@ -1946,15 +1946,27 @@ def named_models(config: Config) -> frozenset[str]:
 
 
 def find_targets(config: Config, name: str) -> list[Target]:
-    """All targets of a name as it stands, or else of the name that it means: Claude Code leaves `[1m]` on some, and
-    `provider/name` is how other gateways say `name@provider`."""
-    targets = follow(config, name, ())
-    if targets:
-        return targets
+    """All targets of a name as it stands, or else of the name that it means."""
+    return follow(config, name, ()) or follow(config, meant_name(config, name), ())
+
+
+def meant_name(config: Config, name: str) -> str:
+    """The name that one means which leads nowhere as it stands: Claude Code leaves `[1m]` on some, and `provider/name`
+    is how other gateways say `name@provider`. Itself where it means no other."""
     if name.endswith(LONG_CONTEXT):
-        return find_targets(config, name[: -len(LONG_CONTEXT)])
+        shorter = name[: -len(LONG_CONTEXT)]
+        return shorter if follow(config, shorter, ()) else meant_name(config, shorter)
     provider, _, model = name.partition("/")
-    return [Target(config.providers[provider], model)] if model and provider in config.providers else []
+    return f"{model}@{provider}" if model and provider in config.providers else name
+
+
+def admits(config: Config, patterns: Sequence[str], name: str) -> bool:
+    """Whether the patterns of a user's `models` admit a name. They say nothing of the provider that it picks, behind an
+    @ or before a /: of that, only a pattern that has a / itself may be about."""
+    meant = meant_name(config, name) if "/" in name and not follow(config, name, ()) else name
+    model, _ = split_provider(config, meant)
+    with_provider = [pattern for pattern in patterns if "/" in pattern] if meant != name else []
+    return matches_any(model, patterns) or matches_any(name, with_provider)
 
 
 def understands(provider: Provider, format: str, translates: bool) -> bool:
@@ -11141,9 +11153,7 @@ class Exchange:
     def may_use(self, model: str) -> bool:
         """Whether the caller's `models` admit the name."""
         user = self.caller.user
-        # They say nothing of the @provider that the name may pick.
-        name, _ = split_provider(self.config, model)
-        return user is None or user.models is None or matches_any(name, user.models)
+        return user is None or user.models is None or admits(self.config, user.models, model)
 
     def check_may_call(self) -> None:
         """Raises Forbidden for a viewer, who may have no model do anything."""

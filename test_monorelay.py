@@ -12087,6 +12087,32 @@ def test_a_users_models_are_checked_against_the_name_asked_for(upstream, relay, 
         refused(got, 403, "permission_error")
 
 
+@pytest.mark.parametrize(
+    ("model", "status"),
+    [
+        ("claude-x", 200),
+        ("claude-max/claude-x", 200),
+        ("claude-max/claude-x[1m]", 200),
+        ("house/any", 200),
+        ("house/claude-x", 200),
+        ("claude-max/house/any", 200),
+        ("claude-max/gpt-5", 403),
+        ("claude-max/gpt-5[1m]", 403),
+        ("gpt-5@claude-max", 403),
+        ("house/any@claude-max", 200),
+        ("claude-team/any", 200),
+    ],
+)
+def test_a_providers_name_before_a_model_is_not_what_a_users_models_admit(upstream, relay, model, status):
+    provider = upstream(answer())
+    users = {"alice": {"key": ALICE, "models": ["claude-*", "house/*"]}}
+    routes = {"claude-x": "claude-max", "claude-team/*": "house"}
+    settings = {"format": "anthropic", "base_url": provider.url, "keys": ["a-key-of-theirs"]}
+    it = relay({"claude-max": settings, "house": settings}, users=users, routes=routes)
+    got = it.post("/v1/messages", prompt(model), token=ALICE)
+    assert got.status == status and bool(provider.requests) == (status == 200)
+
+
 def test_a_user_over_its_limit_waits(upstream, relay):
     provider = upstream(answer())
     users = {name: {"password": PASSWORD_HASH, "requests_per_minute": 2} for name in ("alice", "bob")}
