@@ -767,14 +767,20 @@ def spent(run: Callable[[], object]) -> float:
     return time.process_time() - begin
 
 
+def million() -> None:
+    """What a fast machine takes 12 ms for."""
+    for _ in range(1_000_000):
+        pass
+
+
+def pace(seconds: Iterable[float]) -> float:
+    """How many times as long as a fast machine this one takes for a million, by the best of several; at least 1."""
+    return max(1.0, min(seconds) / 0.012)
+
+
 def slowness() -> float:
-    """How many times as long as the 12 ms of a fast machine this one takes for a loop just now; at least 1."""
-
-    def count() -> None:
-        for _ in range(1_000_000):
-            pass
-
-    return max(1.0, min(spent(count) for _ in range(5)) / 0.012)
+    """How many times as long as a fast machine this one takes just now; at least 1."""
+    return pace(spent(million) for _ in range(5))
 
 
 def process_time(run: Callable[[], object]) -> float:
@@ -790,7 +796,8 @@ def seconds_each(event: Callable[[], object], count: int = 200) -> float:
         for _ in range(count):
             event()
 
-    return min(spent(events) for _ in range(5)) / count / slowness()
+    rounds, loops = zip(*((spent(events), spent(million)) for _ in range(5)))
+    return min(rounds) / count / pace(loops)
 
 
 # ------------------------------------------------------------------------------------------------------------
