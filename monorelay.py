@@ -3505,9 +3505,9 @@ def model_name(value: Any) -> str:
 
 # `model`, and what gateways take beside it or in its place.
 MODEL_NAMES = frozenset({
-    "model", "models", "model_name", "model_id", "modelid", "model_list", "fallback_model", "fallbacks",
-    "context_window_fallbacks", "engine", "deployment", "deployment_id", "preset", "plugins", "provideroptions",
-    "api_base", "base_url", "extra_body",
+    "model", "models", "model_name", "model_id", "modelid", "model_list", "fallback_model", "fallback_models",
+    "fallbacks", "context_window_fallbacks", "engine", "deployment", "deployment_id", "preset", "plugins",
+    "provideroptions", "api_base", "base_url", "extra_body",
 })  # fmt: skip
 
 

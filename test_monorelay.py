@@ -12400,6 +12400,7 @@ NAMED_ELSEWHERE = {
     "a preset": ("/v1/chat/completions", '"model":"claude-a","preset":"dear"'),
     "a gateway's options": ("/v1/chat/completions", '"model":"claude-a","providerOptions":{"x":{"models":["b"]}}'),
     "fallbacks, a list of names": ("/v1/chat/completions", '"model":"claude-a","fallbacks":["claude-opus"]'),
+    "fallback models": ("/v1/chat/completions", '"model":"claude-a","fallback_models":["claude-opus"]'),
     "extra_body": ("/v1/chat/completions", '"model":"claude-a","extra_body":{"model":"claude-opus"}'),
     "a list of models": ("/v1/chat/completions", '"model":"claude-a,claude-opus"'),
     "a name too long to be read": ("/v1/chat/completions", f'"{"n" * 2000}":"claude-opus","model":"claude-a"'),
