@@ -9758,7 +9758,7 @@ class UpstreamResponse:
             return self.head.status
         fault = self.first_fault
         # Told in a stream that was opened too early: overloaded, unless it is the request's own fault.
-        return fault.status if fault else 400 if is_about_request(0, self.content) else 529
+        return fault.status if fault else 400 if is_about_request(0, self.beginning) else 529
 
     @property
     def told(self) -> str:
@@ -9792,6 +9792,11 @@ class UpstreamResponse:
         decoded = self.decoder.feed(data)
         self.content = self.content + decoded if self.content else decoded
         return decoded
+
+    @property
+    def beginning(self) -> bytes:
+        """Of what has come of the content so much as an error is judged by."""
+        return self.content[:PEEKED_BYTES]
 
     def take_content(self) -> bytes:
         """What has come of the content."""
@@ -10046,6 +10051,8 @@ async def peek(loop: EventLoop, response: UpstreamResponse, event_only: bool = F
     except FramingError:
         channel.received, channel.ended, channel.broken = b"", True, True
         channel.close()
+    if len(response.content) > ERROR_BYTES:
+        await checkpoint(loop)  # to judge a long one takes some milliseconds
 
 
 # ==== Relay ======================================================================================
@@ -10173,7 +10180,7 @@ class Relay:
         """Whether another candidate should be tried. Tells the key pool and the log how this one fared."""
         candidate = response.candidate
         provider, status = candidate.target.provider, response.status
-        if status == 400 and NO_CREDIT.search(response.content):
+        if status == 400 and NO_CREDIT.search(response.beginning):
             status = 402
         clock, cools_down = time.time(), request.cools_down and not request.is_aside and provider.format != "echo"
         self.keys.note_limits(candidate, response.head.fields, clock)
@@ -10185,7 +10192,7 @@ class Relay:
             # an upload that it didn't finish.
             own_fault = (
                 (request.names_account if status == 401 else status >= 500 and not request.is_sent)
-                or is_about_request(status, response.content)
+                or is_about_request(status, response.beginning)
                 or is_about_fast_mode(status, response.head.fields)
             )
             if cools_down and not own_fault and not (provider.client_keys and status < 500):
@@ -10204,13 +10211,21 @@ class Relay:
         try:
             if response.head.status >= 300:
                 await peek(self._loop, response)
-            problem, code = problem_of(request, response)
+            problem, code = await self._problem(request, response)
             if problem and response.candidate.target.provider.format != "echo":
                 raise UpstreamFailed(problem, code, lasts=True)
         except BaseException:
             response.release(self.connections)
             raise
         return response
+
+    async def _problem(self, request: UpstreamRequest, response: UpstreamResponse) -> tuple[str, str]:
+        """What problem_of() says, of a long error in a thread: one full of escapes takes time. Raises Unavailable."""
+        judge = functools.partial(problem_of, request, response)
+        if len(response.told) <= ERROR_BYTES:
+            return judge()
+        start = functools.partial(self._loop.worker.call, caller=request.record.caller)
+        return await in_thread(self._loop, judge, start)
 
 
 def record_failure(record: AccessRecord, candidate: Candidate, met: str) -> None:
@@ -10224,8 +10239,8 @@ def problem_of(request: UpstreamRequest, response: UpstreamResponse) -> tuple[st
     status, name = response.head.status, f"the provider {response.candidate.target.provider.name}"
     if 300 <= status < 400 and status != 304 and "location" in response.head.fields:
         return f"{name} answered with a redirect ({status}): correct its base_url in relay.json", "upstream_redirect"
-    is_about_account = request.names_account and ABOUT_ACCOUNT.search(response.content)
-    is_clients = not response.translated and bool(is_about_account or is_about_request(status, response.content))
+    is_about_account = request.names_account and ABOUT_ACCOUNT.search(response.beginning)
+    is_clients = not response.translated and bool(is_about_account or is_about_request(status, response.beginning))
     code = error_member(response.content, "code") or error_member(response.content, "type")
     return key_problem(response, response.status, response.told, code, is_clients)
 

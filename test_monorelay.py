@@ -9703,6 +9703,21 @@ def test_an_answer_that_quotes_the_providers_key_is_a_502(upstream, relay, statu
     assert b"very-secret" not in got.head + got.body
 
 
+@pytest.mark.parametrize("size", [100, 300_000])
+def test_a_long_error_is_searched_for_the_key_in_a_thread(upstream, relay, monkeypatch, size):
+    threads, unescaped = [], monorelay.unescaped
+
+    def searches(text: str) -> str:
+        threads.append(threading.current_thread().name)
+        return unescaped(text)
+
+    monkeypatch.setattr(monorelay, "unescaped", searches)
+    told = b"&%%" * (size // 3)
+    got = relay({"anthropic": upstream(answer(403, told))}).post("/v1/messages", prompt())
+    assert (got.status, got.body) == (403, told)
+    assert threads == ["worker" if size > 8192 else "event loop"]
+
+
 SLASHED_KEY = "ab/cd+ef=very-secret-0123456789"
 SPELLINGS = {
     "as it is": SLASHED_KEY,
