@@ -8211,7 +8211,7 @@ class Channel:
         elif self._slow or loop.moment > loop.late_at:
             if not self._queued:
                 self._queued = True
-                (loop.patient if self._slow else loop.late).append(lambda: self._ready(events, patient=True))
+                (loop.slow if self._slow else loop.late).append(lambda: self._ready(events, patient=True))
             return
         begun = loop.moment
         if self.closed:
@@ -8349,10 +8349,12 @@ class EventLoop:
         self.tasks: set[Task] = set()
         self.sweep_at = 0.0
         self.turn = 1
-        # What is called in a later turn: events of sockets that came late, tasks that gave way, pipelined requests.
+        # What is called in a later turn: events of sockets that came late, tasks that gave way, events that may take
+        # long, and tasks that have had their turn and want another one at once.
         self.late: collections.deque[Callable[[], object]] = collections.deque()
         self.patient: collections.deque[Callable[[], object]] = collections.deque()
-        self.pipelined: collections.deque[Callable[[], object]] = collections.deque()
+        self.slow: collections.deque[Callable[[], object]] = collections.deque()
+        self.greedy: collections.deque[Callable[[], object]] = collections.deque()
         self.crowded = False  # whether there is more than one to serve in this turn
         self.outbox: collections.deque[Channel] = collections.deque()  # those with something to send at its end
         self.worker = Worker()
@@ -8402,7 +8404,7 @@ class EventLoop:
 
     def _turn(self) -> None:
         """Waits until there is something to do, and does it."""
-        waiting = self._posted or self.outbox or self.late or self.patient or self.pipelined
+        waiting = self._posted or self.outbox or self.late or self.patient or self.slow or self.greedy
         ready = self.selector.select(0 if waiting else max(0.0, self.sweep_at - self.clock()))
         self.now = self.moment = self.clock()
         self.late_at = self.now + LATE_SECONDS
@@ -8417,7 +8419,7 @@ class EventLoop:
                 break
         if self.now >= self.sweep_at:
             self._sweep()
-        if self.patient or self.pipelined:
+        if self.patient or self.slow or self.greedy:
             self._serve_patient()
         self._end_turn()
 
@@ -8429,11 +8431,12 @@ class EventLoop:
             self.late.popleft()()
 
     def _serve_patient(self) -> None:
-        """Calls what is patient and what is pipelined alternately, for PATIENT_SECONDS at most."""
+        """Calls what is patient, slow and greedy in turns, for PATIENT_SECONDS at most."""
         self.moment = self.clock()
         deadline = self.moment + PATIENT_SECONDS
-        while (self.patient or self.pipelined) and self.moment < deadline:
-            for queued in (self.patient, self.pipelined):
+        queues = self.patient, self.slow, self.greedy
+        while any(queues) and self.moment < deadline:
+            for queued in queues:
                 if queued:
                     queued.popleft()()
                     self.moment = self.clock()
@@ -8489,9 +8492,9 @@ def until(deadline: float = math.inf) -> Generator[float, None, None]:
     yield deadline
 
 
-async def checkpoint(loop: EventLoop, pipelined: bool = False) -> None:
-    """Lets all other tasks that can run do so first. Events on this task's channels don't end the wait. `pipelined`:
-    before the next of several requests that were sent at once."""
+async def checkpoint(loop: EventLoop, greedy: bool = False) -> None:
+    """Lets all other tasks that can run do so first. Events on this task's channels don't end the wait. `greedy`:
+    before the next of several requests that were sent at once, or of many parts of a body."""
     task, its_turn = loop.current, False
 
     def go_on() -> None:
@@ -8499,7 +8502,7 @@ async def checkpoint(loop: EventLoop, pipelined: bool = False) -> None:
         its_turn = True
         task.resume()
 
-    (loop.pipelined if pipelined else loop.patient).append(go_on)
+    (loop.greedy if greedy else loop.patient).append(go_on)
     while not its_turn:
         await until()
 

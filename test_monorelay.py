@@ -8350,6 +8350,23 @@ def test_a_task_that_gives_way_goes_on_in_its_turn_whatever_happens_meanwhile(lo
     assert told.index("c1") < told.index("a2"), "both kinds have their turns"
 
 
+@pytest.mark.parametrize("queue", ["slow", "greedy"])
+def test_who_gives_way_waits_for_one_of_those_that_want_much_and_not_for_all(looping, queue):
+    told: list[str] = []
+
+    async def is_patient() -> None:
+        await monorelay.checkpoint(looping.loop)
+        told.append("patient")
+
+    def begin() -> None:
+        getattr(looping.loop, queue).extend(functools.partial(told.append, queue) for _ in range(50))
+        looping.loop.start(is_patient())
+
+    looping.call(begin)
+    eventually(lambda: len(told) == 51)
+    assert told.index("patient") <= 1
+
+
 def test_a_worker_serves_its_callers_in_turns():
     worker, gate, called = monorelay.Worker(), threading.Event(), []
     worker.call(functools.partial(gate.wait, TIMEOUT_SECONDS))
