@@ -121,7 +121,7 @@ CHUNK_LINE_BYTES = 4096
 # A line of a stream that is longer goes out in pieces: memory stays bounded whatever arrives.
 STREAM_LINE_BYTES = 64 * 1024
 LABORIOUS_LINES = 2000  # or chunks, in what has come at once: they may take 0.3 ms
-LABORIOUS_BYTES = 16 * 1024  # of a client's body in so many chunks are decoded at a time, which may take 2 ms
+LINES_AT_ONCE = 5000  # of them are decoded at a time, which takes 2 ms where the chunks have one byte each
 USAGE_BYTES = 16 * 1024  # of a response's usage object; some have 1,500
 USAGE_NAME_BYTES = 40  # of the name before it, or of a service tier that stands beside it
 USAGES_AT_ONCE = 8  # the last ones of what has come at once: some servers send one with each word
@@ -3215,6 +3215,11 @@ def response_decoder(head: ResponseHead, method: str) -> Decoder:
 def is_laborious(data: bytes) -> bool:
     """Whether so many short lines or chunks are among what has come that others should go first."""
     return len(data) > LABORIOUS_LINES and data.count(b"\n") > LABORIOUS_LINES
+
+
+def decoded_at_once(data: bytes) -> int:
+    """How many bytes of what has come are decoded at a time: as many as have LINES_AT_ONCE lines, on average."""
+    return len(data) * LINES_AT_ONCE // max(LINES_AT_ONCE, data.count(b"\n"))
 
 
 def chunk(data: bytes) -> bytes:
@@ -9254,8 +9259,8 @@ class RequestBody:
             return b""
         size = len(channel.received)
         if self._chunks and is_laborious(channel.received):
-            await checkpoint(self._loop)
-            size = LABORIOUS_BYTES
+            await checkpoint(self._loop, greedy=True)
+            size = decoded_at_once(channel.received)
         received = channel.received
         try:
             piece = decoder.feed(received[:size])
@@ -9985,40 +9990,46 @@ class Attempt:
     async def _read_first_line(self, response: UpstreamResponse) -> None:
         """Waits for the first line of a stream, which tells whether it is an error. Raises BrokenExchange, NoResponse
         and FramingError."""
-        news, channel = response.content, response.channel
+        news = response.content
         while (
             not LINE_END.search(news) and not response.decoder.finished and len(response.content) <= STREAM_LINE_BYTES
         ):
             try:
-                await more_of(self._loop, channel, response.candidate)
+                news = await absorb_more(self._loop, response)
             except BrokenExchange:
                 if isinstance(response.decoder, CloseDecoder) and STREAM_ENDS.search(response.content):
                     break  # the only line is the end of the stream, though it has none itself
                 raise
-            news = await absorb(self._loop, response)
 
     async def _read_first_event(self, response: UpstreamResponse) -> None:
         """Waits for the first data of a stream that is translated, but not for long. Raises BrokenExchange and
         FramingError."""
-        channel, deadline = response.channel, self._loop.now + PEEK_SECONDS
+        deadline = self._loop.now + PEEK_SECONDS
         while (
             not EVENT_DATA.search(response.content)
             and not response.decoder.finished
             and len(response.content) <= STREAM_LINE_BYTES
         ):
             try:
-                await more_of(self._loop, channel, response.candidate, deadline)
+                await absorb_more(self._loop, response, deadline)
             except Overdue:
                 return
-            await absorb(self._loop, response)
 
 
 async def absorb(loop: EventLoop, response: UpstreamResponse) -> bytes:
-    """Decodes what has come of a response, and returns what it adds; lets others go first where that takes long. Raises
-    FramingError."""
-    if is_laborious(response.channel.received):
-        await checkpoint(loop)
-    return response.absorb(response.channel.take_all())
+    """Decodes what has come of a response, and returns what it adds; where that takes long, some of it, when others had
+    their turn. Raises FramingError."""
+    channel = response.channel
+    if is_laborious(channel.received):
+        await checkpoint(loop, greedy=True)
+    return response.absorb(channel.take(decoded_at_once(channel.received)))
+
+
+async def absorb_more(loop: EventLoop, response: UpstreamResponse, deadline: float = math.inf) -> bytes:
+    """As absorb(), when there is more. Raises what more_of() raises, too."""
+    if not response.channel.received:
+        await more_of(loop, response.channel, response.candidate, deadline)
+    return await absorb(loop, response)
 
 
 async def more_of(loop: EventLoop, channel: Channel, candidate: Candidate, deadline: float = math.inf) -> None:
@@ -10375,10 +10386,11 @@ class Catalogue:
 async def read_rest(loop: EventLoop, response: UpstreamResponse) -> bytes:
     """The whole body of a list of models. Raises BrokenExchange, NoResponse and FramingError, also for one that is too
     long, or that would take `json` long."""
-    pieces, size = [response.content], len(response.content)
+    pieces = [response.take_content()]
+    size = len(pieces[0])
     while not response.decoder.finished:
-        await more_of(loop, response.channel, response.candidate)
-        pieces.append(response.decoder.feed(response.channel.take_all()))
+        pieces.append(await absorb_more(loop, response))
+        response.take_content()
         size += len(pieces[-1])
         if size > CATALOGUE_BYTES:
             raise FramingError("the list of models is too long")
@@ -12197,8 +12209,7 @@ async def whole_body(exchange: Exchange, relayed: UpstreamResponse) -> bytes:
                 raise UpstreamFailed(f"the answer of the provider {provider} is over {limit} bytes", "upstream_broken")
             if relayed.decoder.finished:
                 return bytes(body)
-            await more_of(exchange.loop, relayed.channel, relayed.candidate)
-            piece = await absorb(exchange.loop, relayed)
+            piece = await absorb_more(exchange.loop, relayed)
             relayed.take_content()
     except NoResponse as error:
         raise UpstreamSilent(str(error)) from None
@@ -12450,7 +12461,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     await self._linger()
                     break
                 if self.channel.received:  # one who sends many requests at once waits for the others' turn
-                    await checkpoint(self.loop, pipelined=True)
+                    await checkpoint(self.loop, greedy=True)
         except ClientGone:
             pass
         finally:
@@ -12646,10 +12657,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return outgoing.fail(error.message, error.code)
 
     async def _fed(self, outgoing: Outgoing, upstream: Channel) -> bytes:
-        """What goes out for what has come from the provider."""
+        """What goes out for what has come from the provider, or for some of it where that takes long."""
         if is_laborious(upstream.received):
-            await checkpoint(self.loop)
-        return outgoing.feed(upstream.take_all(), upstream.ended, upstream.broken)
+            await checkpoint(self.loop, greedy=True)
+        data = upstream.take(decoded_at_once(upstream.received))
+        return outgoing.feed(data, upstream.ended and not upstream.received, upstream.broken)
 
     async def _next_translated(
         self, outgoing: Outgoing, stream: TranslatedStream, upstream: Channel, timeout: float

@@ -13433,6 +13433,25 @@ def test_a_body_in_tiny_chunks_is_decoded_in_parts_between_which_others_have_the
     assert max(sizes) <= 16 * 1024
 
 
+@pytest.mark.parametrize("status", [200, 400])
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+def test_a_response_in_tiny_chunks_is_decoded_in_parts_between_which_others_have_their_turn(
+    upstream, relay, monkeypatch, kind, status
+):
+    sizes, decode, count = [], monorelay.ChunkedDecoder.feed, 60_000
+
+    def feed(decoder: Any, data: bytes) -> bytes:
+        sizes.append(len(data))
+        return decode(decoder, data)
+
+    monkeypatch.setattr(monorelay.ChunkedDecoder, "feed", feed)
+    head = b"HTTP/1.1 %d Whatever\r\ncontent-type: %s\r\ntransfer-encoding: chunked\r\n\r\n" % (status, kind.encode())
+    it = relay({"anthropic": upstream(head + b"1\r\n-\r\n" * count + b"0\r\n\r\n")})
+    got = it.post("/v1/messages", prompt())
+    assert (got.status, got.body) == (status, b"-" * count)
+    assert max(sizes) <= 16 * 1024
+
+
 def test_a_form_asks_for_the_last_target_that_was_tried():
     head = monorelay.parse_request_head(b"POST /v1/images/edits HTTP/1.1\r\nHost: a\r\nContent-Length: 30\r\n\r\n")
     body = monorelay.RequestBody(None, head, 1000, None)
