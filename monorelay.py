@@ -151,6 +151,7 @@ AHEAD_SECONDS = 0.5  # between two checks whether a client with a full buffer ha
 SWEEP_SECONDS = 5.0
 TICK_SECONDS = 0.005
 PATIENT_SECONDS = 0.005  # of a turn of the event loop, for work that is done in steps
+POSTED_SECONDS = 0.005  # of a turn, for new connections and for results of threads
 SWITCH_SECONDS = 0.0005  # for so long, a computing thread keeps the loop waiting for the GIL; CPython's default is 5 ms
 OTHER_THREADS_SECONDS = 0.0001  # after which other threads have their turn
 SLOW_EVENT_SECONDS = 0.002  # a connection whose last event took longer shares PATIENT_SECONDS, too
@@ -8418,15 +8419,20 @@ class EventLoop:
         self._serve_late()
         for key, events in ready:
             key.data(events)
-        for _ in range(len(self._posted)):
-            self._posted.popleft()()
-            if self.clock() > self.late_at:
-                break
+        self._serve_posted()
         if self.now >= self.sweep_at:
             self._sweep()
         if self.patient or self.slow or self.greedy:
             self._serve_patient()
         self._end_turn()
+
+    def _serve_posted(self) -> None:
+        """Calls what was posted, for POSTED_SECONDS at most, however late the turn is: new connections are among it."""
+        deadline = self.clock() + POSTED_SECONDS
+        for _ in range(len(self._posted)):
+            self._posted.popleft()()
+            if self.clock() > deadline:
+                break
 
     def _serve_late(self) -> None:
         """Serves what came late in the turn before, until this turn is late, too."""

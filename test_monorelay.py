@@ -8367,6 +8367,19 @@ def test_who_gives_way_waits_for_one_of_those_that_want_much_and_not_for_all(loo
     assert told.index("patient") <= 1
 
 
+def test_new_connections_are_served_together_however_late_the_turns_are(looping, monkeypatch):
+    monkeypatch.setattr(monorelay, "LATE_SECONDS", -1.0)
+    turns: list[int] = []
+
+    def begin() -> None:
+        for _ in range(100):
+            looping.loop.post(lambda: turns.append(looping.loop.turn))
+
+    looping.call(begin)
+    eventually(lambda: len(turns) == 100)
+    assert len(set(turns)) == 1
+
+
 def test_a_worker_serves_its_callers_in_turns():
     worker, gate, called = monorelay.Worker(), threading.Event(), []
     worker.call(functools.partial(gate.wait, TIMEOUT_SECONDS))
