@@ -10755,6 +10755,14 @@ class Outgoing:
         self._record.complete = self.ended
         return self._framed(events) + (LAST_CHUNK if self.ended and self._chunked else b"")
 
+    def _look_for_error(self, content: bytes) -> None:
+        """Notes whether a stream tells of an error; what stands before that in the same bytes says nothing of it."""
+        event = EVENT_IS_ERROR.search(content)
+        if event:
+            told = content[event.start() : event.start() + ERROR_BYTES]
+            self.failed = not is_about_request(0, told)
+            self._record.error = streamed_error(told)
+
     def _look_for_end(self, content: bytes) -> None:
         """Notes whether a stream says that it is over; an event's name counts only when its data has come, too."""
         text = self._name + content
@@ -10775,9 +10783,8 @@ class Outgoing:
         if self._eraser:
             content = self._eraser.feed(content, is_last=self._decoder.finished)
         if content:
-            if self._lines and b"error" in content and EVENT_IS_ERROR.search(content):
-                self.failed = not is_about_request(0, content)
-                self._record.error = streamed_error(content)
+            if self._lines and b"error" in content:
+                self._look_for_error(content)
             self._record.bytes_sent += len(content)
             self._last_byte = content[-1:]
             if self._awaits_end:

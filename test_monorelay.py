@@ -10046,7 +10046,12 @@ def test_of_several_failures_the_client_gets_one_that_a_later_try_may_cure(upstr
 LATER_ERROR = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"x"}}\n\n'
 
 
-@pytest.mark.parametrize("later", [b"", LATER_ERROR], ids=["cut", "error event"])
+WORDS = b'data: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"a content_filter"}}\n\n'
+
+
+@pytest.mark.parametrize(
+    "later", [b"", LATER_ERROR, WORDS + LATER_ERROR], ids=["cut", "error event", "error event behind words"]
+)
 def test_a_stream_that_fails_in_its_midst_sends_the_next_try_elsewhere(upstream, relay, later):
     head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
     first, second = upstream(replies_then_closes(head, ANTHROPIC_EVENTS[0], later)), upstream(answer())
