@@ -8217,7 +8217,9 @@ class Channel:
         elif self._slow or loop.moment > loop.late_at:
             if not self._queued:
                 self._queued = True
-                (loop.slow if self._slow else loop.late).append(lambda: self._ready(events, patient=True))
+                is_client = self.task is not None and self is self.task.client
+                queues = loop.slow if self._slow else loop.late
+                queues[not is_client].append(lambda: self._ready(events, patient=True))
             return
         begun = loop.moment
         if self.closed:
@@ -8341,6 +8343,9 @@ class Task:
             self._loop.post(task.resume)
 
 
+Queue = collections.deque[Callable[[], object]]  # what is called later, the first one first
+
+
 class EventLoop:
     """The thread that serves all tasks. `clock` returns monotonic seconds."""
 
@@ -8356,11 +8361,13 @@ class EventLoop:
         self.sweep_at = 0.0
         self.turn = 1
         # What is called in a later turn: events of sockets that came late, tasks that gave way, events that may take
-        # long, and tasks that have had their turn and want another one at once.
-        self.late: collections.deque[Callable[[], object]] = collections.deque()
-        self.patient: collections.deque[Callable[[], object]] = collections.deque()
-        self.slow: collections.deque[Callable[[], object]] = collections.deque()
-        self.greedy: collections.deque[Callable[[], object]] = collections.deque()
+        # long, and tasks that have had their turn and want another one at once. Events of clients and of providers
+        # stand apart: neither wait for many of the others.
+        self.late: tuple[Queue, Queue] = (collections.deque(), collections.deque())
+        self.patient: Queue = collections.deque()
+        self.slow: tuple[Queue, Queue] = (collections.deque(), collections.deque())
+        self.greedy: Queue = collections.deque()
+        self._unhurried = (self.patient, *self.slow, self.greedy)
         self.crowded = False  # whether there is more than one to serve in this turn
         self.outbox: collections.deque[Channel] = collections.deque()  # those with something to send at its end
         self.worker = Worker()
@@ -8410,20 +8417,24 @@ class EventLoop:
 
     def _turn(self) -> None:
         """Waits until there is something to do, and does it."""
-        waiting = self._posted or self.outbox or self.late or self.patient or self.slow or self.greedy
+        waiting = self._posted or self.outbox or any(self.late) or any(self._unhurried)
         ready = self.selector.select(0 if waiting else max(0.0, self.sweep_at - self.clock()))
         self.now = self.moment = self.clock()
         self.late_at = self.now + LATE_SECONDS
         self.turn += 1
         self.crowded = len(ready) > 1
-        self._serve_late()
+        self._serve(self.late, self.late_at)
         for key, events in ready:
             key.data(events)
         self._serve_posted()
         if self.now >= self.sweep_at:
             self._sweep()
-        if self.patient or self.slow or self.greedy:
-            self._serve_patient()
+        if any(self._unhurried):
+            self.moment = self.clock()
+            self._serve(self._unhurried, self.moment + PATIENT_SECONDS)
+            # For the threads that accept and log: one that releases CPython's lock for a moment more often than every
+            # 5 ms takes it again before any of them has woken up.
+            time.sleep(OTHER_THREADS_SECONDS)
         self._end_turn()
 
     def _serve_posted(self) -> None:
@@ -8434,26 +8445,13 @@ class EventLoop:
             if self.clock() > deadline:
                 break
 
-    def _serve_late(self) -> None:
-        """Serves what came late in the turn before, until this turn is late, too."""
-        for _ in range(len(self.late)):
-            if self.moment > self.late_at:
-                break
-            self.late.popleft()()
-
-    def _serve_patient(self) -> None:
-        """Calls what is patient, slow and greedy in turns, for PATIENT_SECONDS at most."""
-        self.moment = self.clock()
-        deadline = self.moment + PATIENT_SECONDS
-        queues = self.patient, self.slow, self.greedy
-        while any(queues) and self.moment < deadline:
-            for queued in queues:
-                if queued:
-                    queued.popleft()()
+    def _serve(self, queues: Sequence[Queue], deadline: float) -> None:
+        """Calls what is queued, of each queue in turns, until the deadline."""
+        while any(queues) and self.moment <= deadline:
+            for queue in queues:
+                if queue:
+                    queue.popleft()()
                     self.moment = self.clock()
-        # For the threads that accept and log: one that releases CPython's lock for a moment more often than every 5 ms
-        # takes it again before any of them has woken up.
-        time.sleep(OTHER_THREADS_SECONDS)
 
     def _end_turn(self) -> None:
         """Sends what was put off in this turn."""

@@ -8350,8 +8350,8 @@ def test_a_task_that_gives_way_goes_on_in_its_turn_whatever_happens_meanwhile(lo
     assert told.index("c1") < told.index("a2"), "both kinds have their turns"
 
 
-@pytest.mark.parametrize("queue", ["slow", "greedy"])
-def test_who_gives_way_waits_for_one_of_those_that_want_much_and_not_for_all(looping, queue):
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_who_gives_way_waits_for_one_of_those_that_want_much_and_not_for_all(looping, place):
     told: list[str] = []
 
     async def is_patient() -> None:
@@ -8359,12 +8359,38 @@ def test_who_gives_way_waits_for_one_of_those_that_want_much_and_not_for_all(loo
         told.append("patient")
 
     def begin() -> None:
-        getattr(looping.loop, queue).extend(functools.partial(told.append, queue) for _ in range(50))
+        looping.loop._unhurried[place].extend(functools.partial(told.append, "wants much") for _ in range(50))
         looping.loop.start(is_patient())
 
     looping.call(begin)
     eventually(lambda: len(told) == 51)
     assert told.index("patient") <= 1
+
+
+@pytest.mark.parametrize("are_slow", [False, True])
+def test_a_client_waits_for_one_late_provider_and_not_for_all(looping, monkeypatch, are_slow):
+    monkeypatch.setattr(monorelay, "LATE_SECONDS", 0.0)
+    told: list[str] = []
+
+    async def hears(sock: socket.socket, name: str) -> None:
+        channel = monorelay.Channel(sock, looping.loop)
+        channel._slow = are_slow
+        looping.loop.current.client = channel if name == "client" else None
+        await channel.arrival(math.inf)
+        told.append(name)
+        looping.clock.now += 1.0
+        channel.close()
+
+    def begin() -> None:
+        for name in [*["provider"] * 50, "client"]:
+            near, far = socket.socketpair()
+            looping.loop.start(hears(near, name))
+            far.sendall(b"x")
+            far.close()
+
+    looping.call(begin)
+    eventually(lambda: len(told) == 51)
+    assert told.index("client") <= 2
 
 
 def test_new_connections_are_served_together_however_late_the_turns_are(looping, monkeypatch):
