@@ -7863,7 +7863,9 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoResponse]] = {
 #
 # The loop runs in turns: it waits for sockets, receives on their channels, resumes their tasks, and in the end sends
 # what was put off in that turn. Work that would take long is done in steps of a few milliseconds, after each of
-# which its task gives way: all tasks that do so share PATIENT_SECONDS of a turn.
+# which its task gives way: all tasks that do so share PATIENT_SECONDS of a turn. Beyond LATE_SECONDS, the sockets that
+# are left have their turn first in the next one. What waits so stands in queues that are served one by one in turns: a
+# client that asks for little waits for one of those that are dear to serve, however many there are.
 #
 # Why the loop is this file's own, and not asyncio's: a stream costs no transport, protocol, future and callback for
 # each event; a client's departure is seen while nothing is read from it; and a deadline is a number, not a timer.
@@ -8218,8 +8220,9 @@ class Channel:
             if not self._queued:
                 self._queued = True
                 is_client = self.task is not None and self is self.task.client
-                queues = loop.slow if self._slow else loop.late
-                queues[not is_client].append(lambda: self._ready(events, patient=True))
+                sides = loop.slow if self._slow else loop.late
+                queue = sides.clients if is_client else sides.providers
+                queue.append(lambda: self._ready(events, patient=True))
             return
         begun = loop.moment
         if self.closed:
@@ -8346,6 +8349,13 @@ class Task:
 Queue = collections.deque[Callable[[], object]]  # what is called later, the first one first
 
 
+class Sides(NamedTuple):
+    """What is called later for clients, and for providers: neither wait for many of the others."""
+
+    clients: Queue
+    providers: Queue
+
+
 class EventLoop:
     """The thread that serves all tasks. `clock` returns monotonic seconds."""
 
@@ -8361,11 +8371,10 @@ class EventLoop:
         self.sweep_at = 0.0
         self.turn = 1
         # What is called in a later turn: events of sockets that came late, tasks that gave way, events that may take
-        # long, and tasks that have had their turn and want another one at once. Events of clients and of providers
-        # stand apart: neither wait for many of the others.
-        self.late: tuple[Queue, Queue] = (collections.deque(), collections.deque())
+        # long, and tasks that have had their turn and want another one at once.
+        self.late = Sides(collections.deque(), collections.deque())
         self.patient: Queue = collections.deque()
-        self.slow: tuple[Queue, Queue] = (collections.deque(), collections.deque())
+        self.slow = Sides(collections.deque(), collections.deque())
         self.greedy: Queue = collections.deque()
         self._unhurried = (self.patient, *self.slow, self.greedy)
         self.crowded = False  # whether there is more than one to serve in this turn
