@@ -2918,7 +2918,7 @@ PATTERNS_IN_USE = patterns_in_use()
 PREPARED: dict[Any, Callable[[Any], Any]] = {r"\s*\S+": str.rstrip, rb"\s*\S+": bytes.rstrip}
 FILLINGS = [" ", "\t", '"', "\\", '\\"', "[", "]", "{", "}", ",", ":", "/", "%", ".", ";", "=", "@", "$", "0", "9f",
             "a", "a:", "é", "\r", "\n", "\r\n", " \t", '"a":', '{"', '",', "a,", "[],", "\\u0041", "x\r\n",
-            "x: y\r\n"]  # fmt: skip
+            "x: y\r\n", "\r\ncontent-type: a"]  # fmt: skip
 BEGINNINGS = ["", "a:", '"', '{"', '{"a":', "1;", "/", "GET /", "http://", "HTTP/1.1 200 ", "event:", "data: {"]
 
 
@@ -2973,8 +2973,9 @@ def uses_of(source: Any, flags: int) -> list[Callable[[Any], object]]:
 @pytest.mark.parametrize(("source", "flags"), PATTERNS_IN_USE, ids=brief)
 @pytest.mark.timed
 def test_no_pattern_takes_long_over_what_almost_fits(source, flags):
-    # 2 and 8 kB find those that grow faster than their text in no time; a linear one takes 0.1 ms.
-    for size, seconds in ((2_000, 0.02), (8_000, 0.02)):
+    # 2 and 8 kB find those that grow faster than their text in no time, and 350 bytes those that would never end; a
+    # linear one takes 0.1 ms.
+    for size, seconds in ((350, 0.02), (2_000, 0.02), (8_000, 0.02)):
         for use in uses_of(source, flags):
             assert_linear(use, (text(size) for text in adversaries(source)), seconds)
 
