@@ -152,6 +152,7 @@ SWEEP_SECONDS = 5.0
 TICK_SECONDS = 0.005
 PATIENT_SECONDS = 0.005  # of a turn of the event loop, for work that is done in steps
 POSTED_SECONDS = 0.005  # of a turn, for new connections and for results of threads
+SWEEPING_SECONDS = 0.005  # of a turn, for tasks whose time has come
 SWITCH_SECONDS = 0.0005  # for so long, a computing thread keeps the loop waiting for the GIL; CPython's default is 5 ms
 OTHER_THREADS_SECONDS = 0.0001  # after which other threads have their turn
 SLOW_EVENT_SECONDS = 0.002  # a connection whose last event took longer shares PATIENT_SECONDS, too
@@ -8479,12 +8480,14 @@ class EventLoop:
         self._wakeup_pending = False
 
     def _sweep(self) -> None:
-        """Tells the tasks whose time has come, or whose client has left unnoticed; decides when to look again."""
+        """Tells the tasks whose time has come, for SWEEPING_SECONDS at most, however late the turn is, and those whose
+        client has left unnoticed; decides when to look again."""
         self.sweep_at = self.now + SWEEP_SECONDS
+        latest = self.clock() + SWEEPING_SECONDS
         for task in list(self.tasks):
             client = task.client
             if task.deadline <= self.now:
-                if self.clock() > self.late_at:
+                if self.clock() > latest:
                     break  # the rest comes in the next turn
                 task.resume(Overdue())
             elif client and client.is_full and not client.closed:

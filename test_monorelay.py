@@ -8146,12 +8146,24 @@ def test_tasks_whose_time_is_over_are_told_in_several_turns_where_that_takes_lon
         with contextlib.suppress(monorelay.Overdue):
             await monorelay.until(looping.loop.now + 1.0)
         turns.append(looping.loop.turn)
-        looping.clock.now += 0.6 * monorelay.LATE_SECONDS
+        looping.clock.now += 0.6 * monorelay.SWEEPING_SECONDS
 
     looping.call(lambda: [looping.loop.start(takes_long()) for _ in range(10)])
     looping.clock.move(1.0)
     eventually(lambda: not looping.loop.tasks)
     assert sorted(Counter(turns).values()) == [2] * 5
+
+
+def test_tasks_are_told_that_their_time_is_over_however_late_the_turns_are(looping, monkeypatch):
+    monkeypatch.setattr(monorelay, "LATE_SECONDS", -1.0)
+
+    async def waits() -> None:
+        with pytest.raises(monorelay.Overdue):
+            await monorelay.until(looping.loop.now + 1.0)
+
+    looping.call(lambda: [looping.loop.start(waits()) for _ in range(3)])
+    looping.clock.move(1.0)
+    eventually(lambda: not looping.loop.tasks)
 
 
 def test_tasks_that_give_way_share_a_few_milliseconds_of_a_turn(looping):
