@@ -151,6 +151,7 @@ AHEAD_SECONDS = 0.5  # between two checks whether a client with a full buffer ha
 SWEEP_SECONDS = 5.0
 TICK_SECONDS = 0.005
 PATIENT_SECONDS = 0.005  # of a turn of the event loop, for work that is done in steps
+QUEUE_SECONDS = 0.002  # for one of several queues, before the next one has its turn
 POSTED_SECONDS = 0.005  # of a turn, for new connections and for results of threads
 SWEEPING_SECONDS = 0.005  # of a turn, for tasks whose time has come
 SWITCH_SECONDS = 0.0005  # for so long, a computing thread keeps the loop waiting for the GIL; CPython's default is 5 ms
@@ -8456,12 +8457,16 @@ class EventLoop:
                 break
 
     def _serve(self, queues: Sequence[Queue], deadline: float) -> None:
-        """Calls what is queued, of each queue in turns, until the deadline."""
+        """Calls what is queued, of each queue in turns, until the deadline. What is cheap doesn't wait for as many that
+        are dear: a queue's turn is over after QUEUE_SECONDS."""
         while any(queues) and self.moment <= deadline:
             for queue in queues:
-                if queue:
+                latest = self.moment + QUEUE_SECONDS
+                for _ in range(len(queue)):
                     queue.popleft()()
                     self.moment = self.clock()
+                    if self.moment > latest:
+                        break
 
     def _end_turn(self) -> None:
         """Sends what was put off in this turn."""

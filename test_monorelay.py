@@ -8406,6 +8406,23 @@ def test_a_client_waits_for_one_late_provider_and_not_for_all(looping, monkeypat
     assert told.index("client") <= 2
 
 
+def test_what_is_cheap_does_not_wait_for_as_many_that_are_dear(looping):
+    told: list[str] = []
+
+    def takes(name: str, seconds: float) -> None:
+        told.append(name)
+        looping.clock.now += seconds
+
+    def begin() -> None:
+        looping.loop.late[0].extend(functools.partial(takes, "cheap", 0.0001) for _ in range(100))
+        looping.loop.late[1].extend(functools.partial(takes, "dear", 0.006) for _ in range(100))
+
+    looping.call(begin)
+    eventually(lambda: len(told) == 200)
+    before_last = told[: 199 - told[::-1].index("cheap")]
+    assert before_last.count("dear") < 10
+
+
 def test_new_connections_are_served_together_however_late_the_turns_are(looping, monkeypatch):
     monkeypatch.setattr(monorelay, "LATE_SECONDS", -1.0)
     turns: list[int] = []
