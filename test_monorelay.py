@@ -14958,7 +14958,13 @@ def test_a_forms_model_is_found_as_clients_write_it(header):
     assert fed([body])[0::2] == ("whisper-1", False)
 
 
-@pytest.mark.parametrize("filling", ["many parts", "boundaries", "almost boundaries", "a long header"])
+DISPOSITION = 'Content-Disposition: form-data; name="model"'
+LINES = ["Content-Type: text/plain", *["Content-Length: 1"] * 20]
+
+
+@pytest.mark.parametrize(
+    "filling", ["many parts", "boundaries", "almost boundaries", "a long header", "many lines", "more lines"]
+)
 @pytest.mark.timed
 def test_no_form_takes_long(filling):
     body = {
@@ -14966,6 +14972,8 @@ def test_no_form_takes_long(filling):
         "boundaries": form(file=b"--b0undary" * 25_000),
         "almost boundaries": form(file=b"\r\n--b0undar" * 20_000),
         "a long header": form(("a" * 250_000, "")),
+        "many lines": "\r\n".join(["--b0undary", *LINES, "X: 1\r\n\r\n"]).encode(),
+        "more lines": "\r\n".join(["--b0undary", DISPOSITION, *LINES, "X: 1\r\n\r\n"]).encode(),
     }[filling]
     pieces = [body[start : start + 64] for start in range(0, 16_000, 64)]
     assert seconds_each(lambda: fed([body]), 1) < 0.02 and seconds_each(lambda: fed(pieces), 1) < 0.02
