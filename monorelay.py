@@ -11480,7 +11480,7 @@ async def answer_login(exchange: Exchange) -> Response:
     secret = exchange.config.server.jwt_secret
     if not (right and user and user.enabled and user.password and secret):
         raise Unauthenticated("the username or the password is wrong", "login_failed")
-    return token_response(exchange, username, secret)
+    return token_response(exchange, username, exchange.config, secret)
 
 
 async def answer_refresh(exchange: Exchange) -> Response:
@@ -11491,13 +11491,13 @@ async def answer_refresh(exchange: Exchange) -> Response:
     if not secret:
         raise Unauthenticated("this relay issues no tokens: server.jwt_secret is not set")
     claims = verify_token(given["refresh_token"], secret.reveal(), time.time())
-    return token_response(exchange, subject(claims, "refresh", config), secret)
+    return token_response(exchange, subject(claims, "refresh", config), config, secret)
 
 
-def token_response(exchange: Exchange, username: str, secret: Secret) -> Response:
+def token_response(exchange: Exchange, username: str, config: Config, secret: Secret) -> Response:
     """The response that brings new tokens."""
     exchange.record.caller = username[:LOGGED_CHARACTERS]
-    tokens = issue_tokens(username, exchange.config, secret, time.time())
+    tokens = issue_tokens(username, config, secret, time.time())
     return exchange.respond(200, tokens, [("cache-control", "no-store")])
 
 

@@ -12391,6 +12391,25 @@ def test_a_refresh_that_comes_slowly_is_judged_by_what_holds_at_its_end(relay):
         refused(client.answer(), 401, "authentication_error", openai_shape=True)
 
 
+def test_a_refresh_that_began_before_its_user_was_given_back_makes_tokens_that_a_new_password_ends(relay):
+    it = relay({"echo": {}}, **GUARDED)
+    body = json.dumps({"refresh_token": log_in(it).json["refresh_token"]}).encode()
+    server, others = {"jwt_secret": JWT_SECRET}, {name: user for name, user in USERS.items() if name != "alice"}
+    it.server.reload(parse({"echo": {}}, server=server, users=others))
+    eventually(lambda: "alice" not in it.server.service.config.users)
+    with it.client() as client:
+        client.send(request("POST", "/api/auth/refresh", body, token="")[:-9])
+        eventually(lambda: it.server.service.running)
+        it.server.reload(parse({"echo": {}}, server=server, users=USERS))
+        eventually(lambda: "alice" in it.server.service.config.users)
+        client.send(body[-9:])
+        token = client.answer().json["access_token"]
+    assert is_let_in(it, token)
+    changed = {**USERS["alice"], "password": monorelay.hash_password("a new one")}
+    it.server.reload(parse({"echo": {}}, server=server, users={**USERS, "alice": changed}))
+    eventually(lambda: not is_let_in(it, token))
+
+
 @pytest.mark.parametrize("left", [{}, {"jwt_secret": JWT_SECRET}], ids=["nothing", "a jwt_secret"])
 def test_an_access_key_that_was_removed_lets_nobody_in(relay, left):
     it = relay({"echo": {}}, server=left)
