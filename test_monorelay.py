@@ -583,6 +583,19 @@ class Clock:
             assert turned.wait(TIMEOUT_SECONDS), "the event loop is stuck"
 
 
+@contextlib.contextmanager
+def still(loop: Any) -> Iterator[None]:
+    """Holds the loop up while the block runs, until all that the block has sent is there."""
+    gate, held = threading.Event(), threading.Event()
+    loop.post(lambda: (held.set(), gate.wait()))
+    try:
+        assert held.wait(TIMEOUT_SECONDS)
+        yield
+        time.sleep(0.1)
+    finally:
+        gate.set()
+
+
 class Relay:
     """A relay in this process, with its log, and with a clock of the test's if that is to move it."""
 
@@ -14409,7 +14422,7 @@ def test_who_has_most_pages_makes_room_for_another_ones(relay, quick):
 
 
 def test_pages_that_begin_at_one_moment_wait_for_the_others(relay, monkeypatch):
-    it, gate, held = relay({"echo": {}}, clock=Clock()), threading.Event(), threading.Event()
+    it = relay({"echo": {}}, clock=Clock())
     service, told = it.server.service, monorelay.LivePage._news
     order: list[str] = []
     monkeypatch.setattr(monorelay.LivePage, "_news", lambda page: (order.append("page"), told(page))[1])
@@ -14419,14 +14432,11 @@ def test_pages_that_begin_at_one_moment_wait_for_the_others(relay, monkeypatch):
         assert {client.ask("GET", "/health").status for client in (*pages, other)} == {200}
         conclude = service.conclude
         monkeypatch.setattr(service, "conclude", lambda exchange: (order.append("request"), conclude(exchange)))
-        service.loop.post(lambda: (held.set(), gate.wait()))
-        assert held.wait(TIMEOUT_SECONDS)
-        order.clear()
-        for page in pages:
-            page.send(request("GET", "/api/live"))
-        other.send(request("GET", "/health"))
-        time.sleep(0.1)  # until all of it has come
-        gate.set()
+        with still(service.loop):
+            order.clear()
+            for page in pages:
+                page.send(request("GET", "/api/live"))
+            other.send(request("GET", "/health"))
         assert other.answer().status == 200
         for page in pages:
             told_live(page)
@@ -16875,20 +16885,16 @@ def test_a_burst_of_300_connections_is_served_within_two_seconds(relay):
 
 
 def test_long_heads_of_those_who_have_shown_no_token_wait_for_the_others(relay):
-    it, gate = relay({"echo": {}}, clock=Clock()), threading.Event()  # by which no turn is ever late
+    it = relay({"echo": {}}, clock=Clock())  # by which no turn is ever late
     with contextlib.ExitStack() as stack:
         known, *clients, last = (stack.enter_context(it.client()) for _ in range(12))
         assert known.ask("GET", "/api/auth/me").status == 200
         assert {client.ask("GET", "/health").status for client in (*clients, last)} == {200}
-        held = threading.Event()
-        it.server.service.loop.post(lambda: (held.set(), gate.wait()))
-        assert held.wait(TIMEOUT_SECONDS)
-        for client in clients:
-            client.send(request("GET", "/api/auth/me", None, f"x-long: {'x' * 5000}"))
-        last.send(request("GET", "/health"))
-        known.send(request("GET", "/health", None, f"x-long: {'x' * 5000}"))
-        time.sleep(0.1)  # until all of it has come
-        gate.set()
+        with still(it.server.service.loop):
+            for client in clients:
+                client.send(request("GET", "/api/auth/me", None, f"x-long: {'x' * 5000}"))
+            last.send(request("GET", "/health"))
+            known.send(request("GET", "/health", None, f"x-long: {'x' * 5000}"))
         assert {client.answer().status for client in (known, last, *clients)} == {200}
     eventually(lambda: it.log.getvalue().count("path=") == 24)
     ended = re.findall(r"path=(\S+)", it.log.getvalue())[12:]
@@ -16896,18 +16902,14 @@ def test_long_heads_of_those_who_have_shown_no_token_wait_for_the_others(relay):
 
 
 def test_heads_of_over_8_kb_wait_for_the_others_whoever_sends_them(relay):
-    it, gate = relay({"echo": {}}, clock=Clock()), threading.Event()  # by which no turn is ever late
+    it = relay({"echo": {}}, clock=Clock())  # by which no turn is ever late
     with contextlib.ExitStack() as stack:
         *clients, last = (stack.enter_context(it.client()) for _ in range(11))
         assert {client.ask("GET", "/api/auth/me").status for client in (*clients, last)} == {200}
-        held = threading.Event()
-        it.server.service.loop.post(lambda: (held.set(), gate.wait()))
-        assert held.wait(TIMEOUT_SECONDS)
-        for client in clients:
-            client.send(request("GET", "/api/auth/me", None, f"x-long: {'x' * 9000}"))
-        last.send(request("GET", "/health"))
-        time.sleep(0.1)  # until all of it has come
-        gate.set()
+        with still(it.server.service.loop):
+            for client in clients:
+                client.send(request("GET", "/api/auth/me", None, f"x-long: {'x' * 9000}"))
+            last.send(request("GET", "/health"))
         assert {client.answer().status for client in (last, *clients)} == {200}
     eventually(lambda: it.log.getvalue().count("path=") == 22)
     ended = re.findall(r"path=(\S+)", it.log.getvalue())[11:]
