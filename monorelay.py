@@ -1954,8 +1954,8 @@ def find_targets(config: Config, name: str) -> list[Target]:
 
 
 def meant_name(config: Config, name: str) -> str:
-    """The name that one means which leads nowhere as it stands: Claude Code leaves `[1m]` on some, and `provider/name`
-    is how other gateways say `name@provider`. Itself where it means no other."""
+    """What a name that leads nowhere as it stands means: Claude Code leaves `[1m]` on some, and `provider/name` is how
+    other gateways say `name@provider`. The name itself where it means no other."""
     if name.endswith(LONG_CONTEXT):
         shorter = name[: -len(LONG_CONTEXT)]
         return shorter if follow(config, shorter, ()) else meant_name(config, shorter)
@@ -1964,8 +1964,8 @@ def meant_name(config: Config, name: str) -> str:
 
 
 def admits(config: Config, patterns: Sequence[str], name: str) -> bool:
-    """Whether the patterns of a user's `models` admit a name. They say nothing of the provider that it picks, behind an
-    @ or before a /: of that, only a pattern that has a / itself may be about."""
+    """Whether the patterns of a user's `models` admit a name. The provider that it picks, behind an @ or before a /, is
+    left out: only a pattern that has a / itself is compared with `provider/name` as it stands."""
     meant = meant_name(config, name) if "/" in name and not follow(config, name, ()) else name
     model, _ = split_provider(config, meant)
     with_provider = [pattern for pattern in patterns if "/" in pattern] if meant != name else []
@@ -8353,7 +8353,7 @@ Queue = collections.deque[Callable[[], object]]  # what is called later, the fir
 
 
 class Sides(NamedTuple):
-    """What is called later for clients, and for providers: neither wait for many of the others."""
+    """What is called later for clients, and for providers: neither side waits for many of the other."""
 
     clients: Queue
     providers: Queue
@@ -8458,8 +8458,8 @@ class EventLoop:
                 break
 
     def _serve(self, queues: Sequence[Queue], deadline: float) -> None:
-        """Calls what is queued, of each queue in turns, until the deadline. What is cheap doesn't wait for as many that
-        are dear: a queue's turn is over after QUEUE_SECONDS."""
+        """Calls what is queued until the deadline, each queue in its turn, for QUEUE_SECONDS: cheap calls don't wait
+        for as many dear ones."""
         while any(queues) and self.moment <= deadline:
             for queue in queues:
                 latest = self.moment + QUEUE_SECONDS
@@ -9825,7 +9825,7 @@ class UpstreamResponse:
 
     @property
     def beginning(self) -> bytes:
-        """Of what has come of the content so much as an error is judged by."""
+        """The part of the content by which an error is judged, as far as it has come."""
         return self.content[:PEEKED_BYTES]
 
     def take_content(self) -> bytes:
