@@ -7868,7 +7868,8 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoResponse]] = {
 # what was put off in that turn. Work that would take long is done in steps of a few milliseconds, after each of
 # which its task gives way: all tasks that do so share PATIENT_SECONDS of a turn. Beyond LATE_SECONDS, the sockets that
 # are left have their turn first in the next one. What waits so stands in queues that are served one by one in turns: a
-# client that asks for little waits for one of those that are dear to serve, however many there are.
+# client that asks for little waits for one of those that are dear to serve, however many there are. In each queue, the
+# callers and addresses have turns, too: nobody waits for thousands of requests of another.
 #
 # Why the loop is this file's own, and not asyncio's: a stream costs no transport, protocol, future and callback for
 # each event; a client's departure is seen while nothing is read from it; and a deadline is a number, not a timer.
@@ -8224,8 +8225,8 @@ class Channel:
                 self._queued = True
                 is_client = self.task is not None and self is self.task.client
                 sides = loop.slow if self._slow else loop.late
-                queue = sides.clients if is_client else sides.providers
-                queue.append(lambda: self._ready(events, patient=True))
+                turns = sides.clients if is_client else sides.providers
+                turns.put(lambda: self._ready(events, patient=True), self.task.origin if self.task else "")
             return
         begun = loop.moment
         if self.closed:
@@ -8298,12 +8299,14 @@ class Channel:
 
 
 class Task:
-    """A coroutine that the loop runs; `client` is the channel of the client that it serves."""
+    """A coroutine that the loop runs; `client` is the channel of the client that it serves, and `origin` says whose it
+    is, where it has to wait for its turn."""
 
-    __slots__ = ("_coroutine", "_loop", "_waiting", "client", "deadline", "done")
+    __slots__ = ("_coroutine", "_loop", "_waiting", "client", "deadline", "done", "origin")
 
-    def __init__(self, coroutine: Coroutine[float, None, None], loop: "EventLoop") -> None:
+    def __init__(self, coroutine: Coroutine[float, None, None], loop: "EventLoop", origin: str) -> None:
         self.client: Optional[Channel] = None
+        self.origin = origin
         self.deadline = math.inf
         self.done = False
         self._loop = loop
@@ -8349,14 +8352,41 @@ class Task:
             self._loop.post(task.resume)
 
 
-Queue = collections.deque[Callable[[], object]]  # what is called later, the first one first
+Action = Callable[[], object]
+
+
+class Turns:
+    """Actions that wait. Their origins have turns, so that nobody waits for many of another; those of one origin keep
+    their order."""
+
+    def __init__(self) -> None:
+        self._waiting: collections.OrderedDict[str, collections.deque[Action]] = collections.OrderedDict()  # by origin
+        self._count = 0
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return self._count
+
+    def put(self, action: Action, origin: str = "") -> None:
+        """Adds one behind the others of its origin."""
+        self._waiting.setdefault(origin, collections.deque()).append(action)
+        self._count += 1
+
+    def take(self) -> Action:
+        """Takes the next one; the others of its origin go behind those of everybody else."""
+        origin, actions = self._waiting.popitem(last=False)
+        action = actions.popleft()
+        if actions:
+            self._waiting[origin] = actions
+        self._count -= 1
+        return action
 
 
 class Sides(NamedTuple):
     """What is called later for clients, and for providers: neither side waits for many of the other."""
 
-    clients: Queue
-    providers: Queue
+    clients: Turns
+    providers: Turns
 
 
 class EventLoop:
@@ -8375,16 +8405,16 @@ class EventLoop:
         self.turn = 1
         # What is called in a later turn: events of sockets that came late, tasks that gave way, events that may take
         # long, and tasks that have had their turn and want another one at once.
-        self.late = Sides(collections.deque(), collections.deque())
-        self.patient: Queue = collections.deque()
-        self.slow = Sides(collections.deque(), collections.deque())
-        self.greedy: Queue = collections.deque()
+        self.late = Sides(Turns(), Turns())
+        self.patient = Turns()
+        self.slow = Sides(Turns(), Turns())
+        self.greedy = Turns()
         self._unhurried = (self.patient, *self.slow, self.greedy)
         self.crowded = False  # whether there is more than one to serve in this turn
         self.outbox: collections.deque[Channel] = collections.deque()  # those with something to send at its end
         self.worker = Worker()
         self._stopped = False
-        self._posted: collections.deque[Callable[[], object]] = collections.deque()
+        self._posted: collections.deque[Action] = collections.deque()
         self._wakeup_reader, self._wakeup_writer = socket.socketpair()
         self._wakeup_reader.setblocking(False)
         self._wakeup_writer.setblocking(False)
@@ -8397,7 +8427,7 @@ class EventLoop:
         assert self.running, "not called from a task"
         return self.running
 
-    def post(self, action: Callable[[], object]) -> None:
+    def post(self, action: Action) -> None:
         """Calls the action soon in the loop's thread. The only method that other threads may call."""
         self._posted.append(action)
         if not self._wakeup_pending:
@@ -8407,9 +8437,10 @@ class EventLoop:
             except OSError:
                 pass  # the loop has just ended
 
-    def start(self, coroutine: Coroutine[float, None, None]) -> Task:
-        """Begins a task, and runs it until it waits for the first time."""
-        task = Task(coroutine, self)
+    def start(self, coroutine: Coroutine[float, None, None], origin: str = "") -> Task:
+        """Begins a task, and runs it until it waits for the first time. It has the origin of the one that begins it
+        unless another is given."""
+        task = Task(coroutine, self, origin or (self.running.origin if self.running else ""))
         self.tasks.add(task)
         task.resume()
         return task
@@ -8457,14 +8488,14 @@ class EventLoop:
             if self.clock() > deadline:
                 break
 
-    def _serve(self, queues: Sequence[Queue], deadline: float) -> None:
-        """Calls what is queued until the deadline, each queue in its turn, for QUEUE_SECONDS: cheap calls don't wait
-        for as many dear ones."""
+    def _serve(self, queues: Sequence[Turns], deadline: float) -> None:
+        """Calls what waits until the deadline, that of each queue for QUEUE_SECONDS: cheap calls don't wait for as many
+        dear ones."""
         while any(queues) and self.moment <= deadline:
             for queue in queues:
                 latest = self.moment + QUEUE_SECONDS
                 for _ in range(len(queue)):
-                    queue.popleft()()
+                    queue.take()()
                     self.moment = self.clock()
                     if self.moment > latest:
                         break
@@ -8529,7 +8560,7 @@ async def checkpoint(loop: EventLoop, greedy: bool = False) -> None:
         its_turn = True
         task.resume()
 
-    (loop.greedy if greedy else loop.patient).append(go_on)
+    (loop.greedy if greedy else loop.patient).put(go_on, task.origin)
     while not its_turn:
         await until()
 
@@ -8548,34 +8579,26 @@ class Worker:
     """A thread that runs calls one by one, those of different callers in turns. It starts with the first call."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, collections.deque[Callable[[], None]]] = {}  # by caller, who is next in front
+        self._waiting = Turns()
         self._lock = threading.Lock()  # guards what waits
         self._put = threading.Semaphore(0)  # how many calls wait
         self._begun = False
 
-    def call(self, run: Callable[[], None], caller: str = "") -> None:
+    def call(self, run: Action, caller: str = "") -> None:
         """Queues a call. Raises RuntimeError when no thread can be started."""
         if not self._begun:
             start_thread(self._run)
             self._begun = True
         with self._lock:
-            self._waiting.setdefault(caller, collections.deque()).append(run)
+            self._waiting.put(run, caller)
         self._put.release()
 
     def _run(self) -> None:
         while True:
             self._put.acquire()
-            self._next()()
-
-    def _next(self) -> Callable[[], None]:
-        """Takes the next call; its caller goes behind all others."""
-        with self._lock:
-            caller = next(iter(self._waiting))
-            calls = self._waiting.pop(caller)
-            run = calls.popleft()
-            if calls:
-                self._waiting[caller] = calls
-            return run
+            with self._lock:
+                run = self._waiting.take()
+            run()
 
 
 def start_thread(run: Callable[[], None]) -> None:
@@ -12446,7 +12469,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         """Posts the connection's task to the event loop."""
-        self.loop.post(lambda: self.loop.start(self._serve()))
+        self.loop.post(lambda: self.loop.start(self._serve(), str(self.client_address[0])))
 
     def finish(self) -> None:
         """Does nothing, where socketserver would close: the event loop serves the connection from now on."""
@@ -12626,6 +12649,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.known = True
             self.server.unproven.pop(self, None)
             self.channel.set_window(HELD_BYTES)
+            self.loop.current.origin = f"{exchange.address} {record.caller}"  # a proxy's address is that of many
 
     async def _send(self, exchange: Exchange, response: Response) -> bool:
         """Sends a response as it comes: the one place from which responses go to clients. Whether the connection can be

@@ -8430,13 +8430,44 @@ def test_what_is_cheap_does_not_wait_for_as_many_that_are_dear(looping):
         looping.clock.now += seconds
 
     def begin() -> None:
-        looping.loop.late[0].extend(functools.partial(takes, "cheap", 0.0001) for _ in range(100))
-        looping.loop.late[1].extend(functools.partial(takes, "dear", 0.006) for _ in range(100))
+        for _ in range(100):
+            looping.loop.late.clients.put(functools.partial(takes, "cheap", 0.0001))
+            looping.loop.late.providers.put(functools.partial(takes, "dear", 0.006))
 
     looping.call(begin)
     eventually(lambda: len(told) == 200)
     before_last = told[: 199 - told[::-1].index("cheap")]
     assert before_last.count("dear") < 10
+
+
+def test_who_asks_for_little_does_not_wait_for_all_requests_of_another(looping):
+    told: list[str] = []
+
+    async def gives_way(name: str) -> None:
+        await monorelay.checkpoint(looping.loop)
+        told.append(name)
+
+    def begin() -> None:
+        for name in [*["greedy"] * 50, "modest", "modest"]:
+            looping.loop.start(gives_way(name), name)
+
+    looping.call(begin)
+    eventually(lambda: len(told) == 52)
+    assert told[:5] == ["greedy", "modest", "greedy", "modest", "greedy"]
+
+
+@pytest.mark.parametrize("starts", [False, True])
+def test_a_task_has_the_origin_of_the_one_that_begins_it(looping, starts):
+    told: list[str] = []
+
+    async def tells() -> None:
+        told.append(looping.loop.current.origin)
+
+    async def begins() -> None:
+        looping.loop.start(tells(), "another" if starts else "")
+
+    looping.call(lambda: looping.loop.start(begins(), "somebody"))
+    eventually(lambda: told == ["another" if starts else "somebody"])
 
 
 def test_new_connections_are_served_together_however_late_the_turns_are(looping, monkeypatch):
@@ -20115,6 +20146,30 @@ def test_1000_new_connections_beside_2000_that_are_held_hold_nobody_up(descripto
                     threading.Event().wait(0.1)
 
     assert_bearable(it, attack, 8 << 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "asked",
+    [request("GET", "/health", token=""), request("POST", "/v1/chat/completions", json.dumps(chat("echo")).encode())],
+    ids=["GET", "POST"],
+)
+def test_3000_requests_of_one_address_at_the_same_moment_hold_no_other_up(descriptors, besieged, asked):
+    it = besieged(max_connections=3_100)
+
+    def attack() -> None:
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(Client(it.url, "127.0.0.7")) for _ in range(3_000)]
+            for client in clients:
+                client.sock.settimeout(100)
+                client.send(asked[:-1])
+            threading.Event().wait(1.5)
+            for client in clients:
+                client.send(asked[-1:])
+            for client in clients:
+                assert Message(client.until(b"\r\n\r\n"), b"").status == 200
+
+    assert_bearable(it, attack, 8 << 20, kept_bytes=2 * KEPT_BYTES)
 
 
 def heavy_head(escapes: int) -> bytes:
