@@ -66,7 +66,7 @@ def environment(requirements: list[str]) -> Path:
 
 # A coroutine that nobody awaits is a call that never happened: Python only warns of it, and where it is collected.
 MARKERS = (
-    "markers=slow: takes a minute\nbrowser: needs Chromium\ntraced: counts what Python allocates, which takes it long"
+    "markers=slow: takes a minute\nbrowser: needs Chromium\nonce: takes long, and tells the same of every Python"
     "\ntimed: measures seconds, best with nothing beside it"
 )
 PYTEST = ["-m", "pytest", "-q", "--strict-markers", "-p", "no:cacheprovider", "-o", MARKERS,
@@ -827,6 +827,7 @@ def test_that_forgets_an_await():
 """
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("awaited", [False, True])
 def test_a_coroutine_that_is_never_awaited_fails_the_run(tmp_path, awaited):
     text = NEVER_AWAITED.replace("    call()\n", "    call().close()\n") if awaited else NEVER_AWAITED
@@ -2007,6 +2008,7 @@ ANY_JSON = st.recursive(
 COUNTS = st.integers(0, 10**12)
 
 
+@pytest.mark.once
 @hypothesis.settings(max_examples=200 * EXAMPLES // 60)
 @hypothesis.given(st.dictionaries(st.sampled_from(USAGE_NAMES), ANY_JSON, max_size=12) | ANY_JSON, ANY_JSON)
 def test_whatever_a_provider_calls_its_usage_is_read_without_a_fault(usage, beside):
@@ -2626,6 +2628,7 @@ def generated_message(chance: random.Random, is_response: bool) -> bytes:
     return message
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("is_response", [False, True], ids=["requests", "responses"])
 def test_what_h11_refuses_is_refused_and_what_both_take_is_read_alike(is_response):
     chance, taken, refusals = random.Random(f"{TEST_SEED} {is_response}"), 0, 0
@@ -2763,7 +2766,7 @@ def test_a_string_of_any_length_is_a_string(size):
         assert model_of(body) == "a"
 
 
-@pytest.mark.traced
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["model", "MODEL"])
 def test_a_walk_keeps_no_members_however_many_are_called_model(name):
     walk = monorelay.JsonWalk()
@@ -2800,6 +2803,7 @@ def test_a_number_too_long_for_an_alias_is_a_bad_request(upstream, relay):
         assert it.post("/v1/messages", b'{%s"model":"fast"%s}' % (before, after)).status == status
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("text", "is_walked"),
     [
@@ -3563,6 +3567,7 @@ def test_what_an_answer_says_was_used_is_told_as_it_says(upstream, relay, name):
     assert ("input=" in line) == (tokens is not UNKNOWN) and (tokens is UNKNOWN or f" output={tokens[4]}" in line)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", USAGE_TOLD)
 def test_what_was_used_is_the_same_however_an_answer_arrives(name):
     _, said, tokens, tier = USAGE_TOLD[name]
@@ -4453,6 +4458,7 @@ def value_of(chance: random.Random, depth: int) -> Any:
     return {chance.choice(["k", "é", '"']) + str(number): value_of(chance, depth - 1) for number in range(width)}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", range(20))
 def test_what_is_large_is_written_in_parts_and_the_same(monkeypatch, seed):
     chance = random.Random(seed)
@@ -4498,6 +4504,7 @@ def test_a_translation_holds_as_much_as_the_body_and_little_more_while_it_is_mad
         tracemalloc.stop()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("format", ["openai", "anthropic"])
 def test_a_conversation_is_read_and_written_message_by_message(format):
     turns = [user(said("x" * 1000)), {"role": "assistant", "content": "y" * 1000}] * 2000
@@ -5979,7 +5986,7 @@ ANSWERS_WITHOUT_END: dict[str, tuple[str, Callable[[int], bytes]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.traced
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ANSWERS_WITHOUT_END)
 def test_what_is_held_of_an_answer_stays_below_a_few_megabytes(kind):
     format, part = ANSWERS_WITHOUT_END[kind]
@@ -7566,6 +7573,7 @@ def test_echo_reads_no_more_of_a_gzip_body_than_of_a_plain_one(echo):
     eventually(lambda: echo.server.service.bodies.bytes == 0)
 
 
+@pytest.mark.once
 def test_echo_cuts_or_refuses_an_answer_far_larger_than_its_request(echo):
     body = {"model": "echo", "input": ["a"] * 50, "dimensions": 4096}
     got = echo.post("/v1/embeddings", body)
@@ -11144,6 +11152,7 @@ def test_a_flood_of_tiny_events_holds_up_nobody(upstream, relay):
         assert sorted(waits)[len(waits) // 2] < 0.1
 
 
+@pytest.mark.once
 def test_texts_may_have_any_number_of_commas_and_a_body_only_so_many_values(upstream, relay):
     provider = upstream(json_reply(CHAT_HI))
     it = relay({"openai": provider})
@@ -15237,6 +15246,7 @@ def test_head_answers_have_no_body(upstream, relay):
         assert client.ask("GET", "/health").json["status"] == "ok", "the connection is in step"
 
 
+@pytest.mark.once
 def test_what_is_held_of_pipelined_requests_is_bounded(relay):
     it, count = relay({"echo": {}}, server={"log": "off"}), 15_000
     with it.client() as client:
@@ -15263,7 +15273,7 @@ INVENTED = {
 }
 
 
-@pytest.mark.traced
+@pytest.mark.once
 @pytest.mark.parametrize("name", INVENTED)
 def test_what_clients_invent_is_not_kept(upstream, relay, name):
     keys = {"keys": ["sk-a", "sk-b"], "key_strategy": "sticky"}
@@ -16668,6 +16678,7 @@ def week(upstream, relay, tmp_path, monkeypatch) -> Week:
 GROUPINGS = [("user",), ("model",), ("provider",), ("key",), ("user", "model"), ("model", "provider", "key", "user")]
 
 
+@pytest.mark.once
 def test_all_accounts_of_a_week_agree_with_what_the_providers_told(week, tmp_path):
     days = sorted({day for day, *_ in week.delivered})
     assert len(days) == 7 and {bill.status for *_, bill in week.delivered} == {0, 200, 400, 500, 502}
@@ -18054,6 +18065,7 @@ def test_an_older_python_is_told_so_in_the_first_line_that_it_can_not_read():
     assert not made, "nothing is made before"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("version", ["2.7", "3.6", "3.7", "3.8"])
 def test_an_older_python_prints_what_is_needed(version, tmp_path):
     elsewhere = next(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"), None)
@@ -20660,6 +20672,7 @@ def shell(tmp_path) -> Iterator[ReadmeShell]:
         yield shell
 
 
+@pytest.mark.once
 def test_readme_commands_run_in_the_readmes_order_and_print_what_it_says(shell, program):
     alice = {"key": "the-key-of-alice-0123", "models": ["claude-*", "echo"]}
     it = program(settings({"echo": {}}, server={"log": "json"}, users={"alice": alice}))
@@ -20985,6 +20998,7 @@ def ask_marked(client: Client, mark: str, stream: bool, caller: str) -> None:
     assert got.body == b"".join(marked_stream(mark)) if stream else got.json == mark
 
 
+@pytest.mark.once
 @each_balancer
 def test_each_caller_is_sent_to_one_relay_in_whichever_header_the_key_is(upstream, fleet, balancer):
     it, served = fleet(balancer, upstream(replies(*[answer(200)] * 99))), Counter[int]()
@@ -21012,6 +21026,7 @@ def test_a_stream_comes_through_a_balancer_event_by_event(upstream, fleet, balan
         client.until(b"\r\n0\r\n\r\n")
 
 
+@pytest.mark.once
 @each_balancer
 def test_an_upload_goes_through_a_balancer_as_it_comes(upstream, fleet, balancer):
     parts = [bytes([number]) * 50_000 for number in range(4)]
@@ -21033,6 +21048,7 @@ def test_an_upload_goes_through_a_balancer_as_it_comes(upstream, fleet, balancer
         assert client.answer().status == 200
 
 
+@pytest.mark.once
 @each_balancer
 def test_restarting_one_relay_after_the_other_behind_a_balancer_loses_no_request(upstream, fleet, balancer):
     provider = MarkingProvider()
