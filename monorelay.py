@@ -8463,12 +8463,16 @@ class EventLoop:
         waiting = self._posted or self.outbox or any(self.late) or any(self._unhurried)
         ready = self.selector.select(0 if waiting else max(0.0, self.sweep_at - self.clock()))
         self.now = self.moment = self.clock()
-        self.late_at = self.now + LATE_SECONDS
+        is_behind = any(self.late)
+        # While some wait, those who come now queue behind them, for the one turn that all of them have.
+        self.late_at = -math.inf if is_behind else self.now + LATE_SECONDS
         self.turn += 1
         self.crowded = len(ready) > 1
-        self._serve(self.late, self.late_at)
         for key, events in ready:
             key.data(events)
+        if is_behind:
+            self.moment = self.clock()
+            self._serve(self.late, self.moment + LATE_SECONDS)
         self._serve_posted()
         if self.now >= self.sweep_at:
             self._sweep()
