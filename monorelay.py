@@ -7867,9 +7867,10 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoResponse]] = {
 # The loop runs in turns: it waits for sockets, receives on their channels, resumes their tasks, and in the end sends
 # what was put off in that turn. Work that would take long is done in steps of a few milliseconds, after each of
 # which its task gives way: all tasks that do so share PATIENT_SECONDS of a turn. Beyond LATE_SECONDS, the sockets that
-# are left have their turn first in the next one. What waits so stands in queues that are served one by one in turns: a
-# client that asks for little waits for one of those that are dear to serve, however many there are. In each queue, the
-# callers and addresses have turns, too: nobody waits for thousands of requests of another.
+# are left wait for the next one, and those that come meanwhile queue behind them. What waits so stands in queues that
+# are served one by one in turns: a client that asks for little waits for one of those that are dear to serve, however
+# many there are. In each queue, the callers and addresses have turns, too: nobody waits for thousands of requests of
+# another.
 #
 # Why the loop is this file's own, and not asyncio's: a stream costs no transport, protocol, future and callback for
 # each event; a client's departure is seen while nothing is read from it; and a deadline is a number, not a timer.
