@@ -8396,7 +8396,8 @@ def test_who_gives_way_waits_for_one_of_those_that_want_much_and_not_for_all(loo
         told.append("patient")
 
     def begin() -> None:
-        looping.loop._unhurried[place].extend(functools.partial(told.append, "wants much") for _ in range(50))
+        for _ in range(50):
+            looping.loop._unhurried[place].put(functools.partial(told.append, "wants much"))
         looping.loop.start(is_patient())
 
     looping.call(begin)
@@ -16582,7 +16583,7 @@ class Week:
         chance.shuffle(wanted)
         wanted = [*itertools.product(self.tokens, STYLES, FATES[:1]), *wanted]
         for number, (user, style, fate) in enumerate(wanted):
-            self.now = self.end - 6 * 86400 * (1 - number / len(wanted))
+            self.now = self.end - 6 * 86400 * (1 - number / (len(wanted) - 1))  # the last of them on the last day
             kinds = [chance.randrange(10 ** chance.randrange(1, 6)) for _ in KIND_NAMES]
             path, stream, model = STYLES[style]
             self.call({"number": number, "fate": fate, "kinds": kinds, "path": path}, user, path, stream, model)
@@ -17153,22 +17154,29 @@ def test_slow_clients_are_cut_when_their_time_is_over(upstream, relay, deadline,
 
 
 def test_a_client_that_takes_nothing_for_its_time_is_cut(upstream, relay):
-    cut, clock = threading.Event(), Clock()
+    cut, clock, sent = threading.Event(), Clock(), 0
 
     def script(connection: Connection) -> None:
+        nonlocal sent
         connection.read_request()
         connection.send(STREAM_HEAD, chunk(ANTHROPIC_EVENTS[0]))
         try:
             while True:
                 connection.send(chunk(b"data: " + b"x" * 60_000 + b"\n\n"))
+                sent += 1
         except ConnectionError:
             cut.set()
+
+    def is_stuck() -> bool:
+        before = sent
+        threading.Event().wait(0.5)
+        return sent == before and any(handler.channel._blocked for handler in list(it.server.served))
 
     it = relay({"anthropic": upstream(script)}, clock)
     with it.client(SO_RCVBUF=1 << 16) as client:
         client.send(request("POST", "/v1/messages", STREAMED))
-        # Once it is full, it isn't read from any more.
-        eventually(lambda: any(handler.channel._blocked for handler in list(it.server.served)))
+        # Once all buffers are full, the provider isn't read from any more.
+        eventually(is_stuck)
         clock.move(monorelay.STALLED_CLIENT_SECONDS - 1.0)
         assert not cut.is_set()
         clock.move(1.0)
