@@ -12469,6 +12469,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.evicted = False  # to make room for others
         self.busy = False  # with a request that isn't answered yet
         self.record: Optional[AccessRecord] = None  # of the last request
+        self.unread = b""  # the head of the next one, which goes when it is read: a body may take days to come
         self.fault: Optional[MalformedRequest] = None  # why no head can come any more
         self.task: Optional[Task] = None
 
@@ -12513,8 +12514,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.over_limit = not self.server.admit(self)
         try:
             while True:
-                data = await self._next_head()
-                if not data or not await self._serve_request(data):
+                self.unread = await self._next_head()
+                if not self.unread or not await self._serve_request():
                     await self._linger()
                     break
                 if self.channel.received:  # one who sends many requests at once waits for the others' turn
@@ -12572,14 +12573,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not (self.known or self.over_limit):
             self.server.unproven.setdefault(self, self.loop.now)
 
-    async def _serve_request(self, data: bytes) -> bool:
-        """Answers the request that begins with this head; whether the connection can be used for another one."""
+    async def _serve_request(self) -> bool:
+        """Answers the request whose head has come; whether the connection can be used for another one."""
         self.busy = True
         exchange = Exchange(self.service, self.channel, str(self.client_address[0]))
         self.record = exchange.record
         self.service.running[exchange] = None
         try:
-            return await self._send(exchange, await self._respond(exchange, data))
+            return await self._send(exchange, await self._respond(exchange))
         except (ClientGone, GeneratorExit):
             exchange.record.complete = False
             exchange.record.error = exchange.record.error or ("made_room" if self.evicted else "client_gone")
@@ -12592,12 +12593,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             exchange.let_go()
             self.service.conclude(exchange)
 
-    async def _respond(self, exchange: Exchange, data: bytes) -> Response:
+    async def _respond(self, exchange: Exchange) -> Response:
         """The response of the endpoint, or the error that stands in its way: the one place where errors become HTTP."""
         try:
-            if len(data) > (LONG_HEAD_BYTES if self.known else AT_ONCE_BYTES):
+            if len(self.unread) > (LONG_HEAD_BYTES if self.known else AT_ONCE_BYTES):
                 await checkpoint(self.loop)  # many clients may complete long heads at one moment
-            self._read_head(exchange, data)
+            self._read_head(exchange)
             self._admit()
             request = exchange.request
             if request.method == "OPTIONS" and exchange.cors():
@@ -12620,8 +12621,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _warn_of_defect(self, error: Exception, exchange: Exchange) -> None:
         self.service.log.warn(f"internal error: {describe(error)}, request {exchange.record.request_id}")
 
-    def _read_head(self, exchange: Exchange, data: bytes) -> None:
+    def _read_head(self, exchange: Exchange) -> None:
         """Reads the head, strictly. Raises MalformedRequest, to be told in the format that the bytes look like."""
+        data, self.unread = self.unread, b""
         try:
             if self.fault:
                 raise self.fault

@@ -19269,6 +19269,20 @@ def test_logins_at_the_same_time_take_the_memory_of_one(program):
     assert it.resident_bytes() - before < 40 << 20
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_head_whose_body_is_still_to_come_is_held_once(program):
+    it = program(settings({"echo": {}}))
+    began = request("POST", "/api/auth/login", b"x" * 2_000, "X-Filling: " + "x" * 60_000)[:-1]
+    with contextlib.ExitStack() as stack:
+        before = it.resident_bytes()
+        for _ in range(300):
+            client = stack.enter_context(Client(it.url))
+            client.send(began)
+            with Client(it.url) as other:  # by its answer, what was sent before is read
+                assert other.ask("GET", "/health").status == 200
+        assert it.resident_bytes() - before < 300 * 1.5 * len(began)
+
+
 class Silenced:
     """A relay in a process group of its own, whose stderr is a pipe that is full before it starts and stays so."""
 
