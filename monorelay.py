@@ -12462,6 +12462,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.service = self.server.service
         self.loop = self.service.loop
         self.server.handlers.add(self)
+        self.network = network_of(str(self.client_address[0]))  # whose turn it is
         self.over_limit = False  # beyond max_connections: it gets one response, which says so
         self.known = False  # whether it has shown a valid token
         self.idle = False  # between two requests
@@ -12475,7 +12476,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         """Posts the connection's task to the event loop."""
-        self.loop.post(lambda: self.loop.start(self._serve(), str(self.client_address[0])))
+        self.loop.post(lambda: self.loop.start(self._serve(), self.network))
 
     def finish(self) -> None:
         """Does nothing, where socketserver would close: the event loop serves the connection from now on."""
@@ -12656,7 +12657,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.known = True
             self.server.unproven.pop(self, None)
             self.channel.set_window(HELD_BYTES)
-            self.loop.current.origin = f"{exchange.address} {record.caller}"  # a proxy's address is that of many
+            self.loop.current.origin = f"{self.network} {record.caller}"  # a proxy's address is that of many
 
     async def _send(self, exchange: Exchange, response: Response) -> bool:
         """Sends a response as it comes: the one place from which responses go to clients. Whether the connection can be

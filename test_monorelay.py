@@ -17240,6 +17240,30 @@ def test_connections_at_work_make_no_room(upstream, relay):
         assert head.answer().status == 200
 
 
+def test_all_addresses_of_an_ipv6_network_share_their_turns(relay):
+    it = relay({"echo": {}})
+    addresses = ["2001:db8::1", "2001:db8::ffff:2", "2001:db8:0:1::1", "::ffff:192.0.2.1", "192.0.2.1"]
+
+    def origins() -> list[str]:
+        tasks = {handler.client_address[0]: handler.task for handler in list(it.server.handlers)}
+        return [tasks[address].origin for address in addresses]
+
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for address in addresses:
+            ours, theirs = map(stack.enter_context, socket.socketpair())
+            it.server.process_request(theirs, (address, 1))
+            clients.append(ours)
+        eventually(lambda: all(handler.task for handler in list(it.server.handlers)))
+        first, second, other, mapped, plain = origins()
+        assert first == second and mapped == plain and len({first, other, plain}) == 3
+        for client in clients:
+            client.sendall(request("GET", "/api/auth/me"))
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        first, second, other, mapped, plain = origins()
+        assert first == second and mapped == plain and len({first, other, plain}) == 3
+
+
 def floods(client: Client, asked: bytes) -> None:
     """Sends as much as the relay takes, and reads nothing."""
     client.sock.setblocking(False)
