@@ -6298,6 +6298,17 @@ CHAT_TIERS = {"standard": "default", "priority": "priority"}
 PING: JsonDict = {"type": "ping"}
 
 
+class BegunCall:
+    """A call of a tool whose block has begun in a message."""
+
+    __slots__ = ("given", "has_arguments", "number")
+
+    def __init__(self, number: int, given: str) -> None:
+        self.number = number  # of the calls before it
+        self.given = given  # the input with which it began, as JSON
+        self.has_arguments = False  # whether something of them has come
+
+
 class MessageReader:
     """Reads the events of a message into the chunks of a chat answer. Blocks that chat doesn't know are left out: what
     tools at Anthropic have found stands in the text behind them."""
@@ -6306,9 +6317,8 @@ class MessageReader:
         self._asked = asked
         self._id = answer_id("chatcmpl-", asked.id)  # unless the message has one
         self._begun = False
-        self._open = ""  # the type of the block that is open
-        self._given: JsonDict = {}  # the input with which a call began
-        self._has_arguments = False  # whether something of them has come
+        self._open: Optional[BegunCall] = None  # the call whose block began last, until it ends
+        self._begun_calls: dict[Any, BegunCall] = {}  # those whose blocks haven't ended, by the index of the block
         self._calls = 0
         self._thoughts = 0  # blocks of thinking of which something has come
         self._is_new_thought = True  # whether what comes next of one is its first
@@ -6337,12 +6347,13 @@ class MessageReader:
             return [PING], False
         if kind == "message_start":
             return self._read_head(member(event, "message")), False
+        index = event["index"] if isinstance(event.get("index"), int) else None
         if kind == "content_block_start":
-            return self.begin() + self._start(member(event, "content_block")), False
+            return self.begin() + self._start(member(event, "content_block"), index), False
         if kind == "content_block_delta":
-            return self._read_delta(member(event, "delta")), False
+            return self._read_delta(member(event, "delta"), index), False
         if kind == "content_block_stop":
-            return self._stop(), False
+            return self._stop(index), False
         if kind == "message_delta":
             self._read_end(member(event, "delta"))
             self._count(event)
@@ -6350,7 +6361,7 @@ class MessageReader:
 
     def end(self) -> list[JsonDict]:
         """The chunks that end the answer. Raises AnswerFault where it isn't complete."""
-        if self._open == "tool_use" or not self._reason:
+        if self._open or not self._reason:
             raise AnswerFault("the provider's answer ended before it was finished")
         finish = FINISH_REASONS.get(self._reason, "stop")
         if finish == "tool_calls" and not self._calls:
@@ -6371,7 +6382,8 @@ class MessageReader:
     def _read_whole(self, message: JsonDict) -> list[JsonDict]:
         """The chunks of a message that comes as a whole."""
         chunks = self._read_head(message)
-        blocks = listed_objects(message.get("content"))
+        content = message.get("content")
+        blocks = [text_part(content)] if isinstance(content, str) else listed_objects(content)
         if len(blocks) > WHOLE_BLOCKS:
             raise UnfitAnswer(f"the provider's answer has more than {WHOLE_BLOCKS} blocks")
         for block in blocks:
@@ -6391,29 +6403,31 @@ class MessageReader:
         self._tier = {"service_tier": tier} if tier else self._tier
         self._usage.update((name, usage[name]) for name in MESSAGE_FIGURES if usage.get(name) is not None)
 
-    def _start(self, block: JsonDict) -> list[JsonDict]:
-        self._open = word(block.get("type"))
-        if self._open == "tool_use":
-            return self._start_call(block)
-        self._is_new_thought |= self._open in ("thinking", "redacted_thinking")
-        if self._open == "redacted_thinking" and isinstance(block.get("data"), str):
-            return [self._thinking_chunk(type=self._open, data=block["data"])]
-        names = {"text": ("text",), "thinking": ("thinking", "signature")}.get(self._open, ())
+    def _start(self, block: JsonDict, index: Optional[int] = None) -> list[JsonDict]:
+        kind, self._open = word(block.get("type")), None
+        if kind == "tool_use":
+            return self._start_call(block, index)
+        self._is_new_thought |= kind in ("thinking", "redacted_thinking")
+        if kind == "redacted_thinking" and isinstance(block.get("data"), str):
+            return [self._thinking_chunk(type=kind, data=block["data"])]
+        names = {"text": ("text",), "thinking": ("thinking", "signature")}.get(kind, ())
         deltas = ({"type": f"{name}_delta", name: block.get(name)} for name in names)
         return [chunk for delta in deltas for chunk in self._read_delta(delta)]
 
-    def _start_call(self, block: JsonDict) -> list[JsonDict]:
+    def _start_call(self, block: JsonDict, index: Optional[int]) -> list[JsonDict]:
         id, name = (value if isinstance(value, str) else "" for value in (block.get("id"), block.get("name")))
         if self._calls >= TOOL_CALLS or len(name) > TOOL_NAME_CHARACTERS:
             raise UnfitAnswer("the provider's answer calls too many tools, or one by a name that is too long")
+        if not name:
+            raise UnfitAnswer("the provider's answer calls a tool without a name")
+        self._open = self._begun_calls[index] = BegunCall(self._calls, given_arguments(block.get("input")))
         self._calls += 1
-        self._given, self._has_arguments = member(block, "input"), False
         function = {"name": self._asked.names.get(name, name), "arguments": ""}
         call_id, _ = carried_call(id)
-        call = {"index": self._calls - 1, "id": call_id, "type": "function", "function": function}
+        call = {"index": self._open.number, "id": call_id, "type": "function", "function": function}
         return [self._chunk({"tool_calls": [call]})]
 
-    def _read_delta(self, delta: JsonDict) -> list[JsonDict]:
+    def _read_delta(self, delta: JsonDict, index: Optional[int] = None) -> list[JsonDict]:
         kind = word(delta.get("type"))
         said = delta.get(DELTAS.get(kind, ""))
         if not said or not isinstance(said, str):
@@ -6424,16 +6438,20 @@ class MessageReader:
             return [self._thinking_chunk(said, type="thinking", thinking=said)]
         if kind == "signature_delta":
             return [self._thinking_chunk(type="thinking", signature=said)]
-        return [self._arguments(said)] if self._open == "tool_use" else []
+        call = self._begun_calls.get(index, self._open)
+        return [self._arguments(call, said)] if call else []
 
-    def _stop(self) -> list[JsonDict]:
-        is_bare = self._open == "tool_use" and not self._has_arguments
-        self._open = ""
-        return [self._arguments(dump(self._given))] if is_bare else []
+    def _stop(self, index: Optional[int] = None) -> list[JsonDict]:
+        call = self._begun_calls.pop(index, None)
+        if not call and self._open and (index is None or self._open.has_arguments):
+            call = self._open
+        if call is self._open:  # or there is neither
+            self._open = None
+        return [self._arguments(call, call.given)] if call and not call.has_arguments else []
 
-    def _arguments(self, part: str) -> JsonDict:
-        self._has_arguments = True
-        return self._chunk({"tool_calls": [{"index": self._calls - 1, "function": {"arguments": part}}]})
+    def _arguments(self, call: BegunCall, part: str) -> JsonDict:
+        call.has_arguments = True
+        return self._chunk({"tool_calls": [{"index": call.number, "function": {"arguments": part}}]})
 
     def _thinking_chunk(self, said: str = "", **block: Any) -> JsonDict:
         """A part of thinking: by DeepSeek's name for who shows it, in LiteLLM's form for who sends it back."""
@@ -6460,6 +6478,18 @@ class MessageReader:
             "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": stored},
             "completion_tokens_details": {"reasoning_tokens": thought},
         }  # fmt: skip
+
+
+def given_arguments(given: Any) -> str:
+    """The JSON of the input with which a call begins; some servers send its text. Raises UnfitAnswer for what is no
+    object."""
+    text = given.strip(JSON_BLANKS) or "{}" if isinstance(given, str) else ""
+    try:
+        if isinstance(read_within(text) if text else given or {}, dict):
+            return text or dump(given or {})
+    except (ValueError, RecursionError):
+        pass
+    raise UnfitAnswer("the provider sent malformed tool arguments")
 
 
 def whole_chat(chunks: Iterable[JsonDict]) -> JsonDict:

@@ -7074,6 +7074,65 @@ def test_each_end_and_each_event_of_a_message_that_the_sdk_knows_is_understood()
         assert bool(it.feed(event)) == is_told, kind
 
 
+def calls_in(body: bytes) -> dict[int, tuple[str, str]]:
+    """The calls in a stream of chat, by their index: their names and arguments."""
+    calls: dict[int, tuple[str, str]] = {}
+    for _, chunk in events_of(body):
+        for choice in chunk["choices"] if chunk != "[DONE]" else ():
+            for call in choice["delta"].get("tool_calls", ()):
+                name, arguments = calls.get(call["index"], (call["function"].get("name"), ""))
+                calls[call["index"]] = name, arguments + call["function"]["arguments"]
+    return calls
+
+
+@pytest.mark.parametrize("ends_first", [0, 1])
+def test_calls_whose_blocks_come_mixed_keep_their_own_arguments(ends_first):
+    def part(index: int, said: str) -> bytes:
+        return sse(
+            "content_block_delta", index=index, delta={"type": "input_json_delta", "partial_json": said}
+        )
+
+    stops = [sse("content_block_stop", index=0), sse("content_block_stop", index=1)]
+    data = b"".join([
+        sse("message_start", message=MESSAGE),
+        sse("content_block_start", index=0, content_block=tool_use("t0", "delete")),
+        sse("content_block_start", index=1, content_block=tool_use("t1", "look")),
+        part(0, '{"at":'), part(1, '{"into":'), part(0, '"a"}'), part(1, '"b"}'),
+        stops[ends_first], stops[1 - ends_first],
+        sse("message_delta", delta={"stop_reason": "tool_use"}, usage={"output_tokens": 1}), sse("message_stop"),
+    ])  # fmt: skip
+    body, failed = streamed(asked_of("openai", stream=True), data)
+    assert not failed
+    assert calls_in(body) == {0: ("delete", '{"at":"a"}'), 1: ("look", '{"into":"b"}')}
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments"),
+    [('{"at": "ü"}', {"at": "ü"}), ('{"at": "\\u00fc"}', {"at": "ü"}), (" ", {}), ("", {}), (None, {}), ([], {}),
+     ('{"at": ', None), ("[1]", None), ([1], None), (7, None), ("at", None)],
+)  # fmt: skip
+def test_the_input_of_a_call_is_never_lost_whatever_its_type(given, arguments):
+    content = [{"type": "tool_use", "id": "t1", "name": "look", "input": given}]
+    answer = {**MESSAGE, "content": content, "stop_reason": "tool_use"}
+    if arguments is None:
+        with pytest.raises(monorelay.UnfitAnswer, match="malformed tool arguments"):
+            whole_answer(asked_of("openai"), answer)
+        return
+    (call,) = whole_answer(asked_of("openai"), answer)["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == arguments
+
+
+def test_a_call_without_a_name_is_no_answer():
+    answer = {**MESSAGE, "content": [tool_use("t1", "")], "stop_reason": "tool_use"}
+    with pytest.raises(monorelay.UnfitAnswer, match="without a name"):
+        whole_answer(asked_of("openai"), answer)
+
+
+def test_content_that_is_text_is_the_answer():
+    answer = {**MESSAGE, "content": "Hellö", "stop_reason": "end_turn"}
+    assert whole_answer(asked_of("openai"), answer)["choices"][0]["message"]["content"] == "Hellö"
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Echo
 # ------------------------------------------------------------------------------------------------------------
