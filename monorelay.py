@@ -9442,14 +9442,22 @@ class UpstreamPool:
 
     async def connect(self, provider: Provider) -> Channel:
         """A new connection. Raises Unreachable, ClientGone, and Unavailable when descriptors have run out."""
-        try:
-            if provider.format == "echo":
-                return echo_channel(self._loop)
-            return await self._dial(provider)
-        except (OSError, ValueError, FramingError, Overdue) as error:
-            if lacks_descriptor(error):
-                raise Unavailable("this relay has no file descriptor left for a connection", "no_descriptors") from None
-            raise Unreachable(connect_problem(error, provider)) from None
+        while True:
+            try:
+                if provider.format == "echo":
+                    return echo_channel(self._loop)
+                return await self._dial(provider)
+            except (OSError, ValueError, FramingError, Overdue) as error:
+                if not lacks_descriptor(error):
+                    raise Unreachable(connect_problem(error, provider)) from None
+            if not self.make_room():
+                raise Unavailable("this relay has no file descriptor left for a connection", "no_descriptors")
+
+    def make_room(self) -> bool:
+        """Closes all kept connections, when descriptors have run out; whether there was one."""
+        has_kept = any(not channel.closed for channel in itertools.chain.from_iterable(self._idle.values()))
+        self.close()
+        return has_kept
 
     def close(self) -> None:
         """Closes all kept connections."""
@@ -13048,7 +13056,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         if now - self._refusal_logged > 10:
             self._refusal_logged = now
             self.log.warn("no file descriptor is left for another connection; raise `ulimit -n`")
-        self.service.loop.post(self.make_room)
+        self.service.loop.post(lambda: self.service.relay.connections.make_room() or self.make_room())
         try:
             self._spare.close()
             refuse(listener.accept()[0])

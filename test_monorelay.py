@@ -19470,6 +19470,17 @@ def test_a_crowd_in_the_first_moment_under_a_low_limit_ends_nothing(tmp_path, wo
         process.wait()
 
 
+def test_kept_connections_to_providers_make_room_when_descriptors_run_out(program, upstream):
+    config = settings({"anthropic": upstream(replies(answer())), "openai": upstream(replies(answer()))})
+    it = program(config, preexec_fn=lower_descriptor_limit(64))
+    with Client(it.url) as client:
+        # Each is sent on a connection of its own, which is kept.
+        for _ in range(100):
+            assert client.ask("POST", "/v1/files", b"{}", ANTHROPIC_VERSION).status == 200
+        assert client.ask("POST", "/v1/files", b"{}").status == 200, "by the other provider"
+    eventually(lambda: accepts(it.url))
+
+
 def test_without_a_descriptor_left_answers_are_what_they_are(program):
     config = settings(
         {"echo": {}}, server={"jwt_secret": JWT_SECRET}, users=USERS, routes={"echo": "echo", "claude-x": "echo"}
