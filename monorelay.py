@@ -11507,6 +11507,12 @@ def hidden_model(caller: Caller) -> Forbidden:
     )
 
 
+def origin_of(caller: Caller, network: str) -> str:
+    """Who has a turn of the event loop for what the caller asks: a user has one, from wherever he asks. Else many may
+    have the same token, and at a proxy many callers the same address."""
+    return f"user {caller.user.name}" if caller.user else f"{network} {caller.name[:LOGGED_CHARACTERS]}"
+
+
 def shutting_down() -> Unavailable:
     """The error for requests that the relay can't serve to the end."""
     return Unavailable("this relay is shutting down", "shutting_down")
@@ -12500,7 +12506,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.service = self.server.service
         self.loop = self.service.loop
         self.server.handlers.add(self)
-        self.network = network_of(str(self.client_address[0]))  # whose turn it is
+        self.network = network_of(str(self.client_address[0]))
         self.over_limit = False  # beyond max_connections: it gets one response, which says so
         self.known = False  # whether it has shown a valid token
         self.idle = False  # between two requests
@@ -12691,11 +12697,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         record = exchange.record
         exchange.caller = identify(shown_tokens(exchange.request.fields), exchange.config, record.when)
         record.caller = exchange.caller.name[:LOGGED_CHARACTERS]
+        self.loop.current.origin = origin_of(exchange.caller, self.network)
         if not self.known:
             self.known = True
             self.server.unproven.pop(self, None)
             self.channel.set_window(HELD_BYTES)
-            self.loop.current.origin = f"{self.network} {record.caller}"  # a proxy's address is that of many
 
     async def _send(self, exchange: Exchange, response: Response) -> bool:
         """Sends a response as it comes: the one place from which responses go to clients. Whether the connection can be

@@ -8538,6 +8538,25 @@ def test_a_task_has_the_origin_of_the_one_that_begins_it(looping, starts):
     eventually(lambda: told == ["another" if starts else "somebody"])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere loopback has one address")
+def test_a_user_has_one_turn_from_wherever_he_asks_and_others_have_one_at_each_address(relay):
+    it = relay({"echo": {}}, users={"alice": {"key": "alice-key-0123456789"}, "bob": {"key": "bob-key-0123456789"}})
+
+    def origins() -> set[str]:
+        return {task.origin for task in it.server.service.loop.tasks if task.client}
+
+    def asked(*clients: Client, token: str) -> set[str]:
+        for client in clients:
+            assert client.ask("GET", "/api/auth/me", token=token).status == 200
+        return origins()
+
+    with contextlib.ExitStack() as stack:
+        first, second = (stack.enter_context(it.client(f"127.0.0.{number}")) for number in (2, 3))
+        assert len(asked(first, second, token="alice-key-0123456789")) == 1
+        assert len(asked(first, token="bob-key-0123456789")) == 2, "behind a proxy, many share a connection"
+        assert len(asked(first, second, token=TOKEN)) == 2, "the owner's key may be that of many"
+
+
 def test_new_connections_are_served_together_however_late_the_turns_are(looping, monkeypatch):
     monkeypatch.setattr(monorelay, "LATE_SECONDS", -1.0)
     turns: list[int] = []
