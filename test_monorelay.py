@@ -793,24 +793,29 @@ def pace(seconds: Iterable[float]) -> float:
 
 def slowness() -> float:
     """How many times as long as a fast machine this one takes just now; at least 1."""
-    return pace(spent(million) for _ in range(5))
+    return pace(spent(million) for _ in range(3))
 
 
 def process_time(run: Callable[[], object]) -> float:
-    """The processor time of one call, in seconds of a fast machine, as all limits are."""
-    return spent(run) / slowness()
+    """The processor time of one call, in seconds of a fast machine, as all limits are; the slower of its paces before
+    and after counts."""
+    before, seconds = slowness(), spent(run)
+    return seconds / max(before, slowness())
 
 
 def seconds_each(event: Callable[[], object], count: int = 200) -> float:
     """The processor time of one event, in seconds of a fast machine: the best of several rounds, as noise only ever
-    adds to it."""
+    adds to it, each by the slower of the machine's paces before and after."""
 
     def events() -> None:
         for _ in range(count):
             event()
 
-    rounds, loops = zip(*((spent(events), spent(million)) for _ in range(5)))
-    return min(rounds) / count / pace(loops)
+    rounds, loops = [], [spent(million)]
+    for _ in range(5):
+        rounds.append(spent(events))
+        loops.append(spent(million))
+    return min(seconds / pace([max(around)]) for seconds, around in zip(rounds, zip(loops, loops[1:]))) / count
 
 
 # ------------------------------------------------------------------------------------------------------------
