@@ -8634,6 +8634,7 @@ class Worker:
             with self._lock:
                 run = self._waiting.take()
             run()
+            del run  # else what it holds would be kept until the next call
 
 
 def start_thread(run: Callable[[], None]) -> None:
