@@ -129,6 +129,7 @@ import tracemalloc
 import types
 import typing
 import urllib.parse
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -8583,6 +8584,14 @@ def test_a_worker_serves_its_callers_in_turns():
     gate.set()
     eventually(lambda: len(called) == 6)
     assert "".join(called) == "abcaba"
+
+
+def test_a_worker_keeps_nothing_of_a_call_that_is_done():
+    worker, held = monorelay.Worker(), monorelay.Turns()
+    kept = weakref.ref(held)
+    worker.call(functools.partial(bool, held))
+    del held
+    eventually(lambda: kept() is None)
 
 
 # ------------------------------------------------------------------------------------------------------------
