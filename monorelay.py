@@ -6445,7 +6445,7 @@ class MessageReader:
         call = self._begun_calls.pop(index, None)
         if not call and self._open and (index is None or self._open.has_arguments):
             call = self._open
-        if call is self._open:  # or there is neither
+        if call is self._open:
             self._open = None
         return [self._arguments(call, call.given)] if call and not call.has_arguments else []
 
@@ -11509,8 +11509,8 @@ def hidden_model(caller: Caller) -> Forbidden:
 
 
 def origin_of(caller: Caller, network: str) -> str:
-    """Who has a turn of the event loop for what the caller asks: a user has one, from wherever he asks. Else many may
-    have the same token, and at a proxy many callers the same address."""
+    """The origin of a caller's tasks, see Turns. A user is one origin, whatever the address. The owner's access key may
+    be shared, and a proxy's address too: for other callers it is network and name together."""
     return f"user {caller.user.name}" if caller.user else f"{network} {caller.name[:LOGGED_CHARACTERS]}"
 
 
@@ -12507,7 +12507,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.service = self.server.service
         self.loop = self.service.loop
         self.server.handlers.add(self)
-        self.network = network_of(str(self.client_address[0]))
+        self.network = network_of(str(self.client_address[0]))  # of the client, see origin_of()
         self.over_limit = False  # beyond max_connections: it gets one response, which says so
         self.known = False  # whether it has shown a valid token
         self.idle = False  # between two requests
@@ -12515,7 +12515,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.evicted = False  # to make room for others
         self.busy = False  # with a request that isn't answered yet
         self.record: Optional[AccessRecord] = None  # of the last request
-        self.unread = b""  # the head of the next one, which goes when it is read: a body may take days to come
+        self.unread = b""  # the head that has come, until it is read: its body may take long, and needs no copy
         self.fault: Optional[MalformedRequest] = None  # why no head can come any more
         self.task: Optional[Task] = None
 
