@@ -14081,7 +14081,7 @@ const duration = figure((seconds) => {
 const clock = (parts, format = new Intl.DateTimeFormat("en-GB", parts)) => (seconds) => format.format(seconds * 1000);
 const toHour = clock({ hour: "2-digit", minute: "2-digit" }), toSecond = clock({ timeStyle: "medium" });
 const toDay = clock({ day: "numeric", month: "short" });
-const hour = (seconds) => Math.abs(seconds - now()) < 20 * 3600 ? toHour(seconds) : toDay(seconds);
+const hour = (seconds) => Math.abs(seconds - now()) < 24 * 3600 ? toHour(seconds) : toDay(seconds);
 const moment = (seconds) =>
   toDay(seconds) === toDay(now()) ? toSecond(seconds) : `${toDay(seconds)}, ${toHour(seconds)}`;
 const utc = (seconds) => new Date(seconds * 1000).toISOString().replace("T", " ").slice(0, 19) + " UTC";
