@@ -4904,7 +4904,9 @@ BLOCK_KNOWN = {
     "document": ("source", "title", "context", "citations"),
     "search_result": ("source", "title", "content", "citations"),
     "tool_reference": ("tool_name",),
-    "compaction": ("content", "encrypted_content", "signature"),
+    "compaction": ("content", "encrypted_content", "signature", "tool_changes"),
+    "tool_addition": ("tool",),
+    "tool_removal": ("tool",),
     "thinking": ("thinking", "signature"),
     "redacted_thinking": ("data",),
     "tool_use": ("id", "name", "input", "caller"),
@@ -4980,9 +4982,10 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
         field = "max_completion_tokens" if NEW_LIMIT_HOSTS.fullmatch(draft.provider.host) else "max_tokens"
     if request.get("max_tokens") == 0:
         raise draft.refusal("max_tokens", "0")
+    turns = ChatTurns(draft)
     chat = {
         "model": draft.model,
-        "messages": ChatTurns(draft).of(request),
+        "messages": turns.of(request),
         field: positive_count(request.get("max_tokens"), "max_tokens"),
     }
     chat.update((name, request[name]) for name in ("temperature", "top_p") if request.get(name) is not None)
@@ -4993,7 +4996,7 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
         chat["stop"] = stops
     if request.get("stream") is True:
         chat.update(stream=True, stream_options={"include_usage": True})
-    chat.update(chat_tools(request, draft))
+    chat.update(chat_tools(request, turns.changes, draft))
     chat.update(chat_reasoning(request, draft))
     chat.update(chat_output(request, draft))
     draft.drop_rest(request, MESSAGES_KNOWN)
@@ -5011,9 +5014,38 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
 CHOICES = {"auto": "auto", "required": "any", "none": "none"}  # of tools, by chat's word for them
 
 
-def chat_tools(request: JsonDict, draft: Draft) -> JsonDict:
+class ToolChange(NamedTuple):
+    """A tool that is offered, or no longer, from a turn of the system on."""
+
+    name: str  # as it is sent
+    tool: JsonDict  # as chat has it, where it is defined there; else empty
+    withdraws: bool
+
+
+def tool_change(block: JsonDict, place: str, draft: Draft) -> ToolChange:
+    """The change of which a `tool_addition` or `tool_removal` tells. Raises BadRequest."""
+    given, withdraws = member(block, "tool"), block.get("type") == "tool_removal"
+    kind = word(given.get("type"))
+    if kind == "tool_definition":
+        tool = chat_tool(member(given, "definition"), f"{place}.tool.definition", draft)
+        return ToolChange(tool["function"]["name"], tool, withdraws)
+    if kind != "tool_reference":
+        raise draft.refusal(f"{place}.tool", f"a tool of the type {kind}")
+    return ToolChange(draft.tool_name(text_in(given, "name", f"{place}.tool")), {}, withdraws)
+
+
+def offered_tools(request: JsonDict, changes: Sequence[ToolChange], draft: Draft) -> list[JsonDict]:
+    """The tools that are offered in the end, which are all that chat knows."""
+    listed = [chat_tool(tool, place, draft) for place, tool in objects(request.get("tools") or [], "tools")]
+    defined = {change.name: change.tool for change in changes if change.tool}
+    withdrawn = {change.name: change.withdraws for change in changes}  # by the last of each
+    tools = [*(tool for tool in listed if tool["function"]["name"] not in defined), *defined.values()]
+    return [tool for tool in tools if not withdrawn.get(tool["function"]["name"])]
+
+
+def chat_tools(request: JsonDict, changes: Sequence[ToolChange], draft: Draft) -> JsonDict:
     """The members of a chat request that are about tools."""
-    written = [chat_tool(tool, place, draft) for place, tool in objects(request.get("tools") or [], "tools")]
+    written = offered_tools(request, changes, draft)
     choice = member(request, "tool_choice")
     kind = word(choice.get("type"))
     chat_choices = dict(zip(CHOICES.values(), CHOICES))
@@ -5154,6 +5186,7 @@ class ChatTurns:
         self._calls: list[str] = []  # those of the last turn that aren't answered yet
         self._lead: list[str] = []  # what the system says at the beginning
         self._reminders: list[str] = []  # what it says later, and waits for the next place where it may stand
+        self.changes: list[ToolChange] = []  # of tools, of which it tells
 
     def of(self, request: JsonDict) -> list[JsonDict]:
         """The messages for a request. Raises BadRequest."""
@@ -5195,13 +5228,21 @@ class ChatTurns:
 
     def _write_system(self, turn: Turn) -> None:
         """What the system says later on, where the provider wants it."""
-        texts = [said for place, block in turn.blocks for said in system_texts([block], place)]
+        texts = [said for place, block in turn.blocks for said in self._system_texts(block, place)]
         if self._draft.settings.system_turns == "lead":
             self._lead += texts
         else:
             self._reminders += texts
         if self._draft.settings.system_turns == "keep" and not self._calls:
             self._write_reminders()
+
+    def _system_texts(self, block: JsonDict, place: str) -> list[str]:
+        """What a block of the system says; it may change which tools are offered."""
+        if block.get("type") not in ("tool_addition", "tool_removal"):
+            return system_texts([block], place)
+        change = tool_change(block, place, self._draft)
+        self.changes.append(change)
+        return [f"Tool {'no longer ' * change.withdraws}available: {change.name}"]
 
     def _write_reminders(self) -> None:
         """Writes what waits, as the system's or the user's words."""
@@ -5234,6 +5275,8 @@ class ChatTurns:
             kind = word(block.get("type"))
             if kind == "compaction" or SERVER_BLOCK.fullmatch(kind):
                 self._say(self._parts(block, place))
+                for at, change in objects(block.get("tool_changes") or [], f"{place}.tool_changes"):
+                    self.changes.append(tool_change(change, at, self._draft))
             elif kind not in ("text", "tool_use", "thinking", "redacted_thinking"):
                 raise self._draft.refusal(place, f"a block of the type {kind}")
 

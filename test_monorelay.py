@@ -4074,6 +4074,69 @@ def test_q16_a_schema_stays_as_it_is_but_for_what_servers_stumble_over():
         assert parameters == {"type": "object", "properties": names}
 
 
+LOOK_NAMED = {"type": "tool_reference", "name": "look"}
+DIG_DEFINED = {"type": "tool_definition", "definition": {"name": "dig", "input_schema": {"type": "object"}}}
+
+
+def tool_change(how: str, tool: Any) -> dict[str, Any]:
+    """A block by which a tool is offered from there on, or no longer."""
+    return {"type": f"tool_{how}", "tool": tool}
+
+
+def in_system(*blocks: Any) -> dict[str, Any]:
+    turn = {"role": "system", "content": [said("y"), *blocks]}
+    return prompt(tools=[TOOL], messages=[HELLO, assistant(said("x")), HELLO, turn])
+
+
+def test_tools_that_the_system_offers_or_withdraws_later_are_so_for_the_provider():
+    """The Claude Agent SDK puts these blocks into turns of the system, under the beta mid-conversation-tool-changes."""
+
+    def offered(*turns, **fields):
+        messages = [HELLO]
+        for turn in turns:
+            messages += [assistant(said("x")), HELLO, {"role": "system", "content": turn}]
+        body, dropped = to_chat(messages=messages, **fields)
+        assert dropped == ()
+        told = [message["content"] for message in body["messages"] if message["role"] == "system"]
+        return [tool["function"]["name"] for tool in body.get("tools", [])], told
+
+    parameters = {"type": "object", "properties": {"deep": {"type": "boolean"}}}
+    look, dig = LOOK_NAMED, {**LOOK_NAMED, "name": "dig"}
+    definition = {"name": "dig", "description": "Digs.", "input_schema": parameters}
+    defined = {**DIG_DEFINED, "definition": definition}
+    tools = {"tools": [{**TOOL, "defer_loading": True}]}
+    assert offered([tool_change("addition", look)], **tools) == (["look"], ["Tool available: look"])
+    assert offered([said("Mind."), tool_change("addition", defined)], **tools) == (
+        ["look", "dig"],
+        ["Mind.\n\nTool available: dig"],
+    )
+    assert offered([tool_change("addition", defined)]) == (["dig"], ["Tool available: dig"])
+    assert offered([tool_change("removal", look)], **tools) == ([], ["Tool no longer available: look"])
+    back = [[tool_change("removal", look)], [tool_change("addition", defined)], [tool_change("addition", look)]]
+    assert offered(*back, [tool_change("removal", dig)], **tools)[0] == ["look"]
+    assert offered(*back, [tool_change("addition", defined)], **tools)[0] == ["look", "dig"]
+    changes = [tool_change("addition", defined), tool_change("removal", look)]
+    summed = {"type": "compaction", "content": "S", "tool_changes": changes}
+    body, dropped = to_chat(messages=[HELLO, assistant(summed, said("x")), HELLO], **tools)
+    assert [tool["function"]["name"] for tool in body["tools"]] == ["dig"] and not dropped
+    assert body["tools"][0]["function"] == {"name": "dig", "description": "Digs.", "parameters": parameters}
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (tool_change("addition", {"type": "mcp_toolset_reference"}), "tool: a tool of the type mcp_toolset_reference"),
+        (tool_change("addition", {**DIG_DEFINED, "definition": {"type": "web_search_20250305"}}), "web_search"),
+        (tool_change("removal", None), "tool: a tool of the type (none)"),
+        (tool_change("removal", {"type": "tool_reference", "name": 5}), "tool.name: Input should be a valid string"),
+    ],
+)
+def test_a_change_of_tools_that_chat_cannot_say_is_refused_by_its_place(block, message):
+    with pytest.raises(monorelay.BadRequest, match=re.escape(message)) as caught:
+        translated(in_system(block), target_of())
+    assert "messages.3.content.1" in caught.value.message
+
+
 def test_q17_documents_become_files_and_texts():
     blocks = [
         {"type": "document", "source": PDF, "title": "a.pdf"},
@@ -6536,12 +6599,14 @@ MESSAGES_FIELDS: dict[str, Any] = {
     "ToolResultBlock": {"carried": "tool_use_id content is_error", "named": "toolset_name", "left": "cache_control"},
     "ToolReferenceBlock": {"carried": "tool_name", "left": "cache_control"},
     "BrowserStateBlock": "refused",
-    "CompactionBlock": {
-        "carried": "content", "named": "tool_changes", "left": "encrypted_content signature cache_control",
-    },
+    "CompactionBlock": {"carried": "content tool_changes", "left": "encrypted_content signature cache_control"},
     "ContainerUploadBlock": "refused",
-    "ToolAdditionBlock": "refused",
-    "ToolRemovalBlock": "refused",
+    "ToolAdditionBlock": {"carried": "tool", "left": "cache_control"},
+    "ToolRemovalBlock": {"carried": "tool", "left": "cache_control"},
+    "ToolChangeToolReference": {"carried": "name"},
+    "ToolChangeToolDefinition": {"carried": "definition"},
+    "ToolChangeMCPToolReference": "refused",
+    "ToolChangeMCPToolsetReference": "refused",
     **dict.fromkeys(SERVER_BLOCKS, "named"),
     "Tool": {
         "carried": "name description input_schema strict", "named": "input_examples",
@@ -6669,6 +6734,7 @@ def known_type(form: Any, holder: str) -> Known:
     name = {
         "ChatCompletionChunk": "ChatCompletion", "ChoiceDelta": "ChatCompletionMessage",
         "ChoiceDeltaFunctionCall": "FunctionCall", "ToolCall": "ChatCompletionMessageFunctionToolCall",
+        "ToolInputSchema": "InputSchemaTyped",
     }.get(name, name)  # fmt: skip
     if name in ("Function", "Custom", "ChoiceDeltaToolCallFunction"):  # of which there are several
         name = f"{holder}.{'custom' if name == 'Custom' else 'function'}"
@@ -6691,7 +6757,7 @@ def verdicts(table: dict[str, Any], *roots: Any) -> Iterator[tuple[str, str, str
     while waiting:
         form, holder, held_as = waiting.pop()
         known = known_type(form, holder)
-        row = table.get(known.name, "refused" if held_as == "tools" else "")
+        row = table.get(known.name, "refused" if held_as in ("tools", "definition") else "")
         if isinstance(row, str):
             yield known.name, "", row, form
             continue
@@ -6745,7 +6811,9 @@ FIELD_SAMPLES: dict[str, Any] = {
     "format": {"type": "json_schema", "schema": SCHEMA}, "output_format": {"type": "json_schema", "schema": SCHEMA},
     "source": {"type": "base64", "media_type": "application/pdf", "data": "BBBB"}, "budget_tokens": 20_000,
     "media_type": "image/gif", "container": "c", "system": "Be.", "metadata": {"user_id": "u"},
-    "citations": {"enabled": True},
+    "citations": {"enabled": True}, "tool": {"type": "tool_reference", "name": "dig"},
+    "definition": {"name": "hear", "input_schema": SCHEMA},
+    "tool_changes": [{"type": "tool_addition", "tool": {"type": "tool_definition", "definition": {"name": "dig"}}}],
 }  # fmt: skip
 CHAT_SAMPLES: dict[str, Any] = {
     "messages": [{"role": "user", "content": "other"}], "max_tokens": 65, "max_completion_tokens": 66, "n": 2,
@@ -6829,6 +6897,14 @@ MESSAGES_PLACES: dict[str, tuple[Any, Callable[..., Any]]] = {
     "ToolReferenceBlock": ({"type": "tool_reference", "tool_name": "look"}, in_result),
     "BrowserStateBlock": ({"type": "browser_state", "tabs": []}, in_result),
     "CompactionBlock": ({"type": "compaction", "content": "y"}, in_history),
+    "ToolAdditionBlock": (tool_change("addition", LOOK_NAMED), in_system),
+    "ToolRemovalBlock": (tool_change("removal", LOOK_NAMED), in_system),
+    "ToolChangeToolReference": (LOOK_NAMED, lambda it: in_system(tool_change("removal", it))),
+    "ToolChangeToolDefinition": (DIG_DEFINED, lambda it: in_system(tool_change("addition", it))),
+    **{
+        f"ToolChangeMCP{kind}Reference": ({"type": "x"}, lambda it: in_system(tool_change("removal", it)))
+        for kind in ("Tool", "Toolset")
+    },
     "Tool": (TOOL, lambda *it: prompt(tools=[TOOL, *it])),
     "InputSchemaTyped": (TOOL["input_schema"], lambda it: prompt(tools=[{**TOOL, "input_schema": it}])),
     "JSONOutputFormat": ({"type": "json_schema", "schema": {}}, lambda it: prompt(output_config={"format": it})),
