@@ -171,6 +171,9 @@ HEAD_SECONDS = 20.0  # Apache's RequestReadTimeout header=20
 BODY_PAUSE_SECONDS = 60.0  # nginx's client_body_timeout
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout
 STALLED_CLIENT_SECONDS = 60.0  # nginx's send_timeout
+# For how long in all a client may let a provider's answer wait before the provider may break it off for that; ASP.NET
+# gives up after 5 s, HAProxy and nginx after some 60.
+HELD_UP_SECONDS = 2.0
 LINGER_SECONDS = 5.0  # nginx's lingering_timeout
 LINGER_LONGEST_SECONDS = 30.0  # nginx's lingering_time
 # A kept upstream connection; shorter than the 60 s after which common balancers drop theirs.
@@ -10762,6 +10765,7 @@ class Outgoing:
         self._sees_end = False
         self._name = b""  # of an event whose data hasn't come yet: its line
         self._last_byte = b""  # that went out
+        self.held_up = 0.0  # seconds for which its client has let it wait
 
     def begin(self, keep_alive: bool, now: float) -> bytes:
         """The head, and what there is of the body, of a translated stream at least a ping. `keep_alive`: the connection
@@ -10822,12 +10826,17 @@ class Outgoing:
         not its proper end, so that nobody takes it for whole."""
         record = self._record
         record.error = code
-        self.failed = code.startswith("upstream_")
+        self.failed = code.startswith("upstream_") and not self._is_held_up
         self.keep_alive = record.complete = False
         self.ended = True
         self.must_reset = self.until_close
         event = self._error_event("timeout_error" if code == "upstream_timeout" else "api_error", message, code)
         return chunk(event) if event and self._chunked else event
+
+    @property
+    def _is_held_up(self) -> bool:
+        """Whether a provider that breaks off may have lost patience with the client, which is no fault of its own."""
+        return self.held_up > HELD_UP_SECONDS
 
     def _error_event(self, kind: str, message: str, code: str) -> bytes:
         """The event by which a stream tells of an error; nothing for any other body."""
@@ -10874,7 +10883,7 @@ class Outgoing:
         assert self.translation
         self.ended, fault = self.translation.translator.ended, self.translation.translator.fault
         if fault:
-            self.failed = not fault.is_about_request
+            self.failed = not (fault.is_about_request or (self._is_held_up and not fault.text))
             self._record.error = "upstream:error" if fault.text else fault.code
             self.keep_alive, self.must_reset = False, self.until_close
             return self._framed(events)
@@ -12757,7 +12766,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if outgoing.until_close:  # whatever happens, but for its proper end, must look like a break
                 self.channel.abort_on_close(True)
             while True:
+                begun = self.loop.now
                 await self.channel.send(data, STALLED_CLIENT_SECONDS)
+                outgoing.held_up += self.loop.now - begun
                 if outgoing.ended:
                     break
                 data = await self._next_part(outgoing, response)

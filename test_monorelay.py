@@ -10760,6 +10760,45 @@ def test_a_provider_that_breaks_off_cools_that_key_with_that_model_only(upstream
     assert not other.requests
 
 
+@pytest.mark.parametrize("kind", ["passed on", "translated", "whole"])
+@pytest.mark.parametrize("seconds", [1, 30])
+def test_a_provider_that_gives_up_on_a_client_that_takes_nothing_cools_nothing(upstream, relay, kind, seconds):
+    clock, gives_up, sent = Clock(), threading.Event(), 0
+    head = STREAM_HEAD.replace(b"text/event-stream", b"text/plain") if kind == "whole" else STREAM_HEAD
+    part = b": " + b"x" * 60_000 + b"\n\n"
+    if kind == "translated":
+        part = sse_of([delta(content="x" * 60_000)], done=False)
+
+    def script(connection: Connection) -> None:
+        nonlocal sent
+        connection.read_request()
+        connection.send(head)
+        connection.sock.settimeout(0.5)
+        with contextlib.suppress(socket.timeout):
+            while True:
+                connection.send(chunk(part))
+                sent += 1
+        connection.wait(gives_up)
+        connection.reset()
+
+    def is_stuck() -> bool:
+        before = sent
+        threading.Event().wait(0.7)
+        return 0 < sent == before and any(handler.channel._blocked for handler in list(it.server.served))
+
+    provider = upstream(script)
+    it = relay({"openai" if kind == "translated" else "anthropic": provider}, clock)
+    with it.client(SO_RCVBUF=1 << 16) as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        eventually(is_stuck)
+        clock.move(seconds)
+        gives_up.set()
+        eventually(lambda: provider.connections[0].sock.fileno() == -1)
+        client.rest()
+    assert "error=upstream_broken" in it.logged("path=/v1/messages")
+    assert ("comes last" in it.log.getvalue()) == (seconds == 1)
+
+
 def test_a_429_for_one_model_leaves_the_key_to_the_others_and_is_heeded_until_its_time(upstream, relay):
     def script(connection: Connection) -> None:
         while True:
