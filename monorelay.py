@@ -9831,6 +9831,9 @@ class ResponseHeads:
             raise FramingError("it sends too many interim answers, or switches protocols unasked")
 
 
+# What the manuals of local servers give for a key, such as lm-studio, not-needed and sk-no-key-required. A random key
+# without any digit would be longer.
+KEY_OF_WORDS = re.compile(rb"(?=.{1,31}\Z)[A-Za-z]+(?:[-_][A-Za-z]+)*")
 SECRET_NAME = re.compile(r"(?i)(?:.*-)?(?:authorization|auth|(?:api-?)?key|token|secret)")
 
 
@@ -9920,6 +9923,13 @@ class UpstreamResponse:
         secrets += [own] if len(own) >= SECRET_CHARACTERS or (own and not own.isalpha()) else []
         plain = unescaped(text[: 2 * PEEKED_BYTES]) if secrets else ""
         return any(secret in text or secret in plain for secret in secrets)
+
+    @property
+    def erased(self) -> bytes:
+        """The key that is erased from its body. One made of words is looked for in errors only: a model that explains
+        how to call a local server says it, too."""
+        secret = self.candidate.secret
+        return b"" if self.head.status < 300 and KEY_OF_WORDS.fullmatch(secret) else secret
 
     def _readable(self) -> bytes:
         """The beginning of what has come of the content, decompressed where the provider has compressed it unasked."""
@@ -10755,7 +10765,7 @@ class Outgoing:
         self._chunked = self.until_close = False
         relayed = response.relayed
         self._decoder = relayed.decoder if relayed else LengthDecoder(0)
-        self._eraser = KeyEraser(relayed.candidate.secret) if relayed else None
+        self._eraser = KeyEraser(relayed.erased) if relayed else None
         self._is_stream = relayed is not None and relayed.is_stream
         self.translation = TranslatedStream(response.translator) if response.translator else None
         self._lines = LineSplitter() if self._is_stream and not response.translator else None
@@ -12290,7 +12300,7 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
         if is_error:
             record.error = upstream_error(relayed.content)
             return translated_error(fields, relayed, asked)
-        body = KeyEraser(relayed.candidate.secret).feed(await whole_body(exchange, relayed), is_last=True)
+        body = KeyEraser(relayed.erased).feed(await whole_body(exchange, relayed), is_last=True)
         record.usage.read(body, relayed.is_stream)
         work = functools.partial(translator.whole, body, relayed.is_stream)
         answer = await at_leisure(exchange, len(body), work)

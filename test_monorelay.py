@@ -10140,6 +10140,26 @@ def test_a_key_far_behind_the_beginning_of_a_response_is_erased(upstream, relay,
     assert got.status == status and got.body == b"".join(parts).replace(key, b"*" * len(key))
 
 
+@pytest.mark.parametrize(
+    ("key", "is_erased"),
+    [
+        ("lm-studio", False),
+        ("sk-no-key-required", False),
+        ("lm-studio-1", True),
+        ("correct-horse-battery-staple-onion", True),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_key_made_of_words_stays_in_what_a_model_says(upstream, relay, path, key, is_erased, stream):
+    said = f"OpenAI(api_key='{key}')"
+    head, end = STREAM_HEAD, chunk(sse_of([delta(content=said), delta(finish="stop")])) + b"0\r\n\r\n"
+    told = head + end if stream else answer(200, json.dumps(completion(content=said)).encode())
+    it = relay({"openai": {"upstream": upstream(replies_then_closes(told)), "keys": [key]}})
+    got = it.post(path, prompt(stream=stream) if path == "/v1/messages" else chat(stream=stream))
+    assert got.status == 200 and (said.encode() in got.body) != is_erased and (b"***" in got.body) == is_erased
+
+
 @pytest.mark.parametrize("text", [b"abab", b"aababab", b"xabaabab", b"ababababab", b"aba", b"aab*abab", b""], ids=brief)
 def test_a_key_is_erased_wherever_the_text_is_split(text):
     for cuts in itertools.product([False, True], repeat=max(0, len(text) - 1)):
