@@ -3385,6 +3385,8 @@ ABOUT_REQUEST = re.compile(
 )
 
 
+# OpenAI's 401 for a restricted key that may use other paths, such as chats and not responses.
+LACKS_SCOPE = re.compile(rb"(?i)missing scopes?\b")
 # How vLLM and others tell in a stream, whose own status was 200, that a request was a bad one.
 CODE_ABOUT_REQUEST = re.compile(rb'"(?:code|status|status_code)" ?: ?"?(?:400|404|413|422)[",} ]')
 
@@ -10347,11 +10349,12 @@ class Relay:
             self.keys.succeeded(candidate, self._loop.now)
         elif status >= 400:
             self.keys.note(candidate, "5xx" if status >= 500 else str(status), clock)
-            # What the client itself has caused says nothing about a key: what it asked for, an account that it named,
-            # an upload that it didn't finish.
+            # What the client itself has caused says nothing about a key: what it asked for, also where the key may be
+            # used for other paths only, an account that it named, an upload that it didn't finish.
             own_fault = (
                 (request.names_account if status == 401 else status >= 500 and not request.is_sent)
                 or is_about_request(status, response.beginning)
+                or (status in (401, 403) and LACKS_SCOPE.search(response.beginning))
                 or is_about_fast_mode(status, response.head.fields)
             )
             if cools_down and not own_fault and not (provider.client_keys and status < 500):

@@ -10673,6 +10673,29 @@ def test_a_401_about_a_key_in_the_clients_query_cools_nothing(upstream, relay, q
     assert "comes last" not in it.log.getvalue()
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_key_that_lacks_a_scope_for_one_path_goes_on_serving_others(upstream, relay, status):
+    message = "You have insufficient permissions for this operation. Missing scopes: api.responses.write. Check that"
+    lacking = json.dumps({"error": {"message": message, "type": "invalid_request_error", "code": None}}).encode()
+
+    def script(connection: Connection) -> None:
+        while asked := connection.read_request():
+            connection.send(answer(status, lacking) if asked.target == "/v1/responses" else answer())
+
+    provider, other = upstream(script), upstream(answer())
+    it = relay({"openai": two_keys(provider), "openai2": other}, routes={"gpt-*": ["openai", "openai2"]})
+    got = it.post("/v1/responses", {"model": "gpt-test", "input": "hi"})
+    assert (got.get("x-monorelay-provider"), got.get("x-monorelay-attempts")) == ("openai2", "3")
+    for model in ("gpt-test", "gpt-other"):
+        got = it.post("/v1/chat/completions", chat(model))
+        assert (got.get("x-monorelay-provider"), got.get("x-monorelay-attempts")) == ("openai", "1")
+    assert "comes last" not in it.log.getvalue()
+    other.script = replies(answer(status, lacking))
+    for connection in other.connections:
+        connection.close()
+    assert it.post("/v1/responses", {"model": "gpt-test", "input": "hi"}).status == (502 if status == 401 else 403)
+
+
 CORS_REFUSED = "CORS requests must set 'anthropic-dangerous-direct-browser-access' header"
 AFFORDS = "This request requires more credits, or fewer max_tokens. You requested up to 64000, but can only afford"
 TOO_LARGE = "Request too large for gpt-4o in organization org-x on tokens per min (TPM): Limit 30000, Requested 45007."
