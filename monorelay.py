@@ -6580,7 +6580,7 @@ class EventReader:
         for event in events:
             yield from self._data(event)
         if len(self._rest) > TRANSLATED_HELD_BYTES:
-            raise AnswerFault(f"the provider sent an event of more than {TRANSLATED_HELD_BYTES} bytes")
+            raise UnfitAnswer(f"the provider sent an event of more than {TRANSLATED_HELD_BYTES} bytes")
 
     def flush(self) -> Iterator[bytes]:
         """The data of the event that the end of the stream ends."""
@@ -12364,7 +12364,8 @@ def translation_fields(record: AccessRecord) -> Pairs:
 
 
 async def whole_body(exchange: Exchange, relayed: UpstreamResponse) -> bytes:
-    """The whole body of a response that is to be translated. Raises UpstreamFailed, UpstreamSilent and Unavailable."""
+    """The whole body of a response that is to be translated. Raises UpstreamFailed, UpstreamSilent, Unavailable, and
+    UnfitAnswer for one that is too long: requests can bring that about, for pictures."""
     body, limit = bytearray(), min(exchange.body_limit, TRANSLATED_ANSWER_BYTES)
     piece = relayed.take_content()
     provider = relayed.candidate.target.provider.name
@@ -12373,7 +12374,7 @@ async def whole_body(exchange: Exchange, relayed: UpstreamResponse) -> bytes:
             exchange.hold(len(piece))
             body += piece
             if len(body) > limit:
-                raise UpstreamFailed(f"the answer of the provider {provider} is over {limit} bytes", "upstream_broken")
+                raise UnfitAnswer(f"the answer of the provider {provider} is over {limit} bytes")
             if relayed.decoder.finished:
                 return bytes(body)
             piece = await absorb_more(exchange.loop, relayed)

@@ -11385,6 +11385,21 @@ def test_what_a_request_has_brought_about_cools_no_key(upstream, relay, kind):
     assert "comes last" not in it.log.getvalue()
 
 
+@pytest.mark.parametrize(("stream", "size"), [(True, 600_000), (False, 9_000_000)])
+def test_a_picture_too_large_to_be_held_cools_no_key(upstream, relay, stream, size):
+    image = {**image_part(), "image_url": {"url": "data:image/png;base64," + "A" * size}}
+    reply = json_reply(completion("stop", content=[image]))
+    if stream:
+        reply = sse_reply(sse_of([delta(content="Hi"), delta("stop", images=[image])]))
+    it = relay({"openai": upstream(reply)})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", json.dumps(prompt(stream=stream)).encode()))
+        got = client.until(b"the provider")
+        assert got.startswith(b"HTTP/1.1 200" if stream else b"HTTP/1.1 502") and b"message_stop" not in got
+    assert "error=upstream_broken" in it.logged("path=/v1/messages")
+    assert "comes last" not in it.log.getvalue()
+
+
 @pytest.mark.timed
 def test_a_flood_of_tiny_events_holds_up_nobody(upstream, relay):
     """They are translated in parts, between which others are served."""
