@@ -3399,7 +3399,7 @@ def is_about_request(status: int, told: bytes) -> bool:
     is_named = status in (0, 402, 403, 429) and ABOUT_REQUEST.search(told)
     if not status and (b"invalid_request" in told or CODE_ABOUT_REQUEST.search(told)):
         return True
-    return bool(is_named) or status in (400, 404, 413, 422)
+    return bool(is_named) or status in (400, 404, 413, 422, 501)  # llama.cpp's 501 is about a path
 
 
 def is_about_fast_mode(status: int, fields: Headers) -> bool:

@@ -9898,6 +9898,8 @@ def test_an_error_about_the_request_comes_back_at_once_and_unchanged(upstream, r
     got = it.post("/v1/messages", prompt())
     assert (got.status, got.body, got.get("x-monorelay-attempts")) == (status, b'{"odd" : 1.0}', "1")
     assert len(provider.requests) == 1
+    it.logged("path=/v1/messages")
+    assert "comes last" not in it.log.getvalue()
 
 
 @pytest.mark.parametrize("status", [204, 304])
