@@ -9885,7 +9885,18 @@ class UpstreamResponse:
     @property
     def request_id(self) -> str:
         """The provider's own id of the request, or nothing."""
-        return self.head.fields.get("request-id") or self.head.fields.get("x-request-id", "")
+        id = self.head.fields.get("request-id") or self.head.fields.get("x-request-id", "")
+        return "" if self.shows_key(id) else id
+
+    @property
+    def reason(self) -> str:
+        """The phrase for its status."""
+        return reason_of(self.head.status) if self.shows_key(self.head.reason) else self.head.reason
+
+    def shows_key(self, text: str) -> bool:
+        """Whether the key that is erased from its body stands in a part of its head."""
+        secret = self.erased.decode("ascii")
+        return secret != "" and secret in text
 
     @property
     def begins_with_error(self) -> bool:
@@ -12164,7 +12175,7 @@ async def relay(
         exchange.record.error = upstream_error(relayed.content)
     try:
         fields, rewriter = relayed_fields(exchange, relayed), results_url_rewriter(exchange, relayed)
-        return Response(relayed.head.status, relayed.head.reason, fields, relayed=relayed, rewriter=rewriter)
+        return Response(relayed.head.status, relayed.reason, fields, relayed=relayed, rewriter=rewriter)
     except BaseException:
         relayed.release(exchange.service.relay.connections)
         raise
@@ -12392,9 +12403,8 @@ def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
     target = relayed.candidate.target
     cors = exchange.cors(relayed.head.fields.pairs)
     fields = end_to_end(relayed.head.fields, RESPONSE_HEADERS_KEPT_BACK)
-    secret = relayed.candidate.secret.decode("ascii")
-    if secret and secret in "\n".join(itertools.chain.from_iterable(fields)):
-        fields = [pair for pair in fields if secret not in pair[1]]
+    if relayed.shows_key("\n".join(itertools.chain.from_iterable(fields))):
+        fields = [pair for pair in fields if not relayed.shows_key(": ".join(pair))]
     fields.append(("x-monorelay-provider", header_text(target.provider.name)))
     if target.model:
         fields.append(("x-monorelay-model", header_text(target.model)))

@@ -10109,6 +10109,20 @@ def test_an_answer_of_200_goes_on_without_the_key(upstream, relay, path, model, 
     assert stream or path != "/v1/messages" or (got.get("x-kept"), len(got.body)) == ("1", len(said))
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions"])
+def test_no_part_of_the_head_of_a_200_shows_the_key(upstream, relay, path):
+    key = "sk-proj-very-secret-0123456789"
+    fields = (f"request-id: {key}", f"x-of-{key}: 1", f"x-a: for {key}")
+    said = json.dumps({**MESSAGE, "content": [HI], "stop_reason": "end_turn"}).encode()
+    told = answer(200, said, *fields).replace(b"Whatever", f"for {key}".encode(), 1)
+    it = relay({"anthropic": {"upstream": upstream(replies_then_closes(told)), "keys": [key]}})
+    with it.client() as client:
+        client.send(request("POST", path, json.dumps(prompt()).encode()))
+        got = client.until(b"\r\n\r\n")
+    assert got.startswith(b"HTTP/1.1 200 OK\r\n") and key.encode() not in got
+    assert key not in it.logged(f"path={path}", "status=200")
+
+
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
 @pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
 @pytest.mark.parametrize("status", [200, 400])
