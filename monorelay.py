@@ -10850,7 +10850,7 @@ class Outgoing:
         not its proper end, so that nobody takes it for whole."""
         record = self._record
         record.error = code
-        self.failed = code.startswith("upstream_") and not self._is_held_up
+        self.failed = code.startswith("upstream_") and not self._may_be_clients_fault
         self.keep_alive = record.complete = False
         self.ended = True
         self.must_reset = self.until_close
@@ -10858,9 +10858,11 @@ class Outgoing:
         return chunk(event) if event and self._chunked else event
 
     @property
-    def _is_held_up(self) -> bool:
-        """Whether a provider that breaks off may have lost patience with the client, which is no fault of its own."""
-        return self.held_up > HELD_UP_SECONDS
+    def _may_be_clients_fault(self) -> bool:
+        """Whether a provider that breaks off may have lost patience with the client, which took nothing, or didn't send
+        the rest of a request that is answered before it is whole."""
+        relayed = self._response.relayed
+        return self.held_up > HELD_UP_SECONDS or (relayed is not None and not relayed.whole_request)
 
     def _error_event(self, kind: str, message: str, code: str) -> bytes:
         """The event by which a stream tells of an error; nothing for any other body."""
@@ -10907,7 +10909,7 @@ class Outgoing:
         assert self.translation
         self.ended, fault = self.translation.translator.ended, self.translation.translator.fault
         if fault:
-            self.failed = not (fault.is_about_request or (self._is_held_up and not fault.text))
+            self.failed = not (fault.is_about_request or (self._may_be_clients_fault and not fault.text))
             self._record.error = "upstream:error" if fault.text else fault.code
             self.keep_alive, self.must_reset = False, self.until_close
             return self._framed(events)

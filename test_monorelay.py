@@ -10664,6 +10664,20 @@ def test_an_upload_that_its_client_does_not_finish_cools_nothing(upstream, relay
     assert it.post("/v1/messages", prompt()).get("x-monorelay-provider") == "anthropic"
 
 
+def test_an_upload_that_is_answered_before_its_client_finishes_it_cools_nothing(upstream, relay):
+    def script(connection: Connection) -> None:
+        connection.until(b"\r\n\r\n")
+        connection.send(STREAM_HEAD, chunk(b"data: {}\n\n"))
+
+    it = relay({"openai": upstream(script)})
+    begun = form(("model", "gpt-test"))
+    with it.client() as client:
+        client.send(request("POST", TRANSCRIPTIONS, begun, FORM, f"Content-Length: {len(begun) + 9}"))
+        client.until(b"event: error")
+    assert "error=upstream_broken" in it.logged(f"path={TRANSCRIPTIONS}")
+    assert "comes last" not in it.log.getvalue()
+
+
 @pytest.mark.parametrize("name", ["OpenAI-Organization", "openai-project"])
 def test_a_401_about_the_clients_own_organization_cools_nothing(upstream, relay, name):
     def script(connection: Connection) -> None:
