@@ -8697,13 +8697,13 @@ async def in_thread(
     what work() raises, and Unavailable when there is no thread."""
     task = loop.current
     outcome: list[tuple[Any, Optional[Exception]]] = []
-    abandoned = False
+    wanted = [work]  # nothing when the task waits no more: however long run() is queued then, it holds no body
 
     def run() -> None:
-        if abandoned:
+        if not wanted:
             return
         try:
-            outcome.append((work(), None))
+            outcome.append((wanted[0](), None))
         except Exception as fault:
             outcome.append((None, fault))
         loop.post(task.resume)
@@ -8716,7 +8716,7 @@ async def in_thread(
         while not outcome:
             await until()
     finally:
-        abandoned = True
+        wanted.clear()
     result: Result
     result, fault = outcome.pop()
     if fault:

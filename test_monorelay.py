@@ -8670,6 +8670,22 @@ def test_a_worker_keeps_nothing_of_a_call_that_is_done():
     eventually(lambda: kept() is None)
 
 
+def test_a_call_that_nobody_waits_for_any_more_holds_nothing_in_its_queue(looping):
+    queue: list[Callable[[], None]] = []
+    held, tasks = [monorelay.Turns()], []
+    kept = weakref.ref(held[0])
+
+    async def begins(work: Callable[[], int]) -> None:
+        await monorelay.in_thread(looping.loop, work, start=queue.append)
+
+    looping.call(lambda: tasks.append(looping.loop.start(begins(functools.partial(len, held.pop())))))
+    eventually(lambda: len(queue) == 1)
+    assert kept() is not None
+    looping.call(lambda: tasks.pop().cancel())
+    eventually(lambda: kept() is None)
+    queue[0]()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Upstream: connections, TLS, proxies
 # ------------------------------------------------------------------------------------------------------------
