@@ -6415,7 +6415,8 @@ class MessageReader:
         if finish == "tool_calls" and not self._calls:
             finish = "stop"
         delta = {"refusal": self._refusal} if self._refusal else {}
-        chunks = [*self.begin(), self._chunk(delta, finish)]
+        unended = [chunk for call in self._begun_calls.values() for chunk in self._given(call)]
+        chunks = [*self.begin(), *unended, self._chunk(delta, finish)]
         if self._asked.with_usage or not self._asked.stream:
             chunks.append({**self._chunk({}), "choices": [], "usage": self._final_usage()})
         return chunks
@@ -6468,12 +6469,13 @@ class MessageReader:
             raise UnfitAnswer("the provider's answer calls too many tools, or one by a name that is too long")
         if not name:
             raise UnfitAnswer("the provider's answer calls a tool without a name")
+        unended = self._given(self._begun_calls.get(index))
         self._open = self._begun_calls[index] = BegunCall(self._calls, given_arguments(block.get("input")))
         self._calls += 1
         function = {"name": self._asked.names.get(name, name), "arguments": ""}
         call_id, _ = carried_call(id)
         call = {"index": self._open.number, "id": call_id, "type": "function", "function": function}
-        return [self._chunk({"tool_calls": [call]})]
+        return [*unended, self._chunk({"tool_calls": [call]})]
 
     def _read_delta(self, delta: JsonDict, index: Optional[int] = None) -> list[JsonDict]:
         kind = word(delta.get("type"))
@@ -6495,6 +6497,10 @@ class MessageReader:
             call = self._open
         if call is self._open:
             self._open = None
+        return self._given(call)
+
+    def _given(self, call: Optional[BegunCall]) -> list[JsonDict]:
+        """The arguments with which a call began, unless others have come; some servers don't tell that it ends."""
         return [self._arguments(call, call.given)] if call and not call.has_arguments else []
 
     def _arguments(self, call: BegunCall, part: str) -> JsonDict:

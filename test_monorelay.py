@@ -7188,6 +7188,21 @@ def test_calls_whose_blocks_come_mixed_keep_their_own_arguments(ends_first):
     assert calls_in(body) == {0: ("delete", '{"at":"a"}'), 1: ("look", '{"into":"b"}')}
 
 
+@pytest.mark.parametrize("index", [{}, {"index": 0}, None])
+def test_a_call_whose_block_does_not_end_keeps_the_arguments_with_which_it_began(index):
+    calls = [tool_use(f"t{number}", at=number) for number in range(3)]
+    indexes = [{"index": number} if index is None else index for number in range(3)]
+    blocks = [sse("content_block_start", **where, content_block=call) for where, call in zip(indexes, calls)]
+    end = [
+        sse("content_block_stop", **indexes[2]),
+        sse("message_delta", delta={"stop_reason": "tool_use"}, usage={"output_tokens": 1}), sse("message_stop"),
+    ]  # fmt: skip
+    data = b"".join([sse("message_start", message=MESSAGE), *blocks, *end])
+    body, failed = streamed(asked_of("openai", stream=True), data)
+    assert not failed
+    assert calls_in(body) == {number: ("look", f'{{"at":{number}}}') for number in range(3)}
+
+
 @pytest.mark.parametrize(
     ("given", "arguments"),
     [('{"at": "ü"}', {"at": "ü"}), ('{"at": "\\u00fc"}', {"at": "ü"}), (" ", {}), ("", {}), (None, {}), ([], {}),
