@@ -6000,7 +6000,8 @@ class ChatReader:
 
     Servers differ. A call's `index` may be absent, always 0, or begin at 1: it is a name for the call and no position.
     Calls may come mixed: the first one is written as it comes, the others wait until it is whole. The usage may stand
-    in a chunk of its own, in the last or in each; the end may be a finish_reason, [DONE], or both."""
+    in a chunk of its own, in the last or in each; the end may be a finish_reason, [DONE], or both. Some in front of
+    Gemini send a finish_reason with each chunk: an answer that goes on hasn't ended."""
 
     def __init__(self, asked: Asked) -> None:
         self._asked = asked
@@ -6017,6 +6018,8 @@ class ChatReader:
         self._said = 0  # characters, of all kinds
         self._over = False  # nothing more comes
         self._finish = self._sequence = ""
+        self._may_go_on = False  # whether the answer has said so in a chunk that adds to it, as some do in each
+        self.finishes_early = False  # whether it has gone on behind that
         self._refused = False
         self._usage: JsonDict = {}
 
@@ -6039,11 +6042,13 @@ class ChatReader:
         """The events that a chunk adds, and whether it is known to be the last one. Raises AnswerFault."""
         if chunk.get("error"):
             raise fault_of(chunk)
-        usage, ended = chunk.get("usage"), False
+        usage, choice = chunk.get("usage"), first_choice(chunk)
+        goes_on = self._may_go_on and choice is not None and adds_to_answer(choice)
+        self.finishes_early = self.finishes_early or goes_on
+        ended = self.may_end and not goes_on and isinstance(usage, dict)
         if isinstance(usage, dict):
-            self._usage, ended = usage, self.may_end
-        choice = first_choice(chunk)
-        if choice is not None and not self.may_end:
+            self._usage = usage
+        if choice is not None and (self.finishes_early or not self.may_end):
             self._read_choice(choice)
         return self._writer.take(), ended
 
@@ -6087,7 +6092,8 @@ class ChatReader:
         if finish in BROKEN_OFF:
             raise AnswerFault(f"the provider broke its answer off: {finish}")
         if isinstance(finish, str) and finish not in ("", "null"):
-            self._finish = finish
+            self._finish, self._may_go_on = finish, adds_to_answer(choice)
+            self.finishes_early = self.finishes_early or bool(thought and not (said or entries))
             sequence = choice.get("stop_reason")
             self._sequence = sequence if isinstance(sequence, str) else ""
 
@@ -6226,6 +6232,14 @@ class ChatReader:
 def first_choice(answer: JsonDict) -> Optional[JsonDict]:
     """The first choice of a chat answer or a chunk, if it has one: nobody has asked for others."""
     return next((it for it in listed_objects(answer.get("choices")) if not it.get("index")), None)
+
+
+def adds_to_answer(choice: JsonDict) -> bool:
+    """Whether a choice of a chunk holds something of the answer."""
+    delta = member(choice, "delta")
+    return any(delta.get(name) for name in ("content", "refusal", "tool_calls", "function_call")) or bool(
+        reasoning_of(delta)
+    )
 
 
 def too_many_calls() -> UnfitAnswer:
@@ -6375,7 +6389,7 @@ class MessageReader:
         self._usage: JsonDict = {}
         self._tier: JsonDict = {}  # by which the answer was served
 
-    may_end = False  # only its last event ends a message
+    may_end = finishes_early = False  # only its last event ends a message
 
     def begin(self) -> list[JsonDict]:
         """The first chunk, where the client is to have it before anything has come."""
@@ -6616,7 +6630,7 @@ class AnswerTranslator:
     @property
     def may_end(self) -> bool:
         """Whether nothing more is needed, though something may come."""
-        return self._reader.may_end
+        return self._reader.may_end and not self._reader.finishes_early
 
     def feed(self, data: bytes) -> bytes:
         """The bytes for the client, of the next bytes of a stream."""

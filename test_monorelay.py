@@ -5735,6 +5735,27 @@ STREAMS: dict[str, tuple[list[dict[str, Any]], list[Any], str]] = {
         [signed("a"), said("b"), signed("c"), said("d")],
         "end_turn",
     ),
+    "finish-with-each-chunk": (
+        [
+            delta("stop", reasoning="a"),
+            delta("stop", USAGE, content="Hi"),
+            delta("stop", USAGE, content=" there"),
+            delta("stop", USAGE),
+        ],
+        [signed("a"), said("Hi there")],
+        "end_turn",
+    ),
+    "finish-before-call": (
+        [delta("stop", content="Hi"), delta("stop", calls=[call(0, "c1", "look", ARGUMENTS)]), delta(None, USAGE)],
+        [said("Hi"), LOOK],
+        "tool_use",
+    ),
+    "finish-before-cut": (
+        [delta("stop", content="Hi"), delta("stop", content="!"), delta("length", USAGE)],
+        [said("Hi!")],
+        "max_tokens",
+    ),
+    "finish-again": ([delta(content="Hi"), delta("length"), delta("stop", USAGE)], [said("Hi")], "max_tokens"),
     "other-choices": (
         [delta(content="Hi"), {**delta(), "choices": [{"index": 1, "delta": {"content": "no"}}]}, delta("stop", USAGE)],
         [said("Hi")],
@@ -5762,6 +5783,23 @@ def test_s_streams_of_chat_become_messages(name):
         assert message["content"] == content
     assert (message["stop_reason"], message["usage"]) == (reason, USED)
     assert len({streamed(asked_of(), sse_of(chunks), size) for size in (1, 5, 1 << 20)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("chunks", "may_end"),
+    [
+        ([delta("stop", reasoning="a")], False),
+        ([delta("stop", content="Hi"), delta("stop", content="!")], False),
+        ([delta(content="Hi"), delta("stop")], True),
+        ([delta("stop", content="Hi")], True),
+    ],
+)
+def test_an_answer_that_went_on_behind_its_finish_reason_is_not_ended_by_a_silence(chunks, may_end):
+    it = monorelay.AnswerTranslator(asked_of())
+    it.feed(sse_of(chunks, done=False))
+    assert it.may_end == may_end
+    assert (b"message_stop" in it.ping()) == may_end
+    assert may_end or b"message_stop" in it.close()
 
 
 def test_an_id_is_made_up_where_there_is_none_and_is_the_same_each_time():
