@@ -4674,45 +4674,35 @@ def json_characters(value: Any) -> int:
 
 
 def json_pieces(document: JsonDict) -> list[bytes]:
-    """The document, which it takes apart, as JSON in pieces. Its members, some elements at a time of lists that are
-    such, and long strings are let go when they are written: no more than one of them is held twice."""
-    pieces, before = JsonPieces(), "{"
+    """The document, which it takes apart, as JSON in UTF-8, in pieces that are neither long nor many."""
+    pieces, last = [], bytearray()
+    for text in document_texts(document):
+        for part in slices(text):
+            last += encoded(part)
+            if len(last) >= WRITTEN_CHARACTERS:
+                pieces.append(bytes(last))
+                last.clear()
+    return [*pieces, bytes(last)] if last else pieces
+
+
+def document_texts(document: JsonDict) -> Iterator[str]:
+    """The JSON text of a document, in parts. Its members, some elements at a time of lists that are such, and long
+    strings are let go when they are written: no more than one of them is held twice."""
+    before = "{"
     for name in list(document):
         value = document.pop(name)
-        pieces.add([f"{before}{dump(name)}:"])
+        yield f"{before}{dump(name)}:"
         if isinstance(value, list):
             elements, mark = taken(value), "["
             while value:
-                pieces.add([mark])
-                pieces.add(json_texts(list(itertools.islice(elements, WRITTEN_ELEMENTS))))
+                yield mark
+                yield from json_texts(list(itertools.islice(elements, WRITTEN_ELEMENTS)))
                 mark = ","
-            pieces.add(["]" if mark == "," else "[]"])
+            yield "]" if mark == "," else "[]"
         else:
-            pieces.add(json_texts([value]))
+            yield from json_texts([value])
         before = ","
-    pieces.add(["}" if before == "," else "{}"])
-    return pieces.finished()
-
-
-class JsonPieces:
-    """JSON text in UTF-8, in pieces that are neither long nor many."""
-
-    def __init__(self) -> None:
-        self._pieces: list[bytes] = []
-        self._last = bytearray()
-
-    def add(self, texts: Iterable[str]) -> None:
-        """Adds some texts."""
-        for text in texts:
-            for part in slices(text):
-                self._last += encoded(part)
-                if len(self._last) >= WRITTEN_CHARACTERS:
-                    self._pieces.append(bytes(self._last))
-                    self._last.clear()
-
-    def finished(self) -> list[bytes]:
-        """All of it."""
-        return [*self._pieces, bytes(self._last)] if self._last else self._pieces
+    yield "}" if before == "," else "{}"
 
 
 def json_texts(values: list[Any]) -> Iterator[str]:
