@@ -4437,7 +4437,7 @@ def read_document(pieces: Sequence[bytes], values: int, errors: str = "strict") 
     try:
         if sum(map(len, pieces)) > READ_AT_ONCE_BYTES:
             return DocumentReader(json_parts(pieces, errors)).read()
-        document = read_json(
+        document = READER.decode(
             narrow(without_escapes(pieces[0].decode("utf-8", errors))) if is_short else json_text(pieces, errors)
         )
     except ValueError as error:
@@ -4632,29 +4632,15 @@ def finite(digits: str) -> float:
     return float(digits)
 
 
-# Made once: `json` takes as long to make them as to read an event.
+# Made once: `json` takes as long to make them as to read an event. What is read can be written again: 1e400 isn't read.
 READER = json.JSONDecoder(parse_int=short_integer, parse_float=finite, parse_constant=refuse_constant)
-WRITER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
-def read_json(text: str) -> Any:
-    """The value of a JSON text that is written again. Raises ValueError, also for what can't be: 1e400."""
-    return READER.decode(text)
+# Writes a value as JSON text without blanks.
+dump = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def read_within(text: str) -> Any:
     """The value of a JSON text that narrow text holds, narrow too. Raises ValueError."""
-    return read_json(json_text(map(encoded, slices(text))) if "\\u" in text else text)
-
-
-def dump(value: Any) -> str:
-    """The value as JSON text without blanks."""
-    return WRITER.encode(value)
-
-
-def dump_apart(value: Any) -> str:
-    """The same of a value that may be large, and is taken apart."""
-    return "".join(json_texts([value]))
+    return READER.decode(json_text(map(encoded, slices(text))) if "\\u" in text else text)
 
 
 def json_characters(value: Any) -> int:
@@ -5288,7 +5274,8 @@ class ChatTurns:
             raise self._draft.refusal(f"{place}.input", "what is no object")
         name = self._draft.tool_name(text_in(block, "name", place))
         id = call_name(block.get("id"), f"{place}.id")
-        call = {"id": self._call_id(id), "type": "function", "function": {"name": name, "arguments": dump_apart(given)}}
+        arguments = "".join(json_texts([given]))
+        call = {"id": self._call_id(id), "type": "function", "function": {"name": name, "arguments": arguments}}
         _, seal = carried_call(id)
         if seal and self._draft.provider.host == GEMINI_HOST:
             call["extra_content"] = {"google": {"thought_signature": seal}}
@@ -5487,7 +5474,7 @@ def carried_call(name: str) -> tuple[str, str]:
         return name, ""
     try:
         text = json_text([from_base64url(name[len(CARRIED_ID) :])])
-        id, seal = read_json(text) if values_in(text) < CARRIED_VALUES else (name, "")
+        id, seal = READER.decode(text) if values_in(text) < CARRIED_VALUES else (name, "")
         return string(id, ""), string(seal, "")
     except (ValueError, TypeError, RecursionError, RelayError):
         return name, ""  # it only looks like one
@@ -5892,7 +5879,7 @@ class Call:
     def is_sound(self) -> bool:
         """Whether its arguments are a JSON object; none at all stand for an empty one."""
         try:
-            return isinstance(read_json(self.arguments.decode("latin-1").strip(JSON_BLANKS) or "{}"), dict)
+            return isinstance(READER.decode(self.arguments.decode("latin-1").strip(JSON_BLANKS) or "{}"), dict)
         except (ValueError, RecursionError):
             return False
 
