@@ -4798,18 +4798,13 @@ def on_one_line(data: bytes) -> bytes:
 
 def objects(value: Any, place: str) -> Iterator[tuple[str, JsonDict]]:
     """The objects of a list, each with its place. Raises BadRequest."""
-    return places(iter(checked_objects(value, place)), place)
+    return ((f"{place}.{index}", item) for index, item in enumerate(checked_objects(value, place)))
 
 
 def taken_objects(value: Any, place: str) -> Iterator[tuple[str, JsonDict]]:
     """The objects of a list, each with its place. The list is emptied meanwhile: it may be most of a body. Raises
     BadRequest."""
-    return places(taken(checked_objects(value, place)), place)
-
-
-def places(items: Iterator[JsonDict], place: str) -> Iterator[tuple[str, JsonDict]]:
-    """Items of a list, each with its place."""
-    return ((f"{place}.{index}", item) for index, item in enumerate(items))
+    return ((f"{place}.{index}", item) for index, item in enumerate(taken(checked_objects(value, place))))
 
 
 def checked_objects(value: Any, place: str) -> list[JsonDict]:
