@@ -5182,14 +5182,11 @@ class ChatTurns:
             if SERVER_BLOCK.fullmatch(word(block.get("type"))):
                 raise self._draft.refusal(place, f"a block of the type {word(block['type'])}")
         self._write_reminders()
-        self._end_saying()
+        for message in self._messages:
+            if message["role"] == "user":
+                message["content"] = content_of(message["content"])
         lead = [{"role": "system", "content": TEXT_JOINT.join(self._lead)}] if self._lead else []
         return lead + self._messages
-
-    def _write(self, message: JsonDict) -> None:
-        """Writes a message, which ends what the user says before it."""
-        self._end_saying()
-        self._messages.append(message)
 
     def _say(self, parts: list[JsonDict]) -> None:
         """Writes what the user says; some servers take no two messages of a user in a row."""
@@ -5197,10 +5194,6 @@ class ChatTurns:
             self._messages[-1]["content"] += parts
         elif parts:
             self._messages.append({"role": "user", "content": parts})
-
-    def _end_saying(self) -> None:
-        if self._messages and self._messages[-1]["role"] == "user":
-            self._messages[-1]["content"] = content_of(self._messages[-1]["content"])
 
     def _write_system(self, turn: Turn) -> None:
         """What the system says later on, where the provider wants it."""
@@ -5223,7 +5216,7 @@ class ChatTurns:
     def _write_reminders(self) -> None:
         """Writes what waits, as the system's or the user's words."""
         if self._reminders and self._draft.settings.system_turns == "keep":
-            self._write({"role": "system", "content": TEXT_JOINT.join(self._reminders)})
+            self._messages.append({"role": "system", "content": TEXT_JOINT.join(self._reminders)})
         else:
             self._say([text_part(reminder(said)) for said in self._reminders])
         self._reminders = []
@@ -5242,7 +5235,7 @@ class ChatTurns:
         message.update(self._thinking("".join(thoughts)))
         if calls:
             message["tool_calls"] = calls
-        self._write(message)
+        self._messages.append(message)
         self._calls = [call["id"] for call in calls]
 
     def _write_leftovers(self, turn: Turn) -> None:
@@ -5294,7 +5287,7 @@ class ChatTurns:
         for place, result in results:
             call_id = self._call_id(result["tool_use_id"])
             told, media = self._result(result, place)
-            self._write({"role": "tool", "tool_call_id": call_id, "content": told})
+            self._messages.append({"role": "tool", "tool_call_id": call_id, "content": told})
             if media and (len(results) > 1 or rest):
                 parts.append(text_part(f"[tool result {call_id}]"))
             parts += media
