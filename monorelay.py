@@ -6563,20 +6563,15 @@ class EventReader:
             *events, rest = self._END.split(self._rest)
             self._rest = bytearray(rest)
         for event in events:
-            yield from self._data(event)
+            lines = self._DATA.findall(event)
+            if lines:
+                yield b"\n".join(lines)
         if len(self._rest) > TRANSLATED_HELD_BYTES:
             raise UnfitAnswer(f"the provider sent an event of more than {TRANSLATED_HELD_BYTES} bytes")
 
     def flush(self) -> Iterator[bytes]:
         """The data of the event that the end of the stream ends."""
-        rest, self._rest = bytes(self._rest), bytearray()
-        return self._data(rest)
-
-    def _data(self, event: bytes) -> Iterator[bytes]:
-        """The data of an event, if it has any."""
-        lines = self._DATA.findall(event)
-        if lines:
-            yield b"\n".join(lines)
+        return self.feed(b"\n\n")
 
 
 class AnswerTranslator:
