@@ -4103,8 +4103,6 @@ def is_cut_off(line: bytes) -> bool:
 class LineSplitter:
     """Cuts a stream of bytes where its lines end."""
 
-    __slots__ = ("held", "mid_line")
-
     def __init__(self) -> None:
         self.held = b""  # the beginning of a line
         self.mid_line = False  # whether what was given out last didn't end a line
@@ -4138,8 +4136,6 @@ class Usage:
     Only the objects behind "usage" are parsed. The last that tells something is the valid one: those before may stand
     in a tool's schema, which comes back in the answer. Anthropic's message_delta has the totals without their details,
     so it is merged over message_start, where the output is a placeholder."""
-
-    __slots__ = ("_found", "_held", "_is_placeholder", "_tier")
 
     def __init__(self) -> None:
         self._found: JsonDict = {}  # the usage, as far as it is told
@@ -5853,8 +5849,6 @@ class ArgumentsScan:
 class Call:
     """A call of a tool, as it comes in a chat answer."""
 
-    __slots__ = ("arguments", "closed", "id", "is_open", "name", "scan", "seal", "sent")
-
     def __init__(self) -> None:
         self.id = self.name = ""
         self.seal = ""  # what Gemini has to get back with it: 400 otherwise
@@ -6327,8 +6321,6 @@ PING: JsonDict = {"type": "ping"}
 
 class BegunCall:
     """A call of a tool whose block has begun in a message."""
-
-    __slots__ = ("given", "has_arguments", "number")
 
     def __init__(self, number: int, given: str) -> None:
         self.number = number  # of the calls before it
@@ -6890,12 +6882,6 @@ def new_request_id() -> str:
 
 class AccessRecord:
     """The facts of one request for its line of the log and its row of the ledger."""
-
-    __slots__ = (
-        "attempts", "bytes_sent", "caller", "client", "complete", "cost", "dropped", "error", "first_byte", "is_stream",
-        "key", "method", "model", "path", "provider", "request_id", "sent_model", "started", "status", "translated",
-        "tried", "upstream_id", "usage", "used", "when",
-    )  # fmt: skip
 
     def __init__(self, when: float, started: float) -> None:
         self.when = when  # seconds since 1970

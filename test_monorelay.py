@@ -21154,7 +21154,7 @@ def test_the_readme_has_every_setting_with_its_default(section, table):
 
 def test_the_readme_has_every_field_of_the_log():
     record = monorelay.AccessRecord(UNIX_TIME, 0.0)
-    for name in record.__slots__:
+    for name in vars(record):
         if getattr(record, name) == "":
             setattr(record, name, "x")
     record.first_byte, record.attempts = 1.0, 2
