@@ -5823,18 +5823,24 @@ class MessageTurns:
 # -- chat to Messages: the answer
 
 
-class ArgumentsScan:
-    """Tells, as the text of an object comes, whether it is whole: its brackets are closed."""
+class Call:
+    """A call of a tool, as it comes in a chat answer."""
 
     def __init__(self) -> None:
-        self.whole = False
-        self._depth = 0
+        self.id = self.name = ""
+        self.seal = ""  # what Gemini has to get back with it: 400 otherwise
+        self.arguments = bytearray()  # what has come of its JSON
+        self.whole = False  # whether that is all of an object: its brackets are closed
+        self.sent = 0  # how much of it is written
+        self.is_open = self.closed = False
+        self._depth = 0  # how many brackets are open
         self._in_string = False
         self._rest = ""  # a backslash, if it came last
 
-    def feed(self, text: str) -> None:
-        """Takes what comes next."""
-        text = (self._rest + text).replace(r"\\", "")
+    def add(self, part: str) -> None:
+        """Takes what comes next of the arguments."""
+        self.arguments += part.encode("latin-1")
+        text = (self._rest + part).replace(r"\\", "")
         self._rest = "\\" if text.endswith("\\") else ""
         parts = text.replace('\\"', "").split('"')
         outside = "".join(parts[self._in_string :: 2])
@@ -5844,18 +5850,6 @@ class ArgumentsScan:
         self._depth += opened - closed
         if opened or closed:
             self.whole = self._depth <= 0
-
-
-class Call:
-    """A call of a tool, as it comes in a chat answer."""
-
-    def __init__(self) -> None:
-        self.id = self.name = ""
-        self.seal = ""  # what Gemini has to get back with it: 400 otherwise
-        self.arguments = bytearray()  # what has come of its JSON
-        self.sent = 0  # how much of that is written
-        self.scan = ArgumentsScan()
-        self.is_open = self.closed = False
 
     @property
     def is_sound(self) -> bool:
@@ -6059,7 +6053,7 @@ class ChatReader:
     def _say(self, kind: str, said: str) -> None:
         """Writes text or thinking, or keeps it: blank text until more follows, and any behind an unfinished call."""
         self._said += characters(said)
-        if self._calls and all(call.scan.whole for call in self._calls):
+        if self._calls and all(call.whole for call in self._calls):
             self._advance(is_followed=True)
         if self._calls:
             if not is_blank(said):
@@ -6105,19 +6099,16 @@ class ChatReader:
         self._values += values_in(part)
         if self._values > TRANSLATED_VALUES:
             raise UnfitAnswer(f"the provider's answer calls tools with more than {TRANSLATED_VALUES} values")
-        data = part.encode("latin-1")
         self._said += characters(part)
-        self._hold(len(data) + len(call.seal) - len(seal_before))
-        call.arguments += data
-        call.scan.feed(part)
+        self._hold(len(part) + len(call.seal) - len(seal_before))
+        call.add(part)
         self._advance(is_followed=False)
 
     def _call_of(self, index: Any, id: str, begins: bool) -> Call:
         """The call that a part belongs to; one that `begins` has a name and arguments."""
         key = index if isinstance(index, (int, str)) else ("id", id) if id else "last"
         call = self._named.get(key)
-        is_new = call is None or (call.id and id and id != call.id) or (begins and not id and call.scan.whole)
-        if call is None or is_new:
+        if call is None or (call.id and id and id != call.id) or (begins and not id and call.whole):
             call = Call()
             self._count += 1
             if self._count > TOOL_CALLS:
@@ -6133,7 +6124,7 @@ class ChatReader:
         over. Raises AnswerFault."""
         while self._calls:
             call, is_followed = self._calls[0], is_followed or len(self._calls) > 1
-            is_over = self._over or (is_followed and call.scan.whole)
+            is_over = self._over or (is_followed and call.whole)
             if not call.is_open and not self._open(call, is_over):
                 return
             if call.is_open and len(call.arguments) > call.sent:

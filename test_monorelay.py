@@ -5200,22 +5200,22 @@ def delta(finish: str | None = None, usage: Any = None, **fields: Any) -> dict[s
 
 @hypothesis.given(st.lists(st.text(st.sampled_from('{}[]"\\a'), max_size=6)))
 def test_whether_arguments_are_whole_is_told_wherever_they_are_cut(parts):
-    scan, depth, whole, in_string = monorelay.ArgumentsScan(), 0, False, False
+    call, depth, whole, in_string = monorelay.Call(), 0, False, False
     for part in parts:
-        scan.feed(part)
+        call.add(part)
     for mark in re.sub(r'\\[\\"]', "", "".join(parts)):
         in_string ^= mark == '"'
         if mark in "{}[]" and not in_string:
             depth += 1 if mark in "{[" else -1
             whole = depth <= 0
-    assert scan.whole == whole
+    assert call.whole == whole
 
 
 @pytest.mark.timed
 @pytest.mark.parametrize("part", ["[]", '"', "]", "\\", '\\"', '"x",', "1,", "é"])
 def test_no_arguments_take_long_to_be_scanned(part):
     text = part * (500_000 // len(part))
-    assert seconds_each(lambda: monorelay.ArgumentsScan().feed(text), 1) < 0.01
+    assert seconds_each(lambda: monorelay.Call().add(text), 1) < 0.01
 
 
 USAGE = {"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 25}
