@@ -336,21 +336,23 @@ class RelayError(Exception):
     status = 500
     kind = "api_error"
     code = "internal_error"
-    lasts = False  # whether trying again can't help
+    lasts = False  # whether trying again can't help; that is also so for each 4xx but 408 and 429
     close = False  # whether the connection can't be used for another request
 
-    def __init__(self, message: str, code: str = "", headers: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self, message: str, code: str = "", headers: Sequence[tuple[str, str]] = (), lasts: bool = False
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.code = code or self.code
         self.headers = list(headers)
+        self.lasts = lasts or self.lasts or (self.status < 500 and self.status not in (408, 429))
 
 
 class BadRequest(RelayError):
     """The body or a field of it can't be used."""
 
     status, kind, code = 400, "invalid_request_error", "bad_request"
-    lasts = True
 
 
 class MalformedRequest(BadRequest):
@@ -360,37 +362,32 @@ class MalformedRequest(BadRequest):
     close = True
 
     def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
         self.status = status
-        self.lasts = status != 408
+        super().__init__(message)
 
 
 class Unauthenticated(RelayError):
     """No token, or none that is valid."""
 
     status, kind, code = 401, "authentication_error", "unauthenticated"
-    lasts = True
 
 
 class Forbidden(RelayError):
     """The caller is known and may not do this."""
 
     status, kind, code = 403, "permission_error", "forbidden"
-    lasts = True
 
 
 class NotFound(RelayError):
     """No such path, model or entry."""
 
     status, kind, code = 404, "not_found_error", "not_found"
-    lasts = True
 
 
 class MethodNotAllowed(RelayError):
     """The path is known, the method isn't one of its own."""
 
     status, kind, code = 405, "invalid_request_error", "method_not_allowed"
-    lasts = True
 
     def __init__(self, method: str, path: str, allowed: Sequence[str]) -> None:
         super().__init__(f"{method} is not allowed for {path}; use {' or '.join(allowed)}")
@@ -401,7 +398,6 @@ class NoWebSocket(RelayError):
     """The request asks for a WebSocket; after this response, Codex goes on over HTTP (RFC 9110 §15.5.22)."""
 
     status, kind, code = 426, "invalid_request_error", "no_websocket"
-    lasts = True
 
     def __init__(self) -> None:
         super().__init__("this relay speaks no WebSocket; use HTTP", headers=[("upgrade", "websocket")])
@@ -411,14 +407,12 @@ class UnsupportedCoding(RelayError):
     """The body is in an encoding that can't be read here."""
 
     status, kind, code = 415, "invalid_request_error", "unsupported_coding"
-    lasts = True
 
 
 class TooLarge(RelayError):
     """The body is over a limit of relay.json."""
 
     status, kind, code = 413, "request_too_large", "request_too_large"
-    lasts = True
 
 
 class RateLimited(RelayError):
@@ -444,18 +438,13 @@ class Unavailable(RelayError):
     status, kind, code = 503, "api_error", "unavailable"
 
     def __init__(self, message: str, code: str = "", lasts: bool = False) -> None:
-        super().__init__(message, code, headers=[] if lasts else [("retry-after", "1")])
-        self.lasts = lasts
+        super().__init__(message, code, [] if lasts else [("retry-after", "1")], lasts)
 
 
 class UpstreamFailed(RelayError):
     """No provider could be reached, the response was broken, or the relay's key was refused."""
 
     status, kind, code = 502, "api_error", "upstream_failed"
-
-    def __init__(self, message: str, code: str = "", lasts: bool = False) -> None:
-        super().__init__(message, code)
-        self.lasts = lasts
 
 
 class UpstreamSilent(RelayError):
