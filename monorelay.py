@@ -2888,18 +2888,14 @@ class Headers(dict[str, str]):
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
         self.names = list(map(str.lower, map(operator.itemgetter(0), pairs)))
-        values = list(map(operator.itemgetter(1), pairs))
-        super().__init__(zip(self.names, values))
+        # From the last to the first, which so takes the place of others of its name.
+        super().__init__(zip(reversed(self.names), map(operator.itemgetter(1), reversed(pairs))))
         self.has_repeated = len(self) < len(pairs)  # whether a name stands there more than once
-        if self.has_repeated:  # then the last one of a name has taken the place of the first
-            self.update(zip(reversed(self.names), reversed(values)))
-        self.connection: Collection[str] = self._options() if "connection" in self else ()
-
-    def _options(self) -> frozenset[str]:
-        text = ",".join(self.all("connection")).lower()
-        if len(text) > CONNECTION_CHARACTERS:
-            raise FramingError(f"Connection has more than {CONNECTION_CHARACTERS} characters")
-        return frozenset(map(str.strip, text.split(",")))
+        self.connection: Collection[str] = ()
+        if "connection" in self:
+            if len(",".join(self.all("connection"))) > CONNECTION_CHARACTERS:
+                raise FramingError(f"Connection has more than {CONNECTION_CHARACTERS} characters")
+            self.connection = frozenset(self.elements("connection"))
 
     def all(self, name: str) -> list[str]:
         """Every value of a field."""
@@ -2909,11 +2905,8 @@ class Headers(dict[str, str]):
 
     def elements(self, name: str) -> list[str]:
         """The comma-separated elements of all fields of the name, in lower case."""
-        if name not in self:
-            return []
-        values = ",".join(self.all(name)).lower()
-        elements = map(str.strip, values.split(",")) if "," in values else [values]
-        return [element for element in elements if element]
+        elements = ",".join(self.all(name)).lower().split(",") if name in self else ()
+        return [element for element in map(str.strip, elements) if element]
 
 
 class RequestHead(NamedTuple):
