@@ -2783,7 +2783,7 @@ def spent_sums(rows: Iterable[LedgerRow]) -> dict[tuple[str, str], tuple[int, in
     for row in rows:
         tokens = (row.input or 0) + (row.cache_write or 0) + (row.cache_write_long or 0) + (row.output or 0)
         if tokens or row.cost:
-            for window in windows_of_day(row.at // 86_400_000):
+            for window in windows(row.at // 1000):
                 add_spent(sums, {(row.user, window): (row.cost or 0, tokens)})
     return sums
 
@@ -2809,12 +2809,7 @@ class Overspent(NamedTuple):
 
 def windows(now: float) -> tuple[str, str]:
     """The day and the month in UTC, such as 2026-11-26 and 2026-11: what budgets are for."""
-    return windows_of_day(int(now // 86400))
-
-
-def windows_of_day(day: int) -> tuple[str, str]:
-    """The same by the number of days since 1970."""
-    date = (datetime.date(1970, 1, 1) + datetime.timedelta(days=day)).isoformat()
+    date = (datetime.date(1970, 1, 1) + datetime.timedelta(days=now // 86400)).isoformat()
     return date, date[: len("2026-11")]
 
 
@@ -9087,7 +9082,7 @@ def summed_usage(
     groups = [(dict(zip(names, row)), list(row[len(names) :])) for row in found]
     for group, _ in groups:
         if step_day:
-            group["day"] = windows_of_day(group["day"])[0]
+            group["day"] = windows(group["day"] * 86400)[0]
     return [(group, sums) for group, sums in groups if sums[0]]  # without a group, there is a row of nothing
 
 
@@ -15054,7 +15049,7 @@ def run_usage(options: JsonDict, *paths: str) -> int:
             add_usage(totals, path, (), (today - days + 1) * 24, (today + 1) * 24)
         except (sqlite3.Error, ValueError) as error:
             raise OSError(errno.EIO, str(error), path) from None
-    first, last = (windows_of_day(day)[0] for day in (today - days + 1, today))
+    first, last = (windows(day * 86400)[0] for day in (today - days + 1, today))
     rows = [usage_row(dict(zip(by, group)), sums) for group, sums in groups.items()]
     rows.sort(key=lambda row: (row.get("day", ""), -(row["usd"] or 0), -row["requests"]))
     total = usage_row({}, totals[()]) if totals else {}

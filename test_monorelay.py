@@ -16986,7 +16986,7 @@ class Week:
         found: dict[tuple[Any, ...], list[Any]] = {}
         for day, owner, _, bill in self.delivered:
             if first <= day <= last and user in ("", owner):
-                names = {"day": monorelay.windows_of_day(day)[0], "user": owner, "provider": bill.provider,
+                names = {"day": monorelay.windows(day * 86400)[0], "user": owner, "provider": bill.provider,
                          "model": bill.model if bill.answered else "(other)", "key": bill.key}  # fmt: skip
                 sums = found.setdefault(tuple(names[name] for name in by), [None] * len(FIGURES))
                 sums[:] = [monorelay.plus(one, other) for one, other in zip(sums, bill.figures)]
@@ -17126,7 +17126,7 @@ def check_rows(week: Week) -> None:
 def check_queries(week: Week, days: list[int]) -> None:
     """/api/usage, for the whole week and for a part of it, by everything and day by day."""
     for first, last in ((days[0], days[-1]), (days[2], days[4]), (days[-1], days[-1])):
-        period = "from={}&to={}".format(*(monorelay.windows_of_day(day)[0] for day in (first, last)))
+        period = "from={}&to={}".format(*(monorelay.windows(day * 86400)[0] for day in (first, last)))
         for by, user, step in itertools.product(GROUPINGS, week.tokens, ("", "day")):
             query = f"/api/usage?{period}&by={','.join(by)}&step={step}"
             got = week.relay.ask("GET", query, token=week.tokens[user]).json
