@@ -1802,11 +1802,10 @@ def network_of(address: str) -> str:
 
 
 class Throttle:
-    """At most so many events within any `period_seconds`, for each name. Remembers THROTTLED_NAMES names, those
-    last asked for: invented ones must not fill the memory."""
+    """At most so many events within any minute, for each name. Remembers THROTTLED_NAMES names, those last asked for:
+    invented ones must not fill the memory."""
 
-    def __init__(self, period_seconds: float = 60.0) -> None:
-        self._period = period_seconds
+    def __init__(self) -> None:
         self._times: collections.OrderedDict[str, collections.deque[float]] = collections.OrderedDict()
 
     def wait_seconds(self, name: str, limit: int, now: float) -> float:
@@ -1818,7 +1817,7 @@ class Throttle:
             self._times.popitem(last=False)
         self._drop_old(times, now)
         if len(times) >= limit:
-            return times[0] + self._period - now
+            return times[0] + 60.0 - now
         times.append(now)
         return 0.0
 
@@ -1829,7 +1828,7 @@ class Throttle:
         return max(0, limit - len(times))
 
     def _drop_old(self, times: "collections.deque[float]", now: float) -> None:
-        while times and times[0] <= now - self._period:
+        while times and times[0] <= now - 60.0:
             times.popleft()
 
 
@@ -2750,7 +2749,7 @@ Sums = list[Optional[int]]
 
 
 def hour_sums(
-    rows: Iterable[LedgerRow], find_models: Callable[[int, str], Iterable[str]] = lambda hour, user: ()
+    rows: Iterable[LedgerRow], find_models: Callable[[int, str], Iterable[str]]
 ) -> dict[tuple[int, str, str, str, str], Sums]:
     """What the rows add to the table `hour`: the columns SUMS by hour, user, model, provider and key. `find_models`:
     the models that it has already of a user in an hour. More than LEDGER_MODELS of them are one: echo answers for any
