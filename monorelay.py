@@ -9432,20 +9432,16 @@ class UpstreamPool:
             except (OSError, ValueError, FramingError, Overdue) as error:
                 if not lacks_descriptor(error):
                     raise Unreachable(connect_problem(error, provider)) from None
-            if not self.make_room():
+            if not self.close():
                 raise Unavailable("this relay has no file descriptor left for a connection", "no_descriptors")
 
-    def make_room(self) -> bool:
-        """Closes all kept connections, when descriptors have run out; whether there was one."""
-        has_kept = any(not channel.closed for channel in itertools.chain.from_iterable(self._idle.values()))
-        self.close()
-        return has_kept
-
-    def close(self) -> None:
-        """Closes all kept connections."""
-        for channel in itertools.chain.from_iterable(self._idle.values()):
+    def close(self) -> bool:
+        """Closes all kept connections; whether there was one."""
+        kept = [channel for channels in self._idle.values() for channel in channels if not channel.closed]
+        for channel in kept:
             channel.close()
         self._idle.clear()
+        return bool(kept)
 
     def drop_stale(self) -> None:
         """Closes what is idle for too long."""
@@ -13076,7 +13072,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         if now - self._refusal_logged > 10:
             self._refusal_logged = now
             self.log.warn("no file descriptor is left for another connection; raise `ulimit -n`")
-        self.service.loop.post(lambda: self.service.relay.connections.make_room() or self.make_room())
+        self.service.loop.post(lambda: self.service.relay.connections.close() or self.make_room())
         try:
             self._spare.close()
             refuse(listener.accept()[0])
