@@ -8314,15 +8314,16 @@ class Task:
     """A coroutine that the loop runs; `client` is the channel of the client that it serves, and `origin` says whose it
     is, where it has to wait for its turn."""
 
-    __slots__ = ("_coroutine", "_loop", "_waiting", "client", "deadline", "done", "origin")
+    __slots__ = ("_coroutine", "_loop", "_result", "_waiting", "client", "deadline", "done", "origin")
 
-    def __init__(self, coroutine: Coroutine[float, None, None], loop: "EventLoop", origin: str) -> None:
+    def __init__(self, coroutine: Coroutine[float, None, Any], loop: "EventLoop", origin: str) -> None:
         self.client: Optional[Channel] = None
         self.origin = origin
         self.deadline = math.inf
         self.done = False
         self._loop = loop
         self._coroutine = coroutine
+        self._result: Any = None
         self._waiting: set[Task] = set()  # those to resume when this one is done
 
     def resume(self, error: Optional[Exception] = None) -> None:
@@ -8333,7 +8334,8 @@ class Task:
         outer, loop.running = loop.running, self
         try:
             self.deadline = self._coroutine.throw(error) if error else self._coroutine.send(None)
-        except StopIteration:
+        except StopIteration as end:
+            self._result = end.value
             self._end()
         except Exception as fault:
             loop.warn(f"internal error: {describe(fault)}")
@@ -8348,11 +8350,12 @@ class Task:
         self._end()
         self._coroutine.close()
 
-    async def finished(self, deadline: float) -> None:
-        """Waits until it is done. Raises Overdue and ClientGone."""
+    async def finished(self, deadline: float) -> Any:
+        """What its coroutine returns, None after a defect; waits until it is done. Raises Overdue and ClientGone."""
         while not self.done:
             self._waiting.add(self._loop.current)
             await until(deadline)
+        return self._result
 
     def _end(self) -> None:
         """Marks the task as done, and wakes the tasks that wait for it."""
@@ -8449,7 +8452,7 @@ class EventLoop:
             except OSError:
                 pass  # the loop has just ended
 
-    def start(self, coroutine: Coroutine[float, None, None], origin: str = "") -> Task:
+    def start(self, coroutine: Coroutine[float, None, Any], origin: str = "") -> Task:
         """Begins a task, and runs it until it waits for the first time. It has the origin of the one that begins it
         unless another is given."""
         task = Task(coroutine, self, origin or (self.running.origin if self.running else ""))
@@ -9369,22 +9372,13 @@ def size_text(count: int, setting: str) -> str:
 # before its next request: what it holds then is no response to that.
 
 
-class Lookup:
-    """A host name that is being looked up, by one thread for all who wait for its addresses."""
-
-    def __init__(self) -> None:
-        self.addresses: list[Any] = []  # as getaddrinfo() returns them
-        self.fault: Optional[Exception] = None
-        self.task: Optional[Task] = None
-
-
 class UpstreamPool:
     """Connects to providers, and keeps connections that can be used again."""
 
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
         self._idle: dict[tuple[str, str, int, str], list[Channel]] = {}
-        self._lookups: dict[tuple[str, int], Lookup] = {}  # those that run
+        self._lookups: dict[tuple[str, int], Task] = {}  # those that run, each for all who wait for it
         self._tls: Optional[ssl.SSLContext] = None
 
     def prepare(self, providers: Iterable[Provider]) -> None:
@@ -9495,23 +9489,20 @@ class UpstreamPool:
         except socket.gaierror:
             pass  # it is a name
         lookup = self._lookups.get((host, port))
-        if not lookup:
-            lookup = self._lookups[host, port] = Lookup()
-            lookup.task = self._loop.start(self._look_up(host, port, lookup))
-        assert lookup.task
-        await lookup.task.finished(deadline)
-        if lookup.fault:
-            raise lookup.fault
-        return lookup.addresses
+        if not lookup or lookup.done:
+            lookup = self._lookups[host, port] = self._loop.start(self._look_up(host, port))
+        found = await lookup.finished(deadline)
+        self._lookups.pop((host, port), None)  # an error that is raised keeps the frames of all who have waited
+        if isinstance(found, Exception):
+            raise found
+        return found or []
 
-    async def _look_up(self, host: str, port: int, lookup: Lookup) -> None:
-        """Looks a name up, in a thread."""
+    async def _look_up(self, host: str, port: int) -> Union[list[Any], Exception]:
+        """The addresses of a name, looked up in a thread, or why there are none."""
         try:
-            lookup.addresses = await in_thread(self._loop, lambda: looked_up(host, port))
+            return await in_thread(self._loop, lambda: looked_up(host, port))
         except (OSError, ValueError, Unavailable) as error:
-            lookup.fault = error
-        finally:
-            del self._lookups[host, port]
+            return error
 
 
 def pool_key(provider: Provider) -> tuple[str, str, int, str]:
