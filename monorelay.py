@@ -10989,9 +10989,8 @@ class Workers:
         self._service = service
         self._place = place
         self._is_showing = False  # whether it is about to show which keys cool, and what the ledger's file lacks
-        self._shown_at = self._looked_at = self._asked_at = -math.inf
+        self._shown_at = self._looked_at = -math.inf
         self._seen: dict[int, int] = {}  # how often each of the others has shown that
-        self._others: list[JsonDict] = []  # what the others have counted
         self._known: dict[str, tuple[float, Any]] = {}  # what was found of late, and when
         if place:
             service.relay.keys.changed = self.show_soon
@@ -11054,16 +11053,13 @@ class Workers:
 
     def _other_figures(self) -> list[JsonDict]:
         """What the other workers, and those that have ended, have counted; looked at once a second."""
-        now = self._service.loop.now
-        if self._place and now >= self._asked_at + SHARED_SECONDS:
-            self._asked_at, self._others = now, self._place.other_figures()
-        return self._others
+        return self._lately("others", self._place.other_figures, SHARED_SECONDS) if self._place else []
 
-    def _lately(self, name: str, find: Callable[[], Result]) -> Result:
-        """What find() has found in the last SUMMED_SECONDS, else what it finds now: many pages ask for the same."""
+    def _lately(self, name: str, find: Callable[[], Result], seconds: float = SUMMED_SECONDS) -> Result:
+        """What find() has found in the last seconds, else what it finds now: many pages ask for the same."""
         now = self._service.loop.now
         found_at, found = self._known.get(name, (-math.inf, None))
-        if now >= found_at + SUMMED_SECONDS:
+        if now >= found_at + seconds:
             found = find()
             self._known[name] = now, found
         return found  # type: ignore[no-any-return]
@@ -11085,9 +11081,8 @@ class Workers:
 
     def _find_running(self) -> list[list[Any]]:
         own = [running_row(exchange) for exchange in self._service.running]
-        rows = [row for row in own if row[RUNNING_USER]]
-        rows += [row for figures in self._other_figures() for row in figures["running"] if row[RUNNING_USER]]
-        return sorted(rows, key=lambda row: float(row[RUNNING_SINCE]))
+        rows = itertools.chain(own, *(figures["running"] for figures in self._other_figures()))
+        return sorted((row for row in rows if row[RUNNING_USER]), key=lambda row: float(row[RUNNING_SINCE]))
 
     def keys(self, config: Config) -> list[JsonDict]:
         """The state of each key, from all workers."""
