@@ -11372,12 +11372,10 @@ class Exchange:
         UnsupportedCoding and Unavailable."""
         fields, user = self.request.fields, self.caller.user
         coding = fields.get("content-encoding", "identity").lower()
-        incoming, body = (
-            self.open_body(self.body_limit, "max_body_mb"),
-            ReadBody(user is not None and user.models is not None),
-        )
+        incoming = self.open_body(self.body_limit, "max_body_mb")
+        body = ReadBody(user is not None and user.models is not None)
         encoded: list[bytes] = []
-        while True:
+        while not incoming.finished:
             piece = await incoming.read()
             self.hold(len(piece))
             if coding == "identity":
@@ -11386,8 +11384,6 @@ class Exchange:
                     await self.catch_up(body)
             else:
                 append_piece(encoded, piece)
-            if incoming.finished:
-                break
         if any(encoded):
             body.sent = encoded
             await self._inflate(Inflater(encoded, coding), body)
@@ -11434,12 +11430,11 @@ class Exchange:
 
     async def skip_body(self) -> bool:
         """Drains an unread body, so that the connection can be kept; False if it can't."""
-        if not self._incoming:
-            try:
-                self.open_body(DISCARDED_BODY_BYTES)
-            except TooLarge:
-                return False
-        return self._incoming is not None and await self._incoming.discard()
+        try:
+            incoming = self._incoming or self.open_body(DISCARDED_BODY_BYTES)
+        except TooLarge:
+            return False
+        return await incoming.discard()
 
     def hold(self, count: int) -> None:
         """Takes room for so many bytes. Raises Unavailable."""
@@ -12735,7 +12730,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = exchange.head
         if response.close or not head or not head.keep_alive or self.service.draining or self.over_limit:
             return False
-        return exchange.body_ended if response.relayed else await exchange.skip_body()
+        return exchange.body_ended or (not response.relayed and await exchange.skip_body())
 
     async def _next_part(self, outgoing: Outgoing, response: Response) -> bytes:
         """What goes out next: what the relay itself goes on telling, what has come from the provider, or what tells the
