@@ -11581,31 +11581,20 @@ async def read_login(exchange: Exchange, *names: str) -> dict[str, str]:
 
 
 async def answer_me(exchange: Exchange) -> Response:
-    """Tells whose token it is, how long it lasts, and what its user may do."""
-    caller = exchange.caller
-    return exchange.respond(
-        200,
-        {
-            "username": caller.name,
-            "admin": caller.admin,
-            "viewer": caller.sees_all and not caller.admin,
-            "expires": caller.expires,
-            **limits_of(exchange),
-        },
-    )
-
-
-def limits_of(exchange: Exchange) -> JsonDict:
-    """The limits of the caller, and what is left of them; None where there is none."""
-    user, now = exchange.caller.user, exchange.loop.now
-    budgets = exchange.service.budgets(user.name) if user else []
+    """Tells whose token it is, how long it lasts, and what its user may do: the limits, and what is left of them."""
+    caller, user, service = exchange.caller, exchange.caller.user, exchange.service
     a_minute = user.requests_per_minute if user else 0
-    return {
+    document = {
+        "username": caller.name,
+        "admin": caller.admin,
+        "viewer": caller.sees_all and not caller.admin,
+        "expires": caller.expires,
         "models": list(user.models) if user and user.models is not None else None,
         "requests_per_minute": a_minute or None,
-        "requests_left": exchange.service.requests.left(exchange.caller.name, a_minute, now) if a_minute else None,
-        "budgets": budgets,
+        "requests_left": service.requests.left(caller.name, a_minute, exchange.loop.now) if a_minute else None,
+        "budgets": service.budgets(user.name) if user else [],
     }
+    return exchange.respond(200, document)
 
 
 async def answer_catalogue(exchange: Exchange) -> Response:
