@@ -8539,19 +8539,31 @@ class EventLoop:
         """Tells the tasks whose time has come, for SWEEPING_SECONDS at most, however late the turn is, and those whose
         client has left unnoticed; decides when to look again."""
         self.sweep_at = self.now + SWEEP_SECONDS
-        latest = self.clock() + SWEEPING_SECONDS
+        due: list[Task] = []
         for task in list(self.tasks):
             client = task.client
             if task.deadline <= self.now:
-                if self.clock() > latest:
-                    break  # the rest comes in the next turn
-                task.resume(Overdue())
+                due.append(task)
             elif client and client.is_full and not client.closed:
                 self.sweep_at = min(self.sweep_at, self.now + AHEAD_SECONDS)
                 if client.has_hung_up():
                     task.resume(ClientGone())
+        self._tell(due)
         soonest = min((task.deadline for task in self.tasks), default=math.inf)
         self.sweep_at = max(self.now + TICK_SECONDS, min(self.sweep_at, soonest))
+
+    def _tell(self, due: list[Task]) -> None:
+        """Tells these tasks that their time has come, in turns, the longest overdue ones of an origin first; those that
+        SWEEPING_SECONDS don't suffice for are due in the next turn, too."""
+        turns, latest = Turns(), self.clock() + SWEEPING_SECONDS
+        for task in sorted(due, key=lambda task: task.deadline):
+            turns.put(functools.partial(self._tell_if_due, task), task.origin)
+        while turns and self.clock() <= latest:
+            turns.take()()
+
+    def _tell_if_due(self, task: Task) -> None:
+        if task.deadline <= self.now:  # else one that was told before it has done something for it
+            task.resume(Overdue())
 
 
 def describe(error: BaseException) -> str:

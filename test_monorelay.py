@@ -8372,6 +8372,37 @@ def test_tasks_whose_time_is_over_are_told_in_several_turns_where_that_takes_lon
     assert sorted(Counter(turns).values()) == [2] * 5
 
 
+def test_nobody_is_told_that_his_time_is_over_behind_all_whose_time_comes_again_and_again(looping):
+    told: Counter[str] = Counter()
+
+    async def wakes(name: str) -> None:
+        for _ in range(5):
+            await monorelay.sleep(looping.loop, 0.0001)
+            told[name] += 1
+            looping.clock.now += 0.6 * monorelay.SWEEPING_SECONDS
+        tellings.append((name, told["greedy"]))
+
+    tellings: list[tuple[str, int]] = []
+    names = [*["greedy"] * 100, "modest"]
+    looping.call(lambda: [looping.loop.start(wakes(name), name) for name in names])
+    looping.clock.move(1.0)
+    eventually(lambda: len(tellings) == 101)
+    assert dict(tellings)["modest"] < 20
+
+
+def test_of_the_tasks_of_one_origin_the_longest_overdue_is_told_first(looping):
+    told: list[int] = []
+
+    async def wakes(number: int) -> None:
+        await monorelay.sleep(looping.loop, 1.0 - number / 1000)
+        told.append(number)
+
+    looping.call(lambda: [looping.loop.start(wakes(number)) for number in range(100)])
+    looping.clock.move(1.0)
+    eventually(lambda: len(told) == 100)
+    assert told == sorted(told, reverse=True)
+
+
 def test_tasks_are_told_that_their_time_is_over_however_late_the_turns_are(looping, monkeypatch):
     monkeypatch.setattr(monorelay, "LATE_SECONDS", -1.0)
 
