@@ -8639,10 +8639,10 @@ def start_thread(run: Callable[[], None]) -> None:
 
 
 async def in_thread(
-    loop: EventLoop, work: Callable[[], Result], start: Callable[[Callable[[], None]], object] = start_thread
+    loop: EventLoop, work: Callable[[], Result], worker: Optional[Worker] = None, caller: str = ""
 ) -> Result:
-    """The result of work(), called in a thread by way of `start`; not called if the task waits no more by then. Raises
-    what work() raises, and Unavailable when there is no thread."""
+    """The result of work(), called by a worker, in the turn of a caller, or in a thread of its own; not called if the
+    task waits no more by then. Raises what work() raises, and Unavailable when there is no thread."""
     task = loop.current
     outcome: list[tuple[Any, Optional[Exception]]] = []
     wanted = [work]  # nothing when the task waits no more: however long run() is queued then, it holds no body
@@ -8657,7 +8657,10 @@ async def in_thread(
         loop.post(task.resume)
 
     try:
-        start(run)
+        if worker:
+            worker.call(run, caller)
+        else:
+            start_thread(run)
     except RuntimeError:
         raise Unavailable("this relay has no thread left for this", "no_threads") from None
     try:
@@ -9681,7 +9684,7 @@ async def serve_echo(loop: EventLoop, sock: socket.socket) -> None:
             compose = functools.partial(echo_response, head.method, head.path, body, time.time(), request_id, betas)
             await checkpoint(loop)
             slow = len(body) > ECHO_AT_ONCE_BYTES
-            response = (await in_thread(loop, compose, start=loop.worker.call)) if slow else compose()
+            response = (await in_thread(loop, compose, loop.worker)) if slow else compose()
             del body, compose
         await send_echo(loop, channel, response, request_id)
         await channel.finish_sending(STALLED_CLIENT_SECONDS)
@@ -10329,8 +10332,7 @@ class Relay:
         judge = functools.partial(problem_of, request, response)
         if len(response.told) <= ERROR_BYTES:
             return judge()
-        start = functools.partial(self._loop.worker.call, caller=request.record.caller)
-        return await in_thread(self._loop, judge, start)
+        return await in_thread(self._loop, judge, self._loop.worker, request.record.caller)
 
 
 def record_failure(record: AccessRecord, candidate: Candidate, met: str) -> None:
@@ -11139,7 +11141,7 @@ class LoginGate:
             raise RateLimited("too many logins at a time; try again in a moment", 1)
         self._waiting += 1
         try:
-            right = await in_thread(self._loop, lambda: check_password(given, hashed), start=self._worker.call)
+            right = await in_thread(self._loop, lambda: check_password(given, hashed), self._worker)
         finally:
             self._waiting -= 1
         if right:
@@ -11710,8 +11712,7 @@ class History:
             except (sqlite3.Error, ValueError) as error:
                 raise Unavailable(f"the ledger can't be read: {error}", "ledger_unreadable") from None
 
-        start = functools.partial(self._reader.call, caller=user or "")
-        return await in_thread(self._service.loop, attempt, start=start)
+        return await in_thread(self._service.loop, attempt, self._reader, user or "")
 
 
 class LivePage:
@@ -12187,8 +12188,7 @@ async def at_leisure(exchange: Exchange, size: int, work: Callable[[], Result]) 
     """What work() returns for a body of this size: called in a thread if that may take long, in the caller's turn."""
     if size <= TRANSLATED_AT_ONCE_BYTES:
         return work()
-    start = functools.partial(exchange.loop.worker.call, caller=exchange.record.caller)
-    return await in_thread(exchange.loop, work, start=start)
+    return await in_thread(exchange.loop, work, exchange.loop.worker, exchange.record.caller)
 
 
 async def estimated_count(exchange: Exchange, body: ReadBody, target: Target) -> Response:
