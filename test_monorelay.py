@@ -8760,7 +8760,8 @@ def test_a_call_that_nobody_waits_for_any_more_holds_nothing_in_its_queue(loopin
     kept = weakref.ref(held[0])
 
     async def begins(work: Callable[[], int]) -> None:
-        await monorelay.in_thread(looping.loop, work, start=queue.append)
+        worker = types.SimpleNamespace(call=lambda run, caller: queue.append(run))
+        await monorelay.in_thread(looping.loop, work, worker)
 
     looping.call(lambda: tasks.append(looping.loop.start(begins(functools.partial(len, held.pop())))))
     eventually(lambda: len(queue) == 1)
