@@ -3752,6 +3752,7 @@ class ReadBody:
     begun."""
 
     __slots__ = ("_restricted", "_walk", "behind", "content", "facts", "problem", "sent", "size", "values")
+    finished, is_spent = True, False  # as it is passed on: it is whole by then, and can be sent again, see RequestBody
 
     def __init__(self, restricted: bool = True) -> None:
         self._restricted = restricted  # whether its sender may use some models only
@@ -9272,7 +9273,7 @@ class RequestBody:
         self.waited: Callable[[], object] = lambda: None  # called when it had to be waited for
         self.begun = self._ahead = b""  # what was read of a form to know its model; what of that is to be read again
         self._model_span = 0, 0  # where the model stands in it
-        self.is_spent = False  # whether some of it was passed on
+        self.is_spent = False  # whether some of it was passed on, so that it can't be sent again
         self._sends_continue = head.version >= 1 and head.fields.get("expect", "").lower() == "100-continue"
         if (self.length or 0) > limit:
             raise self._too_large()
@@ -9945,16 +9946,6 @@ class UpstreamRequest(NamedTuple):
         return self.head.method == "POST" and not self.by_model
 
     @property
-    def is_sent(self) -> bool:
-        """Whether the client has sent all of it."""
-        return isinstance(self.body, ReadBody) or self.body.finished
-
-    @property
-    def is_spent(self) -> bool:
-        """Whether it can't be sent again, since some of it has streamed through."""
-        return isinstance(self.body, RequestBody) and self.body.is_spent
-
-    @property
     def names_account(self) -> bool:
         """Whether a provider's 401 may be about a header of the client, or a key in its query."""
         return "key=" in unquote(self.target).lower() or any(name in self.head.fields for name in ACCOUNT_HEADERS)
@@ -10199,7 +10190,7 @@ class Relay:
                 response = attempt.response
                 if response:
                     last = self._more_telling(last, response, request.searches)
-                    if last_try or not self._is_failure(wanted, response) or request.is_spent:
+                    if last_try or not self._is_failure(wanted, response) or request.body.is_spent:
                         break
                 else:
                     problem, code = attempt.problem, attempt.code
@@ -10274,7 +10265,7 @@ class Relay:
             return
         if not attempt.reached:
             self.keys.unreachable(candidate, self._loop.now)
-        elif request.is_sent:
+        elif request.body.finished:
             self.keys.failed(candidate, 502, None, self._loop.now)
 
     def _record_attempt(self, record: AccessRecord, candidate: Candidate, attempts: int = 1) -> None:
@@ -10298,7 +10289,7 @@ class Relay:
             # What the client itself has caused says nothing about a key: what it asked for, also where the key may be
             # used for other paths only, an account that it named, an upload that it didn't finish.
             own_fault = (
-                (request.names_account if status == 401 else status >= 500 and not request.is_sent)
+                (request.names_account if status == 401 else status >= 500 and not request.body.finished)
                 or is_about_request(status, response.beginning)
                 or (status in (401, 403) and LACKS_SCOPE.search(response.beginning))
                 or is_about_fast_mode(status, response.head.fields)
