@@ -8163,11 +8163,13 @@ class Channel:
                 self.receive()  # the other side may have spoken before it broke off
             self._wake()
 
-    async def connected(self, deadline: float) -> None:
-        """Waits for the connection that its socket has begun to make. Raises Overdue, ClientGone and OSError."""
+    async def connect(self, address: Any, deadline: float) -> None:
+        """Connects its socket to an address. Raises Overdue, ClientGone and OSError."""
         self.opening = True
-        await self.room(deadline)
-        error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        error = self.sock.connect_ex(address)
+        if error in CONNECTING:
+            await self.room(deadline)
+            error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             raise OSError(error, os.strerror(error))
         self.opening = False
@@ -9553,16 +9555,12 @@ async def connect_one(loop: EventLoop, family: int, address: Any, deadline: floa
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         tune(sock)
-        sock.setblocking(False)
-        code = sock.connect_ex(address)
-        if code not in CONNECTING:
-            raise OSError(code, os.strerror(code))
         channel = Channel(sock, loop)
     except BaseException:
         sock.close()
         raise
     try:
-        await channel.connected(deadline)
+        await channel.connect(address, deadline)
     except BaseException:
         channel.close()
         raise
