@@ -9784,10 +9784,6 @@ def unescaped(text: str) -> str:
 class UpstreamResponse:
     """A response whose head has been read; its body may still be coming."""
 
-    __slots__ = (
-        "candidate", "channel", "content", "decoder", "has_body", "head", "is_stream", "translated", "whole_request",
-    )  # fmt: skip
-
     def __init__(self, candidate: Candidate, channel: Channel, head: ResponseHead, decoder: Decoder) -> None:
         self.candidate = candidate
         self.channel = channel
@@ -9957,10 +9953,6 @@ EVENT_END = re.compile(rb"\n\n|\r\r|\r\n\r\n")
 
 class Attempt:
     """One try of a request with a candidate, and how far it has come."""
-
-    __slots__ = (
-        "_heads", "_loop", "_request", "_sent", "candidate", "channel", "code", "problem", "reached", "response",
-    )  # fmt: skip
 
     def __init__(self, loop: EventLoop, request: UpstreamRequest, candidate: Candidate) -> None:
         self._loop = loop
