@@ -9924,9 +9924,8 @@ class UpstreamRequest(NamedTuple):
     record: AccessRecord
     cools_down: bool = True  # whether its failures cool keys and providers down, and its success ends that
     searches: bool = False  # whether it asks for something that another key may know when one doesn't
-    # Makes of it what another format's target gets; None where that can't be.
-    translate: Optional[Callable[[Target], Coroutine[float, None, "UpstreamRequest"]]] = None
-    format: str = ""  # in which the client has made it, where it may be translated
+    # Makes of it what a target of the other format gets, and None for one of its own; None where that can't be.
+    translate: Optional[Callable[[Target], Coroutine[float, None, Optional["UpstreamRequest"]]]] = None
     translated: Optional[Translated] = None  # what was made of it
     # Whether it only asks about a model. Other limits, and perhaps other rights, hold for that than for its work.
     is_aside: bool = False
@@ -10171,7 +10170,7 @@ class Relay:
         try:
             for candidate in request.candidates:
                 try:
-                    wanted = await self._wanted(request, candidate.target)
+                    wanted = (request.translate and await request.translate(candidate.target)) or request
                 except BadRequest as error:
                     refusal = refusal or error.with_traceback(None)
                     continue
@@ -10200,12 +10199,6 @@ class Relay:
             raise UpstreamFailed(problem or "there is no provider to try", code)
         self._record_attempt(request.record, last.candidate, 0)
         return await self._presented(request, last)
-
-    async def _wanted(self, request: UpstreamRequest, target: Target) -> UpstreamRequest:
-        """The request as the target gets it. Raises BadRequest where it can't be translated to that."""
-        if not request.translate or target.provider.chat_format == request.format:
-            return request
-        return await request.translate(target)
 
     def finish(self, response: UpstreamResponse, failed: bool) -> None:
         """Releases a response. One that `failed` midway cools down the key for the model, so that the client's next try
@@ -12090,7 +12083,7 @@ def upstream_request(
         translate = TranslatedRequest(exchange, body).to
     return UpstreamRequest(
         request, target, endpoint.by_model, body, candidates, exchange.record,
-        searches=searches, translate=translate, format=exchange.format, is_aside=is_aside,
+        searches=searches, translate=translate, is_aside=is_aside,
     )  # fmt: skip
 
 
@@ -12120,8 +12113,11 @@ class TranslatedRequest:
         self._made: Union[UpstreamRequest, BadRequest, None] = None  # and what came of it
         self._size = 0
 
-    async def to(self, target: Target) -> UpstreamRequest:
-        """The request for a target. Raises BadRequest, and Unavailable when there is no room for it."""
+    async def to(self, target: Target) -> Optional[UpstreamRequest]:
+        """The request for a target; None for one of the client's own format. Raises BadRequest, and Unavailable when
+        there is no room for it."""
+        if target.provider.chat_format == self._exchange.format:
+            return None
         if target != self._target:
             self._exchange.release_room(self._size)
             self._target, self._made, self._size = target, None, 0
