@@ -8135,15 +8135,15 @@ class Channel:
         while self._blocked:
             await until(deadline)
 
-    async def send_rest(self, pause_seconds: float) -> None:
-        """Sends what was put off. Raises Overdue and OSError."""
-        deadline = self._loop.now + pause_seconds
+    async def send_rest(self) -> None:
+        """Sends what was put off, within STALLED_CLIENT_SECONDS. Raises Overdue and OSError."""
+        deadline = self._loop.now + STALLED_CLIENT_SECONDS
         while not self.flush():
             await until(deadline)
 
-    async def finish_sending(self, pause_seconds: float) -> None:
+    async def finish_sending(self) -> None:
         """Sends what was put off, and closes this side. Raises Overdue and OSError."""
-        await self.send_rest(pause_seconds)
+        await self.send_rest()
         self.sock.shutdown(socket.SHUT_WR)
 
     def flush(self) -> bool:
@@ -9686,7 +9686,7 @@ async def serve_echo(loop: EventLoop, sock: socket.socket) -> None:
             response = (await in_thread(loop, compose, loop.worker)) if slow else compose()
             del body, compose
         await send_echo(loop, channel, response, request_id)
-        await channel.finish_sending(STALLED_CLIENT_SECONDS)
+        await channel.finish_sending()
     except (OSError, ClientGone, Overdue, RelayError):
         pass  # the relay has closed its end: the client left, or is being answered already
     except RecursionError:
@@ -12687,7 +12687,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     break
                 data = await self._next_part(outgoing, response)
             if outgoing.must_reset:
-                await self.channel.send_rest(STALLED_CLIENT_SECONDS)
+                await self.channel.send_rest()
                 self.channel.close()
             elif outgoing.until_close:
                 self.channel.abort_on_close(False)
@@ -12766,7 +12766,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Closes our side at once, the rest when the client has read and closed, too. Closed outright, the
         response could be lost with what the client is still sending (RFC 9112 §9.6)."""
         try:
-            await self.channel.finish_sending(STALLED_CLIENT_SECONDS)
+            await self.channel.finish_sending()
             self.lingering = True
             self._be_idle()
             latest = self.loop.now + (OVER_LIMIT_SECONDS if self.over_limit else LINGER_LONGEST_SECONDS)
