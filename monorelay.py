@@ -1519,12 +1519,10 @@ def start_obstacle(config: Config) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether the host can be reached from this machine only."""
-    if host in ("127.0.0.1", "::1", "localhost"):
-        return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host.endswith(".localhost")
+        return host == "localhost" or host.endswith(".localhost")
 
 
 # ==== Auth =======================================================================================
@@ -1909,8 +1907,9 @@ def resolve(config: Config, name: str) -> list[Target]:
     targets = find_targets(config, name)
     if not targets:
         close = close_models(config, name)
-        known = f", did you mean {' or '.join(close)}?" if close else f"; this relay knows {known_models(config)}"
-        raise NotFound(f"no route for the model {name!r}{known}", "no_route")
+        known = listing(sorted([*config.aliases, *config.routes])) or "none"
+        meant = f", did you mean {' or '.join(close)}?" if close else f"; this relay knows {known}"
+        raise NotFound(f"no route for the model {name!r}{meant}", "no_route")
     serving = [target for target in targets if target.provider.serves(target.model)]
     if not serving:
         raise NotFound(f"the `models` of {targets[0].provider.name} don't admit {targets[0].model!r}", "no_route")
@@ -1926,11 +1925,6 @@ def close_models(config: Config, name: str) -> list[str]:
     close = close_matches(name, [*(known for known in names if "*" not in known), *ECHO_MODELS], 3)
     stems = {pattern: pattern.partition("*")[0] for pattern in names[:COMPARED_PATTERNS] if "*" in pattern}
     return close or [pattern for pattern, stem in stems.items() if close_matches(name[: len(stem)], [stem], 1)][:3]
-
-
-def known_models(config: Config) -> str:
-    """The names and patterns that this relay has a way for."""
-    return listing(sorted([*config.aliases, *config.routes])) or "none"
 
 
 def named_models(config: Config) -> frozenset[str]:
