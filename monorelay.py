@@ -111,15 +111,11 @@ REQUEST_HEAD_FIELDS = 200
 # Providers are trusted more than clients: http.client allows 100 lines of 64 KiB, curl 300 KiB.
 RESPONSE_HEAD_BYTES = 256 * 1024
 RESPONSE_HEAD_FIELDS = 1000
-# A 103 or a 102 now and then is normal; an endless row of them is not.
-INTERIM_RESPONSES = 20
+INTERIM_RESPONSES = 20  # a 103 or a 102 now and then is normal; an endless row of them is not
 INTERIM_SECONDS = 60.0  # within so long: some send a 102 every 15 seconds while they work
-# Trailer fields of a request, which are checked and dropped: nobody needs them to be long.
-TRAILER_BYTES = 8 * 1024
-# The size line of a chunk with its extensions; h11 stops at a line of 20 hex digits and 4 KiB.
-CHUNK_LINE_BYTES = 4096
-# A line of a stream that is longer goes out in pieces: memory stays bounded whatever arrives.
-STREAM_LINE_BYTES = 64 * 1024
+TRAILER_BYTES = 8 * 1024  # of a request's trailer fields, which are checked and dropped: nobody needs them to be long
+CHUNK_LINE_BYTES = 4096  # of a chunk's size and extensions; h11 stops at a line of 20 hex digits and 4 KiB
+STREAM_LINE_BYTES = 64 * 1024  # a longer line of a stream goes out in pieces: memory stays bounded whatever arrives
 LABORIOUS_LINES = 2000  # or chunks, in what has come at once: they may take 0.3 ms
 LINES_AT_ONCE = 5000  # of them are decoded at a time, which takes 2 ms where the chunks have one byte each
 USAGE_BYTES = 16 * 1024  # of a response's usage object; some have 1,500
@@ -128,10 +124,8 @@ USAGES_AT_ONCE = 8  # the last ones of what has come at once: some servers send 
 TRANSLATED_AT_ONCE_BYTES = 16 * 1024  # which takes some milliseconds; a longer body is translated in a thread
 PING_SECONDS = 15.0  # without an event in a translated stream; Claude Code tells its user of 20
 ENDING_SECONDS = 2.0  # after the finish_reason of a translated stream, for the usage or [DONE] that may follow
-# One recv: a TLS record is 16 KiB, four of them make system calls rare.
-RECEIVE_BYTES = 64 * 1024
-# A JSON body of more values takes a second to walk; the largest conversations have some 100,000.
-JSON_VALUES = 1_000_000
+RECEIVE_BYTES = 64 * 1024  # of one recv: a TLS record is 16 KiB, four of them make system calls rare
+JSON_VALUES = 1_000_000  # a JSON body of more takes a second to walk; the largest conversations have some 100,000
 TLS_RECEIVE_BYTES = 16 * 1024  # one record's; of the shortest ones, which may cost 10 µs each, it holds some 600
 INFLATED_BYTES = 64 * 1024  # at a time
 ZSTD_WINDOW_LOG = 23  # 8 MiB, the largest window that a sender may use (RFC 9659 §3)
@@ -140,8 +134,7 @@ FORM_FIELD_BYTES = 4096  # of the header of a part in it, and of the model
 FORM_PARTS = 100  # are looked at; most forms have two or three
 # What is held of a side that sends faster than the other takes it, or of a client that sends ahead.
 HELD_BYTES = 256 * 1024
-# The same of a client that hasn't shown a token: a head's worth, and mostly far less.
-UNKNOWN_HELD_BYTES = 16 * 1024
+UNKNOWN_HELD_BYTES = 16 * 1024  # the same of a client that hasn't shown a token: a head's worth, and mostly far less
 # Free memory goes back to the system when bodies have released so much, else now and then: it takes some milliseconds.
 TRIMMED_BYTES = 16 * 1024 * 1024
 TRIM_SECONDS = 30.0
@@ -176,14 +169,11 @@ STALLED_CLIENT_SECONDS = 60.0  # nginx's send_timeout
 HELD_UP_SECONDS = 2.0
 LINGER_SECONDS = 5.0  # nginx's lingering_timeout
 LINGER_LONGEST_SECONDS = 30.0  # nginx's lingering_time
-# A kept upstream connection; shorter than the 60 s after which common balancers drop theirs.
-UPSTREAM_IDLE_SECONDS = 50.0
+UPSTREAM_IDLE_SECONDS = 50.0  # of a kept upstream connection; common balancers drop theirs after 60 s
 STALE_SECONDS = 1.0  # within which a kept connection shows that it was closed: a round trip, and a lost packet
 CONNECTED_ADDRESSES = 16  # of a host that has more, these are tried
-# How many connections to a provider wait for their next use; nginx needs as many for the same load.
-UPSTREAM_IDLE_CONNECTIONS = 512
-# Connections accepted beyond max_connections, only to answer 503 in the client's format.
-OVER_LIMIT_CONNECTIONS = 256
+UPSTREAM_IDLE_CONNECTIONS = 512  # to a provider, that wait for their next use; nginx needs as many for the same load
+OVER_LIMIT_CONNECTIONS = 256  # accepted beyond max_connections, only to answer 503 in the client's format
 OVER_LIMIT_SECONDS = 2.0  # and not for long
 LISTEN_BACKLOG = 4096  # connections that wait for accept(); the system caps it (net.core.somaxconn)
 RETRY_AFTER_LIMIT_SECONDS = 3600.0
