@@ -1673,7 +1673,7 @@ def subject(claims: JsonDict, kind: str, config: Config) -> str:
 def check_not_revoked(claims: JsonDict, user: User, secret: Optional[Secret]) -> None:
     """Raises RevokedToken if the user's password is no longer that of the time when this relay issued the token, or if
     the token is older than `tokens_since`."""
-    if secret and claims.get("pwd", password_mark(user, secret)) != password_mark(user, secret):
+    if secret and "pwd" in claims and claims["pwd"] != password_mark(user, secret):
         raise RevokedToken("the user's password has changed since the token was issued; log in again")
     if user.tokens_since and numeric_date(claims, "iat", 0) < user.tokens_since:
         raise RevokedToken("the token was issued before the user's `tokens_since`; get a new one")
