@@ -1747,15 +1747,8 @@ def scrypt(password: str, salt: bytes, cost: int, block: int, parallel: int) -> 
     """The 32-byte scrypt hash. Raises ValueError for parameters that need over 64 MiB."""
     if not hasattr(hashlib, "scrypt"):
         raise ValueError("this Python was built without scrypt (OpenSSL 1.1 or later)")
-    return hashlib.scrypt(
-        password.encode("utf-8", "surrogatepass"),
-        salt=salt,
-        n=cost,
-        r=block,
-        p=parallel,
-        maxmem=SCRYPT_MEMORY_BYTES,
-        dklen=32,
-    )
+    given = password.encode("utf-8", "surrogatepass")
+    return hashlib.scrypt(given, salt=salt, n=cost, r=block, p=parallel, maxmem=SCRYPT_MEMORY_BYTES, dklen=32)
 
 
 def hash_password(password: str) -> str:
@@ -2209,9 +2202,8 @@ class KeyPool:
 
     def _back_at(self, candidate: Candidate) -> float:
         """When nothing of the candidate cools any more; 0.0 if nothing does."""
-        return max(
-            (self._cooling[name].until for name in cooldown_keys(candidate) if name in self._cooling), default=0.0
-        )
+        entries = map(self._cooling.get, cooldown_keys(candidate))
+        return max((entry.until for entry in entries if entry), default=0.0)
 
     def succeeded(self, candidate: Candidate, now: float) -> None:
         """Ends the cooling of what a success of the candidate has proven to work."""
@@ -2382,15 +2374,13 @@ def key_state(provider: Provider, cooling: Sequence[tuple[str, Cooling]], now: f
 
 def record_document(record: KeyRecord) -> JsonDict:
     """A KeyRecord as JSON."""
+    limits = rate_limits(limit_fields(record.limits_told), record.limits_at)
     return {
         "outcomes": dict(record.outcomes),
         "hours": [[hour, *counts] for hour, counts in record.hours.items()],
         "failed": record.failed,
         "answered": record.answered,
-        "limits": [
-            {"limit": name, **limit._asdict()}
-            for name, limit in rate_limits(limit_fields(record.limits_told), record.limits_at).items()
-        ],
+        "limits": [{"limit": name, **limit._asdict()} for name, limit in limits.items()],
     }
 
 
@@ -2848,6 +2838,7 @@ UNRESERVED_ESCAPED = r"%(2[DdEe]|3[0-9]|4[1-9A-Fa-f]|5[0-9AaFf]|6[1-9A-Fa-f]|7[0
 UNSAFE_BYTES = bytes(range(0x21)) + b"\\\x7f"  # in a path
 CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
+CHUNK_SIZE_BEGUN = re.compile(rb"[0-9A-Fa-f]{1,15}([ \t]*;|[ \t]*\r?$)")
 
 HOP_BY_HOP = FRAMING_HEADERS | {"proxy-connection", "proxy-authorization", "proxy-authenticate"}
 # Under another spelling these would slip past a rule here and be understood by a server behind (a CGI-style server
@@ -3134,11 +3125,7 @@ class ChunkedDecoder:
 
     def _partial_size_line(self, line: bytes) -> bytes:
         """The line, if more bytes can make it a size line. Raises FramingError."""
-        if (
-            b"\n" in line
-            or len(line) > CHUNK_LINE_BYTES
-            or not re.match(rb"[0-9A-Fa-f]{1,15}([ \t]*;|[ \t]*\r?$)", line)
-        ):
+        if b"\n" in line or len(line) > CHUNK_LINE_BYTES or not CHUNK_SIZE_BEGUN.match(line):
             raise FramingError("a chunk size is malformed")
         return line
 
@@ -3258,13 +3245,10 @@ def upstream_fields(
         fields.append((version, DEFAULT_ANTHROPIC_VERSION))
     if provider.client_keys and "x-monorelay-key" in head.fields:
         fields += [pair for pair in head.fields.pairs if pair[0].lower() in ("authorization", "x-api-key")]
-    if key:
-        secret = key.secret.reveal()
-        fields.append(
-            ("Authorization", f"Bearer {secret}")
-            if provider.auth_header == "authorization"
-            else (provider.auth_header, secret)
-        )
+    if key and provider.auth_header == "authorization":
+        fields.append(("Authorization", f"Bearer {key.secret.reveal()}"))
+    elif key:
+        fields.append((provider.auth_header, key.secret.reveal()))
     for name, value in provider.headers:
         fields = [pair for pair in fields if pair[0].lower() != name.lower()]
         if value is not None:
