@@ -569,10 +569,10 @@ class Provider(NamedTuple):
     headers: tuple[tuple[str, Optional[str]], ...]
     auth_header: str
     models: tuple[str, ...]
-    query: str = ""  # of its base_url, which goes upstream with each request
-    proxy: str = ""  # its URL, or "direct"; where empty, the environment tells
-    client_keys: bool = False  # whether clients bring their own credential for it
-    translate: Optional[Translation] = Translation()  # None: it gets requests in its own format only
+    query: str  # of its base_url, which goes upstream with each request
+    proxy: str  # its URL, or "direct"; where empty, the environment tells
+    client_keys: bool  # whether clients bring their own credential for it
+    translate: Optional[Translation]  # None: it gets requests in its own format only
 
     @property
     def usable(self) -> bool:
@@ -602,12 +602,12 @@ class User(NamedTuple):
     models: Optional[tuple[str, ...]]  # None: all of them
     requests_per_minute: int  # 0: no limit
     tokens_since: float  # tokens issued before are refused; seconds since 1970
-    keys: tuple[Secret, ...] = ()  # each of which shows who calls, like a token
-    enabled: bool = True
-    usd_per_day: float = 0.0  # 0: no budget, here and below
-    usd_per_month: float = 0.0
-    tokens_per_day: int = 0
-    viewer: bool = False  # sees everything, and may call no model
+    keys: tuple[Secret, ...]  # each of which shows who calls, like a token
+    enabled: bool
+    usd_per_day: float  # 0: no budget, here and below
+    usd_per_month: float
+    tokens_per_day: int
+    viewer: bool  # sees everything, and may call no model
 
     @property
     def has_budget(self) -> bool:
