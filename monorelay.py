@@ -12171,7 +12171,8 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
     try:
         if is_error:
             record.error = upstream_error(relayed.content)
-            return translated_error(fields, relayed, asked)
+            fault = relayed.first_fault or fault_of_status(relayed.head.status, relayed.content, asked.provider)
+            return fault_response(fault, asked, fields)
         body = KeyEraser(relayed.erased).feed(await whole_body(exchange, relayed), is_last=True)
         record.usage.read(body, relayed.is_stream)
         work = functools.partial(translator.whole, body, relayed.is_stream)
@@ -12184,8 +12185,7 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
         if not fault.text:
             return untold_answer(exchange, UpstreamFailed(fault.message, fault.code))
         record.error = "upstream:error"
-        status, told = fault_answer(fault, asked)
-        return Response(status, reason_of(status), [*fields, ("content-type", "application/json")], told)
+        return fault_response(fault, asked, fields)
     except (UpstreamFailed, UpstreamSilent) as error:
         failed = True
         return untold_answer(exchange, error)
@@ -12193,9 +12193,8 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
         exchange.service.relay.finish(relayed, failed)
 
 
-def translated_error(fields: Pairs, relayed: UpstreamResponse, asked: Asked) -> Response:
+def fault_response(fault: AnswerFault, asked: Asked, fields: Pairs) -> Response:
     """A provider's error in the client's format, with the status that it has, or should have had."""
-    fault = relayed.first_fault or fault_of_status(relayed.head.status, relayed.content, asked.provider)
     status, body = fault_answer(fault, asked)
     return Response(status, reason_of(status), [*fields, ("content-type", "application/json")], body)
 
