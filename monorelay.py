@@ -164,8 +164,8 @@ HEAD_SECONDS = 20.0  # Apache's RequestReadTimeout header=20
 BODY_PAUSE_SECONDS = 60.0  # nginx's client_body_timeout
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout
 STALLED_CLIENT_SECONDS = 60.0  # nginx's send_timeout
-# For how long in all a client may let a provider's answer wait before the provider may break it off for that; ASP.NET
-# gives up after 5 s, HAProxy and nginx after some 60.
+# When a client has let an answer wait for longer in all, and then the provider breaks off, the provider may have done so
+# for that: ASP.NET gives up after 5 s, HAProxy and nginx after some 60.
 HELD_UP_SECONDS = 2.0
 LINGER_SECONDS = 5.0  # nginx's lingering_timeout
 LINGER_LONGEST_SECONDS = 30.0  # nginx's lingering_time
@@ -4932,7 +4932,7 @@ CHOICES = {"auto": "auto", "required": "any", "none": "none"}  # of tools, by ch
 
 
 class ToolChange(NamedTuple):
-    """A tool that is offered, or no longer, from a turn of the system on."""
+    """A tool that is offered, or no longer offered, from a place in the conversation on."""
 
     name: str  # as it is sent
     tool: JsonDict  # as chat has it, where it is defined there; else empty
@@ -5103,7 +5103,7 @@ class ChatTurns:
         self._calls: list[str] = []  # those of the last turn that aren't answered yet
         self._lead: list[str] = []  # what the system says at the beginning
         self._reminders: list[str] = []  # what it says later, and waits for the next place where it may stand
-        self.changes: list[ToolChange] = []  # of tools, of which it tells
+        self.changes: list[ToolChange] = []  # of tools, in their order
 
     def of(self, request: JsonDict) -> list[JsonDict]:
         """The messages for a request. Raises BadRequest."""
