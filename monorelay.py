@@ -164,8 +164,8 @@ HEAD_SECONDS = 20.0  # Apache's RequestReadTimeout header=20
 BODY_PAUSE_SECONDS = 60.0  # nginx's client_body_timeout
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout
 STALLED_CLIENT_SECONDS = 60.0  # nginx's send_timeout
-# When a client has let an answer wait for longer in all, and then the provider breaks off, the provider may have done so
-# for that: ASP.NET gives up after 5 s, HAProxy and nginx after some 60.
+# When a client has let an answer wait for longer in all, a provider that breaks off may have done so for that: ASP.NET
+# gives up after 5 s, HAProxy and nginx after some 60.
 HELD_UP_SECONDS = 2.0
 LINGER_SECONDS = 5.0  # nginx's lingering_timeout
 LINGER_LONGEST_SECONDS = 30.0  # nginx's lingering_time
