@@ -121,7 +121,8 @@ LINES_AT_ONCE = 5000  # of them are decoded at a time, which takes 2 ms where th
 USAGE_BYTES = 16 * 1024  # of a response's usage object; some have 1,500
 USAGE_NAME_BYTES = 40  # of the name before it, or of a service tier that stands beside it
 USAGES_AT_ONCE = 8  # the last ones of what has come at once: some servers send one with each word
-TRANSLATED_AT_ONCE_BYTES = 16 * 1024  # which takes some milliseconds; a longer body is translated in a thread
+TRANSLATED_AT_ONCE_BYTES = 16 * 1024  # which takes some milliseconds; a longer body is translated in a thread,
+TRANSLATED_SOON_BYTES = 256 * 1024  # and one that is longer than this, which may take seconds, in another
 PING_SECONDS = 15.0  # without an event in a translated stream; Claude Code tells its user of 20
 ENDING_SECONDS = 2.0  # after the finish_reason of a translated stream, for the usage or [DONE] that may follow
 RECEIVE_BYTES = 64 * 1024  # of one recv: a TLS record is 16 KiB, four of them make system calls rare
@@ -8398,7 +8399,8 @@ class EventLoop:
         self._unhurried = (self.patient, *self.slow, self.greedy)
         self.crowded = False  # whether there is more than one to serve in this turn
         self.outbox: collections.deque[Channel] = collections.deque()  # those with something to send at its end
-        self.worker = Worker()
+        self.worker = Worker()  # for calls that are too long for the loop,
+        self.long_worker = Worker()  # and for those that are too long for others of that worker to wait for
         self._stopped = False
         self._posted: collections.deque[Action] = collections.deque()
         self._wakeup_reader, self._wakeup_writer = socket.socketpair()
@@ -12133,7 +12135,8 @@ async def at_leisure(exchange: Exchange, size: int, work: Callable[[], Result]) 
     """What work() returns for a body of this size: called in a thread if that may take long, in the caller's turn."""
     if size <= TRANSLATED_AT_ONCE_BYTES:
         return work()
-    return await in_thread(exchange.loop, work, exchange.loop.worker, exchange.record.caller)
+    worker = exchange.loop.worker if size <= TRANSLATED_SOON_BYTES else exchange.loop.long_worker
+    return await in_thread(exchange.loop, work, worker, exchange.record.caller)
 
 
 async def estimated_count(exchange: Exchange, body: ReadBody, target: Target) -> Response:

@@ -11577,6 +11577,19 @@ def test_large_requests_and_answers_are_translated_aside(upstream, relay):
     assert "is over" in refused(limited.post("/v1/messages", prompt()), 502, "api_error")
 
 
+def test_a_short_translation_waits_for_no_long_one(upstream, relay):
+    provider, gate = upstream(json_reply(CHAT_HI)), threading.Event()
+    it = relay({"openai": provider})
+    it.server.service.loop.long_worker.call(functools.partial(gate.wait, 4 * TIMEOUT_SECONDS))
+    with it.client() as long:
+        text = {"role": "user", "content": "x" * 300_000}
+        long.send(request("POST", "/v1/messages", json.dumps(prompt(messages=[text])).encode()))
+        short = prompt(messages=[{"role": "user", "content": "x" * 200_000}])
+        assert it.post("/v1/messages", short).status == 200 and len(provider.requests) == 1
+        gate.set()
+        assert long.answer().status == 200 and len(provider.requests) == 2
+
+
 def test_an_alias_goes_by_its_name_in_the_answer_and_by_its_targets_upstream(upstream, relay):
     provider = upstream(json_reply(CHAT_HI))
     it = relay({"openai": provider}, aliases={"claude-mine": "gpt-test@openai"})
