@@ -11113,6 +11113,11 @@ COUNTING_PATHS = ("/messages/count_tokens", "/responses/input_tokens")
 CREATING_PATHS = ("/v1/batches", "/v1/files", "/v1/messages/batches")  # what is sent here is never sent twice
 # By these some servers take a request for one of another method.
 METHOD_OVERRIDES = frozenset({"x-http-method-override", "x-http-method", "x-method-override", "x-http-override"})
+# By these some gateways (Portkey, Helicone) are told which model is to answer, or who.
+MODEL_OVERRIDES = frozenset({
+    "x-portkey-config", "x-portkey-provider", "x-portkey-virtual-key", "x-portkey-custom-host", "helicone-fallbacks",
+    "helicone-target-url",
+})  # fmt: skip
 # Bodies that are read for a model on paths of which the relay knows nothing: JSON, and what curl and
 # careless clients call JSON. All others stream through.
 READ_TYPES = frozenset({"application/json", "text/plain", "text/json", "application/x-www-form-urlencoded", ""})
@@ -11251,14 +11256,15 @@ class Exchange:
             raise hidden_model(self.caller)
 
     def is_restricted(self) -> bool:
-        """Whether the caller may use some models only. Raises Forbidden for such a one who names another method than
-        the request has: a server behind may heed that."""
+        """Whether the caller may use some models only. Raises Forbidden for such a one who names another method or
+        model in a header than the request has: a server behind may heed that."""
         user = self.caller.user
         if user is None or user.models is None:
             return False
-        names = (name.replace("_", "-").replace(".", "-") for name in self.request.fields.names)
-        if not METHOD_OVERRIDES.isdisjoint(names):
-            raise Forbidden(f"{self.caller.name} may use some models only, and no header that names another method")
+        names = {name.replace("_", "-").replace(".", "-") for name in self.request.fields.names}
+        what = "method" if names & METHOD_OVERRIDES else "model" if names & MODEL_OVERRIDES else ""
+        if what:
+            raise Forbidden(f"{self.caller.name} may use some models only, and no header that names another {what}")
         return True
 
     def _is_ambiguous(self, facts: BodyFacts) -> bool:

@@ -13119,6 +13119,19 @@ def test_no_header_makes_another_method_of_a_get(upstream, relay, name):
     assert it.ask("GET", "/v1/files/file-1", None, f"{name}: POST", token=bearer(sub="bob")).status == 200
 
 
+@pytest.mark.parametrize("name", ["x-portkey-config", "X-Portkey-Provider", "x_portkey_virtual_key",
+                                  "x-portkey-custom-host", "Helicone-Fallbacks", "helicone-target-url"])  # fmt: skip
+def test_no_header_tells_a_gateway_of_another_model(upstream, relay, name):
+    it, provider, token = limited(upstream, relay)
+    value = f'{name}: {{"override_params":{{"model":"claude-opus"}}}}'
+    for path in ("/v1/chat/completions", "/v1/messages"):
+        got = it.post(path, prompt("claude-a"), value, token=token)
+        refused(got, 403, "permission_error", openai_shape="type" not in got.json)
+    assert not provider.requests
+    assert it.post(path, prompt("claude-a"), value, token=bearer(sub="bob")).status == 200
+    assert it.post(path, prompt("claude-a"), "Helicone-Session-Id: 1", token=token).status == 200
+
+
 def test_a_batch_with_a_model_beside_it_is_never_sent_twice(upstream, relay):
     provider = upstream(answer(500))
     it = relay({"openai": two_keys(provider)})
