@@ -6378,6 +6378,8 @@ class MessageReader:
             raise UnfitAnswer("the provider's answer calls too many tools, or one by a name that is too long")
         if not name:
             raise UnfitAnswer("the provider's answer calls a tool without a name")
+        if sum(len(call.given) for call in self._begun_calls.values()) > TRANSLATED_HELD_BYTES:
+            raise UnfitAnswer(f"more than {TRANSLATED_HELD_BYTES} bytes of the provider's answer wait for their turn")
         unended = self._given(self._begun_calls.get(index))
         self._open = self._begun_calls[index] = BegunCall(self._calls, given_arguments(block.get("input")))
         self._calls += 1
@@ -6413,7 +6415,7 @@ class MessageReader:
         return [self._arguments(call, call.given)] if call and not call.has_arguments else []
 
     def _arguments(self, call: BegunCall, part: str) -> JsonDict:
-        call.has_arguments = True
+        call.has_arguments, call.given = True, ""
         return self._chunk({"tool_calls": [{"index": call.number, "function": {"arguments": part}}]})
 
     def _thinking_chunk(self, said: str = "", **block: Any) -> JsonDict:

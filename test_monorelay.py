@@ -6088,6 +6088,8 @@ ANSWERS_WITHOUT_END: dict[str, tuple[str, Callable[[int], bytes]]] = {
         "content_block_delta", delta={"type": "thinking_delta", "thinking": ANSWER_PART})),
     "calls of a message": ("openai", lambda number: sse(
         "content_block_start", content_block={**tool_use(f"{number}" * 2000), "input": {"a": ANSWER_PART}})),
+    "calls of a message that don't end": ("openai", lambda number: sse(
+        "content_block_start", index=number, content_block={**tool_use(f"t{number}"), "input": {"a": ANSWER_PART}})),
     "beginnings of a message": ("openai", lambda number: sse(
         "message_start", message={**MESSAGE, "id": f"{ANSWER_PART}{number}"})),
     "usages of a message": ("openai", lambda number: sse("message_delta", usage={f"{ANSWER_PART}{number}": 1})),
