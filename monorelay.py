@@ -12807,6 +12807,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self._spare = io.FileIO(os.devnull)
         self._spare_lock = threading.Lock()  # guards the spare descriptor
         self._accepting = True
+        self._acceptors: list[threading.Thread] = []  # for the other addresses than the first
         self._refusal_logged = self._tls_logged = -math.inf
         self._started = False
 
@@ -12869,7 +12870,9 @@ class RelayServer(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.service.loop.run, name="event loop", daemon=True).start()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="accept", daemon=True).start()
         for listener in self._listeners[1:]:
-            threading.Thread(target=self._accept_from, args=(listener,), name="accept more", daemon=True).start()
+            thread = threading.Thread(target=self._accept_from, args=(listener,), name="accept more", daemon=True)
+            self._acceptors.append(thread)
+            thread.start()
         self._started = True
 
     def reload(self, config: Config, warns: bool = True) -> None:
@@ -12896,6 +12899,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
         if self._started:
             self._accepting = False
             self.shutdown()
+            for thread in self._acceptors:
+                thread.join()
             self._accept_rest()
         for listener in self._listeners:
             listener.close()

@@ -19054,6 +19054,26 @@ def test_localhost_is_both_loopback_addresses(program, workers):
     assert it.ended() == 0 and not accepts(other)
 
 
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+def test_who_is_accepted_at_the_second_address_right_before_the_end_is_served(monkeypatch):
+    accepted, accept = threading.Event(), monorelay.RelayServer._accept
+
+    def accept_late(server: Any, listener: socket.socket) -> Any:
+        found = accept(server, listener)
+        if threading.current_thread().name == "accept more":
+            accepted.set()
+            time.sleep(0.3)
+        return found
+
+    monkeypatch.setattr(monorelay.RelayServer, "_accept", accept_late)
+    it = Relay({"echo": {}}, server={"host": "localhost"})
+    with Client(it.url.replace("127.0.0.1", "[::1]").replace("localhost", "[::1]")) as client:
+        client.send(request("GET", "/health"))
+        assert accepted.wait(TIMEOUT_SECONDS)
+        it.server.stop(1.0)
+        assert client.answer().status in (200, 503)
+
+
 def test_localhost_is_one_address_where_there_is_no_ipv6(monkeypatch):
     made = socket.socket
 
@@ -19354,6 +19374,7 @@ def test_who_was_taken_away_does_not_come_back_with_a_new_worker(program, tmp_pa
 
 
 def test_a_worker_that_can_not_act_is_killed_some_time_after_its_last_request_was_due(monkeypatch):
+    monkeypatch.setattr(monorelay, "LEDGER_LAST_SECONDS", 5.0)
     config = parse({"echo": {}}, server={"drain_seconds": 30})
     supervisor = monorelay.Supervisor(monorelay.ConfigFile(config, "", {}, ()), [])
     pid, now = os.fork(), [0.0]
