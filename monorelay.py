@@ -10140,8 +10140,10 @@ class Relay:
         last: Optional[UpstreamResponse] = None
         refusal: Optional[BadRequest] = None  # what the first target said that the request can't be translated to
         problem, code, last_try = "", "upstream_unreachable", False
+        waiting = list(request.candidates)
         try:
-            for candidate in request.candidates:
+            while waiting:
+                candidate = waiting.pop(0)
                 try:
                     wanted = (request.translate and await request.translate(candidate.target)) or request
                 except BadRequest as error:
@@ -10156,9 +10158,7 @@ class Relay:
                         break
                 else:
                     problem, code = attempt.problem, attempt.code
-                    record_failure(request.record, candidate, code.partition("_")[2])
-                    self.keys.note(candidate, code.partition("_")[2], time.time())
-                    self._cool_down(request, attempt)
+                    self._note_break(request, attempt, waiting)
                     if attempt.reached and (last_try or request.only_once):
                         break
                     last_try = last_try or attempt.may_be_at_work
@@ -10213,10 +10213,14 @@ class Relay:
             raise UpstreamSilent(str(error)) from None
         return attempt
 
-    def _cool_down(self, request: UpstreamRequest, attempt: Attempt) -> None:
-        """Cools down a provider that could not be reached, or the key with the model where the connection broke; not
-        one that gave up on a slow upload. Echo never cools."""
-        candidate = attempt.candidate
+    def _note_break(self, request: UpstreamRequest, attempt: Attempt, waiting: list[Candidate]) -> None:
+        """Cools down a provider that could not be reached, whose other keys wait behind those of others then, or the
+        key with the model where the connection broke; not one that gave up on a slow upload. Echo never cools."""
+        candidate, met = attempt.candidate, attempt.code.partition("_")[2]
+        record_failure(request.record, candidate, met)
+        self.keys.note(candidate, met, time.time())
+        if not attempt.reached:
+            waiting.sort(key=lambda other: other.target.provider is candidate.target.provider)
         if candidate.target.provider.format == "echo" or not request.cools_down:
             return
         if not attempt.reached:

@@ -10359,6 +10359,17 @@ def test_failover_tries_the_next_key_then_the_next_target(upstream, relay, statu
     assert len(second.requests) == 1
 
 
+def test_the_other_keys_of_a_provider_that_is_not_there_come_last(upstream, relay):
+    nowhere = {"base_url": f"http://127.0.0.1:{unused_port()}", "keys": KEYS, "key_strategy": "fill-first"}
+    it = relay({"anthropic": nowhere, "anthropic2": two_keys(upstream(answer(529)))})
+    got = it.post("/v1/messages", prompt())
+    assert (got.status, got.get("x-monorelay-attempts")) == (529, "4")
+    it.logged(
+        "path=/v1/messages",
+        "anthropic/label-a:unreachable anthropic2/label-a:529 anthropic2/label-b:529 anthropic/label-b:unreachable",
+    )
+
+
 @pytest.mark.parametrize("status", [301, 307])
 def test_a_redirect_ends_no_cooling(upstream, relay, status):
     moved = answer(status, b"{}", "location: http://elsewhere.example/")
