@@ -20430,6 +20430,17 @@ def in_gzip(*pieces: bytes, path: str = "/v1/messages", **options: int) -> tuple
     return (path, *squeezed(*pieces, **options))
 
 
+def changes_tools(how: str) -> tuple[str, bytes, int]:
+    """A request that is translated, in which a turn of the system offers or withdraws many tools."""
+    named = [{"name": f"t{number}", "description": "d" * 1_000} for number in range(5_000)]
+    tools = [{**DIG_DEFINED, "definition": {**DIG_DEFINED["definition"], **it}} for it in named]
+    if how == "removal":
+        tools = [{**LOOK_NAMED, **it} for it in named]
+    changes = [tool_change(how, it) for it in tools]
+    turn = {"role": "system", "content": changes}
+    return as_json("/v1/messages", prompt("gpt-x", tools=[TOOL], messages=[HELLO, assistant(said("x")), HELLO, turn]))
+
+
 CALLING = (
     b'{"model":"gpt-x","max_tokens":1,"messages":[{"role":"user","content":"x"},'
     b'{"role":"assistant","content":[{"type":"tool_use","id":"t","name":"n","input":{"a":'
@@ -20482,6 +20493,8 @@ LARGE_REQUESTS: dict[str, tuple[Callable[[], tuple[str, bytes, int]], tuple[int,
         lambda: in_gzip(CALLING + b"[", b'"' + b"x" * 1000 + b'",', b'""]' + CALLED, size=16 << 20), (502,)),
     "a schema of 50,000 strings": (
         lambda: in_gzip(SHOWING, b'"' + b"x" * 300 + b'",', SHOWN, size=16 << 20), (502,)),
+    "5,000 tools that the system offers later": (lambda: changes_tools("addition"), (502,)),
+    "5,000 tools that the system withdraws later": (lambda: changes_tools("removal"), (502,)),
     "one image of 31 MB": (lambda: in_gzip(b'{"x":"', b"iVBORw0KGgo", b'","model":"fast"}'), (200,)),
 }  # fmt: skip
 
