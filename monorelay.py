@@ -9882,8 +9882,8 @@ class UpstreamResponse:
             self.channel.close()
 
 
-# Headers by which a client names an account at OpenAI; a 401 may be about these.
-ACCOUNT_HEADERS = ("openai-organization", "openai-project")
+# Headers by which a client names an account at OpenAI or Google; a 401 or 403 may be about these.
+ACCOUNT_HEADERS = ("openai-organization", "openai-project", "x-goog-user-project")
 
 
 class UpstreamRequest(NamedTuple):
@@ -9913,7 +9913,7 @@ class UpstreamRequest(NamedTuple):
 
     @property
     def names_account(self) -> bool:
-        """Whether a provider's 401 may be about a header of the client, or a key in its query."""
+        """Whether a provider's 401 or 403 may be about a header of the client, or a key in its query."""
         return "key=" in unquote(self.target).lower() or any(name in self.head.fields for name in ACCOUNT_HEADERS)
 
 
@@ -10249,7 +10249,8 @@ class Relay:
             # What the client itself has caused says nothing about a key: what it asked for, also where the key may be
             # used for other paths only, an account that it named, an upload that it didn't finish.
             own_fault = (
-                (request.names_account if status == 401 else status >= 500 and not request.body.finished)
+                (status in (401, 403) and request.names_account)
+                or (status >= 500 and not request.body.finished)
                 or is_about_request(status, response.beginning)
                 or (status in (401, 403) and LACKS_SCOPE.search(response.beginning))
                 or is_about_fast_mode(status, response.head.fields)

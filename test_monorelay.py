@@ -10795,13 +10795,14 @@ def test_an_upload_that_is_answered_before_its_client_finishes_it_cools_nothing(
     assert "comes last" not in it.log.getvalue()
 
 
-@pytest.mark.parametrize("name", ["OpenAI-Organization", "openai-project"])
-def test_a_401_about_the_clients_own_organization_cools_nothing(upstream, relay, name):
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("name", ["OpenAI-Organization", "openai-project", "x-goog-user-project"])
+def test_what_is_said_about_the_clients_own_organization_cools_nothing(upstream, relay, name, status):
     def script(connection: Connection) -> None:
         while True:
             asked = connection.read_request()
             wrong = b'{"error":{"code":"mismatched_organization"}}'
-            connection.send(answer(401, wrong) if asked.get(name.lower()) == "bogus" else answer())
+            connection.send(answer(status, wrong) if asked.get(name.lower()) == "bogus" else answer())
 
     provider = upstream(script)
     it = relay({"openai": two_keys(provider), "openai2": upstream(answer(503))})
@@ -10813,10 +10814,14 @@ def test_a_401_about_the_clients_own_organization_cools_nothing(upstream, relay,
     assert {message.get("authorization") for message in provider.requests[tried:]} == {"Bearer sk-a"}
 
 
+@pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("query", ["?api-key=bogus", "?subscription-Key=bogus", "?%6Bey=bogus"])
-def test_a_401_about_a_key_in_the_clients_query_cools_nothing(upstream, relay, query):
-    it = relay({"openai": two_keys(upstream(answer(401)))})
-    refused(it.post(f"/v1/chat/completions{query}", chat()), 502, "api_error", openai_shape=True)
+def test_what_is_said_about_a_key_in_the_clients_query_cools_nothing(upstream, relay, query, status):
+    it = relay({"openai": two_keys(upstream(answer(status)))})
+    got = it.post(f"/v1/chat/completions{query}", chat())
+    if status == 401:
+        refused(got, 502, "api_error", openai_shape=True)
+    assert got.status == (502 if status == 401 else 403)
     assert "comes last" not in it.log.getvalue()
 
 
