@@ -173,6 +173,7 @@ LINGER_LONGEST_SECONDS = 30.0  # nginx's lingering_time
 UPSTREAM_IDLE_SECONDS = 50.0  # of a kept upstream connection; common balancers drop theirs after 60 s
 STALE_SECONDS = 1.0  # within which a kept connection shows that it was closed: a round trip, and a lost packet
 CONNECTED_ADDRESSES = 16  # of a host that has more, these are tried
+LOOKUP_DESCRIPTORS = 8  # if there are fewer, a name that isn't found may be there all the same
 UPSTREAM_IDLE_CONNECTIONS = 512  # to a provider, that wait for their next use; nginx needs as many for the same load
 OVER_LIMIT_CONNECTIONS = 256  # accepted beyond max_connections, only to answer 503 in the client's format
 OVER_LIMIT_SECONDS = 2.0  # and not for long
@@ -9506,7 +9507,15 @@ def looked_up(host: str, port: int) -> list[Any]:
     try:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:CONNECTED_ADDRESSES]
     except socket.gaierror:
-        socket.socket().close()  # tells by its error when it was a descriptor that was missing
+        # A name looks unknown to one who can't open the files to look it up in. That there are few descriptors for them
+        # is told by the error that these raise; one alone may have come free by now.
+        taken: list[socket.socket] = []
+        try:
+            for _ in range(LOOKUP_DESCRIPTORS):
+                taken.append(socket.socket())
+        finally:
+            for sock in taken:
+                sock.close()
         raise
 
 

@@ -19893,6 +19893,27 @@ def test_kept_connections_to_providers_make_room_when_descriptors_run_out(progra
     eventually(lambda: accepts(it.url))
 
 
+@pytest.mark.parametrize("free", [1, 3, 100])
+def test_with_few_descriptors_left_an_unknown_name_is_no_fault_of_its_provider(monkeypatch, free):
+    def unknown(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+        files = []
+        with contextlib.suppress(OSError):
+            while True:
+                files.append(stack.enter_context(open(os.devnull)))
+        for file in files[-free:]:
+            file.close()
+        with pytest.raises(OSError) as raised:
+            monorelay.looked_up("provider.test", 443)
+        assert monorelay.lacks_descriptor(raised.value) == (free < 100), raised.value
+
+
 def test_without_a_descriptor_left_answers_are_what_they_are(program):
     config = settings(
         {"echo": {}}, server={"jwt_secret": JWT_SECRET}, users=USERS, routes={"echo": "echo", "claude-x": "echo"}
