@@ -10372,7 +10372,7 @@ class Catalogue:
     def __init__(self, relay: Relay, loop: EventLoop) -> None:
         self._relay = relay
         self._loop = loop
-        self._lists: dict[Provider, tuple[float, list[JsonDict]]] = {}  # fetched when, and what
+        self._lists: dict[Provider, tuple[float, list[JsonDict]]] = {}  # fresh until when, and what
         self._fetches: dict[Provider, Task] = {}  # those that run, each for all who wait for it
         self._warned: set[str] = set()  # the providers whose lists can't be read
 
@@ -10391,8 +10391,8 @@ class Catalogue:
     async def _listed(self, providers: Sequence[Provider]) -> list[list[JsonDict]]:
         """What each provider lists: remembered, or asked for now, all at once and not for long."""
         now = self._loop.now
-        fetched = {provider: self._lists[provider][0] for provider in providers if provider in self._lists}
-        stale = [one for one in providers if fetched.get(one, -math.inf) < now - CATALOGUE_FRESH_SECONDS]
+        nothing: tuple[float, list[JsonDict]] = (-math.inf, [])
+        stale = [provider for provider in providers if self._lists.get(provider, nothing)[0] < now]
         self._fetches = {provider: fetch for provider, fetch in self._fetches.items() if not fetch.done}
         fetches = [self._fetches.get(provider) or self._loop.start(self._fetch(provider)) for provider in stale]
         self._fetches.update(zip(stale, fetches))
@@ -10403,8 +10403,8 @@ class Catalogue:
             pass
         for provider in stale:
             # One that is still silent isn't waited for again at once; a late list is taken all the same.
-            asked, entries = self._lists.get(provider, (-math.inf, []))
-            self._lists[provider] = (max(asked, now - CATALOGUE_FRESH_SECONDS + CATALOGUE_RETRY_SECONDS), entries)
+            fresh_until, entries = self._lists.get(provider, nothing)
+            self._lists[provider] = max(fresh_until, now + CATALOGUE_RETRY_SECONDS), entries
         return [self._lists[provider][1] for provider in providers if provider in self._lists]
 
     async def _fetch(self, provider: Provider) -> None:
@@ -10416,7 +10416,7 @@ class Catalogue:
         record = AccessRecord(time.time(), self._loop.now)
         request = UpstreamRequest(head, target, False, ReadBody(), [candidate], record, cools_down=False)
         entries: list[JsonDict] = []
-        asked = self._loop.now
+        asked_at, fresh_seconds = self._loop.now, CATALOGUE_FRESH_SECONDS
         try:
             response = await self._relay.obtain(request)
             try:
@@ -10428,13 +10428,12 @@ class Catalogue:
                     entries.append(entry)
                 await checkpoint(self._loop)
         except (RelayError, UpstreamFailure, FramingError, ValueError, RecursionError):
-            entries = []
-            asked += CATALOGUE_RETRY_SECONDS - CATALOGUE_FRESH_SECONDS
+            entries, fresh_seconds = [], CATALOGUE_RETRY_SECONDS
             if provider.name not in self._warned:
                 self._warned.add(provider.name)
                 self._loop.warn(f"the provider {provider.name} gives no list of models that can be read")
         self._lists = {other: listed for other, listed in self._lists.items() if other.name != provider.name}
-        self._lists[provider] = (asked, entries)
+        self._lists[provider] = asked_at + fresh_seconds, entries
 
 
 async def read_rest(loop: EventLoop, response: UpstreamResponse) -> bytes:
