@@ -12030,11 +12030,10 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
         raise hidden_model(exchange.caller)
     if names_model:
         exchange.count(may_cost=not path.endswith("/cancel"))
-    searches = method in ("GET", "HEAD", "DELETE") and any(path.startswith(place) for place in SEARCHED_PATHS)
+    searches = method in ("GET", "HEAD", "DELETE") and path.startswith(SEARCHED_PATHS)
+    everywhere = [provider]
     if searches and provider.format != "echo":
         everywhere = [other for other in exchange.config.providers.values() if other.format == provider.format]
-    else:
-        everywhere = [provider]
     targets = for_one_credential([Target(other, "") for other in everywhere if other.usable])
     candidates = [Candidate(target, key) for target in targets for key in target.provider.keys or (None,)]
     return await relay(exchange, body, candidates if searches else candidates[:1], searches)
