@@ -13315,13 +13315,12 @@ class Board:
     and by a checksum whether it was whole when it was read."""
 
     _HEAD = struct.Struct("<QII")  # how often it was written, length and CRC-32 of the document
+    _ROOM = (BOARD_PLACE_BYTES - _HEAD.size) // 2  # for each of the two documents
 
     def __init__(self, places: int) -> None:
         self.places = places
         self._memory = mmap.mmap(-1, places * BOARD_PLACE_BYTES)
         self.requests = memoryview(mmap.mmap(-1, places // 2 * SharedThrottle.BYTES)).cast("Q")  # of users with a limit
-
-    _ROOM = (BOARD_PLACE_BYTES - _HEAD.size) // 2  # for each of the two documents
 
     def _begin(self, place: int, number: int) -> int:
         """The offset of the document with this number, which decides between the two rooms of the place."""
@@ -13347,7 +13346,7 @@ class Board:
         """Shows what was counted; of the requests that run or have ended, as many as there is room for."""
         tally, running = figures["tally"], figures["running"]
         for rows in (ENDED_ROWS, 100, 10, 0):
-            fewer = {**tally, "ended": tally["ended"][len(tally["ended"]) - min(rows, len(tally["ended"])) :]}
+            fewer = {**tally, "ended": tally["ended"][-rows:] if rows else []}
             if self.write(place, {**figures, "tally": fewer, "running": running[:rows]}):
                 return
 
