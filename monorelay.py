@@ -9204,9 +9204,10 @@ class HeldBodies:
         self.released = 0  # since this was last set to 0
         self._by_user: dict[str, int] = {}
 
-    def claim(self, count: int, user: str = "", own: int = 0) -> None:
+    def claim(self, count: int, user: str, own: int) -> None:
         """Takes room for so many bytes more of a request that holds `own`. Several requests of a user get three
-        quarters of what nobody else has taken, so that there is room for others. Raises Unavailable."""
+        quarters of what nobody else has taken, so that there is room for others; the owner, no user, gets all of it.
+        Raises Unavailable."""
         left = self.limit - self.bytes - count
         if left < 0:
             raise bodies_full("this relay holds as many bytes of request bodies as it may")
@@ -9217,7 +9218,7 @@ class HeldBodies:
             self._by_user[user] = before + count
         self.bytes += count
 
-    def release(self, count: int, user: str = "") -> None:
+    def release(self, count: int, user: str) -> None:
         """Gives the room back."""
         self.bytes -= count
         self.released += count
@@ -10890,8 +10891,7 @@ class Service:
         self.tally.users, self.tally.models = config.users, named_models(config)
         self.ledger.use(config)
         targets = functools.lru_cache(maxsize=1024)(functools.partial(targets_for, config))
-        routing = config, targets
-        self.routing: tuple[Config, Callable[[str, str, bool], list[Target]]] = routing
+        self.routing: tuple[Config, Callable[[str, str, bool], list[Target]]] = (config, targets)
 
     @property
     def config(self) -> Config:
