@@ -13226,14 +13226,14 @@ def environment(source: str, path: str) -> tuple[str, list[tuple[int, ...]], dic
     """The `env_file` of a relay.json, if it has one; its state before it was read; and what the variables stand for:
     the environment of the start, the lines of the env_file, and the content of each file that is named. Raises
     ConfigError for an env_file that can't be read, and OSError when there is no descriptor to read one with."""
-    folder, problems = os.path.dirname(os.path.abspath(path)), Problems(os.path.basename(path))
+    problems = Problems(os.path.basename(path))
     try:
         document = json.loads(source)
         variables = {match[1] for text in texts_in(document) for match in re.finditer(VARIABLE, text)}
     except (ValueError, RecursionError):
         document, variables = None, set()  # parse_config() will say why
-    paths = {name: os.path.join(folder, name[len("file:") :]) for name in variables if name.startswith("file:")}
-    found = {name: read_secret(path) for name, path in paths.items()}
+    files = [name for name in variables if name.startswith("file:")]
+    found = {name: read_secret(beside(path, name[len("file:") :])) for name in files}
     environ = {**os.environ, **{name: content for name, content in found.items() if content is not None}}
     name = document.get("env_file") if isinstance(document, dict) else None
     name = expand_text(name, "env_file", environ, problems) if isinstance(name, str) else ""
@@ -13242,16 +13242,17 @@ def environment(source: str, path: str) -> tuple[str, list[tuple[int, ...]], dic
     seen: list[tuple[int, ...]] = []
     lines: dict[str, str] = {}
     if name:
-        seen = [file_state(os.path.join(folder, name))]
+        env_path = beside(path, name)
+        seen = [file_state(env_path)]
         try:
-            with open(os.path.join(folder, name), encoding="utf-8-sig", opener=open_regular) as file:
+            with open(env_path, encoding="utf-8-sig", opener=open_regular) as file:
                 lines = dict(filter(None, map(env_line, file)))
         except (OSError, ValueError) as error:
             if lacks_descriptor(error):
                 raise
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
             told = f"{os.path.basename(path)}: env_file: {name} can't be read: {reason}"
-            raise ConfigError([told], os.path.join(folder, name)) from None
+            raise ConfigError([told], env_path) from None
     return str(name), seen, {**lines, **environ}
 
 
@@ -15223,7 +15224,7 @@ def token_expression(config: Config, path: str) -> str:
                 return f"$(python3 -c {shlex.quote(code)} {shlex.quote(path)})"
             elsewhere = re.fullmatch(VARIABLE, key_text)
             if elsewhere:
-                return from_file(elsewhere[1], os.path.dirname(path), config.env_file)
+                return from_file(elsewhere[1], path, config.env_file)
     if config.server.access_keys or not config.server.jwt_secret:
         return ""
     anybody = "me" if config.any_subject else ""
@@ -15232,11 +15233,11 @@ def token_expression(config: Config, path: str) -> str:
     return f"$({' '.join(map(shlex.quote, command))})" if user else ""
 
 
-def from_file(name: str, folder: str, env_file: str) -> str:
+def from_file(name: str, path: str, env_file: str) -> str:
     """What a shell replaces by a variable of the env_file, or by what the file holds that it names."""
     if name.startswith("file:"):
-        return f"$(cat {shlex.quote(os.path.join(folder, name[len('file:') :]))})"
-    return f'$(. {shlex.quote(os.path.join(folder, env_file))}; echo "${name}")' if env_file else ""
+        return f"$(cat {shlex.quote(beside(path, name[len('file:') :]))})"
+    return f'$(. {shlex.quote(beside(path, env_file))}; echo "${name}")' if env_file else ""
 
 
 def curl_line(config: Config, url: str, token: str) -> str:
