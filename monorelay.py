@@ -10852,7 +10852,7 @@ class Outgoing:
 #
 # What all requests of a process share: the configuration in force, the loop, the relay, the ledger, and what is
 # counted. Of several workers, each shows the others on a board (see Processes) what they need; Workers reads and writes
-# it.
+# it. What was used before is found by History, in the ledger or in memory.
 
 
 class Service:
@@ -11074,6 +11074,95 @@ class Workers:
         return dict(sums)
 
 
+def running_row(exchange: "Exchange") -> list[Any]:
+    """A request that runs, as the page gets it; without a user as long as nothing is known of it. `since` is in seconds
+    since 1970."""
+    record = exchange.record
+    ttfb = None if record.first_byte is None else round(record.first_byte - record.started, 3)
+    state = "streaming" if record.first_byte is not None else "retrying" if record.attempts > 1 else "waiting"
+    state = state if exchange.uses_model else "reading"
+    user = record.caller if exchange.uses_model or exchange.is_read_for_model else ""
+    return [
+        record.request_id, user, record.model, record.sent_model, record.provider, record.key, state, record.when, ttfb,
+        record.bytes_sent, record.attempts,
+    ]  # fmt: skip
+
+
+class History:
+    """What was used, and by whom: by the ledger where there is one, else as far as it is in memory, since the start."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._reader = Worker()
+
+    async def usage(self, user: Optional[str], first: str, last: str, by: Sequence[str], daily: bool) -> bytes:
+        """The answer of /api/usage: sums from one day to another, which is included. `user`: of no one else."""
+        prices, path = self._service.config.prices, self._service.ledger.file
+        about = {"from": first, "to": last, "by": list(by), "priced": prices and (prices.as_of or True)}
+        if not path:
+            return usage_body(about, self._usage_in_memory(user, by), self._usage_in_memory(user, ()))
+        hours = int((window_end(first) - 86400) // 3600), int(window_end(last) // 3600)
+
+        def read() -> bytes:
+            total = summed_usage(path, *hours, (), False, user)
+            return usage_body(about, summed_usage(path, *hours, by, daily, user), total)
+
+        return await self._read(user, read)
+
+    def _usage_in_memory(self, user: Optional[str], by: Sequence[str]) -> list[tuple[JsonDict, Sums]]:
+        series = self._service.workers.tally().by(*(GROUPS.index(name) for name in by), user=user)
+        groups = [(dict(zip(by, names)), sums_of(sums)) for names, sums in series.items()]
+        return sorted(groups, key=lambda group: [figure or 0 for figure in (group[1][COST], group[1][0])], reverse=True)
+
+    async def requests(self, query: dict[str, str], user: Optional[str]) -> JsonDict:
+        """The answer of /api/requests. `user`: who asks, unless it is one who sees all."""
+        path, limit = self._service.ledger.file, max(1, min(int(query.get("limit") or 200), ROWS_AT_ONCE))
+        before = int(query.get("before") or 0) or 2**62
+        names = {name: query[name] for name in ("user", "model", "key") if query.get(name)}
+        errors = query.get("errors") == "1"
+        if path:
+            rows, following = await self._read(user, lambda: request_page(path, before, limit, errors=errors, **names))
+        else:
+            rows = self._requests_in_memory(before, limit, names, errors)
+            following = rows[-1]["id"] if rows and len(rows) == limit else None
+        return {"rows": rows, "next": following}
+
+    def _requests_in_memory(self, before: int, limit: int, names: Mapping[str, str], errors: bool) -> list[JsonDict]:
+        rows = sorted(self._service.workers.tally().ended, key=row_number, reverse=True)
+        found = ({"id": row_number(row), **row._asdict()} for row in rows if row.matches(names, errors))
+        return list(itertools.islice((row for row in found if row["id"] < before), limit))
+
+    async def hours(self, user: Optional[str]) -> list[list[Any]]:
+        """The last TALLIED_HOURS hours: their number since 1970, requests, errors, input with what was written to a
+        cache, what was read from one, output, cost."""
+        path, since = self._service.ledger.file, int(time.time() // 3600) - TALLIED_HOURS + 1
+        if path:
+            rows = await self._read(user, lambda: hour_rows(path, since, user))
+        else:
+            sums: dict[int, list[int]] = {}
+            for (hour, owner), figures in self._service.workers.tally().hours.items():
+                if user in (None, owner) and hour >= since:
+                    sums[hour] = [a + b for a, b in zip(sums.get(hour, [0] * len(figures)), figures)]
+            rows = [[hour, *sums[hour]] for hour in sorted(sums)]
+        named = (dict(zip(("hour", *SUMS), row)) for row in rows)
+        return [
+            [it["hour"], it["requests"], it["errors"], it["input"] + it["cache_write"] + it["cache_write_long"],
+             it["cache_read"], it["output"], it["cost"]]
+            for it in named
+        ]  # fmt: skip
+
+    async def _read(self, user: Optional[str], read: Callable[[], Result]) -> Result:
+        """What read() returns, called in a thread, in the turn of the user. Raises Unavailable."""
+
+        def attempt() -> Result:
+            try:
+                return read()
+            except (sqlite3.Error, ValueError) as error:
+                raise Unavailable(f"the ledger can't be read: {error}", "ledger_unreadable") from None
+
+        return await in_thread(self._service.loop, attempt, self._reader, user or "")
+
+
 class LoginGate:
     """Slows down who guesses passwords, and computes few of their hashes at a time, in one thread: scrypt takes 16 MiB,
     and glibc would keep as much for every thread that has ever called it."""
@@ -11116,8 +11205,7 @@ class LoginGate:
 #
 # An Exchange is one request and what becomes of it; an endpoint is a function from an exchange to its Response, or to a
 # RelayError. ENDPOINTS, at the end, says what stands at which path. First come the relay's own endpoints, then what its
-# owner and each user can see, by History (from the ledger, or from memory) and LivePage; then what is relayed, and what
-# is translated on the way.
+# owner and each user can see, with the LivePage; then what is relayed, and what is translated on the way.
 
 # What is stored here belongs to one account: to the first provider, whatever it is about.
 STORED_PATHS = ("/v1/messages/batches", "/v1/files")
@@ -11453,20 +11541,6 @@ def check_again(service: Service, admitted_by: Config, caller: Caller, request: 
         )
 
 
-def running_row(exchange: Exchange) -> list[Any]:
-    """A request that runs, as the page gets it; without a user as long as nothing is known of it. `since` is in seconds
-    since 1970."""
-    record = exchange.record
-    ttfb = None if record.first_byte is None else round(record.first_byte - record.started, 3)
-    state = "streaming" if record.first_byte is not None else "retrying" if record.attempts > 1 else "waiting"
-    state = state if exchange.uses_model else "reading"
-    user = record.caller if exchange.uses_model or exchange.is_read_for_model else ""
-    return [
-        record.request_id, user, record.model, record.sent_model, record.provider, record.key, state, record.when, ttfb,
-        record.bytes_sent, record.attempts,
-    ]  # fmt: skip
-
-
 def hidden_model(caller: Caller) -> Forbidden:
     """The error for a user who may use some models only, where others may be named out of sight."""
     return Forbidden(
@@ -11604,81 +11678,6 @@ async def answer_catalogue(exchange: Exchange) -> Response:
 
 
 # -- what the owner, and each user, can see of what happens
-
-
-class History:
-    """What was used, and by whom: by the ledger where there is one, else as far as it is in memory, since the start."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._reader = Worker()
-
-    async def usage(self, user: Optional[str], first: str, last: str, by: Sequence[str], daily: bool) -> bytes:
-        """The answer of /api/usage: sums from one day to another, which is included. `user`: of no one else."""
-        prices, path = self._service.config.prices, self._service.ledger.file
-        about = {"from": first, "to": last, "by": list(by), "priced": prices and (prices.as_of or True)}
-        if not path:
-            return usage_body(about, self._usage_in_memory(user, by), self._usage_in_memory(user, ()))
-        hours = int((window_end(first) - 86400) // 3600), int(window_end(last) // 3600)
-
-        def read() -> bytes:
-            total = summed_usage(path, *hours, (), False, user)
-            return usage_body(about, summed_usage(path, *hours, by, daily, user), total)
-
-        return await self._read(user, read)
-
-    def _usage_in_memory(self, user: Optional[str], by: Sequence[str]) -> list[tuple[JsonDict, Sums]]:
-        series = self._service.workers.tally().by(*(GROUPS.index(name) for name in by), user=user)
-        groups = [(dict(zip(by, names)), sums_of(sums)) for names, sums in series.items()]
-        return sorted(groups, key=lambda group: [figure or 0 for figure in (group[1][COST], group[1][0])], reverse=True)
-
-    async def requests(self, query: dict[str, str], user: Optional[str]) -> JsonDict:
-        """The answer of /api/requests. `user`: who asks, unless it is one who sees all."""
-        path, limit = self._service.ledger.file, max(1, min(int(query.get("limit") or 200), ROWS_AT_ONCE))
-        before = int(query.get("before") or 0) or 2**62
-        names = {name: query[name] for name in ("user", "model", "key") if query.get(name)}
-        errors = query.get("errors") == "1"
-        if path:
-            rows, following = await self._read(user, lambda: request_page(path, before, limit, errors=errors, **names))
-        else:
-            rows = self._requests_in_memory(before, limit, names, errors)
-            following = rows[-1]["id"] if rows and len(rows) == limit else None
-        return {"rows": rows, "next": following}
-
-    def _requests_in_memory(self, before: int, limit: int, names: Mapping[str, str], errors: bool) -> list[JsonDict]:
-        rows = sorted(self._service.workers.tally().ended, key=row_number, reverse=True)
-        found = ({"id": row_number(row), **row._asdict()} for row in rows if row.matches(names, errors))
-        return list(itertools.islice((row for row in found if row["id"] < before), limit))
-
-    async def hours(self, user: Optional[str]) -> list[list[Any]]:
-        """The last TALLIED_HOURS hours: their number since 1970, requests, errors, input with what was written to a
-        cache, what was read from one, output, cost."""
-        path, since = self._service.ledger.file, int(time.time() // 3600) - TALLIED_HOURS + 1
-        if path:
-            rows = await self._read(user, lambda: hour_rows(path, since, user))
-        else:
-            sums: dict[int, list[int]] = {}
-            for (hour, owner), figures in self._service.workers.tally().hours.items():
-                if user in (None, owner) and hour >= since:
-                    sums[hour] = [a + b for a, b in zip(sums.get(hour, [0] * len(figures)), figures)]
-            rows = [[hour, *sums[hour]] for hour in sorted(sums)]
-        named = (dict(zip(("hour", *SUMS), row)) for row in rows)
-        return [
-            [it["hour"], it["requests"], it["errors"], it["input"] + it["cache_write"] + it["cache_write_long"],
-             it["cache_read"], it["output"], it["cost"]]
-            for it in named
-        ]  # fmt: skip
-
-    async def _read(self, user: Optional[str], read: Callable[[], Result]) -> Result:
-        """What read() returns, called in a thread, in the turn of the user. Raises Unavailable."""
-
-        def attempt() -> Result:
-            try:
-                return read()
-            except (sqlite3.Error, ValueError) as error:
-                raise Unavailable(f"the ledger can't be read: {error}", "ledger_unreadable") from None
-
-        return await in_thread(self._service.loop, attempt, self._reader, user or "")
 
 
 class LivePage:
