@@ -11211,8 +11211,9 @@ class LoginGate:
 STORED_PATHS = ("/v1/messages/batches", "/v1/files")
 # What is kept here by the account that made it: any key may have been the one.
 SEARCHED_PATHS = ("/responses/", "/conversations/", "/chat/completions/")
-# What counts tokens, and uses none.
-COUNTING_PATHS = ("/messages/count_tokens", "/responses/input_tokens")
+# What counts tokens, and uses none; the first may be translated.
+COUNTING_PATH = "/messages/count_tokens"
+COUNTING_PATHS = (COUNTING_PATH, "/responses/input_tokens")
 CREATING_PATHS = ("/v1/batches", "/v1/files", "/v1/messages/batches")  # what is sent here is never sent twice
 # By these some servers take a request for one of another method.
 METHOD_OVERRIDES = frozenset({"x-http-method-override", "x-http-method", "x-method-override", "x-http-override"})
@@ -12077,10 +12078,54 @@ def upstream_request(
     )  # fmt: skip
 
 
+def without_client_keys(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    """The candidates that need no credential of the client's own. Raises Unauthenticated when there are none."""
+    found = [candidate for candidate in candidates if not candidate.target.provider.client_keys]
+    if found or not candidates:
+        return found
+    raise Unauthenticated(
+        f"the provider {candidates[0].target.provider.name} takes your own key: send it as its own SDK does, and this "
+        "relay's token in `x-monorelay-key`",
+        "client_key_needed",
+    )
+
+
+def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
+    """The header fields of a provider's response that are passed on, and those that the relay adds."""
+    target = relayed.candidate.target
+    cors = exchange.cors(relayed.head.fields.pairs)
+    fields = end_to_end(relayed.head.fields, RESPONSE_HEADERS_KEPT_BACK)
+    if relayed.shows_key("\n".join(itertools.chain.from_iterable(fields))):
+        fields = [pair for pair in fields if not relayed.shows_key(": ".join(pair))]
+    fields.append(("x-monorelay-provider", header_text(target.provider.name)))
+    if target.model:
+        fields.append(("x-monorelay-model", header_text(target.model)))
+    fields.append(("x-monorelay-attempts", str(exchange.record.attempts)))
+    fields.append(("x-monorelay-request-id", exchange.record.request_id))
+    return fields + cors
+
+
+def results_url_rewriter(exchange: Exchange, relayed: UpstreamResponse) -> Optional[ResultsUrlRewriter]:
+    """The filter that makes a batch's results_url lead to the relay; None where there can't be one. Raises
+    UpstreamFailed for a batch in a content-encoding."""
+    request, provider = exchange.request, relayed.candidate.target.provider
+    if not exchange.endpoint.batches or provider.format != "anthropic" or relayed.head.status >= 300:
+        return None
+    if media_type(relayed.head.fields) != "application/json" or request.method == "HEAD":
+        return None
+    coding = relayed.head.fields.get("content-encoding", "identity").lower()
+    if coding != "identity":
+        coding = header_text(coding[:100])
+        message = f"the provider {provider.name} sent a batch as {coding} unasked; it can't be checked"
+        raise UpstreamFailed(message, "upstream_broken")
+    server = exchange.config.server
+    scheme = "https" if request.fields.get("x-forwarded-proto", "").lower() == "https" else "http"
+    return ResultsUrlRewriter(provider, f"{scheme}://{request.fields.get('host') or f'{server.host}:{server.port}'}")
+
+
 # -- what is translated on the way
 
 # What may go to a provider of the other format, behind /v1.
-COUNTING_PATH = "/messages/count_tokens"
 TRANSLATED_PATHS = frozenset({"/messages", COUNTING_PATH, "/chat/completions"})
 # Header fields of a client's that make sense to any provider: who it is, and by what to find its request.
 TRANSLATED_HEADERS = {
@@ -12222,18 +12267,6 @@ def fault_response(fault: AnswerFault, asked: Asked, fields: Pairs) -> Response:
     return Response(status, reason_of(status), [*fields, ("content-type", "application/json")], body)
 
 
-def without_client_keys(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-    """The candidates that need no credential of the client's own. Raises Unauthenticated when there are none."""
-    found = [candidate for candidate in candidates if not candidate.target.provider.client_keys]
-    if found or not candidates:
-        return found
-    raise Unauthenticated(
-        f"the provider {candidates[0].target.provider.name} takes your own key: send it as its own SDK does, and this "
-        "relay's token in `x-monorelay-key`",
-        "client_key_needed",
-    )
-
-
 def untold_answer(exchange: Exchange, error: RelayError) -> Response:
     """The response in place of a provider's answer that broke off or can't be translated."""
     response = exchange.error_response(error)
@@ -12276,39 +12309,6 @@ async def whole_body(exchange: Exchange, relayed: UpstreamResponse) -> bytes:
         if isinstance(relayed.decoder, CloseDecoder) and not relayed.channel.broken:
             return bytes(body)
         raise UpstreamFailed(f"the provider {provider} broke off its answer", "upstream_broken") from None
-
-
-def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
-    """The header fields of a provider's response that are passed on, and those that the relay adds."""
-    target = relayed.candidate.target
-    cors = exchange.cors(relayed.head.fields.pairs)
-    fields = end_to_end(relayed.head.fields, RESPONSE_HEADERS_KEPT_BACK)
-    if relayed.shows_key("\n".join(itertools.chain.from_iterable(fields))):
-        fields = [pair for pair in fields if not relayed.shows_key(": ".join(pair))]
-    fields.append(("x-monorelay-provider", header_text(target.provider.name)))
-    if target.model:
-        fields.append(("x-monorelay-model", header_text(target.model)))
-    fields.append(("x-monorelay-attempts", str(exchange.record.attempts)))
-    fields.append(("x-monorelay-request-id", exchange.record.request_id))
-    return fields + cors
-
-
-def results_url_rewriter(exchange: Exchange, relayed: UpstreamResponse) -> Optional[ResultsUrlRewriter]:
-    """The filter that makes a batch's results_url lead to the relay; None where there can't be one. Raises
-    UpstreamFailed for a batch in a content-encoding."""
-    request, provider = exchange.request, relayed.candidate.target.provider
-    if not exchange.endpoint.batches or provider.format != "anthropic" or relayed.head.status >= 300:
-        return None
-    if media_type(relayed.head.fields) != "application/json" or request.method == "HEAD":
-        return None
-    coding = relayed.head.fields.get("content-encoding", "identity").lower()
-    if coding != "identity":
-        coding = header_text(coding[:100])
-        message = f"the provider {provider.name} sent a batch as {coding} unasked; it can't be checked"
-        raise UpstreamFailed(message, "upstream_broken")
-    server = exchange.config.server
-    scheme = "https" if request.fields.get("x-forwarded-proto", "").lower() == "https" else "http"
-    return ResultsUrlRewriter(provider, f"{scheme}://{request.fields.get('host') or f'{server.host}:{server.port}'}")
 
 
 # -- what stands where
