@@ -13684,124 +13684,6 @@ def in_terminal() -> bool:
     return any(os.isatty(descriptor) for descriptor in (0, 1, 2))
 
 
-def config_warnings(config: Config) -> Iterator[str]:
-    """Warnings of what is allowed and probably wrong, and how to mend it."""
-    for provider in config.providers.values():
-        yield from provider_warnings(provider, f"providers.{provider.name}")
-    yield from route_warnings(config)
-    yield from secret_warnings(config)
-    for alias, name in ((alias, name) for alias, names in config.aliases.items() for name in names):
-        if "@" in name and name.rpartition("@")[2] not in config.providers:
-            yield f"aliases.{alias}: {name} names no provider of this file, and goes upstream as it is"
-    for place, targets in named_targets(config):
-        asked = for_one_credential(targets)
-        for name in dict.fromkeys(target.provider.name for target in targets if target not in asked):
-            yield f"{place}: {name} gets nothing, a client's own key is for the first that takes one; name it elsewhere"
-    yield from price_warnings(config)
-    if config.ledger and not sqlite3:
-        yield NO_SQLITE
-    if "admin" in config.users:
-        yield "users.admin: is called like the owner; give it another name to tell them apart in the log"
-    if not any(provider.usable for provider in config.providers.values()) or not (config.routes or config.aliases):
-        yield "nothing is served: there must be a provider with a key, and a route or an alias to it"
-
-
-def secret_warnings(config: Config) -> Iterator[str]:
-    """Warnings of the secrets by which callers are known."""
-    if any(PLACEHOLDER.search(key.reveal()) for key in config.server.access_keys):
-        yield f"server.access_key: one {LIKE_PLACEHOLDER}"
-    run_secret = config.run_secrets.jwt_secret if config.run_secrets else None
-    if config.server.jwt_secret in (None, run_secret) and any(user.password for user in config.users.values()):
-        yield "server.jwt_secret: is not set, so that all who log in have to do so again when the relay restarts"
-
-
-def route_warnings(config: Config) -> Iterator[str]:
-    """Warnings of the routes."""
-    passed: list[str] = []
-    for pattern in config.routes:
-        before = next((other for other in passed if matches_any(pattern, [other])), None)
-        if before:
-            yield f"routes.{pattern}: is never reached, {before} matches first; put it before that"
-        if REGULAR_EXPRESSION.search(pattern):
-            yield f"routes.{pattern}: looks like a regular expression; patterns know *, ? and [...] only"
-        passed.append(pattern)
-
-
-def provider_warnings(provider: Provider, place: str) -> Iterator[str]:
-    """Warnings of one provider."""
-    for key in provider.keys or ():
-        if PLACEHOLDER.search(key.secret.reveal()):
-            yield f"{place}.keys: {key.label} {LIKE_PLACEHOLDER}"
-    if provider.scheme == "http" and provider.keys and not is_loopback(provider.host):
-        yield f"{place}.base_url: its keys travel in clear text over plain http; use https"
-    if provider.format == "openai" and not provider.prefix:
-        yield f"{place}.base_url: has no path; that of OpenAI's SDK ends in /v1"
-
-
-def named_targets(config: Config) -> Iterator[tuple[str, list[Target]]]:
-    """The targets of each route and alias that has some, and its place in relay.json."""
-    sections: tuple[tuple[str, Iterable[str]], ...] = (("routes", config.routes), ("aliases", config.aliases))
-    for place, name in ((f"{section}.{name}", name) for section, names in sections for name in names):
-        try:
-            yield place, resolve(config, name)
-        except RelayError:
-            continue
-
-
-def price_warnings(config: Config) -> Iterator[str]:
-    """Which models can be called that no budget in USD limits, since they have no price."""
-    limited = next((user.name for user in config.users.values() if user.usd_per_day or user.usd_per_month), "")
-    if not limited:
-        return
-    if not config.prices:
-        yield f"prices: are missing, so that the budget of {limited} limits nothing; name a price file or list them"
-        return
-    for _, targets in named_targets(config):
-        for provider, model in targets:
-            if provider.format != "echo" and not may_have_price(config.prices, provider, model):
-                yield f"prices: there is none for {model} at {provider.name}, which no budget in USD limits; add one"
-
-
-def may_have_price(prices: Prices, provider: Provider, pattern: str) -> bool:
-    """Whether there is a price for some model that matches the pattern."""
-    if find_price(prices, provider, pattern):
-        return True
-    known = [*prices.by_name, *(other for other, _ in prices.by_pattern)]
-    patterns = (pattern, f"{provider.name}/{pattern}")
-    return any(fnmatch.fnmatchcase(name, asked) for asked in patterns for name in known)
-
-
-def file_warnings(path: str, config: Config) -> Iterator[str]:
-    """All warnings of a file: of its configuration, its proxies and folders, and of secrets that others may read."""
-    yield from config_warnings(config)
-    for provider in config.providers.values():
-        try:
-            proxy_for(provider)
-        except OSError as error:
-            yield f"providers.{provider.name}: the proxy to it can't be used: {error.strerror}"
-    folder = os.path.dirname(config.ledger.path) if config.ledger else ""
-    if folder and not os.access(folder, os.W_OK):
-        yield f"ledger.path: nothing can be written to the folder {folder}; make it, or name another one"
-    if config.ledger and not begins_as_database(config.ledger.path):
-        yield f"ledger.path: {config.ledger.path} is no SQLite database: a ledger takes its place, and it is renamed"
-    try:
-        with open(path, encoding="utf-8") as file:
-            source = file.read()
-        mode = os.stat(path).st_mode
-    except OSError:
-        return
-    secrets = [key.secret for provider in config.providers.values() for key in provider.keys or ()]
-    secrets += [*config.server.access_keys, *filter(None, [config.server.jwt_secret])]
-    if os.name != "nt" and mode & 0o044 and any(secret.reveal() in source for secret in secrets):
-        yield f"{path} holds secrets and can be read by other users of this machine; run: chmod 600 {path}"
-
-
-# What examples and other programs' settings have in the place of a key.
-LIKE_PLACEHOLDER = "looks like a placeholder or an unexpanded variable; write ${NAME}"
-PLACEHOLDER = re.compile(r"(?i)^\$|^\{\{|^env:|^os\.environ|\.\.\.|^<.*>$|your[-_ ]|changeme|^x+$")
-REGULAR_EXPRESSION = re.compile(r"\.[*+]|[(|^$\\]")
-
-
 # -- what CPython makes us do
 
 
@@ -14848,7 +14730,7 @@ def hash_of(tag: str) -> str:
 
 # ==== Command line ==================================================================================
 #
-# Commands, none of which needs a configuration file: what each does, and the options it takes.
+# What each command does, what it warns of, and the options it takes. None needs a configuration file.
 
 
 HELP = """usage: monorelay.py [COMMAND] [--config FILE] [--host HOST] [--port PORT]
@@ -14978,6 +14860,48 @@ def run_check(options: JsonDict) -> int:
     for warning in file_warnings(path, config):
         print(f"warning: {warning}")
     return 0
+
+
+def run_route(options: JsonDict, model: str) -> int:
+    """Prints where a request for the model would go, and why; 1 if nowhere."""
+    config = load_config(config_path(options), options)
+    try:
+        targets = resolve(config, model)
+    except RelayError as error:
+        print(f"{model}: {error.message}")
+        return 1
+    print("\n".join(route_reasons(config, model)))
+    asked = for_one_credential([target for target in targets if target.provider.usable])
+    for number, target in enumerate(targets, 1):
+        provider = target.provider
+        why = "a client's own key is for the first that takes one" if provider.usable else "it has no key"
+        state = f"for {served_paths(provider)}" if target in asked else f"skipped, {why}"
+        print(f"  {number}. {target.model} at {provider.name} ({provider.format}): {state}")
+    return 0 if asked else 1
+
+
+def served_paths(provider: Provider) -> str:
+    """At which paths a provider serves chats, and how."""
+    paths = {"anthropic": "/v1/messages", "openai": "/v1/chat/completions"}
+    own = paths.pop(provider.chat_format)
+    return f"{own}, and {paths.popitem()[1]} translated" if provider.translate else own
+
+
+def route_reasons(config: Config, name: str, passed: tuple[str, ...] = ()) -> list[str]:
+    """Which rules of relay.json lead from a model's name to its targets, a line each."""
+    provider = split_provider(config, name)[1]
+    if provider:
+        return [f"{name}: names the provider {provider}"]
+    alias, names = find_alias(config, name, passed)
+    if alias:
+        reasons = [f"{name}: is the alias {alias} -> {', '.join(names)}"]
+        return reasons + [reason for other in names for reason in route_reasons(config, other, (*passed, alias))]
+    for pattern, providers in config.routes.items():
+        if matches_any(name, [pattern]):
+            return [f"{name}: matches the route {pattern} -> {', '.join(providers)}"]
+    if name.endswith(LONG_CONTEXT):
+        return [f"{name}: is tried without {LONG_CONTEXT}", *route_reasons(config, name[: -len(LONG_CONTEXT)])]
+    return [f"{name}: begins with the provider's name"]
 
 
 def run_usage(options: JsonDict, *paths: str) -> int:
@@ -15255,7 +15179,128 @@ def curl_line(config: Config, url: str, token: str) -> str:
     return f"curl {url}/v1/messages \\\n{INDENT}-H \"x-api-key: {token}\" \\\n{INDENT}-d '{body}'"
 
 
-# The options of the command line with what checks each, and the commands: what runs them, the options they take.
+# -- what `check` and the banner warn of
+
+# What examples and other programs' settings have in the place of a key.
+LIKE_PLACEHOLDER = "looks like a placeholder or an unexpanded variable; write ${NAME}"
+PLACEHOLDER = re.compile(r"(?i)^\$|^\{\{|^env:|^os\.environ|\.\.\.|^<.*>$|your[-_ ]|changeme|^x+$")
+REGULAR_EXPRESSION = re.compile(r"\.[*+]|[(|^$\\]")
+
+
+def file_warnings(path: str, config: Config) -> Iterator[str]:
+    """All warnings of a file: of its configuration, its proxies and folders, and of secrets that others may read."""
+    yield from config_warnings(config)
+    for provider in config.providers.values():
+        try:
+            proxy_for(provider)
+        except OSError as error:
+            yield f"providers.{provider.name}: the proxy to it can't be used: {error.strerror}"
+    folder = os.path.dirname(config.ledger.path) if config.ledger else ""
+    if folder and not os.access(folder, os.W_OK):
+        yield f"ledger.path: nothing can be written to the folder {folder}; make it, or name another one"
+    if config.ledger and not begins_as_database(config.ledger.path):
+        yield f"ledger.path: {config.ledger.path} is no SQLite database: a ledger takes its place, and it is renamed"
+    try:
+        with open(path, encoding="utf-8") as file:
+            source = file.read()
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    secrets = [key.secret for provider in config.providers.values() for key in provider.keys or ()]
+    secrets += [*config.server.access_keys, *filter(None, [config.server.jwt_secret])]
+    if os.name != "nt" and mode & 0o044 and any(secret.reveal() in source for secret in secrets):
+        yield f"{path} holds secrets and can be read by other users of this machine; run: chmod 600 {path}"
+
+
+def config_warnings(config: Config) -> Iterator[str]:
+    """Warnings of what is allowed and probably wrong, and how to mend it."""
+    for provider in config.providers.values():
+        yield from provider_warnings(provider, f"providers.{provider.name}")
+    yield from route_warnings(config)
+    yield from secret_warnings(config)
+    for alias, name in ((alias, name) for alias, names in config.aliases.items() for name in names):
+        if "@" in name and name.rpartition("@")[2] not in config.providers:
+            yield f"aliases.{alias}: {name} names no provider of this file, and goes upstream as it is"
+    for place, targets in named_targets(config):
+        asked = for_one_credential(targets)
+        for name in dict.fromkeys(target.provider.name for target in targets if target not in asked):
+            yield f"{place}: {name} gets nothing, a client's own key is for the first that takes one; name it elsewhere"
+    yield from price_warnings(config)
+    if config.ledger and not sqlite3:
+        yield NO_SQLITE
+    if "admin" in config.users:
+        yield "users.admin: is called like the owner; give it another name to tell them apart in the log"
+    if not any(provider.usable for provider in config.providers.values()) or not (config.routes or config.aliases):
+        yield "nothing is served: there must be a provider with a key, and a route or an alias to it"
+
+
+def secret_warnings(config: Config) -> Iterator[str]:
+    """Warnings of the secrets by which callers are known."""
+    if any(PLACEHOLDER.search(key.reveal()) for key in config.server.access_keys):
+        yield f"server.access_key: one {LIKE_PLACEHOLDER}"
+    run_secret = config.run_secrets.jwt_secret if config.run_secrets else None
+    if config.server.jwt_secret in (None, run_secret) and any(user.password for user in config.users.values()):
+        yield "server.jwt_secret: is not set, so that all who log in have to do so again when the relay restarts"
+
+
+def route_warnings(config: Config) -> Iterator[str]:
+    """Warnings of the routes."""
+    passed: list[str] = []
+    for pattern in config.routes:
+        before = next((other for other in passed if matches_any(pattern, [other])), None)
+        if before:
+            yield f"routes.{pattern}: is never reached, {before} matches first; put it before that"
+        if REGULAR_EXPRESSION.search(pattern):
+            yield f"routes.{pattern}: looks like a regular expression; patterns know *, ? and [...] only"
+        passed.append(pattern)
+
+
+def provider_warnings(provider: Provider, place: str) -> Iterator[str]:
+    """Warnings of one provider."""
+    for key in provider.keys or ():
+        if PLACEHOLDER.search(key.secret.reveal()):
+            yield f"{place}.keys: {key.label} {LIKE_PLACEHOLDER}"
+    if provider.scheme == "http" and provider.keys and not is_loopback(provider.host):
+        yield f"{place}.base_url: its keys travel in clear text over plain http; use https"
+    if provider.format == "openai" and not provider.prefix:
+        yield f"{place}.base_url: has no path; that of OpenAI's SDK ends in /v1"
+
+
+def named_targets(config: Config) -> Iterator[tuple[str, list[Target]]]:
+    """The targets of each route and alias that has some, and its place in relay.json."""
+    sections: tuple[tuple[str, Iterable[str]], ...] = (("routes", config.routes), ("aliases", config.aliases))
+    for place, name in ((f"{section}.{name}", name) for section, names in sections for name in names):
+        try:
+            yield place, resolve(config, name)
+        except RelayError:
+            continue
+
+
+def price_warnings(config: Config) -> Iterator[str]:
+    """Which models can be called that no budget in USD limits, since they have no price."""
+    limited = next((user.name for user in config.users.values() if user.usd_per_day or user.usd_per_month), "")
+    if not limited:
+        return
+    if not config.prices:
+        yield f"prices: are missing, so that the budget of {limited} limits nothing; name a price file or list them"
+        return
+    for _, targets in named_targets(config):
+        for provider, model in targets:
+            if provider.format != "echo" and not may_have_price(config.prices, provider, model):
+                yield f"prices: there is none for {model} at {provider.name}, which no budget in USD limits; add one"
+
+
+def may_have_price(prices: Prices, provider: Provider, pattern: str) -> bool:
+    """Whether there is a price for some model that matches the pattern."""
+    if find_price(prices, provider, pattern):
+        return True
+    known = [*prices.by_name, *(other for other, _ in prices.by_pattern)]
+    patterns = (pattern, f"{provider.name}/{pattern}")
+    return any(fnmatch.fnmatchcase(name, asked) for asked in patterns for name in known)
+
+
+# -- the command line: options with what checks each, and commands with what runs them and the options they take
+
 OPTIONS: Mapping[str, Check] = {
     "config": as_some_text,
     "host": as_some_text,
@@ -15265,50 +15310,6 @@ OPTIONS: Mapping[str, Check] = {
     "by": usage_columns,
 }
 FLAGS = ("csv", "json")  # options without a value
-
-
-def run_route(options: JsonDict, model: str) -> int:
-    """Prints where a request for the model would go, and why; 1 if nowhere."""
-    config = load_config(config_path(options), options)
-    try:
-        targets = resolve(config, model)
-    except RelayError as error:
-        print(f"{model}: {error.message}")
-        return 1
-    print("\n".join(route_reasons(config, model)))
-    asked = for_one_credential([target for target in targets if target.provider.usable])
-    for number, target in enumerate(targets, 1):
-        provider = target.provider
-        why = "a client's own key is for the first that takes one" if provider.usable else "it has no key"
-        state = f"for {served_paths(provider)}" if target in asked else f"skipped, {why}"
-        print(f"  {number}. {target.model} at {provider.name} ({provider.format}): {state}")
-    return 0 if asked else 1
-
-
-def served_paths(provider: Provider) -> str:
-    """At which paths a provider serves chats, and how."""
-    paths = {"anthropic": "/v1/messages", "openai": "/v1/chat/completions"}
-    own = paths.pop(provider.chat_format)
-    return f"{own}, and {paths.popitem()[1]} translated" if provider.translate else own
-
-
-def route_reasons(config: Config, name: str, passed: tuple[str, ...] = ()) -> list[str]:
-    """Which rules of relay.json lead from a model's name to its targets, a line each."""
-    provider = split_provider(config, name)[1]
-    if provider:
-        return [f"{name}: names the provider {provider}"]
-    alias, names = find_alias(config, name, passed)
-    if alias:
-        reasons = [f"{name}: is the alias {alias} -> {', '.join(names)}"]
-        return reasons + [reason for other in names for reason in route_reasons(config, other, (*passed, alias))]
-    for pattern, providers in config.routes.items():
-        if matches_any(name, [pattern]):
-            return [f"{name}: matches the route {pattern} -> {', '.join(providers)}"]
-    if name.endswith(LONG_CONTEXT):
-        return [f"{name}: is tried without {LONG_CONTEXT}", *route_reasons(config, name[: -len(LONG_CONTEXT)])]
-    return [f"{name}: begins with the provider's name"]
-
-
 OPERANDS = {"token": "USER", "route": "MODEL"}
 COMMANDS: Mapping[str, tuple[Callable[..., int], Sequence[str]]] = {
     "serve": (run_serve, ("config", "host", "port")),
