@@ -8264,6 +8264,7 @@ class Channel:
             self.ended = True
         if not data or len(self.received) >= self._window:
             self._watch()
+            # While a client isn't received from, only the sweep sees that it leaves.
             self._loop.sweep_at = min(self._loop.sweep_at, self._loop.now + AHEAD_SECONDS)
 
     def _await_room(self) -> None:
@@ -8513,7 +8514,7 @@ class EventLoop:
         self._wakeup_pending = False
 
     def _sweep(self) -> None:
-        """Tells the tasks whose time has come, for SWEEPING_SECONDS at most, however late the turn is, and those whose
+        """Resumes the tasks that are overdue, for SWEEPING_SECONDS at most, however late the turn is, and those whose
         client has left unnoticed; decides when to look again."""
         self.sweep_at = self.now + SWEEP_SECONDS
         due: list[Task] = []
@@ -8525,21 +8526,21 @@ class EventLoop:
                 self.sweep_at = min(self.sweep_at, self.now + AHEAD_SECONDS)
                 if client.has_hung_up():
                     task.resume(ClientGone())
-        self._tell(due)
+        self._resume_overdue(due)
         soonest = min((task.deadline for task in self.tasks), default=math.inf)
         self.sweep_at = max(self.now + TICK_SECONDS, min(self.sweep_at, soonest))
 
-    def _tell(self, due: list[Task]) -> None:
-        """Tells these tasks that their time has come, in turns, the longest overdue ones of an origin first; those that
+    def _resume_overdue(self, due: list[Task]) -> None:
+        """Raises Overdue in these tasks, in turns, the longest overdue ones of an origin first; those that
         SWEEPING_SECONDS don't suffice for are due in the next turn, too."""
         turns, latest = Turns(), self.clock() + SWEEPING_SECONDS
         for task in sorted(due, key=lambda task: task.deadline):
-            turns.put(functools.partial(self._tell_if_due, task), task.origin)
+            turns.put(functools.partial(self._resume_if_overdue, task), task.origin)
         while turns and self.clock() <= latest:
             turns.take()()
 
-    def _tell_if_due(self, task: Task) -> None:
-        if task.deadline <= self.now:  # else one that was told before it has done something for it
+    def _resume_if_overdue(self, task: Task) -> None:
+        if task.deadline <= self.now:  # else one that was resumed before it has done something for it
             task.resume(Overdue())
 
 
@@ -8622,7 +8623,7 @@ async def in_thread(
     task waits no more by then. Raises what work() raises, and Unavailable when there is no thread."""
     task = loop.current
     outcome: list[tuple[Any, Optional[Exception]]] = []
-    wanted = [work]  # nothing when the task waits no more: however long run() is queued then, it holds no body
+    wanted = [work]  # emptied when the task waits no more: run(), which may be queued for long, then holds no body
 
     def run() -> None:
         if not wanted:
