@@ -7904,20 +7904,18 @@ class TlsSocket:
         self._unsent = b""
         self._accepted = 0  # bytes whose records are among the unsent ones
 
-    def do_handshake(self) -> None:
-        """Goes on with the handshake. Raises BlockingIOError when more has to arrive, SSLWantWriteError when there is
-        no room to send, and OSError."""
+    async def do_handshake(self, run: Callable[[Callable[[], None]], Coroutine[float, None, None]]) -> None:
+        """Goes on with the handshake, and has `run` do what touches no socket: how long that takes (for ffdhe8192 0.2
+        s) the provider chooses. Raises SSLWantReadError when more has to arrive, SSLWantWriteError when there is no
+        room to send, OSError, and what `run` raises."""
         try:
             self._take()
         except BlockingIOError:
             pass  # the first step is ours
         try:
-            self._tls.do_handshake()
-        except ssl.SSLWantReadError:
-            self._flush()
-            raise BlockingIOError from None
+            await run(self._tls.do_handshake)
         except OSError:
-            self._flush()  # the alert that says why
+            self._flush()  # what the step has made, such as the alert that says why it failed
             raise
         if not self._flush():
             raise ssl.SSLWantWriteError
@@ -8149,16 +8147,17 @@ class Channel:
 
     async def secure(self, context: ssl.SSLContext, host: str, deadline: float) -> None:
         """Makes the connection one of TLS. Raises Overdue, ClientGone and OSError."""
-        tls = self._wire = TlsSocket(self.sock, context, host)
+        loop, tls = self._loop, TlsSocket(self.sock, context, host)
         self.opening = True
         while self.opening:
             try:
-                tls.do_handshake()
+                await tls.do_handshake(lambda step: in_thread(loop, step, loop.handshakes, loop.current.origin))
                 self.opening = False
-            except BlockingIOError:
+            except ssl.SSLWantReadError:
                 await until(deadline)  # what arrives is for the handshake
             except ssl.SSLWantWriteError:
                 await self.room(deadline)
+        self._wire = tls
 
     def _look_before_use(self) -> None:
         """Makes sure, right before the next request is sent, that a kept connection is in order: what came unasked
@@ -8405,7 +8404,8 @@ class EventLoop:
         self.crowded = False  # whether there is more than one to serve in this turn
         self.outbox: collections.deque[Channel] = collections.deque()  # those with something to send at its end
         self.worker = Worker()  # for calls that are too long for the loop,
-        self.long_worker = Worker()  # and for those that are too long for others of that worker to wait for
+        self.long_worker = Worker()  # for those that are too long for others of that worker to wait for,
+        self.handshakes = Worker()  # and for the steps of TLS with providers
         self._stopped = False
         self._posted: collections.deque[Action] = collections.deque()
         self._wakeup_reader, self._wakeup_writer = socket.socketpair()

@@ -8897,6 +8897,22 @@ def test_a_trusted_tls_provider_is_relayed_line_by_line(upstream, relay, tls, tr
         assert client.chunk() == b""
 
 
+def test_a_step_of_a_handshake_that_takes_long_holds_up_nobody(upstream, relay, tls, trusted):
+    """OpenSSL takes up to 0.2 s for one with ffdhe8192, which a provider may ask for."""
+    gate, slow, other = threading.Event(), upstream(message_answer(HI), tls("127.0.0.1")), upstream(message_answer(HI))
+    it = relay({"anthropic": slow, "anthropic2": other}, routes={"claude-slow": "anthropic", "*": "anthropic2"})
+    it.server.service.loop.handshakes.call(functools.partial(gate.wait, TIMEOUT_SECONDS))
+    with it.client() as waiting, it.client() as leaving:
+        for client in (waiting, leaving):
+            client.send(request("POST", "/v1/messages", json.dumps(prompt("claude-slow")).encode()))
+        eventually(lambda: len(it.server.running()) == 2)
+        assert it.post("/v1/messages", prompt()).status == 200
+        leaving.close()
+        it.logged("error=client_gone")
+        gate.set()
+        assert waiting.answer().json["id"] == "msg_1" and len(slow.requests) == 1
+
+
 class TlsPair:
     """Both ends of a TLS connection: ours, a TlsSocket, and a provider's, which writes its records to `wire`."""
 
@@ -8919,10 +8935,14 @@ class TlsPair:
         self._arrived.write(self.wire.recv(size))
 
     def shake_hands(self) -> None:
+        async def at_once(step: Callable[[], None]) -> None:
+            step()
+
         open_ends = {self.ours, self.theirs}
         while open_ends:
-            with contextlib.suppress(BlockingIOError):
-                self.ours.do_handshake()
+            with contextlib.suppress(ssl.SSLWantReadError):
+                with contextlib.suppress(StopIteration):
+                    self.ours.do_handshake(at_once).send(None)
                 open_ends.discard(self.ours)
             if self.theirs in open_ends:
                 self.take(65536)
