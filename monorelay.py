@@ -9470,7 +9470,7 @@ class UpstreamPool:
         if self._tls is None:
             self._tls = ssl.create_default_context()
             self._tls.set_alpn_protocols(["http/1.1"])
-            # Python's own, but for those with DHE: their groups are the server's choice, and may cost the loop 0.6 s.
+            # Python's own, but for those with DHE: their groups are the server's choice, and may take 0.6 s.
             self._tls.set_ciphers("ECDH+AESGCM:ECDH+CHACHA20:ECDH+AES:!aNULL:!eNULL:!aDSS:!SHA1:!AESCCM")
             # Some Pythons set it, which makes an end without a close_notify look like one with it.
             self._tls.options &= ~IGNORE_UNEXPECTED_EOF
@@ -9581,6 +9581,8 @@ def connect_problem(error: Exception, provider: Provider) -> str:
         reason = "its host name is unknown"
     elif isinstance(error, OSError):
         reason = (error.strerror or str(error) or type(error).__name__).lower()
+    elif isinstance(error, FramingError):
+        reason = f"malformed answer: {error}"
     else:
         reason = type(error).__name__
     way = " through the proxy" if proxy_address(provider) else ""
