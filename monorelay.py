@@ -9494,7 +9494,7 @@ class UpstreamPool:
     async def _look_up(self, host: str, port: int) -> Union[list[Any], Exception]:
         """The addresses of a name, looked up in a thread, or why there are none."""
         try:
-            return await in_thread(self._loop, lambda: looked_up(host, port))
+            return await in_thread(self._loop, lambda: host_addresses(host, port))
         except (OSError, ValueError, Unavailable) as error:
             return error
 
@@ -9504,7 +9504,7 @@ def pool_key(provider: Provider) -> tuple[str, str, int, str]:
     return provider.scheme, provider.host, provider.port, provider.proxy
 
 
-def looked_up(host: str, port: int) -> list[Any]:
+def host_addresses(host: str, port: int) -> list[Any]:
     """The addresses of a host name. Raises OSError."""
     try:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:CONNECTED_ADDRESSES]
@@ -10162,7 +10162,7 @@ class Relay:
                 except BadRequest as error:
                     refusal = refusal or error.with_traceback(None)
                     continue
-                self._record_attempt(request.record, candidate)
+                record_attempt(request.record, candidate)
                 attempt = await self._attempt(wanted, candidate, fresh=request.only_once or last_try)
                 response = attempt.response
                 if response:
@@ -10183,7 +10183,7 @@ class Relay:
             if refusal and not problem:
                 raise refusal
             raise UpstreamFailed(problem or "there is no provider to try", code)
-        self._record_attempt(request.record, last.candidate, 0)
+        record_attempt(request.record, last.candidate, 0)
         return await self._presented(request, last)
 
     def finish(self, response: UpstreamResponse, failed: bool) -> None:
@@ -10241,12 +10241,6 @@ class Relay:
         elif request.body.finished:
             self.keys.failed(candidate, 502, None, self._loop.now)
 
-    def _record_attempt(self, record: AccessRecord, candidate: Candidate, attempts: int = 1) -> None:
-        """Records which candidate the request is with."""
-        record.attempts += attempts
-        record.provider = candidate.target.provider.name
-        record.sent_model, record.key = candidate.target.model, candidate.label
-
     def _is_failure(self, request: UpstreamRequest, response: UpstreamResponse) -> bool:
         """Whether another candidate should be tried. Tells the key pool and the log how this one fared."""
         candidate = response.candidate
@@ -10298,6 +10292,13 @@ class Relay:
         if len(response.told) <= ERROR_BYTES:
             return judge()
         return await in_thread(self._loop, judge, self._loop.worker, request.record.caller)
+
+
+def record_attempt(record: AccessRecord, candidate: Candidate, attempts: int = 1) -> None:
+    """Records which candidate the request is with."""
+    record.attempts += attempts
+    record.provider = candidate.target.provider.name
+    record.sent_model, record.key = candidate.target.model, candidate.label
 
 
 def record_failure(record: AccessRecord, candidate: Candidate, met: str) -> None:
