@@ -9364,6 +9364,9 @@ def size_text(count: int, setting: str) -> str:
 # Connections to providers are made in the loop: an attempt costs no thread, and ends when its client leaves. Only
 # names are looked up in threads, one for each name, however many wait for it. A kept connection is checked right
 # before its next request: what it holds then is no response to that.
+#
+# An Attempt sends a request on a connection, and reads as much of the response as it takes to judge that. Echo is
+# reached in the same way, by a pair of sockets. The UpstreamResponse knows where the relay's own key stands in it.
 
 
 class UpstreamPool:
@@ -10133,7 +10136,8 @@ async def peek(loop: EventLoop, response: UpstreamResponse, event_only: bool = F
 # The attempt loop. A request may be tried again elsewhere as long as nothing of a response has gone to
 # the client, and as long as no provider can be at work on it: after a response that refuses it, or a
 # connection that failed. One whose connection broke after all of it was sent may have been begun, and is
-# tried elsewhere once; one that met silence is not.
+# tried elsewhere once; one that met silence is not. A response that refuses the relay's own key, or quotes
+# it, isn't for the client: an error of the relay's own takes its place.
 
 
 ABOUT_ACCOUNT = re.compile(rb"(?i)organization|project")
@@ -10322,7 +10326,7 @@ def key_problem(
     response: UpstreamResponse, status: int, told: str, code: str = "", is_clients: bool = False
 ) -> tuple[str, str]:
     """Why an error with that status isn't for the client, and a short code for that; empty if it is. One that isn't
-    refuses the relay's key (`is_clients`: it refuses what is the client's), or quotes it."""
+    refuses the relay's key, and not something of the client's (`is_clients`), or quotes the key."""
     candidate, has_quoted = response.candidate, response.quotes_key(told)
     name = f"the provider {candidate.target.provider.name}"
     if status == 401 and not (is_clients or candidate.target.provider.client_keys):
