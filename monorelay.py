@@ -7865,8 +7865,6 @@ Result = TypeVar("Result")
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)  # is left for this process, or in the whole system
 CONNECTING = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
-M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3  # mallopt(3)
-MMAP_THRESHOLD_BYTES = 128 * 1024  # glibc's own at the start
 IGNORE_UNEXPECTED_EOF = 0x80  # SSL_CTX_set_options(3); Python has no name for it before 3.10
 # When the first probe of a silent connection is sent, and the next; macOS calls the first TCP_KEEPALIVE.
 PROBES = [
@@ -8654,22 +8652,6 @@ async def in_thread(
         finally:
             del fault  # else its traceback and this frame would keep each other, and all that work() has used
     return result
-
-
-def find_malloc_trim() -> Callable[[int], object]:
-    """glibc's malloc_trim(), which returns free memory to the system, or a function that does nothing. Call it before
-    other threads begin."""
-    try:
-        import ctypes
-
-        c_library = ctypes.CDLL(None)
-        # malloc_trim() doesn't shrink the arenas that glibc gives to other threads than the first; so there are none.
-        c_library.mallopt(M_ARENA_MAX, 1)
-        # It would grow with each large block that is freed, and such blocks stay in the heap then, in holes.
-        c_library.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
-        return c_library.malloc_trim
-    except (ImportError, OSError, AttributeError, TypeError):
-        return lambda kept: None
 
 
 # ==== Writers =======================================================================================
@@ -10860,7 +10842,7 @@ class Outgoing:
 #
 # What all requests of a process share: the configuration in force, the loop, the relay, the ledger, and what is
 # counted. Of several workers, each shows the others on a board (see Processes) what they need; Workers reads and writes
-# it. What was used before is found by History, in the ledger or in memory.
+# it. What was used before is found by History, in the ledger or in memory. Also here: logins, and free memory.
 
 
 class Service:
@@ -11207,6 +11189,26 @@ class LoginGate:
             if len(self._trusted) > TRUSTED_ADDRESSES:
                 self._trusted.popitem(last=False)
         return right
+
+
+M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3  # mallopt(3)
+MMAP_THRESHOLD_BYTES = 128 * 1024  # glibc's own at the start
+
+
+def find_malloc_trim() -> Callable[[int], object]:
+    """glibc's malloc_trim(), which returns free memory to the system, or a function that does nothing. To be called
+    before other threads begin."""
+    try:
+        import ctypes
+
+        c_library = ctypes.CDLL(None)
+        # malloc_trim() doesn't shrink the arenas that glibc gives to other threads than the first; so there are none.
+        c_library.mallopt(M_ARENA_MAX, 1)
+        # It would grow with each large block that is freed, and such blocks stay in the heap then, in holes.
+        c_library.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
+        return c_library.malloc_trim
+    except (ImportError, OSError, AttributeError, TypeError):
+        return lambda kept: None
 
 
 # ==== Endpoints ==================================================================================
