@@ -7865,7 +7865,6 @@ Result = TypeVar("Result")
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)  # is left for this process, or in the whole system
 CONNECTING = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
-IGNORE_UNEXPECTED_EOF = 0x80  # SSL_CTX_set_options(3); Python has no name for it before 3.10
 # When the first probe of a silent connection is sent, and the next; macOS calls the first TCP_KEEPALIVE.
 PROBES = [
     (getattr(socket, name), seconds)
@@ -9349,6 +9348,9 @@ def size_text(count: int, setting: str) -> str:
 #
 # An Attempt sends a request on a connection, and reads as much of the response as it takes to judge that. Echo is
 # reached in the same way, by a pair of sockets. The UpstreamResponse knows where the relay's own key stands in it.
+
+
+IGNORE_UNEXPECTED_EOF = 0x80  # SSL_CTX_set_options(3); Python has no name for it before 3.10
 
 
 class UpstreamPool:
@@ -12900,10 +12902,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Serves new requests by another configuration; those that run finish with the one they began with."""
         old, warn = self.service.config, self.log.warn if warns else (lambda message: None)
         config = with_run_secrets(config, old)
-        if (
-            config.run_secrets
-            and config.server.access_keys == (config.run_secrets.access_key,) != old.server.access_keys
-        ):
+        made = config.run_secrets
+        if made and config.server.access_keys == (made.access_key,) != old.server.access_keys:
             warn("relay.json has no credential any more; a restart makes up an access key, and shows it")
         for name in ("host", "port", "workers"):
             if getattr(config.server, name) != getattr(old.server, name):
@@ -13049,6 +13049,10 @@ class RelayServer(http.server.ThreadingHTTPServer):
                 time.sleep(0.05)
 
 
+# The errors of a machine that has no IPv6, or has it switched off.
+NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
+
+
 def listen(server: ServerSettings) -> list[socket.socket]:
     """Sockets that listen where the settings say: for the name localhost on both loopback addresses, since clients may
     take it for either. Raises OSError."""
@@ -13084,10 +13088,6 @@ def listen_at(host: str, port: int) -> socket.socket:
             reason = f"{reason}: another relay may be running there; stop it, or try --port {port % 65535 + 1}"
         raise OSError(code, f"can't listen on {host}:{port}: {reason}") from None
     return listener
-
-
-# Of a machine that has no IPv6, or has it switched off.
-NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
 
 
 def plural(count: int, noun: str) -> str:
