@@ -14794,9 +14794,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 def run_command(arguments: Sequence[str]) -> int:
     """Takes the command line apart and does what it says; the exit status. Raises UsageError."""
     options = (*OPTIONS, *FLAGS)
-    known = [name if name in FLAGS else f"{name}=" for name in options]
     try:
-        given, words = getopt.gnu_getopt(arguments, "h", [*known, "version", "help"])
+        given, words = getopt.gnu_getopt(arguments, "h", [*(f"{name}=" for name in OPTIONS), *FLAGS, "version", "help"])
     except getopt.GetoptError as error:
         meant = "" if error.opt in options else suggestion(f"--{error.opt}", [f"--{name}" for name in options])
         raise UsageError(f"{error.msg}{meant}") from None
@@ -14809,7 +14808,7 @@ def run_command(arguments: Sequence[str]) -> int:
         return 0
     command, *operands = words or ["serve"]
     if command not in COMMANDS:
-        alike = [known for known in COMMANDS if known[0] == command[:1]]
+        alike = [other for other in COMMANDS if other[0] == command[:1]]
         meant = ", did you mean serve?" if command in ("start", "run", "up") else suggestion(command, alike)
         raise UsageError(f"there is no command {command[:LOG_VALUE_CHARACTERS]}{meant}")
     run, takes = COMMANDS[command]
@@ -14854,10 +14853,10 @@ def lifetime(value: Any) -> int:
 
 def usage_columns(value: Any) -> tuple[str, ...]:
     """The columns to sum up by, of a list with commas."""
-    columns = tuple(dict.fromkeys(value.replace(" ", "").split(",")))
+    columns, known = tuple(dict.fromkeys(value.replace(" ", "").split(","))), (*GROUPS, "day")
     for column in columns:
-        if column not in (*GROUPS, "day"):
-            raise ValueError(f"must be some of {', '.join((*GROUPS, 'day'))}{suggestion(column, (*GROUPS, 'day'))}")
+        if column not in known:
+            raise ValueError(f"must be some of {', '.join(known)}{suggestion(column, known)}")
     return columns
 
 
@@ -14922,17 +14921,18 @@ def run_usage(options: JsonDict, *paths: str) -> int:
     if not sqlite3:
         raise OSError(errno.ENOSYS, "this Python has no sqlite3", "ledger")
     today = int(time.time() // 86400)
+    start = today - days + 1
     groups: dict[tuple[str, ...], Sums] = {}
     totals: dict[tuple[str, ...], Sums] = {}  # grouped by nothing, with what LEDGER_GROUPS leave out
     for path in paths or (configured_ledger(options),):
         if not os.path.exists(path):
             raise OSError(errno.ENOENT, "there is no ledger yet; a relay begins it with its first request", path)
         try:
-            add_usage(groups, path, by, (today - days + 1) * 24, (today + 1) * 24)
-            add_usage(totals, path, (), (today - days + 1) * 24, (today + 1) * 24)
+            add_usage(groups, path, by, start * 24, (today + 1) * 24)
+            add_usage(totals, path, (), start * 24, (today + 1) * 24)
         except (sqlite3.Error, ValueError) as error:
             raise OSError(errno.EIO, str(error), path) from None
-    first, last = (windows(day * 86400)[0] for day in (today - days + 1, today))
+    first, last = (windows(day * 86400)[0] for day in (start, today))
     rows = [usage_row(dict(zip(by, group)), sums) for group, sums in groups.items()]
     rows.sort(key=lambda row: (row.get("day", ""), -(row["usd"] or 0), -row["requests"]))
     total = usage_row({}, totals[()]) if totals else {}
@@ -15026,8 +15026,7 @@ def run_token(options: JsonDict, username: str) -> int:
         raise ConfigError([f"{name}: users: there is no {username}{suggestion(username, config.users)}"])
     claims = token_claims(username, "access", options.get("expires", 30 * 86400), config, time.time())
     print(sign_token(claims, config.server.jwt_secret.reveal()))
-    expires = utc_time(claims["exp"])
-    print(f"valid for {username} until {expires}Z", file=sys.stderr)
+    print(f"valid for {username} until {utc_time(claims['exp'])}Z", file=sys.stderr)
     return 0
 
 
