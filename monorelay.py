@@ -8929,10 +8929,10 @@ class LedgerWriter:
                 users, now = self._limited, time.time()
                 spent = read_ledger(settings.path, lambda connection: select_spent(connection, users, now)) or {}
         except Exception as error:
-            self._note_whether_failing(True)
+            self._set_failing(True)
             self._note_failure(settings.path, seen, error)
             return False
-        self._note_whether_failing(False)
+        self._set_failing(False)
         with self._lock:
             self._spent = spent
             for key, (cost, tokens) in spent_sums([row for row in batch if row.user in self._limited]).items():
@@ -8946,7 +8946,7 @@ class LedgerWriter:
             self._dropped_told = self.dropped
         return True
 
-    def _note_whether_failing(self, failing: bool) -> None:
+    def _set_failing(self, failing: bool) -> None:
         if failing != self.failing:
             self.failing = failing
             self.changed()
@@ -9144,7 +9144,7 @@ def begins_as_database(path: str) -> bool:
 
 def is_broken(error: Exception) -> bool:
     """Whether SQLite reports that a file is no database, or a malformed one."""
-    return type(error).__name__ == "DatabaseError" and bool(re.search("malformed|not a database", str(error)))
+    return type(error) is sqlite3.DatabaseError and bool(re.search("malformed|not a database", str(error)))
 
 
 def set_aside(path: str, seen: tuple[int, ...]) -> str:
