@@ -13408,7 +13408,7 @@ class PlaceOnBoard(NamedTuple):
         return list(filter(None, (self.board.read(place) for place in places if place != 2 * self.worker + 1)))
 
     def keep_figures(self) -> None:
-        """Adds this worker's figures, which has ended, to those of the others that have."""
+        """Adds the figures of this worker, which has ended, to those of the others that have."""
         last = self.board.places - 1
         tally, gauges = Tally(math.inf), collections.Counter[str]()
         kept = list(filter(None, map(self.board.read, (last, 2 * self.worker + 1))))
@@ -13720,7 +13720,7 @@ def outlast_script(serve: Callable[[], int]) -> int:
 
 # ==== Page =======================================================================================
 #
-# The one room that a room above names: it is 900 lines of another kind, and out of the way here.
+# The one room that a room above names: it is a thousand lines of another kind, and out of the way here.
 #
 # The live page is one document without any data: style, markup and script, no library, nothing from elsewhere. It signs
 # in, keeps the token for its tab, and asks /api/live, /api/usage and /api/requests for what it shows.
@@ -13729,8 +13729,8 @@ def outlast_script(serve: Callable[[], int]) -> int:
 # nothing, and its policy has the browser take only the script and the style that stand here, by their hashes. `style`
 # attributes are forbidden with that: what varies is set by the script.
 #
-# Now comes from memory by /api/live, then from the roll-up and the ledger. A hidden tab closes its stream and draws
-# nothing. Of ten thousand requests some sixty rows are elements.
+# What happens comes from memory by /api/live, what has happened from the sums by the hour and from the ledger. A hidden
+# tab closes its stream and draws nothing. Of ten thousand requests, only the sixty rows or so in sight are elements.
 
 
 PAGE = r"""<!doctype html>
