@@ -15227,9 +15227,10 @@ def config_warnings(config: Config) -> Iterator[str]:
         yield from provider_warnings(provider, f"providers.{provider.name}")
     yield from route_warnings(config)
     yield from secret_warnings(config)
-    for alias, name in ((alias, name) for alias, names in config.aliases.items() for name in names):
-        if "@" in name and name.rpartition("@")[2] not in config.providers:
-            yield f"aliases.{alias}: {name} names no provider of this file, and goes upstream as it is"
+    for alias, names in config.aliases.items():
+        for name in names:
+            if "@" in name and name.rpartition("@")[2] not in config.providers:
+                yield f"aliases.{alias}: {name} names no provider of this file, and goes upstream as it is"
     for place, targets in named_targets(config):
         asked = for_one_credential(targets)
         for name in dict.fromkeys(target.provider.name for target in targets if target not in asked):
@@ -15278,11 +15279,12 @@ def provider_warnings(provider: Provider, place: str) -> Iterator[str]:
 def named_targets(config: Config) -> Iterator[tuple[str, list[Target]]]:
     """The targets of each route and alias that has some, and its place in relay.json."""
     sections: tuple[tuple[str, Iterable[str]], ...] = (("routes", config.routes), ("aliases", config.aliases))
-    for place, name in ((f"{section}.{name}", name) for section, names in sections for name in names):
-        try:
-            yield place, resolve(config, name)
-        except RelayError:
-            continue
+    for section, names in sections:
+        for name in names:
+            try:
+                yield f"{section}.{name}", resolve(config, name)
+            except RelayError:
+                pass  # it has none
 
 
 def price_warnings(config: Config) -> Iterator[str]:
