@@ -8587,7 +8587,7 @@ class Worker:
     def __init__(self) -> None:
         self._waiting = Turns()
         self._lock = threading.Lock()  # guards what waits
-        self._put = threading.Semaphore(0)  # how many calls wait
+        self._queued = threading.Semaphore(0)  # how many calls wait
         self._begun = False
 
     def call(self, run: Action, caller: str = "") -> None:
@@ -8597,11 +8597,11 @@ class Worker:
             self._begun = True
         with self._lock:
             self._waiting.put(run, caller)
-        self._put.release()
+        self._queued.release()
 
     def _run(self) -> None:
         while True:
-            self._put.acquire()
+            self._queued.acquire()
             with self._lock:
                 run = self._waiting.take()
             run()
@@ -10604,11 +10604,11 @@ def own_response(
     status: int, body: bytes, fields: Sequence[tuple[str, str]], request_id: str, close: bool = False
 ) -> Response:
     """A response that the relay itself makes."""
-    has_kind = not body or any(name == "content-type" for name, _ in fields)
-    kind = [] if has_kind else [("content-type", "application/json")]
+    needs_type = body and not any(name == "content-type" for name, _ in fields)
+    content_type = [("content-type", "application/json")] if needs_type else []
     date = email.utils.formatdate(usegmt=True)
     ids = [(name, request_id) for name in ("request-id", "x-request-id", "x-monorelay-request-id")]
-    return Response(status, reason_of(status), [("date", date), *kind, *ids, *fields], body, close=close)
+    return Response(status, reason_of(status), [("date", date), *content_type, *ids, *fields], body, close=close)
 
 
 class TranslatedStream:
@@ -13526,6 +13526,7 @@ class Operator:
         reloads, supervisor = WORKER_RELOADS if self._supervisor else "SIGHUP", self._supervisor
         while True:
             name = signals.next(1.0)
+            # A SIGHUP asks for a reload, unless it comes since the terminal was closed.
             left = name == reloads and not supervisor and self._in_terminal and not in_terminal()
             if name in ("SIGTERM", "SIGINT", WORKER_CUTS) or left or (supervisor and os.getppid() != supervisor):
                 self._drain(signals, name == WORKER_CUTS)
