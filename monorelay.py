@@ -8695,11 +8695,9 @@ class LogWriter:
         """Takes a line of the relay's own."""
         self.write(self._line(message, level))
 
-    def _line(self, message: str, level: str) -> str:
-        clock = f"{utc_time(int(time.time()))}Z"
-        if self.style == "json":
-            return log_json({"time": clock, "level": level, "message": message})
-        return f"time={clock} level={level} message={log_text(message)}"
+    def warn(self, message: str) -> None:
+        """Takes a warning."""
+        self.say(message, "warning")
 
     def announce(self, lines: Sequence[str]) -> None:
         """Takes the lines of the banner, wrapped; commands, which have several lines already, stay as they are."""
@@ -8709,9 +8707,15 @@ class LogWriter:
         elif lines:
             self.write("\n".join(line if "\n" in line else BANNER_LINE.fill(line) for line in lines))
 
-    def warn(self, message: str) -> None:
-        """Takes a warning."""
-        self.say(message, "warning")
+    def write(self, line: str) -> None:
+        """Takes a line as it is, if there is room."""
+        if len(self._lines) < LOG_BACKLOG_LINES and self._size < LOG_BACKLOG_CHARACTERS:
+            self._lines.append(line)
+            self._size += len(line)
+        else:
+            self.dropped += 1
+            self.dropped_in_all += 1
+        self._wanted.set()
 
     def finish(self) -> None:
         """Waits up to LOG_LAST_SECONDS for the thread to write the last lines."""
@@ -8720,6 +8724,12 @@ class LogWriter:
             time.sleep(LOG_PAUSE_SECONDS / 10)
         if self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
             self._lock.release()
+
+    def _line(self, message: str, level: str) -> str:
+        clock = f"{utc_time(int(time.time()))}Z"
+        if self.style == "json":
+            return log_json({"time": clock, "level": level, "message": message})
+        return f"time={clock} level={level} message={log_text(message)}"
 
     def _flush(self) -> None:
         """Writes what is waiting."""
@@ -8735,16 +8745,6 @@ class LogWriter:
                     write_text(self._stream, "\n".join(lines) + "\n")
                 except (OSError, ValueError):
                     pass  # a closed or full log must not stop the serving
-
-    def write(self, line: str) -> None:
-        """Takes a line as it is, if there is room."""
-        if len(self._lines) < LOG_BACKLOG_LINES and self._size < LOG_BACKLOG_CHARACTERS:
-            self._lines.append(line)
-            self._size += len(line)
-        else:
-            self.dropped += 1
-            self.dropped_in_all += 1
-        self._wanted.set()
 
     def _run(self) -> None:
         while True:
@@ -11299,6 +11299,12 @@ class Exchange:
         """A response of the relay's own, in JSON or without a body. Raises Unavailable."""
         return self.respond_with(b"" if document is None else json.dumps(document).encode("ascii"), fields, status)
 
+    def respond_with(self, body: bytes, fields: Iterable[tuple[str, str]], status: int = 200) -> Response:
+        """A response of the relay's own. Raises Unavailable for a long one that there is no room for."""
+        if len(body) > RECEIVE_BYTES:  # held for as long as its client takes it
+            self.hold(len(body))
+        return own_response(status, body, [*fields, *self.cors()], self.record.request_id)
+
     def error_response(self, error: RelayError) -> Response:
         """The response that tells the client what went wrong, in the format of its API."""
         record = self.record
@@ -11313,12 +11319,6 @@ class Exchange:
             ]
         body = error_body(self.format, error.kind, error.message, error.code, record.request_id)
         return own_response(error.status, body, [*fields, *self.cors()], record.request_id, error.close)
-
-    def respond_with(self, body: bytes, fields: Iterable[tuple[str, str]], status: int = 200) -> Response:
-        """A response of the relay's own. Raises Unavailable for a long one that there is no room for."""
-        if len(body) > RECEIVE_BYTES:  # held for as long as its client takes it
-            self.hold(len(body))
-        return own_response(status, body, [*fields, *self.cors()], self.record.request_id)
 
     def cors(self, relayed: Iterable[tuple[str, str]] = ()) -> Pairs:
         """What lets a browser's script of another origin read the response, if it may; never what the page shows."""
