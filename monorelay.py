@@ -13079,14 +13079,13 @@ def listen_at(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name != "nt"))
         listener.bind((host, port))
         listener.listen(LISTEN_BACKLOG)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         if listener:
             listener.close()
-        code = getattr(error, "errno", None)
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        if code == errno.EADDRINUSE:
+        reason = error.strerror
+        if error.errno == errno.EADDRINUSE:
             reason = f"{reason}: another relay may be running there; stop it, or try --port {port % 65535 + 1}"
-        raise OSError(code, f"can't listen on {host}:{port}: {reason}") from None
+        raise OSError(error.errno, f"can't listen on {host}:{port}: {reason}") from None
     return listener
 
 
