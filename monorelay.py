@@ -9523,19 +9523,15 @@ async def connect_any(loop: EventLoop, addresses: Sequence[Any], deadline: float
 
 async def connect_one(loop: EventLoop, family: int, address: Any, deadline: float) -> Channel:
     """A connection to this address. Raises OSError, Overdue and ClientGone."""
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock, channel = socket.socket(family, socket.SOCK_STREAM), None
     try:
         tune(sock)
         channel = Channel(sock, loop)
-    except BaseException:
-        sock.close()
-        raise
-    try:
         await channel.connect(address, deadline)
+        return channel
     except BaseException:
-        channel.close()
+        (channel or sock).close()
         raise
-    return channel
 
 
 async def open_tunnel(loop: EventLoop, channel: Channel, provider: Provider, proxy: Any, deadline: float) -> None:
