@@ -9241,11 +9241,18 @@ def test_a_failure_behind_a_proxy_names_the_proxy(relay, no_proxy_yet, monkeypat
     assert "through the proxy" in message and words in message
 
 
-def test_a_proxy_that_refuses_makes_a_502(upstream, relay, no_proxy_yet, monkeypatch):
-    proxy = upstream(b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n")
-    monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n", "the proxy answered with 407"),
+        (b"HTTP/1.1 200 \x00\r\n\r\n", "malformed answer: the status line is malformed"),
+    ],
+    ids=brief,
+)
+def test_a_proxy_that_refuses_makes_a_502(upstream, relay, no_proxy_yet, monkeypatch, sent, reason):
+    monkeypatch.setenv("HTTPS_PROXY", upstream(sent).url)
     got = relay({"anthropic": {"base_url": "https://provider.example"}}).post("/v1/messages", prompt())
-    refused(got, 502, "api_error")
+    assert refused(got, 502, "api_error").endswith(f" through the proxy: {reason}")
 
 
 INJECTED = answer(200, b'{"id": "injected without any TLS"}')
