@@ -7855,7 +7855,8 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoResponse]] = {
 # are left wait for the next one, and those that come meanwhile queue behind them. What waits so stands in queues that
 # are served one by one in turns: a client that asks for little waits for one of those that are dear to serve, however
 # many there are. In each queue, the callers and addresses have turns, too: nobody waits for thousands of requests of
-# another.
+# another. A deadline that passes while an event of the task waits there is told behind the event: it was the loop that
+# was late.
 #
 # Why the loop is this file's own, and not asyncio's: a stream costs no transport, protocol, future and callback for
 # each event; a client's departure is seen while nothing is read from it; and a deadline is a number, not a timer.
@@ -8198,20 +8199,32 @@ class Channel:
             except OSError:
                 pass  # closed is closed
 
-    def _ready(self, events: int, patient: bool = False) -> None:
+    def _ready(self, events: int) -> None:
         """Called by the loop: the socket is readable or writable. Where that took long the last time, or the turn is
-        late, it is served later, `patient`: what is cheap to serve must not wait for what isn't."""
+        late, it is served later: what is cheap to serve must not wait for what isn't."""
+        loop, task = self._loop, self.task
+        if not self._slow and loop.moment <= loop.late_at:
+            self._serve(events)
+        elif not self._queued:
+            self._queued = True
+            sides = loop.slow if self._slow else loop.late
+            turns = sides.clients if task and self is task.client else sides.providers
+            turns.put(lambda: self._serve_late(events, task), task.origin if task else "")
+            if task:
+                task.unseen += 1
+
+    def _serve_late(self, events: int, task: Optional["Task"]) -> None:
+        """Serves an event that has waited for its turn, and resumes the task if its time has come meanwhile."""
+        self._queued = False
+        if task:
+            task.unseen -= 1
+        self._serve(events)
+        if task:
+            self._loop.resume_if_overdue(task)
+
+    def _serve(self, events: int) -> None:
+        """Sends and receives what the socket is ready for, and wakes the task."""
         loop = self._loop
-        if patient:
-            self._queued = False
-        elif self._slow or loop.moment > loop.late_at:
-            if not self._queued:
-                self._queued = True
-                is_client = self.task is not None and self is self.task.client
-                sides = loop.slow if self._slow else loop.late
-                turns = sides.clients if is_client else sides.providers
-                turns.put(lambda: self._ready(events, patient=True), self.task.origin if self.task else "")
-            return
         begun = loop.moment
         if self.closed:
             return  # by an event before this one
@@ -8287,12 +8300,13 @@ class Task:
     """A coroutine that the loop runs; `client` is the channel of the client that it serves, and `origin` says whose it
     is, where it has to wait for its turn."""
 
-    __slots__ = ("_coroutine", "_loop", "_result", "_waiting", "client", "deadline", "done", "origin")
+    __slots__ = ("_coroutine", "_loop", "_result", "_waiting", "client", "deadline", "done", "origin", "unseen")
 
     def __init__(self, coroutine: Coroutine[float, None, Any], loop: "EventLoop", origin: str) -> None:
         self.client: Optional[Channel] = None
         self.origin = origin
         self.deadline = math.inf
+        self.unseen = 0  # events on its channels that wait for their turn
         self.done = False
         self._loop = loop
         self._coroutine = coroutine
@@ -8517,14 +8531,15 @@ class EventLoop:
         due: list[Task] = []
         for task in list(self.tasks):
             client = task.client
-            if task.deadline <= self.now:
+            if task.deadline <= self.now and not task.unseen:
                 due.append(task)
             elif client and client.is_full and not client.closed:
                 self.sweep_at = min(self.sweep_at, self.now + AHEAD_SECONDS)
                 if client.has_hung_up():
                     task.resume(ClientGone())
         self._resume_overdue(due)
-        soonest = min((task.deadline for task in self.tasks), default=math.inf)
+        waiting = (task.deadline for task in self.tasks if task.deadline > self.now or not task.unseen)
+        soonest = min(waiting, default=math.inf)
         self.sweep_at = max(self.now + TICK_SECONDS, min(self.sweep_at, soonest))
 
     def _resume_overdue(self, due: list[Task]) -> None:
@@ -8532,12 +8547,14 @@ class EventLoop:
         SWEEPING_SECONDS don't suffice for are due in the next turn, too."""
         turns, latest = Turns(), self.clock() + SWEEPING_SECONDS
         for task in sorted(due, key=lambda task: task.deadline):
-            turns.put(functools.partial(self._resume_if_overdue, task), task.origin)
+            turns.put(functools.partial(self.resume_if_overdue, task), task.origin)
         while turns and self.clock() <= latest:
             turns.take()()
 
-    def _resume_if_overdue(self, task: Task) -> None:
-        if task.deadline <= self.now:  # else one that was resumed before it has done something for it
+    def resume_if_overdue(self, task: Task) -> None:
+        """Raises Overdue in a task, unless one that was resumed before has done something for it, or what it waits for
+        may have come, and only the loop is late with it: no provider is to blame for that."""
+        if task.deadline <= self.now and not task.unseen:
             task.resume(Overdue())
 
 

@@ -8660,6 +8660,38 @@ def test_a_client_waits_for_one_late_provider_and_not_for_all(looping, monkeypat
     assert told.index("client") <= 2
 
 
+@pytest.mark.parametrize("are_slow", [False, True])
+def test_a_deadline_that_passes_while_an_event_waits_for_its_turn_is_told_behind_the_event(
+    looping, monkeypatch, are_slow
+):
+    monkeypatch.setattr(monorelay, "LATE_SECONDS", 0.0)
+    told: list[str] = []
+
+    async def hears(sock: socket.socket, awaited: int) -> None:
+        channel = monorelay.Channel(sock, looping.loop)
+        channel._slow = are_slow
+        deadline = looping.loop.now + 10.0
+        try:
+            while len(channel.received) < awaited:
+                await monorelay.until(deadline)
+            told.append("came")
+        except monorelay.Overdue:
+            told.append("overdue")
+        looping.clock.now += 1.0
+        channel.close()
+
+    def begin() -> None:
+        for awaited in [*[1] * 50, 2]:
+            near, far = socket.socketpair()
+            looping.loop.start(hears(near, awaited))
+            far.sendall(b"x")
+            far.close()
+
+    looping.call(begin)
+    eventually(lambda: len(told) == 51)
+    assert told == ["came"] * 50 + ["overdue"]
+
+
 def test_what_is_cheap_does_not_wait_for_as_many_that_are_dear(looping):
     told: list[str] = []
 
