@@ -11832,9 +11832,8 @@ class LivePage:
                 break
             if row.is_of(own) and row.request not in told:
                 rows.append(row)
-        self._told = {request: at for request, at in told.items() if at >= since} | {
-            row.request: row.at for row in rows
-        }
+        kept = {request: at for request, at in told.items() if at >= since}
+        self._told = {**kept, **{row.request: row.at for row in rows}}
         return [ended_row(row) for row in reversed(rows)]
 
 
@@ -11850,8 +11849,8 @@ def last_minute(tally: Tally, user: Optional[str], clock: float) -> dict[str, in
 
 def quantiles(values: list[float]) -> Optional[list[float]]:
     """The median, and what 95% of the values don't exceed."""
-    values.sort()
-    return [values[math.ceil(len(values) * part) - 1] for part in (0.5, 0.95)] if values else None
+    ordered = sorted(values)
+    return [ordered[math.ceil(len(ordered) * part) - 1] for part in (0.5, 0.95)] if ordered else None
 
 
 def query_date(query: Mapping[str, str], name: str, default: str) -> str:
