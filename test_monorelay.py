@@ -19969,7 +19969,7 @@ def test_with_few_descriptors_left_an_unknown_name_is_no_fault_of_its_provider(m
         for file in files[-free:]:
             file.close()
         with pytest.raises(OSError) as raised:
-            monorelay.looked_up("provider.test", 443)
+            monorelay.host_addresses("provider.test", 443)
         assert monorelay.lacks_descriptor(raised.value) == (free < 100), raised.value
 
 
