@@ -244,6 +244,8 @@ LOG_LAST_SECONDS = 1.0
 CUT_SECONDS = 2 * LOG_LAST_SECONDS  # within which a worker must have logged what it cuts, and ended
 CUT_NAMED = 5  # requests whose ids one line of the log has room for
 CUT_LINES = 1000  # requests that are logged when they are cut at the end
+DESCRIPTOR_WARNING_SECONDS = 10.0  # between two warnings that no file descriptor is left for a connection
+DESCRIPTOR_PAUSE_SECONDS = 0.05  # before the next connection is looked at then
 TLS_WARNING_SECONDS = 60.0  # between two warnings of clients that take the port for one of HTTPS
 LOG_VALUE_CHARACTERS = 200
 LOGGED_CHARACTERS = LOG_VALUE_CHARACTERS + 1  # of a text from outside so much is kept, which shows that it was longer
@@ -13045,7 +13047,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Uses the spare descriptor to accept a connection and say no: left in the queue, it would keep
         the accept loop spinning, and its client waiting."""
         now = time.monotonic()
-        if now - self._refusal_logged > 10:
+        if now - self._refusal_logged > DESCRIPTOR_WARNING_SECONDS:
             self._refusal_logged = now
             self.log.warn("no file descriptor is left for another connection; raise `ulimit -n`")
         self.service.loop.post(lambda: self.service.relay.connections.close() or self.make_room())
@@ -13053,12 +13055,12 @@ class RelayServer(http.server.ThreadingHTTPServer):
             self._spare.close()
             refuse(listener.accept()[0])
         except OSError:
-            time.sleep(0.05)
+            time.sleep(DESCRIPTOR_PAUSE_SECONDS)
         finally:
             try:
                 self._spare = io.FileIO(os.devnull)
             except OSError:
-                time.sleep(0.05)
+                time.sleep(DESCRIPTOR_PAUSE_SECONDS)
 
 
 # The errors of a machine that has no IPv6, or has it switched off.
