@@ -8147,17 +8147,21 @@ class Channel:
 
     async def secure(self, context: ssl.SSLContext, host: str, deadline: float) -> None:
         """Makes the connection one of TLS. Raises Overdue, ClientGone and OSError."""
-        loop, tls = self._loop, TlsSocket(self.sock, context, host)
+        loop, tls, window = self._loop, TlsSocket(self.sock, context, host), self._window
+        worker, caller = loop.handshakes[host], loop.current.origin
         self.opening = True
         while self.opening:
+            self.set_window(0)  # else what arrives during a step would keep the loop busy
             try:
-                await tls.do_handshake(lambda step: in_thread(loop, step, loop.handshakes, loop.current.origin))
+                await tls.do_handshake(lambda step: in_thread(loop, step, worker, caller, deadline))
                 self.opening = False
             except ssl.SSLWantReadError:
+                self.set_window(window)
                 await until(deadline)  # what arrives is for the handshake
             except ssl.SSLWantWriteError:
                 await self.room(deadline)
         self._wire = tls
+        self.set_window(window)
 
     def _look_before_use(self) -> None:
         """Makes sure, right before the next request is sent, that a kept connection is in order: what came unasked
@@ -8418,7 +8422,8 @@ class EventLoop:
         self.outbox: collections.deque[Channel] = collections.deque()  # those with something to send at its end
         self.worker = Worker()  # for calls that are too long for the loop,
         self.long_worker = Worker()  # for those that are too long for others of that worker to wait for,
-        self.handshakes = Worker()  # and for the steps of TLS with providers
+        # and for the steps of TLS with providers, by host: they wait for others of the same provider only.
+        self.handshakes: collections.defaultdict[str, Worker] = collections.defaultdict(Worker)
         self._stopped = False
         self._posted: collections.deque[Action] = collections.deque()
         self._wakeup_reader, self._wakeup_writer = socket.socketpair()
@@ -8633,10 +8638,14 @@ def start_thread(run: Callable[[], None]) -> None:
 
 
 async def in_thread(
-    loop: EventLoop, work: Callable[[], Result], worker: Optional[Worker] = None, caller: str = ""
+    loop: EventLoop,
+    work: Callable[[], Result],
+    worker: Optional[Worker] = None,
+    caller: str = "",
+    deadline: float = math.inf,
 ) -> Result:
     """The result of work(), called by a worker, in the turn of a caller, or in a thread of its own; not called if the
-    task waits no more by then. Raises what work() raises, and Unavailable when there is no thread."""
+    task waits no more by then. Raises what work() raises, Overdue, and Unavailable when there is no thread."""
     task = loop.current
     outcome: list[tuple[Any, Optional[Exception]]] = []
     wanted = [work]  # emptied when the task waits no more: run(), which may be queued for long, then holds no body
@@ -8659,7 +8668,7 @@ async def in_thread(
         raise Unavailable("this relay has no thread left for this", "no_threads") from None
     try:
         while not outcome:
-            await until()
+            await until(deadline)
     finally:
         wanted.clear()
     result: Result

@@ -8933,7 +8933,7 @@ def test_a_step_of_a_handshake_that_takes_long_holds_up_nobody(upstream, relay, 
     """OpenSSL takes up to 0.2 s for one with ffdhe8192, which a provider may ask for."""
     gate, slow, other = threading.Event(), upstream(message_answer(HI), tls("127.0.0.1")), upstream(message_answer(HI))
     it = relay({"anthropic": slow, "anthropic2": other}, routes={"claude-slow": "anthropic", "*": "anthropic2"})
-    it.server.service.loop.handshakes.call(functools.partial(gate.wait, TIMEOUT_SECONDS))
+    it.server.service.loop.handshakes["127.0.0.1"].call(functools.partial(gate.wait, TIMEOUT_SECONDS))
     with it.client() as waiting, it.client() as leaving:
         for client in (waiting, leaving):
             client.send(request("POST", "/v1/messages", json.dumps(prompt("claude-slow")).encode()))
@@ -8943,6 +8943,44 @@ def test_a_step_of_a_handshake_that_takes_long_holds_up_nobody(upstream, relay, 
         it.logged("error=client_gone")
         gate.set()
         assert waiting.answer().json["id"] == "msg_1" and len(slow.requests) == 1
+
+
+def test_steps_of_a_handshake_wait_for_those_with_the_same_provider_only(upstream, relay, tls, trusted):
+    gate, other = threading.Event(), upstream(message_answer(HI), tls("localhost"))
+    slow = {"base_url": upstream(message_answer(HI)).url.replace("http:", "https:"), "connect_timeout": 0.3}
+    providers = {"anthropic": slow, "anthropic2": {"base_url": other.url.replace("127.0.0.1", "localhost")}}
+    it = relay(providers, routes={"claude-slow": "anthropic", "*": "anthropic2"})
+    it.server.service.loop.handshakes["127.0.0.1"].call(functools.partial(gate.wait, TIMEOUT_SECONDS))
+    with it.client() as waiting:
+        waiting.send(request("POST", "/v1/messages", json.dumps(prompt("claude-slow")).encode()))
+        assert it.post("/v1/messages", prompt()).status == 200
+        assert "connect timeout" in refused(waiting.answer(), 502, "api_error")
+        assert not gate.is_set()
+    gate.set()
+
+
+def test_what_arrives_during_a_step_of_a_handshake_keeps_no_loop_busy(upstream, relay):
+    gate = threading.Event()
+
+    def script(connection: Connection) -> None:
+        eventually(lambda: loop.handshakes["127.0.0.1"]._waiting)
+        connection.send(b"x" * 1000)
+        connection.upstream.called.set()
+        gate.wait(TIMEOUT_SECONDS)
+
+    provider = upstream(script)
+    it = relay({"anthropic": {"base_url": provider.url.replace("http:", "https:")}})
+    loop = it.server.service.loop
+    loop.handshakes["127.0.0.1"].call(functools.partial(gate.wait, TIMEOUT_SECONDS))
+    assert eventually(lambda: not loop.handshakes["127.0.0.1"]._waiting)
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", json.dumps(prompt()).encode()))
+        assert provider.called.wait(TIMEOUT_SECONDS)
+        before = loop.turn
+        time.sleep(0.3)
+        assert loop.turn - before < 20
+        gate.set()
+        refused(client.answer(), 502, "api_error")
 
 
 class TlsPair:
