@@ -8955,7 +8955,6 @@ def test_steps_of_a_handshake_wait_for_those_with_the_same_provider_only(upstrea
         waiting.send(request("POST", "/v1/messages", json.dumps(prompt("claude-slow")).encode()))
         assert it.post("/v1/messages", prompt()).status == 200
         assert "connect timeout" in refused(waiting.answer(), 502, "api_error")
-        assert not gate.is_set()
     gate.set()
 
 
