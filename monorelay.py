@@ -3865,6 +3865,7 @@ PART_HEADER = re.compile(
     rb"(?:\r\ncontent-(?:(?:type|length):[^\r\n]*|transfer-encoding: ?(?:binary|8bit)))*\r\n\r\n"
 )
 PART_CHARSET = re.compile(rb'(?i)charset="?(?!utf-?8[";\r])')
+PART_LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([^\r\n]*)")  # some servers read no more
 
 
 class FormWalk:
@@ -3880,6 +3881,7 @@ class FormWalk:
         self._at = -2  # how many bytes are
         self._go_on: Callable[[], bool] = self._pass_content  # False when more has to come first
         self._in_model = False
+        self._lengths: set[bytes] = set()  # that its part has told
         self._parts = 0
 
     @property
@@ -3916,6 +3918,7 @@ class FormWalk:
         if self._in_model:
             self.model = model_name(held[: start - 2].decode("utf-8", "replace"))
             self.span, self._in_model = (self._at, self._at + start - 2), False
+            self.is_ambiguous |= not self._lengths <= {b"%d" % (start - 2)}
         self._go_on = self._read_header if follows == b"\r\n" else self._pass_rest
         self._use(end if follows == b"\r\n" else end + 2)
         return True
@@ -3934,7 +3937,7 @@ class FormWalk:
         if name == "model" and not file and not self.settled:
             if self.span[1]:
                 raise BadRequest("model: given more than once")
-            self._in_model = True
+            self._in_model, self._lengths = True, set(PART_LENGTH.findall(header))
         # Some servers take `model[]` for a list of that name.
         self.is_ambiguous |= is_model_name(name.partition("[")[0]) and not self._in_model
         self.is_ambiguous |= PART_CHARSET.search(header) is not None
@@ -11413,12 +11416,14 @@ class Exchange:
         plain_type, decides = PLAIN_JSON_TYPE, self.endpoint.by_model
         if media_type(fields) == FORM_TYPE:
             plain_type, decides = PLAIN_FORM_TYPE, f"/v1{self.endpoint.path}" in FORM_PATHS
+            decides = decides and fields.get("content-encoding", "identity").lower() == "identity"  # it is read as is
         is_plain = plain_type.fullmatch(fields.get("content-type", "")) and not any(
             len(fields.all(name)) > 1 for name in ("content-type", "content-encoding")
         )
         # Some servers take a list with commas, and what the query says, as well.
         in_query = any(name in query for name in ("model", "engine", "deployment", "_method"))
-        named_elsewhere = facts.lookalike or "," in facts.model or in_query
+        # Some end a name at a control character, such as a NUL.
+        named_elsewhere = facts.lookalike or re.search(r"[,\x00-\x1f\x7f]", facts.model) is not None or in_query
         return named_elsewhere or not decides or not is_plain
 
     def targets_of(self, model: str) -> list[Target]:

@@ -15687,6 +15687,10 @@ DECOYS = {
     "behind a quote that isn't one": form(("model", "small-1"), ('a\\"; name="model', "large-1")),
     "in another alphabet": form(("model", "small-1"), file=LARGE, rest=form_field("x", "y").replace(
         b'"x"', b'"x"\r\nContent-Type: text/plain; charset=utf-16')),
+    "cut off by a length": form(("model", "small-1"), file=LARGE).replace(
+        b'"model"', b'"model"\r\nContent-Length: 5'),
+    "cut off by a NUL": form(("model", "small-1\0-x"), file=LARGE),
+    "cut off by a line's end": form(("model", "small-1\r\n-x"), file=LARGE),
     "a model it may not use": form(("model", "large-1")),
     "no model": form(),
     "a model behind the file": form(rest=form_field("model", "small-1")),
@@ -15716,6 +15720,7 @@ def test_a_form_that_may_name_another_model_is_refused_to_whom_models_are_set(up
     [
         (TRANSCRIPTIONS, [FORM + "; boundary=other"]),
         (TRANSCRIPTIONS, [FORM, "Content-Type: application/json"]),
+        (TRANSCRIPTIONS, [FORM, "Content-Encoding: deflate"]),
         (TRANSCRIPTIONS + "?model=large-1", [FORM]),
         ("/v1/anything", [FORM]),
         ("/v1/chat/completions", [FORM]),
