@@ -13115,6 +13115,7 @@ NAMED_ELSEWHERE = {
     "fallback models": ("/v1/chat/completions", '"model":"claude-a","fallback_models":["claude-opus"]'),
     "extra_body": ("/v1/chat/completions", '"model":"claude-a","extra_body":{"model":"claude-opus"}'),
     "a list of models": ("/v1/chat/completions", '"model":"claude-a,claude-opus"'),
+    "a model that ends at a NUL": ("/v1/chat/completions", r'"model":"claude-a\u0000-b"'),
     "a name too long to be read": ("/v1/chat/completions", f'"{"n" * 2000}":"claude-opus","model":"claude-a"'),
 }
 
