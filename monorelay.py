@@ -7851,8 +7851,8 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoResponse]] = {
 # until(), with a deadline on the loop's clock. It is resumed when something may have happened: on one of its
 # channels, or to what it has started. So it checks again what it waits for, and waits again if need be. At its
 # deadline Overdue is raised in it, and ClientGone as soon as its client has left. Between two waits no other task
-# runs, so what tasks share needs no lock. What would block in the system (looking up a name, hashing a password)
-# is done by a thread of its own, see in_thread().
+# runs, so what tasks share needs no lock. What would block in the system (looking up a name), or takes long in one
+# piece (hashing a password, a long translation), is done by another thread, see in_thread().
 #
 # The loop runs in turns: it waits for sockets, receives on their channels, resumes their tasks, and in the end sends
 # what was put off in that turn. Work that would take long is done in steps of a few milliseconds, after each of
@@ -9373,9 +9373,10 @@ def size_text(count: int, setting: str) -> str:
 
 # ==== Upstream ===================================================================================
 #
-# Connections to providers are made in the loop: an attempt costs no thread, and ends when its client leaves. Only
-# names are looked up in threads, one for each name, however many wait for it. A kept connection is checked right
-# before its next request: what it holds then is no response to that.
+# Connections to providers are made in the loop: an attempt costs no thread, and ends when its client leaves. Only names
+# are looked up in threads, one for each name, however many wait for it; and the steps of TLS handshakes, in which a
+# provider may ask for much arithmetic, are taken in one for each host. A kept connection is checked right before its
+# next request: what it holds then is no response to that.
 #
 # An Attempt sends a request on a connection, and reads as much of the response as it takes to judge that. Echo is
 # reached in the same way, by a pair of sockets. The UpstreamResponse knows where the relay's own key stands in it.
