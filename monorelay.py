@@ -9797,6 +9797,10 @@ class UpstreamResponse:
         # In a compressed body no lines can be seen.
         coding = head.fields.get("content-encoding", "").lower()
         self.is_stream = media_type(head.fields) == "text/event-stream" and coding in ("", "identity")
+        # The key that is erased from its body. One made of words is looked for in errors only: a model that explains how
+        # to call a local server says it, too.
+        is_word = head.status < 300 and KEY_OF_WORDS.fullmatch(candidate.secret)
+        self.erased = b"" if is_word else candidate.secret
 
     @property
     def reusable(self) -> bool:
@@ -9867,13 +9871,6 @@ class UpstreamResponse:
         secrets += [own] if len(own) >= SECRET_CHARACTERS or (own and not own.isalpha()) else []
         plain = unescaped(text[: 2 * PEEKED_BYTES]) if secrets else ""
         return any(secret in text or secret in plain for secret in secrets)
-
-    @property
-    def erased(self) -> bytes:
-        """The key that is erased from its body. One made of words is looked for in errors only: a model that explains
-        how to call a local server says it, too."""
-        secret = self.candidate.secret
-        return b"" if self.head.status < 300 and KEY_OF_WORDS.fullmatch(secret) else secret
 
     def _readable(self) -> bytes:
         """The beginning of what has come of the content, decompressed where the provider has compressed it unasked."""
