@@ -12990,11 +12990,13 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def _accept_rest(self) -> None:
         """Serves those who were connected before the end; closing the socket would reset them."""
         for listener in self._listeners:
-            try:
-                for _ in range(LISTEN_BACKLOG):
+            for _ in range(LISTEN_BACKLOG):
+                try:
                     self.process_request(*self._accept(listener))
-            except OSError:
-                pass  # there is nobody left
+                except BlockingIOError:
+                    break  # there is nobody left
+                except OSError:
+                    pass  # it has left already, or there is no descriptor for it
 
     def _begin_draining(self) -> None:
         """Has new requests refused from now on, and closes the connections on which none has come."""

@@ -19192,6 +19192,25 @@ def test_who_is_accepted_at_the_second_address_right_before_the_end_is_served(mo
         assert client.answer().status in (200, 503)
 
 
+def test_who_waits_at_the_end_behind_one_that_has_left_is_served(relay, monkeypatch):
+    it = relay({"echo": {}})
+    it.server.shutdown()  # accepts nobody any more
+    left, accept = iter([True]), monorelay.RelayServer._accept
+
+    def accept_all_but_the_first(server: Any, listener: socket.socket) -> Any:
+        sock, address = accept(server, listener)
+        if next(left, False):
+            sock.close()
+            raise ConnectionAbortedError
+        return sock, address
+
+    monkeypatch.setattr(monorelay.RelayServer, "_accept", accept_all_but_the_first)
+    with it.client(), it.client() as client:
+        client.send(request("GET", "/health"))
+        it.server.stop(1.0)
+        assert client.answer().status in (200, 503)
+
+
 def test_localhost_is_one_address_where_there_is_no_ipv6(monkeypatch):
     made = socket.socket
 
