@@ -171,6 +171,8 @@ HELD_UP_SECONDS = 2.0
 LINGER_SECONDS = 5.0  # nginx's lingering_timeout
 LINGER_LONGEST_SECONDS = 30.0  # nginx's lingering_time
 UPSTREAM_IDLE_SECONDS = 50.0  # of a kept upstream connection; common balancers drop theirs after 60 s
+BODY_END_SECONDS = 1.0  # for the end of a body to come behind a stream that has said that it is over,
+BODY_END_BYTES = 16 * 1024  # and for what may stand between the two
 STALE_SECONDS = 1.0  # within which a kept connection shows that it was closed: a round trip, and a lost packet
 CONNECTED_ADDRESSES = 16  # of a host that has more, these are tried
 LOOKUP_DESCRIPTORS = 8  # if there are fewer, a name that isn't found may be there all the same
@@ -9797,8 +9799,8 @@ class UpstreamResponse:
         # In a compressed body no lines can be seen.
         coding = head.fields.get("content-encoding", "").lower()
         self.is_stream = media_type(head.fields) == "text/event-stream" and coding in ("", "identity")
-        # The key that is erased from its body. One made of words is looked for in errors only: a model that explains how
-        # to call a local server says it, too.
+        # The key that is erased from its body. One made of words is looked for in errors only: a model that explains
+        # how to call a local server says it, too.
         is_word = head.status < 300 and KEY_OF_WORDS.fullmatch(candidate.secret)
         self.erased = b"" if is_word else candidate.secret
 
@@ -10199,14 +10201,33 @@ class Relay:
         record_attempt(request.record, last.candidate, 0)
         return await self._presented(request, last)
 
-    def finish(self, response: UpstreamResponse, failed: bool) -> None:
+    def finish(self, response: UpstreamResponse, failed: bool, complete: bool = False) -> None:
         """Releases a response. One that `failed` midway cools down the key for the model, so that the client's next try
-        goes elsewhere."""
+        goes elsewhere. `complete`: all was told, though the end of its body may be still to come."""
         if response.head.status < 400:  # else it was noted when its head had come
             self.keys.note(response.candidate, "broken" if failed else "ok", time.time())
         if failed and response.candidate.target.provider.format != "echo":
             self.keys.failed(response.candidate, 502, None, self._loop.now)
-        response.release(self.connections)
+        if complete and not response.decoder.finished:
+            self._loop.start(self._read_end(response))
+        else:
+            response.release(self.connections)
+
+    async def _read_end(self, response: UpstreamResponse) -> None:
+        """Reads a body to its end, if that comes soon, so that its connection can be kept."""
+        channel, deadline, size = response.channel, self._loop.now + BODY_END_SECONDS, 0
+        channel.task = self._loop.current
+        try:
+            while not response.decoder.finished and not channel.ended and size <= BODY_END_BYTES:
+                if not channel.received:
+                    await channel.arrival(deadline)
+                rest = channel.take(decoded_at_once(channel.received))
+                response.decoder.feed(rest)
+                size += len(rest)
+        except (Overdue, FramingError):
+            pass  # a connection of which more is to come isn't kept
+        finally:
+            response.release(self.connections)
 
     def _more_telling(
         self, before: Optional[UpstreamResponse], response: UpstreamResponse, searches: bool
@@ -12726,7 +12747,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ClientGone from None
         finally:
             if response.relayed:
-                self.service.relay.finish(response.relayed, outgoing.failed)
+                self.service.relay.finish(response.relayed, outgoing.failed, exchange.record.complete)
             elif response.live:
                 response.live.close()
         return outgoing.keep_alive

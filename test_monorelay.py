@@ -11554,6 +11554,69 @@ def test_a_translated_stream_that_stalls_is_cut_behind_an_error(upstream, relay)
         assert client.answer().status in (502, 504)
 
 
+STREAMS_TO_TRANSLATE = {
+    "anthropic": (
+        "/v1/messages",
+        json.dumps(prompt("gpt-test", stream=True)).encode(),
+        sse_of([delta(content="Hi"), delta("stop", USAGE)]),
+    ),
+    "openai": (
+        "/v1/chat/completions",
+        json.dumps(chat("claude-test", stream=True)).encode(),
+        b"".join(ANTHROPIC_EVENTS),
+    ),
+}
+
+
+@pytest.mark.parametrize("format", STREAMS_TO_TRANSLATE)
+def test_the_connection_behind_a_translated_stream_is_kept_when_the_body_ends_late(upstream, relay, format):
+    path, asked, events = STREAMS_TO_TRANSLATE[format]
+    gate, ended = threading.Event(), threading.Event()
+
+    def script(connection: Connection) -> None:
+        while True:
+            connection.read_request()
+            connection.send(STREAM_HEAD, chunk(events))
+            connection.wait(gate)
+            connection.send(chunk(b": and now for something\n\n"), b"0\r\n\r\n")
+            ended.set()
+
+    provider = upstream(script)
+    it = relay({"openai" if format == "anthropic" else "anthropic": provider})
+    with it.client() as client:
+        assert client.ask("POST", path, asked).status == 200, "the client doesn't wait for that"
+        gate.set()
+        assert ended.wait(TIMEOUT_SECONDS)
+        assert client.ask("GET", "/health").status == 200, "the loop has seen the end by then"
+        assert client.ask("POST", path, asked).status == 200
+    assert len(provider.connections) == 1 and len(provider.requests) == 2
+
+
+@pytest.mark.parametrize("rest", [b"", chunk(b": more\n" * 4000), b"no size\r\n"], ids=["silent", "endless", "broken"])
+def test_a_connection_on_which_no_end_comes_behind_a_translated_stream_is_closed(upstream, relay, rest):
+    path, asked, events = STREAMS_TO_TRANSLATE["anthropic"]
+    gate, left, clock = threading.Event(), threading.Event(), Clock()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(STREAM_HEAD, chunk(events))
+        connection.wait(gate)
+        connection.send(rest)
+        if connection.ended_within(TIMEOUT_SECONDS):
+            left.set()
+
+    it = relay({"openai": upstream(script)}, clock)
+    with it.client() as client:
+        assert client.ask("POST", path, asked).status == 200
+        gate.set()
+        if not rest:
+            clock.move(0.9 * monorelay.BODY_END_SECONDS)
+            assert client.ask("GET", "/health").status == 200 and not left.is_set()
+            clock.move(0.1 * monorelay.BODY_END_SECONDS)
+        assert left.wait(TIMEOUT_SECONDS)
+    assert "comes last" not in it.log.getvalue() and "error" not in it.logged(f"path={path}")
+
+
 @pytest.mark.timed
 @pytest.mark.parametrize("stream", [False, True])
 def test_s24_when_the_client_leaves_so_does_the_relay(upstream, relay, stream):
