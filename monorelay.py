@@ -3481,11 +3481,21 @@ def is_model_name(name: str) -> bool:
     return len(name) > MODEL_CHARACTERS or name.casefold().partition("\0")[0].strip() in MODEL_NAMES
 
 
+# OpenRouter's own tools, but for those that ask no model.
+OPENROUTER_TOOL = re.compile(r"openrouter:(?!(?:web_search|web_fetch|datetime)\Z)")
+
+
+def tells_of_model(name: str, value: str) -> bool:
+    """Whether a tool with this member works by a model of its own, which it names or chooses."""
+    return is_model_name(name) or (name == "type" and OPENROUTER_TOOL.match(value) is not None)
+
+
 def have_model(tools: Iterable[Any]) -> bool:
     """Whether one of the tools works by a model of its own."""
-    # Each name is looked at once: most tools have the same ones.
     members = itertools.chain.from_iterable(tool for tool in tools if isinstance(tool, tuple))
-    return any(map(is_model_name, {name for name, value in members if isinstance(value, str)}))
+    # Each is looked at once: most tools have the same names and types.
+    told = {(name, value if name == "type" else "") for name, value in members if isinstance(value, str)}
+    return any(itertools.starmap(tells_of_model, told))
 
 
 def read_at_once(body: bytes, restricted: bool = True) -> BodyFacts:
@@ -3685,8 +3695,8 @@ class JsonWalk:
             return
         if GRAMMAR[state].get(kind) == "colon":
             self._names[1] = self._text(start, end)
-        elif state == "value" and kind in (STRING, QUOTE) and is_model_name(self._names[1]):
-            self._has_model = True
+        elif state == "value" and kind in (STRING, QUOTE):
+            self._has_model |= tells_of_model(self._names[1], self._text(start, end))
 
     def _notice_model(self, name: str, start: int, end: int, is_string: bool) -> None:
         """Notes the member called `model`, and of those that may be taken for it the first. Raises BadRequest for a

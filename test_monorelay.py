@@ -2755,6 +2755,9 @@ def test_body_without_one_clear_model_is_a_bad_request(name):
         (b'[{"type":"advisor_20260301","name":"advisor","model":"b"}]', True),
         (b'[1,{"x":[{}],"y":{"z":"a"}},{"x":{"y":"z"},"Mod\\u0065l":"b"}]', True),
         (b'[{"models":"%s"}]' % (b"b" * 5000), True),
+        (b'[{"type":"openrouter:web_search"},{"type":"openrouter:advisor","parameters":{"name":"x"}}]', True),
+        (b'[{"type":"openrouter:\\u0073ubagent"}]', True),
+        (b'[{"type":"openrouter:web_fetch"},{"name":"openrouter:x"},{"type":"x","y":"openrouter:fusion"}]', False),
         (b'[{"input_schema":{"type":"object","properties":{"model":{"type":"string"}}}}]', False),
         (b'[{"name":"model","x":["model","b"],"y":{"model":"b"}},"model",["model","b"]]', False),
         (b'[{"model":null},{"model":{"x":"y"}},{"model":["b"]}]', False),
@@ -13167,6 +13170,7 @@ def test_a_second_model_under_a_like_name_is_refused_to_whom_models_are_set(upst
 NAMED_ELSEWHERE = {
     "a tool": ("/v1/messages", '"model":"claude-a","tools":[{"type":"advisor_20260301","model":"claude-opus"}]'),
     "an image tool": ("/v1/responses", '"model":"claude-a","tools":[{"type":"image_generation","model":"gpt-image"}]'),
+    "a tool of OpenRouter's": ("/v1/chat/completions", '"model":"claude-a","tools":[{"type":"openrouter:advisor"}]'),
     "fallbacks": ("/v1/messages", '"fallbacks":[{"model":"claude-opus"}],"model":"claude-a"'),
     "a fallback of LiteLLM's": ("/v1/chat/completions", '"model":"claude-a","context_window_fallbacks":[{"a":["b"]}]'),
     "another of LiteLLM's": ("/v1/chat/completions", '"model":"claude-a","content_policy_fallbacks":[{"a":["b"]}]'),
