@@ -2858,30 +2858,30 @@ class Headers(dict[str, str]):
     """Header fields as they stood in a head: the first value of each by its name in lower case. Raises FramingError for
     a Connection that is too long."""
 
-    __slots__ = ("connection", "has_repeated", "names", "pairs")
+    __slots__ = ("connection", "names", "pairs")
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
         self.names = list(map(str.lower, map(operator.itemgetter(0), pairs)))
         # From the last to the first, which so takes the place of others of its name.
         super().__init__(zip(reversed(self.names), map(operator.itemgetter(1), reversed(pairs))))
-        self.has_repeated = len(self) < len(pairs)  # whether a name stands there more than once
         self.connection: Collection[str] = ()
         if "connection" in self:
-            if len(",".join(self.all("connection"))) > CONNECTION_CHARACTERS:
+            options = ",".join(self.all("connection"))
+            if len(options) > CONNECTION_CHARACTERS:
                 raise FramingError(f"Connection has more than {CONNECTION_CHARACTERS} characters")
-            self.connection = frozenset(self.elements("connection"))
+            self.connection = frozenset(elements_of(options))
 
     def all(self, name: str) -> list[str]:
         """Every value of a field."""
-        if not self.has_repeated:
+        if len(self) == len(self.pairs):  # none stands there twice
             return [self[name]] if name in self else []
         return [pair[1] for known, pair in zip(self.names, self.pairs) if known == name]
 
-    def elements(self, name: str) -> list[str]:
-        """The comma-separated elements of all fields of the name, in lower case."""
-        elements = ",".join(self.all(name)).lower().split(",") if name in self else ()
-        return [element for element in map(str.strip, elements) if element]
+
+def elements_of(value: str) -> list[str]:
+    """The comma-separated elements of a value, in lower case."""
+    return list(filter(None, map(str.strip, value.lower().split(","))))
 
 
 class RequestHead(NamedTuple):
@@ -9692,7 +9692,7 @@ async def serve_echo(loop: EventLoop, sock: socket.socket) -> None:
             fault = EchoFault(413, f"echo reads at most {ECHO_BODY_BYTES} bytes")
             response = echo_error(head.path, fault, request_id)
         else:
-            betas = head.fields.elements("anthropic-beta")
+            betas = elements_of(",".join(head.fields.all("anthropic-beta")))
             compose = functools.partial(echo_response, head.method, head.path, body, time.time(), request_id, betas)
             await checkpoint(loop)
             slow = len(body) > ECHO_AT_ONCE_BYTES
