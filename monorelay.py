@@ -10067,7 +10067,7 @@ class Attempt:
         response = UpstreamResponse(self.candidate, channel, head, response_decoder(head, method))
         response.has_body = method != "HEAD" and head.status not in (204, 304)
         if channel.received:
-            await absorb(self._loop, response)
+            response.absorb(await take_in_turn(self._loop, channel))
         return response
 
     async def _read_first_line(self, response: UpstreamResponse) -> None:
@@ -10099,20 +10099,19 @@ class Attempt:
                 return
 
 
-async def absorb(loop: EventLoop, response: UpstreamResponse) -> bytes:
-    """Decodes what has come of a response, and returns what it adds; where that takes long, some of it, when others had
-    their turn. Raises FramingError."""
-    channel = response.channel
-    if is_laborious(channel.received):
-        await checkpoint(loop, greedy=True)
-    return response.absorb(channel.take(decoded_at_once(channel.received)))
+async def take_in_turn(loop: EventLoop, channel: Channel) -> bytes:
+    """Takes what has arrived; where it takes long to decode, some of it, when others had their turn."""
+    if not is_laborious(channel.received):
+        return channel.take_all()
+    await checkpoint(loop, greedy=True)
+    return channel.take(decoded_at_once(channel.received))
 
 
 async def absorb_more(loop: EventLoop, response: UpstreamResponse, deadline: float = math.inf) -> bytes:
-    """As absorb(), when there is more. Raises what more_of() raises, too."""
+    """Decodes what comes next of a response, and returns what it adds. Raises FramingError, and what more_of() does."""
     if not response.channel.received:
         await more_of(loop, response.channel, response.candidate, deadline)
-    return await absorb(loop, response)
+    return response.absorb(await take_in_turn(loop, response.channel))
 
 
 async def more_of(loop: EventLoop, channel: Channel, candidate: Candidate, deadline: float = math.inf) -> None:
@@ -10138,7 +10137,7 @@ async def peek(loop: EventLoop, response: UpstreamResponse, event_only: bool = F
             if event_only and EVENT_END.search(response.content):
                 break
             if channel.received:
-                await absorb(loop, response)
+                response.absorb(await take_in_turn(loop, channel))
             elif channel.ended:
                 break
             else:
@@ -12791,9 +12790,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     async def _fed(self, outgoing: Outgoing, upstream: Channel) -> bytes:
         """What goes out for what has come from the provider, or for some of it where that takes long."""
-        if is_laborious(upstream.received):
-            await checkpoint(self.loop, greedy=True)
-        data = upstream.take(decoded_at_once(upstream.received))
+        data = await take_in_turn(self.loop, upstream)
         return outgoing.feed(data, upstream.ended and not upstream.received, upstream.broken)
 
     async def _next_translated(
