@@ -9739,7 +9739,7 @@ class ResponseHeads:
     def __init__(self, loop: EventLoop, channel: Channel) -> None:
         self._loop = loop
         self._channel = channel
-        self._seen = 0  # how much of what has come was searched in vain
+        self._from = 0  # where in what has come the end of a head may begin
         self._interim = 0
         self._since = loop.now
 
@@ -9758,16 +9758,16 @@ class ResponseHeads:
         """Drops whole interim heads; the size of the final one, 0 while it isn't whole."""
         channel = self._channel
         while True:
-            end = channel.received.find(b"\r\n\r\n", self._seen - 3 if self._seen > 3 else 0)
+            end = channel.received.find(b"\r\n\r\n", self._from)
             size = end + len(b"\r\n\r\n") if end >= 0 else len(channel.received) + 1  # or more
             if size > RESPONSE_HEAD_BYTES:
                 raise FramingError(f"its head is longer than {RESPONSE_HEAD_BYTES} bytes")
             if end < 0:
-                if BARE_LF.search(channel.received, max(0, self._seen - 1)):
+                if BARE_LF.search(channel.received, self._from):
                     raise FramingError("a line of its head ends in LF alone")
-                self._seen = len(channel.received)
+                self._from = max(0, len(channel.received) - 3)
                 return 0
-            self._seen = 0
+            self._from = 0
             if channel.received[9:10] != b"1":
                 return size
             self._count_interim(parse_response_head(channel.take(size)))
@@ -10060,7 +10060,7 @@ class Attempt:
     async def _read_head(self) -> UpstreamResponse:
         """Waits for the head of the final response. Raises BrokenExchange, NoResponse and FramingError."""
         channel, method = self.channel, self._request.head.method
-        head = self._heads.take_final()
+        head = self._heads.take_final() if channel.received else None
         while not head:
             await more_of(self._loop, channel, self.candidate)
             head = self._heads.take_final()
