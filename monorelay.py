@@ -9807,12 +9807,12 @@ class UpstreamResponse:
         self.has_body = True  # False for one that must not have any: a provider may send one nevertheless
         self.translated: Optional[Translated] = None  # the request, if it was that
         # In a compressed body no lines can be seen.
-        coding = head.fields.get("content-encoding", "").lower()
-        self.is_stream = media_type(head.fields) == "text/event-stream" and coding in ("", "identity")
+        is_stream = media_type(head.fields) == "text/event-stream"
+        self.is_stream = is_stream and head.fields.get("content-encoding", "").lower() in ("", "identity")
         # The key that is erased from its body. One made of words is looked for in errors only: a model that explains
         # how to call a local server says it, too.
-        is_word = head.status < 300 and KEY_OF_WORDS.fullmatch(candidate.secret)
-        self.erased = b"" if is_word else candidate.secret
+        secret = candidate.secret
+        self.erased = b"" if head.status < 300 and KEY_OF_WORDS.fullmatch(secret) else secret
 
     @property
     def reusable(self) -> bool:
@@ -9842,8 +9842,7 @@ class UpstreamResponse:
 
     def shows_key(self, text: str) -> bool:
         """Whether the key that is erased from its body stands in a part of its head."""
-        secret = self.erased.decode("ascii")
-        return secret != "" and secret in text
+        return self.erased != b"" and self.erased.decode("ascii") in text
 
     @property
     def begins_with_error(self) -> bool:
@@ -10630,15 +10629,13 @@ class KeyEraser:
     def feed(self, data: bytes, is_last: bool) -> bytes:
         """What can be passed on of the body up to here; in all it is as long as it came."""
         key = self._key
-        data = self._held + data
-        if key in data:
-            data = data.replace(key, b"*" * len(key))
+        data, self._held = (self._held + data).replace(key, b"*" * len(key)), b""
         at = -1 if is_last else data.find(key[:1], max(0, len(data) - len(key) + 1))
         while at >= 0 and not key.startswith(data[at:]):
             at = data.find(key[:1], at + 1)
-        cut = at if at >= 0 else len(data)
-        self._held = data[cut:]
-        return data[:cut]
+        if at >= 0:
+            data, self._held = data[:at], data[at:]
+        return data
 
 
 class Response(NamedTuple):
