@@ -3243,9 +3243,8 @@ def upstream_fields(
 
     `body_length` is None for a body whose length isn't known; a `recoded` body has lost its content-encoding."""
     kept_back = REQUEST_HEADERS_KEPT_BACK | {"content-encoding"} if recoded else REQUEST_HEADERS_KEPT_BACK
-    fields = [("Host", provider.authority)]
-    fields += end_to_end(head.fields, kept_back)
-    fields.append(("Accept-Encoding", "identity"))
+    passed_on = end_to_end(head.fields, kept_back)
+    fields = [("Host", provider.authority), *passed_on, ("Accept-Encoding", "identity")]
     version = "anthropic-version"
     if provider.format == "anthropic" and (version not in head.fields or version in head.fields.connection):
         fields.append((version, DEFAULT_ANTHROPIC_VERSION))
@@ -10017,25 +10016,25 @@ class Attempt:
         """Sends the request; False when the provider answered, or broke off, before it had all of it. Raises
         NoResponse, ClientGone, and what reading the body raises."""
         request, candidate, channel, has_begun = self._request, self.candidate, self.channel, self._heads.has_begun
-        provider, body = candidate.target.provider, request.body
+        (provider, model), body = candidate.target, request.body
         length: Optional[int]
         if isinstance(body, ReadBody):
-            pieces, recoded = body.with_model(candidate.target.model, decoded=provider.format == "echo")
+            pieces, recoded = body.with_model(model, decoded=provider.format == "echo")
             length = sum(map(len, pieces))
         else:
-            if candidate.target.model:
-                body.ask_for(candidate.target.model)
+            if model:
+                body.ask_for(model)
             pieces, recoded, length = [], False, body.length
         fields = upstream_fields(request.head, provider, candidate.key, length, recoded) + channel.extra_fields
         target = f"{channel.target_prefix}{provider.prefix}{request.target}"
         if provider.query:
             target += f"{'&' if '?' in target else '?'}{provider.query}"
-        head = head_bytes(f"{request.head.method} {target} HTTP/1.1", fields)
+        parts = [head_bytes(f"{request.head.method} {target} HTTP/1.1", fields), *pieces]
+        # A large body is cheaper to send in pieces than to copy, a small one cheaper to copy.
+        if (length or 0) < RECEIVE_BYTES:
+            parts = [b"".join(parts)]
         try:
-            # A large body is cheaper to send in pieces than to copy, a small one cheaper to copy.
-            if (length or 0) < RECEIVE_BYTES:
-                head, pieces = b"".join([head, *pieces]), []
-            for data in (head, *pieces):
+            for data in parts:
                 await channel.send(data, provider.timeout, has_begun)
             if isinstance(body, RequestBody):
                 await self._stream_body(body, provider.timeout)
