@@ -10205,7 +10205,6 @@ class Relay:
             if refusal and not problem:
                 raise refusal
             raise UpstreamFailed(problem or "there is no provider to try", code)
-        record_attempt(request.record, last.candidate, 0)
         return await self._presented(request, last)
 
     def finish(self, response: UpstreamResponse, failed: bool, complete: bool = False) -> None:
@@ -10316,6 +10315,7 @@ class Relay:
         Raises UpstreamFailed for these."""
         if response.head.status < 300 and not response.begins_with_error:
             return response
+        record_attempt(request.record, response.candidate, 0)  # which may be one before the last
         try:
             if response.head.status >= 300:
                 await peek(self._loop, response)
