@@ -9264,18 +9264,17 @@ class RequestBody:
         self.length = self._announced = head.body_length
         self._chunks = ChunkedDecoder() if head.body_length is None else None
         self._decoder: Decoder = self._chunks or LengthDecoder(head.body_length or 0)
-        self._channel = channel
-        self._loop = loop
+        self._channel, self._loop = channel, loop
         self._limit = limit
         self._setting = setting  # of relay.json, which the limit comes from
         self._taken = 0
         self._latest = math.inf  # the deadline of the whole body
-        self.watch: Callable[[bytes], object] = lambda piece: None  # sees each piece as it comes
+        self.watch: Optional[Callable[[bytes], object]] = None  # sees each piece as it comes
         self.waited: Callable[[], object] = lambda: None  # called when it had to be waited for
         self.begun = self._ahead = b""  # what was read of a form to know its model; what of that is to be read again
         self._model_span = 0, 0  # where the model stands in it
         self.is_spent = False  # whether some of it was passed on, so that it can't be sent again
-        self._sends_continue = head.version >= 1 and head.fields.get("expect", "").lower() == "100-continue"
+        self._sends_continue = head.fields.get("expect", "").lower() == "100-continue" and head.version >= 1
         if (self.length or 0) > limit:
             raise self._too_large()
 
@@ -9350,9 +9349,10 @@ class RequestBody:
             raise MalformedRequest(f"the chunked body is malformed: {error}") from None
         channel.keep(decoder.rest + received[size:])
         self._taken += len(piece)
-        if self._taken > self._limit or (self._chunks and self._taken + self._chunks.announced > self._limit):
+        if self._chunks and self._taken + self._chunks.announced > self._limit:
             raise self._too_large()
-        self.watch(piece)
+        if self.watch:
+            self.watch(piece)
         return piece
 
     async def _wait_for_more(self, has_responded: Optional[Callable[[], bool]]) -> None:
