@@ -8485,10 +8485,10 @@ class EventLoop:
 
     def _turn(self) -> None:
         """Waits until there is something to do, and does it."""
-        waiting = self._posted or self.outbox or any(self.late) or any(self._unhurried)
+        is_behind = any(self.late)
+        waiting = is_behind or self._posted or self.outbox or any(self._unhurried)
         ready = self.selector.select(0 if waiting else max(0.0, self.sweep_at - self.clock()))
         self.now = self.moment = self.clock()
-        is_behind = any(self.late)
         # While some wait, those who come now queue behind them, for the one turn that all of them have.
         self.late_at = -math.inf if is_behind else self.now + LATE_SECONDS
         self.turn += 1
