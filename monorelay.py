@@ -2921,8 +2921,8 @@ def head_length(data: bytes, seen: int = 0) -> int:
         line_end = data.find(b"\r\n", 0, REQUEST_LINE_BYTES + 2)
         if line_end < 0 or line_end > REQUEST_LINE_BYTES:
             raise MalformedRequest(f"the request line is longer than {REQUEST_LINE_BYTES} bytes", 414)
-    if size > REQUEST_HEAD_BYTES:
-        raise MalformedRequest(f"the request head is longer than {REQUEST_HEAD_BYTES} bytes", 431)
+        if size > REQUEST_HEAD_BYTES:
+            raise MalformedRequest(f"the request head is longer than {REQUEST_HEAD_BYTES} bytes", 431)
     if end >= 0:
         return size
     start = seen - data.startswith(b"\r", seen - 1) if seen else 0
@@ -12601,21 +12601,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         seen, begun = 0, False
         try:
             while True:
-                if not (self.idle or channel.received):
-                    self._be_idle()
                 if seen < 2 and channel.received.startswith(b"\r\n"):
                     channel.take(2)  # RFC 9112 §2.2: an empty line before it is ignored
                     seen = 0
-                size = head_length(channel.received, seen) if channel.received else 0
-                if size:
-                    return channel.take(size)
-                seen = len(channel.received)
-                if seen and not begun:
-                    begun = True
-                    deadline = deadline if self.over_limit else self.loop.now + HEAD_SECONDS
-                    self.be_busy()
-                if seen and channel.is_full:
-                    channel.set_window(REQUEST_HEAD_BYTES + 1)
+                if channel.received:
+                    size = head_length(channel.received, seen)
+                    if size:
+                        return channel.take(size)
+                    seen = len(channel.received)
+                    if not begun:
+                        begun, deadline = True, (deadline if self.over_limit else self.loop.now + HEAD_SECONDS)
+                        self.be_busy()
+                    if channel.is_full:
+                        channel.set_window(REQUEST_HEAD_BYTES + 1)
+                else:
+                    self._be_idle()
                 await until(deadline)
         except MalformedRequest as fault:
             self.fault = fault
