@@ -2845,6 +2845,7 @@ UNSAFE_BYTES = bytes(range(0x21)) + b"\\\x7f"  # in a path
 CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 CHUNK_SIZE_BEGUN = re.compile(rb"[0-9A-Fa-f]{1,15}([ \t]*;|[ \t]*\r?$)")
+PAIR_NAME, PAIR_VALUE = operator.itemgetter(0), operator.itemgetter(1)  # of a header field
 
 HOP_BY_HOP = FRAMING_HEADERS | {"proxy-connection", "proxy-authorization", "proxy-authenticate"}
 # Under another spelling these would slip past a rule here and be understood by a server behind (a CGI-style server
@@ -2862,9 +2863,9 @@ class Headers(dict[str, str]):
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
-        self.names = list(map(str.lower, map(operator.itemgetter(0), pairs)))
+        self.names = list(map(str.lower, map(PAIR_NAME, pairs)))
         # From the last to the first, which so takes the place of others of its name.
-        super().__init__(zip(reversed(self.names), map(operator.itemgetter(1), reversed(pairs))))
+        self.update(zip(reversed(self.names), map(PAIR_VALUE, reversed(pairs))))
         self.connection: Collection[str] = ()
         if "connection" in self:
             options = ",".join(self.all("connection"))
@@ -2897,8 +2898,7 @@ class RequestHead(NamedTuple):
     @property
     def keep_alive(self) -> bool:
         """Whether the client wants to use the connection again (RFC 9112 §9.3)."""
-        options = self.fields.connection
-        return "close" not in options and (self.version >= 1 or "keep-alive" in options)
+        return "close" not in self.fields.connection and (self.version >= 1 or "keep-alive" in self.fields.connection)
 
 
 class ResponseHead(NamedTuple):
@@ -3274,7 +3274,7 @@ def shown_tokens(fields: Headers) -> list[str]:
     """The tokens that a request shows, wherever they stand."""
     if "x-monorelay-key" in fields:  # the others are the client's credential for a provider
         return fields.all("x-monorelay-key")
-    credentials = [value.partition(" ") for value in fields.all("authorization")]
+    credentials = map(str.partition, fields.all("authorization"), itertools.repeat(" "))
     bearers = [token.strip() for scheme, _, token in credentials if scheme.lower() == "bearer"]
     return bearers + fields.all("x-api-key")
 
