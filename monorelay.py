@@ -8108,11 +8108,12 @@ class Channel:
                 sent = self.send_now(rest)
             rest = rest[sent:]
 
-    async def arrival(self, deadline: float) -> None:
-        """Waits until more has arrived, or the other side has closed. Raises Overdue and ClientGone."""
+    async def arrival(self, deadline: float) -> bool:
+        """Waits until more has arrived, or the other side has closed; whether it has. Raises Overdue and ClientGone."""
         before = len(self.received)
         while len(self.received) == before and not self.ended:
             await until(deadline)
+        return len(self.received) > before
 
     async def room(self, deadline: float) -> None:
         """Waits until there is room to send more. Raises Overdue and ClientGone."""
@@ -9419,14 +9420,13 @@ class UpstreamPool:
         """A kept connection, the one used last: it is the least likely to be closed soon. One that came back just now
         is left: what its provider sends behind its response, if anything, has yet to be seen."""
         idle = self._idle.get(pool_key(provider), [])
-        for index in range(len(idle) - 1, -1, -1):
-            if idle[index].kept_in_turn == self._loop.turn:
-                continue
-            channel = idle.pop(index)
-            if self._is_good(channel):
-                channel.task = self._loop.running
-                return channel
-            channel.close()
+        for index in reversed(range(len(idle))):
+            if idle[index].kept_in_turn != self._loop.turn:
+                channel = idle.pop(index)
+                if self._is_good(channel):
+                    channel.task = self._loop.running
+                    return channel
+                channel.close()
         return None
 
     def keep(self, provider: Provider, channel: Channel) -> None:
@@ -10114,16 +10114,16 @@ async def absorb_more(loop: EventLoop, response: UpstreamResponse, deadline: flo
 
 async def more_of(loop: EventLoop, channel: Channel, candidate: Candidate, deadline: float = math.inf) -> None:
     """Waits for more of a response. Raises BrokenExchange, NoResponse, and Overdue at a deadline before that."""
-    provider, before = candidate.target.provider, len(channel.received)
+    provider = candidate.target.provider
     latest = loop.now + provider.timeout
     try:
-        await channel.arrival(min(latest, deadline))
+        if await channel.arrival(min(latest, deadline)):
+            return
     except Overdue:
         if deadline < latest:
             raise
         raise NoResponse(f"the provider {provider.name} sent nothing for {provider.timeout:g} seconds") from None
-    if len(channel.received) == before:
-        raise BrokenExchange(f"the provider {provider.name} closed the connection without an answer")
+    raise BrokenExchange(f"the provider {provider.name} closed the connection without an answer")
 
 
 async def peek(loop: EventLoop, response: UpstreamResponse, event_only: bool = False) -> None:
