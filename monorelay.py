@@ -8497,14 +8497,13 @@ class EventLoop:
         for key, events in ready:
             key.data(events)
         if is_behind:
-            self.moment = self.clock()
-            self._serve(self.late, self.moment + LATE_SECONDS)
-        self._serve_posted()
+            self._serve(self.late, LATE_SECONDS)
+        if self._posted:
+            self._serve_posted()
         if self.now >= self.sweep_at:
             self._sweep()
         if any(self._unhurried):
-            self.moment = self.clock()
-            self._serve(self._unhurried, self.moment + PATIENT_SECONDS)
+            self._serve(self._unhurried, PATIENT_SECONDS)
             # For the threads that accept and log: one that releases CPython's lock for a moment more often than every
             # 5 ms takes it again before any of them has woken up.
             time.sleep(OTHER_THREADS_SECONDS)
@@ -8518,10 +8517,11 @@ class EventLoop:
             if self.clock() > deadline:
                 break
 
-    def _serve(self, queues: Sequence[Turns], deadline: float) -> None:
-        """Calls what waits until the deadline, that of each queue for QUEUE_SECONDS: cheap calls don't wait for as many
+    def _serve(self, queues: Sequence[Turns], seconds: float) -> None:
+        """Calls what waits, for so many seconds in all and QUEUE_SECONDS of each queue: cheap calls don't wait for as many
         dear ones."""
-        while any(queues) and self.moment <= deadline:
+        begun = self.moment = self.clock()
+        while any(queues) and self.moment <= begun + seconds:
             for queue in queues:
                 latest = self.moment + QUEUE_SECONDS
                 for _ in range(len(queue)):
