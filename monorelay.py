@@ -10227,7 +10227,7 @@ class Relay:
             while not response.decoder.finished and not channel.ended and size <= BODY_END_BYTES:
                 if not channel.received:
                     await channel.arrival(deadline)
-                rest = channel.take(decoded_at_once(channel.received))
+                rest = await take_in_turn(self._loop, channel)
                 response.decoder.feed(rest)
                 size += len(rest)
         except (Overdue, FramingError):
