@@ -8489,6 +8489,9 @@ class EventLoop:
         is_behind = any(self.late)
         waiting = is_behind or self._posted or self.outbox or any(self._unhurried)
         ready = self.selector.select(0 if waiting else max(0.0, self.sweep_at - self.clock()))
+        if not ready and self.clock() > self.sweep_at:
+            # The stop of a process (SIGSTOP) interrupts the wait, which then has found nothing of what came.
+            ready = self.selector.select(0)
         self.now = self.moment = self.clock()
         # While some wait, those who come now queue behind them, for the one turn that all of them have.
         self.late_at = -math.inf if is_behind else self.now + LATE_SECONDS

@@ -19400,6 +19400,20 @@ def test_a_signal_drains_and_a_second_one_ends_at_once(upstream, program, number
     gate.set()
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="nothing stops a process here")
+def test_what_came_while_the_process_was_stopped_came_in_time(upstream, program):
+    gate = threading.Event()
+    it = program(settings({"anthropic": {"upstream": upstream(gated_stream(gate)), "timeout": 1.0}}))
+    with Client(it.url) as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        client.until(b"message_start")
+        it.signal(signal.SIGSTOP)
+        gate.set()
+        time.sleep(1.2)  # longer than the provider may be silent
+        it.signal(signal.SIGCONT)
+        assert b"event: error" not in client.until(b"message_stop")
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_a_second_signal_cuts_is_logged(upstream, program, workers):
     """The signals reach the whole group: workers have them from there and from their supervisor."""
