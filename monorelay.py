@@ -8008,8 +8008,8 @@ class Channel:
 
     __slots__ = (
         "_blocked", "_loop", "_outgoing", "_queued", "_slow", "_watched", "_window", "_wire", "answered", "broken",
-        "closed", "ended", "extra_fields", "idle_since", "kept_in_turn", "opening", "received", "send_failed", "sock",
-        "target_prefix", "task",
+        "closed", "ended", "extra_fields", "idle_since", "kept_at", "kept_in_turn", "opening", "received",
+        "send_failed", "sock", "target_prefix", "task",
     )  # fmt: skip
 
     def __init__(self, sock: socket.socket, loop: "EventLoop", window: int = HELD_BYTES) -> None:
@@ -8025,6 +8025,7 @@ class Channel:
         self.closed = False  # whether this side has
         self.opening = False  # whether the connection, or its TLS handshake, is still being made
         self.idle_since = 0.0
+        self.kept_at = 0.0  # the same in seconds since 1970
         self.kept_in_turn = 0  # in which turn of the loop it came into a pool; 0 once it is used again
         self.target_prefix = ""  # what an HTTP proxy wants before the path
         self.extra_fields: Pairs = []  # and the credential it wants
@@ -9438,7 +9439,7 @@ class UpstreamPool:
         if channel.ended or len(idle) >= UPSTREAM_IDLE_CONNECTIONS:
             channel.close()
             return
-        channel.idle_since = self._loop.now
+        channel.idle_since, channel.kept_at = self._loop.now, time.time()
         channel.kept_in_turn = self._loop.turn
         channel.task = None
         idle.append(channel)
@@ -9474,7 +9475,10 @@ class UpstreamPool:
 
     def _is_good(self, channel: Channel) -> bool:
         """Whether it is open, and hasn't been idle for too long."""
-        return not channel.closed and self._loop.now - channel.idle_since < UPSTREAM_IDLE_SECONDS
+        # While a laptop sleeps, the monotonic clock stands still, and connections die unnoticed (Go's net/http looks at
+        # the time of day, too).
+        idle = max(self._loop.now - channel.idle_since, time.time() - channel.kept_at)
+        return not channel.closed and idle < UPSTREAM_IDLE_SECONDS
 
     async def _dial(self, provider: Provider) -> Channel:
         """A connection over the network, through a proxy where the environment names one, its TLS handshake made; all

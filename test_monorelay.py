@@ -9462,6 +9462,20 @@ def test_a_kept_connection_is_looked_at_right_before_a_request_goes_out_on_it(up
         assert client.answer().body == b"victim"
 
 
+@pytest.mark.parametrize(("seconds", "connections"), [(-3600.0, 1), (49.0, 1), (51.0, 2), (30000.0, 2)])
+def test_a_kept_connection_of_before_the_machine_slept_is_not_used(
+    upstream, relay, monkeypatch, seconds, connections
+):
+    """Meanwhile the monotonic clock stands still, and what the provider sends on a connection is lost."""
+    provider, now = upstream(answer()), [time.time()]
+    monkeypatch.setattr(monorelay, "time", types.SimpleNamespace(**{**vars(time), "time": lambda: now[0]}))
+    it = relay({"anthropic": provider})
+    assert it.post("/v1/messages", prompt()).status == 200
+    now[0] += seconds
+    assert it.post("/v1/messages", prompt()).status == 200
+    assert len(provider.connections) == connections
+
+
 @pytest.mark.parametrize("pieces", [lambda raw: [raw], bytewise], ids=["whole", "a byte at a time"])
 @pytest.mark.parametrize(
     ("raw", "status"),
