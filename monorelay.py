@@ -2068,7 +2068,7 @@ class Cooling:
         """Doubles the pause; failures of requests that were under way together count once."""
         if self.until <= now:
             self.failures += 1
-            self.until = now + min(cooldown, 2.0 ** min(self.failures - 1, 20))
+            self.until, self.fixed = now + min(cooldown, 2.0 ** min(self.failures - 1, 20)), False
 
     def recover(self, now: float) -> bool:
         """Ends the pause; whether there was one."""

@@ -1634,6 +1634,17 @@ def test_success_ends_the_cooling_that_no_retry_after_asked_for(status):
     assert pool.labels(0.5) == "k0 k1 k2"
 
 
+@pytest.mark.parametrize("status", [403, 500, 529])
+def test_success_ends_the_cooling_behind_one_whose_retry_after_is_over(status):
+    pool = Pool()
+    candidate = pool.first()
+    pool.failed(candidate, 429, 1.0, 0)
+    pool.failed(candidate, status, None, 2)
+    assert pool.labels(2.5) == "k1 k2 k0"
+    pool.succeeded(candidate, 2.5)
+    assert pool.labels(2.5) == "k0 k1 k2"
+
+
 def test_when_all_keys_cool_the_one_back_soonest_comes_first():
     pool = Pool()
     for candidate, seconds in zip(pool.order(), (30.0, 10.0, 20.0)):
