@@ -174,6 +174,7 @@ UPSTREAM_IDLE_SECONDS = 50.0  # of a kept upstream connection; common balancers 
 BODY_END_SECONDS = 1.0  # for the end of a body to come behind a stream that has said that it is over,
 BODY_END_BYTES = 16 * 1024  # and for what may stand between the two
 STALE_SECONDS = 1.0  # within which a kept connection shows that it was closed: a round trip, and a lost packet
+UNWANTED_SECONDS = 3.0  # for which a provider that has begun a good response takes nothing of the request's rest
 CONNECTED_ADDRESSES = 16  # of a host that has more, these are tried
 LOOKUP_DESCRIPTORS = 8  # if there are fewer, a name that isn't found may be there all the same
 UPSTREAM_IDLE_CONNECTIONS = 512  # to a provider, that wait for their next use; nginx needs as many for the same load
@@ -8090,7 +8091,7 @@ class Channel:
     async def send(self, data: bytes, pause_seconds: float, has_responded: Optional[Callable[[], bool]] = None) -> None:
         """Sends all of the data. A short message may be queued until the end of the turn; if that fails, `send_failed`
         is set and the task is woken. Raises Overdue when nothing was taken for the pause, OSError, and EarlyResponse
-        as soon as `has_responded` says that the provider speaks meanwhile."""
+        with the rest as soon as `has_responded` says that the provider speaks meanwhile."""
         if self._loop.crowded and len(data) < RECEIVE_BYTES and not self._outgoing:
             # Sent one right after the other, messages wake those who wait for them less often: a fifth of the CPU
             # time of a request at 32 clients.
@@ -8104,7 +8105,7 @@ class Channel:
             sent = 0
             while not sent:
                 if has_responded and has_responded():
-                    raise EarlyResponse
+                    raise EarlyResponse(rest)
                 await until(deadline)
                 sent = self.send_now(rest)
             rest = rest[sent:]
@@ -9755,6 +9756,11 @@ class ResponseHeads:
         received = self._channel.received
         return self._channel.ended or (len(received) >= len(b"HTTP/1.1 2") and received[9:10] != b"1")
 
+    def begins_well(self) -> bool:
+        """Whether a response that has begun before the request was sent isn't one that refuses it: then the provider
+        may read on."""
+        return not self._channel.ended and self._channel.received[9:10] == b"2"
+
     def take_final(self) -> Optional[ResponseHead]:
         """The head of the final response, once it is whole. Raises FramingError."""
         size = self._pass_interim()
@@ -10022,7 +10028,7 @@ class Attempt:
     async def _send(self) -> bool:
         """Sends the request; False when the provider answered, or broke off, before it had all of it. Raises
         NoResponse, ClientGone, and what reading the body raises."""
-        request, candidate, channel, has_begun = self._request, self.candidate, self.channel, self._heads.has_begun
+        request, candidate, channel = self._request, self.candidate, self.channel
         (provider, model), body = candidate.target, request.body
         length: Optional[int]
         if isinstance(body, ReadBody):
@@ -10042,7 +10048,7 @@ class Attempt:
             parts = [b"".join(parts)]
         try:
             for data in parts:
-                await channel.send(data, provider.timeout, has_begun)
+                await self._send_piece(data, provider.timeout)
             if isinstance(body, RequestBody):
                 await self._stream_body(body, provider.timeout)
         except Overdue:
@@ -10051,6 +10057,20 @@ class Attempt:
             # It may have answered before it closed; reading will tell.
             return False
         return True
+
+    async def _send_piece(self, data: bytes, timeout: float) -> None:
+        """Sends a piece of the request, all of it also behind the beginning of a good response, which may go on only
+        when the provider has read it. Raises EarlyResponse when no more of it is wanted, Overdue, OSError and
+        ClientGone."""
+        try:
+            await self.channel.send(data, timeout, self._heads.has_begun)
+        except EarlyResponse as early:
+            if not self._heads.begins_well():
+                raise
+            try:
+                await self.channel.send(early.args[0], UNWANTED_SECONDS)
+            except Overdue:
+                raise EarlyResponse from None
 
     async def _stream_body(self, body: RequestBody, timeout: float) -> None:
         """Sends a body piece by piece as it comes from the client. Raises EarlyResponse and what both sides raise."""

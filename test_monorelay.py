@@ -10919,6 +10919,36 @@ def test_an_upload_that_is_answered_before_its_client_finishes_it_cools_nothing(
     assert "comes last" not in it.log.getvalue()
 
 
+@pytest.mark.parametrize("begun", [b"", chunk(b": I am here\n\n")])
+def test_a_provider_that_begins_its_answer_early_gets_the_rest_of_the_request(upstream, relay, begun):
+    """Some gateways send their head at once, and read the request then."""
+    body, got = json.dumps(prompt(text="x" * (16 << 20))).encode(), []
+
+    def script(connection: Connection) -> None:
+        connection.until(b"\r\n\r\n")
+        connection.send(STREAM_HEAD, begun)
+        got.append(connection.take(len(body)))
+        connection.send(chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n")
+
+    it = relay({"anthropic": upstream(script)})
+    assert it.post("/v1/messages", body).body.endswith(b"data: [DONE]\n\n")
+    assert got == [body]
+
+
+def test_a_provider_that_answers_early_and_takes_no_more_is_heard(upstream, relay, monkeypatch):
+    monkeypatch.setattr(monorelay, "UNWANTED_SECONDS", 0.1)
+    over = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.until(b"\r\n\r\n")
+        connection.send(answer(200, b'"early"'))
+        connection.wait(over)
+
+    it = relay({"anthropic": upstream(script)})
+    assert it.post("/v1/messages", prompt(text="x" * (16 << 20))).body == b'"early"'
+    over.set()
+
+
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("name", ["OpenAI-Organization", "openai-project", "x-goog-user-project"])
 def test_what_is_said_about_the_clients_own_organization_cools_nothing(upstream, relay, name, status):
