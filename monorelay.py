@@ -9756,10 +9756,10 @@ class ResponseHeads:
         received = self._channel.received
         return self._channel.ended or (len(received) >= len(b"HTTP/1.1 2") and received[9:10] != b"1")
 
-    def begins_well(self) -> bool:
-        """Whether a response that has begun before the request was sent isn't one that refuses it: then the provider
-        may read on."""
-        return not self._channel.ended and self._channel.received[9:10] == b"2"
+    def refuses(self) -> bool:
+        """Whether the provider reads no more of the request: it has closed, or its response isn't a good one. Raises
+        FramingError."""
+        return self.has_begun() and (self._channel.ended or self._channel.received[9:10] != b"2")
 
     def take_final(self) -> Optional[ResponseHead]:
         """The head of the final response, once it is whole. Raises FramingError."""
@@ -10065,7 +10065,7 @@ class Attempt:
         try:
             await self.channel.send(data, timeout, self._heads.has_begun)
         except EarlyResponse as early:
-            if not self._heads.begins_well():
+            if self._heads.refuses():
                 raise
             try:
                 await self.channel.send(early.args[0], UNWANTED_SECONDS)
@@ -10074,13 +10074,13 @@ class Attempt:
 
     async def _stream_body(self, body: RequestBody, timeout: float) -> None:
         """Sends a body piece by piece as it comes from the client. Raises EarlyResponse and what both sides raise."""
-        chunked, channel, has_begun = body.length is None, self.channel, self._heads.has_begun
+        chunked = body.length is None
         while not body.finished:
-            piece = await body.read(has_begun)
+            piece = await body.read(self._heads.refuses)
             body.is_spent = True
-            await channel.send(chunk(piece) if chunked else piece, timeout, has_begun)
+            await self._send_piece(chunk(piece) if chunked else piece, timeout)
         if chunked:
-            await channel.send(LAST_CHUNK, timeout, has_begun)
+            await self._send_piece(LAST_CHUNK, timeout)
 
     async def _read_head(self) -> UpstreamResponse:
         """Waits for the head of the final response. Raises BrokenExchange, NoResponse and FramingError."""

@@ -10935,6 +10935,25 @@ def test_a_provider_that_begins_its_answer_early_gets_the_rest_of_the_request(up
     assert got == [body]
 
 
+@pytest.mark.parametrize("framing", ["Content-Length: 9", "Transfer-Encoding: chunked"])
+def test_a_provider_that_begins_its_answer_early_gets_the_rest_of_an_upload(upstream, relay, framing):
+    begun = threading.Event()
+
+    def script(connection: Connection) -> None:
+        head = connection.until(b"\r\n\r\n")
+        connection.send(STREAM_HEAD)
+        begun.set()
+        got = b"".join(iter(connection.chunk, b"")) if b"chunked" in head else connection.take(9)
+        connection.send(chunk(b"data: " + got + b"\n\n"), b"0\r\n\r\n")
+
+    it = relay({"anthropic": upstream(script)})
+    with it.client() as client:
+        client.send(request("POST", "/v1/files", None, ANTHROPIC_VERSION, framing))
+        assert begun.wait(TIMEOUT_SECONDS)
+        client.send(chunk(b"some file") + b"0\r\n\r\n" if "chunked" in framing else b"some file")
+        assert client.answer().body == b"data: some file\n\n"
+
+
 def test_a_provider_that_answers_early_and_takes_no_more_is_heard(upstream, relay, monkeypatch):
     monkeypatch.setattr(monorelay, "UNWANTED_SECONDS", 0.1)
     over = threading.Event()
