@@ -13545,7 +13545,7 @@ class ConfigFile:
     def __init__(self, config: Config, path: str, options: JsonDict, seen: tuple[int, ...]) -> None:
         self.config = config
         self.problem = ""  # what was broken when they were read last
-        self._path = path
+        self._path = path and os.path.abspath(path)  # the directory that it began in may be removed while it serves
         self._options = options
         self._unread = ""  # a file that an edit has named, and that couldn't be read
         self._seen = [seen, *config.beside_seen, ()]  # the states of the files that were read
@@ -13556,7 +13556,9 @@ class ConfigFile:
 
     def has_changed(self) -> bool:
         """Whether one was edited since they were read."""
-        self._path = self._path or config_path(self._options)  # it may have come since the start
+        if not self._path:
+            path = config_path(self._options)  # it may have come since the start
+            self._path = path and os.path.abspath(path)
         return self._states() != self._seen
 
     def read(self) -> bool:

@@ -19488,6 +19488,26 @@ def test_what_came_while_the_process_was_stopped_came_in_time(upstream, program)
         assert b"event: error" not in client.until(b"message_stop")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps a directory that a process is in")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_directory_that_a_relay_was_started_in_may_be_replaced(program, tmp_path, workers):
+    config = settings({"echo": {}}, server={"workers": workers}, prices="prices.json")
+    (tmp_path / "prices.json").write_text("{}")
+    it = program(config)
+    shutil.rmtree(tmp_path)
+    eventually(lambda: "not reloaded" in it.text())
+
+    def status(key: str) -> int:
+        with Client(it.url) as client:
+            return client.ask("POST", "/v1/messages", json.dumps(prompt("echo")).encode(), token=key).status
+
+    assert status(TOKEN) == 200
+    tmp_path.mkdir()
+    (tmp_path / "prices.json").write_text("{}")
+    it.write({**config, "users": {"alice": {"key": ALICE}}})
+    eventually(lambda: {status(ALICE) for _ in range(4)} == {200})
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_a_second_signal_cuts_is_logged(upstream, program, workers):
     """The signals reach the whole group: workers have them from there and from their supervisor."""
