@@ -8523,8 +8523,8 @@ class EventLoop:
                 break
 
     def _serve(self, queues: Sequence[Turns], seconds: float) -> None:
-        """Calls what waits, for so many seconds in all and QUEUE_SECONDS of each queue: cheap calls don't wait for as many
-        dear ones."""
+        """Calls what waits, for so many seconds, and QUEUE_SECONDS of each queue at a time: cheap calls don't wait for
+        as many dear ones."""
         begun = self.moment = self.clock()
         while any(queues) and self.moment <= begun + seconds:
             for queue in queues:
