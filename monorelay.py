@@ -195,7 +195,6 @@ CATALOGUE_BYTES = 2 * 1024 * 1024  # of a provider's list; the longest known has
 ECHO_VALUES = 50_000  # in a request to echo, which take up to 5 MB
 CATALOGUE_VALUES = 100_000  # which `json` reads in some 10 ms
 INTEGER_DIGITS = 64  # of an integer that is read: long ones take time in proportion to the square of their length
-CATALOGUE_AT_ONCE = 200  # entries whose targets are looked for, which takes some milliseconds
 LISTED_MODELS = 1000  # of a provider; the longest known list has some 500
 LISTED_ENTRY_CHARACTERS = 2048  # in its strings; the usual ones have 100 to 1,000
 LISTED_ENTRY_VALUES = 128  # the usual ones have up to 80
@@ -271,6 +270,7 @@ LEDGER_WARNING_SECONDS = 60.0
 LEDGER_SEARCHED_ROWS = 200_000  # for those that are wanted; takes some 0.1 s, for which nobody can write
 LEDGER_GROUPS = 10_000  # in one answer
 LEDGER_MODELS = 100  # of one user in an hour that its sums tell apart; nobody works with so many
+SHELL_PATTERNS = 32 * 1024  # that are kept compiled; relay.json may name a model in each
 CONFIG_BYTES = 64 * 1024 * 1024  # of each file of a configuration; LiteLLM's prices have 3.5 MB
 PRICE_USD = 1.0  # the most that a token may cost
 
@@ -768,9 +768,21 @@ def close_matches(name: str, known: Iterable[str], count: int) -> list[str]:
     return difflib.get_close_matches(name, compared, count) if len(name) <= COMPARED_CHARACTERS else []
 
 
+# Before Python 3.11, `fnmatch` itself remembers 256 only: of more, each is compiled anew each time, which takes 0.1 ms.
+@functools.lru_cache(maxsize=SHELL_PATTERNS)
+def shell_pattern(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a shell pattern."""
+    return re.compile(fnmatch.translate(pattern))
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether the name equals a shell pattern, whatever characters it has, or matches it, case-sensitively."""
+    return name == pattern or shell_pattern(pattern).match(name) is not None
+
+
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
-    """Whether the name equals a shell pattern, whatever characters it has, or matches one, case-sensitively."""
-    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    """Whether the name matches one of the shell patterns."""
+    return any(matches(name, pattern) for pattern in patterns)
 
 
 def expand(value: Any, place: str, environ: Mapping[str, str], problems: Problems) -> Any:
@@ -1449,7 +1461,7 @@ def follow(config: Config, name: str, passed: tuple[str, ...]) -> list[Target]:
     if alias:
         return [target for other in names for target in follow(config, other, (*passed, alias))]
     for pattern, providers in config.routes.items():
-        if matches_any(name, [pattern]):
+        if matches(name, pattern):
             known = [config.providers[provider] for provider in providers if provider in config.providers]
             return without_stand_in([Target(provider, name) for provider in known])
     return []
@@ -2622,7 +2634,7 @@ def find_price(prices: Prices, provider: Provider, model: str) -> Optional[Price
         if name in prices.by_name:
             return prices.by_name[name]
         for pattern, price in prices.by_pattern:
-            if matches_any(name, (pattern,)):
+            if matches(name, pattern):
                 return price
     return None
 
@@ -11748,12 +11760,13 @@ async def answer_catalogue(exchange: Exchange) -> Response:
     """The relay's models, or one of them."""
     listed = await exchange.service.catalogue.entries(exchange.config)
     await checkpoint(exchange.loop)  # to make a long page takes some milliseconds
-    entries = []
-    for number, entry in enumerate(listed, 1):
+    entries, begun = [], exchange.loop.clock()
+    for entry in listed:
         if exchange.may_use(entry["id"]) and callable_targets(exchange.config, entry["id"], exchange.format):
             entries.append(entry)
-        if number % CATALOGUE_AT_ONCE == 0:
+        if exchange.loop.clock() - begun > SLOW_EVENT_SECONDS:  # of many routes, each may have to be looked at
             await checkpoint(exchange.loop)
+            begun = exchange.loop.clock()
     wanted = unquote(exchange.endpoint.path[len("/models/") :])
     if not wanted:
         return exchange.respond(200, model_page(entries, exchange.request.query, exchange.format))
@@ -14987,7 +15000,7 @@ def route_reasons(config: Config, name: str, passed: tuple[str, ...] = ()) -> li
         reasons = [f"{name}: is the alias {alias} -> {', '.join(names)}"]
         return reasons + [reason for other in names for reason in route_reasons(config, other, (*passed, alias))]
     for pattern, providers in config.routes.items():
-        if matches_any(name, [pattern]):
+        if matches(name, pattern):
             return [f"{name}: matches the route {pattern} -> {', '.join(providers)}"]
     if name.endswith(LONG_CONTEXT):
         return [f"{name}: is tried without {LONG_CONTEXT}", *route_reasons(config, name[: -len(LONG_CONTEXT)])]
@@ -15338,7 +15351,7 @@ def route_warnings(config: Config) -> Iterator[str]:
     """Warnings of the routes."""
     passed: list[str] = []
     for pattern in config.routes:
-        before = next((other for other in passed if matches_any(pattern, [other])), None)
+        before = next((other for other in passed if matches(pattern, other)), None)
         if before:
             yield f"routes.{pattern}: is never reached, {before} matches first; put it before that"
         if REGULAR_EXPRESSION.search(pattern):

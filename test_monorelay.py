@@ -96,6 +96,7 @@ import csv
 import datetime
 import email.utils
 import errno
+import fnmatch
 import fractions
 import functools
 import gc
@@ -1496,6 +1497,15 @@ def test_aliases_with_a_star_lead_nowhere_for_ever():
     assert [it.model for it in monorelay.resolve(config, "xy")] == ["y"]
     with pytest.raises(monorelay.ConfigError, match="one \\* at most"):
         parse({"openai": {"base_url": "http://127.0.0.1:9"}}, aliases={"a*b*": "*@openai"})
+
+
+def test_each_pattern_is_compiled_once_however_many_there_are(monkeypatch):
+    monorelay.shell_pattern.cache_clear()
+    patterns, compiled, translate = [f"family-{n}-*" for n in range(1000)], [], fnmatch.translate
+    monkeypatch.setattr(fnmatch, "translate", lambda pattern: compiled.append(pattern) or translate(pattern))
+    for _ in range(3):
+        assert not monorelay.matches_any("other", patterns)
+    assert monorelay.matches_any("family-999-x", patterns) and compiled == patterns
 
 
 def test_a_pattern_with_brackets_goes_on_to_be_a_pattern():
@@ -13571,6 +13581,32 @@ def test_clients_that_ask_for_the_catalogue_together_have_the_provider_asked_onc
         gate.set()
         answers = [client.answer() for client in clients[1:]]
     assert {answer.json["data"][0]["id"] for answer in answers} == {"claude-a"} and len(provider.requests) == 1
+
+
+def test_others_are_served_while_targets_are_looked_for_that_take_long_to_find(upstream, relay, monkeypatch):
+    begun, asked, served = threading.Event(), threading.Event(), threading.Event()
+    callable_targets = monorelay.callable_targets
+
+    def targets(config: Any, name: str, format: str) -> list[Any]:
+        if name == "claude-1":
+            begun.set()
+            asked.wait(TIMEOUT_SECONDS)
+        time.sleep(2 * monorelay.SLOW_EVENT_SECONDS)
+        if name == "claude-9":
+            served.wait(2 * TIMEOUT_SECONDS)
+        return callable_targets(config, name, format)
+
+    monkeypatch.setattr(monorelay, "callable_targets", targets)
+    it = relay({"anthropic": upstream(catalogue_answer(*(f"claude-{n}" for n in range(1, 10))))})
+    with it.client() as client, it.client() as other:
+        assert other.ask("GET", "/health").status == 200
+        client.send(request("GET", "/v1/models", None, ANTHROPIC_VERSION))
+        assert begun.wait(TIMEOUT_SECONDS)
+        other.send(request("GET", "/health"))
+        asked.set()
+        assert other.answer().status == 200
+        served.set()
+        assert len(client.answer().json["data"]) == 9
 
 
 @pytest.mark.parametrize("fault", [answer(401), answer(402), b""], ids=brief)
