@@ -8535,8 +8535,8 @@ class EventLoop:
                 break
 
     def _serve(self, queues: Sequence[Turns], seconds: float) -> None:
-        """Calls what waits, for so many seconds, and QUEUE_SECONDS of each queue at a time: cheap calls don't wait for
-        as many dear ones."""
+        """Calls what waits, for so many seconds in all, and QUEUE_SECONDS of each queue: cheap calls don't wait for as
+        many dear ones."""
         begun = self.moment = self.clock()
         while any(queues) and self.moment <= begun + seconds:
             for queue in queues:
@@ -9285,7 +9285,7 @@ class RequestBody:
         self._channel, self._loop = channel, loop
         self._limit = limit
         self._setting = setting  # of relay.json, which the limit comes from
-        self._taken = 0
+        self._taken = 0  # bytes of content, where the length isn't known
         self._latest = math.inf  # the deadline of the whole body
         self.watch: Optional[Callable[[bytes], object]] = None  # sees each piece as it comes
         self.waited: Callable[[], object] = lambda: None  # called when it had to be waited for
@@ -9315,13 +9315,15 @@ class RequestBody:
                 self.length = self._announced + len(name) - (end - start)
 
     async def read(self, has_responded: Optional[Callable[[], bool]] = None) -> bytes:
-        """The next piece, b"" at the end. Raises ClientGone, TooLarge, MalformedRequest, and EarlyResponse
-        when `has_responded` says that the provider speaks before there is one."""
-        piece = await self._next_piece()
-        while not piece and not self.finished:
+        """The next piece, b"" at the end; of many chunks some, when others had their turn. Raises ClientGone, TooLarge,
+        MalformedRequest, and EarlyResponse when `has_responded` says that the provider speaks before there is one."""
+        while True:
+            if self._chunks and is_laborious(self._channel.received):
+                await checkpoint(self._loop, greedy=True)
+            piece = self._next_piece()
+            if piece or self.finished:
+                return piece
             await self._wait_for_more(has_responded)
-            piece = await self._next_piece()
-        return piece
 
     async def read_all(self) -> bytes:
         """The rest of a short body. Raises what read() does."""
@@ -9347,28 +9349,24 @@ class RequestBody:
             return False
         return True
 
-    async def _next_piece(self) -> bytes:
-        """What has come of the body and not been read yet; of many chunks some, when others had their turn. Raises
-        ClientGone, TooLarge and MalformedRequest."""
-        channel, decoder = self._channel, self._decoder
+    def _next_piece(self) -> bytes:
+        """What has come of the body and not been read yet, or a part of it. Raises TooLarge and MalformedRequest."""
+        received, decoder = self._channel.received, self._decoder
         if self._ahead:
             piece, self._ahead = self._ahead, b""
             return piece
-        if not channel.received or decoder.finished:
+        if not received or decoder.finished:
             return b""
-        size = len(channel.received)
-        if self._chunks and is_laborious(channel.received):
-            await checkpoint(self._loop, greedy=True)
-            size = decoded_at_once(channel.received)
-        received = channel.received
+        size = decoded_at_once(received) if self._chunks else len(received)
         try:
             piece = decoder.feed(received[:size])
         except FramingError as error:
             raise MalformedRequest(f"the chunked body is malformed: {error}") from None
-        channel.keep(decoder.rest + received[size:])
-        self._taken += len(piece)
-        if self._chunks and self._taken + self._chunks.announced > self._limit:
-            raise self._too_large()
+        self._channel.keep(decoder.rest + received[size:])
+        if self._chunks:
+            self._taken += len(piece)
+            if self._taken + self._chunks.announced > self._limit:
+                raise self._too_large()
         if self.watch:
             self.watch(piece)
         return piece
