@@ -8237,11 +8237,11 @@ class Channel:
     def _ready(self, events: int) -> None:
         """Called by the loop: the socket is readable or writable. Where that took long the last time, or the turn is
         late, it is served later: what is cheap to serve must not wait for what isn't."""
-        loop, task = self._loop, self.task
+        loop = self._loop
         if not self._slow and loop.moment <= loop.late_at:
             self._serve(events)
         elif not self._queued:
-            self._queued = True
+            self._queued, task = True, self.task
             sides = loop.slow if self._slow else loop.late
             turns = sides.clients if task and self is task.client else sides.providers
             turns.put(lambda: self._serve_late(events, task), task.origin if task else "")
