@@ -768,16 +768,20 @@ def close_matches(name: str, known: Iterable[str], count: int) -> list[str]:
     return difflib.get_close_matches(name, compared, count) if len(name) <= COMPARED_CHARACTERS else []
 
 
+WILDCARD = re.compile(r"[*?[]")
+
+
 # Before Python 3.11, `fnmatch` itself remembers 256 only: of more, each is compiled anew each time, which takes 0.1 ms.
 @functools.lru_cache(maxsize=SHELL_PATTERNS)
-def shell_pattern(pattern: str) -> re.Pattern[str]:
-    """The regular expression of a shell pattern."""
-    return re.compile(fnmatch.translate(pattern))
+def shell_pattern(pattern: str) -> Optional[re.Pattern[str]]:
+    """The regular expression of a shell pattern; None for one that only its own name matches."""
+    return re.compile(fnmatch.translate(pattern)) if WILDCARD.search(pattern) else None
 
 
 def matches(name: str, pattern: str) -> bool:
     """Whether the name equals a shell pattern, whatever characters it has, or matches it, case-sensitively."""
-    return name == pattern or shell_pattern(pattern).match(name) is not None
+    expression = shell_pattern(pattern)
+    return name == pattern or (expression is not None and expression.match(name) is not None)
 
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
