@@ -9452,6 +9452,7 @@ class UpstreamPool:
         """Takes a connection back after a whole response."""
         idle = self._idle.setdefault(pool_key(provider), [])
         if channel.ended or len(idle) >= UPSTREAM_IDLE_CONNECTIONS:
+            channel.abort_on_close(True)  # else its port, of which there are few, is taken for another minute
             channel.close()
             return
         channel.idle_since, channel.kept_at = self._loop.now, time.time()

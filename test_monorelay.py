@@ -9483,6 +9483,25 @@ def test_a_kept_connection_is_looked_at_right_before_a_request_goes_out_on_it(up
         assert client.answer().body == b"victim"
 
 
+def test_a_connection_that_finds_no_room_among_the_kept_ones_gives_its_port_back(upstream, relay, monkeypatch):
+    """One that is closed by a FIN keeps its port for a minute: many uploads, each on a new one, would use up all."""
+    monkeypatch.setattr(monorelay, "UPSTREAM_IDLE_CONNECTIONS", 1)
+    ends: list[str] = []
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(answer())
+        try:
+            connection.sock.recv(1)
+        except OSError as end:
+            ends.append(type(end).__name__)
+
+    it = relay({"anthropic": upstream(script)})
+    for _ in range(2):
+        assert it.post("/v1/files", b"x", "Content-Type: application/octet-stream", ANTHROPIC_VERSION).status == 200
+    eventually(lambda: ends == ["ConnectionResetError"])
+
+
 @pytest.mark.parametrize(("seconds", "connections"), [(-3600.0, 1), (49.0, 1), (51.0, 2), (30000.0, 2)])
 def test_a_kept_connection_of_before_the_machine_slept_is_not_used(
     upstream, relay, monkeypatch, seconds, connections
