@@ -13747,6 +13747,8 @@ class Supervisor:
             pid = os.waitpid(-1, os.WNOHANG)[0]
             if not pid:
                 return
+            if pid not in self._workers:
+                continue  # a shell's that has started it before this program took its place, or an orphan of process 1
             started, worker = self._workers.pop(pid)
             PlaceOnBoard(self._board, worker).keep_figures()
             yield pid, started

@@ -19740,6 +19740,20 @@ def test_who_was_taken_away_does_not_come_back_with_a_new_worker(program, tmp_pa
     eventually(lambda: admits(ALICE) == {200}), "new workers see the next edit"
 
 
+@pytest.mark.skipif(not hasattr(os, "waitid"), reason="a process can't look at an ended child here")
+def test_a_supervisor_outlives_a_child_that_is_no_worker():
+    """A shell that starts something and then becomes the relay leaves it such a child."""
+    supervisor = monorelay.Supervisor(monorelay.ConfigFile(parse({"echo": {}}), "", {}, ()), [])
+    ended = []
+    for _ in range(2):
+        ended.append(os.fork())
+        if not ended[-1]:
+            os._exit(0)
+        os.waitid(os.P_PID, ended[-1], os.WEXITED | os.WNOWAIT)
+    supervisor._workers[ended[-1]] = (1000.0, 0)
+    assert list(supervisor._reap()) == [(ended[-1], 1000.0)]
+
+
 def test_a_worker_that_can_not_act_is_killed_some_time_after_its_last_request_was_due(monkeypatch):
     monkeypatch.setattr(monorelay, "LEDGER_LAST_SECONDS", 5.0)
     config = parse({"echo": {}}, server={"drain_seconds": 30})
