@@ -9511,6 +9511,7 @@ def test_a_kept_connection_of_before_the_machine_slept_is_not_used(
     monkeypatch.setattr(monorelay, "time", types.SimpleNamespace(**{**vars(time), "time": lambda: now[0]}))
     it = relay({"anthropic": provider})
     assert it.post("/v1/messages", prompt()).status == 200
+    eventually(lambda: any(it.server.service.relay.connections._idle.values()))  # it is kept behind the answer
     now[0] += seconds
     assert it.post("/v1/messages", prompt()).status == 200
     assert len(provider.connections) == connections
