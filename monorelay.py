@@ -10230,7 +10230,7 @@ class Relay:
                 attempt = await self._attempt(wanted, candidate, fresh=request.only_once or last_try)
                 response = attempt.response
                 if response:
-                    last = self._more_telling(last, response, request.searches)
+                    last = self._more_telling(last, response, request.searches) if last else response
                     if last_try or not self._is_failure(wanted, response) or request.body.is_spent:
                         break
                 else:
@@ -10277,17 +10277,14 @@ class Relay:
         finally:
             response.release(self.connections)
 
-    def _more_telling(
-        self, before: Optional[UpstreamResponse], response: UpstreamResponse, searches: bool
-    ) -> UpstreamResponse:
+    def _more_telling(self, before: UpstreamResponse, response: UpstreamResponse, searches: bool) -> UpstreamResponse:
         """The one of two responses that the client gets if no better one comes. Releases the other. Where one
         `searches`, a key that can't answer now may have what another doesn't know."""
-        if before:
-            first, status = before.head.status, response.head.status
-            is_unknown = searches and status == 404 and first in RETRIED_STATUSES
-            if (status in LASTING_STATUSES or is_unknown) and first not in LASTING_STATUSES:
-                before, response = response, before
-            before.release(self.connections)
+        first, status = before.head.status, response.head.status
+        is_unknown = searches and status == 404 and first in RETRIED_STATUSES
+        if (status in LASTING_STATUSES or is_unknown) and first not in LASTING_STATUSES:
+            before, response = response, before
+        before.release(self.connections)
         return response
 
     async def _attempt(self, request: UpstreamRequest, candidate: Candidate, fresh: bool) -> Attempt:
@@ -12712,7 +12709,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request = exchange.request
             if request.method == "OPTIONS" and exchange.cors():
                 return exchange.respond(204, fields=preflight_fields(request.fields))
-            if "websocket" in request.fields.get("upgrade", "").lower():
+            if "upgrade" in request.fields and "websocket" in request.fields["upgrade"].lower():
                 raise NoWebSocket
             endpoint = exchange.endpoint = find_endpoint(request.method, request.path, exchange.format)
             if endpoint.answer not in OPEN_ENDPOINTS:
