@@ -12641,15 +12641,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         seen, begun = 0, False
         try:
             while True:
-                if seen < 2 and channel.received.startswith(b"\r\n"):
-                    channel.take(2)  # RFC 9112 §2.2: an empty line before it is ignored
-                    seen = 0
                 if channel.received:
+                    if seen < 2 and channel.received.startswith(b"\r\n"):
+                        channel.take(2)  # RFC 9112 §2.2: an empty line before it is ignored
+                        seen = 0
                     size = head_length(channel.received, seen)
                     if size:
                         return channel.take(size)
                     seen = len(channel.received)
-                    if not begun:
+                    if seen and not begun:
                         begun, deadline = True, (deadline if self.over_limit else self.loop.now + HEAD_SECONDS)
                         self.be_busy()
                     if channel.is_full:
