@@ -2159,7 +2159,7 @@ def reset_time(value: str, now: float) -> Optional[float]:
 class KeyRecord:
     """How a key has fared of late, for its owner to see."""
 
-    __slots__ = ("answered", "failed", "hours", "limits_at", "limits_told", "outcomes")
+    __slots__ = ("answered", "failed", "hours", "limits", "limits_at", "limits_told", "outcomes")
 
     def __init__(self) -> None:
         self.outcomes: dict[str, int] = {}  # how many attempts ended so
@@ -2168,6 +2168,7 @@ class KeyRecord:
         self.answered = 0.0  # when last, and well
         self.limits_told = Headers([])  # in which the provider last told its rate limits: read when somebody asks
         self.limits_at = 0.0
+        self.limits: Optional[list[JsonDict]] = None  # what was read there, once it has been
 
 
 QUARANTINE_FACTOR = 10  # times `cooldown`: its owner has to do something first
@@ -2303,7 +2304,7 @@ class KeyPool:
         """Notes what a response says of the provider's limits for a key, if it does."""
         if "ratelimit-" in ",".join(fields.names):
             record = self._record(candidate)
-            record.limits_told, record.limits_at = fields, clock
+            record.limits_told, record.limits_at, record.limits = fields, clock, None
 
     def _record(self, candidate: Candidate) -> KeyRecord:
         name = (candidate.target.provider.name, candidate.label)
@@ -2397,13 +2398,15 @@ def key_state(provider: Provider, cooling: Sequence[tuple[str, Cooling]], now: f
 
 def record_document(record: KeyRecord) -> JsonDict:
     """A KeyRecord as JSON."""
-    limits = rate_limits(limit_fields(record.limits_told), record.limits_at)
+    if record.limits is None:
+        limits = rate_limits(limit_fields(record.limits_told), record.limits_at)
+        record.limits = [{"limit": name, **limit._asdict()} for name, limit in limits.items()]
     return {
         "outcomes": dict(record.outcomes),
         "hours": [[hour, *counts] for hour, counts in record.hours.items()],
         "failed": record.failed,
         "answered": record.answered,
-        "limits": [{"limit": name, **limit._asdict()} for name, limit in limits.items()],
+        "limits": record.limits,
     }
 
 

@@ -1859,6 +1859,19 @@ def test_what_several_workers_know_of_a_key_is_one():
     assert [round(limit["used"], 6) for limit in joined["limits"]] == [0.2]
 
 
+def test_limits_of_a_key_are_read_once_however_often_they_are_looked_at(monkeypatch):
+    it, read = Pool(), monorelay.rate_limits
+    readings: list[float] = []
+    monkeypatch.setattr(monorelay, "rate_limits", lambda fields, now: readings.append(now) or read(fields, now))
+    for number in range(2):
+        told = [("x-ratelimit-limit-tokens", "10"), ("x-ratelimit-remaining-tokens", str(10 - number))]
+        it.pool.note_limits(it.first(), monorelay.Headers(told), UNIX_TIME + number)
+        record = it.pool.records["anthropic", "k0"]
+        limits = [monorelay.record_document(record)["limits"] for _ in range(3)]
+        assert limits[0] == limits[2] and limits[0][0]["left"] == 10 - number
+    assert readings == [UNIX_TIME, UNIX_TIME + 1]
+
+
 def test_what_is_remembered_of_a_key_is_bounded_whatever_its_provider_tells():
     it = Pool()
     candidate = it.first()
