@@ -7026,6 +7026,7 @@ class Tally:
         self.since = since  # seconds since 1970
         self.series: dict[tuple[str, str, str, str], list[int]] = {}  # user, model as sent, provider, key
         self.hours: dict[tuple[int, str], list[int]] = {}  # by clock hour and user: SUMS
+        self._last_hour = 0  # of them
         self.seconds: dict[int, list[int]] = {}  # of the last minute: requests and errors
         self.statuses: collections.Counter[tuple[str, str, str]] = collections.Counter()  # provider, model, status
         self.refused: collections.Counter[str] = collections.Counter()  # codes of the relay's own errors
@@ -7063,7 +7064,9 @@ class Tally:
     def _in_hour(self, hour: int, user: str) -> list[int]:
         sums = self.hours.get((hour, user))
         if sums is None:
-            self.hours = {name: self.hours[name] for name in self.hours if name[0] > hour - TALLIED_HOURS}
+            if hour > self._last_hour:  # not for each user: there may be a thousand
+                self._last_hour = hour
+                self.hours = {name: self.hours[name] for name in self.hours if name[0] > hour - TALLIED_HOURS}
             name = (hour, user if len(self.hours) < TALLIED_SERIES else OTHER)
             sums = self.hours.setdefault(name, [0] * len(SUMS))
         return sums

@@ -14749,6 +14749,22 @@ def test_users_of_relay_json_are_told_apart_however_many_they_are():
     assert len(tally.by(0)) == 300
 
 
+def test_the_hours_of_many_users_are_swept_once_an_hour():
+    tally = monorelay.Tally(0.0)
+    tally.users = {f"user-{number}": None for number in range(5)}
+    first = UNIX_TIME // 3600 * 3_600_000
+    swept = []
+    for hour in (0, 1, monorelay.TALLIED_HOURS):
+        before = tally.hours
+        for number in range(5):
+            tally.add(row(user=f"user-{number}", at=int(first + hour * 3_600_000 + number)))
+            if tally.hours is not before:
+                swept.append((hour, number))
+            before = tally.hours
+    assert swept == [(0, 0), (1, 0), (monorelay.TALLIED_HOURS, 0)]
+    assert {hour - int(UNIX_TIME // 3600) for hour, _ in tally.hours} == {1, monorelay.TALLIED_HOURS}
+
+
 def test_series_are_bounded_and_nothing_is_lost_beyond():
     tally = monorelay.Tally(0.0)
     tally.users = {f"user-{number}": None for number in range(100)}
