@@ -10990,6 +10990,7 @@ class Service:
         """The budgets of one user or of all: what was spent of each, and when it begins anew."""
         self.workers.look()
         (day, month), now = windows(time.time()), self.loop.now
+        day_end, month_end = window_end(day), window_end(month)
         budgets: list[JsonDict] = []
         for owner in self.config.users.values():
             limits: list[tuple[str, float, float, Optional[float]]] = []
@@ -10997,9 +10998,9 @@ class Service:
                 usd, tokens = self.ledger.spent(owner.name, day)
                 spent_in_month, _ = self.ledger.spent(owner.name, month)
                 limits += [
-                    ("usd_per_day", usd / 10**9, owner.usd_per_day, window_end(day)),
-                    ("usd_per_month", spent_in_month / 10**9, owner.usd_per_month, window_end(month)),
-                    ("tokens_per_day", tokens, owner.tokens_per_day, window_end(day)),
+                    ("usd_per_day", usd / 10**9, owner.usd_per_day, day_end),
+                    ("usd_per_month", spent_in_month / 10**9, owner.usd_per_month, month_end),
+                    ("tokens_per_day", tokens, owner.tokens_per_day, day_end),
                 ]
             if user in (None, owner.name) and owner.requests_per_minute:
                 most = owner.requests_per_minute
@@ -11153,6 +11154,12 @@ class Workers:
         own = [[*name, record_document(record)] for name, record in pool.records.items()]
         records = records_by_key([own, *(figures["keys"] for figures in self._other_figures())])
         return key_states(config.providers.values(), pool, records, now, time.time())
+
+    def shown(self, name: str, config: Config, find: Callable[[], list[JsonDict]]) -> list[JsonDict]:
+        """What find() finds, or has found of late, of all the keys or budgets of a configuration: it may take 20 ms,
+        and all pages of the owner show the same."""
+        known, found = self._lately(name, lambda: (config, find()))
+        return found if known is config else find()
 
     def gauges(self) -> dict[str, float]:
         """The gauges of all workers, summed up."""
@@ -11881,6 +11888,7 @@ class LivePage:
                 self._hours = await service.history.hours(own)
             except Unavailable:
                 pass  # what happens now is told all the same
+        keys, budgets = await self._keys_and_budgets(config)
         tally = service.workers.tally()
         since = self._hours[0][0] * 3600 if config.ledger and self._hours else math.inf
         rows = [row for row in service.workers.running() if own in (None, row[RUNNING_USER])]
@@ -11896,14 +11904,25 @@ class LivePage:
             "unwritten": service.ledger.waiting if own is None and service.ledger.failing else 0,
             "active": len(rows),
             "running": running,
-            "keys": service.workers.keys(config) if own is None else [],
+            "keys": keys,
             "minute": last_minute(tally, own, clock),
             "ttfb": quantiles(
                 [row.ttfb / 1000 for row in tally.ended if row.ttfb is not None and row.answered and row.is_of(own)]
             ),
             "hours": self._hours,
-            "budgets": service.budgets(own),
+            "budgets": budgets,
         }
+
+    async def _keys_and_budgets(self, config: Config) -> tuple[list[JsonDict], list[JsonDict]]:
+        """Those that the caller may see. There may be thousands: between the steps, others have their turn."""
+        service, own = self._service, self._exchange.own_name()
+        if own is not None:
+            return [], service.budgets(own)
+        keys = service.workers.shown("keys", config, lambda: service.workers.keys(config))
+        await checkpoint(self._loop)
+        budgets = service.workers.shown("budgets", config, lambda: service.budgets(None))
+        await checkpoint(self._loop)
+        return keys, budgets
 
     def _ended(self) -> list[list[Any]]:
         """The requests that have ended since it was last asked; at first the last ones, and all that the ledger may not

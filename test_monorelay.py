@@ -14765,6 +14765,19 @@ def test_the_hours_of_many_users_are_swept_once_an_hour():
     assert {hour - int(UNIX_TIME // 3600) for hour, _ in tally.hours} == {1, monorelay.TALLIED_HOURS}
 
 
+def test_pages_of_the_owner_share_what_is_found_of_keys_until_the_configuration_is_another(relay):
+    workers = relay({"echo": {}}).server.service.workers
+    first, second = parse({"echo": {}}), parse({"echo": {}})
+    found: list[int] = []
+
+    def find() -> list[dict[str, Any]]:
+        found.append(1)
+        return [{"number": len(found)}]
+
+    assert [workers.shown("keys", first, find)[0]["number"] for _ in range(3)] == [1, 1, 1]
+    assert workers.shown("keys", second, find) == [{"number": 2}]
+
+
 def test_series_are_bounded_and_nothing_is_lost_beyond():
     tally = monorelay.Tally(0.0)
     tally.users = {f"user-{number}": None for number in range(100)}
