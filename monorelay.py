@@ -775,7 +775,10 @@ WILDCARD = re.compile(r"[*?[]")
 @functools.lru_cache(maxsize=SHELL_PATTERNS)
 def shell_pattern(pattern: str) -> Optional[re.Pattern[str]]:
     """The regular expression of a shell pattern; None for one that only its own name matches."""
-    return re.compile(fnmatch.translate(pattern)) if WILDCARD.search(pattern) else None
+    try:
+        return re.compile(fnmatch.translate(pattern)) if WILDCARD.search(pattern) else None
+    except re.error:  # a range such as [z-a], before Python 3.10 or 3.11
+        return None
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -15428,7 +15431,7 @@ def may_have_price(prices: Prices, provider: Provider, pattern: str) -> bool:
         return True
     known = [*prices.by_name, *(other for other, _ in prices.by_pattern)]
     patterns = (pattern, f"{provider.name}/{pattern}")
-    return any(fnmatch.fnmatchcase(name, asked) for asked in patterns for name in known)
+    return any(matches(name, asked) for asked in patterns for name in known)
 
 
 # -- the command line: options with what checks each, and commands with what runs them and the options they take

@@ -1499,6 +1499,17 @@ def test_aliases_with_a_star_lead_nowhere_for_ever():
         parse({"openai": {"base_url": "http://127.0.0.1:9"}}, aliases={"a*b*": "*@openai"})
 
 
+def test_a_pattern_with_an_empty_range_matches_its_own_name_only(monkeypatch):
+    # As `fnmatch` of Python 3.9 has it.
+    monkeypatch.setattr(fnmatch, "translate", lambda pattern: rf"(?s:{pattern.replace('*', '.*')})\Z")
+    monorelay.shell_pattern.cache_clear()
+    try:
+        names = ("x[z-a]*", "xz", "xa", "x")
+        assert [monorelay.matches(name, "x[z-a]*") for name in names] == [True, False, False, False]
+    finally:
+        monorelay.shell_pattern.cache_clear()
+
+
 def test_each_pattern_is_compiled_once_however_many_there_are(monkeypatch):
     monorelay.shell_pattern.cache_clear()
     patterns, compiled, translate = [f"family-{n}-*" for n in range(1000)], [], fnmatch.translate
