@@ -15419,19 +15419,25 @@ def price_warnings(config: Config) -> Iterator[str]:
     if not config.prices:
         yield f"prices: are missing, so that the budget of {limited} limits nothing; name a price file or list them"
         return
+    known = sorted([*config.prices.by_name, *(pattern for pattern, _ in config.prices.by_pattern)])
     for _, targets in named_targets(config):
         for provider, model in targets:
-            if provider.format != "echo" and not may_have_price(config.prices, provider, model):
+            if provider.format != "echo" and not may_have_price(config.prices, known, provider, model):
                 yield f"prices: there is none for {model} at {provider.name}, which no budget in USD limits; add one"
 
 
-def may_have_price(prices: Prices, provider: Provider, pattern: str) -> bool:
-    """Whether there is a price for some model that matches the pattern."""
+def may_have_price(prices: Prices, known: Sequence[str], provider: Provider, pattern: str) -> bool:
+    """Whether there is a price for some model that matches the pattern. `known`: the names of all, sorted."""
     if find_price(prices, provider, pattern):
         return True
-    known = [*prices.by_name, *(other for other, _ in prices.by_pattern)]
-    patterns = (pattern, f"{provider.name}/{pattern}")
-    return any(matches(name, asked) for asked in patterns for name in known)
+    return any(some_match(known, asked) for asked in (pattern, f"{provider.name}/{pattern}"))
+
+
+def some_match(names: Sequence[str], pattern: str) -> bool:
+    """Whether one of the sorted names matches the pattern. Of thousands, only those that begin like it are compared."""
+    stem = WILDCARD.split(pattern, 1)[0]
+    alike = itertools.takewhile(lambda name: name.startswith(stem), names[bisect.bisect_left(names, stem) :])
+    return any(matches(name, pattern) for name in alike)
 
 
 # -- the command line: options with what checks each, and commands with what runs them and the options they take

@@ -9906,6 +9906,16 @@ def test_routed_models_without_a_price_are_warned_of_where_there_are_budgets():
     assert warnings(LITELLM_PRICES, ledger={"path": "usage.db"}, users={"alice": {"tokens_per_day": 1}}) == []
 
 
+def test_looking_for_missing_prices_compares_each_route_with_names_that_begin_like_it(monkeypatch):
+    prices = {f"vendor-{n}/family-{n}": {"input_cost_per_token": 1e-6} for n in range(500)}
+    routes = {f"family-{n}-*": "openai" for n in range(100)}
+    config = parse({**PRICED}, routes=routes, prices=prices, **BUDGETED)
+    compared, fits = [], monorelay.matches
+    monkeypatch.setattr(monorelay, "matches", lambda name, pattern: compared.append(name) or fits(name, pattern))
+    warnings = list(monorelay.price_warnings(config))
+    assert len(warnings) == 100 and len([name for name in compared if "/" in name]) < 500
+
+
 def test_a_ledger_lies_beside_relay_json_and_needs_sqlite(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "relay.json"
     path.parent.mkdir()
