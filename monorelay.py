@@ -777,7 +777,7 @@ def shell_pattern(pattern: str) -> Optional[re.Pattern[str]]:
     """The regular expression of a shell pattern; None for one that only its own name matches."""
     try:
         return re.compile(fnmatch.translate(pattern)) if WILDCARD.search(pattern) else None
-    except re.error:  # a range such as [z-a], before Python 3.10 or 3.11
+    except re.error:  # an empty range such as [z-a], before Python 3.10
         return None
 
 
