@@ -10806,6 +10806,8 @@ def test_a_provider_that_breaks_is_a_502_or_the_next_ones_turn(upstream, relay, 
     broken = upstream(script)
     if fault == "refuses":
         broken.stop()
+        broken.listener = socket.socket()  # nobody else gets the port
+        broken.listener.bind(("127.0.0.1", broken.port))
     got = relay({"anthropic": broken}).post("/v1/messages", prompt())
     message = refused(got, 502, "api_error")
     assert "anthropic" in message and "secret" not in message
