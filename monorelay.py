@@ -5917,6 +5917,9 @@ class MessageWriter:
         self._events.append({"type": "content_block_delta", "index": self.blocks - 1, "delta": delta})
 
 
+THOUGHT_TEXTS = ("reasoning_content", "reasoning", "thinking")  # what servers call thinking
+THOUGHT_MEMBERS = (*THOUGHT_TEXTS, "reasoning_details")
+ANSWER_MEMBERS = ("content", "refusal", "images", "tool_calls", "function_call", *THOUGHT_MEMBERS)
 ANSWERED_MEDIA = ("image_url", "image", "output_image", "input_audio", "audio")  # that Messages has no place for
 # What a chat answer ends for, in the words of Messages; any other word is an end like `stop`, but for those by which
 # DeepSeek (the first), Z.ai (the second) and servers of open models say that it was broken off.
@@ -5955,6 +5958,7 @@ class ChatReader:
         self._values = 0  # in the arguments of all calls
         self._later: list[tuple[str, str]] = []  # what was said while a call was open
         self._blanks: list[str] = []  # text without a character so far, which may stand before nothing
+        self._told: set[str] = set()  # the members of which parts have come
         self._said = 0  # characters, of all kinds
         self._over = False  # nothing more comes
         self._finish = self._sequence = ""
@@ -6010,7 +6014,7 @@ class ChatReader:
 
     def _read_choice(self, choice: JsonDict) -> None:
         self._writer.begin()
-        delta = member(choice, "delta") or member(choice, "message")
+        delta = self._part_of(choice)
         thought, said = reasoning_of(delta), answer_text(delta)
         if thought and self._asked.thinking != "hidden":
             self._say("thinking", thought)
@@ -6036,6 +6040,16 @@ class ChatReader:
             self.finishes_early = self.finishes_early or bool(thought and not (said or entries))
             sequence = choice.get("stop_reason")
             self._sequence = sequence if isinstance(sequence, str) else ""
+
+    def _part_of(self, choice: JsonDict) -> JsonDict:
+        """What a choice adds. Of a whole message that is what no part has told: MiniMax sends one behind its parts."""
+        part = member(choice, "delta")
+        if not part:
+            return {name: value for name, value in member(choice, "message").items() if name not in self._told}
+        self._told.update(name for name in ANSWER_MEMBERS if part.get(name))
+        if not self._told.isdisjoint(THOUGHT_MEMBERS):
+            self._told.update(THOUGHT_MEMBERS)
+        return part
 
     def _say(self, kind: str, said: str) -> None:
         """Writes text or thinking, or keeps it: blank text until more follows, and any behind an unfinished call."""
@@ -6197,7 +6211,7 @@ def answer_text(delta: JsonDict) -> str:
 
 def reasoning_of(delta: JsonDict) -> str:
     """The thinking in a delta, by the first of the names that servers have for it: others are copies."""
-    for name in ("reasoning_content", "reasoning", "thinking"):
+    for name in THOUGHT_TEXTS:
         said = delta.get(name)
         if said and isinstance(said, str):
             return said

@@ -5805,6 +5805,27 @@ STREAMS: dict[str, tuple[list[dict[str, Any]], list[Any], str]] = {
         [said("Hi!")],
         "max_tokens",
     ),
+    "whole-behind-its-parts": (
+        [
+            delta(reasoning_details=[{"text": "hm"}]),
+            delta(content="Hi"),
+            delta(calls=[call(0, "c1", "look", ARGUMENTS)]),
+            completion(
+                "tool_calls",
+                reasoning_content="hm",
+                reasoning_details=[{"text": "hm"}],
+                content="Hi",
+                calls=[call(None, "c1", "look", ARGUMENTS)],
+            ),
+        ],
+        [signed("hm"), said("Hi"), LOOK],
+        "tool_use",
+    ),
+    "whole-behind-its-thinking": (
+        [delta(reasoning="hm"), completion("stop", reasoning="hm", content="Hi")],
+        [signed("hm"), said("Hi")],
+        "end_turn",
+    ),
     "finish-again": ([delta(content="Hi"), delta("length"), delta("stop", USAGE)], [said("Hi")], "max_tokens"),
     "other-choices": (
         [delta(content="Hi"), {**delta(), "choices": [{"index": 1, "delta": {"content": "no"}}]}, delta("stop", USAGE)],
