@@ -4897,9 +4897,13 @@ class Turn(NamedTuple):
 def turns_of(messages: Any, draft: Draft) -> Iterator[Turn]:
     """The turns of the messages, which it takes: text becomes a block. Raises BadRequest."""
     turn: Optional[Turn] = None
+    to_come = sum(message.get("role") == "user" for message in checked_objects(messages, "messages"))
     for place, message in taken_objects(messages, "messages"):
         role, content = message.get("role"), message.get("content")
-        draft.drop_rest(message, ("role", "content"), "messages")
+        to_come -= role == "user"
+        draft.drop_rest(message, ("role", "content", "clear_at"), "messages")
+        if role == "system" and to_come and message.get("clear_at") == "next_user_message":
+            content = without_texts(content)
         if isinstance(content, str):
             blocks = [(f"{place}.content", {"type": "text", "text": content})]
         else:
@@ -4914,6 +4918,13 @@ def turns_of(messages: Any, draft: Draft) -> Iterator[Turn]:
             turn = Turn(string(role, f"{place}.role"), place, blocks)
     if turn:
         yield turn
+
+
+def without_texts(content: Any) -> Any:
+    """What stays of the system's words for one turn of a user, once that is over: the changes of tools."""
+    if not isinstance(content, list):
+        return None if isinstance(content, str) else content
+    return [block for block in content if not isinstance(block, dict) or block.get("type") != "text"]
 
 
 def reminder(text: str) -> str:

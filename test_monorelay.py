@@ -4172,6 +4172,24 @@ def test_tools_that_the_system_offers_or_withdraws_later_are_so_for_the_provider
     assert body["tools"][0]["function"] == {"name": "dig", "description": "Digs.", "parameters": parameters}
 
 
+def test_what_the_system_said_for_one_turn_is_gone_behind_it():
+    brief, lasting = ({"role": "system", "clear_at": at, "content": "Mind."} for at in ("next_user_message", "never"))
+    change = tool_change("removal", LOOK_NAMED)
+    history = [HELLO, brief, assistant(tool_use("t1")), user(tool_result("t1", "x"))]
+
+    def told(*messages: Any) -> list[Any]:
+        body, dropped = to_chat(messages=[*history, *messages], tools=[TOOL])
+        assert not dropped
+        return [message["content"] for message in body["messages"] if message["role"] == "system"]
+
+    assert told() == []
+    assert told(brief) == told(lasting, assistant(said("y")), HELLO) == ["Mind."]
+    assert told(brief, assistant(said("y")), HELLO, brief) == ["Mind."]
+    changed = {**brief, "content": [said("Mind."), change]}
+    assert told(changed) == ["Mind.\n\nTool no longer available: look"]
+    assert told(changed, assistant(said("y")), HELLO) == ["Tool no longer available: look"]
+
+
 @pytest.mark.parametrize(
     ("block", "message"),
     [
@@ -6691,7 +6709,7 @@ MESSAGES_FIELDS: dict[str, Any] = {
     "UserMessage": {"carried": "content"},
     "AssistantMessage": {"carried": "content"},
     "Message": {"carried": "content"},
-    "SystemMessage": {"carried": "content", "named": "clear_at output_config"},
+    "SystemMessage": {"carried": "content clear_at", "named": "output_config"},
     "TextBlock": {"carried": "text", "named": "citations", "left": "cache_control"},
     "ImageBlock": {"carried": "source", "named": "transformations", "left": "cache_control"},
     "Base64ImageSource": {"carried": "data media_type"},
@@ -6925,6 +6943,7 @@ FIELD_SAMPLES: dict[str, Any] = {
     "citations": {"enabled": True}, "tool": {"type": "tool_reference", "name": "dig"},
     "definition": {"name": "hear", "input_schema": SCHEMA},
     "tool_changes": [{"type": "tool_addition", "tool": {"type": "tool_definition", "definition": {"name": "dig"}}}],
+    "clear_at": "next_user_message",
 }  # fmt: skip
 CHAT_SAMPLES: dict[str, Any] = {
     "messages": [{"role": "user", "content": "other"}], "max_tokens": 65, "max_completion_tokens": 66, "n": 2,
