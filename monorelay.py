@@ -4935,7 +4935,7 @@ def reminder(text: str) -> str:
 # -- Messages to chat: the request
 
 # Where the answer would be wrong without them.
-MESSAGES_REFUSED = ("container", "mcp_servers", "fallbacks", "inference_geo", "thread")
+MESSAGES_REFUSED = ("container", "mcp_servers", "fallbacks", "inference_geo", "thread", "compaction")
 MESSAGES_KNOWN = {
     *MESSAGES_REFUSED, "model", "messages", "system", "max_tokens", "temperature", "top_p", "stop_sequences", "stream",
     "tools", "tool_choice", "thinking", "output_config", "output_format", "metadata", "cache_control",
@@ -5340,8 +5340,8 @@ class ChatTurns:
             return [text_part(TEXT_JOINT.join(filter(None, texts)))]
         if kind == "tool_reference":
             return [text_part(f"Tool available: {word(block.get('tool_name'))}")]
-        if kind == "compaction" and isinstance(block.get("content"), str):
-            return [text_part(block["content"])]
+        if kind == "compaction" and isinstance(block.get("content"), (str, type(None))):
+            return [text_part(block["content"])] if block.get("content") else []  # one that has failed tells nothing
         if SERVER_BLOCK.fullmatch(kind):
             self._draft.drop(kind)
             return []

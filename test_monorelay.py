@@ -4190,6 +4190,15 @@ def test_what_the_system_said_for_one_turn_is_gone_behind_it():
     assert told(changed, assistant(said("y")), HELLO) == ["Tool no longer available: look"]
 
 
+def test_a_compaction_that_has_failed_tells_nothing_and_none_can_be_asked_for():
+    failed = {"type": "compaction", "content": None}
+    body, dropped = to_chat(messages=[HELLO, assistant(failed, said("x")), HELLO])
+    assert [message["content"] for message in body["messages"]] == ["Hello there", "x", "Hello there"]
+    assert not dropped
+    with pytest.raises(monorelay.Untranslatable, match="^compaction: this field"):
+        to_chat(compaction={"type": "summarize"})
+
+
 @pytest.mark.parametrize(
     ("block", "message"),
     [
@@ -6702,9 +6711,9 @@ MESSAGES_FIELDS: dict[str, Any] = {
         "carried": "max_tokens messages system temperature top_p stop_sequences stream tools tool_choice thinking "
         "output_config output_format",
         "named": "top_k metadata service_tier speed context_management diagnostics user_profile_id workspace_id "
-        "billing_policy compaction fallback_credit_token betas",
+        "billing_policy fallback_credit_token betas",
         "left": "model cache_control",  # the model is routing's
-        "refused": "container mcp_servers fallbacks inference_geo thread",
+        "refused": "container mcp_servers fallbacks inference_geo thread compaction",
     },
     "UserMessage": {"carried": "content"},
     "AssistantMessage": {"carried": "content"},
