@@ -6004,7 +6004,8 @@ class ChatReader:
         if isinstance(usage, dict):
             self._usage = usage
         if choice is not None and (self.finishes_early or not self.may_end):
-            self._read_choice(choice)
+            for one in first_choices(chunk) if "message" in choice else [choice]:
+                self._read_choice(one)
         return self._writer.take(), ended
 
     def end(self) -> list[JsonDict]:
@@ -6191,9 +6192,15 @@ class ChatReader:
         return message_usage(fresh or min(1, read + stored), stored, read, output)
 
 
+def first_choices(answer: JsonDict) -> list[JsonDict]:
+    """The choices of a chat answer or a chunk that have the first index, or none: nobody has asked for others. Copilot
+    tells the text of a whole answer in one, and its calls in the next."""
+    return [choice for choice in listed_objects(answer.get("choices")) if not choice.get("index")]
+
+
 def first_choice(answer: JsonDict) -> Optional[JsonDict]:
-    """The first choice of a chat answer or a chunk, if it has one: nobody has asked for others."""
-    return next((it for it in listed_objects(answer.get("choices")) if not it.get("index")), None)
+    """The first choice of a chat answer or a chunk, if it has one."""
+    return next(iter(first_choices(answer)), None)
 
 
 def adds_to_answer(choice: JsonDict) -> bool:

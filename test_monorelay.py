@@ -5614,6 +5614,17 @@ def test_r8_and_r9_an_answer_that_was_broken_off_is_a_fault(name):
         assert accumulated(asked_of(), data)["stop_reason"] == "end_turn"
 
 
+@pytest.mark.parametrize("index", [None, 0])
+def test_a_whole_answer_may_tell_its_text_in_one_choice_and_its_calls_in_the_next(index):
+    document = completion("tool_calls", content="Hi")
+    choices = [*document["choices"], *completion("tool_calls", calls=[call(None, "c1", "look", ARGUMENTS)])["choices"]]
+    for choice in choices:
+        choice["index"] = index
+    answer = {**document, "choices": [*choices, {**choices[0], "index": 1}]}
+    assert whole_answer(asked_of(), answer) == message_of([said("Hi"), LOOK], "tool_use")
+    assert accumulated(asked_of(), sse_of([answer]))["content"] == [said("Hi"), LOOK]
+
+
 def test_r9_a_whole_answer_without_a_reason_for_its_end_is_one():
     document = completion(content="Hi")
     del document["choices"][0]["finish_reason"]
