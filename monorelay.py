@@ -6101,7 +6101,7 @@ class ChatReader:
         seal = seal if isinstance(seal, str) else ""
         if len(id) > TOOL_ID_CHARACTERS or len(seal) > SEAL_CHARACTERS:
             raise UnfitAnswer("the provider's answer calls a tool by an id, or with a signature, that is too long")
-        call = self._call_of(entry.get("index"), id, bool(name and part.strip()))
+        call = self._call_of(entry.get("index"), id, name, bool(name and part.strip()))
         seal_before, call.id, call.seal = call.seal, call.id or id, call.seal or seal
         if not call.is_open and not call.closed:
             call.name = call.name if call.name == name else (call.name + name)[: TOOL_NAME_CHARACTERS + 1]
@@ -6117,11 +6117,15 @@ class ChatReader:
         call.add(part)
         self._advance(is_followed=False)
 
-    def _call_of(self, index: Any, id: str, begins: bool) -> Call:
-        """The call that a part belongs to; one that `begins` has a name and arguments."""
+    def _call_of(self, index: Any, id: str, name: str, begins: bool) -> Call:
+        """The call that a part belongs to; one that `begins` has a name and arguments. One without a name goes on with
+        a call that isn't whole: it has another id in each part at Poolside, and an index of its own at others."""
         key = index if isinstance(index, (int, str)) else ("id", id) if id else "last"
-        call = self._named.get(key)
-        if call is None or (call.id and id and id != call.id) or (begins and not id and call.whole):
+        call, last = self._named.get(key), self._named.get("last")
+        if call is None and last and last.name and not (id or name or last.whole):
+            call = self._named[key] = last
+        goes_on = call is not None and bool(call.name) and not (name or call.whole)
+        if call is None or (call.id and id and id != call.id and not goes_on) or (begins and not id and call.whole):
             call = Call()
             self._count += 1
             if self._count > TOOL_CALLS:

@@ -5723,6 +5723,28 @@ STREAMS: dict[str, tuple[list[dict[str, Any]], list[Any], str]] = {
         [LOOK, tool_use("c2", "dig")],
         "tool_use",
     ),
+    "s5-another-id-in-each-part": (
+        [
+            delta(calls=[call(0, "c1", "look", "")]),
+            delta(calls=[call(0, "c2", None, '{"at":')]),
+            delta(calls=[call(0, "c3", "", '"door"}')]),
+            delta(calls=[call(0, "c4", "dig", "{}")]),
+            delta("tool_calls", USAGE),
+        ],
+        [LOOK, tool_use("c4", "dig")],
+        "tool_use",
+    ),
+    "s5-the-rest-by-another-index": (
+        [
+            delta(calls=[call(0, "c1", "look", ARGUMENTS)]),
+            delta(calls=[call(0, "c2", "dig", "")]),
+            delta(calls=[call(1, arguments='{"a":')]),
+            delta(calls=[call(1, arguments="1}")]),
+            delta("tool_calls", USAGE),
+        ],
+        [LOOK, tool_use("c2", "dig", a=1)],
+        "tool_use",
+    ),
     "s5c-first-is-1": (
         [delta(calls=[call(1, "c1", "look", ARGUMENTS)]), delta("tool_calls", USAGE)],
         [LOOK],
