@@ -5831,6 +5831,7 @@ class Call:
         self.whole = False  # whether that is all of an object: its brackets are closed
         self.sent = 0  # how much of it is written
         self.is_open = self.closed = False
+        self._told = b""  # a digest of the arguments, when they are let go
         self._depth = 0  # how many brackets are open
         self._in_string = False
         self._rest = ""  # a backslash, if it came last
@@ -5848,6 +5849,18 @@ class Call:
         self._depth += opened - closed
         if opened or closed:
             self.whole = self._depth <= 0
+
+    def close(self) -> None:
+        """Lets go of what was written."""
+        self._told = hashlib.sha256(self.arguments).digest()
+        self.arguments, self.seal, self.closed = bytearray(), "", True
+
+    def was(self, name: str, arguments: str) -> bool:
+        """Whether a whole call is this one once more."""
+        if not self.whole or name != self.name:
+            return False
+        told = arguments.encode("latin-1")
+        return hashlib.sha256(told).digest() == self._told if self.closed else told == self.arguments
 
     @property
     def is_sound(self) -> bool:
@@ -5998,7 +6011,7 @@ class ChatReader:
         if chunk.get("error"):
             raise fault_of(chunk)
         usage, choice = chunk.get("usage"), first_choice(chunk)
-        goes_on = self._may_go_on and choice is not None and adds_to_answer(choice)
+        goes_on = choice is not None and self.may_end and self._goes_on(choice)
         self.finishes_early = self.finishes_early or goes_on
         ended = self.may_end and not goes_on and isinstance(usage, dict)
         if isinstance(usage, dict):
@@ -6007,6 +6020,15 @@ class ChatReader:
             for one in first_choices(chunk) if "message" in choice else [choice]:
                 self._read_choice(one)
         return self._writer.take(), ended
+
+    def _goes_on(self, choice: JsonDict) -> bool:
+        """Whether a choice goes on with an answer that has said why it ends. One that ended with its text may have
+        calls of tools yet: LiteLLM and ChatMock tell of an end behind each part of an answer of Responses."""
+        if self._may_go_on:
+            return adds_to_answer(choice)
+        known = {*self._ids, *(call.id for call in self._calls)}
+        entries = listed_objects(member(choice, "delta").get("tool_calls"))[:TOOL_CALLS]
+        return any(word(entry.get("id") or "") not in {"", *known} for entry in entries)
 
     def end(self) -> list[JsonDict]:
         """The events that end the message. Raises AnswerFault."""
@@ -6101,7 +6123,9 @@ class ChatReader:
         seal = seal if isinstance(seal, str) else ""
         if len(id) > TOOL_ID_CHARACTERS or len(seal) > SEAL_CHARACTERS:
             raise UnfitAnswer("the provider's answer calls a tool by an id, or with a signature, that is too long")
-        call = self._call_of(entry.get("index"), id, name, bool(name and part.strip()))
+        call = self._call_of(entry.get("index"), id, name, part)
+        if name and id == call.id and call.was(name, part):
+            return  # it comes once more
         seal_before, call.id, call.seal = call.seal, call.id or id, call.seal or seal
         if not call.is_open and not call.closed:
             call.name = call.name if call.name == name else (call.name + name)[: TOOL_NAME_CHARACTERS + 1]
@@ -6117,15 +6141,18 @@ class ChatReader:
         call.add(part)
         self._advance(is_followed=False)
 
-    def _call_of(self, index: Any, id: str, name: str, begins: bool) -> Call:
-        """The call that a part belongs to; one that `begins` has a name and arguments. One without a name goes on with
-        a call that isn't whole: it has another id in each part at Poolside, and an index of its own at others."""
+    def _call_of(self, index: Any, id: str, name: str, part: str) -> Call:
+        """The call that a part belongs to. A part without a name goes on with a call that isn't whole: it has another
+        id in each part at Poolside, and an index of its own at others."""
         key = index if isinstance(index, (int, str)) else ("id", id) if id else "last"
         call, last = self._named.get(key), self._named.get("last")
         if call is None and last and last.name and not (id or name or last.whole):
-            call = self._named[key] = last
+            call = last
+            if isinstance(index, int) and len(self._named) < 3 * TOOL_CALLS:
+                self._named[index] = last
+        begins = call is not None and call.whole and bool(name and part.strip()) and not (id and call.was(name, part))
         goes_on = call is not None and bool(call.name) and not (name or call.whole)
-        if call is None or (call.id and id and id != call.id and not goes_on) or (begins and not id and call.whole):
+        if call is None or begins or (call.id and id and id != call.id and not goes_on):
             call = Call()
             self._count += 1
             if self._count > TOOL_CALLS:
@@ -6182,7 +6209,7 @@ class ChatReader:
         self._calls.pop(0)
         self._closed += call.is_open
         self._held -= len(call.arguments) + len(call.seal)
-        call.arguments, call.seal, call.closed = bytearray(), "", True
+        call.close()
 
     def _final_usage(self) -> JsonDict:
         """The usage in the terms of Messages, whose input leaves out what was read from a cache or written to it; an

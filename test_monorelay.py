@@ -5886,6 +5886,53 @@ STREAMS: dict[str, tuple[list[dict[str, Any]], list[Any], str]] = {
         [signed("hm"), said("Hi")],
         "end_turn",
     ),
+    "finish-before-a-late-call": (
+        [
+            delta(content="Hi"),
+            delta("stop"),
+            delta(calls=[call(1, "c1", "look", "")]),
+            delta(calls=[call(1, arguments=ARGUMENTS)]),
+            delta("tool_calls"),
+            delta(calls=[call(2, "c2", "dig", "{}")]),
+            delta("tool_calls"),
+            delta("stop", USAGE),
+        ],
+        [said("Hi"), LOOK, tool_use("c2", "dig")],
+        "tool_use",
+    ),
+    "calls-again": (
+        [
+            delta(calls=[call(0, "c1", "look", "")]),
+            delta(calls=[call(0, arguments=ARGUMENTS)]),
+            delta("tool_calls", calls=[call(0, "c1", "look", ARGUMENTS)]),
+            delta(calls=[call(1, "c2", "dig", "{}")]),
+            delta(calls=[call(0, "c1", "look", ARGUMENTS)]),
+            delta("tool_calls", calls=[call(1, "c2", "dig", "{}")]),
+            delta("tool_calls", USAGE),
+        ],
+        [LOOK, tool_use("c2", "dig")],
+        "tool_use",
+    ),
+    "s5-always-0-and-one-id": (
+        [
+            delta(calls=[call(0, "c1", "look", ARGUMENTS)]),
+            delta(calls=[call(0, "c1", "look", "{}")]),
+            delta(calls=[call(0, "c1", "dig", "{}")]),
+            delta("tool_calls", USAGE),
+        ],
+        [LOOK, tool_use("c1_2", "look"), tool_use("c1_2_2", "dig")],
+        "tool_use",
+    ),
+    "calls-again-behind-the-end": (
+        [
+            delta(calls=[call(0, "c1", "look", ARGUMENTS)]),
+            delta("tool_calls"),
+            delta("tool_calls", calls=[call(0, "c1", "look", ARGUMENTS)]),
+            delta(None, USAGE),
+        ],
+        [LOOK],
+        "tool_use",
+    ),
     "finish-again": ([delta(content="Hi"), delta("length"), delta("stop", USAGE)], [said("Hi")], "max_tokens"),
     "other-choices": (
         [delta(content="Hi"), {**delta(), "choices": [{"index": 1, "delta": {"content": "no"}}]}, delta("stop", USAGE)],
