@@ -6010,11 +6010,12 @@ class ChatReader:
         """The events that a chunk adds, and whether it is known to be the last one. Raises AnswerFault."""
         if chunk.get("error"):
             raise fault_of(chunk)
-        usage, choice = chunk.get("usage"), first_choice(chunk)
+        usage, choice = member(chunk, "usage"), first_choice(chunk)
+        tells_usage = tokens_of(usage) is not NO_TOKENS  # in LiteLLM's, each chunk may have an empty one
         goes_on = choice is not None and self.may_end and self._goes_on(choice)
         self.finishes_early = self.finishes_early or goes_on
-        ended = self.may_end and not goes_on and isinstance(usage, dict)
-        if isinstance(usage, dict):
+        ended = self.may_end and not goes_on and tells_usage
+        if tells_usage:
             self._usage = usage
         if choice is not None and (self.finishes_early or not self.may_end):
             for one in first_choices(chunk) if "message" in choice else [choice]:

@@ -5769,6 +5769,17 @@ STREAMS: dict[str, tuple[list[dict[str, Any]], list[Any], str]] = {
         [said("Hi")],
         "end_turn",
     ),
+    "s8-usage-empty": (
+        [
+            delta(content="Hi", usage={}),
+            delta("stop", {}),
+            delta(None, {"total_tokens": 0}),
+            {"id": "chatcmpl-1", "choices": [], "usage": USAGE},
+            delta(None, {}),
+        ],
+        [said("Hi")],
+        "end_turn",
+    ),
     "s9-usage-last": (
         [delta(content="Hi"), delta("stop"), {"id": "chatcmpl-1", "choices": [], "usage": USAGE}],
         [said("Hi")],
