@@ -4154,9 +4154,10 @@ class Usage:
         self._held = data[held:]
 
     def _look(self, data: bytes, is_stream: bool) -> int:
-        """Reads the last usage objects in the data; from where on it is needed once more has come."""
-        held = max(0, len(data) - USAGE_NAME_BYTES)
-        for name in collections.deque(USAGE_OBJECT.finditer(data), maxlen=USAGES_AT_ONCE):
+        """Reads the first and the last usage objects in the data; from where on it is needed once more has come."""
+        held, names = max(0, len(data) - USAGE_NAME_BYTES), USAGE_OBJECT.finditer(data)
+        # The first may be message_start's.
+        for name in [*itertools.islice(names, 1), *collections.deque(names, maxlen=USAGES_AT_ONCE)]:
             begin = name.end() - 1
             try:
                 usage, _ = USAGE_DECODER.raw_decode(data[begin : begin + USAGE_BYTES].decode("utf-8", "replace"))
@@ -4183,7 +4184,8 @@ class Usage:
                 usage = {**self._found, **told}
             elif not self._is_placeholder:
                 self._note_tier(data, start)
-        self._found = usage
+        if tokens_of(usage) is not NO_TOKENS or not self._found:
+            self._found = usage
 
     def _note_tier(self, data: bytes, start: int) -> None:
         """Notes the first service tier from there on: those behind may stand in what a client has sent, which comes

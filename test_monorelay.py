@@ -3589,6 +3589,19 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         "scale",
     ),
     "a response's stream": ("/v1/responses", response_events(RESPONSES_USAGE, "flex"), (25, 60, 11, 4, 9), "flex"),
+    "a stream that counts as it goes": (
+        "/v1/messages",
+        message_stream({"input_tokens": 25, "cache_read_input_tokens": 60, "output_tokens": 1}, {"output_tokens": 1})
+        + b"".join(sse("message_delta", delta=DELTA, usage={"output_tokens": count}) for count in range(2, 14)),
+        (25, 60, 0, 0, 13),
+        None,
+    ),
+    "a stream whose last figures tell nothing": (
+        "/v1/chat/completions",
+        chunks({**CHOICE, "usage": {"prompt_tokens": 25, "completion_tokens": 3}}, {"usage": {"total_tokens": 0}}),
+        (25, 0, 0, 0, 3),
+        None,
+    ),
     "a response's long tools": (
         "/v1/responses",
         whole_response(service_tier="flex", instructions="long " * 30_000, usage=RESPONSES_USAGE),
