@@ -8376,12 +8376,12 @@ class Channel:
         room = RECEIVE_BYTES if self._window >= HELD_BYTES else max(1, self._window - len(self.received))
         try:
             data = self._wire.recv(room)
+            self.received = self.received + data if self.received else data
         except BlockingIOError:
             return
-        except OSError:
+        except (OSError, MemoryError):  # what there is no memory for would be reported again and again
             data, self.broken = b"", True
         if data:
-            self.received = self.received + data if self.received else data
             self.answered = True
         else:
             self.ended = True
@@ -8554,7 +8554,7 @@ class EventLoop:
             try:
                 self._wakeup_writer.send(b"\0")
             except OSError:
-                pass  # the loop has just ended
+                self._wakeup_pending = False  # the loop has just ended, or the system has no memory for a moment
 
     def start(self, coroutine: Coroutine[float, None, Any], origin: str = "") -> Task:
         """Begins a task, and runs it until it waits for the first time. It has the origin of the one that begins it

@@ -8795,6 +8795,45 @@ def test_a_defect_costs_its_own_task_only(looping):
     assert [line.split(" in ")[0] for line in looping.warnings[2:]] == ["internal error: LookupError"]
 
 
+def test_a_wake_up_that_the_system_had_no_memory_for_is_made_up_for_by_the_next(looping):
+    told: list[str] = []
+
+    def fail(data: bytes) -> int:
+        raise OSError(errno.ENOBUFS, "No buffer space available")
+
+    def sleep_long() -> None:
+        looping.loop.sweep_at = looping.clock.now + 60
+
+    looping.call(sleep_long)
+    writer, looping.loop._wakeup_writer = looping.loop._wakeup_writer, types.SimpleNamespace(send=fail)
+    looping.loop.post(lambda: told.append("first"))
+    looping.loop._wakeup_writer = writer
+    assert looping.call(lambda: "second") == "second" and told == ["first"]
+
+
+class Starved(socket.socket):
+    """A socket of a process that has no memory left for what arrives."""
+
+    def recv(self, *_: Any) -> bytes:
+        raise MemoryError
+
+
+def test_what_there_is_no_memory_for_breaks_its_own_connection_only(relay, monkeypatch):
+    accept, sockets = monorelay.RelayServer._accept, [Starved]
+
+    def accept_starved(*arguments: Any) -> tuple[socket.socket, Any]:
+        sock, address = accept(*arguments)
+        return (sockets.pop()(fileno=sock.detach()) if sockets else sock), address
+
+    monkeypatch.setattr(monorelay.RelayServer, "_accept", accept_starved)
+    it = relay({"echo": {}})
+    with it.client() as starved:
+        starved.send(request("GET", "/health"))
+        assert starved.rest() == b""
+        assert it.ask("GET", "/health").status == 200
+    assert "internal error" not in it.log.getvalue()
+
+
 def test_a_task_that_gives_way_goes_on_in_its_turn_whatever_happens_meanwhile(looping):
     told: list[str] = []
 
