@@ -13740,7 +13740,10 @@ class Operator:
             server.log.say(f"stopping{what}{'it' if running == 1 else 'them'}" if running else "stopping")
         seconds = server.service.config.server.drain_seconds
         stopping = threading.Thread(target=server.stop, args=(seconds,), daemon=True)
-        stopping.start()
+        try:
+            stopping.start()
+        except RuntimeError:  # the system gives out no more threads, so no second signal is waited for
+            server.stop(seconds)
         while stopping.is_alive():
             name = "" if cuts else signals.next(0.02)
             if name in ends or cuts:

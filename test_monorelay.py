@@ -19787,6 +19787,27 @@ def test_a_signal_drains_and_a_second_one_ends_at_once(upstream, program, number
     gate.set()
 
 
+def test_a_relay_that_gets_no_thread_any_more_drains_all_the_same(upstream, relay, monkeypatch):
+    gate = threading.Event()
+    it = relay({"anthropic": upstream(gated_stream(gate))})
+    operator = monorelay.Operator(it.server, monorelay.ConfigFile(it.server.service.config, "", {}, ()))
+    start = threading.Thread.start
+
+    def start_none(thread: threading.Thread) -> None:
+        if thread._target == it.server.stop:
+            threading.Timer(0.2, gate.set).start()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        client.until(b"message_start")
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", start_none)
+            assert operator.run(types.SimpleNamespace(next=lambda seconds: "SIGTERM")) == 0
+        client.until(b"message_stop")
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="nothing stops a process here")
 def test_what_came_while_the_process_was_stopped_came_in_time(upstream, program):
     gate = threading.Event()
