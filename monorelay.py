@@ -14970,6 +14970,8 @@ class UsageError(Exception):
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Runs the command that the arguments name; the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # it may lack the characters of a name, on Windows above all
     try:
         return run_command(sys.argv[1:] if arguments is None else arguments)
     except UsageError as error:

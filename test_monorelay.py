@@ -19540,6 +19540,14 @@ def test_check_tells_what_would_be_served_and_hides_secrets(tmp_path):
         assert hidden not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("arguments", [["check"], ["route", "mod\xe8le"]])
+def test_names_that_stdout_has_no_characters_for_are_told_escaped(tmp_path, arguments):
+    config = settings({"\u65e5": {"format": "echo"}}, aliases={"mod\xe8le": "x@\u65e5"})
+    (tmp_path / "relay.json").write_text(json.dumps(config))
+    done = run(*arguments, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stderr == "" and "mod\\xe8le" in done.stdout and "\\u65e5" in done.stdout
+
+
 @pytest.mark.parametrize("arguments", [["check"], []])
 def test_a_broken_config_is_reported_in_full_with_exit_1(tmp_path, arguments):
     config = settings(
