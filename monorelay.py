@@ -1234,6 +1234,9 @@ def read_user(name: str, given: Any, problems: Problems) -> User:
     """One user."""
     settings = read_settings(USER_SETTINGS, given, f"users.{name}", problems)
     settings["keys"] = settings.pop("key")
+    # Rows, and so what is spent of budgets, are kept by the name, cut to this length.
+    if len(name) > LOG_VALUE_CHARACTERS:
+        problems.add(f"users.{name[:32]}...", f"a name has at most {LOG_VALUE_CHARACTERS} characters")
     return User(name, **settings)
 
 

@@ -1005,6 +1005,7 @@ def test_config_reports_all_problems_at_once():
         ("users/alice/tokens_since", 1700000000, "users.alice.tokens_since"),
         ("users/alice/tokens_since", "2026-02-30T12:00:00Z", "users.alice.tokens_since"),
         ("providers", [], "providers"),
+        ("users", {"u" * 201: {}}, f"users.{'u' * 32}...: a name has at most 200 characters"),
         *((section, {"": {}}, f"{section}: a name in it is empty") for section in ("users", "providers")),
         *((section, {"": "one"}, f"{section}: a name in it is empty") for section in ("aliases", "routes")),
         ("providers/one", "https://x.example", "providers.one"),
