@@ -11274,21 +11274,21 @@ class History:
             total = summed_usage(path, *hours, (), False, user)
             return usage_body(about, summed_usage(path, *hours, by, daily, user), total)
 
-        return await self._read(user, read)
+        return await self._read(read)
 
     def _usage_in_memory(self, user: Optional[str], by: Sequence[str]) -> list[tuple[JsonDict, Sums]]:
         series = self._service.workers.tally().by(*(GROUPS.index(name) for name in by), user=user)
         groups = [(dict(zip(by, names)), sums_of(sums)) for names, sums in series.items()]
         return sorted(groups, key=lambda group: [figure or 0 for figure in (group[1][COST], group[1][0])], reverse=True)
 
-    async def requests(self, query: dict[str, str], user: Optional[str]) -> JsonDict:
-        """The answer of /api/requests. `user`: who asks, unless it is one who sees all."""
+    async def requests(self, query: dict[str, str]) -> JsonDict:
+        """The answer of /api/requests."""
         path, limit = self._service.ledger.file, max(1, min(int(query.get("limit") or 200), ROWS_AT_ONCE))
         before = int(query.get("before") or 0) or 2**62
         names = {name: query[name] for name in ("user", "model", "key") if query.get(name)}
         errors = query.get("errors") == "1"
         if path:
-            rows, following = await self._read(user, lambda: request_page(path, before, limit, errors=errors, **names))
+            rows, following = await self._read(lambda: request_page(path, before, limit, errors=errors, **names))
         else:
             rows = self._requests_in_memory(before, limit, names, errors)
             following = rows[-1]["id"] if rows and len(rows) == limit else None
@@ -11304,7 +11304,7 @@ class History:
         cache, what was read from one, output, cost."""
         path, since = self._service.ledger.file, int(time.time() // 3600) - TALLIED_HOURS + 1
         if path:
-            rows = await self._read(user, lambda: hour_rows(path, since, user))
+            rows = await self._read(lambda: hour_rows(path, since, user))
         else:
             sums: dict[int, list[int]] = {}
             for (hour, owner), figures in self._service.workers.tally().hours.items():
@@ -11318,8 +11318,8 @@ class History:
             for it in named
         ]  # fmt: skip
 
-    async def _read(self, user: Optional[str], read: Callable[[], Result]) -> Result:
-        """What read() returns, called in a thread, in the turn of the user. Raises Unavailable."""
+    async def _read(self, read: Callable[[], Result]) -> Result:
+        """What read() returns, called in a thread, in the turn of who asks. Raises Unavailable."""
 
         def attempt() -> Result:
             try:
@@ -11327,7 +11327,8 @@ class History:
             except (sqlite3.Error, ValueError) as error:
                 raise Unavailable(f"the ledger can't be read: {error}", "ledger_unreadable") from None
 
-        return await in_thread(self._service.loop, attempt, self._reader, user or "")
+        loop = self._service.loop
+        return await in_thread(loop, attempt, self._reader, loop.current.origin)
 
 
 class LoginGate:
@@ -12126,7 +12127,7 @@ async def answer_requests(exchange: Exchange) -> Response:
     own = exchange.own_name()
     if own is not None:
         query["user"] = own
-    return exchange.respond(200, await exchange.service.history.requests(query, own))
+    return exchange.respond(200, await exchange.service.history.requests(query))
 
 
 # -- what is relayed

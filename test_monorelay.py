@@ -17276,6 +17276,27 @@ def test_a_page_is_told_at_first_of_all_that_the_ledger_may_not_have_yet(relay, 
     assert len(ended) == told and ended[-1][21] == f"req_{len(times) - 1}"
 
 
+def test_a_viewer_who_asks_much_of_the_ledger_does_not_keep_the_owner_waiting(relay, tmp_path, monkeypatch):
+    gate, read = threading.Event(), []
+
+    def page(path: str, before: int, limit: int, errors: bool, model: str) -> tuple[list[Any], None]:
+        read.append(model)
+        assert gate.wait(TIMEOUT_SECONDS)
+        return [], None
+
+    monkeypatch.setattr(monorelay, "request_page", page)
+    it = relay({"echo": {}}, users=OWNERS, ledger={"path": str(tmp_path / "usage.db")})
+    waiting = it.server.service.history._reader._waiting._waiting
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(it.ask, "GET", "/api/requests?model=much", token=GRAFANA) for _ in range(5)]
+        eventually(lambda: len(read) == 1 and sum(map(len, waiting.values())) == 4)
+        asked.append(pool.submit(it.ask, "GET", "/api/requests?model=owner"))
+        eventually(lambda: sum(map(len, waiting.values())) == 5)
+        gate.set()
+        assert [answer.result(TIMEOUT_SECONDS).status for answer in asked] == [200] * 6
+    assert read.index("owner") <= 2
+
+
 @pytest.mark.parametrize("how", ["locked", "of a newer version", "no database"])
 @pytest.mark.timed
 def test_a_ledger_that_can_not_be_read_is_said_to_be_and_holds_up_nothing_else(relay, tmp_path, monkeypatch, how):
