@@ -1172,6 +1172,9 @@ def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.jso
         ledger=read_ledger_settings(document, users, problems),
     )
     config = read_prices(config, document.get("prices"), problems)
+    shared = shared_key(config.server.access_keys, config.user_keys)
+    if shared:
+        problems.add("server.access_key", shared)
     check_routes(config, problems)
     check_aliases(config, problems)
     if problems.lines:
@@ -1245,10 +1248,21 @@ def read_user_keys(users: Mapping[str, User], problems: Problems) -> dict[bytes,
     found: dict[bytes, str] = {}
     for user in users.values():
         for key in user.keys:
-            owner = found.setdefault(hashlib.sha256(key.reveal().encode("ascii")).digest(), user.name)
+            owner = found.setdefault(fingerprint(key.reveal()), user.name)
             if owner != user.name:
                 problems.add(f"users.{user.name}.key", f"is the key of {owner}, too")
     return found
+
+
+def fingerprint(key: str) -> bytes:
+    """By which a user's key is found, in a time that tells nothing of the others."""
+    return hashlib.sha256(key.encode("latin-1")).digest()
+
+
+def shared_key(access_keys: Sequence[Secret], user_keys: Mapping[bytes, str]) -> str:
+    """What is wrong with access keys of which one is a user's, too, who would have no limits; nothing if none is."""
+    owner = next(filter(None, (user_keys.get(fingerprint(key.reveal())) for key in access_keys)), "")
+    return f"is the key of {owner}, too, whom nothing would limit" if owner else ""
 
 
 def read_lists(section: JsonDict, place: str, problems: Problems) -> dict[str, tuple[str, ...]]:
@@ -1733,7 +1747,7 @@ def identify(tokens: Sequence[str], config: Config, now: float) -> Caller:
             continue
         if is_access_key(token, config.server.access_keys):
             return ADMIN
-        owner = config.user_keys.get(hashlib.sha256(token.encode("latin-1")).digest()) if config.user_keys else None
+        owner = config.user_keys.get(fingerprint(token)) if config.user_keys else None
         if owner and config.users[owner].enabled:
             return Caller(owner, False, config.users[owner])
         if token.startswith("sk-"):
@@ -13367,8 +13381,11 @@ def load_config(path: str, options: JsonDict) -> Config:
     if not config.server.access_keys:
         try:
             changed["access_keys"] = as_access_keys(environ.get("MONORELAY_ACCESS_KEY", ""))
+            problem = shared_key(changed["access_keys"], config.user_keys)
         except ValueError as error:
-            raise ConfigError([f"the environment's MONORELAY_ACCESS_KEY: {error}"]) from None
+            problem = str(error)
+        if problem:
+            raise ConfigError([f"the environment's MONORELAY_ACCESS_KEY: {problem}"])
     config = with_ledger_beside(config._replace(server=config.server._replace(**changed)), path, name)
     config = config._replace(env_file=env_file)
     config = config._replace(beside_seen=[*env_seen, *files_beside(config, path)[len(env_seen) :]])

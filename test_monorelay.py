@@ -9932,6 +9932,16 @@ def test_two_users_have_no_key_in_common():
         parse(users={"eve": {"key": "short"}})
 
 
+def test_no_users_key_is_an_access_key_which_has_no_limits(tmp_path, monkeypatch):
+    users = {"alice": {"key": [OTHER_KEY, USER_KEY]}}
+    with pytest.raises(monorelay.ConfigError, match=r"server\.access_key: is the key of alice, too"):
+        parse(users=users, server={"access_key": [TOKEN, USER_KEY]})
+    monkeypatch.setenv("MONORELAY_ACCESS_KEY", USER_KEY)
+    (tmp_path / "relay.json").write_text(json.dumps({"users": users, "providers": {"echo": {"format": "echo"}}}))
+    with pytest.raises(monorelay.ConfigError, match="MONORELAY_ACCESS_KEY: is the key of alice, too"):
+        monorelay.load_config(str(tmp_path / "relay.json"), {})
+
+
 def test_with_keys_of_users_alone_no_access_key_is_made_up():
     config = monorelay.with_run_secrets(parse(users={"alice": {"key": USER_KEY}}, server={"access_key": ""}), None)
     assert config.server.access_keys == ()
