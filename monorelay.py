@@ -4201,7 +4201,7 @@ class Usage:
                 usage = {**self._found, **told}
             elif not self._is_placeholder:
                 self._note_tier(data, start)
-        if tokens_of(usage) is not NO_TOKENS or not self._found:
+        if not self._found or tokens_of(usage) is not NO_TOKENS:
             self._found = usage
 
     def _note_tier(self, data: bytes, start: int) -> None:
@@ -5961,8 +5961,8 @@ class MessageWriter:
 
 
 THOUGHT_TEXTS = ("reasoning_content", "reasoning", "thinking")  # what servers call thinking
-THOUGHT_MEMBERS = (*THOUGHT_TEXTS, "reasoning_details")
-ANSWER_MEMBERS = ("content", "refusal", "images", "tool_calls", "function_call", *THOUGHT_MEMBERS)
+THOUGHT_MEMBERS = {*THOUGHT_TEXTS, "reasoning_details"}
+ANSWER_MEMBERS = {"content", "refusal", "images", "tool_calls", "function_call", *THOUGHT_MEMBERS}
 ANSWERED_MEDIA = ("image_url", "image", "output_image", "input_audio", "audio")  # that Messages has no place for
 # What a chat answer ends for, in the words of Messages; any other word is an end like `stop`, but for those by which
 # DeepSeek (the first), Z.ai (the second) and servers of open models say that it was broken off.
@@ -6030,7 +6030,7 @@ class ChatReader:
         if chunk.get("error"):
             raise fault_of(chunk)
         usage, choice = member(chunk, "usage"), first_choice(chunk)
-        tells_usage = tokens_of(usage) is not NO_TOKENS  # in LiteLLM's, each chunk may have an empty one
+        tells_usage = bool(usage) and tokens_of(usage) is not NO_TOKENS  # LiteLLM may send an empty one in each chunk
         goes_on = choice is not None and self.may_end and self._goes_on(choice)
         self.finishes_early = self.finishes_early or goes_on
         ended = self.may_end and not goes_on and tells_usage
@@ -6100,9 +6100,9 @@ class ChatReader:
         part = member(choice, "delta")
         if not part:
             return {name: value for name, value in member(choice, "message").items() if name not in self._told}
-        self._told.update(name for name in ANSWER_MEMBERS if part.get(name))
-        if not self._told.isdisjoint(THOUGHT_MEMBERS):
-            self._told.update(THOUGHT_MEMBERS)
+        self._told.update(name for name in ANSWER_MEMBERS & part.keys() if part[name])
+        if self._told & THOUGHT_MEMBERS:
+            self._told |= THOUGHT_MEMBERS
         return part
 
     def _say(self, kind: str, said: str) -> None:
