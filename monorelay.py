@@ -6044,7 +6044,7 @@ class ChatReader:
     def _goes_on(self, choice: JsonDict) -> bool:
         """Whether a choice goes on with an answer that has said why it ends. One that ended with its text may have
         calls of tools yet: LiteLLM and ChatMock tell of an end behind each part of an answer of Responses."""
-        if self._may_go_on:
+        if self._may_go_on or self.finishes_early:
             return adds_to_answer(choice)
         known = {*self._ids, *(call.id for call in self._calls)}
         entries = listed_objects(member(choice, "delta").get("tool_calls"))[:TOOL_CALLS]

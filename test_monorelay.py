@@ -5916,7 +5916,7 @@ STREAMS: dict[str, tuple[list[dict[str, Any]], list[Any], str]] = {
             delta(content="Hi"),
             delta("stop"),
             delta(calls=[call(1, "c1", "look", "")]),
-            delta(calls=[call(1, arguments=ARGUMENTS)]),
+            delta(calls=[call(1, arguments=ARGUMENTS)], usage={**USAGE, "completion_tokens": 2}),
             delta("tool_calls"),
             delta(calls=[call(2, "c2", "dig", "{}")]),
             delta("tool_calls"),
