@@ -6246,7 +6246,8 @@ class ChatReader:
 def first_choices(answer: JsonDict) -> list[JsonDict]:
     """The choices of a chat answer or a chunk that have the first index, or none: nobody has asked for others. Copilot
     tells the text of a whole answer in one, and its calls in the next."""
-    return [choice for choice in listed_objects(answer.get("choices")) if not choice.get("index")]
+    first = (choice for choice in listed_objects(answer.get("choices")) if not choice.get("index"))
+    return list(itertools.islice(first, 1 + TOOL_CALLS))
 
 
 def first_choice(answer: JsonDict) -> Optional[JsonDict]:
