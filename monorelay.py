@@ -2569,6 +2569,10 @@ def tokens_of(usage: JsonDict) -> Tokens:
         thought = counts_of(usage.get("completion_tokens_details")).get("reasoning_tokens", 0)
         if thought and counts.get("total_tokens") == (total or 0) + (output or 0) + thought:
             output = (output or 0) + thought  # xAI counts it apart
+        elif counts.keys() >= PLAIN_NAMES and usage.keys() <= GEMINI_NAMES:
+            untold = counts["total_tokens"] - counts["prompt_tokens"] - counts["completion_tokens"]
+            if untold > 0 and untold not in (cached, written, (cached or 0) + (written or 0)):
+                output = counts["completion_tokens"] + untold  # Gemini counts its thinking in the total alone
     if not includes and total is output is read is write is brief is lasting is None:
         return NO_TOKENS
     total, read, lasting = total or 0, read or 0, lasting or 0
@@ -2587,6 +2591,8 @@ OPENAI_NAMES = frozenset({
     "prompt_tokens", "completion_tokens", "prompt_tokens_details", "input_tokens_details", "prompt_cache_hit_tokens",
     "cached_tokens",
 })  # fmt: skip
+PLAIN_NAMES = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
+GEMINI_NAMES = PLAIN_NAMES | {"prompt_tokens_details", "service_tier"}
 CACHED_NAMES = ("cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens")
 
 

@@ -3576,6 +3576,26 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         (10, 0, 0, 0, 105),
         None,
     ),
+    "a chat that counts its thinking in the total alone, as Gemini's": (
+        "/v1/chat/completions",
+        whole_chat(usage={"completion_tokens": 3, "prompt_tokens": 18, "total_tokens": 671,
+                          "prompt_tokens_details": {"cached_tokens": 8}}),
+        (10, 8, 0, 0, 653),
+        None,
+    ),
+    "a chat whose total has what was cached besides": (
+        "/v1/chat/completions",
+        whole_chat(usage={"completion_tokens": 3, "prompt_tokens": 18, "total_tokens": 29,
+                          "prompt_tokens_details": {"cached_tokens": 8}}),
+        (10, 8, 0, 0, 3),
+        None,
+    ),
+    "a chat whose total has what isn't known": (
+        "/v1/chat/completions",
+        whole_chat(usage={"completion_tokens": 3, "prompt_tokens": 18, "total_tokens": 671, "search_tokens": 650}),
+        (18, 0, 0, 0, 3),
+        None,
+    ),
     "a chat's stream without usage": ("/v1/chat/completions", chunks({**CHOICE, "usage": None}, CHOICE), UNKNOWN, None),
     "a chat's stream with usage in each chunk": (
         "/v1/chat/completions",
