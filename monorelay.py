@@ -6102,10 +6102,13 @@ class ChatReader:
             self._sequence = sequence if isinstance(sequence, str) else ""
 
     def _part_of(self, choice: JsonDict) -> JsonDict:
-        """What a choice adds. Of a whole message that is what no part has told: MiniMax sends one behind its parts."""
+        """What a choice adds. Of a whole message that is what no part has told: MiniMax sends one behind its parts.
+        Raises AnswerFault."""
         part = member(choice, "delta")
         if not part:
-            return {name: value for name, value in member(choice, "message").items() if name not in self._told}
+            whole = member(choice, "message")
+            check_media(whole)
+            return {name: value for name, value in whole.items() if name not in self._told}
         self._told.update(name for name in ANSWER_MEMBERS & part.keys() if part[name])
         if self._told & THOUGHT_MEMBERS:
             self._told |= THOUGHT_MEMBERS
@@ -6279,10 +6282,15 @@ def answer_text(delta: JsonDict) -> str:
     content = delta.get("content")
     if isinstance(content, str) and "images" not in delta:
         return content
-    for part in listed_objects(content) + listed_objects(delta.get("images")):
+    check_media(delta)
+    return "".join(plain_texts(content))
+
+
+def check_media(delta: JsonDict) -> None:
+    """Raises AnswerFault for a picture or sound."""
+    for part in listed_objects(delta.get("content")) + listed_objects(delta.get("images")):
         if part.get("type") in ANSWERED_MEDIA:
             raise UnfitAnswer(f"the provider's answer holds a part of the type {part['type']}, which isn't text")
-    return "".join(plain_texts(content))
 
 
 def reasoning_of(delta: JsonDict) -> str:
