@@ -148,6 +148,9 @@ PATIENT_SECONDS = 0.005  # of a turn of the event loop, for work that is done in
 QUEUE_SECONDS = 0.002  # for one of several queues, before the next one has its turn
 POSTED_SECONDS = 0.005  # of a turn, for new connections and for results of threads
 SWEEPING_SECONDS = 0.005  # of a turn, for tasks whose time has come
+# Of each thread, as glibc has it by default. With musl's 1 MB, or under a low `ulimit -s`, nested JSON that `json` of
+# CPython 3.13 still reads would overflow it, which ends the process.
+STACK_BYTES = 8 * 1024 * 1024
 SWITCH_SECONDS = 0.0005  # for so long, a computing thread keeps the loop waiting for the GIL; CPython's default is 5 ms
 OTHER_THREADS_SECONDS = 0.0001  # after which other threads have their turn
 SLOW_EVENT_SECONDS = 0.002  # a connection whose last event took longer shares PATIENT_SECONDS, too
@@ -13529,6 +13532,14 @@ def env_line(line: str) -> Optional[tuple[str, str]]:
     return (name, value) if equals and not name.startswith("#") else None
 
 
+def enlarge_stacks() -> None:
+    """Lets all threads that are started from now on recurse as deeply as Python does."""
+    try:
+        threading.stack_size(STACK_BYTES)
+    except (ValueError, RuntimeError):
+        pass  # this system has no say in it
+
+
 def raise_descriptor_limit() -> None:
     """Lets this process open as many files and connections as the system's hard limit allows."""
     try:
@@ -15269,6 +15280,7 @@ def run_serve(options: JsonDict) -> int:
     config = with_run_secrets(given, None)
     file = ConfigFile(config, path, options, seen)
     raise_descriptor_limit()
+    enlarge_stacks()
     supervised = config.server.workers > 1
     # Whoever can connect must be able to count on an end in good order.
     signals = Signals(*OPERATOR_SIGNALS, "SIGCHLD") if supervised else Signals(*OPERATOR_SIGNALS)

@@ -20556,6 +20556,23 @@ def lower_descriptor_limit(limit: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="it looks how much of the stack is left")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nested_json_ends_no_relay_whose_threads_have_small_stacks(program, workers):
+    def lower_stack_limit() -> None:
+        resource.setrlimit(resource.RLIMIT_STACK, (128 * 1024, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+
+    it = program(settings({"echo": {}}, server={"workers": workers}), preexec_fn=lower_stack_limit)
+    for depth in (900, 15_000):
+        for opening, closing in (("[", "]"), ('{"a":', "}")):
+            nested = f"{opening * depth}1{closing * depth}"
+            for path in ("/v1/messages", "/v1/chat/completions"):
+                body = f'{{"model":"echo","max_tokens":1,"messages":[],"tools":{nested}}}'
+                with Client(it.url) as client:
+                    assert client.ask("POST", path, body.encode()).status in (200, 400)
+    assert it.process.poll() is None and "has ended" not in it.text()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_crowd_in_the_first_moment_under_a_low_limit_ends_nothing(tmp_path, workers):
     port = unused_port()
