@@ -9213,6 +9213,10 @@ def select_spent(connection: Any, users: Iterable[str], now: float) -> Spent:
 
 # Queries, for a thread that may wait for the file: sums are read from `hour`, and never made from `request`.
 
+# What SQLite says where it can't sort in a file: a container may have no directory that it may write such to, or no
+# room there. It sorts in memory then.
+NO_TEMPORARY_FILE = re.compile("disk I/O error|unable to open|disk is full")
+
 
 def summed_usage(
     path: str, since_hour: int, until_hour: int, by: Sequence[str], step_day: bool, user: Optional[str]
@@ -9294,7 +9298,17 @@ def hour_rows(path: str, since: int, user: Optional[str]) -> list[list[Any]]:
 
 def query_ledger(path: str, query: str, values: Union[Sequence[Any], JsonDict]) -> list[Any]:
     """What a query finds; nothing where there is no file yet. Raises what read_ledger() does."""
-    return read_ledger(path, lambda connection: connection.execute(query, values).fetchall()) or []
+
+    def find(connection: Any) -> list[Any]:
+        try:
+            return list(connection.execute(query, values).fetchall())
+        except sqlite3.OperationalError as error:
+            if not NO_TEMPORARY_FILE.search(str(error)):
+                raise
+        connection.execute("PRAGMA temp_store = MEMORY")
+        return list(connection.execute(query, values).fetchall())
+
+    return read_ledger(path, find) or []
 
 
 def storable(value: Any) -> Union[str, int, None]:

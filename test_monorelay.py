@@ -19511,6 +19511,23 @@ def test_usage_of_an_idle_week_is_nothing(tmp_path):
     assert "total" in run("usage", "usage.db", "--days", "22", cwd=tmp_path).stdout
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_usage_is_told_where_no_temporary_file_can_be_written(tmp_path):
+    path, now = tmp_path / "usage.db", time.time()
+    monorelay.write_ledger(monorelay.LedgerSettings(str(path), 90), [], [], now)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        sums = [1] * len(monorelay.SUMS)
+        rows = [[now // 3600, f"user {number}", "m" * 200, "p", "k", *sums] for number in range(30_000)]
+        connection.executemany(f"INSERT INTO hour VALUES ({', '.join('?' * len(rows[0]))})", rows)
+        connection.commit()
+
+    def forbid_writing() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    done = run("usage", "usage.db", "--by", "model,user", "--json", cwd=tmp_path, preexec_fn=forbid_writing)
+    assert done.stderr == "" and json.loads(done.stdout)["total"]["requests"] == 30_000
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
