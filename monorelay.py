@@ -232,7 +232,7 @@ TALLIED_MODELS = 100  # that metrics tell apart, besides those that relay.json n
 TALLIED_MODELS_OF_ONE = 50  # of them, for which one user was the first to ask
 TALLIED_USERS = 100  # the same of users who aren't in relay.json
 TALLIED_NAME_BYTES = 200  # of either, as JSON; the longest known names of models have some 120
-TALLIED_SERIES = 1000  # users with their models, providers and keys
+TALLIED_SERIES = 1000  # users with their models, providers and keys; besides, users, and models with their providers
 TALLIED_HOURS = 48
 RUNNING_ROWS = 200  # running requests that a page is told of
 ROWS_AT_ONCE = 1000  # in one response of /api/requests
@@ -2774,6 +2774,7 @@ SUMS = (
 )  # fmt: skip
 COST = SUMS.index("cost")
 GROUPS = ("user", "model", "provider", "key")  # by which they are told apart
+USER, PROVIDER, KEY = GROUPS.index("user"), GROUPS.index("provider"), GROUPS.index("key")
 Sums = list[Optional[int]]
 
 
@@ -7089,9 +7090,8 @@ def shortened(value: str) -> str:
 
 # -- what is counted
 
-# Of a user with a model at a provider with a key: the SUMS, how many had a price, then how many had their first
-# byte, and their end, within each of these limits, in seconds: OpenTelemetry's powers of two, carried on, since
-# requests may last for minutes.
+# Of a model at a provider: the SUMS, how many had a price, then how many had their first byte, and their end, within
+# each of these limits, in seconds: OpenTelemetry's powers of two, carried on, since requests may last for minutes.
 TTFB_LIMITS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, math.inf)
 DURATION_LIMITS = (*(0.08 * 2**power for power in range(14)), math.inf)
 PRICED = len(SUMS)
@@ -7123,12 +7123,27 @@ def add_to(sums: list[int], figures: Iterable[int]) -> None:
     sums[:] = map(operator.add, sums, figures)
 
 
+Names = TypeVar("Names")
+
+
+def bounded_sums(table: dict[Names, list[int]], name: Names, other: Names, length: int) -> list[int]:
+    """The sums of a name in a table; of `other` where it is new and the table has TALLIED_SERIES."""
+    sums = table.get(name)
+    if sums is None:
+        sums = table.setdefault(name if len(table) < TALLIED_SERIES else other, [0] * length)
+    return sums
+
+
 class Tally:
     """What was counted since the start, by one process or by several together. What clients can name is bounded."""
 
     def __init__(self, since: float) -> None:
         self.since = since  # seconds since 1970
-        self.series: dict[tuple[str, str, str, str], list[int]] = {}  # user, model as sent, provider, key
+        # By user, model as sent, provider and key: SUMS, and how many had a price. These are the product of all names,
+        # and soon too many; so what metrics tell apart is counted apart, too.
+        self.series: dict[tuple[str, str, str, str], list[int]] = {}
+        self.of_users: dict[str, list[int]] = {}  # the same
+        self.of_models: dict[tuple[str, str], list[int]] = {}  # by provider and model: the same, and within the limits
         self.hours: dict[tuple[int, str], list[int]] = {}  # by clock hour and user: SUMS
         self._last_hour = 0  # of them
         self.seconds: dict[int, list[int]] = {}  # of the last minute: requests and errors
@@ -7144,9 +7159,11 @@ class Tally:
         """Counts a request to a model that has ended."""
         model, user, figures = self._model_label(row), self._user_label(row.user), row.figures
         self._count_status(row.provider, model, status_label(row.status), 1)
-        sums = self._sums((user, model, row.provider, row.key))
-        sums[:PRICED] = map(operator.add, sums, figures)
-        sums[PRICED] += row.cost is not None
+        counts = [*figures, int(row.cost is not None)]
+        add_to(self._in_series((user, model, row.provider, row.key)), counts)
+        add_to(self._of_user(user), counts)
+        sums = self._of_model(row.provider, model)
+        sums[:TTFB_AT] = map(operator.add, sums, counts)
         if row.stream and row.ttfb is not None:
             sums[TTFB_AT + bisect.bisect_left(TTFB_LIMITS, row.ttfb / 1000)] += 1
         sums[DURATION_AT + bisect.bisect_left(DURATION_LIMITS, row.duration / 1000)] += 1
@@ -7158,12 +7175,14 @@ class Tally:
         is_full = len(self.statuses) >= TALLIED_SERIES and (provider, model, status) not in self.statuses
         self.statuses[provider, OTHER if is_full else model, status] += count
 
-    def _sums(self, names: tuple[str, str, str, str]) -> list[int]:
-        sums = self.series.get(names)
-        if sums is None:
-            names = names if len(self.series) < TALLIED_SERIES else (OTHER, OTHER, OTHER, OTHER)
-            sums = self.series.setdefault(names, [0] * SERIES_LENGTH)
-        return sums
+    def _in_series(self, names: tuple[str, str, str, str]) -> list[int]:
+        return bounded_sums(self.series, names, (OTHER, OTHER, OTHER, OTHER), TTFB_AT)
+
+    def _of_user(self, user: str) -> list[int]:
+        return bounded_sums(self.of_users, user, OTHER, TTFB_AT)
+
+    def _of_model(self, provider: str, model: str) -> list[int]:
+        return bounded_sums(self.of_models, (provider, model), (provider, OTHER), SERIES_LENGTH)
 
     def _in_hour(self, hour: int, user: str) -> list[int]:
         sums = self.hours.get((hour, user))
@@ -7208,6 +7227,8 @@ class Tally:
         return {
             "since": self.since,
             "series": [[*names, *sums] for names, sums in self.series.items()],
+            "users": [[user, *sums] for user, sums in self.of_users.items()],
+            "models": [[*names, *sums] for names, sums in self.of_models.items()],
             "hours": [[*names, *figures] for names, figures in self.hours.items()],
             "seconds": [[second, *counts] for second, counts in self.seconds.items()],
             "statuses": [[*names, count] for names, count in self.statuses.items()],
@@ -7223,7 +7244,11 @@ class Tally:
         for code, count in shared["refused"]:
             self.refused[code] += count
         for user, model, provider, key, *figures in shared["series"]:
-            add_to(self._sums((user, model, provider, key)), figures)
+            add_to(self._in_series((user, model, provider, key)), figures)
+        for user, *figures in shared["users"]:
+            add_to(self._of_user(user), figures)
+        for provider, model, *figures in shared["models"]:
+            add_to(self._of_model(provider, model), figures)
         for hour, user, *figures in shared["hours"]:
             add_to(self._in_hour(hour, user), figures)
         for second, *figures in shared["seconds"]:
@@ -7232,14 +7257,22 @@ class Tally:
         self.ended = collections.deque(rows, maxlen=ENDED_ROWS)
 
     def by(self, *columns: int, user: Optional[str] = None) -> dict[tuple[str, ...], list[int]]:
-        """The series summed up by some of GROUPS; those of one user, or all."""
+        """What was counted, SUMS and how many had a price, by some of GROUPS; of one user, or all."""
         found: dict[tuple[str, ...], list[int]] = {}
-        for names, sums in self.series.items():
-            if user not in (None, names[0]):
+        for names, sums in self._narrowest({*columns} if user is None else {*columns, USER}):
+            if user not in (None, names[USER]):
                 continue
             name = tuple(names[column] for column in columns)
-            found[name] = [a + b for a, b in zip(found[name], sums)] if name in found else sums
+            found[name] = [a + b for a, b in zip(found[name], sums)] if name in found else sums[:TTFB_AT]
         return found
+
+    def _narrowest(self, columns: set[int]) -> Iterator[tuple[tuple[str, str, str, str], list[int]]]:
+        """The sums, by GROUPS, of the table with the fewest names that tells these apart."""
+        if columns <= {USER}:
+            return (((user, "", "", ""), sums) for user, sums in self.of_users.items())
+        if USER not in columns and KEY not in columns:
+            return ((("", model, provider, ""), sums) for (provider, model), sums in self.of_models.items())
+        return iter(self.series.items())
 
 
 # -- the page
@@ -7294,9 +7327,9 @@ def metric_families(tally: Tally, keys: Sequence[JsonDict], gauges: Mapping[str,
 
 def request_families(tally: Tally) -> Iterator[Family]:
     """What was counted of requests to models."""
-    models = [({"provider": provider, "model": model}, sums) for (provider, model), sums in tally.by(2, 1).items()]
-    users = [({"user": user}, sums) for (user,), sums in tally.by(0).items()]
-    providers = [({"provider": provider}, sums) for (provider,), sums in tally.by(2).items()]
+    models = [({"provider": provider, "model": model}, sums) for (provider, model), sums in tally.of_models.items()]
+    users = [({"user": user}, sums) for user, sums in tally.of_users.items()]
+    providers = [({"provider": provider}, sums) for (provider,), sums in tally.by(PROVIDER).items()]
     statuses = [
         ("", {"provider": provider, "model": model, "status": status}, count)
         for (provider, model, status), count in tally.statuses.items()

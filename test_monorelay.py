@@ -15035,6 +15035,26 @@ def test_series_are_bounded_and_nothing_is_lost_beyond():
     assert len("".join(monorelay.metrics_text(tally, [], {}))) < 3_000_000
 
 
+def test_users_and_models_are_told_apart_however_many_they_are_together_with_keys():
+    first, second = monorelay.Tally(0.0), monorelay.Tally(0.0)
+    first.users = second.users = {f"user-{number}": None for number in range(30)}
+    for number in range(30 * 10 * 12):
+        named = {"user": f"user-{number % 30}", "sent": f"m-{number // 30 % 10}", "key": f"k{number // 300}"}
+        (first if number % 7 else second).add(row(**named, cost=None if number % 3 else 5))
+    assert len(first.series) == monorelay.TALLIED_SERIES + 1, "their product is too much"
+    first.include(json.loads(json.dumps(second.shared())))
+    told = Metrics("".join(monorelay.metrics_text(first, [], {})))
+    for number in range(30):
+        assert told.value("monorelay_user_requests_total", user=f"user-{number}") == 120
+        (of_one,) = first.by(user=f"user-{number}").values()
+        assert of_one == first.by(0)[(f"user-{number}",)] and of_one[0] == 120 and len(first.by(0)) == 30
+    labels = {"provider": row().provider, "kind": "output"}
+    for number in range(10):
+        assert told.value("monorelay_tokens_total", model=f"m-{number}", **labels) == 360 * row().output
+    assert sum(sums[0] for sums in first.by(1).values()) == sum(sums[0] for sums in first.by(0, 1).values()) == 3600
+    assert first.by(3).keys() - {("(other)",)} == {(f"k{number}",) for number in range(4)}
+
+
 def test_what_ended_workers_have_counted_stays_bounded_and_nothing_is_lost():
     both = monorelay.Tally(0.0)
     for worker in range(20):
@@ -15043,8 +15063,9 @@ def test_what_ended_workers_have_counted_stays_bounded_and_nothing_is_lost():
         for number in range(400):
             tally.add(row(user=f"{worker}-{number // 2}", sent=f"{worker}-{number % 40}", status=200 + number % 2))
         both.include(json.loads(json.dumps(tally.shared())))
-    for counted in (both.series, both.hours, both.statuses):
+    for counted in (both.series, both.hours, both.statuses, both.of_users, both.of_models):
         assert len(counted) <= monorelay.TALLIED_SERIES + 2
+    assert sum(sums[0] for sums in both.of_users.values()) == sum(sums[0] for sums in both.of_models.values()) == 8000
     assert sum(sums[0] for sums in both.series.values()) == sum(sums[0] for sums in both.hours.values()) == 8000
     assert sum(both.statuses.values()) == sum(total for total, _ in both.seconds.values()) == 8000
 
@@ -15102,7 +15123,7 @@ def test_what_several_processes_have_counted_adds_up(places):
         each[place].add(counted_row(number))
     for one in each:
         together.include(json.loads(json.dumps(one.shared())))
-    for table in ("series", "hours", "statuses"):
+    for table in ("series", "hours", "statuses", "of_users", "of_models"):
         assert dict(getattr(together, table)) == dict(getattr(alone, table))
     assert list(together.ended) == list(alone.ended) and together.since == 5.0
     assert sum(map(sum, together.seconds.values())) >= sum(map(sum, alone.seconds.values()))
