@@ -7146,6 +7146,7 @@ class Tally:
         self.of_models: dict[tuple[str, str], list[int]] = {}  # by provider and model: the same, and within the limits
         self.hours: dict[tuple[int, str], list[int]] = {}  # by clock hour and user: SUMS
         self._last_hour = 0  # of them
+        self._full_hour = 0  # whose users alone take all the room
         self.seconds: dict[int, list[int]] = {}  # of the last minute: requests and errors
         self.statuses: collections.Counter[tuple[str, str, str]] = collections.Counter()  # provider, model, status
         self.refused: collections.Counter[str] = collections.Counter()  # codes of the relay's own errors
@@ -7190,9 +7191,21 @@ class Tally:
             if hour > self._last_hour:  # not for each user: there may be a thousand
                 self._last_hour = hour
                 self.hours = {name: self.hours[name] for name in self.hours if name[0] > hour - TALLIED_HOURS}
+            if len(self.hours) >= TALLIED_SERIES and hour == self._last_hour > self._full_hour:
+                self._merge_oldest_hour()
             name = (hour, user if len(self.hours) < TALLIED_SERIES else OTHER)
             sums = self.hours.setdefault(name, [0] * len(SUMS))
         return sums
+
+    def _merge_oldest_hour(self) -> None:
+        """Makes room: the users of the oldest hour before the last one are told apart no more."""
+        oldest = min((hour for hour, user in self.hours if user != OTHER), default=self._last_hour)
+        if oldest >= self._last_hour:
+            self._full_hour = self._last_hour
+        else:
+            merged = self.hours.setdefault((oldest, OTHER), [0] * len(SUMS))
+            for name in [name for name in self.hours if name[0] == oldest and name[1] != OTHER]:
+                add_to(merged, self.hours.pop(name))
 
     def _in_second(self, second: int) -> list[int]:
         counts = self.seconds.get(second)

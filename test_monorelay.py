@@ -15011,6 +15011,23 @@ def test_the_hours_of_many_users_are_swept_once_an_hour():
     assert {hour - int(UNIX_TIME // 3600) for hour, _ in tally.hours} == {1, monorelay.TALLIED_HOURS}
 
 
+def test_of_many_users_the_latest_hours_are_those_that_are_told_apart():
+    tally, hours = monorelay.Tally(0.0), monorelay.TALLIED_HOURS
+    tally.users = {f"user-{number}": None for number in range(40)}
+    first = int(UNIX_TIME // 3600)
+    for hour in range(first, first + hours):
+        for number in range(40):
+            tally.add(row(user=f"user-{number}", at=hour * 3_600_000))
+    assert len(tally.hours) <= monorelay.TALLIED_SERIES
+    for number in range(40):
+        told = [hour for hour, user in tally.hours if user == f"user-{number}"]
+        assert told == list(range(first + hours - 24, first + hours)), "as many as the page shows"
+    in_all = Counter[int]()
+    for (hour, _), figures in tally.hours.items():
+        in_all[hour] += figures[0]
+    assert in_all == dict.fromkeys(range(first, first + hours), 40)
+
+
 def test_pages_of_the_owner_share_what_is_found_of_keys_until_the_configuration_is_another(relay):
     workers = relay({"echo": {}}).server.service.workers
     first, second = parse({"echo": {}}), parse({"echo": {}})
