@@ -659,7 +659,7 @@ class Price(NamedTuple):
 
 
 class Prices(NamedTuple):
-    """Prices of models: by their names, as LiteLLM's list has them, or by patterns of which the first match counts."""
+    """Prices of models: by their names, else by patterns of which the first match counts."""
 
     by_name: Mapping[str, Price]
     by_pattern: Sequence[tuple[str, Price]]
@@ -1391,7 +1391,9 @@ def parse_prices(document: Any) -> Prices:
         models.pop("sample_spec", None)
         listed = {name: litellm_price(name, given) for name, given in models.items()}
         # What is priced by the second or by the picture has no price here.
-        return Prices({name: price for name, price in listed.items() if ("input", "", 0) in price.rates}, ())
+        priced = {name: price for name, price in listed.items() if ("input", "", 0) in price.rates}
+        patterns = tuple((name, priced.pop(name)) for name in [*priced] if WILDCARD.search(name))
+        return Prices(priced, patterns)
     return Prices({}, tuple((pattern, pattern_price(pattern, given)) for pattern, given in models.items()))
 
 
@@ -2665,10 +2667,13 @@ def charge_of(prices: Prices, provider: Provider, model: str, used: Used) -> Opt
 
 
 def find_price(prices: Prices, provider: Provider, model: str) -> Optional[Price]:
-    """The price of a model by its name, by that without a date, or by the provider's name before it."""
-    for name in (model, DATE_SUFFIX.sub("", model), f"{provider.name}/{model}"):
+    """The price of a model by its name, by that without a date, or by the provider's name before it; exact names go
+    before patterns."""
+    names = (model, DATE_SUFFIX.sub("", model), f"{provider.name}/{model}")
+    for name in names:
         if name in prices.by_name:
             return prices.by_name[name]
+    for name in names:
         for pattern, price in prices.by_pattern:
             if matches(name, pattern):
                 return price

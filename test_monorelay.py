@@ -2150,6 +2150,16 @@ def test_a_cost_is_what_the_bill_says(provider, model, tokens, nano_usd):
     assert cost(provider, model, tokens) == nano_usd
 
 
+def test_exact_names_go_before_patterns_in_a_list_of_litellms_form():
+    dear, cheap = ({"input_cost_per_token": rate, "output_cost_per_token": rate} for rate in (2e-6, 1e-6))
+    prices = {"claude-*": dear, "claude-opus": cheap, "anthropic/claude-mine": cheap}
+    for model, nano_usd in (
+        ("claude-haiku", 2000), ("claude-opus", 1000), ("claude-opus-20260101", 1000), ("claude-mine", 1000),
+        ("gpt-5", None),
+    ):  # fmt: skip
+        assert cost("anthropic", model, used(1), prices) == nano_usd, model
+
+
 def test_prices_by_pattern_are_usd_per_million_and_the_first_match_counts():
     prices = {"//": "mine", "claude-opus-4-1*": {"input": 15, "output": 75}, "claude-*": {"input": 3, "output": 15,
               "cache_read": 0, "cache_write": 3.75}, "second/llama*": {"input": 0.1, "output": 0.3, "//": "guessed"},
