@@ -2571,13 +2571,9 @@ def tokens_of(usage: JsonDict) -> Tokens:
         write = written or counts.get("cache_creation_input_tokens")
         if given and written and not lasting:
             lasting = counts_of(given.get("cache_write_tokens_details")).get("ttl_12h_tokens")
-        thought = counts_of(usage.get("completion_tokens_details")).get("reasoning_tokens", 0)
-        if thought and counts.get("total_tokens") == (total or 0) + (output or 0) + thought:
-            output = (output or 0) + thought  # xAI counts it apart
-        elif counts.keys() >= PLAIN_NAMES and usage.keys() <= GEMINI_NAMES:
-            untold = counts["total_tokens"] - counts["prompt_tokens"] - counts["completion_tokens"]
-            if untold > 0 and untold not in (cached, written, (cached or 0) + (written or 0)):
-                output = counts["completion_tokens"] + untold  # Gemini counts its thinking in the total alone
+        untold = counts.get("total_tokens", 0) - (total or 0) - (output or 0)
+        if untold > 0 and is_thinking(untold, usage, cached or 0, written or 0):
+            output = (output or 0) + untold
     if not includes and total is output is read is write is brief is lasting is None:
         return NO_TOKENS
     total, read, lasting = total or 0, read or 0, lasting or 0
@@ -2599,6 +2595,13 @@ OPENAI_NAMES = frozenset({
 PLAIN_NAMES = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
 GEMINI_NAMES = PLAIN_NAMES | {"prompt_tokens_details", "service_tier"}
 CACHED_NAMES = ("cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens")
+
+
+def is_thinking(untold: int, usage: JsonDict, cached: int, written: int) -> bool:
+    """Whether these tokens, which only the total counts, were thought: xAI tells of them apart, Gemini not at all."""
+    thought = counts_of(usage.get("completion_tokens_details")).get("reasoning_tokens")
+    is_plain = PLAIN_NAMES <= usage.keys() <= GEMINI_NAMES
+    return untold == thought or (is_plain and untold not in (cached, written, cached + written))
 
 
 def counts_of(section: Any) -> dict[str, int]:
@@ -13600,7 +13603,8 @@ def env_line(line: str) -> Optional[tuple[str, str]]:
 def enlarge_stacks() -> None:
     """Lets all threads that are started from now on recurse as deeply as Python does."""
     try:
-        threading.stack_size(STACK_BYTES)
+        if sys.platform != "darwin":  # where they have 16 MB
+            threading.stack_size(STACK_BYTES)
     except (ValueError, RuntimeError):
         pass  # this system has no say in it
 
