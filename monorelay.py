@@ -3938,12 +3938,13 @@ PART_LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([^\r\n]*)")  # some se
 
 
 class FormWalk:
-    """Looks for the field `model` of a form, piece by piece."""
+    """Looks for the field `model` of a form, piece by piece: before its file, or anywhere."""
 
-    def __init__(self, boundary: str) -> None:
+    def __init__(self, boundary: str, anywhere: bool = False) -> None:
         self.model = ""
         self.span = 0, 0  # where it stands
-        self.settled = False  # whether a file has begun, or no field can follow
+        self.settled = not boundary  # whether a file has begun, unless it looks anywhere, or no field can follow
+        self._anywhere = anywhere
         self.is_ambiguous = False  # whether a server may find another model in it
         self._mark = b"--" + boundary.encode("latin-1")
         self._held = b"\r\n"  # what isn't done with: the first delimiter begins a line, too
@@ -4010,7 +4011,7 @@ class FormWalk:
         # Some servers take `model[]` for a list of that name.
         self.is_ambiguous |= is_model_name(name.partition("[")[0]) and not self._in_model
         self.is_ambiguous |= PART_CHARSET.search(header) is not None
-        self.settled |= bool(file)
+        self.settled |= bool(file) and not self._anywhere
         self._use(end)
         self._go_on = self._pass_content
         return True
@@ -10556,7 +10557,7 @@ def record_attempt(record: AccessRecord, candidate: Candidate, attempts: int = 1
     """Records which candidate the request is with."""
     record.attempts += attempts
     record.provider = candidate.target.provider.name
-    record.sent_model, record.key = candidate.target.model, candidate.label
+    record.sent_model, record.key = candidate.target.model or record.model, candidate.label
 
 
 def record_failure(record: AccessRecord, candidate: Candidate, met: str) -> None:
@@ -11756,12 +11757,16 @@ class Exchange:
         self._read = body
         return body
 
+    def form_walk(self, anywhere: bool = False) -> FormWalk:
+        """What looks for the model of the form that this request says it has."""
+        boundary = FORM_BOUNDARY.search(self.request.fields.get("content-type", ""))
+        return FormWalk((boundary[1] or boundary[2]) if boundary else "", anywhere)
+
     async def read_form(self, body: RequestBody) -> FormWalk:
         """What a form says of its model: the field must stand before its file, and in its first FORM_SEEN_BYTES. What
         was read is put back. Raises BadRequest, TooLarge and Unavailable."""
-        boundary = FORM_BOUNDARY.search(self.request.fields.get("content-type", ""))
-        form, pieces = FormWalk((boundary[1] or boundary[2]) if boundary else ""), [b""]
-        while boundary and not form.settled and form.seen < FORM_SEEN_BYTES and not body.finished:
+        form, pieces = self.form_walk(), [b""]
+        while not form.settled and form.seen < FORM_SEEN_BYTES and not body.finished:
             piece = await body.read()
             self.hold(len(piece))
             append_piece(pieces, piece)
@@ -12265,6 +12270,8 @@ async def answer_form(exchange: Exchange) -> Response:
     body = exchange.open_body(exchange.upload_limit, "max_upload_mb")
     form = await exchange.read_form(body)
     if not form.model:
+        body.watch = functools.partial(note_late_model, exchange, body, exchange.form_walk(anywhere=True))
+        body.watch(body.begun)
         return await relay_to_first(exchange, body)
     exchange.record.model = form.model
     exchange.check_model(BodyFacts(form.model, form.is_ambiguous, ""))
@@ -12283,6 +12290,17 @@ def watch_form(form: FormWalk, caller: Caller, piece: bytes) -> None:
     form.feed(piece)
     if form.is_ambiguous:
         raise hidden_model(caller)
+
+
+def note_late_model(exchange: Exchange, body: RequestBody, form: FormWalk, piece: bytes) -> None:
+    """Looks for the model behind the file of a form, where it leads nowhere, but tells what the request is for."""
+    try:
+        form.feed(piece)
+    except BadRequest:
+        body.watch = None  # the provider will say what it makes of it
+    if form.model:
+        exchange.record.model = exchange.record.sent_model = form.model
+        exchange.uses_model, body.watch = True, None
 
 
 async def answer_first_provider(exchange: Exchange) -> Response:

@@ -16179,6 +16179,41 @@ def test_a_form_without_a_model_before_its_file_goes_to_the_first_provider_as_it
     assert [got.body for got in first.requests[:-1]] == bodies and not second.requests
 
 
+@pytest.mark.parametrize("step", [1, 1 << 20])
+def test_a_form_counts_for_the_model_behind_its_file(upstream, relay, tmp_path, step):
+    # As the JavaScript SDK sends it when `file` is named first; the mask of a picture is a second file.
+    mask = b"\r\n" + form(file=b"PNG").removesuffix(b"\r\n--b0undary--\r\n")
+    body = form(rest=form_field("prompt", "x") + mask + form_field("model", "gpt-image-1"))
+    usage = {"input_tokens": 1000, "output_tokens": 4000, "total_tokens": 5000}
+    provider = upstream(answer(200, json.dumps({"usage": usage}).encode()))
+    it = relay(
+        {"openai": provider},
+        users={"alice": {"key": ALICE, "usd_per_day": 0.15}},
+        ledger={"path": str(tmp_path / "u.db")},
+        prices={"gpt-image-*": {"input": 5, "output": 40}},
+    )
+    with it.client() as client:
+        client.send(request("POST", "/v1/images/edits", None, FORM, f"Content-Length: {len(body)}", token=ALICE))
+        for start in range(0, len(body), step):
+            client.send(body[start : start + step])
+        assert client.answer().status == 200
+    assert provider.requests[0].body == body
+    it.logged("path=/v1/images/edits", "model=gpt-image-1", "output=4000")
+    row, *others = eventually(lambda: it.ask("GET", "/api/requests", token=ALICE).json["rows"])
+    assert (row["model"], row["sent"], row["cost"], others) == ("gpt-image-1", "gpt-image-1", 165_000_000, [])
+    assert it.post("/v1/images/edits", body, FORM, token=ALICE).status == 429
+
+
+@pytest.mark.parametrize("model", ["", "a" * 300, "a" * 9000, "a\x00b"], ids=brief)
+def test_a_form_with_a_model_behind_its_file_that_is_none_goes_to_the_first_provider(upstream, relay, model):
+    provider = upstream(answer())
+    it = relay({"openai": provider})
+    for rest in (form_field("model", model), form_field("model", "a") + form_field("model", model)):
+        body = form(rest=rest, file=b"x" * 70_000)
+        assert it.post(TRANSCRIPTIONS, body, FORM).status == 200
+        assert provider.requests[-1].body == body
+
+
 def test_a_form_that_has_streamed_through_is_not_sent_again(upstream, relay):
     busy, spare = upstream(answer(429)), upstream(answer())
     gone = {"base_url": f"http://127.0.0.1:{unused_port()}/v1"}
