@@ -6122,9 +6122,10 @@ class ChatReader:
             whole = member(choice, "message")
             check_media(whole)
             return {name: value for name, value in whole.items() if name not in self._told}
-        self._told.update(name for name in ANSWER_MEMBERS & part.keys() if part[name])
-        if self._told & THOUGHT_MEMBERS:
-            self._told |= THOUGHT_MEMBERS
+        if not self._told.issuperset(part):
+            self._told.update(name for name in ANSWER_MEMBERS & part.keys() if part[name])
+            if self._told & THOUGHT_MEMBERS:
+                self._told |= THOUGHT_MEMBERS
         return part
 
     def _say(self, kind: str, said: str) -> None:
@@ -6265,16 +6266,16 @@ class ChatReader:
         return message_usage(fresh or min(1, read + stored), stored, read, output)
 
 
-def first_choices(answer: JsonDict) -> list[JsonDict]:
+def first_choices(answer: JsonDict) -> Iterator[JsonDict]:
     """The choices of a chat answer or a chunk that have the first index, or none: nobody has asked for others. Copilot
     tells the text of a whole answer in one, and its calls in the next."""
     first = (choice for choice in listed_objects(answer.get("choices")) if not choice.get("index"))
-    return list(itertools.islice(first, 1 + TOOL_CALLS))
+    return itertools.islice(first, 1 + TOOL_CALLS)
 
 
 def first_choice(answer: JsonDict) -> Optional[JsonDict]:
     """The first choice of a chat answer or a chunk, if it has one."""
-    return next(iter(first_choices(answer)), None)
+    return next(first_choices(answer), None)
 
 
 def adds_to_answer(choice: JsonDict) -> bool:
