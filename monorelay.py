@@ -859,6 +859,16 @@ def as_some_text(value: Any) -> str:
     return str(value)
 
 
+def as_host(value: Any) -> str:
+    """The address or name of a host, as far as it can be one."""
+    found = as_some_text(value)
+    try:
+        found.encode("idna")
+    except UnicodeError:
+        raise ValueError("must be an address or the name of a host") from None
+    return found
+
+
 def as_boolean(value: Any) -> bool:
     """The truth value, which may come as text from the environment."""
     if isinstance(value, FromEnvironment) and value in ("true", "false"):
@@ -1083,7 +1093,7 @@ def kind_of(value: Any) -> str:
 
 # name: (check, default). Sizes are in MB, times in seconds.
 SERVER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
-    "host": (as_some_text, "127.0.0.1"),
+    "host": (as_host, "127.0.0.1"),
     "port": (as_whole(0, 65535), 8787),
     "access_key": (as_access_keys, ()),
     "jwt_secret": (as_jwt_secret, None),
@@ -15651,7 +15661,7 @@ def some_match(names: Sequence[str], pattern: str) -> bool:
 
 OPTIONS: Mapping[str, Check] = {
     "config": as_some_text,
-    "host": as_some_text,
+    "host": as_host,
     "port": as_whole(0, 65535),
     "expires": lifetime,
     "days": as_whole(1, LEDGER_SUMS_DAYS),

@@ -979,6 +979,7 @@ def test_config_reports_all_problems_at_once():
         ("server/port", 65536, "server.port"),
         ("server/port", -1, "server.port"),
         ("server/host", 5, "server.host"),
+        ("server/host", "é..x", "server.host: must be an address or the name of a host"),
         ("server/workers", 0, "server.workers"),
         ("server/workers", 1.5, "server.workers"),
         ("server/max_body_mb", 0, "server.max_body_mb"),
