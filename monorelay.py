@@ -6483,8 +6483,8 @@ class MessageReader:
         if self._open or not self._reason:
             raise AnswerFault("the provider's answer ended before it was finished")
         finish = FINISH_REASONS.get(self._reason, "stop")
-        if finish == "tool_calls" and not self._calls:
-            finish = "stop"
+        if finish in ("stop", "tool_calls"):  # vLLM and LiteLLM may say end_turn of a message that calls a tool
+            finish = "tool_calls" if self._calls else "stop"
         delta = {"refusal": self._refusal} if self._refusal else {}
         unended = [chunk for call in self._begun_calls.values() for chunk in self._given(call)]
         chunks = [*self.begin(), *unended, self._chunk(delta, finish)]

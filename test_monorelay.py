@@ -6547,7 +6547,7 @@ def test_u1_calls_are_counted_among_themselves():
     entries = [entry for one in chunks for choice in one["choices"] for entry in choice["delta"].get("tool_calls", ())]
     assert [entry["index"] for entry in entries if "id" in entry] == [0, 1]
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert "usage" not in chunks[0] and chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert "usage" not in chunks[0] and chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
 def test_u2_a_call_that_begins_with_its_input_has_it():
@@ -7390,6 +7390,19 @@ ENDS = {
     "end_turn": "stop", "stop_sequence": "stop", "pause_turn": "stop", "compaction": "stop", "max_tokens": "length",
     "model_context_window_exceeded": "length", "tool_use": "tool_calls", "refusal": "content_filter",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", [*ENDS, "stop"])
+def test_a_message_that_calls_a_tool_ends_for_that_unless_it_was_broken_off(reason):
+    finish = ENDS.get(reason, "stop")
+    finish = "tool_calls" if finish == "stop" else finish
+    answer = {**MESSAGE, "content": [said("Look!"), tool_use("t1")], "stop_reason": reason}
+    assert whole_answer(asked_of("openai"), answer)["choices"][0]["finish_reason"] == finish
+    sent, _ = streamed(asked_of("openai"), b"".join(message_events(*answer["content"], reason=reason)))
+    ends = [choice["finish_reason"] for _, chunk in events_of(sent)[:-1] for choice in chunk["choices"]]
+    assert [end for end in ends if end] == [finish]
+
+
 # The events of a message and what stands in them, by whether chat has something for them.
 EVENTS = {
     "message_start": True, "message_delta": False, "message_stop": True, "content_block_start": False,
