@@ -6756,7 +6756,7 @@ class AnswerTranslator:
 
     def _read_events(self, events: Iterable[bytes]) -> Iterator[JsonDict]:
         """The client's events for those of the provider's stream. Raises AnswerFault."""
-        for data in events:
+        for data in filter(bytes.strip, events):  # some keep the connection alive by an event without data
             if self.ended:
                 return
             is_last = data.strip() == b"[DONE]"
@@ -6866,7 +6866,7 @@ def first_fault(content: bytes, is_stream: bool) -> Optional[AnswerFault]:
     if b'"error"' not in content:
         return None
     try:
-        document = read_answer(next(EventReader().feed(content), b"{}") if is_stream else content)
+        document = read_answer(next(filter(bytes.strip, EventReader().feed(content)), b"{}") if is_stream else content)
         choices = listed_objects(document.get("choices"))
         failed = [choice for choice in choices if choice.get("finish_reason") == "error"]
         failed = [document] if document.get("error") else failed

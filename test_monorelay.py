@@ -6616,6 +6616,18 @@ def test_u6_and_u8_pings_are_comments_and_unknown_events_nothing():
     assert it.feed(sse("content_block_delta", index=0, delta={"type": "citations_delta", "citation": {}})) == b""
 
 
+@pytest.mark.parametrize("nothing", [b"event: ping\ndata: \n\n", b"data:\n\n", b"data\n\n", b"data: \r\n\r\n"])
+@pytest.mark.parametrize("format", ["openai", "anthropic"])
+def test_an_event_without_data_is_none(format, nothing):
+    events = message_events(said("Hi")) if format == "openai" else [
+        sse_of([delta(content="Hi")], done=False), sse_of([delta(finish="stop")])
+    ]  # fmt: skip
+    asked, data = asked_of(format), nothing + b"".join(event + nothing for event in events)
+    for size in (1, 7, 1 << 20):
+        assert streamed(asked, data, size) == streamed(asked, b"".join(events))
+    assert monorelay.first_fault(nothing + OVERLOADED, is_stream=True)
+
+
 def test_all_chunks_of_an_answer_have_one_id_though_the_first_goes_before_anything_came():
     it = monorelay.AnswerTranslator(asked_of("openai", id="req_7", stream=True))
     sent = it.ping() + it.feed(b"".join(message_events(said("Hi"))))
