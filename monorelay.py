@@ -6410,7 +6410,8 @@ FINISH_REASONS = {
     "max_tokens": "length", "model_context_window_exceeded": "length", "tool_use": "tool_calls",
     "refusal": "content_filter",
 }  # fmt: skip
-MESSAGE_FIGURES = (*ANTHROPIC_NAMES, "output_tokens_details")
+# Alibaba's server has OpenAI's names beside its own: by these its input includes what was read from the cache.
+MESSAGE_FIGURES = (*ANTHROPIC_NAMES, *OPENAI_NAMES, "output_tokens_details")
 DELTAS = {
     "text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature",
     "input_json_delta": "partial_json",

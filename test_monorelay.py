@@ -6583,6 +6583,36 @@ def test_u3_and_u7_the_usage_is_told_to_those_who_ask():
     assert b'"usage"' not in streamed(asked_of("openai"), b"".join(events))[0]
 
 
+@pytest.mark.parametrize(
+    ("started", "ending"),
+    [
+        ({"input_tokens": 3604, "output_tokens": 0},
+         {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 3584, "output_tokens": 878,
+          "prompt_tokens_details": {"cached_tokens": 3584}}),
+        ({"input_tokens": 0, "output_tokens": 0}, {"prompt_tokens": 30, "completion_tokens": 5, "total_tokens": 35}),
+        ({"input_tokens": 3, "output_tokens": 1, "cache_creation_input_tokens": 30,
+          "cache_creation": {"ephemeral_5m_input_tokens": 10, "ephemeral_1h_input_tokens": 20}},
+         {"output_tokens": 5, "cache_creation_input_tokens": 12}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_is_told_as_much_usage_as_the_ledger_counts(started, ending, stream):
+    told = monorelay.Usage()
+    if stream:
+        events = message_events(said("Hi"), usage=ending)
+        events[0] = sse("message_start", message={**MESSAGE, "usage": started})
+        data = b"".join(events)
+        sent, _ = streamed(asked_of("openai", with_usage=True), data)
+        usage = events_of(sent)[-2][1]["usage"]
+    else:
+        answer = {**MESSAGE, "content": [said("Hi")], "stop_reason": "end_turn", "usage": {**started, **ending}}
+        data, usage = json.dumps(answer).encode(), whole_answer(asked_of("openai"), answer)["usage"]
+    told.read(data, stream)
+    fresh, read, brief, lasting, output = (count or 0 for count in told.used[:5])
+    assert usage["prompt_tokens"] == fresh + read + brief + lasting and usage["completion_tokens"] == output
+    assert usage["prompt_tokens_details"] == {"cached_tokens": read, "cache_write_tokens": brief + lasting}
+
+
 @pytest.mark.parametrize("count", range(1, 8))
 def test_u4_a_message_without_its_end_is_an_error(count):
     data = b"".join(ANTHROPIC_EVENTS[:count])
