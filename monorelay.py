@@ -5773,8 +5773,10 @@ class MessageTurns:
             blocks += self._blocks(message.get(name), f"{place}.{name}")
         calls = objects(message.get("tool_calls") or [], f"{place}.tool_calls")
         blocks += [self._call(call, at) for at, call in calls]
+        if not self._messages or self._messages[-1]["role"] != "assistant":
+            self._calls = set()  # some clients write each call into a turn of its own
         self._say("assistant", blocks)
-        self._calls = {block["id"] for block in blocks if block["type"] == "tool_use"}
+        self._calls |= {block["id"] for block in blocks if block["type"] == "tool_use"}
 
     def _call(self, call: JsonDict, place: str) -> JsonDict:
         function = member(call, "function")

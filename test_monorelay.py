@@ -4898,6 +4898,19 @@ def test_t2_results_and_the_users_words_are_one_turn():
     assert body["messages"][2]["content"] == [tool_result("a"), tool_result("b", [said("x"), IMAGE])]
 
 
+def test_t2_calls_in_turns_of_their_own_are_one_turn_with_all_their_results():
+    turns = [assistant_said("Looking.", called("a")), assistant_said(None, called("b")), assistant_said("Wait.")]
+    one = assistant(said("Looking."), tool_use("a"), tool_use("b"), said("Wait."))
+    for first, second in ("ab", "ba"):
+        body, _ = to_messages(messages=[HELLO, *turns, returned(first), returned(second), HELLO])
+        results = user(tool_result(first, "ok"), tool_result(second, "ok"), said("Hello there"))
+        assert body["messages"][1:] == [one, results]
+    told = not_translated(
+        lambda: to_messages(messages=[HELLO, turns[0], returned("a"), turns[1], returned("b"), returned("a")])
+    )
+    assert told.startswith("messages.5.tool_call_id: a result without a call before it")
+
+
 @pytest.mark.parametrize(("arguments", "given"), [("", {}), (None, {}), ('{"a":1}', {"a": 1}), (" {} ", {})])
 def test_t3_arguments_are_an_object(arguments, given):
     body, _ = to_messages(messages=[HELLO, assistant_said(None, called("a", arguments)), returned("a")])
