@@ -5833,9 +5833,10 @@ class MessageTurns:
         kind = DATA_URI.match(url, 0, DATA_URI_CHARACTERS)
         if not kind and url.startswith(("http://", "https://")):
             return {"type": "image", "source": {"type": "url", "url": url}}
-        if not kind or kind[1].lower() not in IMAGE_TYPES:
+        media = kind[1].lower().replace("/jpg", "/jpeg") if kind else ""  # OpenAI takes the one for the other
+        if not kind or media not in IMAGE_TYPES:
             raise self._draft.refusal(place, "an image that is neither a URL nor JPEG, PNG, GIF or WebP in base64")
-        source = {"type": "base64", "media_type": kind[1].lower(), "data": url[kind.end() :]}
+        source = {"type": "base64", "media_type": media, "data": url[kind.end() :]}
         return {"type": "image", "source": source}
 
     def _file(self, file: JsonDict, place: str) -> JsonDict:

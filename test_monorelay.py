@@ -4940,6 +4940,13 @@ def test_t4_pictures_and_files():
     ]
 
 
+@pytest.mark.parametrize("kind", ["image/jpg", "image/JPG", "image/jpeg", "IMAGE/JPEG"])
+def test_t4_a_jpeg_may_have_the_type_that_many_clients_give_it(kind):
+    picture = {"type": "image_url", "image_url": {"url": f"data:{kind};base64,BBBB"}}
+    (block,) = to_messages(messages=[user(picture)])[0]["messages"][0]["content"]
+    assert block["source"] == {"type": "base64", "media_type": "image/jpeg", "data": "BBBB"}
+
+
 @pytest.mark.parametrize(
     "url", ["data:a/b" + ";a" * 5_000_000, "data:image/png" + ";a" * 200 + ";base64,AA"], ids=brief
 )
