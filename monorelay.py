@@ -6013,6 +6013,12 @@ def answer_id(prefix: str, id: str) -> str:
     return prefix + re.sub("[^a-zA-Z0-9_-]", "-", tail)[:64]
 
 
+def made_up_id(asked: Asked, number: int) -> str:
+    """The id of a call that has none, by the number of calls before it: the client has to name it with its result."""
+    digest = hashlib.sha256(f"{asked.id}\0{number}".encode("ascii")).hexdigest()
+    return f"call_{digest[:24]}"
+
+
 class ChatReader:
     """Reads a chat answer, chunk by chunk, into the events of a message.
 
@@ -6242,8 +6248,7 @@ class ChatReader:
             raise UnfitAnswer("the provider's answer calls a tool without a name, or by one that is too long")
         if self._is_cut_off and not call.is_sound:
             return True  # nobody may execute it, and nothing of it was written
-        digest = hashlib.sha256(f"{self._asked.id}\0{self._closed}".encode("ascii")).hexdigest()
-        id = call.id or f"call_{digest[:24]}"
+        id = call.id or made_up_id(self._asked, self._closed)
         while id in self._ids:
             id += "_2"
         self._ids.add(id)
@@ -6551,6 +6556,7 @@ class MessageReader:
         self._calls += 1
         function = {"name": self._asked.names.get(name, name), "arguments": ""}
         call_id, _ = carried_call(id)
+        call_id = call_id or made_up_id(self._asked, self._open.number)
         call = {"index": self._open.number, "id": call_id, "type": "function", "function": function}
         return [*unended, self._chunk({"tool_calls": [call]})]
 

@@ -7569,6 +7569,25 @@ def test_the_input_of_a_call_is_never_lost_whatever_its_type(given, arguments):
     assert json.loads(call["function"]["arguments"]) == arguments
 
 
+@pytest.mark.parametrize("id", [{}, {"id": ""}, {"id": None}], ids=brief)
+@pytest.mark.parametrize("stream", [True, False])
+def test_calls_without_an_id_get_one_each(id, stream):
+    blocks = [{"type": "tool_use", "name": name, "input": {}, **id} for name in "ab"]
+    if stream:
+        sent, _ = streamed(asked_of("openai"), b"".join(message_events(*blocks, reason="tool_use")))
+        chunks = [chunk["choices"][0]["delta"] for _, chunk in events_of(sent)[:-1]]
+        calls = [call for delta in chunks for call in delta.get("tool_calls", ()) if "id" in call]
+    else:
+        answer = {**MESSAGE, "content": blocks, "stop_reason": "tool_use"}
+        calls = whole_answer(asked_of("openai"), answer)["choices"][0]["message"]["tool_calls"]
+    first, second = (call["id"] for call in calls)
+    assert re.fullmatch("call_[0-9a-f]{24}", first) and re.fullmatch("call_[0-9a-f]{24}", second) and first != second
+    turns = [HELLO, assistant_said(None, *calls), returned(first), returned(second)]
+    assert to_messages(messages=turns)[0]["messages"][2]["content"] == [
+        tool_result(first, "ok"), tool_result(second, "ok")
+    ]  # fmt: skip
+
+
 def test_a_call_without_a_name_is_no_answer():
     answer = {**MESSAGE, "content": [tool_use("t1", "")], "stop_reason": "tool_use"}
     with pytest.raises(monorelay.UnfitAnswer, match="without a name"):
