@@ -6118,8 +6118,9 @@ class ChatReader:
         entries = listed_objects(delta.get("tool_calls"))
         if len(entries) > TOOL_CALLS:
             raise too_many_calls()
+        are_apart = len(entries) > 1 and not any("index" in entry or entry.get("id") for entry in entries)
         for position, entry in enumerate(entries):
-            self._read_call({**entry, "index": position} if "message" in choice else entry)
+            self._read_call({**entry, "index": position} if "message" in choice or are_apart else entry)
         if isinstance(delta.get("function_call"), dict):
             self._read_call({"index": "function_call", "function": delta["function_call"]})
         finish = choice.get("finish_reason")

@@ -7588,6 +7588,15 @@ def test_calls_without_an_id_get_one_each(id, stream):
     ]  # fmt: skip
 
 
+def test_calls_of_one_chunk_are_apart_though_nothing_tells_them_apart_but_their_names():
+    calls = [{"function": {"name": name, "arguments": ""}} for name in "ab"]
+    data = sse_of([delta(calls=calls), delta(finish="tool_calls")])
+    sent, failed = streamed(asked_of(), data)
+    blocks = [event["content_block"] for name, event in events_of(sent) if name == "content_block_start"]
+    assert [block["name"] for block in blocks] == ["a", "b"] and not failed
+    assert len({block["id"] for block in blocks}) == 2
+
+
 def test_a_call_without_a_name_is_no_answer():
     answer = {**MESSAGE, "content": [tool_use("t1", "")], "stop_reason": "tool_use"}
     with pytest.raises(monorelay.UnfitAnswer, match="without a name"):
