@@ -6213,8 +6213,10 @@ class ChatReader:
             call = last
             if isinstance(index, int) and len(self._named) < 3 * TOOL_CALLS:
                 self._named[index] = last
+        if id and not name:  # several may be open by one index
+            call = next((other for other in self._calls if other.id == id), call)
         begins = call is not None and call.whole and bool(name and part.strip()) and not (id and call.was(name, part))
-        goes_on = call is not None and bool(call.name) and not (name or call.whole)
+        goes_on = call is not None and bool(call.name and part) and not (name or call.whole)
         if call is None or begins or (call.id and id and id != call.id and not goes_on):
             call = Call()
             self._count += 1

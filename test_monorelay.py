@@ -5799,6 +5799,26 @@ STREAMS: dict[str, tuple[list[dict[str, Any]], list[Any], str]] = {
         [LOOK, tool_use("c4", "dig")],
         "tool_use",
     ),
+    "s5-mixed-by-one-index": (
+        [
+            delta(calls=[call(0, "c1", "look", "")]),
+            delta(calls=[call(0, "c2", "dig", "")]),
+            delta(calls=[call(0, "c1", None, ARGUMENTS)]),
+            delta("tool_calls", USAGE),
+        ],
+        [LOOK, tool_use("c2", "dig")],
+        "tool_use",
+    ),
+    "s5-an-id-before-its-name": (
+        [
+            delta(calls=[call(0, "c1", "dig", "")]),
+            delta(calls=[call(0, "c2")]),
+            delta(calls=[call(0, None, "look", ARGUMENTS)]),
+            delta("tool_calls", USAGE),
+        ],
+        [tool_use("c1", "dig"), tool_use("c2", "look", at="door")],
+        "tool_use",
+    ),
     "s5-the-rest-by-another-index": (
         [
             delta(calls=[call(0, "c1", "look", ARGUMENTS)]),
