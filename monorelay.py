@@ -246,6 +246,7 @@ FIRST_ROWS = 50  # requests that a page is told of at first
 ENDED_ROWS = 500  # requests that have ended, for the page
 LOG_PAUSE_SECONDS = 0.1  # lines are written together, so that a busy relay wakes its log thread rarely
 LOG_LAST_SECONDS = 1.0
+STUCK_SECONDS = 5.0  # after which the end doesn't wait for the event loop; a whole machine may stand still for some
 CUT_SECONDS = 2 * LOG_LAST_SECONDS  # within which a worker must have logged what it cuts, and ended
 CUT_NAMED = 5  # requests whose ids one line of the log has room for
 CUT_LINES = 1000  # requests that are logged when they are cut at the end
@@ -13279,7 +13280,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self.log.finish()
 
     def _run_in_loop(self, action: Callable[[], None]) -> None:
-        """Runs the action in the loop's thread and waits for its end, at most 2 s."""
+        """Runs the action in the loop's thread and waits for its end, unless that is stuck."""
         done = threading.Event()
 
         def act() -> None:
@@ -13289,7 +13290,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
                 done.set()
 
         self.service.loop.post(act)
-        done.wait(2)
+        done.wait(STUCK_SECONDS)
 
     def _accept_rest(self) -> None:
         """Serves those who were connected before the end; closing the socket would reset them."""
