@@ -3954,7 +3954,7 @@ class FormWalk:
     def __init__(self, boundary: str, anywhere: bool = False) -> None:
         self.model = ""
         self.span = 0, 0  # where it stands
-        self.settled = not boundary  # whether a file has begun, unless it looks anywhere, or no field can follow
+        self.settled = not boundary  # whether nothing more is looked for
         self._anywhere = anywhere
         self.is_ambiguous = False  # whether a server may find another model in it
         self._mark = b"--" + boundary.encode("latin-1")
@@ -6076,8 +6076,9 @@ class ChatReader:
         if tells_usage:
             self._usage = usage
         if choice is not None and (self.finishes_early or not self.may_end):
-            for one in first_choices(chunk) if "message" in choice else [choice]:
-                self._read_choice(one)
+            choices = first_choices(chunk) if "message" in choice else [choice]
+            for each in choices:
+                self._read_choice(each)
         return self._writer.take(), ended
 
     def _goes_on(self, choice: JsonDict) -> bool:
@@ -6139,15 +6140,15 @@ class ChatReader:
         """What a choice adds. Of a whole message that is what no part has told: MiniMax sends one behind its parts.
         Raises AnswerFault."""
         part = member(choice, "delta")
-        if not part:
-            whole = member(choice, "message")
-            check_media(whole)
-            return {name: value for name, value in whole.items() if name not in self._told}
-        if not self._told.issuperset(part):
-            self._told.update(name for name in ANSWER_MEMBERS & part.keys() if part[name])
-            if self._told & THOUGHT_MEMBERS:
-                self._told |= THOUGHT_MEMBERS
-        return part
+        if part:
+            if not self._told.issuperset(part):
+                self._told.update(filter(part.get, ANSWER_MEMBERS & part.keys()))
+            return part
+        whole, told = member(choice, "message"), self._told
+        check_media(whole)
+        if told & THOUGHT_MEMBERS:
+            told = told | THOUGHT_MEMBERS
+        return {name: value for name, value in whole.items() if name not in told}
 
     def _say(self, kind: str, said: str) -> None:
         """Writes text or thinking, or keeps it: blank text until more follows, and any behind an unfinished call."""
@@ -6206,19 +6207,10 @@ class ChatReader:
         self._advance(is_followed=False)
 
     def _call_of(self, index: Any, id: str, name: str, part: str) -> Call:
-        """The call that a part belongs to. A part without a name goes on with a call that isn't whole: it has another
-        id in each part at Poolside, and an index of its own at others."""
+        """The call that a part belongs to."""
         key = index if isinstance(index, (int, str)) else ("id", id) if id else "last"
-        call, last = self._named.get(key), self._named.get("last")
-        if call is None and last and last.name and not (id or name or last.whole):
-            call = last
-            if isinstance(index, int) and len(self._named) < 3 * TOOL_CALLS:
-                self._named[index] = last
-        if id and not name:  # several may be open by one index
-            call = next((other for other in self._calls if other.id == id), call)
-        begins = call is not None and call.whole and bool(name and part.strip()) and not (id and call.was(name, part))
-        goes_on = call is not None and bool(call.name and part) and not (name or call.whole)
-        if call is None or begins or (call.id and id and id != call.id and not goes_on):
+        call = self._begun_call(key, id, name)
+        if call is None or is_another(call, id, name, part):
             call = Call()
             self._count += 1
             if self._count > TOOL_CALLS:
@@ -6228,6 +6220,19 @@ class ChatReader:
             self._named[key] = call
         self._named["last"] = call
         return call
+
+    def _begun_call(self, key: Any, id: str, name: str) -> Optional[Call]:
+        """The call that such a part goes on with, if it begins none."""
+        if id and not name:  # several may be open by one index
+            for call in self._calls:
+                if call.id == id:
+                    return call
+        found, last = self._named.get(key), self._named.get("last")
+        if found or not last or not last.name or id or name or last.whole:
+            return found
+        if isinstance(key, int) and len(self._named) < 3 * TOOL_CALLS:  # each part has an index of its own
+            self._named[key] = last
+        return last
 
     def _advance(self, is_followed: bool) -> None:
         """Writes what can be written of the calls: one is over when it is whole and something follows, or the answer is
@@ -6286,6 +6291,13 @@ class ChatReader:
         stored = brief + lasting
         # Claude Code takes 0 for not told, and would count the cached part twice.
         return message_usage(fresh or min(1, read + stored), stored, read, output)
+
+
+def is_another(call: Call, id: str, name: str, part: str) -> bool:
+    """Whether a part that has the mark of this call begins another one. At Poolside, each part has another id."""
+    begins = call.whole and bool(name and part.strip()) and not (id and call.was(name, part))
+    goes_on = bool(call.name and part) and not (name or call.whole)
+    return begins or bool(call.id and id and id != call.id and not goes_on)
 
 
 def first_choices(answer: JsonDict) -> Iterator[JsonDict]:
@@ -12325,7 +12337,8 @@ def note_late_model(exchange: Exchange, body: RequestBody, form: FormWalk, piece
         body.watch = None  # the provider will say what it makes of it
     if form.model:
         exchange.record.model = exchange.record.sent_model = form.model
-        exchange.uses_model, body.watch = True, None
+        exchange.uses_model = True
+        body.watch = None
 
 
 async def answer_first_provider(exchange: Exchange) -> Response:
