@@ -222,7 +222,7 @@ LISTED_NAMES = 8  # in a message
 TELLING_PATH_CHARACTERS = 200  # of a path, by which it is told which format and page it is for
 MODEL_CHARACTERS = 256  # of a model's name; the longest known ones, ARNs of inference profiles, have some 120
 # Of a worker, for what has to be known soon, and as much for the rest; the system gives memory only for what is used.
-BOARD_PLACE_BYTES = 4 * 1024 * 1024
+BOARD_PLACE_BYTES = 5 * 1024 * 1024
 BOARD_READS = 3  # of a place that is being written meanwhile
 SHARED_SECONDS = 1.0  # between two times that a worker shows what it has counted
 SHARED_SOON_SECONDS = 0.025  # the same for cooldowns, and for what was spent while the ledger fails

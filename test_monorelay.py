@@ -20598,6 +20598,26 @@ def test_nothing_cools_in_other_workers_where_there_is_no_room_to_show_it():
     assert monorelay.PlaceOnBoard(place.board, 1).news({})[0] == {"cooling": [], "spent": [1]}
 
 
+def test_a_board_has_room_for_all_that_a_tally_may_hold():
+    users, models = ([f"{number:03}".ljust(190, "x") for number in range(1000)] for _ in range(2))
+    names = [[user, model, "acme", "key1"] for user, model in zip(users, models)]
+    most, length = 10**12, monorelay.TTFB_AT
+    tally = {
+        "since": UNIX_TIME,
+        "series": [[*name, *[most] * length] for name in names],
+        "users": [[user, *[most] * length] for user in users],
+        "models": [["acme", model, *[most] * monorelay.SERIES_LENGTH] for model in models],
+        "hours": [[480_000, user, *[most] * len(monorelay.SUMS)] for user in users],
+        "seconds": [[second, most, most] for second in range(60)],
+        "statuses": [["acme", model, "200", most] for model in models],
+        "refused": [],
+        "ended": [],
+    }
+    board = monorelay.Board(3)
+    board.write_figures(1, {"tally": tally, "running": [], "keys": [], "gauges": {}})
+    assert board.read(1)["tally"] == tally
+
+
 def test_a_relay_without_room_on_its_board_serves_on(upstream, program, monkeypatch, tmp_path):
     """Whatever models a client invents: 256 characters, of which each is twelve bytes on the board."""
     it = program(
