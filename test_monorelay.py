@@ -9,7 +9,7 @@
 The block above names everything the tests need beyond the standard library. A plain run installs that into
 .venv/ (one folder per Python version) and starts pytest there; `uv run test_monorelay.py` brings its own
 environment. `-m slow` runs the soak, the crowd and all that is tried at full size instead of the rest, `-m browser`
-what needs Debian's chromium and chromium-driver. `-m timed` is the part of a plain run that measures seconds.
+what needs Debian's chromium and chromium-driver. `-m timed` is what measures seconds, of either kind.
 TEST_SEED=N generates the same messages for the parsers as the run that failed and told that number.
 
 Three things talk to each other in most tests: a raw client, a relay started in this process, and a provider
@@ -67,7 +67,7 @@ def environment(requirements: list[str]) -> Path:
 # A coroutine that nobody awaits is a call that never happened: Python only warns of it, and where it is collected.
 MARKERS = (
     "markers=slow: takes a minute\nbrowser: needs Chromium\nonce: takes long, and tells the same of every Python"
-    "\ntimed: measures seconds, best with nothing beside it"
+    "\ntimed: measures seconds, but for those of the processor; best with nothing beside it"
 )
 PYTEST = ["-m", "pytest", "-q", "--strict-markers", "-p", "no:cacheprovider", "-o", MARKERS,
           "-W", "error::RuntimeWarning", "-W", "error::pytest.PytestUnraisableExceptionWarning"]  # fmt: skip
@@ -1331,7 +1331,7 @@ def test_password_never_matches_a_malformed_hash(hashed):
 
 
 @pytest.mark.parametrize(("count", "length"), [(50_000, 40), (50_000, 1000), (2_000, 16_000)])
-@pytest.mark.timed
+@pytest.mark.slow
 def test_a_throttle_stays_small_and_quick_whatever_names_are_invented(count, length):
     throttle = monorelay.Throttle()
     numbers = itertools.count()
@@ -1713,7 +1713,7 @@ def test_a_success_ends_what_its_own_model_had_and_no_other():
 
 @pytest.mark.parametrize(("count", "length"), [(30_000, 20), (12_000, 256)])
 @pytest.mark.parametrize("status", [429, 529])
-@pytest.mark.timed
+@pytest.mark.slow
 def test_what_a_pool_remembers_is_bounded_whatever_models_are_invented(status, count, length):
     pool = Pool()
     provider = pool.first().target.provider
@@ -3059,7 +3059,7 @@ def uses_of(source: Any, flags: int) -> list[Callable[[Any], object]]:
 
 
 @pytest.mark.parametrize(("source", "flags"), PATTERNS_IN_USE, ids=brief)
-@pytest.mark.timed
+@pytest.mark.slow
 def test_no_pattern_takes_long_over_what_almost_fits(source, flags):
     # 2 and 8 kB find those that grow faster than their text in no time, and 350 bytes those that would never end; a
     # linear one takes 0.1 ms.
@@ -3094,7 +3094,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("name", HEADS)
-@pytest.mark.timed
+@pytest.mark.slow
 def test_no_head_takes_long_to_be_read_or_refused(name):
     def read(text: bytes) -> None:
         with contextlib.suppress(monorelay.FramingError, monorelay.MalformedRequest):
@@ -3109,7 +3109,7 @@ def test_no_head_takes_long_to_be_read_or_refused(name):
     [(b"0\r\n", b"a:\r\n"), (b"0\r\n", b"a: b"), (b"1;", b"a"), (b"0\r\na:", b" ")],
     ids=brief,
 )
-@pytest.mark.timed
+@pytest.mark.slow
 def test_chunks_cost_the_same_whether_they_come_whole_or_a_byte_at_a_time(opening, piece):
     data = opening + piece * (8_000 // len(piece))
 
@@ -3747,7 +3747,7 @@ EVIL_USAGES = {
 
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("name", EVIL_USAGES)
-@pytest.mark.timed
+@pytest.mark.slow
 def test_no_answer_makes_it_dear_to_look_what_was_used(name, is_stream):
     """Neither when it comes at once nor byte by byte; and little of it is held."""
     usage = monorelay.Usage()
@@ -4813,7 +4813,7 @@ def test_any_text_is_translated_as_it_is_however_it_is_written_and_cut(text, siz
         assert json.loads(b"".join(made.body))["messages"] == [{"role": "user", "content": "." + whole}]
 
 
-@pytest.mark.timed
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", ["\x85", "\u2028", "\ud83d"], ids=ascii)
 def test_odd_characters_are_translated_as_fast_as_others(odd):
     body = json.dumps(prompt(messages=[user(said(odd * 300_000))]), ensure_ascii=odd == "\ud83d").encode()
@@ -5353,7 +5353,7 @@ def test_whether_arguments_are_whole_is_told_wherever_they_are_cut(parts):
     assert call.whole == whole
 
 
-@pytest.mark.timed
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["[]", '"', "]", "\\", '\\"', '"x",', "1,", "é"])
 def test_no_arguments_take_long_to_be_scanned(part):
     text = part * (500_000 // len(part))
@@ -6319,7 +6319,7 @@ def test_whatever_comes_the_client_gets_a_sound_stream_or_an_error(chunks, done,
         whole_answer(asked_of(format), data, is_stream=True)
 
 
-@pytest.mark.timed
+@pytest.mark.slow
 def test_what_is_held_of_an_answer_is_bounded_and_costs_no_more_the_longer_it_gets():
     def feed(piece: bytes, count: int) -> Any:
         it = monorelay.AnswerTranslator(asked_of(stream=True))
@@ -14513,7 +14513,7 @@ def many_values(count: int) -> bytes:
     return b'{"model":"claude-test","x":[' + b",".join([b"0"] * (count - 3)) + b"]}"
 
 
-@pytest.mark.timed
+@pytest.mark.slow
 def test_a_body_has_a_million_values_at_most(upstream, relay):
     provider = upstream(answer())
     it = relay({"anthropic": provider}, aliases={"fast": "claude-test"})
@@ -16240,7 +16240,7 @@ LINES = ["Content-Type: text/plain", *["Content-Length: 1"] * 20]
 @pytest.mark.parametrize(
     "filling", ["many parts", "boundaries", "almost boundaries", "a long header", "many lines", "more lines"]
 )
-@pytest.mark.timed
+@pytest.mark.slow
 def test_no_form_takes_long(filling):
     body = {
         "many parts": form(*[("a", "")] * 5_000),
@@ -16546,7 +16546,7 @@ def test_no_cache_is_without_bound():
     assert caches and all(cache.cache_parameters()["maxsize"] is not None for cache in caches)
 
 
-@pytest.mark.timed
+@pytest.mark.slow
 def test_lines_that_wait_for_a_log_that_takes_nothing_are_bounded_in_number_and_bytes():
     class Stuck(io.StringIO):
         def write(self, text: str) -> int:
@@ -17422,7 +17422,7 @@ def test_a_ledgers_queries_only_read(some_days):
     connection.close()
 
 
-@pytest.mark.timed
+@pytest.mark.slow
 def test_a_large_ledger_is_read_at_once(tmp_path):
     # The last hour is a whole one: in the first seconds of another, not every user has been there.
     path, now = str(tmp_path / "odd %3F#? name.db"), time.time() // 3600 * 3600 - 1
@@ -21161,6 +21161,7 @@ time.sleep(10)
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_soak_of_a_ledger_that_is_locked_for_ten_seconds_while_workers_are_killed(billed, tmp_path):
     times: dict[str, float] = {}
     killed: list[float] = []
@@ -21261,6 +21262,7 @@ def many_descriptors() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_thousands_of_idle_clients_and_quiet_streams_at_a_time(many_descriptors, program):
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         threading.Thread(target=quiet_streams, args=(listener,), daemon=True).start()
@@ -21519,6 +21521,7 @@ def besieged(upstream, program) -> Callable[..., Program]:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize("name", LARGE_REQUESTS)
 def test_nobody_waits_for_a_large_request(besieged, name):
     make, statuses = LARGE_REQUESTS[name]
@@ -21547,6 +21550,7 @@ def conversation(model: str, size: int = 30 << 20, ascii_only: bool = True) -> b
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize("ascii_only", [True, False])
 @pytest.mark.parametrize("coding", ["", "gzip"])
 @pytest.mark.parametrize("model", ["claude-a", "fast"])
@@ -21559,6 +21563,7 @@ def test_nobody_waits_for_a_conversation_of_30_megabytes(besieged, model, coding
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize("filling", [b" ", b"\t", b"x: y\r\n", b"a:\r\n"], ids=brief)
 @pytest.mark.parametrize("part", ["head", "trailer", "trailer of a login"])
 def test_nobody_waits_for_a_head_or_trailer_that_is_almost_right(besieged, part, filling):
@@ -21573,6 +21578,7 @@ def test_nobody_waits_for_a_head_or_trailer_that_is_almost_right(besieged, part,
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize("count", [2_000, 16_000])
 def test_nobody_waits_for_trailers_that_dribble_on_30_connections(besieged, count):
     it = besieged()
@@ -21610,6 +21616,7 @@ def descriptors() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_1200_connections_that_pipeline_and_read_nothing_cost_little(descriptors, besieged):
     it, asked = besieged(), request("GET", "/health", token="") * 2_000
 
@@ -21628,6 +21635,7 @@ def test_1200_connections_that_pipeline_and_read_nothing_cost_little(descriptors
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize("kind", ["answered", "silent"])
 def test_all_connections_idle_at_one_address_shut_nobody_out(descriptors, besieged, kind):
     it = besieged(max_connections=4096)
@@ -21646,6 +21654,7 @@ def test_all_connections_idle_at_one_address_shut_nobody_out(descriptors, besieg
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_4096_connections_that_pipeline_without_a_token_and_read_nothing_shut_nobody_out(descriptors, besieged):
     gate = threading.Event()
     it, count = besieged(gated_stream(gate), max_connections=4096), 4076
@@ -21668,6 +21677,7 @@ def test_4096_connections_that_pipeline_without_a_token_and_read_nothing_shut_no
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "opening", [b"G", request("POST", "/api/auth/login", b"{", "Content-Length: 9", token="")], ids=brief
 )
@@ -21688,6 +21698,7 @@ def test_1000_new_connections_beside_2000_that_are_held_hold_nobody_up(descripto
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize(
     ("count", "asked"),
     [
@@ -21722,6 +21733,7 @@ def heavy_head(escapes: int) -> bytes:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize("escapes", [0, 512, 5_000])
 def test_nobody_waits_for_60_heads_that_are_costly_to_read(besieged, escapes):
     it, asked = besieged(), heavy_head(escapes)
@@ -21740,6 +21752,7 @@ def test_nobody_waits_for_60_heads_that_are_costly_to_read(besieged, escapes):
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_nobody_waits_while_names_that_are_permutations_are_compared(besieged):
     chance, letters = random.Random(5), list("ab" * 32)
     names = []
@@ -21753,6 +21766,7 @@ def test_nobody_waits_while_names_that_are_permutations_are_compared(besieged):
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_250_guesses_at_once_do_not_hold_up_the_owners_login(besieged):
     it = besieged()
 
@@ -21806,6 +21820,7 @@ BURSTS: dict[str, tuple[int, Callable[[], bytes], int, int]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize("name", BURSTS)
 def test_nobody_waits_for_many_requests_that_are_completed_at_once(besieged, name):
     count, make, status, size = BURSTS[name]
@@ -21825,6 +21840,7 @@ def test_nobody_waits_for_many_requests_that_are_completed_at_once(besieged, nam
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
 def test_nobody_waits_for_100_responses_in_chunks_of_a_byte_that_come_at_once(besieged, kind):
     count = 100
@@ -21852,6 +21868,7 @@ def test_nobody_waits_for_100_responses_in_chunks_of_a_byte_that_come_at_once(be
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_names_of_60_models_of_31_megabytes_are_not_kept(besieged):
     it = besieged()
     bodies = [squeezed(b'{"model":"claude-%d' % number, b"x", b'"}')[0] for number in range(60)]
@@ -21864,6 +21881,7 @@ def test_names_of_60_models_of_31_megabytes_are_not_kept(besieged):
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_bodies_go_when_their_responses_have_begun_and_their_memory_goes_back(besieged):
     gate = threading.Event()
 
@@ -21895,6 +21913,7 @@ def test_bodies_go_when_their_responses_have_begun_and_their_memory_goes_back(be
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_bodies_that_wait_together_stay_below_their_bound(besieged):
     gate = threading.Event()
 
@@ -21970,6 +21989,7 @@ ODD_PROVIDERS: dict[str, tuple[Script, tuple[int, ...]]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize("name", ODD_PROVIDERS)
 def test_nobody_waits_for_what_a_provider_sends(besieged, name):
     script, statuses = ODD_PROVIDERS[name]
@@ -21982,6 +22002,7 @@ def test_nobody_waits_for_what_a_provider_sends(besieged, name):
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "listed",
     [b'{"data":[' + b"[]," * 1_300_000 + b"[]]}", b'{"data":' + b"[" * 4_000_000,
