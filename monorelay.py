@@ -2599,6 +2599,7 @@ def tokens_of(usage: JsonDict) -> Tokens:
 
 
 ANTHROPIC_NAMES = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens")
+PROMPT_NAMES = (*ANTHROPIC_NAMES[:3], "cache_creation")
 OPENAI_NAMES = frozenset({
     "prompt_tokens", "completion_tokens", "prompt_tokens_details", "input_tokens_details", "prompt_cache_hit_tokens",
     "cached_tokens",
@@ -2606,6 +2607,14 @@ OPENAI_NAMES = frozenset({
 PLAIN_NAMES = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
 GEMINI_NAMES = PLAIN_NAMES | {"prompt_tokens_details", "service_tier"}
 CACHED_NAMES = ("cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens")
+
+
+def told_anew(usage: JsonDict, names: Iterable[str]) -> JsonDict:
+    """What a usage of a message tells by these names, over what one before it has told: nothing of the prompt where all
+    of that is 0, as some gateways repeat it in message_delta."""
+    is_of_prompt = any(counts_of(usage.get("cache_creation")).values()) or any(map(usage.get, ANTHROPIC_NAMES[:3]))
+    told = ((name, usage[name]) for name in names if usage.get(name) is not None)
+    return {name: value for name, value in told if is_of_prompt or name not in PROMPT_NAMES}
 
 
 def is_thinking(untold: int, usage: JsonDict, cached: int, written: int) -> bool:
@@ -4227,8 +4236,7 @@ class Usage:
                 return  # a tool's input may have a `usage` of its own; of a whole answer it stands before the real one
             self._is_placeholder = kind == b"message_start"
             if kind == b"message_delta":
-                told = {name: usage[name] for name in USAGE_NAMES & usage.keys() if usage[name] is not None}
-                usage = {**self._found, **told}
+                usage = {**self._found, **told_anew(usage, USAGE_NAMES)}
             elif not self._is_placeholder:
                 self._note_tier(data, start)
         if not self._found or tokens_of(usage) is not NO_TOKENS:
@@ -6546,7 +6554,7 @@ class MessageReader:
         usage = member(event, "usage")
         tier = CHAT_TIERS.get(word(usage.get("service_tier")))
         self._tier = {"service_tier": tier} if tier else self._tier
-        self._usage.update((name, usage[name]) for name in MESSAGE_FIGURES if usage.get(name) is not None)
+        self._usage.update(told_anew(usage, MESSAGE_FIGURES))
 
     def _start(self, block: JsonDict, index: Optional[int] = None) -> list[JsonDict]:
         kind, self._open = word(block.get("type")), None

@@ -3432,6 +3432,14 @@ RESPONSES_USAGE = {
     },
     "output_tokens_details": {"reasoning_tokens": 5},
 }
+# So private-ai-gateway's provider repeats its prompt in message_delta; SGLang's had input_tokens alone.
+NO_PROMPT = {
+    "input_tokens": 0,
+    "cache_creation_input_tokens": 0,
+    "cache_read_input_tokens": 0,
+    "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
+    "output_tokens": 12,
+}
 DECOY = {"usage": {"input_tokens": 666_000, "output_tokens": 666_000, "service_tier": "priority"}}
 SAID = f'in the text: {json.dumps(DECOY)} "usage":{{'
 CALLED = {"type": "tool_use", "id": "t", "name": "f", "input": {**DECOY, "deep": [DECOY]}}
@@ -3572,6 +3580,19 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         "/v1/embeddings",
         {"data": [], "usage": {"prompt_tokens": 4, "total_tokens": 4}},
         (4, 0, 0, 0, 0),
+        None,
+    ),
+    "a stream that ends with nothing for its prompt": (
+        "/v1/messages",
+        message_stream(CACHED, NO_PROMPT),
+        (10, 500, 30, 40, 12),
+        None,
+    ),
+    "a stream whose whole prompt came from a cache": (
+        "/v1/messages",
+        message_stream({"input_tokens": 25, "output_tokens": 1},
+                       {"input_tokens": 0, "cache_read_input_tokens": 25, "output_tokens": 12}),
+        (0, 25, 0, 0, 12),
         None,
     ),
     "a chat's stream": (
@@ -6633,6 +6654,8 @@ def test_u3_and_u7_the_usage_is_told_to_those_who_ask():
         ({"input_tokens": 3, "output_tokens": 1, "cache_creation_input_tokens": 30,
           "cache_creation": {"ephemeral_5m_input_tokens": 10, "ephemeral_1h_input_tokens": 20}},
          {"output_tokens": 5, "cache_creation_input_tokens": 12}),
+        (CACHED, NO_PROMPT),
+        ({"input_tokens": 25, "output_tokens": 1}, {"input_tokens": 0, "cache_read_input_tokens": 25}),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [True, False])
