@@ -11544,7 +11544,9 @@ def find_malloc_trim() -> Callable[[int], object]:
 # What is stored here belongs to one account: to the first provider, whatever it is about.
 STORED_PATHS = ("/v1/messages/batches", "/v1/files")
 # What is kept here by the account that made it: any key may have been the one.
-SEARCHED_PATHS = ("/responses/", "/conversations/", "/chat/completions/")
+SEARCHED_PATHS = (
+    "/responses/", "/conversations/", "/chat/completions/", "/videos/", "/containers/", "/fine_tuning/jobs/",
+)  # fmt: skip
 # What counts tokens, and uses none; the first may be translated.
 COUNTING_PATH = "/messages/count_tokens"
 COUNTING_PATHS = (COUNTING_PATH, "/responses/input_tokens")

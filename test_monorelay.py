@@ -10968,6 +10968,14 @@ def test_what_an_account_keeps_is_asked_for_with_each_key(upstream, relay, metho
     assert it.ask("POST", "/v1/responses/resp_1/cancel", b"").status == 404 and not second.requests
 
 
+@pytest.mark.parametrize("path", ["videos/v_1/content", "containers/c_1/files/f_1/content", "fine_tuning/jobs/j_1"])
+def test_what_a_model_has_left_with_a_key_is_asked_for_with_each(upstream, relay, path):
+    provider = upstream(replies(answer(404, b"{}"), answer()))
+    it = relay({"a": {"upstream": provider, "format": "openai", "keys": ["sk-a", "sk-b"]}})
+    assert it.ask("GET", f"/v1/{path}", None).status == 200
+    assert [sent.get("authorization")[-4:] for sent in provider.requests] == ["sk-a", "sk-b"]
+
+
 @pytest.mark.parametrize(
     ("statuses", "told"),
     [((500, 404), 500), ((404, 429, 404), 429), ((404, 403), 404), ((403, 404), 404), ((404, 404), 404)],
