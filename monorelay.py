@@ -4173,6 +4173,13 @@ class LineSplitter:
         return held
 
 
+def event_kind(data: bytes, start: int, end: int) -> bytes:
+    """The type of the event whose line begins there, where it matters for its usage: the first one in the line is the
+    event's own, and what a client has sent stands behind it."""
+    event = EVENT_TYPE.search(data, start, end)
+    return event[1] if event else b""
+
+
 class Usage:
     """What a response says was used, read from a copy of its bytes as they pass.
 
@@ -4185,6 +4192,7 @@ class Usage:
         self._is_placeholder = False  # what it says of the output
         self._tier = ""  # OpenAI's service tier, which stands beside it
         self._held = b""  # a line of a stream, an object, or the name before it, whose rest hasn't come yet
+        self._kind: Optional[bytes] = None  # of the event of a long line whose beginning isn't held any more
 
     @property
     def used(self) -> Used:
@@ -4204,9 +4212,13 @@ class Usage:
         held = self._look(data, is_stream) if b'"usage"' in data else max(0, len(data) - USAGE_NAME_BYTES)
         if is_stream:
             if data.endswith(b"\n"):
+                self._kind = None
                 return
             line = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1  # an event's type stands at its beginning
-            held = line if len(data) - line <= USAGE_BYTES else held
+            is_long = len(data) - line > USAGE_BYTES
+            if line or (is_long and self._kind is None):
+                self._kind = event_kind(data, line, len(data)) if is_long else None
+            held = held if is_long else line
         self._held = data[held:]
 
     def _look(self, data: bytes, is_stream: bool) -> int:
@@ -4229,9 +4241,9 @@ class Usage:
             return
         if is_stream:
             start = max(data.rfind(b"\n", 0, at), data.rfind(b"\r", 0, at)) + 1
-            # The first type in the line is the event's own: what a client has sent stands behind it.
-            event = EVENT_TYPE.search(data, start, max(at, data.find(b"\n", at)))
-            kind = event[1] if event else b""
+            kind = self._kind if not start else None
+            if kind is None:
+                kind = event_kind(data, start, max(at, data.find(b"\n", at)))
             if kind.startswith(b"content_block"):
                 return  # a tool's input may have a `usage` of its own; of a whole answer it stands before the real one
             self._is_placeholder = kind == b"message_start"

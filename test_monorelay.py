@@ -3485,9 +3485,9 @@ def whole_response(**fields: Any) -> dict[str, Any]:
             "metadata": named}  # fmt: skip
 
 
-def response_events(usage: Any, tier: str) -> bytes:
+def response_events(usage: Any, tier: str, **echoed: Any) -> bytes:
     began = {"type": "response.created", "response": whole_response(usage=None, service_tier="auto")}
-    done = {"type": "response.completed", "response": whole_response(usage=usage, service_tier=tier)}
+    done = {"type": "response.completed", "response": whole_response(**echoed, usage=usage, service_tier=tier)}
     return b"".join(
         b"event: %s\ndata: %s\n\n" % (one["type"].encode(), json.dumps(one).encode()) for one in (began, done)
     )
@@ -3654,6 +3654,13 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         chunks({**CHOICE, "usage": {"prompt_tokens": 25, "completion_tokens": 3}}, {"usage": {"total_tokens": 0}}),
         (25, 0, 0, 0, 3),
         None,
+    ),
+    "a response's stream with the type of another event in what its client sent": (
+        "/v1/responses",
+        response_events(RESPONSES_USAGE, "flex", instructions="long " * 16_000, user="u" * 20_000,
+                        prompt={"variables": {"type": "content_block_start"}}),
+        (25, 60, 11, 4, 9),
+        "flex",
     ),
     "a response's long tools": (
         "/v1/responses",
