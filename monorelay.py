@@ -4111,7 +4111,8 @@ class Inflater:
 # last chunk of OpenAI's chat format, which some servers follow up by [DONE] and some don't.
 STREAM_ENDS = re.compile(
     rb'(?:^|[\r\n])(?:data: ?(?:\[DONE\]|\{ ?"error" ?: ?[{"])|(?:event: ?|data: ?\{ ?"type" ?: ?")'
-    rb"(?:message_stop|error|response\.(?:completed|incomplete|failed)))"
+    rb"(?:message_stop|error|response\.(?:completed|incomplete|failed|done)"
+    rb"|transcript\.text\.done|speech\.audio\.done|image_(?:generation|edit)\.completed))"
     rb'|"finish_reason" ?: ?"'
 )
 ENDS_IN_NAME = re.compile(rb"(?:^|[\r\n])event:[^\r\n]*(?:\r\n|\n|\r)\Z")  # an event's name without data behind it

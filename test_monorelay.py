@@ -12671,6 +12671,11 @@ ENDINGS = {
         "/v1/responses",
         b'data: {"type":"response.completed","response":{}}\n\n',
     ),
+    "a transcript": ("/v1/audio/transcriptions", b'data: {"type":"transcript.text.done","text":"x"}\n\n'),
+    "speech": ("/v1/audio/speech", b'data: {"type":"speech.audio.done","usage":{}}\n\n'),
+    "a picture": ("/v1/images/generations", sse("image_generation.completed", b64_json="eA==")),
+    "an edited picture": ("/v1/images/edits", sse("image_edit.completed", b64_json="eA==")),
+    "response.done": ("/v1/responses", b'data: {"type":"response.done","response":{}}\n\n'),
     "finish_reason": ("/v1/chat/completions", b"".join(OPENAI_EVENTS[:2])),
     "finish_reason and usage": (
         "/v1/chat/completions",
