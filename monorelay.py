@@ -4120,7 +4120,7 @@ FIRST_EVENT_IS_ERROR = re.compile(rb'event: ?error[\r\n]|data: ?\{ ?"(?:error" ?
 EVENT_IS_ERROR = re.compile(rb"(?:^|[\r\n])(?:%b)" % FIRST_EVENT_IS_ERROR.pattern)
 USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 USAGE_OBJECT = re.compile(rb'"usage" {0,4}:? {0,4}(?:\{|\Z)')  # its opening, or as much of it as has come
-EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_start|message_delta|content_block_[a-z]+|response\.[a-z_]+)"')
+EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_(?:start|delta|stop)|content_block_[a-z]+|response\.[a-z_]+)"')
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
 # What a usage object tells, in Anthropic's words and in OpenAI's two sets of them.
 USAGE_NAMES = OPENAI_NAMES | {
@@ -4186,7 +4186,7 @@ class Usage:
 
     Only the objects behind "usage" are parsed. The last that tells something is the valid one: those before may stand
     in a tool's schema, which comes back in the answer. Anthropic's message_delta has the totals without their details,
-    so it is merged over message_start, where the output is a placeholder."""
+    so it is merged over message_start, where the output is a placeholder; so is what LiteLLM adds to message_stop."""
 
     def __init__(self) -> None:
         self._found: JsonDict = {}  # the usage, as far as it is told
@@ -4248,7 +4248,7 @@ class Usage:
             if kind.startswith(b"content_block"):
                 return  # a tool's input may have a `usage` of its own; of a whole answer it stands before the real one
             self._is_placeholder = kind == b"message_start"
-            if kind == b"message_delta":
+            if kind in (b"message_delta", b"message_stop"):
                 usage = {**self._found, **told_anew(usage, USAGE_NAMES)}
             elif not self._is_placeholder:
                 self._note_tier(data, start)
@@ -6519,7 +6519,7 @@ class MessageReader:
             return self._read_delta(member(event, "delta"), index), False
         if kind == "content_block_stop":
             return self._stop(index), False
-        if kind == "message_delta":
+        if kind in ("message_delta", "message_stop"):
             self._read_end(member(event, "delta"))
             self._count(event)
         return [], kind == "message_stop"

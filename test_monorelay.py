@@ -3588,6 +3588,13 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         (10, 500, 30, 40, 12),
         None,
     ),
+    "a stream that stops with a part of its figures, as LiteLLM's of Bedrock": (
+        "/v1/messages",
+        sse("message_start", message={**MESSAGE, "usage": CACHED}) + sse("message_delta", delta=DELTA, usage={})
+        + sse("message_stop", usage={"input_tokens": 10, "output_tokens": 12}),
+        (10, 500, 30, 40, 12),
+        None,
+    ),
     "a stream whose whole prompt came from a cache": (
         "/v1/messages",
         message_stream({"input_tokens": 25, "output_tokens": 1},
@@ -6681,6 +6688,14 @@ def test_a_client_is_told_as_much_usage_as_the_ledger_counts(started, ending, st
     fresh, read, brief, lasting, output = (count or 0 for count in told.used[:5])
     assert usage["prompt_tokens"] == fresh + read + brief + lasting and usage["completion_tokens"] == output
     assert usage["prompt_tokens_details"] == {"cached_tokens": read, "cache_write_tokens": brief + lasting}
+
+
+def test_a_client_is_told_the_usage_that_comes_with_the_stop():
+    events = [*message_events(said("Hi"), usage={})[:-1], sse("message_stop", usage={"output_tokens": 34})]
+    events[0] = sse("message_start", message={**MESSAGE, "usage": {"input_tokens": 3, "output_tokens": 1}})
+    sent, _ = streamed(asked_of("openai", with_usage=True), b"".join(events))
+    usage = events_of(sent)[-2][1]["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (3, 34)
 
 
 @pytest.mark.parametrize("count", range(1, 8))
