@@ -5640,11 +5640,12 @@ def message_sampling(chat: JsonDict, draft: Draft) -> JsonDict:
 def message_tools(chat: JsonDict, draft: Draft) -> JsonDict:
     """The members of a request of Messages that are about tools."""
     tools = [message_tool(tool, place, draft) for place, tool in objects(chat.get("tools") or [], "tools")]
-    choice = chat.get("tool_choice")
+    given = chat.get("tool_choice")
+    choice = given if isinstance(given, dict) else {"type": given}
     written: JsonDict = {}
-    kind = word(choice.get("type") if isinstance(choice, dict) else choice)
+    kind = word(choice.get("type"))
     if kind == "allowed_tools":
-        allowed = member(chat["tool_choice"], kind)
+        allowed = member(choice, kind)
         names = {
             draft.tool_name(string(member(tool, "function").get("name"), "tool_choice"))
             for _, tool in objects(allowed.get("tools"), "tool_choice.allowed_tools.tools")
@@ -5652,11 +5653,11 @@ def message_tools(chat: JsonDict, draft: Draft) -> JsonDict:
         tools = [tool for tool in tools if tool["name"] in names]
         written = {"type": "any" if allowed.get("mode") == "required" else "auto"}
     elif kind == "function":
-        name = string(member(chat["tool_choice"], kind).get("name"), "tool_choice.function.name")
+        name = string(member(choice, kind).get("name"), "tool_choice.function.name")
         written = {"type": "tool", "name": draft.tool_name(name)}
     elif kind in CHOICES:
         written = {"type": CHOICES[kind]}
-    elif choice is not None:
+    elif given is not None:
         raise draft.refusal("tool_choice", f"the type {kind}")
     if not tools and written.get("type") in ("any", "tool"):
         raise draft.refusal("tool_choice", "a call of a tool that isn't offered")

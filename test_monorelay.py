@@ -5032,6 +5032,12 @@ def test_t6_to_t8_sampling_stops_and_choices():
     assert "tool_choice" not in to_messages(tool_choice="auto", parallel_tool_calls=False)[0]
 
 
+@pytest.mark.parametrize("choice", ["function", "allowed_tools", {"type": "function"}], ids=brief)
+def test_t8_a_choice_that_names_no_tool_is_a_bad_request(choice):
+    told = not_translated(lambda: to_messages(tools=[{"type": "function", "function": TOOL}], tool_choice=choice))
+    assert told.startswith("tool_choice.") and "Input should be" in told
+
+
 def test_t9_allowed_tools_are_those_that_go():
     tools = [{"type": "function", "function": {"name": name}} for name in "ab"]
     for mode, kind in (("auto", "auto"), ("required", "any")):
