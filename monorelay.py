@@ -5647,29 +5647,31 @@ def message_tools(chat: JsonDict, draft: Draft) -> JsonDict:
     if kind == "allowed_tools":
         allowed = member(choice, kind)
         names = {
-            draft.tool_name(string(member(tool, "function").get("name"), "tool_choice"))
+            draft.tool_name(string(member(nested_tool(tool), "function").get("name"), "tool_choice"))
             for _, tool in objects(allowed.get("tools"), "tool_choice.allowed_tools.tools")
         }
         tools = [tool for tool in tools if tool["name"] in names]
         written = {"type": "any" if allowed.get("mode") == "required" else "auto"}
-    elif kind == "function":
-        name = string(member(choice, kind).get("name"), "tool_choice.function.name")
+    elif kind in ("function", "tool"):
+        name = string((member(choice, kind) or choice).get("name"), "tool_choice.function.name")
         written = {"type": "tool", "name": draft.tool_name(name)}
-    elif kind in CHOICES:
-        written = {"type": CHOICES[kind]}
+    elif kind in CHOICES or kind == "any":
+        written = {"type": CHOICES.get(kind, kind)}
     elif given is not None:
         raise draft.refusal("tool_choice", f"the type {kind}")
     if not tools and written.get("type") in ("any", "tool"):
         raise draft.refusal("tool_choice", "a call of a tool that isn't offered")
     if not tools:
         return {}
-    if chat.get("parallel_tool_calls") is False and written.get("type") != "none":
+    one_by_one = chat.get("parallel_tool_calls") is False or choice.get("disable_parallel_tool_use") is True
+    if one_by_one and written.get("type") != "none":
         written = {"type": "auto", **written, "disable_parallel_tool_use": True}
     return {"tools": tools, "tool_choice": written} if written else {"tools": tools}
 
 
 def message_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
     """A function as a tool."""
+    tool = nested_tool(tool)
     if tool.get("type") != "function":
         raise draft.refusal(place, f"a tool of the type {word(tool.get('type'))}")
     function = member(tool, "function")
@@ -5686,6 +5688,16 @@ def message_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
         written["strict"] = True
     cached = tool.get("cache_control") or function.get("cache_control")
     return {**written, "cache_control": cached} if cached else written
+
+
+def nested_tool(tool: JsonDict) -> JsonDict:
+    """A tool as chat has it: Cursor may send those of Messages, or of Responses."""
+    if "function" in tool or "name" not in tool or not ("input_schema" in tool or tool.get("type") == "function"):
+        return tool
+    function = {name: value for name, value in tool.items() if name not in ("type", "input_schema")}
+    schema = {"parameters": tool["input_schema"]} if "input_schema" in tool else {}
+    own_type = "function" if tool.get("type", "custom") == "custom" else tool["type"]
+    return {"type": own_type, "function": {**function, **schema}}
 
 
 def message_output(chat: JsonDict, draft: Draft, system: list[JsonDict]) -> JsonDict:
@@ -5721,6 +5733,8 @@ CHAT_MESSAGE_KNOWN = (
     "reasoning",
 )  # fmt: skip
 PART_KNOWN = ("type", "text", "refusal", "image_url", "file", "cache_control")
+# Blocks of Messages that Cursor sends to Claude as parts, and their members.
+OWN_KNOWN = {"tool_use": ("id", "name", "input"), "tool_result": ("tool_use_id", "content", "is_error")}
 
 
 class MessageTurns:
@@ -5839,9 +5853,11 @@ class MessageTurns:
         return [block for block in found if block["type"] != "text" or not is_blank(block["text"])]
 
     def _block(self, part: JsonDict, place: str) -> JsonDict:
-        kind = part.get("type")
-        self._draft.drop_rest(part, PART_KNOWN, "content")
-        if kind in ("text", "refusal"):
+        kind = word(part.get("type"))
+        self._draft.drop_rest(part, (*PART_KNOWN, *OWN_KNOWN.get(kind, ())), "content")
+        if kind in OWN_KNOWN:
+            block = self._own_block(kind, part, place)
+        elif kind in ("text", "refusal"):
             block = text_part(string(part.get(kind), f"{place}.{kind}"))
         elif kind == "image_url":
             self._draft.drop_rest(member(part, kind), ("url",), kind)
@@ -5849,8 +5865,21 @@ class MessageTurns:
         elif kind == "file":
             block = self._file(member(part, "file"), place)
         else:
-            raise self._draft.refusal(place, f"a part of the type {word(kind)}")
+            raise self._draft.refusal(place, f"a part of the type {kind}")
         return {**block, "cache_control": part["cache_control"]} if part.get("cache_control") else block
+
+    def _own_block(self, kind: str, part: JsonDict, place: str) -> JsonDict:
+        """A call, or its result, that is in the words of Messages already."""
+        id_name = "id" if kind == "tool_use" else "tool_use_id"
+        id = carrying_id(call_name(part.get(id_name), f"{place}.{id_name}"))
+        if kind == "tool_use":
+            if not isinstance(part.get("input"), dict):
+                raise self._draft.refusal(f"{place}.input", "what is no object")
+            name = self._draft.tool_name(text_in(part, "name", place))
+            return {"type": kind, "id": id, "name": name, "input": part["input"]}
+        content = self._blocks(part.get("content"), f"{place}.content")
+        failed = {"is_error": True} if part.get("is_error") is True else {}
+        return {"type": kind, "tool_use_id": id, **({"content": content} if content else {}), **failed}
 
     def _image(self, url: str, place: str) -> JsonDict:
         kind = DATA_URI.match(url, 0, DATA_URI_CHARACTERS)

@@ -5032,10 +5032,43 @@ def test_t6_to_t8_sampling_stops_and_choices():
     assert "tool_choice" not in to_messages(tool_choice="auto", parallel_tool_calls=False)[0]
 
 
-@pytest.mark.parametrize("choice", ["function", "allowed_tools", {"type": "function"}], ids=brief)
+@pytest.mark.parametrize("choice", ["function", "allowed_tools", "tool", {"type": "function"}], ids=brief)
 def test_t8_a_choice_that_names_no_tool_is_a_bad_request(choice):
-    told = not_translated(lambda: to_messages(tools=[{"type": "function", "function": TOOL}], tool_choice=choice))
+    told = not_translated(lambda: to_messages(tools=[TOOL], tool_choice=choice))
     assert told.startswith("tool_choice.") and "Input should be" in told
+
+
+def test_what_cursor_says_to_claude_in_the_words_of_messages_is_taken():
+    result = tool_result("toolu_1", [said("ok")], is_error=True, cache_control={"type": "ephemeral"})
+    history = [HELLO, assistant(said("So"), tool_use("toolu_1"), tool_use("toolu_2")),
+               user(result, tool_result("toolu_2", "x")), HELLO]  # fmt: skip
+    tool = {"name": "look", "description": "Looks", "input_schema": {"type": "object"}}
+    choice = {"type": "any", "disable_parallel_tool_use": True}
+    body, dropped = to_messages(messages=history, tools=[tool], tool_choice=choice)
+    assert body["messages"][1] == history[1]
+    assert body["messages"][2] == user(result, tool_result("toolu_2", [said("x")]), said("Hello there"))
+    assert (body["tools"], body["tool_choice"], dropped) == ([tool], choice, ())
+    body, _ = to_messages(tools=[tool], tool_choice={"type": "tool", "name": "look"})
+    assert body["tool_choice"] == {"type": "tool", "name": "look"}
+
+
+def test_a_function_may_be_written_as_in_responses():
+    function = {"type": "function", "name": "look", "parameters": {"type": "object"}, "strict": True}
+    body, _ = to_messages(tools=[function], tool_choice={"type": "function", "name": "look"})
+    assert body["tools"] == [{"name": "look", "input_schema": {"type": "object"}, "strict": True}]
+    assert body["tool_choice"] == {"type": "tool", "name": "look"}
+    grammar = {"type": "custom", "name": "patch", "format": {"type": "grammar"}}
+    assert "of the type custom" in not_translated(lambda: to_messages(tools=[grammar]))
+
+
+@pytest.mark.parametrize(
+    ("block", "told"),
+    [({**tool_use("t"), "input": "{}"}, "input: what is no object"), (tool_use(5), "id: Input should be"),
+     ({"type": "tool_use", "id": "t", "input": {}}, "name: Input should be"), (tool_result(None), "tool_use_id:")],
+    ids=brief,
+)  # fmt: skip
+def test_a_block_of_messages_in_a_chat_is_checked(block, told):
+    assert f"messages.1.content.0.{told}" in not_translated(lambda: to_messages(messages=[HELLO, assistant(block)]))
 
 
 def test_t9_allowed_tools_are_those_that_go():
