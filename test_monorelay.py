@@ -1983,6 +1983,7 @@ def used(input: int, read: int = 0, write: int = 0, long: int = 0, output: int |
           "prompt_tokens_details": {"cached_tokens": 1920, "audio_tokens": 0},
           "completion_tokens_details": {"reasoning_tokens": 200}}, (86, 1920, 0, 0, 300)),
         ({"prompt_tokens": 5, "total_tokens": 5}, (5, 0, 0, 0, 0)),
+        ({"total_tokens": 5}, (5, 0, 0, 0, 0)), ({"total_tokens": 0}, (None,) * 5),
         ({"prompt_tokens": 5, "completion_tokens": 1, "prompt_tokens_details": None}, (5, 0, 0, 0, 1)),
         ({"prompt_tokens": 100, "completion_tokens": 1, "prompt_cache_hit_tokens": 64, "prompt_cache_miss_tokens": 36},
          (36, 64, 0, 0, 1)),
@@ -3602,6 +3603,8 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         (0, 25, 0, 0, 12),
         None,
     ),
+    "an embedding by Voyage": ("/v1/embeddings", {"data": [], "usage": {"total_tokens": 4}}, (4, 0, 0, 0, 0), None),
+    "a ranking": ("/v1/rerank", {"results": [], "usage": {"total_tokens": 4}}, (4, 0, 0, 0, 0), None),
     "a chat's stream": (
         "/v1/chat/completions",
         chunks({**CHOICE, "usage": None}, {"choices": [], "usage": CHAT_USAGE, "service_tier": "priority"}),
