@@ -3402,6 +3402,8 @@ LASTING_STATUSES = frozenset({401, 402, 403})
 # Anthropic's 400 for an account without credit, which is about the key and not about the request. It is the whole
 # message: where a message quotes what a client has sent, a colon stands before or behind.
 NO_CREDIT = re.compile(rb'(?i)"message" ?: ?"your credit balance is too low[^":\\]*"')
+# OpenAI's 400 where a request goes on with what another account keeps, or has encrypted.
+KEPT_ELSEWHERE = re.compile(rb'"code" ?: ?"(?:previous_response_not_found|invalid_encrypted_content)"')
 # Whether these are about the key or about what was asked, only their bodies tell.
 TELLING_STATUSES = frozenset({400, 401, 402, 403, 429})
 # What an error says, or is called, that is about what was asked: Anthropic of a tier's context, OpenRouter of what the
@@ -10136,6 +10138,11 @@ class UpstreamResponse:
         """The phrase for its status."""
         return reason_of(self.head.status) if self.shows_key(self.head.reason) else self.head.reason
 
+    @property
+    def is_unknown(self) -> bool:
+        """Whether it says that what the request goes on with isn't here: it may be another key's."""
+        return self.head.status == 400 and KEPT_ELSEWHERE.search(self.beginning) is not None
+
     def shows_key(self, text: str) -> bool:
         """Whether the key that is erased from its body stands in a part of its head."""
         return self.erased != b"" and self.erased.decode("ascii") in text
@@ -10548,9 +10555,9 @@ class Relay:
 
     def _more_telling(self, before: UpstreamResponse, response: UpstreamResponse, searches: bool) -> UpstreamResponse:
         """The one of two responses that the client gets if no better one comes. Releases the other. Where one
-        `searches`, a key that can't answer now may have what another doesn't know."""
+        `searches`, or goes on with what another key has, one that can't answer now may have what others don't know."""
         first, status = before.head.status, response.head.status
-        is_unknown = searches and status == 404 and first in RETRIED_STATUSES
+        is_unknown = ((searches and status == 404) or response.is_unknown) and first in RETRIED_STATUSES
         if (status in LASTING_STATUSES or is_unknown) and first not in LASTING_STATUSES:
             before, response = response, before
         before.release(self.connections)
@@ -10613,7 +10620,7 @@ class Relay:
             if cools_down and not own_fault and not (provider.client_keys and status < 500):
                 wait = retry_after_seconds(response.head.fields.get("retry-after", ""), clock)
                 self.keys.failed(candidate, status, wait, self._loop.now, request.by_model)
-        if status not in RETRIED_STATUSES and not (request.searches and status == 404):
+        if not (status in RETRIED_STATUSES or (request.searches and status == 404) or response.is_unknown):
             return False
         record_failure(request.record, candidate, str(status))
         return True

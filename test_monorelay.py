@@ -11032,6 +11032,20 @@ def test_what_an_account_keeps_is_asked_for_with_each_key(upstream, relay, metho
     assert it.ask("POST", "/v1/responses/resp_1/cancel", b"").status == 404 and not second.requests
 
 
+@pytest.mark.parametrize("code", ["previous_response_not_found", "invalid_encrypted_content"])
+def test_what_goes_on_with_another_keys_response_goes_to_that_key(upstream, relay, code):
+    elsewhere = answer(400, json.dumps({"error": {"message": "not here", "code": code}}).encode())
+    provider = upstream(replies(elsewhere, answer(), answer(429), elsewhere, elsewhere, elsewhere))
+    it = relay({"a": {"upstream": provider, "format": "openai", "keys": ["sk-a", "sk-b"],
+                      "key_strategy": "fill-first"}})  # fmt: skip
+    asked = {"model": "gpt-5", "input": "and?", "previous_response_id": "resp_1"}
+    assert it.post("/v1/responses", asked).status == 200
+    assert it.post("/v1/responses", asked).status == 429, "the key that can't answer now may be the one"
+    assert it.post("/v1/responses", asked).status == 400
+    keys = [sent.get("authorization")[-1] for sent in provider.requests]
+    assert keys == list("ababba"), "nothing but the 429 cools"
+
+
 @pytest.mark.parametrize("path", ["videos/v_1/content", "containers/c_1/files/f_1/content", "fine_tuning/jobs/j_1"])
 def test_what_a_model_has_left_with_a_key_is_asked_for_with_each(upstream, relay, path):
     provider = upstream(replies(answer(404, b"{}"), answer()))
