@@ -214,6 +214,7 @@ LOGIN_BODY_BYTES = 16 * 1024  # who logs in hasn't shown a token yet
 LOGIN_BODY_SECONDS = 20.0  # as for a head
 TRUSTED_ADDRESSES = 1000
 THROTTLED_NAMES = 4096
+THROTTLED_PROBES = 16  # rows in which a name may be counted: to look into each of thousands takes milliseconds
 THROTTLED_CHARACTERS = 200  # of each
 COMPARED_PRODUCT = 100_000  # of characters, for "did you mean": 20 ms at worst, 250 names of the usual length
 COMPARED_CHARACTERS = 64
@@ -1878,9 +1879,11 @@ class SharedThrottle:
     In the memory that they share, each worker has a row for each name: a hash of the name, then the events of each
     second. It alone writes to its rows, eight bytes at once, of which nobody reads a half: so none waits for another
     one, alive or dead. An event is counted first, and taken back if there are too many then: of two workers that count
-    the last one at the same moment, rather both refuse it than both let it through."""
+    the last one at the same moment, rather both refuse it than both let it through. Where THROTTLED_PROBES rows have
+    other names, a new one gets the row of that which was asked for the longest ago."""
 
     CELLS = 64  # of a row: there are more than seconds of which the events count
+    EMPTY = memoryview(bytes((CELLS - 1) * 8)).cast("Q")
     BYTES = THROTTLED_NAMES * CELLS * 8  # for each worker; the system gives memory only for what is used
 
     def __init__(self, cells: memoryview, worker: int) -> None:
@@ -1892,8 +1895,8 @@ class SharedThrottle:
         """0.0 if the event may happen, which counts it; else the seconds until the next one may."""
         tag = self._tag(name)
         wait = self._wait_seconds(tag, limit - 1, now)
+        self._add(tag, math.ceil(now), 0 if wait else 1)  # a refused one shows that the name is in use
         if not wait:
-            self._add(tag, math.ceil(now), 1)
             wait = self._wait_seconds(tag, limit, now)
             if wait:
                 self._add(tag, math.ceil(now), -1)
@@ -1916,24 +1919,33 @@ class SharedThrottle:
     def _counts(self, tag: int, now: float) -> list[tuple[int, int]]:
         """The events of the last minute that the workers have counted: (end of a second, how many in it)."""
         oldest = (math.floor(now - 60.0) + 1) << 32
-        rows = [row for row in (self._row(worker, tag) for worker in range(self._workers)) if self._cells[row]]
+        found = (self._row(worker, tag) for worker in range(self._workers))
+        rows = [row for row in found if row is not None and self._cells[row]]
         cells = [cell for row in rows for cell in self._cells[row + 1 : row + self.CELLS].tolist() if cell >= oldest]
         return [(cell >> 32, cell & 0xFFFFFFFF) for cell in cells if cell & 0xFFFFFFFF]
 
     def _add(self, tag: int, second: int, count: int) -> None:
         row = self._row(self._worker, tag)
+        if row is None:
+            row = min(self._rows(self._worker, tag), key=self._last_use)
+            self._cells[row + 1 : row + self.CELLS] = self.EMPTY
         self._cells[row] = tag
         cell = row + 1 + second % (self.CELLS - 1)
         before = max(self._cells[cell], second << 32)  # what it held of an earlier second doesn't count any more
         self._cells[cell] = before + count
 
-    def _row(self, worker: int, tag: int) -> int:
-        """Where the row begins, or will begin, in which a worker counts a name."""
-        for number in range(tag, tag + THROTTLED_NAMES):
-            row = (worker * THROTTLED_NAMES + number % THROTTLED_NAMES) * self.CELLS
-            if self._cells[row] in (0, tag):
-                break
-        return row
+    def _row(self, worker: int, tag: int) -> Optional[int]:
+        """Where the row begins, or will begin, in which a worker counts a name; None if others have all of its rows."""
+        return next((row for row in self._rows(worker, tag) if self._cells[row] in (0, tag)), None)
+
+    def _rows(self, worker: int, tag: int) -> Iterator[int]:
+        """Where the rows begin in which a worker may count a name."""
+        for number in range(tag, tag + THROTTLED_PROBES):
+            yield (worker * THROTTLED_NAMES + number % THROTTLED_NAMES) * self.CELLS
+
+    def _last_use(self, row: int) -> int:
+        """By which rows are put in the order in which their names were last asked for."""
+        return max(self._cells[row + 1 : row + self.CELLS])
 
 
 # ==== Routing =======================================================================================

@@ -1412,6 +1412,25 @@ def test_names_that_a_shared_throttle_finds_at_one_place_are_counted_apart(monke
     assert [shared[0].left("x" * length, 9, 100) for length in (1, 2, 3, 4)] == [8, 7, 6, 9]
 
 
+def test_a_shared_throttle_takes_no_name_for_another_however_many_there_are():
+    shared, names = shared_throttles(2), [f"student{number}" for number in range(monorelay.THROTTLED_NAMES + 900)]
+    for now in (100, 170, 240, 310):  # each name is within its limit
+        for throttle in shared:
+            assert not any(throttle.wait_seconds(name, 2, now) for name in names)
+    begun = time.process_time()
+    assert sum(shared[0].left(name, 2, 400) == 2 for name in names) == len(names)
+    assert time.process_time() - begun < 0.5  # else a page of the owner's holds up all others
+
+
+def test_a_shared_throttle_forgets_the_names_that_were_asked_for_the_longest_ago():
+    shared, passed = shared_throttles(1)[0], 0
+    for number in range(4 * monorelay.THROTTLED_NAMES):
+        if number % 100 == 0:
+            passed += not shared.wait_seconds("alice", 1, 100 + number / 1000)
+        shared.wait_seconds(f"student{number}", 9, 100 + number / 1000)
+    assert passed == 1
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Routing
 # ------------------------------------------------------------------------------------------------------------
