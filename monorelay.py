@@ -6136,6 +6136,8 @@ class ChatReader:
         if chunk.get("error"):
             raise fault_of(chunk)
         usage, choice = member(chunk, "usage"), first_choice(chunk)
+        if choice is None and member(chunk, "base_resp").get("status_code"):  # so MiniMax tells of an error
+            raise fault_of(chunk)
         tells_usage = bool(usage) and tokens_of(usage) is not NO_TOKENS  # LiteLLM may send an empty one in each chunk
         goes_on = choice is not None and self.may_end and self._goes_on(choice)
         self.finishes_early = self.finishes_early or goes_on
@@ -6875,7 +6877,7 @@ class AnswerTranslator:
         answer = read_answer(body)
         found, _ = self._reader.read(answer)
         if not found:
-            raise AnswerFault("the provider's answer holds no message")
+            raise wordless_fault(answer)
         if is_unfinished(answer):
             raise AnswerFault("the provider's answer ended before it was finished")
         self.ended = True
@@ -7023,7 +7025,7 @@ def words_of(document: Any) -> str:
         return document if isinstance(document, str) else ""
     error = document.get("error")
     found = words_of(error) if error else ""
-    for name in ("message", "detail", "errors", "msg"):
+    for name in ("message", "detail", "errors", "msg", "error_msg", "base_resp", "status_msg"):
         found = found or words_of(document.get(name))
     where = document.get("loc")
     if isinstance(where, list):
@@ -7050,6 +7052,15 @@ def fault_of(document: JsonDict) -> AnswerFault:
     words = words_of(document) or "the provider's answer holds an error"
     text = widened(beginning(document, ensure_ascii=False))
     return AnswerFault(widened(words[:ERROR_CHARACTERS]), status, text)
+
+
+def wordless_fault(answer: JsonDict) -> AnswerFault:
+    """The fault of an answer without a message, with what it says instead: some errors have the status 200."""
+    problem = "the provider's answer holds no message"
+    if not words_of(answer):
+        return AnswerFault(problem)
+    fault = fault_of(answer)
+    return AnswerFault(f"{problem}: {fault.message}", fault.status, fault.text)
 
 
 def beginning(document: JsonDict, ensure_ascii: bool) -> str:

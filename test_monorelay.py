@@ -5714,6 +5714,34 @@ def ended_with(asked: Any, data: bytes) -> tuple[str, str]:
     return last["error"]["type"], last["error"]["message"]
 
 
+NO_MESSAGE = "the provider's answer holds no message"
+
+
+@pytest.mark.parametrize(
+    ("document", "told"),
+    [
+        ({"code": 1113, "msg": "No balance", "success": False}, (502, f"{NO_MESSAGE}: No balance")),  # Z.ai
+        ({"error_code": 17, "error_msg": "Daily limit"}, (502, f"{NO_MESSAGE}: Daily limit")),  # Baidu
+        ({"detail": "Not authorized", "status": 403}, (403, f"{NO_MESSAGE}: Not authorized")),
+        ({"choices": None, "base_resp": {"status_code": 1008, "status_msg": "No balance"}}, (502, "No balance")),
+        ({"choices": []}, (502, NO_MESSAGE)),
+    ],
+    ids=brief,
+)
+def test_an_answer_without_a_message_is_told_in_its_own_words(document, told):
+    with pytest.raises(monorelay.AnswerFault) as caught:
+        whole_answer(asked_of(), document)
+    assert (caught.value.status, caught.value.message) == told
+
+
+def test_a_stream_of_minimax_that_is_an_error_is_told_in_its_own_words():
+    failed = {"choices": None, "base_resp": {"status_code": 1008, "status_msg": "No balance"}}
+    assert ended_with(asked_of(), sse_of([failed], done=False)) == ("api_error", "No balance")
+    fine = {**failed, "base_resp": {"status_code": 0, "status_msg": ""}}
+    sent, broken = streamed(asked_of(), sse_of([delta(content="Hi"), delta("stop"), fine]))
+    assert b"message_stop" in sent and not broken
+
+
 @pytest.mark.parametrize(
     "document",
     [
