@@ -4132,6 +4132,7 @@ STREAM_ENDS = re.compile(
     rb'|"finish_reason" ?: ?"'
 )
 ENDS_IN_NAME = re.compile(rb"(?:^|[\r\n])event:[^\r\n]*(?:\r\n|\n|\r)\Z")  # an event's name without data behind it
+BEGINS_EVENT = re.compile(rb"(?:\xef\xbb\xbf)?[\r\n]*(?:data|event|id|retry)?:")
 FIRST_EVENT_IS_ERROR = re.compile(rb'event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error")')
 EVENT_IS_ERROR = re.compile(rb"(?:^|[\r\n])(?:%b)" % FIRST_EVENT_IS_ERROR.pattern)
 USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
@@ -12685,8 +12686,10 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
             fault = relayed.first_fault or fault_of_status(relayed.head.status, relayed.content, asked.provider)
             return fault_response(fault, asked, fields)
         body = KeyEraser(relayed.erased).feed(await whole_body(exchange, relayed), is_last=True)
-        record.usage.read(body, relayed.is_stream)
-        work = functools.partial(translator.whole, body, relayed.is_stream)
+        # Some servers call a stream JSON, or plain text.
+        is_stream = relayed.is_stream or BEGINS_EVENT.match(body) is not None
+        record.usage.read(body, is_stream)
+        work = functools.partial(translator.whole, body, is_stream)
         answer = await at_leisure(exchange, len(body), work)
         exchange.hold(len(answer))
         fields.append(("content-type", "text/event-stream" if asked.stream else "application/json"))

@@ -12136,6 +12136,16 @@ def test_s20_an_answer_that_is_no_stream_becomes_one_and_the_other_way_round(ups
     assert relay({"openai": upstream(broken)}).post("/v1/messages", prompt()).status == 502
 
 
+@pytest.mark.parametrize("kind", [b"application/json", b"text/plain"], ids=brief)
+@pytest.mark.parametrize("stream", [True, False])
+def test_events_that_are_called_something_else_are_read_as_events(upstream, relay, kind, stream):
+    """vLLM-Ascend's proxy calls its streams JSON."""
+    it = relay({"openai": upstream(CHAT_HI_STREAM.replace(b"text/event-stream", kind))})
+    got = it.post("/v1/messages", prompt("gpt-test", stream=stream))
+    assert got.status == 200 and (b"message_stop" if stream else b'"text":"Hi"') in got.body
+    assert it.logged("path=/v1/messages", " output=")
+
+
 def test_s17_silence_gets_a_ping(upstream, relay):
     gate, comment, commented, clock = threading.Event(), threading.Event(), threading.Event(), Clock()
 
