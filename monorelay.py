@@ -9201,12 +9201,14 @@ class LedgerWriter:
             self.start()
 
     def start(self) -> None:
-        """Where there is a ledger, reads what was spent before, and starts the thread."""
+        """Where there is a ledger, reads what was spent before, and starts the thread. Raises RuntimeError when the
+        system gives out none."""
         self._started = True
         if self._keeping and not self._thread:
             self._flush()
-            self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="ledger", daemon=True)
+            thread.start()
+            self._thread = thread
 
     def put(self, row: LedgerRow) -> None:
         """Queues a row. When too many wait, it is dropped, and only what it has cost is kept."""
@@ -13937,7 +13939,7 @@ class ConfigFile:
             config = self._with_prices(load_config(self._path, self._options))
         except (ConfigError, OSError) as error:
             if lacks_descriptor(error):
-                self._seen = []  # there is no descriptor to read it with: the next try is in a second
+                self.read_later()  # there is no descriptor to read it with
                 return False
             problem = system_problem(error) if isinstance(error, OSError) else str(error)
             self.problem = f"{problem}\nthe configuration was not reloaded; the one before stays in force"
@@ -13948,6 +13950,10 @@ class ConfigFile:
         self._unread = ""
         self._seen[1:] = [*config.beside_seen, ()]
         return True
+
+    def read_later(self) -> None:
+        """Has them read again in a second."""
+        self._seen = []
 
     def _with_prices(self, config: Config) -> Config:
         """The configuration with its prices, or with those of before when the file is broken."""
@@ -13987,9 +13993,13 @@ class Operator:
         is_read = self._file.read()
         for line in self._file.problem.splitlines():
             log.warn(line)
-        if is_read:
-            self._server.reload(self._file.config, self._tells)
-            log.say("the configuration was reloaded; values of the environment are those of the start")
+        try:
+            if is_read:
+                self._server.reload(self._file.config, self._tells)
+                log.say("the configuration was reloaded; values of the environment are those of the start")
+        except RuntimeError:  # the system gives out no thread for a ledger
+            self._file.read_later()
+            log.warn("there is no thread for the ledger, so the configuration was not reloaded; another try follows")
 
     def _drain(self, signals: Signals, cuts: bool) -> None:
         """Stops in good order; another signal, or one that `cuts`, ends the process at once."""

@@ -19706,6 +19706,26 @@ def test_a_reload_without_a_descriptor_for_one_of_its_files_is_tried_again(tmp_p
     assert file.config.server.access_keys == (monorelay.Secret("a-key-0123456789"),)
 
 
+def test_a_reload_without_a_thread_for_its_first_ledger_is_tried_again(relay, tmp_path, monkeypatch):
+    it, start = relay({"echo": {}}), threading.Thread.start
+    file = edited_file(tmp_path, ledger={"path": "usage.db"})
+    operator = monorelay.Operator(it.server, file)
+
+    def start_none(thread: threading.Thread) -> None:
+        if thread.name == "ledger":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start_none)
+        operator.reload()
+    assert it.server.service.config is not file.config and file.has_changed()
+    operator.reload()
+    assert it.server.service.config.ledger and not file.has_changed()
+    assert it.post("/v1/messages", prompt(model="echo")).status == 200
+    eventually((tmp_path / "usage.db").exists)
+
+
 @pytest.mark.parametrize("edited", ["keys.env", "prices.json"])
 @pytest.mark.parametrize("when", ["at the start", "in a reload"])
 def test_an_edit_of_a_file_beside_while_it_is_read_is_taken_up(relay, tmp_path, monkeypatch, edited, when):
