@@ -11313,6 +11313,8 @@ class Service:
         figures."""
         self.running.pop(exchange, None)
         record = exchange.record
+        if exchange.may_tell_usage and any(record.usage.used[: len(KINDS)]):
+            exchange.uses_model = True
         if exchange.uses_model:
             record.used = record.usage.used
             provider = exchange.config.providers.get(record.provider)
@@ -11689,6 +11691,7 @@ class Exchange:
         self.caller = ANONYMOUS
         self.uses_model = False  # whether it is to have a model do something, which may cost
         self.is_read_for_model = False  # whether it will be, once its body says which
+        self.may_tell_usage = False  # whether it may use a model that it doesn't name, as its answer will tell
         self._incoming: Optional[RequestBody] = None  # its body, as far as it is being read
         self._read: Optional[ReadBody] = None  # the same, when it has been read for its model
         self._held = 0  # how many bytes of it
@@ -12476,6 +12479,8 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
         raise hidden_model(exchange.caller)
     if names_model:
         exchange.count(may_cost=not path.endswith("/cancel"))
+        # Servers have models of their own for such as pictures. What is stored tells its usage once more.
+        exchange.may_tell_usage = not path.startswith(SEARCHED_PATHS)
     searches = method in ("GET", "HEAD", "DELETE") and path.startswith(SEARCHED_PATHS)
     everywhere = [provider]
     if searches and provider.format != "echo":

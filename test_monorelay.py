@@ -16499,6 +16499,30 @@ def test_a_form_counts_for_the_model_behind_its_file(upstream, relay, tmp_path, 
     assert it.post("/v1/images/edits", body, FORM, token=ALICE).status == 429
 
 
+@pytest.mark.parametrize(
+    ("path", "is_counted"),
+    [("/v1/images/generations", True), ("/v1/chat/completions/chatcmpl-1", False), ("/v1/responses/r/cancel", False)],
+)
+def test_what_names_no_model_counts_for_a_budget_if_its_answer_tells_tokens(
+    upstream, relay, tmp_path, path, is_counted
+):
+    # OpenAI has a model of its own for pictures; what is stored was counted when it was made.
+    usage = {"input_tokens": 50, "output_tokens": 4160, "total_tokens": 4210}
+    it = relay(
+        {"openai": upstream(answer(200, json.dumps({"data": [{}], "usage": usage}).encode()))},
+        users={"alice": {"key": ALICE, "tokens_per_day": 4000}},
+        ledger={"path": str(tmp_path / "u.db")},
+    )
+    for status in (200, 429 if is_counted else 200):
+        assert it.post(path, {"prompt": "a sea otter"}, token=ALICE).status == status
+    it.logged(f"path={path}", "status=200")
+    if is_counted:
+        rows = eventually(lambda: it.ask("GET", "/api/requests", token=ALICE).json["rows"])
+        assert (rows[-1]["model"], rows[-1]["input"], rows[-1]["output"]) == ("", 50, 4160)
+    else:
+        assert it.ask("GET", "/api/requests", token=ALICE).json["rows"] == []
+
+
 @pytest.mark.parametrize("model", ["", "a" * 300, "a" * 9000, "a\x00b"], ids=brief)
 def test_a_form_with_a_model_behind_its_file_that_is_none_goes_to_the_first_provider(upstream, relay, model):
     provider = upstream(answer())
