@@ -2618,8 +2618,8 @@ OPENAI_NAMES = frozenset({
     "prompt_tokens", "completion_tokens", "prompt_tokens_details", "input_tokens_details", "prompt_cache_hit_tokens",
     "cached_tokens",
 })  # fmt: skip
-PLAIN_NAMES = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
-GEMINI_NAMES = PLAIN_NAMES | {"prompt_tokens_details", "service_tier"}
+CHAT_TOTALS = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
+GEMINI_NAMES = CHAT_TOTALS | {"prompt_tokens_details", "service_tier"}
 CACHED_NAMES = ("cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens")
 
 
@@ -2634,8 +2634,8 @@ def told_anew(usage: JsonDict, names: Iterable[str]) -> JsonDict:
 def is_thinking(untold: int, usage: JsonDict, cached: int, written: int) -> bool:
     """Whether these tokens, which only the total counts, were thought: xAI tells of them apart, Gemini not at all."""
     thought = counts_of(usage.get("completion_tokens_details")).get("reasoning_tokens")
-    is_plain = PLAIN_NAMES <= usage.keys() <= GEMINI_NAMES
-    return untold == thought or (is_plain and untold not in (cached, written, cached + written))
+    is_gemini = CHAT_TOTALS <= usage.keys() <= GEMINI_NAMES
+    return untold == thought or (is_gemini and untold not in (cached, written, cached + written))
 
 
 def counts_of(section: Any) -> dict[str, int]:
@@ -15497,6 +15497,8 @@ def run_token(options: JsonDict, username: str) -> int:
     claims = token_claims(username, "access", options.get("expires", 30 * 86400), config, time.time())
     print(sign_token(claims, config.server.jwt_secret.reveal()))
     print(f"valid for {username} until {utc_time(claims['exp'])}Z", file=sys.stderr)
+    if username in config.users and not config.users[username].enabled:
+        print(f"{username} is disabled in {name}: as long as that lasts, the token is refused", file=sys.stderr)
     return 0
 
 

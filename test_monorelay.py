@@ -20019,6 +20019,15 @@ def test_token_makes_a_jwt_for_a_user(tmp_path):
         assert done.returncode and done.stdout == "" and "Traceback" not in done.stderr, arguments
 
 
+def test_token_says_when_its_user_is_disabled(tmp_path):
+    shut_out = {"alice": {"password": PASSWORD_HASH, "enabled": False}}
+    config = settings({"echo": {}}, server={"jwt_secret": JWT_SECRET}, users=shut_out)
+    (tmp_path / "relay.json").write_text(json.dumps(config))
+    done = run("token", "alice", cwd=tmp_path)
+    assert jwt.decode(done.stdout.strip(), JWT_SECRET, ["HS256"])["sub"] == "alice"
+    assert done.stderr.endswith("\nalice is disabled in relay.json: as long as that lasts, the token is refused\n")
+
+
 def test_check_tells_what_would_be_served_and_hides_secrets(tmp_path):
     config = settings({"anthropic": {"base_url": "https://a.example", "keys": ["sk-very-secret"]},
     "echo": {}},
