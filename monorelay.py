@@ -8704,6 +8704,9 @@ class Turns:
         return action
 
 
+NO_MEMORY = (MemoryError, SystemError)  # the latter where CPython has none for the former
+
+
 class Sides(NamedTuple):
     """What is called later for clients, and for providers: neither side waits for many of the other."""
 
@@ -8738,6 +8741,7 @@ class EventLoop:
         self.long_worker = Worker()  # for those that are too long for others of that worker to wait for,
         # and for the steps of TLS with providers, by host: they wait for others of the same provider only.
         self.handshakes: collections.defaultdict[str, Worker] = collections.defaultdict(Worker)
+        self.make_room: Callable[[], object] = lambda: None  # called when there is no memory for a turn
         self._stopped = False
         self._posted: collections.deque[Action] = collections.deque()
         self._wakeup_reader, self._wakeup_writer = socket.socketpair()
@@ -8777,6 +8781,9 @@ class EventLoop:
             try:
                 self._turn()
             except Exception as fault:  # what was not reached comes again in the next turn
+                if isinstance(fault, NO_MEMORY):
+                    self.now = self.clock()
+                    self.make_room()
                 self.warn(f"internal error: {describe(fault)}")
                 time.sleep(TICK_SECONDS)
         self._wakeup_pending = True  # so that post() sends no more
@@ -8949,6 +8956,22 @@ class Worker:
             del run  # else what it holds would be kept until the next call
 
 
+def outlast_shortage(run: Callable[[], Result]) -> Result:
+    """What run() returns, which is called again where there was no memory for it: what serves must go on."""
+    while True:
+        try:
+            return run()
+        except NO_MEMORY:
+            time.sleep(TICK_SECONDS)
+
+
+def serve_in_thread(name: str, run: Callable[[], None]) -> threading.Thread:
+    """A thread that serves for as long as run() does. Raises RuntimeError when the system gives out no more threads."""
+    thread = threading.Thread(target=outlast_shortage, args=(run,), name=name, daemon=True)
+    thread.start()
+    return thread
+
+
 def start_thread(run: Callable[[], None]) -> None:
     """Calls run() in a thread of its own. Raises RuntimeError when the system gives out no more threads."""
     threading.Thread(target=run, name="worker", daemon=True).start()
@@ -9029,7 +9052,7 @@ class LogWriter:
 
     def start(self) -> None:
         """Starts the thread."""
-        threading.Thread(target=self._run, name="log", daemon=True).start()
+        serve_in_thread("log", self._run)
 
     def record(self, record: AccessRecord, now: float) -> None:
         """Takes the line of a request that ends now."""
@@ -9206,9 +9229,7 @@ class LedgerWriter:
         self._started = True
         if self._keeping and not self._thread:
             self._flush()
-            thread = threading.Thread(target=self._run, name="ledger", daemon=True)
-            thread.start()
-            self._thread = thread
+            self._thread = serve_in_thread("ledger", self._run)
 
     def put(self, row: LedgerRow) -> None:
         """Queues a row. When too many wait, it is dropped, and only what it has cost is kept."""
@@ -12930,7 +12951,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         """Posts the connection's task to the event loop."""
-        self.loop.post(lambda: self.loop.start(self._serve(), self.network))
+        self.loop.post(self._begin)
+
+    def _begin(self) -> None:
+        try:
+            self.loop.start(self._serve(), self.network)
+        except MemoryError:  # nobody else would close it
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self.server.release(self)
+        self.request.close()
 
     def finish(self) -> None:
         """Does nothing, where socketserver would close: the event loop serves the connection from now on."""
@@ -12960,9 +12991,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Serves request after request, and closes the connection in the end."""
         try:
             self.channel = Channel(self.request, self.loop, UNKNOWN_HELD_BYTES)
-        except OSError:  # the system watches no more sockets
-            self.server.release(self)
-            self.request.close()
+        except (OSError, MemoryError):  # the system watches no more sockets
+            self._give_up()
             return
         self.task = self.loop.current
         self.task.client = self.channel
@@ -13260,6 +13290,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self.service = Service(config, self.log, place, clock)
         self.handlers: set[Handler] = set()  # of all connections; the thread that accepts adds to it
         self.service.connections = self.handlers
+        self.service.loop.make_room = lambda: self.service.relay.connections.close() or self.make_room()
         self.served: set[Handler] = set()  # those that max_connections admits
         # Of these, those between two requests or behind the last one; and those that are busy and haven't shown a
         # token, and since when. Those for longest come first.
@@ -13329,12 +13360,10 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Starts its threads: one writes the log, one the ledger if any, one serves, one accepts at each address."""
         self.log.start()
         self.service.ledger.start()  # before the first request: it reads what users have spent
-        threading.Thread(target=self.service.loop.run, name="event loop", daemon=True).start()
-        threading.Thread(target=self.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+        serve_in_thread("event loop", self.service.loop.run)
+        serve_in_thread("accept", self._accept_first)
         for listener in self._listeners[1:]:
-            thread = threading.Thread(target=self._accept_from, args=(listener,), name="accept more", daemon=True)
-            self._acceptors.append(thread)
-            thread.start()
+            self._acceptors.append(serve_in_thread("accept more", functools.partial(self._accept_from, listener)))
         self._started = True
 
     def reload(self, config: Config, warns: bool = True) -> None:
@@ -13357,8 +13386,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
         clock = self.service.loop.clock
         deadline = clock() + drain_seconds
         if self._started:
+            self.shutdown()  # which waits until serve_forever() has begun and ended
             self._accepting = False
-            self.shutdown()
             for thread in self._acceptors:
                 thread.join()
             self._accept_rest()
@@ -13444,6 +13473,11 @@ class RelayServer(http.server.ThreadingHTTPServer):
             raise
         tune(sock)
         return sock, address
+
+    def _accept_first(self) -> None:
+        """Accepts at the first address, until the server stops."""
+        if self._accepting:
+            self.serve_forever(0.1)
 
     def _accept_from(self, listener: socket.socket) -> None:
         """Does for the second address of localhost what serve_forever() does for the first one."""
@@ -14108,7 +14142,7 @@ class Supervisor:
         server = RelayServer(self._file.config, None, self._listeners, place)
         operator = Operator(server, self._file, parent, place.worker == 0)
         server.start()
-        return operator.run(signals)
+        return outlast_shortage(lambda: operator.run(signals))
 
     def _reap(self) -> Iterator[tuple[int, float]]:
         """The workers that have ended, and when each was started."""
@@ -15525,7 +15559,7 @@ def run_serve(options: JsonDict) -> int:
     operator = Operator(server, file)
     server.log.announce(lines)
     server.start()
-    return outlast_script(lambda: operator.run(signals))
+    return outlast_script(lambda: outlast_shortage(lambda: operator.run(signals)))
 
 
 def describe_config(config: Config) -> Iterator[str]:

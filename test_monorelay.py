@@ -9123,6 +9123,40 @@ def test_what_there_is_no_memory_for_breaks_its_own_connection_only(relay, monke
     assert "internal error" not in it.log.getvalue()
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_connections_are_accepted_after_a_moment_without_memory(relay, monkeypatch, host):
+    accept, failures = monorelay.RelayServer._accept, [MemoryError, MemoryError]
+
+    def accept_or_fail(*arguments: Any) -> tuple[socket.socket, Any]:
+        if failures:
+            raise failures.pop()
+        return accept(*arguments)
+
+    monkeypatch.setattr(monorelay.RelayServer, "_accept", accept_or_fail)
+    it = relay({"echo": {}}, server={"host": host})
+    assert it.ask("GET", "/health").status == 200 and not failures
+    assert it.ask("GET", "/health").status == 200
+
+
+def test_idle_connections_make_room_where_there_is_no_memory_to_look_at_them(relay, monkeypatch):
+    it = relay({"echo": {}})
+    loop, select = it.server.service.loop, it.server.service.loop.selector.select
+    with it.client() as client:
+        assert client.ask("GET", "/health").status == 200
+        eventually(lambda: it.server.idle)
+
+        def select_among_few(timeout: float) -> Any:
+            if it.server.handlers:
+                raise MemoryError
+            return select(timeout)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(loop.selector, "select", select_among_few)
+            loop.post(lambda: None)
+            assert client.rest() == b""
+    assert it.ask("GET", "/health").status == 200
+
+
 def test_a_task_that_gives_way_goes_on_in_its_turn_whatever_happens_meanwhile(looping):
     told: list[str] = []
 
