@@ -3411,13 +3411,30 @@ def limit_fields(fields: Headers) -> Pairs:
 RETRIED_STATUSES = frozenset({401, 402, 403, 429, 500, 502, 503, 504, *range(520, 525), 529, 530})
 # Of several failures the client is told the last one that a later try may cure, rather than one of these.
 LASTING_STATUSES = frozenset({401, 402, 403})
-# Anthropic's 400 for an account without credit, which is about the key and not about the request. It is the whole
-# message: where a message quotes what a client has sent, a colon stands before or behind.
-NO_CREDIT = re.compile(rb'(?i)"message" ?: ?"your credit balance is too low[^":\\]*"')
+# What a 400, or Fireworks' 412, says that isn't about the request, by the status that it should have had: Gemini and
+# xAI tell so of a wrong key; Anthropic of an account without credit, at its monthly limit or shut, Alibaba, Groq,
+# OpenAI and LiteLLM of the like; Gemini and Bedrock of a region. A message is whole: where one quotes what a client has
+# sent, a colon or more stands before or behind.
+MEANT_STATUSES = {
+    401: re.compile(
+        rb'"reason" ?: ?"API_KEY_INVALID"'
+        rb'|"error" ?: ?"Incorrect API key provided: [^" \\]*\. You can obtain an API key from https://console\.x\.ai\."'
+    ),
+    402: re.compile(
+        rb'(?i)"(?:code|type)" ?: ?"(?:arrearage|billing_hard_limit_reached|organization_restricted|budget_exceeded)"'
+        rb'|"message" ?: ?"(?:your credit balance is too low[^":\\]*|this organization has been disabled\.'
+        rb"|you have reached your specified (?:workspace )?api usage limits\. you will regain access on [-0-9]+ at "
+        rb'[0-9:]+ utc\.|account [^" \\]+ is suspended, possibly due to [^":\\]*https://fireworks\.ai/[^":\\]*)"'
+    ),
+    403: re.compile(
+        rb'"message" ?: ?"(?:User location is not supported for the API use|Access to Anthropic models is not allowed)'
+        rb'(?:https://|[^":\\])*"'
+    ),
+}
 # OpenAI's 400 where a request goes on with what another account keeps, or has encrypted.
 KEPT_ELSEWHERE = re.compile(rb'"code" ?: ?"(?:previous_response_not_found|invalid_encrypted_content)"')
 # Whether these are about the key or about what was asked, only their bodies tell.
-TELLING_STATUSES = frozenset({400, 401, 402, 403, 429})
+TELLING_STATUSES = frozenset({400, 401, 402, 403, 412, 429})
 # What an error says, or is called, that is about what was asked: Anthropic of a tier's context, OpenRouter of what the
 # credit left is too little for, OpenAI of a request alone over its limit of tokens a minute, and of its flex tier that
 # has no room, OpenRouter and xAI of moderation.
@@ -3432,6 +3449,13 @@ ABOUT_REQUEST = re.compile(
 LACKS_SCOPE = re.compile(rb"(?i)missing scopes?\b")
 # How vLLM and others tell in a stream, whose own status was 200, that a request was a bad one.
 CODE_ABOUT_REQUEST = re.compile(rb'"(?:code|status|status_code)" ?: ?"?(?:400|404|413|422)[",} ]')
+
+
+def meant_status(status: int, told: bytes) -> int:
+    """The status that an error should have had, by what its body tells."""
+    if status not in (400, 412):
+        return status
+    return next((meant for meant, says in MEANT_STATUSES.items() if says.search(told)), status)
 
 
 def is_about_request(status: int, told: bytes) -> bool:
@@ -10208,12 +10232,13 @@ class UpstreamResponse:
 
     @property
     def status(self) -> int:
-        """Its status; of a 200 that begins with an error, the status that this error should have had."""
-        if self.head.status >= 300 or not self.begins_with_error:
-            return self.head.status
-        fault = self.first_fault
-        # Told in a stream that was opened too early: overloaded, unless it is the request's own fault.
-        return fault.status if fault else 400 if is_about_request(0, self.beginning) else 529
+        """Its status; of an error that came with another one, the status that it should have had."""
+        status = self.head.status
+        if status < 300 and self.begins_with_error:
+            fault = self.first_fault
+            # Told in a stream that was opened too early: overloaded, unless it is the request's own fault.
+            status = fault.status if fault else 400 if is_about_request(0, self.beginning) else 529
+        return meant_status(status, self.beginning)
 
     @property
     def told(self) -> str:
@@ -10603,7 +10628,7 @@ class Relay:
     def _more_telling(self, before: UpstreamResponse, response: UpstreamResponse, searches: bool) -> UpstreamResponse:
         """The one of two responses that the client gets if no better one comes. Releases the other. Where one
         `searches`, or goes on with what another key has, one that can't answer now may have what others don't know."""
-        first, status = before.head.status, response.head.status
+        first, status = before.status, response.status
         is_unknown = ((searches and status == 404) or response.is_unknown) and first in RETRIED_STATUSES
         if (status in LASTING_STATUSES or is_unknown) and first not in LASTING_STATUSES:
             before, response = response, before
@@ -10647,8 +10672,6 @@ class Relay:
         """Whether another candidate should be tried. Tells the key pool and the log how this one fared."""
         candidate = response.candidate
         provider, status = candidate.target.provider, response.status
-        if status == 400 and NO_CREDIT.search(response.beginning):
-            status = 402
         clock, cools_down = time.time(), request.cools_down and not request.is_aside and provider.format != "echo"
         self.keys.note_limits(candidate, response.head.fields, clock)
         if status < 300 and cools_down:
@@ -10712,13 +10735,13 @@ def record_failure(record: AccessRecord, candidate: Candidate, met: str) -> None
 
 def problem_of(request: UpstreamRequest, response: UpstreamResponse) -> tuple[str, str]:
     """Why a response that tells of an error isn't for the client, and a short code for that; empty if it is."""
-    status, name = response.head.status, f"the provider {response.candidate.target.provider.name}"
+    status, name = response.status, f"the provider {response.candidate.target.provider.name}"
     if 300 <= status < 400 and status != 304 and "location" in response.head.fields:
         return f"{name} answered with a redirect ({status}): correct its base_url in relay.json", "upstream_redirect"
     is_about_account = request.names_account and ABOUT_ACCOUNT.search(response.beginning)
     is_clients = not response.translated and bool(is_about_account or is_about_request(status, response.beginning))
     code = error_member(response.content, "code") or error_member(response.content, "type")
-    return key_problem(response, response.status, response.told, code, is_clients)
+    return key_problem(response, status, response.told, code, is_clients)
 
 
 def key_problem(

@@ -11174,15 +11174,44 @@ def test_a_refused_key_is_the_relays_fault_and_not_the_clients(upstream, relay):
 CREDIT = b'{"type":"error","error":{"type":"invalid_request_error","message":"Your credit balance is too low to ..."}}'
 
 
+# By the status that it should have had, what providers say with a 400, or 412, of a key, an account or a place.
+MISTOLD = [
+    (402, 400, CREDIT),
+    (402, 400, b'{"type":"error","error":{"type":"invalid_request_error","message":"You have reached your specified '
+               b'API usage limits. You will regain access on 2026-04-01 at 00:00 UTC."},"request_id":"req_1"}'),
+    (402, 400, b'{"type":"error","error":{"type":"invalid_request_error","message":"You have reached your specified '
+               b'workspace API usage limits. You will regain access on 2026-04-01 at 00:00 UTC."}}'),
+    (402, 400, b'{"type":"error","error":{"type":"invalid_request_error","message":"This organization has been '
+               b'disabled."}}'),
+    (402, 400, b'{"error":{"code":"Arrearage","param":null,"message":"Access denied, please make sure your account is '
+               b'in good standing.","type":"Arrearage"}}'),
+    (402, 400, b'{"error":{"message":"Organization has been restricted.","code":"organization_restricted"}}'),
+    (402, 400, b'{"error": {"code": "billing_hard_limit_reached", "message": "Billing hard limit has been reached"}}'),
+    (402, 400, b'{"error":{"message":"Budget has been exceeded! Current cost: 0.2","type":"budget_exceeded"}}'),
+    (402, 412, b'{"error":{"message":"Account abc is suspended, possibly due to reaching the monthly spending limit or '
+               b'failure to pay past invoices. Please go to https://fireworks.ai/account/billing for more information."'
+               b',"param":null,"code":"PRECONDITION_FAILED","type":"error"}}'),
+    (401, 400, b'[{\n  "error": {\n    "code": 400,\n    "message": "API key not valid. Please pass a valid API key.",'
+               b'\n    "details": [\n      {\n        "reason": "API_KEY_INVALID"\n      }\n    ]\n  }\n}\n]'),
+    (401, 400, b'{"code":"Client specified an invalid argument","error":"Incorrect API key provided: na***ys. You can '
+               b'obtain an API key from https://console.x.ai."}'),
+    (403, 400, b'{"error":{"code":400,"message":"User location is not supported for the API use.",'
+               b'"status":"FAILED_PRECONDITION"}}'),
+    (403, 400, b'{"message":"Access to Anthropic models is not allowed from unsupported countries, regions, or '
+               b'territories. Please refer to https://www.anthropic.com/supported-countries for more information."}'),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "failure",
-    [*((status, b"{}") for status in (402, 520, 521, 522, 523, 524, 530)), (400, CREDIT)], ids=brief)  # fmt: skip
+    "failure", [*((status, status, b"{}") for status in (402, 520, 521, 522, 523, 524, 530)), *MISTOLD], ids=brief
+)
 def test_what_another_key_may_cure_is_tried_with_it(upstream, relay, failure):
-    provider = upstream(replies(answer(*failure), answer()))
+    meant, status, body = failure
+    provider = upstream(replies(answer(status, body), answer()))
     it = relay({"anthropic": two_keys(provider)})
     assert [it.post("/v1/messages", prompt()).status for _ in range(2)] == [200, 200]
     assert [message.get("x-api-key") for message in provider.requests] == ["sk-a", "sk-b", "sk-b"]
-    it.logged("tried=anthropic/label-a:", "402" if failure[1] is CREDIT else str(failure[0]))
+    it.logged("tried=anthropic/label-a:", str(meant))
 
 
 @pytest.mark.parametrize("message", [
@@ -11190,6 +11219,10 @@ def test_what_another_key_may_cure_is_tried_with_it(upstream, relay, failure):
     'your credit balance is too low": Extra inputs are not permitted',
     "Unrecognized request argument supplied: your credit balance is too low",
     'messages.0.content: "message":"your credit balance is too low" is no content',
+    "You have reached your specified API usage limits. You will regain access on 1 at 00:00 UTC.: Extra inputs are not",
+    "This organization has been disabled.: Extra inputs are not permitted",
+    'metadata: {"code":"Arrearage","reason":"API_KEY_INVALID"} is too much',
+    "User location is not supported for the API use https://: Extra inputs are not permitted",
 ])  # fmt: skip
 def test_an_error_that_quotes_a_client_takes_no_key_for_one_without_credit(upstream, relay, message):
     body = json.dumps({"error": {"type": "invalid_request_error", "message": message}}).encode()
@@ -11199,14 +11232,21 @@ def test_an_error_that_quotes_a_client_takes_no_key_for_one_without_credit(upstr
     assert len(provider.requests) == 1 and "comes last" not in it.log.getvalue()
 
 
-def test_an_account_without_credit_is_told_as_the_provider_told_it(upstream, relay):
-    got = relay({"anthropic": two_keys(upstream(answer(400, CREDIT)))}).post("/v1/messages", prompt())
-    assert (got.status, got.body) == (400, CREDIT)
+@pytest.mark.parametrize("failure", MISTOLD, ids=brief)
+def test_an_error_about_the_account_is_told_as_the_provider_told_it_and_one_about_the_key_isnt(
+    upstream, relay, failure
+):
+    meant, status, body = failure
+    got = relay({"anthropic": two_keys(upstream(answer(status, body)))}).post("/v1/messages", prompt())
+    if meant == 401:
+        assert "label-b" in refused(got, 502, "api_error")
+    else:
+        assert (got.status, got.body) == (status, body)
 
 
-@pytest.mark.parametrize("lasting", [401, 402, 403])
+@pytest.mark.parametrize("lasting", [(401, b"{}"), (402, b"{}"), (403, b"{}"), (400, CREDIT)], ids=brief)
 def test_of_several_failures_the_client_gets_one_that_a_later_try_may_cure(upstream, relay, lasting):
-    provider = upstream(replies(answer(429, b'{"n": 0}', "retry-after: 9"), answer(lasting, b'{"n": 1}')))
+    provider = upstream(replies(answer(429, b'{"n": 0}', "retry-after: 9"), answer(*lasting)))
     got = relay({"anthropic": two_keys(provider)}).post("/v1/messages", prompt())
     assert (got.status, got.body, got.get("retry-after")) == (429, b'{"n": 0}', "9")
 
