@@ -2705,15 +2705,14 @@ def charge_of(prices: Prices, provider: Provider, model: str, used: Used) -> Opt
 
 def find_price(prices: Prices, provider: Provider, model: str) -> Optional[Price]:
     """The price of a model by its name, by that without a date, or by the provider's name before it; exact names go
-    before patterns."""
+    before patterns, of which the first counts that matches one of these."""
     names = (model, DATE_SUFFIX.sub("", model), f"{provider.name}/{model}")
     for name in names:
         if name in prices.by_name:
             return prices.by_name[name]
-    for name in names:
-        for pattern, price in prices.by_pattern:
-            if matches(name, pattern):
-                return price
+    for pattern, price in prices.by_pattern:
+        if any(matches(name, pattern) for name in names):
+            return price
     return None
 
 

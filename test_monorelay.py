@@ -2191,6 +2191,10 @@ def test_prices_by_pattern_are_usd_per_million_and_the_first_match_counts():
     assert cost("openai", "llama-4", used(1), prices) is None
     assert cost("openai", "gpt-5", used(4, output=1), prices) == 15_000
     assert cost("openai", "odd[1", used(1), prices) == 1000
+    prices = {"claude-opus-4-5": {"input": 5, "output": 25}, "second/*": {"input": 0, "output": 0},
+              "*": {"input": 0.1, "output": 0.1}}  # fmt: skip
+    assert cost("anthropic", "claude-opus-4-5-20251101", used(1), prices) == 5000
+    assert [cost(provider, "gpt-5", used(1), prices) for provider in ("openai", "second")] == [100, 0]
     assert monorelay.cost_of(None, parse(PRICED).providers["openai"], "gpt-5", used(1)) is None
 
 
