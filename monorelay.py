@@ -1416,6 +1416,9 @@ def litellm_price(name: str, given: JsonDict) -> Price:
         rate = litellm_rate(field)
         if rate and value is not None:
             rates[rate] = price_number(value, f"{name}.{field}")
+    pictures = given.get("output_cost_per_image_token")  # of a model that makes nothing else
+    if pictures is not None:
+        rates.setdefault(("output", "", 0), price_number(pictures, f"{name}.output_cost_per_image_token"))
     factors = given.get("provider_specific_entry")
     factors = factors if isinstance(factors, dict) else {}
     numbers = {word: factor for word, factor in factors.items() if type(factor) in (int, float) and 0 < factor < 1000}

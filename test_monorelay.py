@@ -2181,6 +2181,13 @@ def test_exact_names_go_before_patterns_in_a_list_of_litellms_form():
         assert cost("anthropic", model, used(1), prices) == nano_usd, model
 
 
+def test_pictures_cost_what_a_list_of_litellms_form_says_of_their_tokens():
+    painter = {"input_cost_per_token": 5e-6, "output_cost_per_image_token": 4e-5}
+    prices = {"painter": painter, "writer": {**painter, "output_cost_per_token": 1e-5}}
+    assert cost("openai", "painter", used(1, output=10), prices) == 5000 + 400_000
+    assert cost("openai", "writer", used(1, output=10), prices) == 5000 + 100_000
+
+
 def test_prices_by_pattern_are_usd_per_million_and_the_first_match_counts():
     prices = {"//": "mine", "claude-opus-4-1*": {"input": 15, "output": 75}, "claude-*": {"input": 3, "output": 15,
               "cache_read": 0, "cache_write": 3.75}, "second/llama*": {"input": 0.1, "output": 0.3, "//": "guessed"},
