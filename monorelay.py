@@ -2670,7 +2670,8 @@ RATE_FACTORS = {
     "anthropic": {"cache_read": 0.1, "cache_write": 1.25, "cache_write_long": 2.0},
     "openai": {"cache_read": 1.0, "cache_write": 1.25, "cache_write_long": 2.5},
 }
-DATE_SUFFIX = re.compile(r"[-@](?:20[0-9]{6}|20[0-9]{2}-[0-9]{2}-[0-9]{2})$")
+# What a price list leaves out of a name: a date, and of a model that was tuned for somebody whose it is.
+OWN_SUFFIX = re.compile(r"[-@](?:20[0-9]{6}|20[0-9]{2}-[0-9]{2}-[0-9]{2})$|(?<=^ft:)([^:]+):.*")
 
 
 def cost_of(prices: Optional[Prices], provider: Provider, model: str, used: Used) -> Optional[int]:
@@ -2707,9 +2708,9 @@ def charge_of(prices: Prices, provider: Provider, model: str, used: Used) -> Opt
 
 
 def find_price(prices: Prices, provider: Provider, model: str) -> Optional[Price]:
-    """The price of a model by its name, by that without a date, or by the provider's name before it; exact names go
-    before patterns, of which the first counts that matches one of these."""
-    names = (model, DATE_SUFFIX.sub("", model), f"{provider.name}/{model}")
+    """The price of a model by its name, by that without a date or an owner, or by the provider's name before it; exact
+    names go before patterns, of which the first counts that matches one of these."""
+    names = (model, OWN_SUFFIX.sub(r"\1", model), f"{provider.name}/{model}")
     for name in names:
         if name in prices.by_name:
             return prices.by_name[name]

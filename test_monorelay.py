@@ -2179,6 +2179,10 @@ def test_exact_names_go_before_patterns_in_a_list_of_litellms_form():
         ("gpt-5", None),
     ):  # fmt: skip
         assert cost("anthropic", model, used(1), prices) == nano_usd, model
+    prices = {"ft:gpt-4o-2024-08-06": dear, "gpt-4o": cheap}
+    assert cost("openai", "ft:gpt-4o-2024-08-06:org:name:id", used(1), prices) == 2000
+    assert cost("openai", "ft:gpt-4o-2024-08-06:org::id", used(1), prices) == 2000
+    assert cost("openai", "ft:gpt-4o:org::id", used(1), prices) is None
 
 
 def test_pictures_cost_what_a_list_of_litellms_form_says_of_their_tokens():
