@@ -3450,8 +3450,10 @@ ABOUT_REQUEST = re.compile(
 
 # OpenAI's 401 for a restricted key that may use other paths, such as chats and not responses.
 LACKS_SCOPE = re.compile(rb"(?i)missing scopes?\b")
-# How vLLM and others tell in a stream, whose own status was 200, that a request was a bad one.
-CODE_ABOUT_REQUEST = re.compile(rb'"(?:code|status|status_code)" ?: ?"?(?:400|404|413|422)[",} ]')
+# How vLLM, Responses and others tell in a stream, whose own status was 200, that a request was a bad one.
+CODE_ABOUT_REQUEST = re.compile(
+    rb'"(?:code|status|status_code)" ?: ?"?(?:400|404|413|422|invalid_prompt|(?:[a-z]+_)*image(?:_[a-z]+)*)[",} ]'
+)
 
 
 def meant_status(status: int, told: bytes) -> int:
@@ -4160,7 +4162,12 @@ STREAM_ENDS = re.compile(
 )
 ENDS_IN_NAME = re.compile(rb"(?:^|[\r\n])event:[^\r\n]*(?:\r\n|\n|\r)\Z")  # an event's name without data behind it
 BEGINS_EVENT = re.compile(rb"(?:\xef\xbb\xbf)?[\r\n]*(?:data|event|id|retry)?:")
-FIRST_EVENT_IS_ERROR = re.compile(rb'event: ?error[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"error")')
+# An error stands alone; or, of Responses, in an event that tells of the whole response; or, as OpenRouter sends it, in
+# a chunk of chat, whose texts can't look like this, since their quotation marks are escaped.
+FIRST_EVENT_IS_ERROR = re.compile(
+    rb'event: ?(?:error|response\.failed)[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"(?:error|response\.failed)"'
+    rb'|(?:id|object|model|provider|created)" ?:[^\r\n]*"(?:error" ?: ?\{ ?"|finish_reason" ?: ?"error"))'
+)
 EVENT_IS_ERROR = re.compile(rb"(?:^|[\r\n])(?:%b)" % FIRST_EVENT_IS_ERROR.pattern)
 USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 USAGE_OBJECT = re.compile(rb'"usage" {0,4}:? {0,4}(?:\{|\Z)')  # its opening, or as much of it as has come

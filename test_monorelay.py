@@ -11308,6 +11308,62 @@ def test_an_error_in_a_stream_is_told_in_the_log_and_counted(upstream, relay, pa
     assert it.ask("GET", "/api/usage").json["total"]["errors"] == 1
 
 
+def openrouter_chunk(**members: Any) -> bytes:
+    chunk = {"id": "gen-1", "object": "chat.completion.chunk", "created": 1, "provider": "X", "model": "m", **members}
+    return b"data: %s\n\n" % json.dumps(chunk).encode()
+
+
+def failed_response(code: str, **members: Any) -> bytes:
+    response = {"id": "resp_1", "status": "failed", "error": {"code": code, "message": "x"}, **members}
+    event = {"type": "response.failed", "sequence_number": 2, "response": response}
+    return b"event: response.failed\ndata: %s\n\n" % json.dumps(event).encode()
+
+
+FAILED_CHOICE = [{"index": 0, "delta": {"content": ""}, "finish_reason": "error"}]
+CHAT_WORDS = openrouter_chunk(choices=[{"index": 0, "delta": {"content": "an error"}, "finish_reason": None}])
+RESPONSE_BEGINS = (
+    b"event: response.created\n"
+    b'data: {"type":"response.created","response":{"id":"resp_1","error":null,"tools":[{"finish_reason":"error"}]}}\n\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "first", "later", "cools"),
+    [
+        ("chat/completions", CHAT_WORDS, openrouter_chunk(error={"code": "x"}, choices=FAILED_CHOICE), True),
+        ("chat/completions", CHAT_WORDS, openrouter_chunk(choices=FAILED_CHOICE), True),
+        ("chat/completions", CHAT_WORDS, b'data: {"model":"m","error":{"message":"x"},"choices":[]}\n\n', True),
+        ("chat/completions", CHAT_WORDS, openrouter_chunk(error={"code": 400}, choices=FAILED_CHOICE), False),
+        ("chat/completions", CHAT_WORDS,
+         openrouter_chunk(choices=[{"delta": {"content": '{"error":{"finish_reason":"error"}}'}}]), False),
+        ("responses", RESPONSE_BEGINS, failed_response("server_is_overloaded"), True),
+        ("responses", RESPONSE_BEGINS, failed_response("rate_limit_exceeded"), True),
+        ("responses", RESPONSE_BEGINS, failed_response("invalid_prompt"), False),
+        ("responses", RESPONSE_BEGINS, failed_response("image_too_large"), False),
+        ("responses", RESPONSE_BEGINS, failed_response("context_length_exceeded"), False),
+    ],
+    ids=brief,
+)  # fmt: skip
+def test_a_stream_whose_chunk_or_response_says_that_it_failed_sends_the_next_try_elsewhere(
+    upstream, relay, path, first, later, cools
+):
+    provider = upstream(STREAM_HEAD + chunked(first, later, b"data: [DONE]\n\n"))
+    it = relay({"openai": {"upstream": provider, "keys": ["sk-a", "sk-b"], "key_strategy": "fill-first"}})
+    asked = prompt("gpt-test", stream=True)
+    assert it.post(f"/v1/{path}", asked).body == first + later + b"data: [DONE]\n\n"
+    assert it.post(f"/v1/{path}", asked).status == 200
+    assert [sent.get("authorization")[-1] for sent in provider.requests] == (["a", "b"] if cools else ["a", "a"])
+
+
+def test_a_stream_that_begins_with_a_chunk_that_failed_is_tried_elsewhere(upstream, relay):
+    first = STREAM_HEAD + chunked(openrouter_chunk(error={"code": 502, "message": "x"}, choices=FAILED_CHOICE))
+    second = STREAM_HEAD + chunked(CHAT_WORDS, b"data: [DONE]\n\n")
+    provider = upstream(replies(first, second))
+    it = relay({"openai": {"upstream": provider, "keys": ["sk-a", "sk-b"]}})
+    got = it.post("/v1/chat/completions", prompt("gpt-test", stream=True))
+    assert got.body == CHAT_WORDS + b"data: [DONE]\n\n" and got.get("x-monorelay-attempts") == "2"
+
+
 def test_what_begins_to_cool_and_what_recovers_is_one_warning_each(upstream, relay):
     provider = upstream(replies(answer(529), answer(529), answer(), answer()))
     it = relay({"anthropic": {"upstream": provider, "keys": ["sk-a"]}})
