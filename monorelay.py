@@ -15827,8 +15827,15 @@ def named_targets(config: Config) -> Iterator[tuple[str, list[Target]]]:
                 pass  # it has none
 
 
+# No million tokens cost less than o1-pro's dearest one, of $0.00015.
+LIKE_ONE_TOKEN_USD = 0.0002
+
+
 def price_warnings(config: Config) -> Iterator[str]:
-    """Which models can be called that no budget in USD limits, since they have no price."""
+    """Prices that can't be meant, and models that can be called and that no budget in USD limits, for want of one."""
+    for pattern, price in config.prices.by_pattern if config.prices else ():
+        if 0 < price.rates["input", "", 0] < exact(LIKE_ONE_TOKEN_USD) // 1_000_000:
+            yield f"prices: {pattern}.input looks like USD for one token; write those for a million"
     limited = next((user.name for user in config.users.values() if user.usd_per_day or user.usd_per_month), "")
     if not limited:
         return

@@ -10441,6 +10441,11 @@ def test_routed_models_without_a_price_are_warned_of_where_there_are_budgets():
     assert warnings({"claude-haiku*": rates, "gpt-?": rates, "o3": rates}, **BUDGETED) == [
         for_names.format("llama at second")
     ]
+    a_token = {"gpt-*": {"input": 0.00000125, "output": 0.00001}, "o1-pro": {"input": 0.00015, "output": 0.0006},
+               "cheap": {"input": 0.0002, "output": 1}, "*": {"input": 0, "output": 0}}  # fmt: skip
+    assert warnings(a_token) == [
+        f"prices: {name}.input looks like USD for one token; write those for a million" for name in ("gpt-*", "o1-pro")
+    ]
     (missing,) = (line for line in monorelay.config_warnings(parse(**BUDGETED)) if line.startswith("prices: "))
     assert missing.startswith("prices: are missing, so that the budget of alice limits nothing")
     assert warnings(LITELLM_PRICES, ledger={"path": "usage.db"}, users={"alice": {"tokens_per_day": 1}}) == []
