@@ -15732,7 +15732,7 @@ def curl_line(config: Config, url: str, token: str) -> str:
 
 # What examples and other programs' settings have in the place of a key.
 LIKE_PLACEHOLDER = "looks like a placeholder or an unexpanded variable; write ${NAME}"
-PLACEHOLDER = re.compile(r"(?i)^\$|^\{\{|^env:|^os\.environ|\.\.\.|^<.*>$|your[-_ ]|changeme|^x+$")
+PLACEHOLDER = re.compile(r"(?i)^\$|^\{\{|^\{?env:|^%.*%$|^os\.environ|\.\.\.|^<.*>$|your[-_ ]|changeme|^x+$")
 REGULAR_EXPRESSION = re.compile(r"\.[*+]|[(|^$\\]")
 
 

@@ -10382,6 +10382,8 @@ def test_a_truth_value_may_come_from_the_environment(given, expected):
 
 DOUBTFUL = {
     "providers.a.keys: key1 looks like a placeholder": {"a": {"keys": ["$ANTHROPIC_API_KEY"]}},
+    "providers.e.keys: key1 looks like a placeholder": {"e": {"format": "openai", "keys": ["{env:OPENAI_API_KEY}"]}},
+    "providers.w.keys: key1 looks like a placeholder": {"w": {"format": "openai", "keys": ["%OPENAI_API_KEY%"]}},
     "providers.b.keys: named looks like a placeholder": {"b": {"keys": [{"key": "sk-ant-...", "label": "named"}]}},
     "providers.c.base_url: its keys travel in clear text": {"c": {"base_url": "http://api.example", "keys": ["k"]}},
     "providers.d.base_url: has no path": {"d": {"format": "openai", "base_url": "https://api.example"}},
