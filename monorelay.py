@@ -2622,7 +2622,7 @@ OPENAI_NAMES = frozenset({
     "cached_tokens",
 })  # fmt: skip
 CHAT_TOTALS = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
-GEMINI_NAMES = CHAT_TOTALS | {"prompt_tokens_details", "service_tier"}
+GEMINI_NAMES = CHAT_TOTALS | {"prompt_tokens_details", "completion_tokens_details", "service_tier"}
 CACHED_NAMES = ("cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens")
 
 
@@ -2635,9 +2635,10 @@ def told_anew(usage: JsonDict, names: Iterable[str]) -> JsonDict:
 
 
 def is_thinking(untold: int, usage: JsonDict, cached: int, written: int) -> bool:
-    """Whether these tokens, which only the total counts, were thought: xAI tells of them apart, Gemini not at all."""
-    thought = counts_of(usage.get("completion_tokens_details")).get("reasoning_tokens")
-    is_gemini = CHAT_TOTALS <= usage.keys() <= GEMINI_NAMES
+    """Whether these tokens, which only the total counts, were thought: xAI and Copilot tell of them apart, Gemini
+    doesn't."""
+    thought = counts_of(usage.get("completion_tokens_details")).get("reasoning_tokens") or usage.get("reasoning_tokens")
+    is_gemini = not thought and CHAT_TOTALS <= usage.keys() <= GEMINI_NAMES
     return untold == thought or (is_gemini and untold not in (cached, written, cached + written))
 
 

@@ -3659,6 +3659,26 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         (10, 8, 0, 0, 653),
         None,
     ),
+    "a chat that tells of its reasoning beside the others, as Copilot's": (
+        "/v1/chat/completions",
+        whole_chat(usage={"completion_tokens": 3, "prompt_tokens": 18, "total_tokens": 121, "reasoning_tokens": 100,
+                          "prompt_tokens_details": {"cached_tokens": 8}}),
+        (10, 8, 0, 0, 103),
+        None,
+    ),
+    "a chat that counts its reasoning beside the others and within, as SGLang's": (
+        "/v1/chat/completions",
+        whole_chat(usage={"completion_tokens": 103, "prompt_tokens": 18, "total_tokens": 121, "reasoning_tokens": 100}),
+        (18, 0, 0, 0, 103),
+        None,
+    ),
+    "Gemini's through a gateway that has a place for reasoning": (
+        "/v1/chat/completions",
+        whole_chat(usage={"prompt_tokens": 9, "completion_tokens": 664, "total_tokens": 1994,
+                          "prompt_tokens_details": {}, "completion_tokens_details": {"reasoning_tokens": 0}}),
+        (9, 0, 0, 0, 1985),
+        None,
+    ),
     "a chat whose total has what was cached besides": (
         "/v1/chat/completions",
         whole_chat(usage={"completion_tokens": 3, "prompt_tokens": 18, "total_tokens": 29,
