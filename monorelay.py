@@ -2592,7 +2592,8 @@ def tokens_of(usage: JsonDict) -> Tokens:
         details = counts_of(given)
         total = counts.get("prompt_tokens", counts.get("input_tokens"))
         output = counts.get("completion_tokens", counts.get("output_tokens"))
-        cached, written = details.get("cached_tokens"), details.get("cache_write_tokens")
+        cached = details.get("cached_tokens")
+        written = details.get("cache_write_tokens", details.get("cache_creation_input_tokens"))  # the latter: Alibaba
         includes = "prompt_tokens" in counts or cached is not None or written is not None
         # DeepSeek and Moonshot have names of their own for what was read.
         read = cached or next((counts[name] for name in CACHED_NAMES if name in counts), None)

@@ -2010,6 +2010,10 @@ def used(input: int, read: int = 0, write: int = 0, long: int = 0, output: int |
         # A gateway that speaks OpenAI's format and tells Anthropic's figures, too.
         ({"prompt_tokens": 100, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 60},
           "cache_read_input_tokens": 60, "cache_creation_input_tokens": 30}, (10, 60, 30, 0, 1)),
+        # Alibaba's explicit caching.
+        ({"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, "prompt_tokens_details": {
+            "cached_tokens": 50, "cache_creation": {"ephemeral_5m_input_tokens": 20}, "cache_type": "ephemeral",
+            "cache_creation_input_tokens": 20}}, (30, 50, 20, 0, 5)),
         # OpenAI, Responses.
         ({"input_tokens": 100, "input_tokens_details": {"cached_tokens": 60}, "output_tokens": 7,
           "output_tokens_details": {"reasoning_tokens": 5}, "total_tokens": 107}, (40, 60, 0, 0, 7)),
