@@ -3418,8 +3418,8 @@ RETRIED_STATUSES = frozenset({401, 402, 403, 429, 500, 502, 503, 504, *range(520
 LASTING_STATUSES = frozenset({401, 402, 403})
 # What a 400, or Fireworks' 412, says that isn't about the request, by the status that it should have had: Gemini and
 # xAI tell so of a wrong key; Anthropic of an account without credit, at its monthly limit or shut, Alibaba, Groq,
-# OpenAI and LiteLLM of the like; Gemini and Bedrock of a region. A message is whole: where one quotes what a client has
-# sent, a colon or more stands before or behind.
+# OpenAI and LiteLLM of the like; Gemini and Bedrock of a region, OpenAI of who isn't verified. A message is whole:
+# where one quotes what a client has sent, a colon or more stands before or behind.
 MEANT_STATUSES = {
     401: re.compile(
         rb'"reason" ?: ?"API_KEY_INVALID"'
@@ -3432,8 +3432,8 @@ MEANT_STATUSES = {
         rb'[0-9:]+ utc\.|account [^" \\]+ is suspended, possibly due to [^":\\]*https://fireworks\.ai/[^":\\]*)"'
     ),
     403: re.compile(
-        rb'"message" ?: ?"(?:User location is not supported for the API use|Access to Anthropic models is not allowed)'
-        rb'(?:https://|[^":\\])*"'
+        rb'"message" ?: ?"(?:User location is not supported for the API use|Access to Anthropic models is not allowed'
+        rb'|Your organization must be verified to stream this model\. Please go to: )(?:https://|[^":\\])*"'
     ),
 }
 # OpenAI's 400 where a request goes on with what another account keeps, or has encrypted.

@@ -11245,6 +11245,9 @@ MISTOLD = [
                b'"status":"FAILED_PRECONDITION"}}'),
     (403, 400, b'{"message":"Access to Anthropic models is not allowed from unsupported countries, regions, or '
                b'territories. Please refer to https://www.anthropic.com/supported-countries for more information."}'),
+    (403, 400, b'{"error":{"message":"Your organization must be verified to stream this model. Please go to: '
+               b'https://platform.openai.com/settings/organization/general and click on Verify Organization.",'
+               b'"type":"invalid_request_error","param":"stream","code":"unsupported_value"}}'),
 ]  # fmt: skip
 
 
