@@ -3035,8 +3035,9 @@ def patterns_in_use() -> dict[tuple[Any, int], set[str]]:
             if isinstance(source, (str, bytes)):
                 found.setdefault((source, re.compile(source).flags), set()).add(node.func.attr)
     for value in vars(monorelay).values():
-        if isinstance(value, re.Pattern):
-            found.setdefault((value.pattern, value.flags), {"match", "search"})
+        for pattern in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(pattern, re.Pattern):
+                found.setdefault((pattern.pattern, pattern.flags), {"match", "search"})
     return found
 
 
