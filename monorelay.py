@@ -10250,7 +10250,7 @@ class UpstreamResponse:
             fault = self.first_fault
             # Told in a stream that was opened too early: overloaded, unless it is the request's own fault.
             status = fault.status if fault else 400 if is_about_request(0, self.beginning) else 529
-        return meant_status(status, self.beginning)
+        return status if status < 300 else meant_status(status, self.beginning)
 
     @property
     def told(self) -> str:
@@ -10702,7 +10702,8 @@ class Relay:
             if cools_down and not own_fault and not (provider.client_keys and status < 500):
                 wait = retry_after_seconds(response.head.fields.get("retry-after", ""), clock)
                 self.keys.failed(candidate, status, wait, self._loop.now, request.by_model)
-        if not (status in RETRIED_STATUSES or (request.searches and status == 404) or response.is_unknown):
+        may_be_elsewhere = status >= 400 and ((request.searches and status == 404) or response.is_unknown)
+        if status not in RETRIED_STATUSES and not may_be_elsewhere:
             return False
         record_failure(request.record, candidate, str(status))
         return True
