@@ -3454,7 +3454,8 @@ ABOUT_REQUEST = re.compile(
 LACKS_SCOPE = re.compile(rb"(?i)missing scopes?\b")
 # How vLLM, Responses and others tell in a stream, whose own status was 200, that a request was a bad one.
 CODE_ABOUT_REQUEST = re.compile(
-    rb'"(?:code|status|status_code)" ?: ?"?(?:400|404|413|422|invalid_prompt|(?:[a-z]+_)*image(?:_[a-z]+)*)[",} ]'
+    rb'"(?:code|status|status_code)" ?: ?"?(?:400|404|413|422|invalid_prompt|(?:bio|cyber)_policy'
+    rb'|misalignment_policy_violation|[a-z0-9_]{0,40}image[a-z0-9_]{0,40})[",} ]'
 )
 
 

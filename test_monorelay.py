@@ -11376,6 +11376,8 @@ RESPONSE_BEGINS = (
         ("responses", RESPONSE_BEGINS, failed_response("invalid_prompt"), False),
         ("responses", RESPONSE_BEGINS, failed_response("image_too_large"), False),
         ("responses", RESPONSE_BEGINS, failed_response("context_length_exceeded"), False),
+        ("responses", RESPONSE_BEGINS, failed_response("invalid_base64_image"), False),
+        ("responses", RESPONSE_BEGINS, failed_response("cyber_policy"), False),
     ],
     ids=brief,
 )  # fmt: skip
@@ -11853,6 +11855,8 @@ def test_errors_are_judged_in_milliseconds():
     for words in (b"c", b"p", b"can only afford ", b"prompt tokens ", b"content_"):
         told = words * (monorelay.PEEKED_BYTES // len(words))
         assert seconds_each(lambda told=told: monorelay.is_about_request(429, told), 3) < 0.02
+    for told in (b'"code":"' + b"image_" * 10_000, b'"code":"' + b"a_" * 30_000, b'"code":"image' * 5_000):
+        assert seconds_each(lambda told=told: monorelay.is_about_request(0, told), 3) < 0.02
 
 
 @pytest.mark.parametrize("status", [401, 403])
