@@ -4166,10 +4166,11 @@ STREAM_ENDS = re.compile(
 ENDS_IN_NAME = re.compile(rb"(?:^|[\r\n])event:[^\r\n]*(?:\r\n|\n|\r)\Z")  # an event's name without data behind it
 BEGINS_EVENT = re.compile(rb"(?:\xef\xbb\xbf)?[\r\n]*(?:data|event|id|retry)?:")
 # An error stands alone; or, of Responses, in an event that tells of the whole response; or, as OpenRouter sends it, in
-# a chunk of chat, whose texts can't look like this, since their quotation marks are escaped.
+# a chunk of chat, whose texts can't look like this, since their quotation marks are escaped. What else a chunk holds
+# can: see is_error().
 FIRST_EVENT_IS_ERROR = re.compile(
     rb'event: ?(?:error|response\.failed)[\r\n]|data: ?\{ ?"(?:error" ?: ?[{"]|type" ?: ?"(?:error|response\.failed)"'
-    rb'|(?:id|object|model|provider|created)" ?:[^\r\n]*"(?:error" ?: ?\{ ?"|finish_reason" ?: ?"error"))'
+    rb'|(id|object|model|provider|created)" ?:[^\r\n]*"(?:error" ?: ?\{ ?"|finish_reason" ?: ?"error"))'
 )
 EVENT_IS_ERROR = re.compile(rb"(?:^|[\r\n])(?:%b)" % FIRST_EVENT_IS_ERROR.pattern)
 USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
@@ -7000,12 +7001,18 @@ def first_fault(content: bytes, is_stream: bool) -> Optional[AnswerFault]:
         return None
     try:
         document = read_answer(next(filter(bytes.strip, EventReader().feed(content)), b"{}") if is_stream else content)
-        choices = listed_objects(document.get("choices"))
-        failed = [choice for choice in choices if choice.get("finish_reason") == "error"]
-        failed = [document] if document.get("error") else failed
-        return fault_of(failed[0]) if failed else None
+        failed = failed_part(document)
+        return fault_of(failed) if failed else None
     except (AnswerFault, RecursionError):
         return None  # which is told when it is translated
+
+
+def failed_part(document: JsonDict) -> Optional[JsonDict]:
+    """What tells of an error in a whole answer or a chunk of chat: it, or a choice in it; None where nothing does."""
+    if document.get("error"):
+        return document
+    choices = listed_objects(document.get("choices"))
+    return next((choice for choice in choices if choice.get("finish_reason") == "error"), None)
 
 
 def error_terms(format: str, fault: AnswerFault) -> tuple[int, str, str, str]:
@@ -10236,7 +10243,8 @@ class UpstreamResponse:
         """Whether it is a stream whose first event is an error, or a translated answer of 200 that is one."""
         if self.translated:
             return self.first_fault is not None
-        return self.is_stream and FIRST_EVENT_IS_ERROR.match(self.content) is not None
+        event = FIRST_EVENT_IS_ERROR.match(self.content) if self.is_stream else None
+        return event is not None and is_error(event)
 
     @property
     def first_fault(self) -> Optional[AnswerFault]:
@@ -10785,6 +10793,18 @@ def upstream_error(content: bytes) -> str:
     return f"upstream:{error_member(content, 'type')}".rstrip(":")
 
 
+def is_error(event: re.Match[bytes]) -> bool:
+    """Whether what looks like an error in a stream is one. In a chunk, Azure tells by an `error` within a choice that
+    it has not filtered the text, and a tool of the client's may have a parameter of that name."""
+    if not event[1]:
+        return True
+    line = DATA_LINE.search(event.string, event.start())
+    try:
+        return line is not None and failed_part(read_answer(line[1])) is not None
+    except AnswerFault:
+        return False
+
+
 def streamed_error(events: bytes) -> str:
     """A provider's error in the events of a stream, as the log has it."""
     types = (error_member(data[1], "type") for data in DATA_LINE.finditer(events))
@@ -11255,7 +11275,7 @@ class Outgoing:
 
     def _look_for_error(self, content: bytes) -> None:
         """Notes whether a stream tells of an error; what stands before that in the same bytes says nothing of it."""
-        event = EVENT_IS_ERROR.search(content)
+        event = next(filter(is_error, EVENT_IS_ERROR.finditer(content)), None)
         if event:
             told = content[event.start() : event.start() + ERROR_BYTES]
             self.failed = not is_about_request(0, told)

@@ -11401,6 +11401,37 @@ def test_a_stream_that_begins_with_a_chunk_that_failed_is_tried_elsewhere(upstre
     assert got.body == CHAT_WORDS + b"data: [DONE]\n\n" and got.get("x-monorelay-attempts") == "2"
 
 
+# As Azure tells in each chunk that its filter doesn't answer, and Assistants of the tools that a client has given.
+UNFILTERED = {"error": {"code": "content_filter_error", "message": "The contents are not filtered"}}
+UNFILTERED_WORDS = openrouter_chunk(
+    choices=[{"index": 0, "finish_reason": None, "delta": {"content": "hi"}, "content_filter_result": UNFILTERED}]
+)
+OWN_TOOLS = b"event: thread.run.created\n" + openrouter_chunk(
+    last_error=None, tools=[{"function": {"parameters": {"properties": {"error": {"type": "string"}}}}}]
+)
+
+
+@pytest.mark.parametrize("words", [UNFILTERED_WORDS, OWN_TOOLS], ids=["azure", "tools"])
+def test_an_error_deep_in_a_chunk_is_none_of_the_stream(upstream, relay, words):
+    sent = words + words + b"data: [DONE]\n\n"
+    provider = upstream(STREAM_HEAD + chunked(sent))
+    it = relay({"openai": {"upstream": provider, "keys": ["sk-a", "sk-b"], "key_strategy": "fill-first"}})
+    for _ in range(2):
+        got = it.post("/v1/chat/completions", prompt("gpt-test", stream=True))
+        assert got.body == sent and got.get("x-monorelay-attempts") == "1"
+    assert [sent.get("authorization")[-1] for sent in provider.requests] == ["a", "a"]
+    assert "upstream:" not in it.log.getvalue()
+
+
+def test_an_error_behind_such_a_chunk_is_seen(upstream, relay):
+    failed = UNFILTERED_WORDS + openrouter_chunk(error={"code": "x"}, choices=FAILED_CHOICE)
+    provider = upstream(STREAM_HEAD + chunked(failed + b"data: [DONE]\n\n"))
+    it = relay({"openai": {"upstream": provider, "keys": ["sk-a", "sk-b"], "key_strategy": "fill-first"}})
+    for _ in range(2):
+        it.post("/v1/chat/completions", prompt("gpt-test", stream=True))
+    assert [sent.get("authorization")[-1] for sent in provider.requests] == ["a", "b"]
+
+
 def test_what_begins_to_cool_and_what_recovers_is_one_warning_each(upstream, relay):
     provider = upstream(replies(answer(529), answer(529), answer(), answer()))
     it = relay({"anthropic": {"upstream": provider, "keys": ["sk-a"]}})
