@@ -14069,15 +14069,19 @@ class Operator:
         self._supervisor = supervisor  # its process id, in a worker
         self._tells = tells  # whether it logs what happens to all workers
         self._in_terminal = in_terminal()
+        self._end = ""  # the signal that ends it, once that has come
+        self._stopping: Optional[threading.Thread] = None  # in which the server stops
 
     def run(self, signals: Signals) -> int:
-        """Serves until SIGTERM, SIGINT or the death of the supervising process; the exit status."""
+        """Serves until SIGTERM, SIGINT or the death of the supervising process; the exit status. May be called again
+        where there was no memory."""
         reloads, supervisor = WORKER_RELOADS if self._supervisor else "SIGHUP", self._supervisor
         while True:
-            name = signals.next(1.0)
+            name = self._end or signals.next(1.0)
             # A SIGHUP asks for a reload, unless it comes since the terminal was closed.
             left = name == reloads and not supervisor and self._in_terminal and not in_terminal()
             if name in ("SIGTERM", "SIGINT", WORKER_CUTS) or left or (supervisor and os.getppid() != supervisor):
+                self._end = name
                 self._drain(signals, name == WORKER_CUTS)
                 return 0
             if name == reloads or self._file.has_changed():
@@ -14099,7 +14103,17 @@ class Operator:
 
     def _drain(self, signals: Signals, cuts: bool) -> None:
         """Stops in good order; another signal, or one that `cuts`, ends the process at once."""
-        server, ends = self._server, (WORKER_CUTS,) if self._supervisor else ("SIGTERM", "SIGINT")
+        ends = (WORKER_CUTS,) if self._supervisor else ("SIGTERM", "SIGINT")
+        stopping = self._stopping = self._stopping or self._stop()
+        while stopping.is_alive():
+            name = "" if cuts else signals.next(0.02)
+            if name in ends or cuts:
+                self._server.tell_of_cut()
+                os._exit(128 + signal.Signals[name or WORKER_CUTS])
+
+    def _stop(self) -> threading.Thread:
+        """The thread in which the server stops from now on."""
+        server = self._server
         running = len(server.running())
         if not self._supervisor:
             what = f": {plural(running, 'request')} {'is' if running == 1 else 'are'} running; a second signal ends "
@@ -14110,11 +14124,7 @@ class Operator:
             stopping.start()
         except RuntimeError:  # the system gives out no more threads, so no second signal is waited for
             server.stop(seconds)
-        while stopping.is_alive():
-            name = "" if cuts else signals.next(0.02)
-            if name in ends or cuts:
-                server.tell_of_cut()
-                os._exit(128 + signal.Signals[name or WORKER_CUTS])
+        return stopping
 
 
 class Supervisor:

@@ -20531,6 +20531,38 @@ def test_a_relay_that_gets_no_thread_any_more_drains_all_the_same(upstream, rela
         client.until(b"message_stop")
 
 
+@pytest.mark.parametrize("at", ["the thread", "a wait"])
+def test_a_relay_drains_after_a_moment_without_memory_too(upstream, relay, monkeypatch, at):
+    gate = threading.Event()
+    it = relay({"anthropic": upstream(gated_stream(gate))})
+    operator = monorelay.Operator(it.server, monorelay.ConfigFile(it.server.service.config, "", {}, ()))
+    start, failures, signals = threading.Thread.start, [MemoryError], ["SIGTERM"]
+
+    def start_or_fail(thread: threading.Thread) -> None:
+        if thread._target == it.server.stop and at == "the thread" and failures:
+            raise failures.pop()
+        start(thread)
+
+    def wait_or_fail(seconds: float) -> str:
+        if signals:
+            return signals.pop()
+        assert seconds < 1, "the signal is forgotten"
+        if failures:
+            raise failures.pop()
+        gate.set()
+        time.sleep(seconds)
+        return ""
+
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        client.until(b"message_start")
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", start_or_fail)
+            run = functools.partial(operator.run, types.SimpleNamespace(next=wait_or_fail))
+            assert monorelay.outlast_shortage(run) == 0 and not failures
+        client.until(b"message_stop")
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="nothing stops a process here")
 def test_what_came_while_the_process_was_stopped_came_in_time(upstream, program):
     gate = threading.Event()
