@@ -214,7 +214,7 @@ LOGIN_BODY_BYTES = 16 * 1024  # who logs in hasn't shown a token yet
 LOGIN_BODY_SECONDS = 20.0  # as for a head
 TRUSTED_ADDRESSES = 1000
 THROTTLED_NAMES = 4096
-THROTTLED_PROBES = 16  # rows in which a name may be counted: to look into each of thousands takes milliseconds
+THROTTLED_PROBES = 64  # rows in which a name may be counted: to look into each of thousands takes milliseconds
 THROTTLED_CHARACTERS = 200  # of each
 COMPARED_PRODUCT = 100_000  # of characters, for "did you mean": 20 ms at worst, 250 names of the usual length
 COMPARED_CHARACTERS = 64
@@ -1887,7 +1887,8 @@ class SharedThrottle:
 
     CELLS = 64  # of a row: there are more than seconds of which the events count
     EMPTY = memoryview(bytes((CELLS - 1) * 8)).cast("Q")
-    BYTES = THROTTLED_NAMES * CELLS * 8  # for each worker; the system gives memory only for what is used
+    ROWS = 2 * THROTTLED_NAMES  # so that so many names find room near the places that their hashes give them
+    BYTES = ROWS * CELLS * 8  # for each worker; the system gives memory only for what is used
 
     def __init__(self, cells: memoryview, worker: int) -> None:
         self._cells = cells  # the rows of all workers, in cells of 64 bits
@@ -1944,7 +1945,7 @@ class SharedThrottle:
     def _rows(self, worker: int, tag: int) -> Iterator[int]:
         """Where the rows begin in which a worker may count a name."""
         for number in range(tag, tag + THROTTLED_PROBES):
-            yield (worker * THROTTLED_NAMES + number % THROTTLED_NAMES) * self.CELLS
+            yield (worker * self.ROWS + number % self.ROWS) * self.CELLS
 
     def _last_use(self, row: int) -> int:
         """By which rows are put in the order in which their names were last asked for."""

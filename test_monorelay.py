@@ -1404,7 +1404,8 @@ def test_processes_that_race_let_exactly_so_many_through():
 
 
 def test_names_that_a_shared_throttle_finds_at_one_place_are_counted_apart(monkeypatch):
-    monkeypatch.setattr(monorelay.SharedThrottle, "_tag", staticmethod(lambda name: len(name) * 4096 + 4095))
+    rows = monorelay.SharedThrottle.ROWS
+    monkeypatch.setattr(monorelay.SharedThrottle, "_tag", staticmethod(lambda name: len(name) * rows + rows - 1))
     shared = shared_throttles(2)
     for name, count in (("a", 1), ("bb", 2), ("ccc", 3)):
         for number in range(count):
@@ -1420,6 +1421,12 @@ def test_a_shared_throttle_takes_no_name_for_another_however_many_there_are():
     begun = time.process_time()
     assert sum(shared[0].left(name, 2, 400) == 2 for name in names) == len(names)
     assert time.process_time() - begun < 0.5  # else a page of the owner's holds up all others
+
+
+def test_a_shared_throttle_limits_as_many_names_as_a_throttle_remembers():
+    shared, names = shared_throttles(2), [f"student{number}" for number in range(monorelay.THROTTLED_NAMES)]
+    passed = [sum(not shared[turn % 2].wait_seconds(name, 2, 100 + turn) for name in names) for turn in range(6)]
+    assert passed == [len(names), len(names), 0, 0, 0, 0]
 
 
 def test_a_shared_throttle_forgets_the_names_that_were_asked_for_the_longest_ago():
