@@ -12557,9 +12557,10 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
     if exchange.is_restricted() and names_model:
         raise hidden_model(exchange.caller)
     if names_model:
-        exchange.count(may_cost=not path.endswith("/cancel"))
+        may_cost = not path.endswith("/cancel")
+        exchange.count(may_cost=may_cost)
         # Servers have models of their own for such as pictures. What is stored tells its usage once more.
-        exchange.may_tell_usage = not path.startswith(SEARCHED_PATHS)
+        exchange.may_tell_usage = may_cost and not path.startswith(SEARCHED_PATHS)
     searches = method in ("GET", "HEAD", "DELETE") and path.startswith(SEARCHED_PATHS)
     everywhere = [provider]
     if searches and provider.format != "echo":
