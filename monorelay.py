@@ -3419,15 +3419,16 @@ RETRIED_STATUSES = frozenset({401, 402, 403, 429, 500, 502, 503, 504, *range(520
 LASTING_STATUSES = frozenset({401, 402, 403})
 # What a 400, or Fireworks' 412, says that isn't about the request, by the status that it should have had: Gemini and
 # xAI tell so of a wrong key; Anthropic of an account without credit, at its monthly limit or shut, Alibaba, Groq,
-# OpenAI and LiteLLM of the like; Gemini and Bedrock of a region, OpenAI of who isn't verified. A message is whole:
-# where one quotes what a client has sent, a colon or more stands before or behind.
+# OpenAI and LiteLLM of the like; Gemini and Bedrock of a region, OpenAI of who isn't verified. A code is the error's
+# own, and a message whole: where one quotes what a client has sent, a colon or more stands before or behind.
 MEANT_STATUSES = {
     401: re.compile(
         rb'"reason" ?: ?"API_KEY_INVALID"'
         rb'|"error" ?: ?"Incorrect API key provided: [^" \\]*\. You can obtain an API key from https://console\.x\.ai\."'
     ),
     402: re.compile(
-        rb'(?i)"(?:code|type)" ?: ?"(?:arrearage|billing_hard_limit_reached|organization_restricted|budget_exceeded)"'
+        rb'(?i)\A\s*\{(?:\s*"error"\s*:\s*\{)?[^][{}]*"(?:code|type)" ?: ?'
+        rb'"(?:arrearage|billing_hard_limit_reached|organization_restricted|budget_exceeded)"'
         rb'|"message" ?: ?"(?:your credit balance is too low[^":\\]*|this organization has been disabled\.'
         rb"|you have reached your specified (?:workspace )?api usage limits\. you will regain access on [-0-9]+ at "
         rb'[0-9:]+ utc\.|account [^" \\]+ is suspended, possibly due to [^":\\]*https://fireworks\.ai/[^":\\]*)"'

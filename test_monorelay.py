@@ -11282,7 +11282,8 @@ def test_what_another_key_may_cure_is_tried_with_it(upstream, relay, failure):
     "User location is not supported for the API use https://: Extra inputs are not permitted",
 ])  # fmt: skip
 def test_an_error_that_quotes_a_client_takes_no_key_for_one_without_credit(upstream, relay, message):
-    body = json.dumps({"error": {"type": "invalid_request_error", "message": message}}).encode()
+    quoted = {"input": {"type": "budget_exceeded"}}  # as FastAPI does
+    body = json.dumps({"error": {"type": "invalid_request_error", "message": message}, "detail": [quoted]}).encode()
     provider = upstream(answer(400, body))
     it = relay({"anthropic": two_keys(provider)})
     assert it.post("/v1/messages", prompt()).body == body
@@ -16746,6 +16747,7 @@ def test_what_names_no_model_counts_for_a_budget_if_its_answer_tells_tokens(
         assert (rows[-1]["model"], rows[-1]["input"], rows[-1]["output"]) == ("", 50, 4160)
     else:
         assert it.ask("GET", "/api/requests", token=ALICE).json["rows"] == []
+        assert b'requests_total{user="alice"' not in it.ask("GET", "/metrics").body
 
 
 @pytest.mark.parametrize("model", ["", "a" * 300, "a" * 9000, "a\x00b"], ids=brief)
