@@ -11431,6 +11431,21 @@ def test_an_error_deep_in_a_chunk_is_none_of_the_stream(upstream, relay, words):
     assert "upstream:" not in it.log.getvalue()
 
 
+@pytest.mark.timed
+@pytest.mark.parametrize(
+    "content",
+    [UNFILTERED_WORDS * (monorelay.HELD_BYTES // len(UNFILTERED_WORDS)),
+     b'data: {"id":1,"a":[%b1],"b":{"error": {"c":1}}}\n\n' % (b"[]," * (monorelay.HELD_BYTES // 3)),
+     b'data: {"id":1,"a":%b"error": {"\n\n' % (b"[" * monorelay.HELD_BYTES)],
+    ids=brief,
+)  # fmt: skip
+def test_all_that_is_held_of_such_chunks_is_looked_at_in_milliseconds(content):
+    def look() -> None:
+        assert not any(map(monorelay.is_error, monorelay.EVENT_IS_ERROR.finditer(content)))
+
+    assert min(process_time(look) for _ in range(3)) < 0.05
+
+
 def test_an_error_behind_such_a_chunk_is_seen(upstream, relay):
     failed = UNFILTERED_WORDS + openrouter_chunk(error={"code": "x"}, choices=FAILED_CHOICE)
     provider = upstream(STREAM_HEAD + chunked(failed + b"data: [DONE]\n\n"))
