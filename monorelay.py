@@ -1883,7 +1883,7 @@ class SharedThrottle:
     second. It alone writes to its rows, eight bytes at once, of which nobody reads a half: so none waits for another
     one, alive or dead. An event is counted first, and taken back if there are too many then: of two workers that count
     the last one at the same moment, rather both refuse it than both let it through. Where THROTTLED_PROBES rows have
-    other names, a new one gets the row of that which was asked for the longest ago."""
+    other names, a new one gets the row of the name that was used longest ago."""
 
     CELLS = 64  # of a row: there are more than seconds of which the events count
     EMPTY = memoryview(bytes((CELLS - 1) * 8)).cast("Q")
@@ -2617,8 +2617,8 @@ def tokens_of(usage: JsonDict) -> Tokens:
     return total, read, write - lasting, lasting, output or 0
 
 
-ANTHROPIC_NAMES = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens")
-PROMPT_NAMES = (*ANTHROPIC_NAMES[:3], "cache_creation")
+PROMPT_NAMES = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+ANTHROPIC_NAMES = (*PROMPT_NAMES, "output_tokens")
 OPENAI_NAMES = frozenset({
     "prompt_tokens", "completion_tokens", "prompt_tokens_details", "input_tokens_details", "prompt_cache_hit_tokens",
     "cached_tokens",
@@ -2631,9 +2631,9 @@ CACHED_NAMES = ("cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_to
 def told_anew(usage: JsonDict, names: Iterable[str]) -> JsonDict:
     """What a usage of a message tells by these names, over what one before it has told: nothing of the prompt where all
     of that is 0, as some gateways repeat it in message_delta."""
-    is_of_prompt = any(counts_of(usage.get("cache_creation")).values()) or any(map(usage.get, ANTHROPIC_NAMES[:3]))
-    told = ((name, usage[name]) for name in names if usage.get(name) is not None)
-    return {name: value for name, value in told if is_of_prompt or name not in PROMPT_NAMES}
+    tells_prompt = any(map(usage.get, PROMPT_NAMES)) or any(counts_of(usage.get("cache_creation")).values())
+    left_out = () if tells_prompt else (*PROMPT_NAMES, "cache_creation")
+    return {name: usage[name] for name in names if usage.get(name) is not None and name not in left_out}
 
 
 def is_thinking(untold: int, usage: JsonDict, cached: int, written: int) -> bool:
@@ -5753,8 +5753,8 @@ def nested_tool(tool: JsonDict) -> JsonDict:
         return tool
     function = {name: value for name, value in tool.items() if name not in ("type", "input_schema")}
     schema = {"parameters": tool["input_schema"]} if "input_schema" in tool else {}
-    own_type = "function" if tool.get("type", "custom") == "custom" else tool["type"]
-    return {"type": own_type, "function": {**function, **schema}}
+    kind = tool.get("type", "custom")
+    return {"type": "function" if kind == "custom" else kind, "function": {**function, **schema}}
 
 
 def message_output(chat: JsonDict, draft: Draft, system: list[JsonDict]) -> JsonDict:
@@ -8225,6 +8225,7 @@ Result = TypeVar("Result")
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)  # is left for this process, or in the whole system
+NO_MEMORY = (MemoryError, SystemError)  # the latter where CPython has none for the former
 CONNECTING = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
 # When the first probe of a silent connection is sent, and the next; macOS calls the first TCP_KEEPALIVE.
 PROBES = [
@@ -8748,9 +8749,6 @@ class Turns:
             self._waiting[origin] = actions
         self._count -= 1
         return action
-
-
-NO_MEMORY = (MemoryError, SystemError)  # the latter where CPython has none for the former
 
 
 class Sides(NamedTuple):
@@ -15864,7 +15862,7 @@ def named_targets(config: Config) -> Iterator[tuple[str, list[Target]]]:
                 pass  # it has none
 
 
-# No million tokens cost less than o1-pro's dearest one, of $0.00015.
+# A million tokens of the cheapest models cost more than this, and one of the dearest, o1-pro's, costs less.
 LIKE_ONE_TOKEN_USD = 0.0002
 
 
