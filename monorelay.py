@@ -9335,7 +9335,8 @@ class LedgerWriter:
             return True
         seen = file_state(settings.path)
         try:
-            if batch:
+            # Without its folder the file isn't new, but out of reach: what was spent is still in it.
+            if batch or not os.access(os.path.dirname(os.path.abspath(settings.path)), os.X_OK):
                 spent = write_ledger(settings, batch, self._limited, time.time())
             else:
                 users, now = self._limited, time.time()

@@ -17597,6 +17597,23 @@ def test_a_ledger_that_is_moved_away_is_begun_anew(tmp_path):
     assert [selected(path, "SELECT sum(requests) FROM hour") for path in tmp_path.glob("*.db")] == [[1]] * 3
 
 
+def test_what_was_spent_is_remembered_while_the_folder_of_the_ledger_is_away(tmp_path):
+    folder, month = tmp_path / "state", monorelay.windows(time.time())[1]
+    folder.mkdir()
+    it = Ledger(folder / "usage.db", users={"alice": {"usd_per_month": 1}})
+    it.put(row(cost=7))
+    eventually(lambda: not it.waiting)
+    folder.rename(tmp_path / "elsewhere")
+    eventually(lambda: "unable to open database file; 0 rows" in "".join(it.warnings))
+    assert it.spent("alice", month)[0] == 7
+    it.put(row(cost=5))
+    assert it.spent("alice", month)[0] == 12
+    (tmp_path / "elsewhere").rename(folder)
+    eventually(lambda: not it.waiting)
+    assert it.spent("alice", month)[0] == 12
+    it.finish()
+
+
 def test_what_is_too_old_is_dropped_step_by_step_and_the_sums_are_kept_for_longer(tmp_path):
     path, day, now = tmp_path / "usage.db", 86_400_000, int(time.time() * 1000)
     old = [row(at=now - 500 * day), *(row(at=now - 3 * day) for _ in range(8000)), row(at=now - 1 * day)]
