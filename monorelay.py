@@ -179,6 +179,8 @@ BODY_END_BYTES = 16 * 1024  # and for what may stand between the two
 STALE_SECONDS = 1.0  # within which a kept connection shows that it was closed: a round trip, and a lost packet
 UNWANTED_SECONDS = 3.0  # for which a provider that has begun a good response takes nothing of the request's rest
 CONNECTED_ADDRESSES = 16  # of a host that has more, these are tried
+AVOIDED_SECONDS = 600.0  # for which an address that took no connection is tried after the others of its host
+AVOIDED_ADDRESSES = 1024  # beyond so many, all are taken for good again
 LOOKUP_DESCRIPTORS = 8  # if there are fewer, a name that isn't found may be there all the same
 UPSTREAM_IDLE_CONNECTIONS = 512  # to a provider, that wait for their next use; nginx needs as many for the same load
 OVER_LIMIT_CONNECTIONS = 256  # accepted beyond max_connections, only to answer 503 in the client's format
@@ -9786,6 +9788,7 @@ class UpstreamPool:
         self._loop = loop
         self._idle: dict[tuple[str, str, int, str], list[Channel]] = {}
         self._lookups: dict[tuple[str, int], Task] = {}  # those that run, each for all who wait for it
+        self._failed: dict[Any, float] = {}  # addresses that took no connection, and when
         self._tls: Optional[ssl.SSLContext] = None
 
     def prepare(self, providers: Iterable[Provider]) -> None:
@@ -9867,7 +9870,7 @@ class UpstreamPool:
         if proxy:
             host, port = proxy.hostname or "", proxy.port or DEFAULT_PORTS["http"]
         addresses = await self._addresses(host, port, deadline)
-        channel = await connect_any(self._loop, addresses, deadline)
+        channel = await connect_any(self._loop, addresses, deadline, self._failed)
         try:
             if provider.scheme == "https":
                 if proxy:
@@ -9937,16 +9940,22 @@ def host_addresses(host: str, port: int) -> list[Any]:
         raise
 
 
-async def connect_any(loop: EventLoop, addresses: Sequence[Any], deadline: float) -> Channel:
-    """A connection to the first address that takes one; each gets an equal share of the time left. Raises OSError,
+async def connect_any(loop: EventLoop, addresses: Sequence[Any], deadline: float, failed: dict[Any, float]) -> Channel:
+    """A connection to the first address that takes one; each gets an equal share of the time left. Those that have
+    `failed` of late come last: where IPv6 leads nowhere, only the first connection waits for it. Raises OSError,
     Overdue and ClientGone."""
     problem: Exception = OSError(errno.EADDRNOTAVAIL, "its host has no address")
+    if failed:
+        addresses = sorted(addresses, key=lambda found: failed.get(found[4], -math.inf) > loop.now - AVOIDED_SECONDS)
     for index, (family, _, _, _, address) in enumerate(addresses):
         latest = loop.now + (deadline - loop.now) / (len(addresses) - index)
         try:
             return await connect_one(loop, family, address, latest)
         except (OSError, Overdue) as error:
             problem = error
+            if len(failed) >= AVOIDED_ADDRESSES:
+                failed.clear()
+            failed[address] = loop.now
     raise problem
 
 

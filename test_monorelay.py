@@ -10186,6 +10186,28 @@ def test_clients_that_leave_while_a_provider_drops_packets_cost_no_thread(upstre
 
 
 @pytest.mark.timed
+def test_an_address_that_takes_no_connection_is_tried_after_the_others_from_then_on(
+    upstream, relay, no_proxy_yet, monkeypatch
+):
+    """As that of IPv6 does, where packets to it are dropped."""
+    real, provider = socket.getaddrinfo, upstream(answer(200, b"{}", "connection: close"))
+    with Blocked() as blocked:
+
+        def getaddrinfo(host: Any, port: Any, *rest: Any, **options: Any) -> Any:
+            ports = [blocked.port, provider.port] if host == "provider.example" else [port]
+            return [found for one in ports for found in real(host, one, *rest, **options)]
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        it = relay({"anthropic": {"base_url": "http://provider.example", "connect_timeout": 1.0}})
+        took = []
+        for _ in range(4):
+            begun = time.monotonic()
+            assert it.post("/v1/messages", prompt()).status == 200
+            took.append(time.monotonic() - begun)
+    assert 0.5 <= took[0] < 0.9 and max(took[1:]) < 0.3
+
+
+@pytest.mark.timed
 @pytest.mark.parametrize("slow", ["addresses", "look-up", "TLS"])
 def test_connect_timeout_covers_everything_until_a_request_can_be_sent(upstream, relay, monkeypatch, slow):
     over, real = threading.Event(), socket.getaddrinfo
