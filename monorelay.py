@@ -15030,12 +15030,12 @@ function drawChoices() {
 
 // ---- sums, asked for at most once in ten seconds ----
 
-let usage = null, usageAt = 0, usageStale = false, usageQuery = "", usageFault = "";
+let usage = null, usageAt = 0, usageStale = false, usageDay = "", usageQuery = "", usageFault = "";
+const day = (ago) => utc(now() - 86400 * ago).slice(0, 10);
 
 async function loadUsage() {
   // What ended just now may not be in the ledger yet.
-  [usageAt, usageStale] = [performance.now(), recent.at(-1)?.at > now() - 3];
-  const day = (ago) => utc(now() - 86400 * ago).slice(0, 10);
+  [usageAt, usageStale, usageDay] = [performance.now(), recent.at(-1)?.at > now() - 3, day(0)];
   // Without a ledger there are only the sums since the start.
   const query = usageQuery = view.ledger ? `from=${day(($("days").value || 1) - 1)}&to=${day(0)}&` : "";
   try {
@@ -15082,7 +15082,7 @@ function drawAll() {
   showUsers(usage?.users ?? []);
   showModels(usage?.models ?? []);
   drawRows();
-  if (usageStale && performance.now() - usageAt > 10000) loadUsage();
+  if ((usageStale || usageDay !== day(0)) && performance.now() - usageAt > 10000) loadUsage();
 }
 
 // ---- the live stream ----

@@ -19402,6 +19402,17 @@ def test_the_page_says_in_a_sentence_whether_all_is_well(upstream, relay, browse
 
 
 @pytest.mark.browser
+def test_the_sums_of_today_begin_anew_at_midnight_though_nothing_is_asked(relay, browser, tmp_path):
+    it = relay({"echo": {}}, ledger={"path": str(tmp_path / "usage.db")})
+    assert it.post("/v1/messages", prompt()).status == 200
+    eventually(lambda: not it.server.service.ledger.waiting)
+    browser.show(it)
+    browser.until("usage?.total.requests === 1 && !usageStale")
+    browser.run("(view.offset += 86400, usageAt -= 10000, drawAll())")
+    browser.until("usage.total.requests === 0 && $('users').rows.length === 0")
+
+
+@pytest.mark.browser
 def test_users_are_told_what_they_have_spent_and_why_they_are_refused(relay, browser, tmp_path):
     users = {"alice": {"key": "key-of-alice-0123456789", "tokens_per_day": 2, "requests_per_minute": 30}}
     it = relay({"echo": {}}, users=users, ledger={"path": str(tmp_path / "usage.db")})
