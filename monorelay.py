@@ -7556,7 +7556,7 @@ def key_families(keys: Sequence[JsonDict]) -> Iterator[Family]:
 GAUGES = {
     "monorelay_requests_running": "Requests whose response isn't all sent.",
     "monorelay_connections_open": "Connections of clients.",
-    "monorelay_log_lines_dropped_total": "Lines of the log that were dropped, since it wasn't taken.",
+    "monorelay_log_lines_dropped_total": "Lines of the log that were dropped: it wasn't taken, or couldn't be written.",
     "monorelay_ledger_rows_dropped_total": "Rows of the ledger that were dropped, since it couldn't be written.",
     "monorelay_ledger_rows_waiting": "Rows of the ledger that aren't written yet.",
     "process_start_time_seconds": "When the relay was started, in seconds since 1970.",
@@ -9094,6 +9094,7 @@ class LogWriter:
         self._lock = threading.Lock()  # guards the order of writes
         self.style = "text"
         self.dropped = 0  # since that was last told
+        self._obstacle = "was not taken fast enough"  # why they were
         self.dropped_in_all = 0
 
     def start(self) -> None:
@@ -9150,15 +9151,17 @@ class LogWriter:
         with self._lock:
             lines = [self._lines.popleft() for _ in range(len(self._lines))]
             self._size = 0
-            if self.dropped:
-                told = f"{self.dropped} lines of the log were dropped: it was not taken fast enough"
+            count, dropped = len(lines), self.dropped
+            if dropped:
+                told = f"{dropped} lines of the log were dropped: it {self._obstacle}"
                 lines.append(self._line(told, "warning"))
-                self.dropped = 0
+                self.dropped, self._obstacle = 0, "was not taken fast enough"
             if self._stream and lines:
                 try:
                     write_text(self._stream, "\n".join(lines) + "\n")
-                except (OSError, ValueError):
-                    pass  # a closed or full log must not stop the serving
+                except (OSError, ValueError):  # a closed or full log must not stop the serving
+                    self.dropped, self._obstacle = self.dropped + count + dropped, "could not be written"
+                    self.dropped_in_all += count
 
     def _run(self) -> None:
         while True:

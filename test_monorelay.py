@@ -17186,6 +17186,30 @@ def test_how_many_lines_were_dropped_is_told_as_anything_else_is(style):
     assert (told["level"], told["message"]) == ("warning", message)
 
 
+def test_lines_that_a_full_disk_has_not_taken_are_counted_and_told():
+    class Disk(io.StringIO):
+        is_full = True
+
+        def write(self, text: str) -> int:
+            if self.is_full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(text)
+
+    disk = Disk()
+    writer = monorelay.LogWriter(disk)
+    writer.start()
+    for number in (1, 2):
+        writer.say("lost")
+        eventually(lambda number=number: writer.dropped_in_all == number)
+    disk.is_full = False
+    writer.say("written")
+    eventually(lambda: disk.getvalue().count("\n") == 2)
+    first, last = disk.getvalue().splitlines()
+    assert first.endswith("message=written")
+    assert last.endswith('level=warning message="2 lines of the log were dropped: it could not be written"')
+    assert (writer.dropped, writer.dropped_in_all) == (0, 2)
+
+
 def test_a_log_that_another_program_has_set_not_to_block_gets_every_line():
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
