@@ -5789,11 +5789,20 @@ def message_output(chat: JsonDict, draft: Draft, system: list[JsonDict]) -> Json
 # Members of chat messages and their parts that are carried, or are left out unnamed; empty ones aren't named either.
 CHAT_MESSAGE_KNOWN = (
     "role", "content", "name", "refusal", "tool_calls", "tool_call_id", "thinking_blocks", "reasoning_content",
-    "reasoning",
+    "reasoning", "cache_control",
 )  # fmt: skip
 PART_KNOWN = ("type", "text", "refusal", "image_url", "file", "cache_control")
 # Blocks of Messages that Cursor sends to Claude as parts, and their members.
 OWN_KNOWN = {"tool_use": ("id", "name", "input"), "tool_result": ("tool_use_id", "content", "is_error")}
+
+
+def with_cache_mark(blocks: list[JsonDict], holder: JsonDict) -> list[JsonDict]:
+    """The blocks of a message, or of what else holds a mark of the cache: the last one gets that, unless it has one.
+    opencode marks whole messages, others their parts."""
+    mark = holder.get("cache_control")
+    if mark and blocks and blocks[-1]["type"] not in ("thinking", "redacted_thinking"):  # where Anthropic refuses it
+        blocks[-1].setdefault("cache_control", mark)
+    return blocks
 
 
 class MessageTurns:
@@ -5836,7 +5845,7 @@ class MessageTurns:
             self._results = 0
 
     def _write_system(self, message: JsonDict, place: str) -> None:
-        texts = self._blocks(message.get("content"), f"{place}.content")
+        texts = with_cache_mark(self._blocks(message.get("content"), f"{place}.content"), message)
         if any(block["type"] != "text" for block in texts):
             raise self._draft.refusal(f"{place}.content", "what is no text, from the system,")
         if not self._messages or self._draft.settings.system_turns == "lead":
@@ -5855,7 +5864,7 @@ class MessageTurns:
     def _write_user(self, message: JsonDict, place: str) -> None:
         if self._draft.settings.system_turns == "user":
             self._write_later()
-        self._say("user", self._blocks(message.get("content"), f"{place}.content"))
+        self._say("user", with_cache_mark(self._blocks(message.get("content"), f"{place}.content"), message))
 
     def _write_assistant(self, message: JsonDict, place: str) -> None:
         """One turn: thinking that was handed back, then text, then calls."""
@@ -5871,7 +5880,7 @@ class MessageTurns:
         blocks += [self._call(call, at) for at, call in calls]
         if not self._messages or self._messages[-1]["role"] != "assistant":
             self._calls = set()  # some clients write each call into a turn of its own
-        self._say("assistant", blocks)
+        self._say("assistant", with_cache_mark(blocks, message))
         self._calls |= {block["id"] for block in blocks if block["type"] == "tool_use"}
 
     def _call(self, call: JsonDict, place: str) -> JsonDict:
@@ -5887,7 +5896,7 @@ class MessageTurns:
             raise self._draft.refusal(f"{place}.function.arguments", "what is no JSON object")
         name = self._draft.tool_name(text_in(function, "name", f"{place}.function"))
         id = carrying_id(call_name(call.get("id"), f"{place}.id"))
-        return {"type": "tool_use", "id": id, "name": name, "input": arguments}
+        return with_cache_mark([{"type": "tool_use", "id": id, "name": name, "input": arguments}], call)[0]
 
     def _write_result(self, message: JsonDict, place: str) -> None:
         call_id = carrying_id(call_name(message.get("tool_call_id"), f"{place}.tool_call_id"))
@@ -5898,6 +5907,7 @@ class MessageTurns:
         blocks = self._blocks(content, f"{place}.content")
         if blocks:
             result["content"] = content if isinstance(content, str) else blocks
+        with_cache_mark([result], message)
         if self._messages[-1]["role"] == "user":
             self._messages[-1]["content"].insert(self._results, result)
         else:
@@ -5925,7 +5935,7 @@ class MessageTurns:
             block = self._file(member(part, "file"), place)
         else:
             raise self._draft.refusal(place, f"a part of the type {kind}")
-        return {**block, "cache_control": part["cache_control"]} if part.get("cache_control") else block
+        return with_cache_mark([block], part)[0]
 
     def _own_block(self, kind: str, part: JsonDict, place: str) -> JsonDict:
         """A call, or its result, that is in the words of Messages already."""

@@ -5302,6 +5302,35 @@ def test_t15_what_anthropics_own_members_say_passes():
     )
 
 
+def test_a_mark_of_the_cache_on_a_whole_message_is_that_of_its_last_block():
+    mark = {"cache_control": {"type": "ephemeral"}}
+    longer = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    calls = [{"id": f"call_{number}", "function": {"name": "f"}} for number in (1, 2)]
+    thought = {"type": "thinking", "thinking": "Hm.", "signature": "s"}
+    body, dropped = to_messages(
+        messages=[
+            {"role": "system", "content": "A"},
+            {"role": "system", "content": "B", **mark},
+            {"role": "user", "content": "C", **mark},
+            {"role": "assistant", "content": "D", "tool_calls": [{**calls[0], **mark}, calls[1]], **longer},
+            {"role": "tool", "tool_call_id": "call_1", "content": "E", **mark},
+            {"role": "tool", "tool_call_id": "call_2", "content": "F", "cache_control": None},
+            {**user(said("G"), said("H", **longer)), **mark},
+            {"role": "assistant", "thinking_blocks": [thought], **mark},
+            {"role": "user", "content": "", **mark},
+            {"role": "user", "content": "I", "cache_control": {}},
+        ]
+    )
+    assert dropped == () and body["system"] == [said("A"), said("B", **mark)]
+    assert body["messages"] == [
+        user(said("C", **mark)),
+        assistant(said("D"), {**tool_use("call_1", "f"), **mark}, {**tool_use("call_2", "f"), **longer}),
+        user(tool_result("call_1", "E", **mark), tool_result("call_2", "F"), said("G"), said("H", **longer)),
+        assistant(thought),
+        user(said("I")),
+    ]
+
+
 def test_hints_of_chat_are_left_out_and_named_unless_they_say_nothing():
     nothing = {
         "n": 1,
