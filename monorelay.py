@@ -5630,6 +5630,7 @@ CHAT_KNOWN = {
     "reasoning_effort", "service_tier", "user", "safety_identifier",
 }  # fmt: skip
 ANY_OBJECT = "Answer with one JSON object only."
+THINKING_BLOCKS = ("thinking", "redacted_thinking")
 
 
 def messages_request(chat: JsonDict, draft: Draft) -> JsonDict:
@@ -5641,11 +5642,12 @@ def messages_request(chat: JsonDict, draft: Draft) -> JsonDict:
     if "modalities" in chat and "audio" in strings(chat["modalities"], "modalities"):
         raise draft.refusal("modalities", "audio")
     turns = MessageTurns(draft)
+    messages = turns.of(chat)
     request: JsonDict = {
         "model": draft.model,
-        "messages": turns.of(chat),
+        "messages": messages,
         "max_tokens": longest_answer(chat, draft),
-        **{name: chat[name] for name in CHAT_PASSED if name in chat},
+        **passed_members(chat, messages, draft),
         **message_sampling(chat, draft),
         **message_tools(chat, draft),
         **message_output(chat, draft, turns.system),
@@ -5670,6 +5672,24 @@ def messages_request(chat: JsonDict, draft: Draft) -> JsonDict:
     draft.drop_rest(member(chat, "stream_options"), ("include_usage",), "stream_options")
     draft.about_answer = {"with_usage": member(chat, "stream_options").get("include_usage") is True}
     return request
+
+
+def passed_members(chat: JsonDict, messages: list[JsonDict], draft: Draft) -> JsonDict:
+    """What Messages has by the same names, but for a budget of thinking that Claude would refuse."""
+    members = {name: chat[name] for name in CHAT_PASSED if name in chat}
+    if member(members, "thinking").get("type") == "enabled" and lacks_thinking(messages):
+        del members["thinking"]
+        draft.drop("thinking")
+    return members
+
+
+def lacks_thinking(messages: list[JsonDict]) -> bool:
+    """Whether results of calls come last, and the client didn't send the thinking before them back: few clients of chat
+    do. Claude refuses to think by a budget then."""
+    blocks = (block for message in messages for block in message["content"])
+    return messages[-1]["content"][0]["type"] == "tool_result" and all(
+        block["type"] not in THINKING_BLOCKS for block in blocks
+    )
 
 
 def longest_answer(chat: JsonDict, draft: Draft) -> int:
@@ -5800,7 +5820,7 @@ def with_cache_mark(blocks: list[JsonDict], holder: JsonDict) -> list[JsonDict]:
     """The blocks of a message, or of what else holds a mark of the cache: the last one gets that, unless it has one.
     opencode marks whole messages, others their parts."""
     mark = holder.get("cache_control")
-    if mark and blocks and blocks[-1]["type"] not in ("thinking", "redacted_thinking"):  # where Anthropic refuses it
+    if mark and blocks and blocks[-1]["type"] not in THINKING_BLOCKS:  # where Anthropic refuses it
         blocks[-1].setdefault("cache_control", mark)
     return blocks
 

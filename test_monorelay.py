@@ -5331,6 +5331,39 @@ def test_a_mark_of_the_cache_on_a_whole_message_is_that_of_its_last_block():
     ]
 
 
+BUDGET = {"type": "enabled", "budget_tokens": 1024}
+
+
+@pytest.mark.parametrize(
+    ("thinking", "earlier", "later", "is_left"),
+    [
+        (BUDGET, {}, {}, False),
+        (BUDGET, {"thinking_blocks": [{"type": "redacted_thinking", "data": "x"}]}, {}, True),
+        (BUDGET, {}, {"thinking_blocks": [{"type": "thinking", "thinking": "Hm.", "signature": "s"}]}, True),
+        ({"type": "adaptive"}, {}, {}, True),
+        ({"type": "disabled"}, {}, {}, True),
+    ],
+    ids=brief,
+)
+def test_a_client_that_does_not_send_thinking_back_gets_none_until_its_tools_have_answered(
+    thinking, earlier, later, is_left
+):
+    def call(id, more):
+        calls = [{"id": id, "function": {"name": "f"}}]
+        return [
+            {"role": "assistant", "content": "I'll look.", "tool_calls": calls, **more},
+            {"role": "tool", "tool_call_id": id, "content": "ok"},
+        ]
+
+    messages = [HELLO, *call("call_1", earlier), *call("call_2", later)]
+    expected = (thinking, ()) if is_left else (None, ("thinking",))
+    for more in ([], [{"role": "user", "content": "And?"}]):
+        body, dropped = to_messages(thinking=thinking, messages=[*messages, *more])
+        assert (body.get("thinking"), dropped) == expected
+    body, dropped = to_messages(thinking=thinking, messages=[*messages, assistant(said("So.")), HELLO])
+    assert (body["thinking"], dropped) == (thinking, ())
+
+
 def test_hints_of_chat_are_left_out_and_named_unless_they_say_nothing():
     nothing = {
         "n": 1,
