@@ -5697,7 +5697,9 @@ def longest_answer(chat: JsonDict, draft: Draft) -> int:
     for name in ("max_completion_tokens", "max_tokens"):
         if chat.get(name) not in (None, 0, -1):  # which some clients send for no limit
             return positive_count(chat[name], name)
-    return draft.settings.default_max_tokens
+    usual, budget = draft.settings.default_max_tokens, member(chat, "thinking").get("budget_tokens")
+    # Claude refuses an answer that may not be longer than its thinking.
+    return usual + budget if isinstance(budget, int) and budget >= usual else usual
 
 
 def message_sampling(chat: JsonDict, draft: Draft) -> JsonDict:

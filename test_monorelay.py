@@ -5364,6 +5364,23 @@ def test_a_client_that_does_not_send_thinking_back_gets_none_until_its_tools_hav
     assert (body["thinking"], dropped) == (thinking, ())
 
 
+@pytest.mark.parametrize(
+    ("fields", "most"),
+    [({}, 8192), ({"max_tokens": 100}, 100), ({"max_tokens": None, "max_completion_tokens": 0}, 8192)],
+    ids=brief,
+)
+@pytest.mark.parametrize("budget", [1024, 8191, 8192, 30000])
+def test_an_answer_without_a_limit_is_longer_than_the_budget_of_its_thinking(fields, most, budget):
+    body, _ = to_messages(thinking={"type": "enabled", "budget_tokens": budget}, **fields)
+    assert body["max_tokens"] == (most if budget < 8192 or most == 100 else budget + most)
+
+
+@pytest.mark.parametrize("thinking", [None, "much", {"budget_tokens": "9999"}, {"budget_tokens": None}], ids=brief)
+def test_a_budget_that_is_none_changes_no_limit(thinking):
+    body, _ = to_messages(thinking=thinking)
+    assert body["max_tokens"] == 8192
+
+
 def test_hints_of_chat_are_left_out_and_named_unless_they_say_nothing():
     nothing = {
         "n": 1,
