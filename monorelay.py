@@ -4080,8 +4080,8 @@ class FormWalk:
             if self.span[1]:
                 raise BadRequest("model: given more than once")
             self._in_model, self._lengths = True, set(PART_LENGTH.findall(header))
-        # Some servers take `model[]` for a list of that name.
-        self.is_ambiguous |= is_model_name(name.partition("[")[0]) and not self._in_model
+        # Some servers take `model[]` for a list of that name, and OpenAI takes `svg[model]` for who draws.
+        self.is_ambiguous |= any(map(is_model_name, re.split(r"[][]+", name))) and not self._in_model
         self.is_ambiguous |= PART_CHARSET.search(header) is not None
         self.settled |= bool(file) and not self._anywhere
         self._use(end)

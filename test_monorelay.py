@@ -16907,6 +16907,7 @@ DECOYS = {
     "a second model": form(("model", "small-1"), file=LARGE, rest=form_field("model", "large-1")),
     "a list of that name": form(("model", "small-1"), file=LARGE, rest=form_field("model[]", "large-1")),
     "in capitals": form(("Model", "large-1"), ("model", "small-1")),
+    "who draws": form(("model", "small-1"), ("svg[model]", "large-1")),
     "behind a line that ends in LF": form(
         ("model", "small-1"), file=LARGE, rest=form_field("model", "large-1").replace(b"\r\n", b"\n")
     ),
