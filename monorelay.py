@@ -3616,14 +3616,44 @@ OPENROUTER_TOOL = re.compile(r"openrouter:(?!(?:web_search|web_fetch|datetime)\Z
 
 def tells_of_model(name: str, value: str) -> bool:
     """Whether a tool with this member works by a model of its own, which it names or chooses."""
-    return is_model_name(name) or (name == "type" and OPENROUTER_TOOL.match(value) is not None)
+    return is_model_name(name) or (name.casefold() == "type" and OPENROUTER_TOOL.match(value) is not None)
 
 
-def have_model(tools: Iterable[Any]) -> bool:
+# What leads to an object that may name a model of its own, `*` to each item of a list: to a tool, which OpenAI takes
+# among the input, too, and Anthropic within a turn, and again where that was compacted; and to who draws an SVG.
+TOOL_PLACES = frozenset(
+    tuple(place.split())
+    for place in (
+        "tools *", "input * tools *", "messages * content * tool definition",
+        "messages * content * tool_changes * tool definition", "svg", "tools * svg", "input * tools * svg",
+    )
+)  # fmt: skip
+# All that leads there, each behind what it goes on from.
+WAYS_TO_TOOLS = dict.fromkeys(
+    sorted({place[:end] for place in TOOL_PLACES for end in range(1, len(place) + 1)}, key=len)
+)  # fmt: skip
+
+
+def tools_of(document: Any) -> Iterator[tuple[Any, ...]]:
+    """The objects at TOOL_PLACES in a body, as BODY_DECODER has them."""
+    found: dict[tuple[str, ...], list[Any]] = {(): [document]}
+    for way in WAYS_TO_TOOLS:
+        outer, step = found[way[:-1]], way[-1]
+        if step == "*":
+            inner = [item for value in outer if isinstance(value, list) for item in value]
+        else:
+            members = itertools.chain.from_iterable(value for value in outer if isinstance(value, tuple))
+            inner = [member for name, member in members if name.casefold() == step]
+        found[way] = inner
+    tools = itertools.chain.from_iterable(map(found.__getitem__, TOOL_PLACES))
+    return (tool for tool in tools if isinstance(tool, tuple))
+
+
+def have_model(tools: Iterable[tuple[Any, ...]]) -> bool:
     """Whether one of the tools works by a model of its own."""
-    members = itertools.chain.from_iterable(tool for tool in tools if isinstance(tool, tuple))
+    members = itertools.chain.from_iterable(tools)
     # Each is looked at once: most tools have the same names and types.
-    told = {(name, value if name == "type" else "") for name, value in members if isinstance(value, str)}
+    told = {(name, value if name.casefold() == "type" else "") for name, value in members if isinstance(value, str)}
     return any(itertools.starmap(tells_of_model, told))
 
 
@@ -3649,8 +3679,7 @@ def read_at_once(body: bytes, restricted: bool = True) -> BodyFacts:
     if not restricted and "model" in members and len(members) == len(document):
         return BodyFacts(model_name(members["model"]), False, session)
     models = [member for member in document if is_model_name(member[0])]
-    tools = [tool for name, tools in document if name == "tools" and isinstance(tools, list) for tool in tools]
-    return facts_of(models, have_model(tools), session)
+    return facts_of(models, have_model(tools_of(document)), session)
 
 
 def not_json(problem: str) -> BadRequest:
@@ -3669,7 +3698,7 @@ class JsonWalk:
     """Walks a JSON object piece by piece: feed() it, then go_on() while it is `behind`; after finish(), once it isn't
     behind any more, the facts are there."""
 
-    def __init__(self) -> None:
+    def __init__(self, restricted: bool = True) -> None:
         self.behind = False  # whether it has not yet walked over what it was fed with
         self._last = False  # whether nothing follows
         self._body = b""  # what has come and isn't done with
@@ -3681,6 +3710,11 @@ class JsonWalk:
         self._decoder: Optional[codecs.IncrementalDecoder] = None  # of the long string that is being read
         self._within_character = False  # whether what was passed over of it may have ended within a character
         self._names = ["", ""]  # the last name in the outer object, and in an object within it
+        # What leads to what is open, as far as it may lead to a tool, and how many lists and objects within don't: none
+        # does where the sender may use all models.
+        self._way: tuple[str, ...] = ()
+        self._astray = 0 if restricted else 1
+        self._name = ""  # the last one on the way
         self._models: list[tuple[str, Any]] = []
         self.span = 0, 0  # where the model stands, once that has been seen
         self._has_model = False  # whether a tool has one
@@ -3733,7 +3767,9 @@ class JsonWalk:
             self.values += VALUES_OF_KIND[kind]
             if kind == QUOTE:
                 at = end = self._begin_string(end)
-            if len(self._around) <= 2 or self._names[0] == "tools":
+            if kind <= QUOTE and not self._astray:
+                self._notice_tool(state, start, end)
+            if len(self._around) <= 2:
                 self._notice(kind, state, start, end)
             state = self._nest(kind, state) if OPEN_LIST <= kind <= CLOSE_OBJECT else following
         self._state, self._at = state, at
@@ -3749,10 +3785,25 @@ class JsonWalk:
     def _nest(self, kind: int, state: str) -> str:
         """The state after a token that opens or closes a list or an object."""
         if kind in OPENED:
+            if self._around:
+                self._go_in(self._name if state == "value" else "*")
             self._around.append(state == "value")
             return OPENED[kind]
         in_object = self._around.pop()
-        return "end" if not self._around else "after member" if in_object else "after item"
+        if not self._around:
+            return "end"
+        if self._astray:
+            self._astray -= 1
+        else:
+            self._way = self._way[:-1]
+        return "after member" if in_object else "after item"
+
+    def _go_in(self, step: str) -> None:
+        """Notes what leads to a list or an object within another."""
+        if not self._astray and (*self._way, step) in WAYS_TO_TOOLS:
+            self._way = (*self._way, step)
+        else:
+            self._astray += 1
 
     def _pass_blanks(self, at: int) -> int:
         """Where the next token may begin."""
@@ -3803,9 +3854,7 @@ class JsonWalk:
     def _notice(self, kind: int, state: str, start: int, end: int) -> None:
         """Looks at a token of the outer object, or of an object that it holds."""
         depth, is_string = len(self._around), kind in (STRING, QUOTE)
-        if depth > 2:
-            self._notice_tool(kind, state, start, end)
-        elif GRAMMAR[state].get(kind) == "colon":
+        if GRAMMAR[state].get(kind) == "colon":
             self._names[depth - 1] = self._text(start, end)
             if depth == 1:
                 self._names[1] = ""
@@ -3818,14 +3867,12 @@ class JsonWalk:
         elif state == "value" and self._names == ["metadata", "user_id"]:
             self._user_id = self._text(start, end) if is_string else ""
 
-    def _notice_tool(self, kind: int, state: str, start: int, end: int) -> None:
-        """Looks at a token of a tool, which has a model of its own when a string follows that name."""
-        if len(self._around) != 3 or self._around[2]:  # it isn't an object in the list
-            return
-        if GRAMMAR[state].get(kind) == "colon":
-            self._names[1] = self._text(start, end)
-        elif state == "value" and kind in (STRING, QUOTE):
-            self._has_model |= tells_of_model(self._names[1], self._text(start, end))
+    def _notice_tool(self, state: str, start: int, end: int) -> None:
+        """Looks at a string on the way to a tool, which has a model of its own when that is the name before it."""
+        if state in ("first name", "name"):
+            self._name = self._text(start, end).casefold()
+        elif state == "value" and self._way in TOOL_PLACES:
+            self._has_model |= tells_of_model(self._name, self._text(start, end))
 
     def _notice_model(self, name: str, start: int, end: int, is_string: bool) -> None:
         """Notes the member called `model`, and of those that may be taken for it the first. Raises BadRequest for a
@@ -3950,7 +3997,7 @@ class ReadBody:
         return self.size - sum(len(piece.translate(None, b",[{")) for piece in self.content) > DENSE_JSON_MARKS
 
     def _begin_walk(self) -> None:
-        self._walk = JsonWalk()
+        self._walk = JsonWalk(self._restricted)
         self._walk.feed(b"".join(self.content))
         self.go_on()
 

@@ -2874,6 +2874,40 @@ def test_a_tool_with_a_model_of_its_own_is_seen_however_a_body_is_read(tools, is
         assert monorelay.read_at_once(body % tools).lookalike == is_seen
 
 
+ADVISOR = '{"type":"advisor_20260301","name":"advisor","model":"b"}'
+PAINTER = '{"type":"image_generation","model":"b"}'
+ADDED_ADVISOR = f'{{"type":"tool_addition","tool":{{"type":"tool_definition","definition":{ADVISOR}}}}}'
+SVG = '{"reasoning":{"effort":"low"},"model":"b"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "is_seen"),
+    [
+        ("messages", f'[{{"content":"x"}},{{"role":"system","content":["",{ADDED_ADVISOR}]}}]', True),
+        ("messages", f'[{{"content":[{{"type":"compaction","content":"x","tool_changes":[{ADDED_ADVISOR}]}}]}}]', True),
+        ("input", f'[{{"type":"additional_tools","role":"developer","tools":[{{"x":[{{}}]}},{PAINTER}]}}]', True),
+        ("input", f'[[],{{"type":"tool_search_output","\\u0074ools":[{PAINTER}]}}]', True),
+        ("input", f'[{{"tools":[{{"type":"image_generation","svg":{SVG}}}]}}]', True),
+        ("tools", f'[{{"type":"image_generation","svg":{SVG}}}]', True),
+        ("Tools", '[{"Type":"openrouter:fusion"}]', True),
+        ("svg", SVG, True),
+        ("svg", f'{{"reasoning":{SVG}}}', False),
+        ("x", f'{{"svg":{SVG},"tools":[{PAINTER}]}}', False),
+        ("messages", f'[{{"model":"b","content":[{{"input":{{"model":"b","tools":[{PAINTER}]}}}}]}}]', False),
+        ("messages", '[{"content":[{"type":"fallback","from":{"model":"b"},"to":{"model":"c"}}]}]', False),
+        ("messages", f'[{{"content":[{{"tool":{{"type":"x","name":"model"}},"definition":{ADVISOR}}}]}}]', False),
+        ("input", '[{"type":"mcp_list_tools","tools":[{"name":"x","input_schema":{"model":"b"}}]}]', False),
+        ("input", f'{{"tools":[{PAINTER}]}}', False),
+    ],
+    ids=brief,
+)
+def test_a_model_is_seen_wherever_one_may_be_named_however_a_body_is_read(name, value, is_seen):
+    member = f'"{name}":{value}'
+    for body in (f'{{"model":"a",{member},"y":{{"z":[]}}}}', f'{{"y":{{"z":[[{{}}]]}},{member},"model":"a"}}'):
+        assert model_of(body.encode()) == "a"
+        assert monorelay.read_at_once(body.encode()).lookalike == is_seen
+
+
 @pytest.mark.parametrize("size", range(4090, 4100))
 def test_a_string_of_any_length_is_a_string(size):
     for body in (b'{"model":"a","%s":1}' % (b"z" * size), b'{"x":["%s"],"model":"a"}' % (b"z" * size)):
@@ -14178,6 +14212,9 @@ NAMED_ELSEWHERE = {
     "a tool": ("/v1/messages", '"model":"claude-a","tools":[{"type":"advisor_20260301","model":"claude-opus"}]'),
     "an image tool": ("/v1/responses", '"model":"claude-a","tools":[{"type":"image_generation","model":"gpt-image"}]'),
     "a tool of OpenRouter's": ("/v1/chat/completions", '"model":"claude-a","tools":[{"type":"openrouter:advisor"}]'),
+    "a tool in a turn": ("/v1/messages", f'"model":"claude-a","messages":[{{"content":[{ADDED_ADVISOR}]}}]'),
+    "a tool in the input": ("/v1/responses", f'"model":"claude-a","input":[{{"tools":[{PAINTER}]}}]'),
+    "who draws": ("/v1/images/generations", '"model":"claude-a","svg":{"model":"claude-opus"}'),
     "fallbacks": ("/v1/messages", '"fallbacks":[{"model":"claude-opus"}],"model":"claude-a"'),
     "a fallback of LiteLLM's": ("/v1/chat/completions", '"model":"claude-a","context_window_fallbacks":[{"a":["b"]}]'),
     "another of LiteLLM's": ("/v1/chat/completions", '"model":"claude-a","content_policy_fallbacks":[{"a":["b"]}]'),
