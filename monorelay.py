@@ -7980,7 +7980,8 @@ def echo_messages(request: JsonDict, identity: str, now: int) -> EchoResponse:
     tool = {} if results else called_tool(request)
     text = "" if tool else content_text(content)
     reply = reply_to(request, f"msg_{identity}", text, tool, anthropic_input_tokens(request))
-    return reply_response(request, reply, anthropic_message(reply), anthropic_events(reply))
+    message = anthropic_message(reply)
+    return reply_response(request, reply, message, anthropic_events(message))
 
 
 def echo_count_tokens(request: JsonDict, identity: str, now: int) -> EchoResponse:
@@ -8086,47 +8087,41 @@ def anthropic_input_tokens(request: JsonDict) -> int:
     return max(1, count_words([content_text(request.get("system")), *texts, request.get("tools")]))
 
 
-def anthropic_blocks(reply: Reply) -> list[JsonDict]:
-    """The content blocks of a reply."""
-    thinking = {"type": "thinking", "thinking": reply.thinking, "signature": base64url(reply.id.encode())}
-    call = {"type": "tool_use", "id": f"toolu_{reply.id[4:]}", "name": reply.tool, "input": reply.tool_input}
-    return [*([thinking] if reply.thinking else []), call if reply.tool else text_part(reply.text)]
-
-
 def anthropic_message(reply: Reply) -> JsonDict:
     """A reply as a whole message."""
+    thinking = {"type": "thinking", "thinking": reply.thinking, "signature": base64url(reply.id.encode())}
+    call = {"type": "tool_use", "id": f"toolu_{reply.id[4:]}", "name": reply.tool, "input": reply.tool_input}
+    content = [*([thinking] if reply.thinking else []), call if reply.tool else text_part(reply.text)]
     message = empty_message(reply.id, reply.model, message_usage(reply.input_tokens, 0, 0, reply.output_tokens))
-    stop = {"stop_reason": reply.stop_reason, "stop_sequence": reply.stop_sequence}
-    return {**message, "content": anthropic_blocks(reply), **stop}
+    return {**message, "content": content, "stop_reason": reply.stop_reason, "stop_sequence": reply.stop_sequence}
 
 
-def anthropic_events(reply: Reply) -> Iterator[bytes]:
-    """A reply as the documented sequence of events."""
-    opened = empty_message(reply.id, reply.model, message_usage(reply.input_tokens, 0, 0, 1))
+def anthropic_events(message: JsonDict) -> Iterator[bytes]:
+    """A whole message as the documented sequence of events."""
+    opened = empty_message(message["id"], message["model"], {**message["usage"], "output_tokens": 1})
     yield named_event("message_start", message=opened)
-    for index, block in enumerate(anthropic_blocks(reply)):
+    for index, block in enumerate(message["content"]):
         empty: JsonDict = {"text": "", "thinking": "", "signature": "", "input": {}}
         opening = {name: empty.get(name, value) for name, value in block.items()}
         yield named_event("content_block_start", index=index, content_block=opening)
-        for delta in anthropic_deltas(reply, block):
+        for delta in anthropic_deltas(block):
             yield named_event("content_block_delta", index=index, delta=delta)
         yield named_event("content_block_stop", index=index)
-    stop = {"stop_reason": reply.stop_reason, "stop_sequence": reply.stop_sequence}
-    yield named_event("message_delta", delta=stop, usage={**opened["usage"], "output_tokens": reply.output_tokens})
+    stop = {name: message[name] for name in ("stop_reason", "stop_sequence")}
+    yield named_event("message_delta", delta=stop, usage=message["usage"])
     yield named_event("message_stop")
 
 
-def anthropic_deltas(reply: Reply, block: JsonDict) -> Iterator[JsonDict]:
+def anthropic_deltas(block: JsonDict) -> Iterator[JsonDict]:
     """A content block piece by piece."""
-    if block["type"] == "text":
-        for word in split_words(reply.text):
-            yield {"type": "text_delta", "text": word}
-    elif block["type"] == "thinking":
-        for word in split_words(reply.thinking):
-            yield {"type": "thinking_delta", "thinking": word}
+    kind = block["type"]
+    if kind == "tool_use":
+        yield {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
+        return
+    for word in split_words(block[kind]):
+        yield {"type": f"{kind}_delta", kind: word}
+    if kind == "thinking":
         yield {"type": "signature_delta", "signature": block["signature"]}
-    else:
-        yield {"type": "input_json_delta", "partial_json": json.dumps(reply.tool_input)}
 
 
 def named_event(event: str, **fields: Any) -> bytes:
