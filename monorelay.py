@@ -33,6 +33,7 @@ import base64
 import bisect
 import codecs
 import collections
+import contextlib
 import datetime
 import decimal
 import difflib
@@ -9461,7 +9462,7 @@ def write_ledger(settings: LedgerSettings, rows: Sequence[LedgerRow], users: Ite
     spent by then. Raises sqlite3.Error, and ValueError for a file of a newer version."""
     rows = [LedgerRow._make(map(storable, row)) for row in rows]
     connection = sqlite3.connect(settings.path, timeout=LEDGER_LOCK_SECONDS, isolation_level=None)
-    try:
+    with contextlib.closing(connection):  # which undoes what isn't committed
         connection.execute("PRAGMA journal_mode = TRUNCATE")
         connection.execute("BEGIN IMMEDIATE")
         if not ledger_version(connection):
@@ -9478,29 +9479,19 @@ def write_ledger(settings: LedgerSettings, rows: Sequence[LedgerRow], users: Ite
         spent = select_spent(connection, users, now)
         connection.execute("COMMIT")
         return spent
-    finally:
-        connection.close()  # which undoes what isn't committed
 
 
 def read_ledger(path: str, read: Callable[[Any], Any]) -> Any:
-    """What is read by a connection to the file; None where there is no file yet. Raises sqlite3.Error, and ValueError
-    for a file of a newer version."""
+    """What is read by a connection that writes nothing; None where there is no file yet. Raises sqlite3.Error, and
+    ValueError for a file of a newer version."""
     if not os.path.exists(path):
         return None
-    connection = open_ledger(path)
-    try:
-        return read(connection) if ledger_version(connection) else None
-    finally:
-        connection.close()
-
-
-def open_ledger(path: str) -> Any:
-    """A connection that only reads, and makes no file. Raises sqlite3.Error."""
     # With mode=ro it could not undo what a process has left that died while writing, and so not read it.
     address = f"file:{quote(os.path.abspath(path).replace(os.sep, '/'))}?mode=rw"
     connection = sqlite3.connect(address, uri=True, timeout=LEDGER_LOCK_SECONDS, isolation_level=None)
-    connection.execute("PRAGMA query_only = 1")
-    return connection
+    with contextlib.closing(connection):
+        connection.execute("PRAGMA query_only = 1")
+        return read(connection) if ledger_version(connection) else None
 
 
 def ledger_version(connection: Any) -> int:

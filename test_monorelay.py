@@ -18033,10 +18033,8 @@ def test_a_ledger_that_is_not_there_yet_is_empty_and_stays_so(tmp_path):
 
 
 def test_a_ledgers_queries_only_read(some_days):
-    connection = monorelay.open_ledger(some_days)
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
-        connection.execute("DELETE FROM hour")
-    connection.close()
+        monorelay.query_ledger(some_days, "DELETE FROM hour", ())
 
 
 @pytest.mark.slow
@@ -18075,9 +18073,7 @@ def test_a_large_ledger_is_read_at_once(tmp_path):
         (listed(user="nobody", errors=True), 0), (listed(model="none"), 0), (listed(key="anthropic/none"), 0),
     ):  # fmt: skip
         assert len(read()) == count and seconds_each(read, 1) < 0.05
-    connection = monorelay.open_ledger(path)
-    plan = connection.execute("EXPLAIN QUERY PLAN " + monorelay.SWEEP_REQUESTS, (0,)).fetchall()
-    connection.close()
+    plan = monorelay.query_ledger(path, "EXPLAIN QUERY PLAN " + monorelay.SWEEP_REQUESTS, (0,))
     assert any("request_at" in step[-1] for step in plan) and not any(step[-1] == "SCAN request" for step in plan)
 
 
