@@ -9998,13 +9998,9 @@ def host_addresses(host: str, port: int) -> list[Any]:
     except socket.gaierror:
         # A name looks unknown to one who can't open the files to look it up in. That there are few descriptors for them
         # is told by the error that these raise; one alone may have come free by now.
-        taken: list[socket.socket] = []
-        try:
+        with contextlib.ExitStack() as taken:
             for _ in range(LOOKUP_DESCRIPTORS):
-                taken.append(socket.socket())
-        finally:
-            for sock in taken:
-                sock.close()
+                taken.enter_context(socket.socket())
         raise
 
 
