@@ -9055,23 +9055,22 @@ class Worker:
 
     def __init__(self) -> None:
         self._waiting = Turns()
-        self._lock = threading.Lock()  # guards what waits
-        self._queued = threading.Semaphore(0)  # how many calls wait
+        self._queued = threading.Condition()  # guards what waits, and tells of more
         self._begun = False
 
     def call(self, run: Action, caller: str = "") -> None:
         """Queues a call. Raises RuntimeError when no thread can be started."""
         if not self._begun:
-            start_thread(self._run)
+            serve_in_thread("worker", self._run)
             self._begun = True
-        with self._lock:
+        with self._queued:
             self._waiting.put(run, caller)
-        self._queued.release()
+            self._queued.notify()
 
     def _run(self) -> None:
         while True:
-            self._queued.acquire()
-            with self._lock:
+            with self._queued:
+                self._queued.wait_for(self._waiting.__len__)
                 run = self._waiting.take()
             run()
             del run  # else what it holds would be kept until the next call
@@ -9091,11 +9090,6 @@ def serve_in_thread(name: str, run: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=outlast_shortage, args=(run,), name=name, daemon=True)
     thread.start()
     return thread
-
-
-def start_thread(run: Callable[[], None]) -> None:
-    """Calls run() in a thread of its own. Raises RuntimeError when the system gives out no more threads."""
-    threading.Thread(target=run, name="worker", daemon=True).start()
 
 
 async def in_thread(
@@ -9124,7 +9118,7 @@ async def in_thread(
         if worker:
             worker.call(run, caller)
         else:
-            start_thread(run)
+            threading.Thread(target=run, name="worker", daemon=True).start()
     except RuntimeError:
         raise Unavailable("this relay has no thread left for this", "no_threads") from None
     try:
