@@ -10467,15 +10467,13 @@ class Attempt:
                 await peek(self._loop, response)
             self.response = response
         except FramingError as error:
-            channel.close()
             message = f"the provider {self.candidate.target.provider.name} sent a malformed answer: {error}"
             self.problem, self.code = message, "upstream_broken"
         except BrokenExchange as error:
-            channel.close()
             self.problem, self.code = str(error), "upstream_broken"
-        except BaseException:
-            channel.close()
-            raise
+        finally:
+            if not self.response:
+                channel.close()
 
     async def _send(self) -> bool:
         """Sends the request; False when the provider answered, or broke off, before it had all of it. Raises
