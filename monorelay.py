@@ -10040,9 +10040,8 @@ async def open_tunnel(loop: EventLoop, channel: Channel, provider: Provider, pro
     heads = ResponseHeads(loop, channel)
     response = heads.take_final()
     while not response:
-        if channel.ended:
+        if not await channel.arrival(deadline):
             raise ConnectionError("the proxy closed the connection without an answer")
-        await channel.arrival(deadline)
         response = heads.take_final()
     if response.status // 100 != 2:
         raise ConnectionError(f"the proxy answered with {response.status}")
