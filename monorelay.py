@@ -10909,10 +10909,9 @@ class Catalogue:
     async def entries(self, config: Config) -> list[JsonDict]:
         """One entry a name, as the provider describes it; those that relay.json names and echo's come first."""
         usable = [provider for provider in config.providers.values() if provider.usable]
-        written = itertools.chain(config.aliases, config.routes, *(provider.models for provider in usable))
+        echoes = ECHO_MODELS if any(provider.format == "echo" for provider in usable) else ()
+        written = itertools.chain(config.aliases, config.routes, *(provider.models for provider in usable), echoes)
         entries: list[JsonDict] = [{"id": name} for name in written if not PATTERN.search(name)]
-        if any(provider.format == "echo" for provider in usable):
-            entries += [{"id": name, "created_at": ECHO_CREATED, "created": ECHO_CREATED_UNIX} for name in ECHO_MODELS]
         asked = [provider for provider in usable if provider.format != "echo" and not provider.client_keys]
         for listed in await self._listed(asked):
             entries += listed
