@@ -10968,19 +10968,16 @@ class Catalogue:
 async def read_rest(loop: EventLoop, response: UpstreamResponse) -> bytes:
     """The whole body of a list of models. Raises BrokenExchange, NoResponse and FramingError, also for one that is too
     long, or that would take `json` long."""
-    pieces = [response.take_content()]
-    size = len(pieces[0])
+    body = bytearray(response.take_content())
     while not response.decoder.finished:
-        pieces.append(await absorb_more(loop, response))
+        body += await absorb_more(loop, response)
         response.take_content()
-        size += len(pieces[-1])
-        if size > CATALOGUE_BYTES:
+        if len(body) > CATALOGUE_BYTES:
             raise FramingError("the list of models is too long")
-    body = b"".join(pieces)
     # An object takes four times as much as another value.
     if body.count(b"[") + body.count(b",") + 4 * body.count(b"{") > CATALOGUE_VALUES:
         raise FramingError("the list of models has too many values")
-    return body
+    return bytes(body)
 
 
 def listed_entries(text: str) -> Iterator[JsonDict]:
