@@ -14257,7 +14257,10 @@ class Supervisor:
             signals = Signals(*OPERATOR_SIGNALS, WORKER_RELOADS, WORKER_CUTS)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
-            status = self._work(signals, parent, place)
+            server = RelayServer(self._file.config, None, self._listeners, place)
+            operator = Operator(server, self._file, parent, place.worker == 0)
+            server.start()
+            status = outlast_shortage(lambda: operator.run(signals))
         except BaseException as error:
             log = LogWriter(sys.stderr)
             log.style = self._file.config.server.log
@@ -14265,13 +14268,6 @@ class Supervisor:
             log.start()
             log.finish()
         os._exit(status)
-
-    def _work(self, signals: Signals, parent: int, place: PlaceOnBoard) -> int:
-        """Serves until the worker is told to stop; the exit status."""
-        server = RelayServer(self._file.config, None, self._listeners, place)
-        operator = Operator(server, self._file, parent, place.worker == 0)
-        server.start()
-        return outlast_shortage(lambda: operator.run(signals))
 
     def _reap(self) -> Iterator[tuple[int, float]]:
         """The workers that have ended, and when each was started."""
