@@ -8236,15 +8236,13 @@ def response_events(reply: Reply, whole: JsonDict) -> Iterator[tuple[str, JsonDi
     place = {"item_id": item["id"], "output_index": 0}
     yield "created", {"response": opened}
     yield "in_progress", {"response": opened}
+    empty: JsonDict = {"arguments": ""} if reply.tool else {"content": []}
+    yield "output_item.added", {"output_index": 0, "item": {**item, **empty, "status": "in_progress"}}
     if reply.tool:
-        begun = {**item, "arguments": "", "status": "in_progress"}
-        yield "output_item.added", {"output_index": 0, "item": begun}
         yield "function_call_arguments.delta", {**place, "delta": item["arguments"]}
         yield "function_call_arguments.done", {**place, "name": reply.tool, "arguments": item["arguments"]}
     else:
         part, place = item["content"][0], {**place, "content_index": 0}
-        begun = {**item, "content": [], "status": "in_progress"}
-        yield "output_item.added", {"output_index": 0, "item": begun}
         yield "content_part.added", {**place, "part": {**part, "text": ""}}
         for word in split_words(reply.text):
             yield "output_text.delta", {**place, "delta": word, "logprobs": []}
