@@ -12059,11 +12059,7 @@ class Exchange:
 
     async def skip_body(self) -> bool:
         """Drains an unread body, so that the connection can be kept; False if it can't."""
-        try:
-            incoming = self._incoming or self.open_body(DISCARDED_BODY_BYTES)
-        except TooLarge:
-            return False
-        return await incoming.discard()
+        return await (self._incoming or self.open_body(sys.maxsize)).discard()  # which takes no long one
 
     def hold(self, count: int) -> None:
         """Takes room for so many bytes. Raises Unavailable."""
