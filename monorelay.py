@@ -13624,17 +13624,15 @@ class RelayServer(http.server.ThreadingHTTPServer):
         if now - self._refusal_logged > DESCRIPTOR_WARNING_SECONDS:
             self._refusal_logged = now
             self.log.warn("no file descriptor is left for another connection; raise `ulimit -n`")
-        self.service.loop.post(lambda: self.service.relay.connections.close() or self.make_room())
+        self.service.loop.post(self.service.loop.make_room)
         try:
             self._spare.close()
-            refuse(listener.accept()[0])
+            try:
+                refuse(listener.accept()[0])
+            finally:
+                self._spare = io.FileIO(os.devnull)
         except OSError:
             time.sleep(DESCRIPTOR_PAUSE_SECONDS)
-        finally:
-            try:
-                self._spare = io.FileIO(os.devnull)
-            except OSError:
-                time.sleep(DESCRIPTOR_PAUSE_SECONDS)
 
 
 # The errors of a machine that has no IPv6, or has it switched off.
