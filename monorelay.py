@@ -9153,13 +9153,13 @@ BANNER_LINE = textwrap.TextWrapper(80, subsequent_indent=" " * 13, break_long_wo
 class LogWriter:
     """Writes lines to stderr from a thread of its own: a log that is slow, or gone, holds up nobody."""
 
-    def __init__(self, stream: Optional[IO[str]]) -> None:
+    def __init__(self, stream: Optional[IO[str]], style: str = "text") -> None:
         self._stream = stream
         self._lines: collections.deque[str] = collections.deque()
         self._size = 0  # characters of the lines, about: several threads add to it
         self._wanted = threading.Event()
         self._lock = threading.Lock()  # guards the order of writes
-        self.style = "text"
+        self.style = style
         self.dropped = 0  # since that was last told
         self._obstacle = "was not taken fast enough"  # why they were
         self.dropped_in_all = 0
@@ -13398,8 +13398,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
             listener.setblocking(False)
         self.server_address = self.socket.getsockname()
         config = with_run_secrets(config, None)
-        self.log = LogWriter(sys.stderr if log is None else log)
-        self.log.style = config.server.log
+        self.log = LogWriter(sys.stderr if log is None else log, config.server.log)
         self.service = Service(config, self.log, place, clock)
         self.handlers: set[Handler] = set()  # of all connections; the thread that accepts adds to it
         self.service.connections = self.handlers
@@ -14189,8 +14188,7 @@ class Supervisor:
         self._file = file
         self._count = file.config.server.workers  # which a reload doesn't change
         self._listeners = listeners
-        self._log = LogWriter(sys.stderr)
-        self._log.style = file.config.server.log
+        self._log = LogWriter(sys.stderr, file.config.server.log)
         self._workers: dict[int, tuple[float, int]] = {}  # process id: when it was started, and its place on the board
         self._board = Board(2 * self._count + 1)
         self._in_terminal = in_terminal()
@@ -14254,8 +14252,7 @@ class Supervisor:
             server.start()
             status = outlast_shortage(lambda: operator.run(signals))
         except BaseException as error:
-            log = LogWriter(sys.stderr)
-            log.style = self._file.config.server.log
+            log = LogWriter(sys.stderr, self._file.config.server.log)
             log.warn(f"internal error: {describe(error)}")
             log.start()
             log.finish()
