@@ -9555,11 +9555,10 @@ def usage_row(group: Mapping[str, str], sums: Sums) -> JsonDict:
     """The names of a group and its sums, for people: USD, and the mean times in seconds."""
     figures: JsonDict = dict(zip(SUMS, sums))
     cost, ttfb, streamed, duration = (figures.pop(name) for name in ("cost", "ttfb", "streamed", "duration"))
-    usd = None if cost is None else cost / 10**9
     return {
         **group,
         **figures,
-        "usd": usd,
+        "usd": None if cost is None else cost / 10**9,
         "ttfb": round(ttfb / streamed / 1000, 3) if streamed else None,
         "seconds": round(duration / figures["requests"] / 1000, 3) if figures["requests"] else None,
     }
@@ -12652,13 +12651,12 @@ def upstream_request(
     request, endpoint = exchange.request, exchange.endpoint
     if "x-monorelay-key" not in request.fields:
         candidates = without_client_keys(candidates)
-    target = endpoint.target(request.query)
     is_aside = endpoint.path in COUNTING_PATHS or endpoint.answer is answer_catalogue
     translate = None
     if isinstance(body, ReadBody) and endpoint.path in TRANSLATED_PATHS:
         translate = TranslatedRequest(exchange, body).to
     return UpstreamRequest(
-        request, target, endpoint.by_model, body, candidates, exchange.record,
+        request, endpoint.target(request.query), endpoint.by_model, body, candidates, exchange.record,
         searches=searches, translate=translate, is_aside=is_aside,
     )  # fmt: skip
 
@@ -12678,7 +12676,6 @@ def without_client_keys(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
 def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
     """The header fields of a provider's response that are passed on, and those that the relay adds."""
     target = relayed.candidate.target
-    cors = exchange.cors(relayed.head.fields.pairs)
     fields = end_to_end(relayed.head.fields, RESPONSE_HEADERS_KEPT_BACK)
     if relayed.shows_key("\n".join(itertools.chain.from_iterable(fields))):
         fields = [pair for pair in fields if not relayed.shows_key(": ".join(pair))]
@@ -12687,7 +12684,7 @@ def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
         fields.append(("x-monorelay-model", header_text(target.model)))
     fields.append(("x-monorelay-attempts", str(exchange.record.attempts)))
     fields.append(("x-monorelay-request-id", exchange.record.request_id))
-    return fields + cors
+    return fields + exchange.cors(relayed.head.fields.pairs)
 
 
 def results_url_rewriter(exchange: Exchange, relayed: UpstreamResponse) -> Optional[ResultsUrlRewriter]:
@@ -12766,8 +12763,7 @@ class TranslatedRequest:
         body = ReadBody()
         body.content += made.body
         head = RequestHead("POST", request.path, "", 1, Headers(fields), self._size)
-        translated = made._replace(body=[])
-        return UpstreamRequest(head, made.path, True, body, (), exchange.record, translated=translated)
+        return UpstreamRequest(head, made.path, True, body, (), exchange.record, translated=made._replace(body=[]))
 
 
 def client_credential(request: RequestHead, provider: Provider) -> Pairs:
@@ -12830,8 +12826,7 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
         # Some servers call a stream JSON, or plain text.
         is_stream = relayed.is_stream or BEGINS_EVENT.match(body) is not None
         record.usage.read(body, is_stream)
-        work = functools.partial(translator.whole, body, is_stream)
-        answer = await at_leisure(exchange, len(body), work)
+        answer = await at_leisure(exchange, len(body), functools.partial(translator.whole, body, is_stream))
         exchange.hold(len(answer))
         fields.append(("content-type", "text/event-stream" if asked.stream else "application/json"))
         return Response(200, reason_of(200), fields, answer)
