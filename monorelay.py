@@ -178,6 +178,9 @@ UPSTREAM_IDLE_SECONDS = 50.0  # of a kept upstream connection; common balancers 
 BODY_END_SECONDS = 1.0  # for the end of a body to come behind a stream that has said that it is over,
 BODY_END_BYTES = 16 * 1024  # and for what may stand between the two
 STALE_SECONDS = 1.0  # within which a kept connection shows that it was closed: a round trip, and a lost packet
+LOST_SECONDS = 5.0  # after which a kept connection is looked at on which no answer comes,
+LOST_RESENDS = 5  # and is given up if this system has sent so often what nobody acknowledges: for some 6 s
+UNTAKEN_SECONDS = 20.0  # for which a kept connection takes nothing of a request, until another one gets it
 UNWANTED_SECONDS = 3.0  # for which a provider that has begun a good response takes nothing of the request's rest
 CONNECTED_ADDRESSES = 16  # of a host that has more, these are tried
 AVOIDED_SECONDS = 600.0  # for which an address that took no connection is tried after the others of its host
@@ -8623,6 +8626,15 @@ class Channel:
             return False
         return state in (TCP_CLOSE, TCP_CLOSE_WAIT)
 
+    def is_lost(self) -> Optional[bool]:
+        """Whether the peer has acknowledged nothing for some seconds of what was sent: its network, this one or a NAT
+        between them has changed. None if it has acknowledged all, or the system doesn't tell."""
+        try:
+            resent, probes = self.sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 4)[2:4] if TCP_INFO else (0, 0)
+        except OSError:
+            return None
+        return resent + probes >= LOST_RESENDS if resent + probes else None
+
     def abort_on_close(self, abort: bool) -> None:
         """Sets whether close() resets the connection: a reset can't be taken for the end of a response."""
         try:
@@ -10427,6 +10439,7 @@ class Attempt:
         self._request = request
         self.candidate = candidate
         self.reached = False  # whether there was a connection
+        self._kept = False  # whether that was a kept one, on which both sides may not be heard any more
         self._sent = False  # whether all of the request was sent
         self.response: Optional[UpstreamResponse] = None
         self.problem = self.code = ""  # why there is none
@@ -10441,11 +10454,12 @@ class Attempt:
         """Whether the provider may have begun to work on the request."""
         return self.reached and self._sent and not self.channel.send_failed
 
-    async def run(self, channel: Channel) -> None:
-        """Sends the request on a connection and reads the response until it can be judged: its head, of a stream the
-        first line, too. Where the connection breaks, `problem` says how. Raises NoResponse, ClientGone, and what
-        reading the body raises."""
+    async def run(self, channel: Channel, kept: bool = False) -> None:
+        """Sends the request on a connection, a new or a `kept` one, and reads the response until it can be judged: its
+        head, of a stream the first line, too. Where the connection breaks, `problem` says how. Raises NoResponse,
+        ClientGone, and what reading the body raises."""
         self.channel, self.reached, self._sent = channel, True, False
+        self._kept = kept and self.candidate.target.provider.timeout > UNTAKEN_SECONDS
         channel.answered = False
         self._heads = ResponseHeads(self._loop, channel)
         try:
@@ -10494,10 +10508,12 @@ class Attempt:
             parts = [b"".join(parts)]
         try:
             for data in parts:
-                await self._send_piece(data, provider.timeout)
+                await self._send_piece(data, UNTAKEN_SECONDS if self._kept else provider.timeout)
             if isinstance(body, RequestBody):
                 await self._stream_body(body, provider.timeout)
         except Overdue:
+            if self._kept and not request.body.is_spent:
+                self._give_up()
             raise NoResponse(f"the provider {provider.name} took nothing for {provider.timeout:g} seconds") from None
         except (OSError, EarlyResponse):
             # It may have answered before it closed; reading will tell.
@@ -10533,13 +10549,32 @@ class Attempt:
         channel, method = self.channel, self._request.head.method
         head = self._heads.take_final() if channel.received else None
         while not head:
-            await more_of(self._loop, channel, self.candidate)
+            looked_at = self._loop.now + LOST_SECONDS if self._kept else math.inf
+            try:
+                await more_of(self._loop, channel, self.candidate, looked_at)
+            except Overdue:
+                self._look_at_kept()
             head = self._heads.take_final()
         response = UpstreamResponse(self.candidate, channel, head, response_decoder(head, method))
         response.has_body = method != "HEAD" and head.status not in (204, 304)
         if channel.received:
             response.absorb(await take_in_turn(self._loop, channel))
         return response
+
+    def _look_at_kept(self) -> None:
+        """Gives a kept connection up if nobody acknowledges what is sent; it isn't looked at again if all of it is.
+        Raises BrokenExchange."""
+        is_lost = self.channel.is_lost()
+        if is_lost:
+            self._give_up()
+        self._kept = is_lost is not None
+
+    def _give_up(self) -> NoReturn:
+        """Ends a kept connection on which the request doesn't reach the provider, so that it never will. Raises
+        BrokenExchange."""
+        self.channel.send_failed = True
+        self.channel.abort_on_close(True)
+        raise BrokenExchange(f"the provider {self.candidate.target.provider.name} isn't heard on a kept connection")
 
     async def _read_first_line(self, response: UpstreamResponse) -> None:
         """Waits for the first line of a stream, which tells whether it is an error. Raises BrokenExchange, NoResponse
@@ -10725,7 +10760,7 @@ class Relay:
         try:
             kept, begun = None if fresh else self.connections.take(provider), self._loop.now
             if kept:
-                await attempt.run(kept)
+                await attempt.run(kept, kept=True)
             if not attempt.has_begun and not (attempt.may_be_at_work and self._loop.now - begun > STALE_SECONDS):
                 await attempt.run(await self.connections.connect(provider))
         except Unreachable as error:

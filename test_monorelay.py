@@ -10298,6 +10298,63 @@ def test_clients_that_leave_while_a_provider_drops_packets_cost_no_thread(upstre
         eventually(lambda: threads() <= before + 4, seconds=2)
 
 
+@pytest.mark.parametrize("is_lost", [True, False, None])
+def test_a_request_that_does_not_reach_the_provider_on_a_kept_connection_gets_a_new_one(
+    upstream, relay, monkeypatch, is_lost
+):
+    """Where the network has changed, or a NAT has forgotten the connection, nobody says that it is of no use."""
+    answers, gate = iter([True, False]), threading.Event()
+
+    def script(connection: Connection) -> None:
+        while True:
+            connection.read_request()
+            if not next(answers, True):
+                gate.wait(TIMEOUT_SECONDS)
+            connection.send(answer())
+
+    monkeypatch.setattr(monorelay, "LOST_SECONDS", 0.05)
+    asked = []
+    monkeypatch.setattr(monorelay.Channel, "is_lost", lambda channel: asked.append(channel) or is_lost)
+    provider = upstream(script)
+    it = relay({"anthropic": provider})
+    assert it.post("/v1/messages", prompt()).status == 200
+    if not is_lost:
+        threading.Timer(0.3, gate.set).start()
+    assert it.post("/v1/messages", prompt()).status == 200
+    assert len(provider.requests) == (3 if is_lost else 2)
+    assert (len(asked) > 1) == (is_lost is False), "what is acknowledged is waited for, and not looked at again"
+    gate.set()
+
+
+def test_a_kept_connection_that_takes_nothing_of_a_request_is_given_up(upstream, relay, monkeypatch):
+    over, firsts = threading.Event(), iter([True])
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(answer())
+        if next(firsts, False):
+            over.wait(TIMEOUT_SECONDS)
+
+    monkeypatch.setattr(monorelay, "UNTAKEN_SECONDS", 0.2)
+    provider = upstream(script)
+    it = relay({"anthropic": provider})
+    assert it.post("/v1/messages", prompt()).status == 200
+    large = {**prompt(), "metadata": {"user_id": "x" * 16_000_000}}
+    assert it.post("/v1/messages", large).status == 200
+    assert len(provider.requests) == 2, "the second of them on another connection"
+    over.set()
+
+
+def test_a_connection_whose_peer_acknowledges_all_is_not_lost():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near, far = socket.create_connection(listener.getsockname()), listener.accept()[0]
+        with near, far:
+            channel = monorelay.Channel(near, monorelay.EventLoop(lambda message: None))
+            assert channel.is_lost() is None
+            channel.send_now(b"x" * 1000)
+            assert channel.is_lost() is None
+
+
 @pytest.mark.timed
 def test_an_address_that_takes_no_connection_is_tried_after_the_others_from_then_on(
     upstream, relay, no_proxy_yet, monkeypatch
