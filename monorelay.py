@@ -175,6 +175,7 @@ HELD_UP_SECONDS = 2.0
 LINGER_SECONDS = 5.0  # nginx's lingering_timeout
 LINGER_LONGEST_SECONDS = 30.0  # nginx's lingering_time
 UPSTREAM_IDLE_SECONDS = 50.0  # of a kept upstream connection; common balancers drop theirs after 60 s
+UPSTREAM_KEPT_SECONDS = 600.0  # after which an idle one is closed all the same: a name may lead elsewhere by now
 BODY_END_SECONDS = 1.0  # for the end of a body to come behind a stream that has said that it is over,
 BODY_END_BYTES = 16 * 1024  # and for what may stand between the two
 STALE_SECONDS = 1.0  # within which a kept connection shows that it was closed: a round trip, and a lost packet
@@ -8431,8 +8432,8 @@ class Channel:
 
     __slots__ = (
         "_blocked", "_loop", "_outgoing", "_queued", "_slow", "_watched", "_window", "_wire", "answered", "broken",
-        "closed", "ended", "extra_fields", "idle_since", "kept_at", "kept_in_turn", "opening", "received",
-        "send_failed", "sock", "target_prefix", "task",
+        "closed", "ended", "extra_fields", "idle_since", "kept_at", "kept_in_turn", "opened_at", "opening",
+        "received", "send_failed", "sock", "target_prefix", "task",
     )  # fmt: skip
 
     def __init__(self, sock: socket.socket, loop: "EventLoop", window: int = HELD_BYTES) -> None:
@@ -8447,6 +8448,7 @@ class Channel:
         self.broken = False  # whether it ended otherwise than by a FIN, over TLS by a close_notify
         self.closed = False  # whether this side has
         self.opening = False  # whether the connection, or its TLS handshake, is still being made
+        self.opened_at = loop.now
         self.idle_since = 0.0
         self.kept_at = 0.0  # the same in seconds since 1970
         self.kept_in_turn = 0  # in which turn of the loop it came into a pool; 0 once it is used again
@@ -9919,10 +9921,12 @@ class UpstreamPool:
         return bool(kept)
 
     def drop_stale(self) -> None:
-        """Closes what is idle for too long."""
+        """Closes what is idle for too long, and what is idle and old: else one that is always in use would lead to the
+        addresses of long ago."""
+        oldest = self._loop.now - UPSTREAM_KEPT_SECONDS
         for place, channels in self._idle.items():
             for channel in channels:
-                if not self._is_good(channel):
+                if channel.opened_at < oldest or not self._is_good(channel):
                     channel.close()
             self._idle[place] = [channel for channel in channels if not channel.closed]
 

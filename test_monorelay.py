@@ -9563,6 +9563,23 @@ def test_a_stale_upstream_connection_is_replaced_unnoticed_and_cools_no_key(upst
     assert [message.get("x-api-key") for message in provider.requests] == ["sk-a"] * 3
 
 
+def test_a_connection_that_is_always_in_use_is_renewed_now_and_then(upstream, relay):
+    """By its name, a provider may be elsewhere by then."""
+
+    def script(connection: Connection) -> None:
+        while connection.read_request():
+            opened.add(connection)
+            connection.send(answer())
+
+    opened: set[Any] = set()
+    clock = Clock()
+    it = relay({"anthropic": upstream(script)}, clock)
+    for _ in range(0, 1230, 30):
+        assert it.post("/v1/messages", prompt()).status == 200
+        clock.move(30)
+    assert len(opened) == 2
+
+
 @pytest.mark.parametrize(("seconds", "keys"), [(0.5, "aaa"), (1.5, "aab")])
 def test_a_kept_connection_that_breaks_when_its_provider_has_worked_was_not_stale(upstream, relay, seconds, keys):
     gate = threading.Event()
