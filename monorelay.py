@@ -14703,7 +14703,7 @@ const outcome = ({ status, error }) =>
 
 // What each attempt met. Those that failed are told as PROVIDER/KEY:WHAT, with spaces between.
 function attempts(row) {
-  const tried = [...(row.tried ?? "").matchAll(/(\S+):(\S+)/g)].map(([, key, what]) =>
+  const tried = [...(row.tried ?? "").matchAll(/(\S.*?):(\S+)(?: |$)/g)].map(([, key, what]) =>
     `${key.replace("/", " / ")}: ${met(what)}`);
   return tried.length < row.attempts ? [...tried, `${place(row)}: ${outcome(row)}`] : tried;
 }

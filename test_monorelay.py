@@ -19572,6 +19572,8 @@ def test_failed_requests_can_be_found_with_their_attempts(upstream, relay, brows
     assert "✕ 529" in told and told.endswith(reason) and browser.rows("rows")[0][4] == reason
     assert sorted(attempt.split(" / ")[0] for attempt in attempts) == ["anthropic", "anthropic2"]
     assert all(attempt.endswith(": 529 overloaded") for attempt in attempts)
+    named = browser.run("attempts({attempts: 2, tried: 'my claude/team one:529 my claude/team two:429'})")
+    assert named == ["my claude / team one: 529 overloaded", "my claude / team two: 429 rate limit"]
     assert browser.rows("rows")[0][5:] == [""] * 7, "nothing came of it that could be counted"
     browser.press("#detail button")
     browser.driver.back()
