@@ -4488,6 +4488,7 @@ class Asked(NamedTuple):
     thinking: str = "hidden"  # or "shown", or "omitted": a block without its text
     thinking_returns: bool = False  # whether the provider wants its thinking back
     input_tokens: int = 0  # by estimate
+    call_ids: Collection[int] = ()  # hashes of the ids of calls in the conversation, as the client knows them
 
 
 class Translated(NamedTuple):
@@ -5158,6 +5159,7 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
         "thinking": "hidden" if thinking.get("type") in ("disabled", None) else display,
         "thinking_returns": draft.settings.reasoning_back != "none",
         "input_tokens": input_tokens,
+        "call_ids": turns.call_ids,
     }
     return chat
 
@@ -5338,6 +5340,7 @@ class ChatTurns:
         self._lead: list[str] = []  # what the system says at the beginning
         self._reminders: list[str] = []  # what it says later, and waits for the next place where it may stand
         self.changes: list[ToolChange] = []  # of tools, in their order
+        self.call_ids: set[int] = set()  # hashes of all of the client's
 
     def of(self, request: JsonDict) -> list[JsonDict]:
         """The messages for a request. Raises BadRequest."""
@@ -5437,6 +5440,7 @@ class ChatTurns:
             raise self._draft.refusal(f"{place}.input", "what is no object")
         name = self._draft.tool_name(text_in(block, "name", place))
         id = call_name(block.get("id"), f"{place}.id")
+        self.call_ids.add(hash(id))
         arguments = "".join(json_texts([given]))
         call = {"id": self._call_id(id), "type": "function", "function": {"name": name, "arguments": arguments}}
         _, seal = carried_call(id)
@@ -6454,6 +6458,9 @@ class ChatReader:
         if self._is_cut_off and not call.is_sound:
             return True  # nobody may execute it, and nothing of it was written
         id = call.id or made_up_id(self._asked, self._closed)
+        if hash(carrying_id(id, call.seal)) in self._asked.call_ids:
+            # Some servers count anew in each answer, and Claude Code takes a call for the earlier one of its id.
+            id += f"_{made_up_id(self._asked, self._closed)[-8:]}"
         while id in self._ids:
             id += "_2"
         self._ids.add(id)

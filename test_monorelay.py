@@ -6366,6 +6366,36 @@ def test_an_id_is_made_up_where_there_is_none_and_is_the_same_each_time():
     assert len(ids) == 1 and re.fullmatch("call_[0-9a-f]{24}", ids.pop())
 
 
+@pytest.mark.parametrize("id", ["call_0", "functions.look:0"])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_call_gets_another_id_where_one_before_in_the_conversation_has_its_own(id, is_stream):
+    """Some servers count anew in each answer. Claude Code leaves out what has the id of an earlier call."""
+    answer = completion(calls=[call(0, id, "look", "{}")])
+    chunks = [delta(tool_calls=[call(0, id, "look", "{}")]), delta("tool_calls")]
+    messages, ids = [HELLO], []
+    for turn in range(4):
+        request = {**prompt(messages=messages, stream=is_stream), "max_tokens": 5}
+        sent, made = translated(request)
+        assert [message["tool_call_id"] for message in sent["messages"] if message["role"] == "tool"] == [
+            monorelay.carried_call(known)[0] for known in ids
+        ]
+        asked = made.asked._replace(id=f"req_{turn}")
+        content = (accumulated(asked, sse_of(chunks)) if is_stream else whole_answer(asked, answer))["content"]
+        ids.append(content[0]["id"])
+        messages += [assistant(*content), user(tool_result(ids[-1], "ok"))]
+    assert monorelay.carried_call(ids[0])[0] == id and len(set(ids)) == 4
+    assert all(re.fullmatch("[a-zA-Z0-9_-]{1,64}", known) for known in ids)
+    assert len({len(known) for known in ids[1:]}) == 1
+
+
+def test_a_call_under_another_id_that_comes_once_more_behind_the_end_is_known():
+    asked = asked_of(call_ids={hash("call_0")})
+    first, second = (delta(calls=[call(number, f"call_{number}", "look", "{}")]) for number in (0, 1))
+    stream = sse_of([first, second, delta("tool_calls"), first, delta("tool_calls")])
+    ids = [block["id"] for block in accumulated(asked, stream)["content"]]
+    assert len(ids) == 2 and ids[0] != "call_0" and ids[1] == "call_1"
+
+
 def test_answers_have_ids_of_their_own_whatever_the_provider_calls_them():
     """Claude Code takes messages of one id for parts of one message; some servers have few ids."""
     anonymous = completion(calls=[call(0, None, "look", "{}")])
