@@ -5891,7 +5891,8 @@ class MessageTurns:
         self.system: list[JsonDict] = []  # what the system says at the beginning
         self._messages: list[JsonDict] = []
         self._later: list[JsonDict] = []  # what it says later, and waits for the place where it may stand
-        self._calls: set[str] = set()  # those of the last turn
+        self._calls: dict[str, str] = {}  # those of the last turn, by the ids that the client knows: as they are sent
+        self._earlier: set[str] = set()  # those of the turns before, as sent
         self._results = 0  # how many results the turn begins with
 
     def of(self, chat: JsonDict) -> list[JsonDict]:
@@ -5947,6 +5948,9 @@ class MessageTurns:
     def _write_assistant(self, message: JsonDict, place: str) -> None:
         """One turn: thinking that was handed back, then text, then calls."""
         self._write_later()
+        if not self._messages or self._messages[-1]["role"] != "assistant":
+            self._earlier.update(self._calls.values())
+            self._calls = {}  # some clients write each call into a turn of its own
         blocks = [
             {name: value for name, value in block.items() if name != "index"}
             for _, block in objects(message.get("thinking_blocks") or [], f"{place}.thinking_blocks")
@@ -5956,10 +5960,7 @@ class MessageTurns:
             blocks += self._blocks(message.get(name), f"{place}.{name}")
         calls = objects(message.get("tool_calls") or [], f"{place}.tool_calls")
         blocks += [self._call(call, at) for at, call in calls]
-        if not self._messages or self._messages[-1]["role"] != "assistant":
-            self._calls = set()  # some clients write each call into a turn of its own
         self._say("assistant", with_cache_mark(blocks, message))
-        self._calls |= {block["id"] for block in blocks if block["type"] == "tool_use"}
 
     def _call(self, call: JsonDict, place: str) -> JsonDict:
         function = member(call, "function")
@@ -5973,14 +5974,20 @@ class MessageTurns:
         if not isinstance(arguments, dict):
             raise self._draft.refusal(f"{place}.function.arguments", "what is no JSON object")
         name = self._draft.tool_name(text_in(function, "name", f"{place}.function"))
-        id = carrying_id(call_name(call.get("id"), f"{place}.id"))
+        id = self._call_id(carrying_id(call_name(call.get("id"), f"{place}.id")))
         return with_cache_mark([{"type": "tool_use", "id": id, "name": name, "input": arguments}], call)[0]
+
+    def _call_id(self, id: str) -> str:
+        """The id by which a call is sent: one that no earlier turn has, since Claude refuses that. Some servers count
+        anew in each answer."""
+        self._calls[id] = f"{id}_{len(self._earlier)}" if id in self._earlier else id
+        return self._calls[id]
 
     def _write_result(self, message: JsonDict, place: str) -> None:
         call_id = carrying_id(call_name(message.get("tool_call_id"), f"{place}.tool_call_id"))
         if call_id not in self._calls:
             raise self._draft.refusal(f"{place}.tool_call_id", "a result without a call before it that has this id")
-        result: JsonDict = {"type": "tool_result", "tool_use_id": call_id}
+        result: JsonDict = {"type": "tool_result", "tool_use_id": self._calls[call_id]}
         content = message.get("content")
         blocks = self._blocks(content, f"{place}.content")
         if blocks:
@@ -6023,10 +6030,10 @@ class MessageTurns:
             if not isinstance(part.get("input"), dict):
                 raise self._draft.refusal(f"{place}.input", "what is no object")
             name = self._draft.tool_name(text_in(part, "name", place))
-            return {"type": kind, "id": id, "name": name, "input": part["input"]}
+            return {"type": kind, "id": self._call_id(id), "name": name, "input": part["input"]}
         content = self._blocks(part.get("content"), f"{place}.content")
-        failed = {"is_error": True} if part.get("is_error") is True else {}
-        return {"type": kind, "tool_use_id": id, **({"content": content} if content else {}), **failed}
+        result = {"type": kind, "tool_use_id": self._calls.get(id, id), **({"content": content} if content else {})}
+        return {**result, "is_error": True} if part.get("is_error") is True else result
 
     def _image(self, url: str, place: str) -> JsonDict:
         kind = DATA_URI.match(url, 0, DATA_URI_CHARACTERS)

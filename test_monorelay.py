@@ -5415,6 +5415,27 @@ def test_a_budget_that_is_none_changes_no_limit(thinking):
     assert body["max_tokens"] == 8192
 
 
+def test_calls_of_several_turns_that_have_one_id_get_several():
+    def turn(number, id):
+        function = {"name": "f", "arguments": json.dumps({"turn": number})}
+        return [
+            {"role": "assistant", "tool_calls": [{"id": id, "function": function}]},
+            {"role": "tool", "tool_call_id": id, "content": str(number)},
+        ]
+
+    own = [assistant(tool_use("call_0", "f", turn=4)), user(tool_result("call_0", [said("4")]))]
+    names = ["call_0", "call_0", "call_1", "call_0"]
+    messages = [HELLO, *(message for number, id in enumerate(names) for message in turn(number, id)), *own]
+    body, _ = to_messages(messages=messages)
+    sent = [block for message in body["messages"][1:] for block in message["content"]]
+    ids = [block["id"] for block in sent[::2]]
+    assert ids[0] == "call_0" and ids[2] == "call_1" and len(set(ids)) == 5
+    assert [block["tool_use_id"] for block in sent[1::2]] == ids
+    assert [block["input"]["turn"] for block in sent[::2]] == [0, 1, 2, 3, 4]
+    shorter, _ = to_messages(messages=messages[:-2])
+    assert shorter["messages"] == body["messages"][:-2]
+
+
 def test_hints_of_chat_are_left_out_and_named_unless_they_say_nothing():
     nothing = {
         "n": 1,
