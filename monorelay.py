@@ -6820,7 +6820,8 @@ class MessageReader:
         """A part of thinking: by DeepSeek's name for who shows it, in LiteLLM's form for who sends it back."""
         self._thoughts += self._is_new_thought
         self._is_new_thought = False
-        text = {"reasoning_content": said} if said else {}
+        # LiteLLM takes a chunk that has neither content nor this for an empty one.
+        text = {"reasoning_content": said} if said or self._asked.stream else {}
         return self._chunk({**text, "thinking_blocks": [{"index": self._thoughts - 1, **block}]})
 
     def _chunk(self, delta: JsonDict, finish: Optional[str] = None) -> JsonDict:

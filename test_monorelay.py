@@ -6925,6 +6925,17 @@ def test_u1_calls_are_counted_among_themselves():
     assert "usage" not in chunks[0] and chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+def test_each_chunk_of_thinking_has_the_text_by_which_litellm_knows_it():
+    """LiteLLM drops a chunk as empty that has a signature alone, and so the client can't send the thinking back."""
+    data = b"".join(message_events(REDACTED, THOUGHTS, tool_use("a")))
+    sent, _ = streamed(asked_of("openai", stream=True), data)
+    deltas = [choice["delta"] for _, chunk in events_of(sent)[:-1] for choice in chunk["choices"]]
+    thoughts = [delta for delta in deltas if "thinking_blocks" in delta]
+    assert {delta["thinking_blocks"][0].get("signature") for delta in thoughts} == {None, THOUGHTS["signature"]}
+    assert "".join(delta["reasoning_content"] for delta in thoughts) == THOUGHTS["thinking"]
+    assert not any("reasoning_content" in delta for delta in deltas if delta not in thoughts)
+
+
 def test_u2_a_call_that_begins_with_its_input_has_it():
     start = sse("content_block_start", index=0, content_block=tool_use("a", x=1))
     data = (
