@@ -4305,6 +4305,7 @@ class Usage:
         self._tier = ""  # OpenAI's service tier, which stands beside it
         self._held = b""  # a line of a stream, an object, or the name before it, whose rest hasn't come yet
         self._kind: Optional[bytes] = None  # of the event of a long line whose beginning isn't held any more
+        self._has_tier = False  # whether that line has told the tier
 
     @property
     def used(self) -> Used:
@@ -4324,12 +4325,13 @@ class Usage:
         held = self._look(data, is_stream) if b'"usage"' in data else max(0, len(data) - USAGE_NAME_BYTES)
         if is_stream:
             if data.endswith(b"\n"):
-                self._kind = None
+                self._kind, self._has_tier = None, False
                 return
             line = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1  # an event's type stands at its beginning
             is_long = len(data) - line > USAGE_BYTES
             if line or (is_long and self._kind is None):
                 self._kind = event_kind(data, line, len(data)) if is_long else None
+            self._has_tier = (self._has_tier and not line) or (is_long and self._note_tier(data, line))
             held = held if is_long else line
         self._held = data[held:]
 
@@ -4366,12 +4368,13 @@ class Usage:
         if not self._found or tokens_of(usage) is not NO_TOKENS:
             self._found = usage
 
-    def _note_tier(self, data: bytes, start: int) -> None:
-        """Notes the first service tier from there on: those behind may stand in what a client has sent, which comes
-        back in the answer."""
-        tier = OPENAI_TIER.search(data, start)
-        if tier:
-            self._tier = tier[1].decode("ascii")
+    def _note_tier(self, data: bytes, start: int) -> bool:
+        """Notes the first service tier from there on; whether there is one. Those behind, in the same line, may stand
+        in what a client has sent, which comes back in the answer."""
+        start = start or (data.find(b"\n") if self._has_tier else 0)
+        tier = OPENAI_TIER.search(data, start) if start >= 0 else None
+        self._tier = tier[1].decode("ascii") if tier else self._tier
+        return tier is not None
 
 
 # ==== Formats =======================================================================================

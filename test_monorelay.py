@@ -3561,7 +3561,7 @@ SCHEMA = {"type": "function", "name": "f", "parameters": {"properties": DECOYS}}
 def whole_response(**fields: Any) -> dict[str, Any]:
     output = [{"type": "message", "content": [{"type": "output_text", "text": SAID}]}]
     tier = {"service_tier": fields.pop("service_tier")} if "service_tier" in fields else {}
-    named = {f"k{number}": "usage" for number in range(16)}  # as many as OpenAI takes
+    named = {"service_tier": "batch", **{f"k{number}": "usage" for number in range(15)}}  # as many as OpenAI takes
     return {"id": "r1", "object": "response", "output": output, **tier, "tools": [SCHEMA], **fields, "user": None,
             "metadata": named}  # fmt: skip
 
