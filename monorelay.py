@@ -10412,8 +10412,11 @@ class UpstreamResponse:
             self.channel.close()
 
 
-# Headers by which a client names an account at OpenAI or Google; a 401 or 403 may be about these.
-ACCOUNT_HEADERS = ("openai-organization", "openai-project", "x-goog-user-project")
+# Headers by which a client names an account at OpenAI, Google or Anthropic; a 401 or 403 may be about these.
+ACCOUNT_HEADERS = (
+    "openai-organization", "openai-project", "x-goog-user-project", "anthropic-workspace-id",
+    "anthropic-user-profile-id",
+)  # fmt: skip
 
 
 class UpstreamRequest(NamedTuple):
@@ -10688,7 +10691,7 @@ async def peek(loop: EventLoop, response: UpstreamResponse, event_only: bool = F
 # it, isn't for the client: an error of the relay's own takes its place.
 
 
-ABOUT_ACCOUNT = re.compile(rb"(?i)organization|project")
+ABOUT_ACCOUNT = re.compile(rb"(?i)organization|project|workspace|profile")
 
 
 class Relay:

@@ -12055,7 +12055,11 @@ def test_a_provider_that_answers_early_and_takes_no_more_is_heard(upstream, rela
 
 
 @pytest.mark.parametrize("status", [401, 403])
-@pytest.mark.parametrize("name", ["OpenAI-Organization", "openai-project", "x-goog-user-project"])
+@pytest.mark.parametrize(
+    "name",
+    ["OpenAI-Organization", "openai-project", "x-goog-user-project", "anthropic-workspace-id",
+     "anthropic-user-profile-id"],
+)  # fmt: skip
 def test_what_is_said_about_the_clients_own_organization_cools_nothing(upstream, relay, name, status):
     def script(connection: Connection) -> None:
         while True:
