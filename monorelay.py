@@ -12162,7 +12162,7 @@ def hidden_model(caller: Caller) -> Forbidden:
     return Forbidden(
         f"{caller.name} may use some models only, and what this request would use can't be seen here; "
         "send application/json with one `model`, or a form with one before its file, and no other in the query, "
-        "`fallbacks` or `tools`"
+        "`fallbacks`, `tools` or `svg`"
     )
 
 
