@@ -12885,7 +12885,7 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
         body = KeyEraser(relayed.erased).feed(await whole_body(exchange, relayed), is_last=True)
         # Some servers call a stream JSON, or plain text.
         is_stream = relayed.is_stream or BEGINS_EVENT.match(body) is not None
-        record.usage.read(body, is_stream)
+        await read_usage(exchange, body, is_stream)
         answer = await at_leisure(exchange, len(body), functools.partial(translator.whole, body, is_stream))
         exchange.hold(len(answer))
         fields.append(("content-type", "text/event-stream" if asked.stream else "application/json"))
@@ -12927,6 +12927,14 @@ def translation_fields(record: AccessRecord) -> Pairs:
     """The header fields that tell of a translation."""
     dropped = [("x-monorelay-dropped", header_text(record.dropped))] if record.dropped else []
     return [("x-monorelay-translated", record.translated), *dropped]
+
+
+async def read_usage(exchange: Exchange, body: bytes, is_stream: bool) -> None:
+    """Looks for the usage in a whole body, in parts: one that is full of such objects takes 0.3 s."""
+    for at in range(0, len(body), RECEIVE_BYTES):
+        if at:
+            await checkpoint(exchange.loop)
+        exchange.record.usage.read(body[at : at + RECEIVE_BYTES], is_stream)
 
 
 async def whole_body(exchange: Exchange, relayed: UpstreamResponse) -> bytes:

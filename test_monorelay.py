@@ -22830,6 +22830,18 @@ def test_nobody_waits_for_what_a_provider_sends(besieged, name):
 
 @pytest.mark.slow
 @pytest.mark.timed
+@pytest.mark.parametrize("asked", ["/v1/messages", "/v1/chat/completions"])
+def test_nobody_waits_for_a_whole_answer_that_is_full_of_usage(besieged, asked):
+    filling = b'{"usage":{}},' * (8_000_000 // 13)
+    whole = b'{"choices":[{"message":{"content":"a"},"finish_reason":"stop"}],"x":[%s1]}' % filling
+    it = besieged(replies(answer(200, whole)))
+    model = "gpt-a" if asked == "/v1/messages" else "claude-a"
+    body = json.dumps(prompt(model)).encode()
+    assert_bearable(it, sends(it, request("POST", asked, body), statuses=(502,)), len(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "listed",
     [b'{"data":[' + b"[]," * 1_300_000 + b"[]]}", b'{"data":' + b"[" * 4_000_000,
