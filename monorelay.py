@@ -4902,9 +4902,22 @@ def taken_out(document: list[Any], mark: str) -> tuple[list[str], int]:
     return long, left
 
 
-def in_parts(values: list[Any]) -> Iterator[str]:
-    """The JSON text of values, with commas between them, in parts that take `json` no time. What is written is gone."""
-    holders = [(False, taken_members(values))]
+def members_of(holder: Union[list[Any], JsonDict]) -> Iterator[tuple[Any, Any]]:
+    """The members of an object, or the elements of a list with their places."""
+    return iter(holder.items() if isinstance(holder, dict) else enumerate(holder))
+
+
+def taken_members(holder: Union[list[Any], JsonDict]) -> Iterator[tuple[Any, Any]]:
+    """The same, all of which are taken out of it."""
+    members = list(members_of(holder))
+    holder.clear()
+    return taken(members)
+
+
+def in_parts(values: list[Any], read: Callable[[Any], Iterator[tuple[Any, Any]]] = taken_members) -> Iterator[str]:
+    """The JSON text of values, with commas between them, in parts that take `json` no time, however deep they stand.
+    What is written is gone, unless it is `read` by members_of()."""
+    holders = [(False, read(values))]
     comma = ""
     while holders:
         is_object, members = holders[-1]
@@ -4922,19 +4935,12 @@ def in_parts(values: list[Any]) -> Iterator[str]:
         if inner:
             yield f"{comma}{dump(name) + ':' if is_object else ''}{'{' if isinstance(inner, dict) else '['}"
             comma = ""
-            holders.append((isinstance(inner, dict), taken_members(inner)))
+            holders.append((isinstance(inner, dict), read(inner)))
         elif not plain:
             holders.pop()
             comma = ","
             if holders:
                 yield "}" if is_object else "]"
-
-
-def taken_members(holder: Union[list[Any], JsonDict]) -> Iterator[tuple[Any, Any]]:
-    """The members of an object, or the elements of a list with their places, all of which are taken out of it."""
-    members = list(holder.items() if isinstance(holder, dict) else enumerate(holder))
-    holder.clear()
-    return taken(members)
 
 
 def slices(text: str) -> Iterator[str]:
@@ -7054,6 +7060,7 @@ def read_answer(data: bytes) -> JsonDict:
 # -- errors
 
 ERROR_CHARACTERS = 4096  # of a provider's words are told
+ERROR_LEVELS = 6  # of objects and lists in which they are looked for; the usual ones have up to 4
 STATUS_KINDS = {
     401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
     408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
@@ -7168,16 +7175,17 @@ def error_words(content: bytes) -> str:
         return text
 
 
-def words_of(document: Any) -> str:
+def words_of(document: Any, levels: int = ERROR_LEVELS) -> str:
     """The message of an error; the reason behind it too, where OpenRouter has put it."""
-    if isinstance(document, list):
-        return "; ".join(filter(None, map(words_of, document[:DROPPED_NAMES])))
-    if not isinstance(document, dict):
+    if isinstance(document, list) and levels:
+        items = (item for item in document[:DROPPED_NAMES] if not isinstance(item, list))
+        return "; ".join(filter(None, [words_of(item, levels - 1) for item in items]))
+    if not (isinstance(document, dict) and levels):
         return document if isinstance(document, str) else ""
     error = document.get("error")
-    found = words_of(error) if error else ""
+    found = words_of(error, levels - 1) if error else ""
     for name in ("message", "detail", "errors", "msg", "error_msg", "base_resp", "status_msg"):
-        found = found or words_of(document.get(name))
+        found = found or words_of(document.get(name), levels - 1)
     where = document.get("loc")
     if isinstance(where, list):
         found = f"{'.'.join(map(str, where[:DROPPED_NAMES]))}: {found}"
@@ -7198,10 +7206,10 @@ def fault_of(document: JsonDict) -> AnswerFault:
     figures += [meant for word, meant in FAULT_WORDS.items() if word in kind]
     numbers = [figure for figure in figures if isinstance(figure, (int, str))]  # LiteLLM's are texts
     status = next((int(number) for number in numbers if re.fullmatch("[45][0-9]{2}", str(number))), 502)
-    if status != 429 and OVERFLOW.search(beginning(told, ensure_ascii=True)):
+    if status != 429 and OVERFLOW.search(beginning(told)):
         status = 400  # whatever else it says, or doesn't
     words = words_of(document) or "the provider's answer holds an error"
-    text = widened(beginning(document, ensure_ascii=False))
+    text = widened(beginning(document))
     return AnswerFault(widened(words[:ERROR_CHARACTERS]), status, text)
 
 
@@ -7214,10 +7222,10 @@ def wordless_fault(answer: JsonDict) -> AnswerFault:
     return AnswerFault(f"{problem}: {fault.message}", fault.status, fault.text)
 
 
-def beginning(document: JsonDict, ensure_ascii: bool) -> str:
+def beginning(document: JsonDict) -> str:
     """The first ERROR_BYTES characters of a document as JSON text; no more of it than that is written."""
     found = ""
-    for part in json.JSONEncoder(ensure_ascii=ensure_ascii).iterencode(document):
+    for part in in_parts([document], members_of):
         found += part
         if len(found) >= ERROR_BYTES:
             break

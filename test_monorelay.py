@@ -6475,6 +6475,26 @@ def test_a_long_error_is_told_as_fast_as_it_is_read(value):
     assert seconds_each(lambda: monorelay.fault_of(told), 1) < 0.01
 
 
+def tree(leaf: str, branches: int, levels: int) -> str:
+    """Lists within lists, as JSON."""
+    for _ in range(levels):
+        leaf = f"[{','.join([leaf] * branches)}]"
+    return leaf
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize(
+    "error",
+    ['{"x":' * 900 + f"[{'1,' * 3_000}1]" + "}" * 900, '{"detail":' * 900 + "1" + "}" * 900,
+     f"[{','.join([tree('{}', 20, 3)] * 14)}]", tree('{"errors":[{}]}', 20, 3)],
+    ids=brief,
+)  # fmt: skip
+def test_an_error_that_is_nested_is_told_as_fast_as_another(error):
+    told = monorelay.read_answer(b'{"error":%s}' % error.encode())
+    assert monorelay.fault_of(told).text.startswith('{"error":')
+    assert seconds_each(lambda: monorelay.fault_of(told), 1) < 0.01
+
+
 def test_blank_text_that_waits_no_longer_takes_no_room():
     """Some servers send one with each word of thinking."""
     it = monorelay.AnswerTranslator(asked_of(stream=True, thinking="shown"))
