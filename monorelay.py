@@ -6097,6 +6097,7 @@ class Call:
         self.whole = False  # whether that is all of an object: its brackets are closed
         self.sent = 0  # how much of it is written
         self.is_open = self.closed = False
+        self._is_unsound = False  # whether nothing that may follow makes an object of the arguments
         self._told = b""  # a digest of the arguments, when they are let go
         self._depth = 0  # how many brackets are open
         self._in_string = False
@@ -6130,11 +6131,17 @@ class Call:
 
     @property
     def is_sound(self) -> bool:
-        """Whether its arguments are a JSON object; none at all stand for an empty one."""
-        try:
-            return isinstance(READER.decode(self.arguments.decode("latin-1").strip(JSON_BLANKS) or "{}"), dict)
-        except (ValueError, RecursionError):
+        """Whether its arguments are a JSON object; none at all stand for an empty one. They are read only when they may
+        be one: of an answer that was cut off and goes on, this is asked for each part of a call."""
+        if self._is_unsound or self._depth > 0 or self._in_string:
             return False
+        found = None
+        try:
+            found = READER.decode(self.arguments.decode("latin-1").strip(JSON_BLANKS) or "{}")
+        except (ValueError, RecursionError):
+            pass
+        self._is_unsound = not isinstance(found, dict)
+        return not self._is_unsound
 
 
 class MessageWriter:

@@ -6495,6 +6495,21 @@ def test_an_error_that_is_nested_is_told_as_fast_as_another(error):
     assert seconds_each(lambda: monorelay.fault_of(told), 1) < 0.01
 
 
+@pytest.mark.timed
+@pytest.mark.parametrize(
+    ("begun", "part"),
+    [('{"a":[' + "1," * 50_000, "1,"), ('{"a":"' + "x" * 100_000, "x"), ("[" + "1," * 50_000 + "1]", " "),
+     ('{"a":[' + "1," * 50_000 + "1]}x", " ")],
+    ids=brief,
+)  # fmt: skip
+def test_each_part_of_a_call_takes_its_own_time_where_an_answer_that_was_cut_off_goes_on(begun, part):
+    it = monorelay.AnswerTranslator(asked_of(stream=True))
+    it.feed(sse_of([delta("length", content="a"), delta("length", calls=[call(0, "c", "f", begun)])], done=False))
+    parts = sse_of([delta("length", calls=[call(0, arguments=part)])] * 50, done=False)
+    assert seconds_each(lambda: it.feed(parts), 1) < 0.02
+    assert not it.ended
+
+
 def test_blank_text_that_waits_no_longer_takes_no_room():
     """Some servers send one with each word of thinking."""
     it = monorelay.AnswerTranslator(asked_of(stream=True, thinking="shown"))
