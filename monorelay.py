@@ -5695,6 +5695,7 @@ CHAT_KNOWN = {
     "reasoning_effort", "service_tier", "user", "safety_identifier",
 }  # fmt: skip
 ANY_OBJECT = "Answer with one JSON object only."
+CACHE_MARKS = ("cache_control", "copilot_cache_control")  # as Anthropic calls it, and as VS Code does
 THINKING_BLOCKS = ("thinking", "redacted_thinking")
 
 
@@ -5821,7 +5822,7 @@ def message_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
     if tool.get("type") != "function":
         raise draft.refusal(place, f"a tool of the type {word(tool.get('type'))}")
     function = member(tool, "function")
-    draft.drop_rest(tool, ("type", "function", "cache_control"), "tools")
+    draft.drop_rest(tool, ("type", "function", *CACHE_MARKS), "tools")
     draft.drop_rest(function, ("name", "description", "parameters", "strict", "cache_control"), "tools.function")
     schema = function.get("parameters") or {"type": "object", "properties": {}}
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
@@ -5832,7 +5833,7 @@ def message_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
     written["input_schema"] = schema if "type" in schema else {"type": "object", **schema}
     if function.get("strict") is True:
         written["strict"] = True
-    cached = tool.get("cache_control") or function.get("cache_control")
+    cached = cache_mark(tool) or cache_mark(function)
     return {**written, "cache_control": cached} if cached else written
 
 
@@ -5876,17 +5877,22 @@ def message_output(chat: JsonDict, draft: Draft, system: list[JsonDict]) -> Json
 # Members of chat messages and their parts that are carried, or are left out unnamed; empty ones aren't named either.
 CHAT_MESSAGE_KNOWN = (
     "role", "content", "name", "refusal", "tool_calls", "tool_call_id", "thinking_blocks", "reasoning_content",
-    "reasoning", "cache_control",
+    "reasoning", *CACHE_MARKS,
 )  # fmt: skip
-PART_KNOWN = ("type", "text", "refusal", "image_url", "file", "cache_control")
+PART_KNOWN = ("type", "text", "refusal", "image_url", "file", *CACHE_MARKS)
 # Blocks of Messages that Cursor sends to Claude as parts, and their members.
 OWN_KNOWN = {"tool_use": ("id", "name", "input"), "tool_result": ("tool_use_id", "content", "is_error")}
 
 
+def cache_mark(holder: JsonDict) -> Any:
+    """The mark of the cache that a part of a chat request has, if any."""
+    return next(filter(None, map(holder.get, CACHE_MARKS)), None)
+
+
 def with_cache_mark(blocks: list[JsonDict], holder: JsonDict) -> list[JsonDict]:
     """The blocks of a message, or of what else holds a mark of the cache: the last one gets that, unless it has one.
-    opencode marks whole messages, others their parts."""
-    mark = holder.get("cache_control")
+    opencode and VS Code mark whole messages, others their parts."""
+    mark = cache_mark(holder)
     if mark and blocks and blocks[-1]["type"] not in THINKING_BLOCKS:  # where Anthropic refuses it
         blocks[-1].setdefault("cache_control", mark)
     return blocks

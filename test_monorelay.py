@@ -5365,6 +5365,20 @@ def test_a_mark_of_the_cache_on_a_whole_message_is_that_of_its_last_block():
     ]
 
 
+def test_the_mark_of_the_cache_that_vs_code_sends_is_anthropics():
+    mark = {"type": "ephemeral"}
+    body, dropped = to_messages(
+        messages=[
+            {"role": "system", "content": "A", "copilot_cache_control": mark},
+            {**user(said("B"), said("C")), "copilot_cache_control": mark},
+        ],
+        tools=[{"type": "function", "function": {"name": "f"}, "copilot_cache_control": mark}],
+    )
+    assert dropped == () and body["system"] == [said("A", cache_control=mark)]
+    assert body["messages"] == [user(said("B"), said("C", cache_control=mark))]
+    assert body["tools"][0]["cache_control"] == mark and "copilot" not in json.dumps(body)
+
+
 BUDGET = {"type": "enabled", "budget_tokens": 1024}
 
 
