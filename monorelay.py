@@ -7890,6 +7890,14 @@ def require(section: JsonDict, name: str, holds: Callable[[Any], bool], otherwis
         raise EchoFault(400, f"{place}{name}: {otherwise}")
 
 
+def object_entries(values: Iterable[Any], place: str) -> Iterator[tuple[str, JsonDict]]:
+    """The objects of a list, each behind its place for require(). Raises the API's error for what is none."""
+    for index, value in enumerate(values):
+        if not isinstance(value, dict):
+            raise EchoFault(400, f"{place}.{index}: Input should be an object")
+        yield f"{place}.{index}.", value
+
+
 def split_words(text: str) -> Iterator[str]:
     """The words of a text, each with the white space before it, the last with that behind it, too: joined, the text."""
     # Without rstrip() the expression would try in vain from every blank behind the last word.
@@ -8040,16 +8048,13 @@ def check_messages(request: JsonDict) -> None:
     if not request["messages"]:
         raise EchoFault(400, "messages: at least one message is required")
     before = "assistant"
-    for index, message in enumerate(request["messages"]):
-        place = f"messages.{index}."
-        if not isinstance(message, dict):
-            raise EchoFault(400, f"messages.{index}: Input should be an object")
+    for place, message in object_entries(request["messages"], "messages"):
         require(message, "role", ("user", "assistant").__contains__, "Input should be 'user' or 'assistant'", place)
         require(message, "content", of_type(str, list), "Input should be a valid string or list", place)
         check_blocks(message["content"], place)
         if message["role"] == before:
             alternation = f'roles must alternate between "user" and "assistant", found "{before}" twice'
-            broken = alternation if index else 'first message must use the "user" role'
+            broken = 'first message must use the "user" role' if place == "messages.0." else alternation
             raise EchoFault(400, f"messages: {broken}")
         before = message["role"]
     if "system" in request and not isinstance(request["system"], (str, list)):
@@ -8060,10 +8065,7 @@ def check_blocks(content: Any, place: str) -> None:
     """Raises EchoFault unless the content is a text or blocks with a type, and none of its texts is empty."""
     if not content:
         raise EchoFault(400, f"{place}content: must not be empty")
-    for index, block in enumerate(content if isinstance(content, list) else ()):
-        at = f"{place}content.{index}."
-        if not isinstance(block, dict):
-            raise EchoFault(400, f"{at[:-1]}: Input should be an object")
+    for at, block in object_entries(content if isinstance(content, list) else (), f"{place}content"):
         require(block, "type", is_text, "Input should be a valid string", at)
         if block["type"] == "text":
             require(block, "text", lambda value: value and is_text(value), "text content blocks must be non-empty", at)
@@ -8100,10 +8102,7 @@ def check_tools(request: JsonDict) -> None:
     choice = request.get("tool_choice") or {}
     if not isinstance(tools, list) or not isinstance(choice, dict):
         raise EchoFault(400, "tools: Input should be a valid list, and tool_choice an object")
-    for index, tool in enumerate(tools):
-        place = f"tools.{index}."
-        if not isinstance(tool, dict):
-            raise EchoFault(400, f"tools.{index}: Input should be an object")
+    for place, tool in object_entries(tools, "tools"):
         require(tool, "name", is_text, "Input should be a valid string", place)
         if tool.get("type", "custom") == "custom":
             require(tool, "input_schema", is_object, "Input should be an object", place)
