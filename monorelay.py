@@ -4371,9 +4371,13 @@ class Usage:
     def _note_tier(self, data: bytes, start: int) -> bool:
         """Notes the first service tier from there on; whether there is one. Those behind, in the same line, may stand
         in what a client has sent, which comes back in the answer."""
-        start = start or (data.find(b"\n") if self._has_tier else 0)
-        tier = OPENAI_TIER.search(data, start) if start >= 0 else None
-        self._tier = tier[1].decode("ascii") if tier else self._tier
+        if self._has_tier and not start:  # the line that goes on there has told its own
+            start = data.find(b"\n")
+            if start < 0:
+                return False
+        tier = OPENAI_TIER.search(data, start)
+        if tier:
+            self._tier = tier[1].decode("ascii")
         return tier is not None
 
 
