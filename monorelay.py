@@ -7315,14 +7315,12 @@ class AccessRecord:
         whole = int(self.when)
         clock = f"{utc_time(whole)}.{int((self.when - whole) * 1000):03}Z"
         names = (self.client, self.caller, self.method, self.path, self.model, self.sent_model, self.provider, self.key)
+        last = (self.upstream_id, self.translated, self.dropped, self.tried, self.error)
         figures = self._figures(now)
         if style == "json":
             numbers = {name: json.loads(figure) for name, figure in (pair.split("=") for pair in figures.split())}
-            known = dict(zip(NAMED, names))
-            rest = {name: getattr(self, name) for name in TOLD_LAST}
             opening = {"time": clock, "level": "info", "id": self.request_id}
-            return log_json({**opening, **known, **numbers, **rest})
-        last = (self.upstream_id, self.translated, self.dropped, self.tried, self.error)
+            return log_json({**opening, **dict(zip(NAMED, names)), **numbers, **dict(zip(TOLD_LAST, last))})
         told = "".join([f" {name}={log_text(value)}" for name, value in zip(TOLD_LAST, last) if value])
         return f"time={clock} id={self.request_id}{log_names(*names)}{figures}{told}"
 
