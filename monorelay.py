@@ -2086,11 +2086,10 @@ def first_provider(config: Config, format: str) -> Provider:
 
 def not_usable(provider: Provider) -> Unavailable:
     """The error for a provider that requests can't be sent to."""
-    name = f"the provider {provider.name}"
+    problem, code = "has no key; set one in relay.json or its environment", "provider_has_no_key"
     if not provider.enabled:
-        return Unavailable(f"{name} is disabled in relay.json", "provider_disabled", lasts=True)
-    problem = "has no key; set one in relay.json or its environment"
-    return Unavailable(f"{name} {problem}", "provider_has_no_key", lasts=True)
+        problem, code = "is disabled in relay.json", "provider_disabled"
+    return Unavailable(f"the provider {provider.name} {problem}", code, lasts=True)
 
 
 # ==== Key pool ===================================================================================
