@@ -7490,8 +7490,7 @@ class Tally:
                 self.hours = {name: self.hours[name] for name in self.hours if name[0] > hour - TALLIED_HOURS}
             if len(self.hours) >= TALLIED_SERIES and hour == self._last_hour > self._full_hour:
                 self._merge_oldest_hour()
-            name = (hour, user if len(self.hours) < TALLIED_SERIES else OTHER)
-            sums = self.hours.setdefault(name, [0] * len(SUMS))
+            sums = bounded_sums(self.hours, (hour, user), (hour, OTHER), len(SUMS))
         return sums
 
     def _merge_oldest_hour(self) -> None:
