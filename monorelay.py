@@ -2427,15 +2427,14 @@ def key_states(
         keys: Sequence[Optional[ProviderKey]] = provider.keys or (None,)
         for key in keys if provider.enabled else ():
             candidate = Candidate(Target(provider, ""), key)
-            record = records.get((provider.name, candidate.label), unused)
+            record = {**records.get((provider.name, candidate.label), unused)}
             names = cooldown_keys(candidate)[:2]
             cooling = [entry for name in names for entry in all_cooling.get(name, ())]
+            hours = [counts for hour, *counts in record.pop("hours") if hour >= clock // 3600 - 1]
+            record["requests"], record["errors"] = sum(total for total, _ in hours), sum(failed for _, failed in hours)
+            record["limits"] = [limit for limit in record["limits"] if not limit["reset"] or limit["reset"] > clock]
             state = {"provider": provider.name, "key": candidate.label, **key_state(provider, cooling, now)}
             states.append({**state, **record})
-    for state in states:
-        hours = [counts for hour, *counts in state.pop("hours") if hour >= clock // 3600 - 1]
-        state["requests"], state["errors"] = sum(total for total, _ in hours), sum(failed for _, failed in hours)
-        state["limits"] = [limit for limit in state["limits"] if not limit["reset"] or limit["reset"] > clock]
     return states
 
 
