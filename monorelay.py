@@ -1464,7 +1464,7 @@ def price_number(value: Any, place: str, tokens: int = 1) -> int:
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
     if not 0 <= found <= PRICE_USD * tokens:
-        raise ValueError(f"{place}: must be from 0 to {PRICE_USD * tokens:g} USD")
+        raise ValueError(f"{place}: must be from 0 to {PRICE_USD * tokens:,.0f} USD")
     return exact(found) // tokens
 
 
@@ -2341,7 +2341,7 @@ class KeyPool:
         entry.why, entry.changed = why, now
         self.changed()
         if not was_cooling:
-            self._warn(f"{cooldown_words(candidate, name)} comes last for {entry.until - now:.3g} s: {why}")
+            self._warn(f"{cooldown_words(candidate, name)} comes last for {round(entry.until - now, 2):.7g} s: {why}")
 
     def note(self, candidate: Candidate, outcome: str, clock: float) -> None:
         """Notes what became of an attempt: `ok`, or what it met. `clock` is in seconds since 1970."""

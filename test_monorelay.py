@@ -11783,6 +11783,12 @@ def test_what_begins_to_cool_and_what_recovers_is_one_warning_each(upstream, rel
     it.logged("warning", "recovered")
 
 
+def test_what_cools_for_an_hour_is_told_in_seconds(upstream, relay):
+    it = relay({"anthropic": {"upstream": upstream(answer(429, b"{}", "retry-after: 99999")), "keys": ["sk-a"]}})
+    it.post("/v1/messages", prompt())
+    assert re.search(r"comes last for 3(600|599\.\d+) s: 429", it.logged("warning", "comes last for"))
+
+
 def test_what_fails_without_a_model_says_nothing_of_the_whole_key(upstream, relay):
     it = relay({"openai": {"upstream": upstream(answer(500)), "keys": ["sk-a"]}})
     assert it.ask("GET", "/v1/responses/resp_1").status == 500
