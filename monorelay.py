@@ -6143,12 +6143,11 @@ class Call:
         be one: of an answer that was cut off and goes on, this is asked for each part of a call."""
         if self._is_unsound or self._depth > 0 or self._in_string:
             return False
-        found = None
         try:
             found = READER.decode(self.arguments.decode("latin-1").strip(JSON_BLANKS) or "{}")
+            self._is_unsound = not isinstance(found, dict)
         except (ValueError, RecursionError):
-            pass
-        self._is_unsound = not isinstance(found, dict)
+            self._is_unsound = True
         return not self._is_unsound
 
 
