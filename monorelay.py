@@ -3622,8 +3622,9 @@ def tells_of_model(name: str, value: str) -> bool:
     return is_model_name(name) or (name.casefold() == "type" and OPENROUTER_TOOL.match(value) is not None)
 
 
-# What leads to an object that may name a model of its own, `*` to each item of a list: to a tool, which OpenAI takes
-# among the input, too, and Anthropic within a turn, and again where that was compacted; and to who draws an SVG.
+# Where objects stand that may name a model of their own; `*` is each item of a list. These are tools, which OpenAI
+# takes in the input, too, and Anthropic in a turn and in what is left of turns that were compacted; and who draws an
+# SVG.
 TOOL_PLACES = frozenset(
     tuple(place.split())
     for place in (
@@ -3631,10 +3632,10 @@ TOOL_PLACES = frozenset(
         "messages * content * tool_changes * tool definition", "svg", "tools * svg", "input * tools * svg",
     )
 )  # fmt: skip
-# All that leads there, each behind what it goes on from.
+# Those places and all that lead to them, each behind the one that it goes on from.
 WAYS_TO_TOOLS = dict.fromkeys(
     sorted({place[:end] for place in TOOL_PLACES for end in range(1, len(place) + 1)}, key=len)
-)  # fmt: skip
+)
 
 
 def tools_of(document: Any) -> Iterator[tuple[Any, ...]]:
@@ -3648,8 +3649,7 @@ def tools_of(document: Any) -> Iterator[tuple[Any, ...]]:
             members = itertools.chain.from_iterable(value for value in outer if isinstance(value, tuple))
             inner = [member for name, member in members if name.casefold() == step]
         found[way] = inner
-    tools = itertools.chain.from_iterable(map(found.__getitem__, TOOL_PLACES))
-    return (tool for tool in tools if isinstance(tool, tuple))
+    return (tool for place in TOOL_PLACES for tool in found[place] if isinstance(tool, tuple))
 
 
 def have_model(tools: Iterable[tuple[Any, ...]]) -> bool:
@@ -3713,8 +3713,8 @@ class JsonWalk:
         self._decoder: Optional[codecs.IncrementalDecoder] = None  # of the long string that is being read
         self._within_character = False  # whether what was passed over of it may have ended within a character
         self._names = ["", ""]  # the last name in the outer object, and in an object within it
-        # What leads to what is open, as far as it may lead to a tool, and how many lists and objects within don't: none
-        # does where the sender may use all models.
+        # The place of what is open, as far as it may lead to a tool, and how many lists and objects within don't: where
+        # the sender may use all models, nobody asks for that, and the outer object is taken for one of these.
         self._way: tuple[str, ...] = ()
         self._astray = 0 if restricted else 1
         self._name = ""  # the last one on the way
