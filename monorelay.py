@@ -9187,7 +9187,7 @@ async def in_thread(
 # ==== Writers =======================================================================================
 #
 # The log has a thread of its own: a terminal or a pipe that takes nothing must not hold up the serving. What waits is
-# bounded in lines and bytes; beyond that, lines are dropped and counted.
+# bounded in lines and bytes. Lines beyond that, and those that can't be written, are dropped and counted.
 #
 # So has the ledger, an SQLite file: one table with a row for each request, and two with their sums, `hour` for whoever
 # wants to know what was used, and `spent` for budgets. All three are written in one transaction, and rows are forgotten
@@ -9211,7 +9211,7 @@ class LogWriter:
         self._lock = threading.Lock()  # guards the order of writes
         self.style = style
         self.dropped = 0  # since that was last told
-        self._obstacle = "was not taken fast enough"  # why they were
+        self._is_refused = False  # whether some of these could not be written
         self.dropped_in_all = 0
 
     def start(self) -> None:
@@ -9270,14 +9270,14 @@ class LogWriter:
             self._size = 0
             count, dropped = len(lines), self.dropped
             if dropped:
-                told = f"{dropped} lines of the log were dropped: it {self._obstacle}"
-                lines.append(self._line(told, "warning"))
-                self.dropped, self._obstacle = 0, "was not taken fast enough"
+                why = "could not be written" if self._is_refused else "was not taken fast enough"
+                lines.append(self._line(f"{dropped} lines of the log were dropped: it {why}", "warning"))
+                self.dropped, self._is_refused = 0, False
             if self._stream and lines:
                 try:
                     write_text(self._stream, "\n".join(lines) + "\n")
                 except (OSError, ValueError):  # a closed or full log must not stop the serving
-                    self.dropped, self._obstacle = self.dropped + count + dropped, "could not be written"
+                    self.dropped, self._is_refused = self.dropped + count + dropped, True
                     self.dropped_in_all += count
 
     def _run(self) -> None:
