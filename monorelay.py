@@ -8665,8 +8665,8 @@ class Channel:
         return state in (TCP_CLOSE, TCP_CLOSE_WAIT)
 
     def is_lost(self) -> Optional[bool]:
-        """Whether the peer has acknowledged nothing for some seconds of what was sent: its network, this one or a NAT
-        between them has changed. None if it has acknowledged all, or the system doesn't tell."""
+        """Whether so much had to be sent again without an acknowledgement that the peer isn't there any more: its
+        network, this one or a NAT between them has changed. None if nothing had to, or the system doesn't tell."""
         try:
             resent, probes = self.sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 4)[2:4] if TCP_INFO else (0, 0)
         except OSError:
@@ -9881,7 +9881,8 @@ def size_text(count: int, setting: str) -> str:
 # Connections to providers are made in the loop: an attempt costs no thread, and ends when its client leaves. Only names
 # are looked up in threads, one for each name, however many wait for it; and the steps of TLS handshakes, in which a
 # provider may ask for much arithmetic, are taken in one for each host. A kept connection is checked right before its
-# next request: what it holds then is no response to that.
+# next request: what it holds then is no response to that. Where the request doesn't reach the provider on it, another
+# connection gets the request.
 #
 # An Attempt sends a request on a connection, and reads as much of the response as it takes to judge that. Echo is
 # reached in the same way, by a pair of sockets. The UpstreamResponse knows where the relay's own key stands in it.
@@ -10482,7 +10483,7 @@ class Attempt:
         self._request = request
         self.candidate = candidate
         self.reached = False  # whether there was a connection
-        self._kept = False  # whether that was a kept one, on which both sides may not be heard any more
+        self._may_be_lost = False  # whether it was a kept one, which may lead nowhere by now without a word of that
         self._sent = False  # whether all of the request was sent
         self.response: Optional[UpstreamResponse] = None
         self.problem = self.code = ""  # why there is none
@@ -10502,7 +10503,8 @@ class Attempt:
         head, of a stream the first line, too. Where the connection breaks, `problem` says how. Raises NoResponse,
         ClientGone, and what reading the body raises."""
         self.channel, self.reached, self._sent = channel, True, False
-        self._kept = kept and self.candidate.target.provider.timeout > UNTAKEN_SECONDS
+        # Where the provider's timeout is shorter, that decides.
+        self._may_be_lost = kept and self.candidate.target.provider.timeout > UNTAKEN_SECONDS
         channel.answered = False
         self._heads = ResponseHeads(self._loop, channel)
         try:
@@ -10551,11 +10553,11 @@ class Attempt:
             parts = [b"".join(parts)]
         try:
             for data in parts:
-                await self._send_piece(data, UNTAKEN_SECONDS if self._kept else provider.timeout)
+                await self._send_piece(data, UNTAKEN_SECONDS if self._may_be_lost else provider.timeout)
             if isinstance(body, RequestBody):
                 await self._stream_body(body, provider.timeout)
         except Overdue:
-            if self._kept and not request.body.is_spent:
+            if self._may_be_lost and not request.body.is_spent:
                 self._give_up()
             raise NoResponse(f"the provider {provider.name} took nothing for {provider.timeout:g} seconds") from None
         except (OSError, EarlyResponse):
@@ -10592,7 +10594,7 @@ class Attempt:
         channel, method = self.channel, self._request.head.method
         head = self._heads.take_final() if channel.received else None
         while not head:
-            looked_at = self._loop.now + LOST_SECONDS if self._kept else math.inf
+            looked_at = self._loop.now + LOST_SECONDS if self._may_be_lost else math.inf
             try:
                 await more_of(self._loop, channel, self.candidate, looked_at)
             except Overdue:
@@ -10605,12 +10607,12 @@ class Attempt:
         return response
 
     def _look_at_kept(self) -> None:
-        """Gives a kept connection up if nobody acknowledges what is sent; it isn't looked at again if all of it is.
-        Raises BrokenExchange."""
+        """Gives a kept connection up if nobody acknowledges what was sent on it; one that shows no sign of that isn't
+        looked at again. Raises BrokenExchange."""
         is_lost = self.channel.is_lost()
         if is_lost:
             self._give_up()
-        self._kept = is_lost is not None
+        self._may_be_lost = is_lost is not None
 
     def _give_up(self) -> NoReturn:
         """Ends a kept connection on which the request doesn't reach the provider, so that it never will. Raises
