@@ -8052,7 +8052,7 @@ def check_messages(request: JsonDict) -> None:
         check_blocks(message["content"], place)
         if message["role"] == before:
             alternation = f'roles must alternate between "user" and "assistant", found "{before}" twice'
-            broken = 'first message must use the "user" role' if place == "messages.0." else alternation
+            broken = 'first message must use the "user" role' if message is request["messages"][0] else alternation
             raise EchoFault(400, f"messages: {broken}")
         before = message["role"]
     if "system" in request and not isinstance(request["system"], (str, list)):
