@@ -5752,8 +5752,8 @@ def passed_members(chat: JsonDict, messages: list[JsonDict], draft: Draft) -> Js
 
 
 def lacks_thinking(messages: list[JsonDict]) -> bool:
-    """Whether results of calls come last, and the client didn't send the thinking before them back: few clients of chat
-    do. Claude refuses to think by a budget then."""
+    """Whether the last turn begins with results of calls, and no turn has thinking, since the client doesn't send it
+    back: few clients of chat do. Claude refuses to think by a budget then."""
     blocks = (block for message in messages for block in message["content"])
     return messages[-1]["content"][0]["type"] == "tool_result" and all(
         block["type"] not in THINKING_BLOCKS for block in blocks
@@ -6488,8 +6488,8 @@ class ChatReader:
         if self._is_cut_off and not call.is_sound:
             return True  # nobody may execute it, and nothing of it was written
         id = call.id or made_up_id(self._asked, self._closed)
+        # Some servers count anew in each answer, and Claude Code takes a call for the earlier one of its id.
         if hash(carrying_id(id, call.seal)) in self._asked.call_ids:
-            # Some servers count anew in each answer, and Claude Code takes a call for the earlier one of its id.
             id += f"_{made_up_id(self._asked, self._closed)[-8:]}"
         while id in self._ids:
             id += "_2"
