@@ -10053,8 +10053,7 @@ async def connect_any(loop: EventLoop, addresses: Sequence[Any], deadline: float
     `failed` of late come last: where IPv6 leads nowhere, only the first connection waits for it. Raises OSError,
     Overdue and ClientGone."""
     problem: Exception = OSError(errno.EADDRNOTAVAIL, "its host has no address")
-    if failed:
-        addresses = sorted(addresses, key=lambda found: failed.get(found[4], -math.inf) > loop.now - AVOIDED_SECONDS)
+    addresses = sorted(addresses, key=lambda found: failed.get(found[4], -math.inf) > loop.now - AVOIDED_SECONDS)
     for index, (family, _, _, _, address) in enumerate(addresses):
         latest = loop.now + (deadline - loop.now) / (len(addresses) - index)
         try:
