@@ -7190,7 +7190,7 @@ def error_words(content: bytes) -> str:
 
 
 def words_of(document: Any, levels: int = ERROR_LEVELS) -> str:
-    """The message of an error; the reason behind it too, where OpenRouter has put it."""
+    """The message of an error, looked for in so many levels; the reason behind it too, where OpenRouter has put it."""
     if isinstance(document, list) and levels:
         items = (item for item in document[:DROPPED_NAMES] if not isinstance(item, list))
         return "; ".join(filter(None, [words_of(item, levels - 1) for item in items]))
