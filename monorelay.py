@@ -8910,7 +8910,7 @@ class EventLoop:
         self.long_worker = Worker()  # for those that are too long for others of that worker to wait for,
         # and for the steps of TLS with providers, by host: they wait for others of the same provider only.
         self.handshakes: collections.defaultdict[str, Worker] = collections.defaultdict(Worker)
-        self.make_room: Callable[[], object] = lambda: None  # called when there is no memory for a turn
+        self.make_room: Callable[[], object] = lambda: None  # called when memory is short, or descriptors are
         self._stopped = False
         self._posted: collections.deque[Action] = collections.deque()
         self._wakeup_reader, self._wakeup_writer = socket.socketpair()
