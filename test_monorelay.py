@@ -10440,13 +10440,19 @@ def test_a_request_that_does_not_reach_the_provider_on_a_kept_connection_gets_a_
                 gate.wait(TIMEOUT_SECONDS)
             connection.send(answer())
 
+    def look(channel: Any) -> bool | None:
+        asked.append(channel)
+        if len(asked) > 1:
+            gate.set()
+        return is_lost
+
     monkeypatch.setattr(monorelay, "LOST_SECONDS", 0.05)
-    asked = []
-    monkeypatch.setattr(monorelay.Channel, "is_lost", lambda channel: asked.append(channel) or is_lost)
+    asked: list[Any] = []
+    monkeypatch.setattr(monorelay.Channel, "is_lost", look)
     provider = upstream(script)
     it = relay({"anthropic": provider})
     assert it.post("/v1/messages", prompt()).status == 200
-    if not is_lost:
+    if is_lost is None:
         threading.Timer(0.3, gate.set).start()
     assert it.post("/v1/messages", prompt()).status == 200
     assert len(provider.requests) == (3 if is_lost else 2)
@@ -10481,6 +10487,16 @@ def test_a_connection_whose_peer_acknowledges_all_is_not_lost():
             assert channel.is_lost() is None
             channel.send_now(b"x" * 1000)
             assert channel.is_lost() is None
+
+
+@pytest.mark.parametrize(
+    ("resent", "probes", "is_lost"),
+    [(0, 0, None), (1, 0, False), (2, 2, False), (5, 0, True), (0, 5, True), (2, 3, True)],
+)
+def test_a_connection_is_lost_when_much_was_sent_again_in_vain(monkeypatch, resent, probes, is_lost):
+    monkeypatch.setattr(monorelay, "TCP_INFO", 11)
+    sock = types.SimpleNamespace(getsockopt=lambda *asked: bytes([1, 0, resent, probes])[: asked[-1]])
+    assert monorelay.Channel.is_lost(types.SimpleNamespace(sock=sock)) is is_lost
 
 
 @pytest.mark.timed
