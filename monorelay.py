@@ -4439,6 +4439,7 @@ NEEDED_ESCAPE = re.compile(r"\\\\u(?=00(?:[01]|22|5[cC]))")
 HALF_ESCAPE = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")  # of the first half of a surrogate pair
 LINE_ENDS = [(mark.encode("utf-8"), f"\\u{ord(mark):04x}".encode("ascii")) for mark in "\x85\u2028\u2029"]
 TOOL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # as Anthropic wants it
+CALL_ID_KEPT = 56  # characters of one that is given a number; Anthropic takes 64 in all
 CARRIED_ID = "toolu_x"  # begins an id that stands for another provider's, which is in it as base64, with its seal
 CARRIED_THINKING = "mr1."  # begins a signature of ours
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -5997,8 +5998,11 @@ class MessageTurns:
     def _call_id(self, id: str) -> str:
         """The id by which a call is sent: one that no earlier turn has, since Claude refuses that. Some servers count
         anew in each answer."""
-        self._calls[id] = f"{id}_{len(self._earlier)}" if id in self._earlier else id
-        return self._calls[id]
+        sent, number = id, len(self._earlier)
+        while sent in self._earlier or (sent != id and sent in self._calls.values()):
+            sent, number = f"{id[:CALL_ID_KEPT]}_{number}", number + 1
+        self._calls[id] = sent
+        return sent
 
     def _write_result(self, message: JsonDict, place: str) -> None:
         call_id = carrying_id(call_name(message.get("tool_call_id"), f"{place}.tool_call_id"))

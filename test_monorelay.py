@@ -5450,6 +5450,28 @@ def test_calls_of_several_turns_that_have_one_id_get_several():
     assert shorter["messages"] == body["messages"][:-2]
 
 
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [["a", "a_2"], ["a"]],  # the second is what the third would be called
+        [["a" * 64], ["a" * 64]],
+        [["a" * 63 + "1", "a" * 63 + "2"], ["a" * 63 + "1", "a" * 63 + "2"]],
+    ],
+    ids=["alike", "long", "both"],
+)
+def test_an_id_that_a_call_is_given_is_none_of_another_call_and_not_too_long(turns):
+    messages = [HELLO]
+    for ids in turns:
+        calls = [{"id": id, "function": {"name": "f", "arguments": "{}"}} for id in ids]
+        messages.append({"role": "assistant", "tool_calls": calls})
+        messages += [{"role": "tool", "tool_call_id": id, "content": "done"} for id in ids]
+    body, _ = to_messages(messages=messages)
+    sent = [block for message in body["messages"][1:] for block in message["content"]]
+    ids = [block["id"] for block in sent if block["type"] == "tool_use"]
+    assert len(set(ids)) == sum(map(len, turns)) and all(re.fullmatch("[a-zA-Z0-9_-]{1,64}", id) for id in ids)
+    assert [block["tool_use_id"] for block in sent if block["type"] == "tool_result"] == ids
+
+
 def test_hints_of_chat_are_left_out_and_named_unless_they_say_nothing():
     nothing = {
         "n": 1,
