@@ -10054,10 +10054,11 @@ def host_addresses(host: str, port: int) -> list[Any]:
 
 async def connect_any(loop: EventLoop, addresses: Sequence[Any], deadline: float, failed: dict[Any, float]) -> Channel:
     """A connection to the first address that takes one; each gets an equal share of the time left. Those that have
-    `failed` of late come last: where IPv6 leads nowhere, only the first connection waits for it. Raises OSError,
-    Overdue and ClientGone."""
+    `failed` of late come last, those that did so just now behind all: where IPv6 leads nowhere, only the first
+    connection waits for it, and the first one after IPv4 has failed, too. Raises OSError, Overdue and ClientGone."""
     problem: Exception = OSError(errno.EADDRNOTAVAIL, "its host has no address")
-    addresses = sorted(addresses, key=lambda found: failed.get(found[4], -math.inf) > loop.now - AVOIDED_SECONDS)
+    oldest = loop.now - AVOIDED_SECONDS
+    addresses = sorted(addresses, key=lambda found: max(oldest, failed.get(found[4], oldest)))
     for index, (family, _, _, _, address) in enumerate(addresses):
         latest = loop.now + (deadline - loop.now) / (len(addresses) - index)
         try:

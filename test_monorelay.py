@@ -10543,6 +10543,37 @@ def test_an_address_that_takes_no_connection_is_tried_after_the_others_from_then
     assert 0.5 <= took[0] < 0.9 and max(took[1:]) < 0.3
 
 
+def test_an_address_that_failed_just_now_is_tried_after_one_that_failed_before(monkeypatch):
+    """Else a provider that is begun anew, whose IPv6 leads nowhere, would be reached by way of that for minutes."""
+    down, tried, failed = {"v6"}, [], {}
+
+    async def connect_one(loop, family, address, deadline):
+        tried.append(address)
+        if address in down:
+            loop.now += 1
+            raise ConnectionRefusedError
+        return address
+
+    monkeypatch.setattr(monorelay, "connect_one", connect_one)
+    addresses = [(socket.AF_INET6, 0, 0, "", "v6"), (socket.AF_INET, 0, 0, "", "v4")]
+    loop = types.SimpleNamespace(now=1000.0)
+
+    def connect():
+        tried.clear()
+        with pytest.raises((StopIteration, ConnectionRefusedError)):
+            monorelay.connect_any(loop, addresses, loop.now + 10, failed).send(None)
+        return [*tried]
+
+    assert [connect(), connect()] == [["v6", "v4"], ["v4"]]
+    down.add("v4")
+    assert connect() == ["v4", "v6"]
+    down.remove("v4")
+    failed["v4"] = failed["v6"] + 0.5  # when both were looked for at once
+    assert [connect(), connect()] == [["v6", "v4"], ["v4"]]
+    loop.now += monorelay.AVOIDED_SECONDS + 2
+    assert connect() == ["v6", "v4"], "in their own order again"
+
+
 @pytest.mark.timed
 @pytest.mark.parametrize("slow", ["addresses", "look-up", "TLS"])
 def test_connect_timeout_covers_everything_until_a_request_can_be_sent(upstream, relay, monkeypatch, slow):
