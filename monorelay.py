@@ -2946,6 +2946,7 @@ ABSOLUTE_FORM = r"(?i)^https?://[^/?]*/?"
 UNRESERVED_ESCAPED = r"%(2[DdEe]|3[0-9]|4[1-9A-Fa-f]|5[0-9AaFf]|6[1-9A-Fa-f]|7[0-9AaEe])"
 UNSAFE_BYTES = bytes(range(0x21)) + b"\\\x7f"  # in a path
 CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")
+LENGTHS = 10**15  # more than any of these; sys.maxsize may be less
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 CHUNK_SIZE_BEGUN = re.compile(rb"[0-9A-Fa-f]{1,15}([ \t]*;|[ \t]*\r?$)")
 PAIR_NAME, PAIR_VALUE = operator.itemgetter(0), operator.itemgetter(1)  # of a header field
@@ -12142,7 +12143,7 @@ class Exchange:
 
     async def skip_body(self) -> bool:
         """Drains an unread body, so that the connection can be kept; False if it can't."""
-        return await (self._incoming or self.open_body(sys.maxsize)).discard()  # which takes no long one
+        return await (self._incoming or self.open_body(LENGTHS)).discard()  # which takes no long one
 
     def hold(self, count: int) -> None:
         """Takes room for so many bytes. Raises Unavailable."""

@@ -13668,6 +13668,16 @@ def test_a_client_that_leaves_closes_upstream_at_once(upstream, relay, during, e
     assert provider.requests[-1].get("x-api-key") == "sk-a", "a departure cools nothing"
 
 
+@pytest.mark.parametrize("longest", [2**31 - 1, 2**63 - 1], ids=["32 bits", "64 bits"])
+def test_a_refused_body_of_any_length_gets_an_answer(upstream, relay, monkeypatch, longest):
+    it = relay({"anthropic": upstream(answer())})
+    monkeypatch.setattr(sys, "maxsize", longest)
+    with it.client() as client:
+        client.send(request("POST", "/v1/files", None, f"content-length: {'9' * 15}", token=""))
+        assert client.answer().status == 401
+
+
+
 @pytest.mark.parametrize("end", ["close", "reset"])
 def test_a_client_that_leaves_within_an_upload_closes_upstream(upstream, relay, end):
     seen: dict[str, Any] = {}
