@@ -12956,10 +12956,14 @@ def translation_fields(record: AccessRecord) -> Pairs:
 
 async def read_usage(exchange: Exchange, body: bytes, is_stream: bool) -> None:
     """Looks for the usage in a whole body, in parts: one that is full of such objects takes 0.3 s."""
-    for at in range(0, len(body), RECEIVE_BYTES):
-        if at:
+    usage, rest = exchange.record.usage, memoryview(body)
+    try:
+        while len(rest) > RECEIVE_BYTES:
+            usage.read(bytes(rest[:RECEIVE_BYTES]), is_stream)
+            rest = rest[RECEIVE_BYTES:]
             await checkpoint(exchange.loop)
-        exchange.record.usage.read(body[at : at + RECEIVE_BYTES], is_stream)
+    finally:
+        usage.read(bytes(rest), is_stream)  # what a client that leaves meanwhile has used, too
 
 
 async def whole_body(exchange: Exchange, relayed: UpstreamResponse) -> bytes:

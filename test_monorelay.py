@@ -13668,6 +13668,20 @@ def test_a_client_that_leaves_closes_upstream_at_once(upstream, relay, during, e
     assert provider.requests[-1].get("x-api-key") == "sk-a", "a departure cools nothing"
 
 
+def test_the_usage_of_a_whole_answer_counts_when_the_client_leaves_while_it_is_looked_for(monkeypatch):
+    async def leave(loop):
+        raise monorelay.ClientGone
+
+    monkeypatch.setattr(monorelay, "checkpoint", leave)
+    usage = monorelay.Usage()
+    exchange = types.SimpleNamespace(loop=None, record=types.SimpleNamespace(usage=usage))
+    told = {"prompt_tokens": 5, "completion_tokens": 7}
+    answered = {"choices": [{"message": {"content": "x" * 200_000}}], "usage": told}
+    with pytest.raises(monorelay.ClientGone):
+        monorelay.read_usage(exchange, json.dumps(answered).encode(), False).send(None)
+    assert (usage.used.input, usage.used.output) == (5, 7)
+
+
 @pytest.mark.parametrize("longest", [2**31 - 1, 2**63 - 1], ids=["32 bits", "64 bits"])
 def test_a_refused_body_of_any_length_gets_an_answer(upstream, relay, monkeypatch, longest):
     it = relay({"anthropic": upstream(answer())})
