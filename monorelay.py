@@ -12963,7 +12963,8 @@ async def read_usage(exchange: Exchange, body: bytes, is_stream: bool) -> None:
             rest = rest[RECEIVE_BYTES:]
             await checkpoint(exchange.loop)
     finally:
-        usage.read(bytes(rest), is_stream)  # what a client that leaves meanwhile has used, too
+        # Of one whose client leaves meanwhile, too; there is no time for more than its end, where the usage stands.
+        usage.read(bytes(rest[-RECEIVE_BYTES:]), is_stream)
 
 
 async def whole_body(exchange: Exchange, relayed: UpstreamResponse) -> bytes:
