@@ -3647,18 +3647,25 @@ def tools_of(document: Any) -> Iterator[tuple[Any, ...]]:
         if step == "*":
             inner = [item for value in outer if isinstance(value, list) for item in value]
         else:
-            members = itertools.chain.from_iterable(value for value in outer if isinstance(value, tuple))
-            inner = [member for name, member in members if name.casefold() == step]
+            objects_there = [value for value in outer if isinstance(value, tuple)]
+            names = names_like(step, map(PAIR_NAME, itertools.chain.from_iterable(objects_there)))
+            inner = [member for value in objects_there for name, member in value if name in names] if names else []
         found[way] = inner
     return (tool for place in TOOL_PLACES for tool in found[place] if isinstance(tool, tuple))
 
 
+def names_like(name: str, names: Iterable[str]) -> set[str]:
+    """Those that are this name in any case. Each is looked at once: most objects of a body have the same names."""
+    return {other for other in set(names) if other.casefold() == name}
+
+
 def have_model(tools: Iterable[tuple[Any, ...]]) -> bool:
     """Whether one of the tools works by a model of its own."""
-    members = itertools.chain.from_iterable(tools)
-    # Each is looked at once: most tools have the same names and types.
-    told = {(name, value if name.casefold() == "type" else "") for name, value in members if isinstance(value, str)}
-    return any(itertools.starmap(tells_of_model, told))
+    told = [member for tool in tools for member in tool if isinstance(member[1], str)]
+    names = set(map(PAIR_NAME, told))
+    types = names_like("type", names)
+    kinds = {value for name, value in told if name in types} if types else ()
+    return any(map(is_model_name, names)) or any(map(OPENROUTER_TOOL.match, kinds))
 
 
 def read_at_once(body: bytes, restricted: bool = True) -> BodyFacts:
@@ -5754,12 +5761,11 @@ def passed_members(chat: JsonDict, messages: list[JsonDict], draft: Draft) -> Js
 
 
 def lacks_thinking(messages: list[JsonDict]) -> bool:
-    """Whether the last turn begins with results of calls, and no turn has thinking, since the client doesn't send it
-    back: few clients of chat do. Claude refuses to think by a budget then."""
-    blocks = (block for message in messages for block in message["content"])
-    return messages[-1]["content"][0]["type"] == "tool_result" and all(
-        block["type"] not in THINKING_BLOCKS for block in blocks
-    )
+    """Whether the last turn, but for the system's, begins with results of calls, and no turn has thinking, since the
+    client doesn't send it back: few clients of chat do. Claude refuses to think by a budget then."""
+    last = next((message for message in reversed(messages) if message["role"] != "system"), messages[-1])
+    kinds = {block["type"] for message in messages for block in message["content"]}
+    return last["content"][0]["type"] == "tool_result" and kinds.isdisjoint(THINKING_BLOCKS)
 
 
 def longest_answer(chat: JsonDict, draft: Draft) -> int:
@@ -5827,7 +5833,7 @@ def message_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
         raise draft.refusal(place, f"a tool of the type {word(tool.get('type'))}")
     function = member(tool, "function")
     draft.drop_rest(tool, ("type", "function", *CACHE_MARKS), "tools")
-    draft.drop_rest(function, ("name", "description", "parameters", "strict", "cache_control"), "tools.function")
+    draft.drop_rest(function, ("name", "description", "parameters", "strict", *CACHE_MARKS), "tools.function")
     schema = function.get("parameters") or {"type": "object", "properties": {}}
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
         raise draft.refusal(f"{place}.function.parameters", "what is no schema of an object")

@@ -5408,6 +5408,9 @@ def test_a_client_that_does_not_send_thinking_back_gets_none_until_its_tools_hav
     for more in ([], [{"role": "user", "content": "And?"}]):
         body, dropped = to_messages(thinking=thinking, messages=[*messages, *more])
         assert (body.get("thinking"), dropped) == expected
+    keeping = target_of("anthropic", system_turns="keep")
+    body, dropped = to_messages(keeping, thinking=thinking, messages=[*messages, {"role": "system", "content": "Now."}])
+    assert body["messages"][-1]["role"] == "system" and (body.get("thinking"), dropped) == expected
     body, dropped = to_messages(thinking=thinking, messages=[*messages, assistant(said("So.")), HELLO])
     assert (body["thinking"], dropped) == (thinking, ())
 
