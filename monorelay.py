@@ -3647,25 +3647,20 @@ def tools_of(document: Any) -> Iterator[tuple[Any, ...]]:
         if step == "*":
             inner = [item for value in outer if isinstance(value, list) for item in value]
         else:
-            objects_there = [value for value in outer if isinstance(value, tuple)]
-            names = names_like(step, map(PAIR_NAME, itertools.chain.from_iterable(objects_there)))
-            inner = [member for value in objects_there for name, member in value if name in names] if names else []
+            members = list(itertools.chain.from_iterable(value for value in outer if isinstance(value, tuple)))
+            names = {name for name in set(map(PAIR_NAME, members)) if name.casefold() == step}
+            inner = [member for name, member in members if name in names] if names else []
         found[way] = inner
     return (tool for place in TOOL_PLACES for tool in found[place] if isinstance(tool, tuple))
 
 
-def names_like(name: str, names: Iterable[str]) -> set[str]:
-    """Those that are this name in any case. Each is looked at once: most objects of a body have the same names."""
-    return {other for other in set(names) if other.casefold() == name}
-
-
 def have_model(tools: Iterable[tuple[Any, ...]]) -> bool:
     """Whether one of the tools works by a model of its own."""
-    told = [member for tool in tools for member in tool if isinstance(member[1], str)]
-    names = set(map(PAIR_NAME, told))
-    types = names_like("type", names)
-    kinds = {value for name, value in told if name in types} if types else ()
-    return any(map(is_model_name, names)) or any(map(OPENROUTER_TOOL.match, kinds))
+    members = list(itertools.chain.from_iterable(tools))
+    # Each name is looked at once, and each pair: most tools have the same names and types.
+    names = {name for name in set(map(PAIR_NAME, members)) if is_model_name(name) or name.casefold() == "type"}
+    told = {member for member in members if member[0] in names and isinstance(member[1], str)} if names else ()
+    return any(itertools.starmap(tells_of_model, told))
 
 
 def read_at_once(body: bytes, restricted: bool = True) -> BodyFacts:
