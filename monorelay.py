@@ -5912,7 +5912,8 @@ class MessageTurns:
         self._messages: list[JsonDict] = []
         self._later: list[JsonDict] = []  # what it says later, and waits for the place where it may stand
         self._calls: dict[str, str] = {}  # those of the last turn, by the ids that the client knows: as they are sent
-        self._earlier: set[str] = set()  # those of the turns before, as sent
+        self._call_ids: set[str] = set()  # those of all turns, as sent
+        self._renamed = 0  # how many numbers were given to calls, or tried: each once, whatever ids a client makes up
         self._results = 0  # how many results the turn begins with
 
     def of(self, chat: JsonDict) -> list[JsonDict]:
@@ -5969,7 +5970,6 @@ class MessageTurns:
         """One turn: thinking that was handed back, then text, then calls."""
         self._write_later()
         if not self._messages or self._messages[-1]["role"] != "assistant":
-            self._earlier.update(self._calls.values())
             self._calls = {}  # some clients write each call into a turn of its own
         blocks = [
             {name: value for name, value in block.items() if name != "index"}
@@ -5998,13 +5998,16 @@ class MessageTurns:
         return with_cache_mark([{"type": "tool_use", "id": id, "name": name, "input": arguments}], call)[0]
 
     def _call_id(self, id: str) -> str:
-        """The id by which a call is sent: one that no earlier turn has, since Claude refuses that. Some servers count
+        """The id by which a call is sent: one that no other turn has, since Claude refuses that. Some servers count
         anew in each answer."""
-        sent, number = id, len(self._earlier)
-        while sent in self._earlier or (sent != id and sent in self._calls.values()):
-            sent, number = f"{id[:CALL_ID_KEPT]}_{number}", number + 1
-        self._calls[id] = sent
-        return sent
+        if id not in self._calls:
+            sent = id
+            while sent in self._call_ids:
+                self._renamed += 1
+                sent = f"{id[:CALL_ID_KEPT]}_{self._renamed}"
+            self._call_ids.add(sent)
+            self._calls[id] = sent
+        return self._calls[id]
 
     def _write_result(self, message: JsonDict, place: str) -> None:
         call_id = carrying_id(call_name(message.get("tool_call_id"), f"{place}.tool_call_id"))

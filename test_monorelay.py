@@ -5436,6 +5436,22 @@ def test_an_answer_without_a_limit_is_longer_than_the_budget_of_its_thinking(fie
     assert body["max_tokens"] == (most if budget < 8192 or most == 100 else budget + most)
 
 
+@pytest.mark.timed
+def test_calls_of_one_id_are_told_apart_in_time_in_proportion_to_their_number():
+    def turn(*ids: str) -> list[dict[str, Any]]:
+        calls = [{"id": id, "function": {"name": "f"}} for id in ids]
+        return [{"role": "assistant", "tool_calls": calls}, {"role": "tool", "tool_call_id": ids[-1], "content": "x"}]
+
+    def seconds(count: int) -> float:
+        numbers = (*range(count), *range(4 * count, 7 * count))  # of which clients may foresee some
+        taken = [*turn(*(f"a_{number}" for number in numbers)), *turn("a")]
+        messages = [HELLO, *taken, *itertools.chain.from_iterable(turn("a") for _ in range(count // 2))]
+        return process_time(lambda: to_messages(messages=messages))
+
+    seconds(100)
+    assert seconds(4000) < 0.5
+
+
 @pytest.mark.parametrize("thinking", [None, "much", {"budget_tokens": "9999"}, {"budget_tokens": None}], ids=brief)
 def test_a_budget_that_is_none_changes_no_limit(thinking):
     body, _ = to_messages(thinking=thinking)
