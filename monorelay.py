@@ -7291,30 +7291,12 @@ class AccessRecord:
         """The record as a row of the ledger. `now` is on the monotonic clock, `clock` in seconds since 1970."""
         used = self.used
         return LedgerRow(
-            at=int(clock * 1000),
-            request=self.request_id,
-            user=self.caller,
-            model=self.model,
-            sent=self.sent_model,
-            provider=self.provider,
-            key=self.key,
-            path=self.path,
-            status=self.status,
-            stream=int(self.is_stream),
-            attempts=self.attempts,
-            ttfb=None if self.first_byte is None else int((self.first_byte - self.started) * 1000),
-            duration=int((now - self.started) * 1000),
-            input=used.input,
-            cache_read=used.cache_read,
-            cache_write=used.cache_write,
-            cache_write_long=used.cache_write_long,
-            output=used.output,
-            tier=used.tier or None,
-            cost=self.cost,
-            complete=int(self.complete),
-            error=self.error or None,
-            tried=self.tried or None,
-        )
+            int(clock * 1000), self.request_id, self.caller, self.model, self.sent_model, self.provider, self.key,
+            self.path, self.status, int(self.is_stream), self.attempts,
+            None if self.first_byte is None else int((self.first_byte - self.started) * 1000),
+            int((now - self.started) * 1000), used.input, used.cache_read, used.cache_write, used.cache_write_long,
+            used.output, used.tier or None, self.cost, int(self.complete), self.error or None, self.tried or None,
+        )  # fmt: skip
 
     def line(self, now: float, style: str) -> str:
         """The record as a line of the log, key=value or JSON; what isn't known is left out. Times are in seconds."""
