@@ -252,6 +252,7 @@ LIVE_LATE_SECONDS = 3  # after its end, by when a request that another worker ha
 HOURS_SECONDS = 10.0  # between two looks into the ledger
 FIRST_ROWS = 50  # requests that a page is told of at first
 ENDED_ROWS = 500  # requests that have ended, for the page
+COUNTED_ROWS = 100  # that are counted together; takes up to 3 ms where no two are alike
 LOG_PAUSE_SECONDS = 0.1  # lines are written together, so that a busy relay wakes its log thread rarely
 LOG_LAST_SECONDS = 1.0
 STUCK_SECONDS = 5.0  # after which the end doesn't wait for the event loop; a whole machine may stand still for some
@@ -2831,14 +2832,18 @@ USER, PROVIDER, KEY = GROUPS.index("user"), GROUPS.index("provider"), GROUPS.ind
 Sums = list[Optional[int]]
 
 
+def figures_of(rows: Iterable[LedgerRow]) -> list[int]:
+    """What the rows, one at least, add to SUMS."""
+    return [*map(sum, zip(*[row.figures for row in rows]))]
+
+
 def hour_sums(
     rows: Iterable[LedgerRow], find_models: Callable[[int, str], Iterable[str]]
 ) -> dict[tuple[int, str, str, str, str], Sums]:
     """What the rows add to the table `hour`: the columns SUMS by hour, user, model, provider and key. `find_models`:
     the models that it has already of a user in an hour. More than LEDGER_MODELS of them are one: echo answers for any
     name that a client invents, and so do some servers."""
-    sums: dict[tuple[int, str, str, str, str], Sums] = {}
-    priced = set()
+    alike: dict[tuple[int, str, str, str, str], list[LedgerRow]] = {}
     known: dict[tuple[int, str], set[str]] = {}
     for row in rows:
         # What SQLite doesn't take was made None by storable().
@@ -2849,24 +2854,27 @@ def hour_sums(
         models = known[hour, row.user]
         model = model if model in models or len(models) <= LEDGER_MODELS else OTHER
         models.add(model)
-        key = (hour, row.user, model, row.provider or "", row.key or "")
-        sums[key] = [*map(operator.add, sums.get(key, [0] * len(SUMS)), row.figures)]
-        if row.cost is not None:
-            priced.add(key)
-    for key in sums.keys() - priced:
-        sums[key][COST] = None
+        alike.setdefault((hour, row.user, model, row.provider or "", row.key or ""), []).append(row)
+    sums: dict[tuple[int, str, str, str, str], Sums] = {key: [*figures_of(rows)] for key, rows in alike.items()}
+    for key, rows in alike.items():
+        if all(row.cost is None for row in rows):
+            sums[key][COST] = None
     return sums
 
 
 def spent_sums(rows: Iterable[LedgerRow]) -> dict[tuple[str, str], tuple[int, int]]:
     """What the rows add to the table `spent`: cost and tokens by user and window. Tokens read from a cache don't count,
     as in Anthropic's own limits: an agent reads all it has said before with each request."""
-    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    of_days: dict[tuple[str, int], tuple[int, int]] = {}
     for row in rows:
         tokens = (row.input or 0) + (row.cache_write or 0) + (row.cache_write_long or 0) + (row.output or 0)
         if tokens or row.cost:
-            for window in windows(row.at // 1000):
-                add_spent(sums, {(row.user, window): (row.cost or 0, tokens)})
+            day = row.user, row.at // 86_400_000
+            cost_before, tokens_before = of_days.get(day, (0, 0))
+            of_days[day] = cost_before + (row.cost or 0), tokens_before + tokens
+    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    for (user, number), spent in of_days.items():
+        add_spent(sums, {(user, window): spent for window in windows(number * 86400)})
     return sums
 
 
@@ -7442,21 +7450,32 @@ class Tally:
         self._models: dict[str, str] = {}  # others that a provider has answered for, and who asked for them first
         self._others: set[str] = set()  # users whom only their tokens name
 
-    def add(self, row: LedgerRow) -> None:
-        """Counts a request to a model that has ended."""
-        model, user, figures = self._model_label(row), self._user_label(row.user), row.figures
-        self._count_status(row.provider, model, status_label(row.status), 1)
-        counts = [*figures, int(row.cost is not None)]
-        add_to(self._in_series((user, model, row.provider, row.key)), counts)
+    def add(self, *rows: LedgerRow) -> None:
+        """Counts requests to models that have ended; those that differ in nothing but their figures together."""
+        alike: dict[tuple[Any, ...], list[LedgerRow]] = {}
+        for row in rows:
+            names = (row.at // 1000, row.user, row.sent, row.model, row.provider, row.key, row.status)
+            alike.setdefault(names, []).append(row)
+        for together in alike.values():
+            self._count(together)
+        self.ended.extend(rows)
+
+    def _count(self, rows: Sequence[LedgerRow]) -> None:
+        """Counts rows of one second, user, model, provider, key and status."""
+        first, figures = rows[0], figures_of(rows)
+        model, user = self._model_label(first), self._user_label(first.user)
+        self._count_status(first.provider, model, status_label(first.status), len(rows))
+        counts = [*figures, sum([row.cost is not None for row in rows])]
+        add_to(self._in_series((user, model, first.provider, first.key)), counts)
         add_to(self._of_user(user), counts)
-        sums = self._of_model(row.provider, model)
+        sums = self._of_model(first.provider, model)
         sums[:TTFB_AT] = map(operator.add, sums, counts)
-        if row.stream and row.ttfb is not None:
-            sums[TTFB_AT + bisect.bisect_left(TTFB_LIMITS, row.ttfb / 1000)] += 1
-        sums[DURATION_AT + bisect.bisect_left(DURATION_LIMITS, row.duration / 1000)] += 1
-        add_to(self._in_hour(row.at // 3_600_000, user), figures)
-        add_to(self._in_second(row.at // 1000), figures[:2])
-        self.ended.append(row)
+        for row in rows:
+            if row.stream and row.ttfb is not None:
+                sums[TTFB_AT + bisect.bisect_left(TTFB_LIMITS, row.ttfb / 1000)] += 1
+            sums[DURATION_AT + bisect.bisect_left(DURATION_LIMITS, row.duration / 1000)] += 1
+        add_to(self._in_hour(first.at // 3_600_000, user), figures)
+        add_to(self._in_second(first.at // 1000), figures[:2])
 
     def _count_status(self, provider: str, model: str, status: str, count: int) -> None:
         is_full = len(self.statuses) >= TALLIED_SERIES and (provider, model, status) not in self.statuses
@@ -11465,7 +11484,8 @@ class Service:
         self.requests = place.throttle() if place else Throttle()
         self.logins = LoginGate(self.loop)
         self.ledger = LedgerWriter(log.warn, clock)
-        self.tally = Tally(time.time())
+        self._tally = Tally(time.time())
+        self._uncounted: list[LedgerRow] = []  # of requests that have ended: many at once are counted faster
         self.running: dict[Exchange, None] = {}  # requests whose responses aren't all sent
         self.connections: Collection[object] = ()  # of clients
         self.pages: dict[LivePage, None] = {}  # that follow what happens
@@ -11488,6 +11508,16 @@ class Service:
     def config(self) -> Config:
         """The configuration in force."""
         return self.routing[0]
+
+    @property
+    def tally(self) -> Tally:
+        """What was counted of all requests that have ended."""
+        self._count()
+        return self._tally
+
+    def _count(self) -> None:
+        rows, self._uncounted = self._uncounted, []
+        self._tally.add(*rows)
 
     def budgets(self, user: Optional[str]) -> list[JsonDict]:
         """The budgets of one user or of all: what was spent of each, and when it begins anew."""
@@ -11528,11 +11558,13 @@ class Service:
             if provider:
                 record.cost = cost_of(exchange.config.prices, provider, record.sent_model, record.used)
             row = record.row(self.loop.now, time.time())
-            self.tally.add(row)
+            self._uncounted.append(row)
+            if len(self._uncounted) >= COUNTED_ROWS:
+                self._count()
             self.ledger.put(row)
         # Neither a provider's error nor the end of a client that left, or was made to, is one of the relay's own.
         if record.error and not record.error.startswith(("upstream:", "client_gone", "made_room")):
-            self.tally.refused[record.error] += 1
+            self._tally.refused[record.error] += 1
         self.log.record(record, self.loop.clock())
 
     async def _tidy(self) -> None:
