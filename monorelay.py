@@ -2657,7 +2657,7 @@ def counts_of(section: Any) -> dict[str, int]:
     return {
         name: int(value)
         for name, value in section.items()
-        if type(value) in (int, float) and 0 <= value <= USAGE_COUNT and value % 1 == 0
+        if (type(value) is int or (type(value) is float and value % 1 == 0)) and 0 <= value <= USAGE_COUNT
     }
 
 
@@ -4346,9 +4346,9 @@ class Usage:
 
     def _look(self, data: bytes, is_stream: bool) -> int:
         """Reads the first and the last usage objects in the data; from where on it is needed once more has come."""
-        held, names = max(0, len(data) - USAGE_NAME_BYTES), USAGE_OBJECT.finditer(data)
+        held, names = max(0, len(data) - USAGE_NAME_BYTES), [*USAGE_OBJECT.finditer(data)]
         # The first may be message_start's.
-        for name in [*itertools.islice(names, 1), *collections.deque(names, maxlen=USAGES_AT_ONCE)]:
+        for name in [*names[:1], *names[1:][-USAGES_AT_ONCE:]]:
             begin = name.end() - 1
             try:
                 usage, _ = USAGE_DECODER.raw_decode(data[begin : begin + USAGE_BYTES].decode("utf-8", "replace"))
