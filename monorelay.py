@@ -3641,25 +3641,32 @@ TOOL_PLACES = frozenset(
         "messages * content * tool_changes * tool definition", "svg", "tools * svg", "input * tools * svg",
     )
 )  # fmt: skip
-# Those places and all that lead to them, each behind the one that it goes on from.
-WAYS_TO_TOOLS = dict.fromkeys(
-    sorted({place[:end] for place in TOOL_PLACES for end in range(1, len(place) + 1)}, key=len)
-)
+# Those places and all that lead to them, and which steps go on from each: from the nearest to the farthest.
+WAYS_TO_TOOLS = frozenset(place[:end] for place in TOOL_PLACES for end in range(1, len(place) + 1))
+STEPS_TO_TOOLS = {
+    way: frozenset(longer[-1] for longer in WAYS_TO_TOOLS if longer[:-1] == way)
+    for way in sorted({longer[:-1] for longer in WAYS_TO_TOOLS}, key=len)
+}
 
 
 def tools_of(document: Any) -> Iterator[tuple[Any, ...]]:
     """The objects at TOOL_PLACES in a body, as BODY_DECODER has them."""
     found: dict[tuple[str, ...], list[Any]] = {(): [document]}
-    for way in WAYS_TO_TOOLS:
-        outer, step = found[way[:-1]], way[-1]
-        if step == "*":
-            inner = [item for value in outer if isinstance(value, list) for item in value]
-        else:
-            members = list(itertools.chain.from_iterable(value for value in outer if isinstance(value, tuple)))
-            names = {name for name in set(map(PAIR_NAME, members)) if name.casefold() == step}
-            inner = [member for name, member in members if name in names] if names else []
-        found[way] = inner
-    return (tool for place in TOOL_PLACES for tool in found[place] if isinstance(tool, tuple))
+    for way, steps in STEPS_TO_TOOLS.items():
+        values = found.get(way)
+        if not values:
+            continue
+        if "*" in steps:
+            item_way = (*way, "*")
+            found[item_way] = [item for value in values if isinstance(value, list) for item in value]
+            continue
+        members = list(itertools.chain.from_iterable(value for value in values if isinstance(value, tuple)))
+        names = {name for name in set(map(PAIR_NAME, members)) if name.casefold() in steps}
+        for name, member in members if names else ():
+            if name in names:
+                member_way = (*way, name.casefold())
+                found.setdefault(member_way, []).append(member)
+    return (tool for place in TOOL_PLACES for tool in found.get(place, ()) if isinstance(tool, tuple))
 
 
 def have_model(tools: Iterable[tuple[Any, ...]]) -> bool:
