@@ -314,6 +314,7 @@ BUILT_IN_CONFIG = """{
 # RelayError                what the client is told; carries status, type (`kind`) and short code
 #  ├─ BadRequest            400  ├─ MalformedRequest: the connection is closed, too
 #  │                             └─ Untranslatable (in Formats): the provider's format can't say it
+#  │                                └─ NoThreads: nor keep a conversation
 #  ├─ Unauthenticated       401  └─ TokenError (in Auth), one subclass a reason
 #  ├─ Forbidden             403
 #  ├─ NotFound              404
@@ -346,6 +347,7 @@ class RelayError(Exception):
     status = 500
     kind = "api_error"
     code = "internal_error"
+    details: Mapping[str, str] = types.MappingProxyType({})  # by which Anthropic's SDKs act, beside the type
     lasts = False  # whether trying again can't help; that is also so for each 4xx but 408 and 429
     close = False  # whether the connection can't be used for another request
 
@@ -505,11 +507,15 @@ class ConfigError(Exception):
         self.unread = unread
 
 
-def error_body(format: str, kind: str, message: str, code: str, request_id: str) -> bytes:
+def error_body(
+    format: str, kind: str, message: str, code: str, request_id: str, details: Optional[Mapping[str, str]] = None
+) -> bytes:
     """An error as the JSON of the format."""
     document: JsonDict
     if format == "anthropic":
         document = {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
+        if details:
+            document["error"]["details"] = dict(details)
     else:
         document = {"error": {"message": message, "type": kind, "param": None, "code": code}}
     return json.dumps(document).encode("ascii")
@@ -4476,6 +4482,13 @@ class Untranslatable(BadRequest):
     code = "untranslatable"
 
 
+class NoThreads(Untranslatable):
+    """The provider is to hold the conversation. The SDKs' tool runners ask for that, and send all of it themselves
+    after this response."""
+
+    details = types.MappingProxyType({"error_code": "thread_unsupported_request"})
+
+
 class AnswerFault(Exception):
     """A provider's answer holds an error, or what no message can hold. `status` is what it should have had."""
 
@@ -5147,10 +5160,10 @@ def reminder(text: str) -> str:
 # -- Messages to chat: the request
 
 # Where the answer would be wrong without them.
-MESSAGES_REFUSED = ("container", "mcp_servers", "fallbacks", "inference_geo", "thread", "compaction")
+MESSAGES_REFUSED = ("container", "mcp_servers", "fallbacks", "inference_geo", "compaction")
 MESSAGES_KNOWN = {
     *MESSAGES_REFUSED, "model", "messages", "system", "max_tokens", "temperature", "top_p", "stop_sequences", "stream",
-    "tools", "tool_choice", "thinking", "output_config", "output_format", "metadata", "cache_control",
+    "tools", "tool_choice", "thinking", "output_config", "output_format", "metadata", "cache_control", "thread",
 }  # fmt: skip
 NEW_LIMIT_HOSTS = re.compile(r"api\.openai\.com|.*\.openai\.azure\.com")  # whose models refuse `max_tokens`
 
@@ -5158,6 +5171,8 @@ NEW_LIMIT_HOSTS = re.compile(r"api\.openai\.com|.*\.openai\.azure\.com")  # whos
 def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
     """A request of Messages as one of chat. Raises BadRequest."""
     draft.refuse_members(request, MESSAGES_REFUSED)
+    if request.get("thread") is not None:
+        raise NoThreads(draft.refusal("thread", "this field").message)
     input_tokens = estimated_tokens(request)
     field = draft.settings.max_tokens_field
     if field == "auto":
@@ -11968,7 +11983,7 @@ class Exchange:
                 ("x-monorelay-provider", header_text(record.provider)),
                 ("x-monorelay-attempts", str(record.attempts)),
             ]
-        body = error_body(self.format, error.kind, error.message, error.code, record.request_id)
+        body = error_body(self.format, error.kind, error.message, error.code, record.request_id, error.details)
         return own_response(error.status, body, [*fields, *self.cors()], record.request_id, error.close)
 
     def cors(self, relayed: Iterable[tuple[str, str]] = ()) -> Pairs:

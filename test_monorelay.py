@@ -13195,6 +13195,33 @@ def test_a_session_of_claude_code_goes_on_at_a_provider_of_chat(upstream, relay)
     assert not {name.lower() for name, _ in second.headers} & {"anthropic-beta", "x-app", "x-claude-code-session-id"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_runner_of_anthropics_sdk_sends_all_itself_to_a_provider_that_keeps_no_threads(upstream, relay, stream):
+    turns = [[delta(calls=[call(0, "call_1", "weather", '{"city":"Oslo"}')]), delta("tool_calls", USAGE)],
+             [delta(content="Rain."), delta("stop", USAGE)]]  # fmt: skip
+    provider = upstream(replies(*(sse_reply(sse_of(turn)) for turn in turns)))
+    it = relay({"openai": provider})
+
+    @anthropic.beta_tool
+    def weather(city: str) -> str:
+        """The weather of a city."""
+        return f"wet in {city}"
+
+    with anthropic.Anthropic(api_key=TOKEN, base_url=it.url, max_retries=0) as client:
+        runner = client.beta.messages.tool_runner(
+            model="gpt-test", max_tokens=100, messages=[HELLO], tools=[weather], stream=stream
+        )
+        answers = [turn.get_final_message() if stream else turn for turn in runner]
+    assert answers[-1].content[0].text == "Rain." and len(provider.requests) == 2
+    asked, called, told = provider.requests[1].json["messages"]
+    assert asked["content"] == "Hello there" and called["tool_calls"][0]["id"] == "call_1"
+    assert told == {"role": "tool", "tool_call_id": "call_1", "content": "wet in Oslo"}
+    thread = {"type": "continue", "previous_message_id": "msg_1"}
+    got = it.post("/v1/messages", prompt(thread=thread))
+    assert refused(got, 400, "invalid_request_error").startswith("thread: this field can't be sent to the provider")
+    assert got.json["error"]["details"] == {"error_code": "thread_unsupported_request"}
+
+
 def test_claude_codes_search_is_refused_before_it_can_invent_what_was_found(upstream, relay):
     provider = upstream(json_reply(CHAT_HI))
     search = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
