@@ -3458,10 +3458,13 @@ MEANT_STATUSES = {
         rb'|Your organization must be verified to stream this model\. Please go to: )(?:https://|[^":\\])*"'
     ),
 }
-# OpenAI's 400 where a request goes on with what another account keeps, or has encrypted.
-KEPT_ELSEWHERE = re.compile(rb'"code" ?: ?"(?:previous_response_not_found|invalid_encrypted_content)"')
+# OpenAI's 400, and Anthropic's 404 of threads, where a request goes on with what another account keeps, or has
+# encrypted.
+KEPT_ELSEWHERE = re.compile(
+    rb'"(?:error_)?code" ?: ?"(?:previous_response_not_found|invalid_encrypted_content|thread_not_found)"'
+)
 # Whether these are about the key or about what was asked, only their bodies tell.
-TELLING_STATUSES = frozenset({400, 401, 402, 403, 412, 429})
+TELLING_STATUSES = frozenset({400, 401, 402, 403, 404, 412, 429})
 # What an error says, or is called, that is about what was asked: Anthropic of a tier's context, OpenRouter of what the
 # credit left is too little for, OpenAI of a request alone over its limit of tokens a minute, and of its flex tier that
 # has no room, OpenRouter and xAI of moderation.
@@ -10381,7 +10384,7 @@ class UpstreamResponse:
     @property
     def is_unknown(self) -> bool:
         """Whether it says that what the request goes on with isn't here: it may be another key's."""
-        return self.head.status == 400 and KEPT_ELSEWHERE.search(self.beginning) is not None
+        return self.head.status in (400, 404) and KEPT_ELSEWHERE.search(self.beginning) is not None
 
     def shows_key(self, text: str) -> bool:
         """Whether the key that is erased from its body stands in a part of its head."""

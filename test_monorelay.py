@@ -11599,6 +11599,19 @@ def test_what_goes_on_with_another_keys_response_goes_to_that_key(upstream, rela
     assert keys == list("ababba"), "nothing but the 429 cools"
 
 
+def test_what_goes_on_with_another_keys_thread_goes_to_that_key(upstream, relay):
+    details = {"error_code": "thread_not_found"}
+    told = {"type": "error", "error": {"type": "not_found_error", "message": "not here", "details": details}}
+    elsewhere = answer(404, json.dumps(told).encode())
+    provider = upstream(replies(elsewhere, answer(), answer(404, b'{"error": {}}'), elsewhere, elsewhere))
+    it = relay({"anthropic": two_keys(provider)})
+    asked = prompt(thread={"type": "continue", "previous_message_id": "msg_1"})
+    assert [it.post("/v1/messages", asked).status for _ in range(2)] == [200, 404]
+    got = it.post("/v1/messages", asked)
+    assert got.status == 404 and got.json == told, "by which the SDKs send all of the conversation"
+    assert [sent.get("x-api-key")[-1] for sent in provider.requests] == list("abaab"), "and no other 404"
+
+
 @pytest.mark.parametrize("path", ["videos/v_1/content", "containers/c_1/files/f_1/content", "fine_tuning/jobs/j_1"])
 def test_what_a_model_has_left_with_a_key_is_asked_for_with_each(upstream, relay, path):
     provider = upstream(replies(answer(404, b"{}"), answer()))
