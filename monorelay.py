@@ -6011,8 +6011,9 @@ class MessageTurns:
         ]
         for name in ("content", "refusal"):
             blocks += self._blocks(message.get(name), f"{place}.{name}")
-        calls = objects(message.get("tool_calls") or [], f"{place}.tool_calls")
-        blocks += [self._call(call, at) for at, call in calls]
+        told = {block["id"] for block in blocks if block["type"] == "tool_use"}  # LangChain sends them as parts, too
+        calls = [self._call(call, at) for at, call in objects(message.get("tool_calls") or [], f"{place}.tool_calls")]
+        blocks += [call for call in calls if call["id"] not in told]
         self._say("assistant", with_cache_mark(blocks, message))
 
     def _call(self, call: JsonDict, place: str) -> JsonDict:

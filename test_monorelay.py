@@ -5165,6 +5165,15 @@ def test_what_cursor_says_to_claude_in_the_words_of_messages_is_taken():
     assert body["tool_choice"] == {"type": "tool", "name": "look"}
 
 
+def test_a_call_that_a_turn_tells_of_twice_is_sent_once():
+    """LiteLLM #23510, and LangChain's JavaScript before 2026."""
+    turn = {**assistant(said("So"), tool_use("toolu_1")), "tool_calls": [called("toolu_1"), called("toolu_2")]}
+    body, _ = to_messages(messages=[HELLO, turn, returned("toolu_1"), returned("toolu_2")])
+    blocks = body["messages"][1]["content"]
+    assert [block.get("id") for block in blocks] == [None, "toolu_1", "toolu_2"]
+    assert [block["tool_use_id"] for block in body["messages"][2]["content"]] == ["toolu_1", "toolu_2"]
+
+
 def test_a_function_may_be_written_as_in_responses():
     function = {"type": "function", "name": "look", "parameters": {"type": "object"}, "strict": True}
     body, _ = to_messages(tools=[function], tool_choice={"type": "function", "name": "look"})
