@@ -6340,7 +6340,7 @@ class ChatReader:
         if chunk.get("error"):
             raise fault_of(chunk)
         usage, choice = member(chunk, "usage"), first_choice(chunk)
-        if choice is None and member(chunk, "base_resp").get("status_code"):  # so MiniMax tells of an error
+        if choice is None and self._is_fault(chunk):
             raise fault_of(chunk)
         tells_usage = bool(usage) and tokens_of(usage) is not NO_TOKENS  # LiteLLM may send an empty one in each chunk
         goes_on = choice is not None and self.may_end and self._goes_on(choice)
@@ -6353,6 +6353,18 @@ class ChatReader:
             for each in choices:
                 self._read_choice(each)
         return self._writer.take(), ended
+
+    def _is_fault(self, chunk: JsonDict) -> bool:
+        """Whether a chunk without a choice tells of an error by another name than `error`; [DONE] may come behind it
+        as if all were told."""
+        if member(chunk, "base_resp").get("status_code"):  # MiniMax
+            return True
+        if not self._writer.begun or self.may_end or "choices" in chunk:
+            return False
+        if chunk.get("error_code") or chunk.get("object") == "error":  # FastChat; older vLLM
+            return True
+        code = chunk.get("code")
+        return isinstance(code, (int, str)) and bool(re.fullmatch("[45][0-9]{2}", str(code)) and words_of(chunk))
 
     def _goes_on(self, choice: JsonDict) -> bool:
         """Whether a choice goes on with an answer that has said why it ends. One that ended with its text may have

@@ -5989,6 +5989,24 @@ def test_an_answer_without_a_message_is_told_in_its_own_words(document, told):
     assert (caught.value.status, caught.value.message) == told
 
 
+@pytest.mark.parametrize(
+    ("chunk", "kind"),
+    [
+        ({"text": "NETWORK ERROR", "error_code": 50001}, "api_error"),  # FastChat
+        ({"object": "error", "message": "Out of memory", "type": "InternalServerError", "code": 500}, "api_error"),
+        ({"object": "error", "message": "Too many", "type": "TooManyRequests", "code": 429}, "rate_limit_error"),
+        ({"code": 503, "msg": "Overloaded"}, "overloaded_error"),
+    ],
+    ids=brief,
+)
+def test_an_error_in_the_midst_by_another_name_is_no_end(chunk, kind):
+    told = ended_with(asked_of(), sse_of([delta(content="Hi"), chunk]))
+    assert told == (kind, chunk.get("message") or chunk.get("msg") or "the provider's answer holds an error")
+    for harmless in ({"code": 200, "message": "success"}, {"code": 0, "msg": ""}, {"error_code": 0}, {"code": 500}):
+        sent, broken = streamed(asked_of(), sse_of([delta(content="Hi"), harmless, delta("stop"), chunk]))
+        assert b"message_stop" in sent and not broken
+
+
 def test_a_stream_of_minimax_that_is_an_error_is_told_in_its_own_words():
     failed = {"choices": None, "base_resp": {"status_code": 1008, "status_msg": "No balance"}}
     assert ended_with(asked_of(), sse_of([failed], done=False)) == ("api_error", "No balance")
