@@ -16032,6 +16032,38 @@ def test_metrics_tell_a_bounded_number_of_statuses_apart():
     assert sum(tally.statuses.values()) == 900
 
 
+def test_rows_that_are_counted_together_are_counted_as_one_by_one():
+    """Alike or not: the sums, the limits, the hours and seconds, and which rows had a price."""
+    rows = [
+        row(
+            request=f"req_{number}", at=1_790_000_000_000 + number * 333, user="ab"[number % 2], sent=f"m{number % 3}",
+            status=(200, 200, 529)[number % 3], stream=number % 2, ttfb=None if number % 5 else 40 * number,
+            duration=90 * number, output=None if number % 7 == 1 else number, cost=None if number % 4 else number,
+            error="client_gone" if number % 6 == 2 else None,
+        )
+        for number in range(60)
+    ]  # fmt: skip
+    together, apart = monorelay.Tally(0.0), monorelay.Tally(0.0)
+    for tally in (together, apart):
+        tally.users, tally.models = {"a", "b"}, {"m0", "m1", "m2"}
+    together.add(*rows)
+    for each in rows:
+        apart.add(each)
+    assert together.shared() == apart.shared()
+
+
+def test_requests_are_counted_when_so_many_have_ended_or_somebody_asks(upstream, relay):
+    it = relay({"anthropic": upstream(answer())})
+    service = it.server.service
+    with it.client() as client:
+        for _ in range(monorelay.COUNTED_ROWS + 3):
+            client.send(request("POST", "/v1/messages", json.dumps(prompt("m")).encode()))
+            assert client.answer().status == 200
+    eventually(lambda: service._tally.ended)
+    assert len(service._tally.ended) == monorelay.COUNTED_ROWS
+    eventually(lambda: len(service.tally.ended) == monorelay.COUNTED_ROWS + 3)
+
+
 def test_one_user_can_not_take_the_names_of_models_from_the_others(relay):
     it = relay({"echo": {}}, users=OWNERS, aliases={"mine": "echo-mine@echo"}, routes={"echo*": "echo"})
     with it.client() as client:
