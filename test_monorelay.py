@@ -18872,7 +18872,7 @@ class Week:
 
     def live(self) -> None:
         """Each user sends a request of each style to each fate, the first of them whole."""
-        chance, tally = random.Random(7), self.relay.server.service.tally
+        chance, service = random.Random(7), self.relay.server.service
         wanted = list(itertools.product(self.tokens, STYLES, FATES))
         chance.shuffle(wanted)
         wanted = [*itertools.product(self.tokens, STYLES, FATES[:1]), *wanted]
@@ -18881,7 +18881,7 @@ class Week:
             kinds = [chance.randrange(10 ** chance.randrange(1, 6)) for _ in KIND_NAMES]
             path, stream, model = STYLES[style]
             self.call({"number": number, "fate": fate, "kinds": kinds, "path": path}, user, path, stream, model)
-            eventually(lambda count=number + 1: sum(tally.statuses.values()) == count)
+            eventually(lambda count=number + 1: sum(service.tally.statuses.values()) == count)
         self.now = self.end
         eventually(lambda: not self.relay.server.service.ledger.waiting)
 
