@@ -5890,7 +5890,7 @@ def message_output(chat: JsonDict, draft: Draft, system: list[JsonDict]) -> Json
     members: JsonDict = {}
     config: JsonDict = {}
     form = member(chat, "response_format")
-    kind = form.get("type", "text")
+    kind = word(form.get("type", "text"))
     if kind == "json_schema":
         schema = member(form, "json_schema").get("schema")
         if not isinstance(schema, dict):

@@ -892,6 +892,27 @@ FULL_CONFIG = """{
 }"""
 
 
+def longest_hold(work: Callable[[], object]) -> float:
+    """For how many seconds at most work(), in a thread, keeps all others from running: the best of three rounds, of
+    which each is noisier than it should be, in seconds of a fast machine."""
+
+    def hold() -> float:
+        thread, longest = threading.Thread(target=work), 0.0
+        thread.start()
+        last = time.monotonic()
+        while thread.is_alive():
+            time.sleep(0.0005)
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        return longest
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(monorelay.SWITCH_SECONDS)
+    try:
+        return min(hold() / pace([spent(million)]) for _ in range(3))
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def brief(value: Any) -> str:
     """A test's name for a parameter that may be long."""
     return repr(value)[:40]
@@ -4807,6 +4828,15 @@ def test_what_is_large_is_written_in_parts_and_the_same(monkeypatch, seed):
     first, second = (json.loads(monorelay.narrow(text)) for _ in range(2))
     assert "".join(monorelay.json_texts([first])) == monorelay.narrow(text)
     assert json.loads(b"".join(monorelay.json_pieces(second))) == document
+
+
+@pytest.mark.timed
+def test_a_form_of_an_answer_that_is_no_word_is_refused_in_no_time():
+    chat = {"response_format": {"type": [monorelay.narrow(WIDE) * 5_000_000]}}
+    draft = monorelay.Draft(target_of("anthropic"))
+    told = not_translated(lambda: monorelay.message_output(chat, draft, []))
+    assert told.startswith("response_format: the type (none) can't be sent")
+    assert longest_hold(lambda: not_translated(lambda: monorelay.message_output(chat, draft, []))) < 0.05
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 1000])
