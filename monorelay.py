@@ -4814,7 +4814,14 @@ def is_blank(text: str) -> bool:
 
 def without_final_blanks(text: str) -> str:
     """Narrow text without the blanks at its end, of which there may be many in ASCII, and few others."""
-    text = text.rstrip(" \t\n\r\v\f")
+    # In parts: over 30 MB of them, rstrip() would hold up all threads for 0.2 s.
+    length = len(text)
+    while length:
+        start = max(0, length - WRITTEN_CHARACTERS)
+        length = start + len(text[start:length].rstrip(" \t\n\r\v\f"))
+        if length > start:
+            break
+    text = text[:length]
     end = widened(text[-WRITTEN_CHARACTERS:])
     return text[: len(text) - len(narrow(end[len(end.rstrip()) :]))]
 
