@@ -4435,6 +4435,7 @@ WRITTEN_CHARACTERS = 64 * 1024  # of a string at a time
 TAKEN_OUT_CHARACTERS = 2 * 1024  # of a string that is let go as soon as it is written
 WRITTEN_ELEMENTS = 50  # of a list at a time
 VALUE_CHARACTERS = 5  # of a number or a word, with the comma behind it
+FRACTION_CHARACTERS = 100  # that take as long to write as a number with a fraction: up to 1 µs, for its last digits
 WRITTEN_AT_ONCE_CHARACTERS = 512 * 1024  # which `json` writes within 3 ms, and nothing else runs meanwhile
 READ_AT_ONCE_BYTES = 1024 * 1024  # of a body: reading it in parts costs a fifth more
 WAITING_BYTES = 128  # that each piece of what waits takes besides
@@ -4943,6 +4944,8 @@ def taken_out(document: list[Any], mark: str) -> tuple[list[str], int]:
             elif isinstance(value, str):
                 holder[key] = f"{mark}{len(long)}{mark}"
                 long.append(value)
+            elif isinstance(value, float):
+                left += FRACTION_CHARACTERS
     return long, left
 
 
@@ -6475,7 +6478,7 @@ class ChatReader:
         function = member(entry, "function")
         id, name = (value if isinstance(value, str) else "" for value in (entry.get("id"), function.get("name")))
         part = function.get("arguments")
-        part = part if isinstance(part, str) else "" if part is None else dump(part)
+        part = part if isinstance(part, str) else "" if part is None else "".join(json_texts([part]))
         seal = member(member(entry, "extra_content"), "google").get("thought_signature")
         seal = seal if isinstance(seal, str) else ""
         if len(id) > TOOL_ID_CHARACTERS or len(seal) > SEAL_CHARACTERS:
@@ -6935,7 +6938,7 @@ def given_arguments(given: Any) -> str:
     text = given.strip(JSON_BLANKS) or "{}" if isinstance(given, str) else ""
     try:
         if isinstance(read_within(text) if text else given or {}, dict):
-            return text or dump(given or {})
+            return text or ("".join(json_texts([given])) if given else "{}")
     except (ValueError, RecursionError):
         pass
     raise UnfitAnswer("the provider sent malformed tool arguments")

@@ -4838,6 +4838,27 @@ def test_a_form_of_an_answer_that_is_no_word_is_refused_in_no_time():
     assert longest_hold(lambda: not_translated(lambda: monorelay.message_output(chat, draft, []))) < 0.05
 
 
+DEAR_NUMBERS = [2.2250738585072011e-308] * 100_000  # by the digits that it takes to tell them from their neighbours
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda numbers: monorelay.json_pieces({"x": [{"a": numbers}]}),
+        lambda numbers: monorelay.given_arguments({"a": numbers}),
+        lambda numbers: pytest.raises(
+            monorelay.UnfitAnswer,  # since so much waits for the end of the call
+            monorelay.ChatReader(asked_of()).read,
+            completion(calls=[call(0, "c", "look", {"a": numbers})]),
+        ),
+    ],
+    ids=["request", "message", "chat"],
+)
+def test_numbers_with_a_fraction_hold_up_nobody_when_they_are_written(write):
+    assert longest_hold(lambda: write(DEAR_NUMBERS.copy())) < 0.03
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 1000])
 @pytest.mark.parametrize("count", [1, 200_000])
 def test_a_body_reads_the_same_in_pieces_of_any_size(size, count):
