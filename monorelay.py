@@ -4927,14 +4927,18 @@ def json_texts(values: list[Any]) -> Iterator[str]:
 
 
 def taken_out(document: list[Any], mark: str) -> tuple[list[str], int]:
-    """The long strings of a document, in whose places it leaves their numbers between two marks; and about how many
-    characters are left."""
+    """The long strings of a document, names too, in whose places it leaves their numbers between two marks; and about
+    how many characters are left."""
     long: list[str] = []
     left = 0
     waiting: list[Any] = [document]
     while waiting:
         holder = waiting.pop()
-        left += sum(map(len, holder)) if isinstance(holder, dict) else 0
+        names = sum(map(len, holder)) if isinstance(holder, dict) else 0
+        if names > TAKEN_OUT_CHARACTERS:
+            take_names_out(holder, long, mark)
+            names = sum(map(len, holder))
+        left += names
         for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
             left += VALUE_CHARACTERS
             if isinstance(value, (dict, list)):
@@ -4947,6 +4951,17 @@ def taken_out(document: list[Any], mark: str) -> tuple[list[str], int]:
             elif isinstance(value, float):
                 left += FRACTION_CHARACTERS
     return long, left
+
+
+def take_names_out(holder: JsonDict, long: list[str], mark: str) -> None:
+    """Adds the long names of an object to other long strings, and leaves their numbers between two marks."""
+    members = list(holder.items())
+    holder.clear()
+    for name, value in members:
+        if len(name) > TAKEN_OUT_CHARACTERS:
+            long.append(name)
+            name = f"{mark}{len(long) - 1}{mark}"
+        holder[name] = value
 
 
 def members_of(holder: Union[list[Any], JsonDict]) -> Iterator[tuple[Any, Any]]:

@@ -4814,7 +4814,8 @@ def value_of(chance: random.Random, depth: int) -> Any:
         return chance.choice([*texts, 1, -2.5, True, None, [], {}])
     if kind < 0.75:
         return [value_of(chance, depth - 1) for _ in range(width)]
-    return {chance.choice(["k", "é", '"']) + str(number): value_of(chance, depth - 1) for number in range(width)}
+    names = ["k", "é", '"', "\u00e9\U0001f600" * 2000]
+    return {chance.choice(names) + str(number): value_of(chance, depth - 1) for number in range(width)}
 
 
 @pytest.mark.once
@@ -4838,6 +4839,23 @@ def test_a_form_of_an_answer_that_is_no_word_is_refused_in_no_time():
     assert longest_hold(lambda: not_translated(lambda: monorelay.message_output(chat, draft, []))) < 0.05
 
 
+@pytest.mark.timed
+@pytest.mark.parametrize("leaf", ["1", "[1]"])
+def test_a_long_name_holds_up_nobody_when_it_is_written(leaf):
+    name = "é" * 10_000_000
+    sent = monorelay.narrow(name)
+    written = b"".join(monorelay.json_pieces({"x": {sent: json.loads(leaf), "b": 2}}))
+    assert json.loads(written) == {"x": {name: json.loads(leaf), "b": 2}}
+    assert longest_hold(lambda: monorelay.json_pieces({"x": {sent: json.loads(leaf)}})) < 0.02
+
+
+def fault_of_reading(answer: dict[str, Any]) -> str:
+    """What is told of a chat answer of which too much would have to wait."""
+    with pytest.raises(monorelay.UnfitAnswer) as caught:
+        monorelay.ChatReader(asked_of()).read(answer)
+    return caught.value.message
+
+
 DEAR_NUMBERS = [2.2250738585072011e-308] * 100_000  # by the digits that it takes to tell them from their neighbours
 
 
@@ -4847,11 +4865,7 @@ DEAR_NUMBERS = [2.2250738585072011e-308] * 100_000  # by the digits that it take
     [
         lambda numbers: monorelay.json_pieces({"x": [{"a": numbers}]}),
         lambda numbers: monorelay.given_arguments({"a": numbers}),
-        lambda numbers: pytest.raises(
-            monorelay.UnfitAnswer,  # since so much waits for the end of the call
-            monorelay.ChatReader(asked_of()).read,
-            completion(calls=[call(0, "c", "look", {"a": numbers})]),
-        ),
+        lambda numbers: fault_of_reading(completion(calls=[call(0, "c", "look", {"a": numbers})])),
     ],
     ids=["request", "message", "chat"],
 )
