@@ -12990,7 +12990,7 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
             return fault_response(fault, asked, fields)
         body = KeyEraser(relayed.erased).feed(await whole_body(exchange, relayed), is_last=True)
         # Some servers call a stream JSON, or plain text.
-        is_stream = relayed.is_stream or BEGINS_EVENT.match(body) is not None
+        is_stream = relayed.is_stream or BEGINS_EVENT.match(body, 0, PEEKED_BYTES) is not None
         await read_usage(exchange, body, is_stream)
         answer = await at_leisure(exchange, len(body), functools.partial(translator.whole, body, is_stream))
         exchange.hold(len(answer))

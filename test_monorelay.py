@@ -13156,6 +13156,14 @@ def test_a_picture_too_large_to_be_held_cools_no_key(upstream, relay, stream, si
 
 
 @pytest.mark.timed
+def test_an_answer_behind_many_empty_lines_holds_up_nobody(upstream, relay):
+    """Some providers send them as a sign of life."""
+    it = relay({"openai": upstream(answer(200, b"\n" * 8_000_000 + json.dumps(CHAT_HI).encode()))})
+    assert it.post("/v1/messages", prompt()).status == 200
+    assert longest_hold(lambda: it.post("/v1/messages", prompt())) < 0.06
+
+
+@pytest.mark.timed
 def test_a_flood_of_tiny_events_holds_up_nobody(upstream, relay):
     """They are translated in parts, between which others are served."""
     data = b"data:{}\n\n" * 200_000 + sse_of([delta(content="Hi"), delta("stop", USAGE)])
