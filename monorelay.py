@@ -7282,7 +7282,8 @@ def words_of(document: Any, levels: int = ERROR_LEVELS) -> str:
         found = found or words_of(document.get(name), levels - 1)
     where = document.get("loc")
     if isinstance(where, list):
-        found = f"{'.'.join(map(str, where[:DROPPED_NAMES]))}: {found}"
+        steps = [str(step) for step in where[:DROPPED_NAMES] if isinstance(step, (str, int))]
+        found = f"{'.'.join(steps)}: {found}" if steps else found
     raw = member(document, "metadata").get("raw")
     return f"{found}: {raw}" if isinstance(raw, str) else found
 

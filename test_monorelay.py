@@ -6638,6 +6638,13 @@ def test_a_long_error_is_told_as_fast_as_it_is_read(value):
     assert seconds_each(lambda: monorelay.fault_of(told), 1) < 0.01
 
 
+@pytest.mark.timed
+def test_the_place_of_an_error_that_is_no_place_takes_no_time():
+    told = {"error": {"message": "x", "loc": [[monorelay.narrow(WIDE) * 2_000_000], "body", 7]}}
+    assert monorelay.fault_of(told).message == "body.7: x"
+    assert longest_hold(lambda: monorelay.words_of(told)) < 0.02
+
+
 def tree(leaf: str, branches: int, levels: int) -> str:
     """Lists within lists, as JSON."""
     for _ in range(levels):
