@@ -12387,7 +12387,8 @@ async def answer_catalogue(exchange: Exchange) -> Response:
             begun = exchange.loop.clock()
     wanted = unquote(exchange.endpoint.path[len("/models/") :])
     if not wanted:
-        return exchange.respond(200, model_page(entries, exchange.request.query, exchange.format))
+        page = model_page(entries, exchange.request.query, exchange.format)
+        return exchange.respond_with(await written_page(exchange.loop, page), ())
     for entry in entries:
         if entry["id"] == wanted:
             return exchange.respond(200, model_entry(entry, exchange.format))
@@ -12399,6 +12400,17 @@ async def answer_catalogue(exchange: Exchange) -> Response:
         return await relay(exchange, ReadBody(), order)
     meant = suggestion(wanted, (entry["id"] for entry in entries))
     raise NotFound(f"there is no model {wanted[:MODEL_CHARACTERS]!r}{meant}")
+
+
+async def written_page(loop: EventLoop, page: JsonDict) -> bytes:
+    """A page of the list as JSON, written entry by entry: one full of numbers with a fraction takes 0.2 s."""
+    written, begun = [], loop.clock()
+    for entry in page["data"]:
+        written.append(json.dumps(entry))
+        if loop.clock() - begun > SLOW_EVENT_SECONDS:
+            await checkpoint(loop)
+            begun = loop.clock()
+    return json.dumps({**page, "data": []}).replace("[]", f"[{', '.join(written)}]", 1).encode("ascii")
 
 
 # -- what the owner, and each user, can see of what happens

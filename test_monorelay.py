@@ -15039,6 +15039,18 @@ def test_others_are_served_while_targets_are_looked_for_that_take_long_to_find(u
         assert len(client.answer().json["data"]) == 9
 
 
+@pytest.mark.timed
+@pytest.mark.parametrize("headers", [(), (ANTHROPIC_VERSION,)], ids=["openai", "anthropic"])
+def test_a_list_full_of_numbers_is_told_step_by_step(upstream, relay, headers):
+    listed = [{"id": f"claude-{n}", "object": "model", "type": "model", "n": DEAR_NUMBERS[:80]} for n in range(1000)]
+    it = relay({"echo": {"format": "echo"}, "anthropic": upstream(answer(200, json.dumps(listed).encode()))})
+    got = it.ask("GET", "/v1/models?limit=900", None, *headers).json
+    names = [model["id"] for model in got["data"]]
+    assert len(names) == 900 and (got["first_id"], got["last_id"], got["has_more"]) == (names[0], names[-1], True)
+    assert got["data"][-1]["n"] == DEAR_NUMBERS[:80]
+    assert longest_hold(lambda: it.ask("GET", "/v1/models?limit=900", None, *headers)) < 0.03
+
+
 @pytest.mark.parametrize("fault", [answer(401), answer(402), b""], ids=brief)
 def test_a_provider_that_lists_no_models_serves_on(upstream, relay, fault):
     def script(connection: Connection) -> None:
