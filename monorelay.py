@@ -2861,9 +2861,10 @@ def hour_sums(
         model = model if model in models or len(models) <= LEDGER_MODELS else OTHER
         models.add(model)
         alike.setdefault((hour, row.user, model, row.provider or "", row.key or ""), []).append(row)
-    sums: dict[tuple[int, str, str, str, str], Sums] = {key: [*figures_of(rows)] for key, rows in alike.items()}
-    for key, rows in alike.items():
-        if all(row.cost is None for row in rows):
+    sums: dict[tuple[int, str, str, str, str], Sums] = {}
+    for key, ended in alike.items():
+        sums[key] = [*figures_of(ended)]
+        if all(row.cost is None for row in ended):
             sums[key][COST] = None
     return sums
 
