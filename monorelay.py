@@ -10114,9 +10114,10 @@ def host_addresses(host: str, port: int) -> list[Any]:
     """The addresses of a host name. Raises OSError."""
     try:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:CONNECTED_ADDRESSES]
-    except socket.gaierror:
-        # A name looks unknown to one who can't open the files to look it up in. That there are few descriptors for them
-        # is told by the error that these raise; one alone may have come free by now.
+    except OSError:
+        # A name looks unknown to one who can't open the files to look it up in, or glibc names an error of its own for
+        # that (EBUSY). That there are few descriptors is told by the error that these raise; one alone may have come
+        # free by now.
         with contextlib.ExitStack() as taken:
             for _ in range(LOOKUP_DESCRIPTORS):
                 taken.enter_context(socket.socket())
