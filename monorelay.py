@@ -4927,6 +4927,11 @@ def json_texts(values: list[Any]) -> Iterator[str]:
         yield text[end:]
 
 
+def dumped_in_parts(value: Any) -> str:
+    """What dump() makes of a value, in more time, but without holding up other threads."""
+    return "".join(json_texts([value]))
+
+
 def taken_out(document: list[Any], mark: str) -> tuple[list[str], int]:
     """The long strings of a document, names too, in whose places it leaves their numbers between two marks; and about
     how many characters are left."""
@@ -6345,6 +6350,7 @@ class ChatReader:
         self.finishes_early = False  # whether it has gone on behind that
         self._refused = False
         self._usage: JsonDict = {}
+        self.write: Callable[[Any], str] = dump  # makes text of arguments that come as a value
 
     @property
     def may_end(self) -> bool:
@@ -6494,7 +6500,7 @@ class ChatReader:
         function = member(entry, "function")
         id, name = (value if isinstance(value, str) else "" for value in (entry.get("id"), function.get("name")))
         part = function.get("arguments")
-        part = part if isinstance(part, str) else "" if part is None else "".join(json_texts([part]))
+        part = part if isinstance(part, str) else "" if part is None else self.write(part)
         seal = member(member(entry, "extra_content"), "google").get("thought_signature")
         seal = seal if isinstance(seal, str) else ""
         if len(id) > TOOL_ID_CHARACTERS or len(seal) > SEAL_CHARACTERS:
@@ -6784,6 +6790,7 @@ class MessageReader:
         self._refusal: Optional[str] = None
         self._usage: JsonDict = {}
         self._tier: JsonDict = {}  # by which the answer was served
+        self.write: Callable[[Any], str] = dump  # makes text of the input of a call
 
     may_end = finishes_early = False  # only its last event ends a message
 
@@ -6882,7 +6889,7 @@ class MessageReader:
         if sum(len(call.given) for call in self._begun_calls.values()) > TRANSLATED_HELD_BYTES:
             raise UnfitAnswer(f"more than {TRANSLATED_HELD_BYTES} bytes of the provider's answer wait for their turn")
         unended = self._given(self._begun_calls.get(index))
-        self._open = self._begun_calls[index] = BegunCall(self._calls, given_arguments(block.get("input")))
+        self._open = self._begun_calls[index] = BegunCall(self._calls, given_arguments(block.get("input"), self.write))
         self._calls += 1
         function = {"name": self._asked.names.get(name, name), "arguments": ""}
         call_id, _ = carried_call(id)
@@ -6948,13 +6955,13 @@ class MessageReader:
         }  # fmt: skip
 
 
-def given_arguments(given: Any) -> str:
-    """The JSON of the input with which a call begins; some servers send its text. Raises UnfitAnswer for what is no
-    object."""
+def given_arguments(given: Any, write: Callable[[Any], str]) -> str:
+    """The JSON of the input with which a call begins, as write() makes it; some servers send its text. Raises
+    UnfitAnswer for what is no object."""
     text = given.strip(JSON_BLANKS) or "{}" if isinstance(given, str) else ""
     try:
         if isinstance(read_within(text) if text else given or {}, dict):
-            return text or ("".join(json_texts([given])) if given else "{}")
+            return text or write(given or {})
     except (ValueError, RecursionError):
         pass
     raise UnfitAnswer("the provider sent malformed tool arguments")
@@ -7052,6 +7059,7 @@ class AnswerTranslator:
             raise UnfitAnswer(f"the provider streamed an answer of more than {WHOLE_LINES} lines")
         parts = (body[at : at + TRANSLATED_AT_ONCE_BYTES] for at in range(0, len(body), TRANSLATED_AT_ONCE_BYTES))
         data = itertools.chain.from_iterable(map(self._events.feed, parts))
+        self._reader.write = dumped_in_parts
         read = itertools.chain(self._read_events(data), self._read_end())
         events = read if is_stream else self._read_whole(body)
         try:
