@@ -203,6 +203,7 @@ USER_KEY_CHARACTERS = 16
 OPEN_ACCESS_KEY_CHARACTERS = 16  # the least for a relay that listens beyond this machine
 CATALOGUE_BYTES = 2 * 1024 * 1024  # of a provider's list; the longest known has 1 MB
 ECHO_VALUES = 50_000  # in a request to echo, which take up to 5 MB
+ECHO_FRACTIONS = 5000  # numbers with a fraction among them, which `json` writes in up to 5 ms
 CATALOGUE_VALUES = 100_000  # which `json` reads in some 10 ms
 INTEGER_DIGITS = 64  # of an integer that is read: long ones take time in proportion to the square of their length
 LISTED_MODELS = 1000  # of a provider; the longest known list has some 500
@@ -7870,7 +7871,7 @@ def echo_response(
         if sum(map(body.count, (b"[", b"{", b","))) > ECHO_VALUES:
             raise EchoFault(400, f"echo reads at most {ECHO_VALUES} values")
         try:
-            request = json.loads(body)
+            request = json.loads(body, parse_float=fraction_reader())
         except (ValueError, RecursionError):
             raise EchoFault(400, "the request body is not valid JSON") from None
         if not isinstance(request, dict):
@@ -7886,6 +7887,18 @@ def echo_response(
             raise EchoFault(400, "a field of the request has the wrong type") from None
     except EchoFault as fault:
         return echo_error(path, fault, request_id)
+
+
+def fraction_reader() -> Callable[[str], float]:
+    """What reads the numbers with a fraction in a request. It raises EchoFault for one too many."""
+    numbers = itertools.count(1)
+
+    def read(digits: str) -> float:
+        if next(numbers) > ECHO_FRACTIONS:
+            raise EchoFault(400, f"echo reads at most {ECHO_FRACTIONS} numbers with a fraction")
+        return float(digits)
+
+    return read
 
 
 def echo_error(path: str, fault: EchoFault, request_id: str) -> EchoResponse:

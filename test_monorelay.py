@@ -8568,6 +8568,18 @@ def test_echo_of_much_white_space_holds_up_nobody(echo):
     assert got.status == 200 and time.monotonic() - started < 2
 
 
+@pytest.mark.parametrize(("count", "status"), [(5000, 200), (5001, 400)])
+def test_echo_reads_so_many_numbers_with_a_fraction_and_no_more(echo, count, status):
+    """It takes up to 1 µs to write one."""
+    tool = {"name": "look", "input_schema": {"default": {"a": DEAR_NUMBERS[:count]}}}
+    got = echo.post("/v1/messages", prompt("echo-tool", tools=[tool]))
+    assert got.status == status
+    if status == 200:
+        assert got.json["content"][0]["input"] == tool["input_schema"]["default"]
+    else:
+        assert "at most 5000 numbers with a fraction" in got.json["error"]["message"]
+
+
 def test_echo_reads_a_megabyte_and_no_more(echo):
     assert (
         echo.post(
