@@ -7039,9 +7039,9 @@ class AnswerTranslator:
         """The bytes for the client, of the next bytes of a stream."""
         return self._bytes_of_all(self._read_events(self._events.feed(data)))
 
-    def close(self) -> bytes:
-        """The bytes for the client at the end of a stream."""
-        return self._bytes_of_all(self._read_end())
+    def close(self, is_cut: bool = False) -> bytes:
+        """The bytes for the client at the end of a stream; `is_cut`: its framing isn't complete, or was reset."""
+        return self._bytes_of_all(self._read_end(is_cut))
 
     def ping(self) -> bytes:
         """What goes out when nothing has come for a while: a sign of life, or the end of an answer that may end."""
@@ -7117,12 +7117,12 @@ class AnswerTranslator:
                 self.ended = True
                 yield from self._reader.end()
 
-    def _read_end(self) -> Iterator[JsonDict]:
+    def _read_end(self, is_cut: bool = False) -> Iterator[JsonDict]:
         """The client's events for the end of the stream. Raises AnswerFault unless the answer is complete."""
         yield from self._read_events(self._events.flush())
         if self.ended:
             return
-        if not self._reader.may_end:
+        if not self._reader.may_end or (is_cut and self._reader.finishes_early):
             raise AnswerFault("the provider's stream ended before it was finished")
         self.ended = True
         yield from self._reader.end()
@@ -11323,6 +11323,7 @@ class TranslatedStream:
         self.translator = translator
         self._untranslated = b""  # what has come, and waits until others had their turn
         self._source_ended = False  # whether nothing more will come
+        self._is_cut = False  # whether that is so since the provider broke off
         self.heard_at = 0.0  # when the provider last sent something
         self._told_end_at = 0.0  # when it told why the stream ends, though it hasn't ended
 
@@ -11339,10 +11340,11 @@ class TranslatedStream:
         self._told_end_at = self._told_end_at or self.heard_at
         return self._told_end_at + ENDING_SECONDS
 
-    def feed(self, content: bytes, is_last: bool) -> bytes:
-        """The events for what has come, or for a part of it."""
+    def feed(self, content: bytes, is_last: bool, is_cut: bool = False) -> bytes:
+        """The events for what has come, or for a part of it. `is_last`: nothing more will come; `is_cut`: since the
+        provider broke off."""
         self._untranslated += content
-        self._source_ended = is_last
+        self._source_ended, self._is_cut = is_last, is_cut
         return self.go_on()
 
     def go_on(self) -> bytes:
@@ -11351,7 +11353,7 @@ class TranslatedStream:
         part, self._untranslated = waiting[:size], waiting[size:]
         events = self.translator.feed(part)
         if self._source_ended and not self._untranslated and not self.translator.ended:
-            events += self.translator.close()
+            events += self.translator.close(self._is_cut)
         return events
 
 
@@ -11469,7 +11471,8 @@ class Outgoing:
         """What goes out when the provider has closed: the end of the body where only that marks it, unless the
         connection is broken or a stream hasn't said that it is over; else an error."""
         if self.translation:
-            return self.translated(self.translation.feed(b"", is_last=True))
+            is_cut = broken if isinstance(self._decoder, CloseDecoder) else not self._decoder.finished
+            return self.translated(self.translation.feed(b"", True, is_cut))
         if self._lines and self._lines.held and not is_cut_off(self._lines.held):
             self._look_for_end(self._lines.held)
         if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not (self._awaits_end or broken)):

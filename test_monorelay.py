@@ -12990,6 +12990,28 @@ def test_s10_a_stream_that_told_its_end_ends_soon_though_nothing_more_comes(upst
     assert "error" not in it.logged("path=/v1/messages") and "comes last" not in it.log.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("end", "is_whole"),
+    [(b"", False), (b"0\r\n\r\n", True), (chunk(b"data: [DONE]\n\n"), True), (None, True)],
+    ids=["cut", "chunked", "done", "closed"],
+)
+def test_s10_an_answer_that_tells_its_end_with_each_part_is_cut_where_its_framing_is(upstream, relay, end, is_whole):
+    parts = [sse_of([delta("stop", content=content)], done=False) for content in ("Hi", " there")]
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        if end is None:
+            connection.send(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n", *parts)
+        else:
+            connection.send(STREAM_HEAD, *map(chunk, parts), end)
+
+    it = relay({"openai": upstream(script)})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", json.dumps(prompt("gpt-test", stream=True)).encode()))
+        got = client.rest() if not is_whole else client.until(b'"message_stop"}\n\n')
+    assert b" there" in got and (b"event: error" in got) != is_whole and (b"message_stop" in got) == is_whole
+
+
 def test_a_translated_stream_that_stalls_is_cut_behind_an_error(upstream, relay):
     def script(connection: Connection) -> None:
         connection.read_request()
