@@ -6043,9 +6043,13 @@ class MessageTurns:
         ]
         for name in ("content", "refusal"):
             blocks += self._blocks(message.get(name), f"{place}.{name}")
-        told = {block["id"] for block in blocks if block["type"] == "tool_use"}  # LangChain sends them as parts, too
-        calls = [self._call(call, at) for at, call in objects(message.get("tool_calls") or [], f"{place}.tool_calls")]
-        blocks += [call for call in calls if call["id"] not in told]
+        told = {block["id"]: block for block in blocks if block["type"] == "tool_use"}
+        for at, entry in objects(message.get("tool_calls") or [], f"{place}.tool_calls"):
+            call = self._call(entry, at)
+            if call["id"] in told:  # LangChain sends them as parts, too, some of which lack the input
+                told[call["id"]].update(call)
+            else:
+                blocks.append(call)
         self._say("assistant", with_cache_mark(blocks, message))
 
     def _call(self, call: JsonDict, place: str) -> JsonDict:

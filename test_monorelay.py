@@ -5229,6 +5229,13 @@ def test_a_call_that_a_turn_tells_of_twice_is_sent_once():
     assert [block["tool_use_id"] for block in body["messages"][2]["content"]] == ["toolu_1", "toolu_2"]
 
 
+def test_an_input_that_a_part_of_a_turn_lacks_is_that_of_the_call_beside_it():
+    """LangChain.js #9809: the part is what a stream began with."""
+    turn = {**assistant(said("So"), tool_use("toolu_1")), "tool_calls": [called("toolu_1", '{"at":1}')]}
+    body, _ = to_messages(messages=[HELLO, turn, returned("toolu_1")])
+    assert body["messages"][1]["content"] == [said("So"), tool_use("toolu_1", at=1)]
+
+
 def test_a_function_may_be_written_as_in_responses():
     function = {"type": "function", "name": "look", "parameters": {"type": "object"}, "strict": True}
     body, _ = to_messages(tools=[function], tool_choice={"type": "function", "name": "look"})
