@@ -9557,8 +9557,9 @@ class LedgerWriter:
             return True
         seen = file_state(settings.path)
         try:
-            # Without its folder the file isn't new, but out of reach: what was spent is still in it, and writing fails.
-            if batch or not os.access(os.path.dirname(os.path.abspath(settings.path)), os.X_OK):
+            # Without its folder, or that of the file to which it is a link, the file isn't new, but out of reach: what
+            # was spent is still in it, and writing fails.
+            if batch or not os.access(os.path.dirname(os.path.realpath(settings.path)), os.X_OK):
                 spent = write_ledger(settings, batch, self._limited, time.time())
             else:
                 users, now = self._limited, time.time()

@@ -18313,10 +18313,15 @@ def test_a_ledger_that_is_moved_away_is_begun_anew(tmp_path):
     assert [selected(path, "SELECT sum(requests) FROM hour") for path in tmp_path.glob("*.db")] == [[1]] * 3
 
 
-def test_what_was_spent_is_remembered_while_the_folder_of_the_ledger_is_away(tmp_path):
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_was_spent_is_remembered_while_the_folder_of_the_ledger_is_away(tmp_path, is_link):
     folder, month = tmp_path / "state", monorelay.windows(time.time())[1]
     folder.mkdir()
-    it = Ledger(folder / "usage.db", users={"alice": {"usd_per_month": 1}})
+    path = folder / "usage.db"
+    if is_link:
+        (tmp_path / "link.db").symlink_to(path)
+        path = tmp_path / "link.db"
+    it = Ledger(path, users={"alice": {"usd_per_month": 1}})
     it.put(row(cost=7))
     eventually(lambda: not it.waiting)
     folder.rename(tmp_path / "elsewhere")
