@@ -9989,6 +9989,9 @@ def size_text(count: int, setting: str) -> str:
 # reached in the same way, by a pair of sockets. The UpstreamResponse knows where the relay's own key stands in it.
 
 
+# What OpenSSL says of a certificate that nobody has signed whom this machine trusts (x509_vfy.h): a container may have
+# no authorities at all, and a company's proxy has one of its own.
+UNKNOWN_AUTHORITY = (2, 18, 19, 20, 21)
 IGNORE_UNEXPECTED_EOF = 0x80  # SSL_CTX_set_options(3); Python has no name for it before 3.10
 
 
@@ -10207,6 +10210,8 @@ def connect_problem(error: Exception, provider: Provider) -> str:
         reason = "connect timeout"
     elif isinstance(error, ssl.SSLCertVerificationError):
         reason = f"its certificate is not valid: {error.verify_message}"
+        if error.verify_code in UNKNOWN_AUTHORITY:
+            reason += "; the relay's machine must trust its authority: install ca-certificates, or set SSL_CERT_FILE"
     elif isinstance(error, socket.gaierror):
         reason = "its host name is unknown"
     elif isinstance(error, OSError):

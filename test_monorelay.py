@@ -9953,6 +9953,25 @@ def test_a_trusted_tls_provider_is_relayed_line_by_line(upstream, relay, tls, tr
         assert client.chunk() == b""
 
 
+def test_where_nobody_who_signed_a_certificate_is_trusted_the_error_says_what_to_do(
+    upstream, relay, tls, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none"))  # as in a container without ca-certificates
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
+    it = relay({"anthropic": upstream(message_answer(HI), tls("127.0.0.1"))})
+    message = refused(it.post("/v1/messages", prompt()), 502, "api_error")
+    assert "unable to get local issuer certificate; the relay's machine must trust" in message
+    assert "install ca-certificates, or set SSL_CERT_FILE" in message
+
+
+def test_a_certificate_for_another_name_is_the_providers_fault_alone(upstream, relay, tls, trusted):
+    message = refused(
+        relay({"anthropic": upstream(message_answer(HI), tls("other.test"))}).post("/v1/messages", prompt()), 502,
+        "api_error",
+    )
+    assert "its certificate is not valid: " in message and "SSL_CERT_FILE" not in message
+
+
 def test_a_step_of_a_handshake_that_takes_long_holds_up_nobody(upstream, relay, tls, trusted):
     """OpenSSL takes up to 0.2 s for one with ffdhe8192, which a provider may ask for."""
     gate, slow, other = threading.Event(), upstream(message_answer(HI), tls("127.0.0.1")), upstream(message_answer(HI))
