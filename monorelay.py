@@ -7529,7 +7529,7 @@ class Tally:
         self._others: set[str] = set()  # users whom only their tokens name
 
     def add(self, *rows: LedgerRow) -> None:
-        """Counts requests to models that have ended; those that differ in nothing but their figures together."""
+        """Counts requests to models that have ended. Those that differ only in their figures are counted together."""
         alike: dict[tuple[Any, ...], list[LedgerRow]] = {}
         for row in rows:
             names = (row.at // 1000, row.user, row.sent, row.model, row.provider, row.key, row.status)
@@ -7894,7 +7894,7 @@ def echo_response(
 
 
 def fraction_reader() -> Callable[[str], float]:
-    """What reads the numbers with a fraction in a request. It raises EchoFault for one too many."""
+    """A `parse_float` for one request. It raises EchoFault for more than ECHO_FRACTIONS numbers."""
     numbers = itertools.count(1)
 
     def read(digits: str) -> float:
@@ -9989,8 +9989,8 @@ def size_text(count: int, setting: str) -> str:
 # reached in the same way, by a pair of sockets. The UpstreamResponse knows where the relay's own key stands in it.
 
 
-# What OpenSSL says of a certificate that nobody has signed whom this machine trusts (x509_vfy.h): a container may have
-# no authorities at all, and a company's proxy has one of its own.
+# OpenSSL's codes for a certificate whose authority this machine doesn't trust (x509_vfy.h): a container may have no
+# authorities at all, and a company's proxy has one of its own.
 UNKNOWN_AUTHORITY = (2, 18, 19, 20, 21)
 IGNORE_UNEXPECTED_EOF = 0x80  # SSL_CTX_set_options(3); Python has no name for it before 3.10
 
