@@ -9465,7 +9465,8 @@ class LedgerWriter:
         self._warned_at = -math.inf
         self.dropped = 0  # rows, since the start
         self._dropped_told = 0
-        self.failing = False  # whether the file could not be written when last tried
+        self.failing = False  # whether the file could not be written when last tried, or takes too long for others
+        self._late_at = math.inf  # from when on it does
 
     @property
     def waiting(self) -> int:
@@ -9510,6 +9511,8 @@ class LedgerWriter:
             else:
                 self.dropped += 1
                 add_spent(self._lost, spent)
+        if spent and self._clock() > self._late_at:
+            self.failing = True
         if spent and (self.failing or not has_room):
             self.changed()
         self._wanted.set()
@@ -9556,6 +9559,7 @@ class LedgerWriter:
         if not settings or not (batch or self._limited):
             return True
         seen = file_state(settings.path)
+        self._late_at = self._clock() + LEDGER_LOCK_SECONDS
         try:
             # Without its folder, or that of the file to which it is a link, the file isn't new, but out of reach: what
             # was spent is still in it, and writing fails.
@@ -9583,6 +9587,7 @@ class LedgerWriter:
         return True
 
     def _set_failing(self, failing: bool) -> None:
+        self._late_at = math.inf
         if failing != self.failing:
             self.failing = failing
             self.changed()

@@ -18332,6 +18332,33 @@ def test_a_ledger_that_is_moved_away_is_begun_anew(tmp_path):
     assert [selected(path, "SELECT sum(requests) FROM hour") for path in tmp_path.glob("*.db")] == [[1]] * 3
 
 
+def test_other_workers_learn_what_is_spent_while_a_write_takes_long(tmp_path, monkeypatch):
+    begun, gate, write, now = threading.Event(), threading.Event(), monorelay.write_ledger, [0.0]
+
+    def slow(settings: Any, *given: Any) -> Any:
+        if settings.path == str(it.path):  # and not that of another test, whose thread is still there
+            begun.set()
+            gate.wait(TIMEOUT_SECONDS)
+        return write(settings, *given)
+
+    it = Ledger(tmp_path / "usage.db", users={"alice": {"usd_per_day": 1}})
+    monkeypatch.setattr(it, "_clock", lambda: now[0])
+    monkeypatch.setattr(monorelay, "write_ledger", slow)
+    it.put(row(cost=7))
+    assert begun.wait(TIMEOUT_SECONDS)
+    it.put(row(cost=5))
+    assert it.shared() == []
+    now[0] += monorelay.LEDGER_LOCK_SECONDS + 0.1
+    shown: list[Any] = []
+    monkeypatch.setattr(it, "changed", lambda: shown.append(it.shared()))
+    it.put(row(cost=1))
+    assert {cost for _, (cost, _) in shown.pop()} == {13}
+    gate.set()
+    eventually(lambda: not it.waiting)
+    assert it.shared() == [] == shown.pop() and it.spent("alice", monorelay.windows(time.time())[0])[0] == 13
+    it.finish()
+
+
 @pytest.mark.parametrize("is_link", [False, True])
 def test_what_was_spent_is_remembered_while_the_folder_of_the_ledger_is_away(tmp_path, is_link):
     folder, month = tmp_path / "state", monorelay.windows(time.time())[1]
