@@ -6863,7 +6863,8 @@ class MessageReader:
         return chunks
 
     def _read_end(self, delta: JsonDict) -> None:
-        self._reason = word(delta["stop_reason"]) if delta.get("stop_reason") else self._reason
+        if "stop_reason" in delta:  # null: it just stopped
+            self._reason = word(delta["stop_reason"] or self._reason or "end_turn")
         explanation = member(delta, "stop_details").get("explanation")
         self._refusal = explanation if isinstance(explanation, str) else self._refusal
 

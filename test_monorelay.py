@@ -6988,7 +6988,7 @@ def test_a_wide_character_makes_no_other_one_of_a_whole_answer_wide(format, esca
 # -- answers of Messages
 
 
-def message_events(*blocks: Any, reason: str = "end_turn", usage: Any = None, size: int = 4) -> list[bytes]:
+def message_events(*blocks: Any, reason: Any = "end_turn", usage: Any = None, size: int = 4) -> list[bytes]:
     """A message as Anthropic streams it: deltas of that size."""
     events = [sse("message_start", message=MESSAGE)]
     for index, block in enumerate(blocks):
@@ -7241,7 +7241,22 @@ def test_u4_a_stop_without_what_belongs_before_it_is_no_end(missing):
         "server_error", "the provider's answer ended before it was finished"
     )  # fmt: skip
     with pytest.raises(monorelay.AnswerFault, match="before it was finished"):
-        whole_answer(asked_of("openai"), {**ANTHROPIC_HI, "stop_reason": None})
+        whole_answer(asked_of("openai"), {name: ANTHROPIC_HI[name] for name in ANTHROPIC_HI if name != "stop_reason"})
+
+
+
+@pytest.mark.parametrize(
+    "reasons, finish",
+    [([None], "stop"), ([None, "max_tokens"], "length"), (["refusal", None], "content_filter")],
+)
+def test_a_message_that_gives_null_as_the_reason_for_its_end_just_stopped_unless_it_gives_another(reasons, finish):
+    *begun, end, stop = message_events(said("Hi"))
+    ends = [end.replace(b'"end_turn"', json.dumps(reason).encode()) for reason in reasons]
+    sent, failed = streamed(asked_of("openai"), b"".join([*begun, *ends, stop]))
+    told = [choice["finish_reason"] for _, chunk in events_of(sent)[:-1] for choice in chunk["choices"]]
+    assert (told[-1], any(told[:-1]), failed) == (finish, False, False)
+    whole = whole_answer(asked_of("openai"), {**ANTHROPIC_HI, "stop_reason": reasons[-1]})
+    assert whole["choices"][0]["finish_reason"] == (finish if reasons[-1] else "stop")
 
 
 def test_u6_and_u8_pings_are_comments_and_unknown_events_nothing():
@@ -8040,7 +8055,7 @@ ENDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("reason", [*ENDS, "stop"])
+@pytest.mark.parametrize("reason", [*ENDS, "stop", None])
 def test_a_message_that_calls_a_tool_ends_for_that_unless_it_was_broken_off(reason):
     finish = ENDS.get(reason, "stop")
     finish = "tool_calls" if finish == "stop" else finish
