@@ -5410,11 +5410,22 @@ def is_strict(schema: Any) -> bool:
     return all(map(is_strict, schema.values()))
 
 
+# Mistral's models, at other providers too: they check requests with its mistral-common, or a template that does.
+MISTRAL_MODEL = re.compile(
+    "(?i).*(mistral|ministral|magistral|devstral|codestral|mixtral|pixtral|voxtral)", re.ASCII | re.DOTALL
+)
+
+
 class ChatTurns:
     """Writes the messages of a chat request: what answers calls directly behind them, then what a user says."""
 
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
+        self._is_mistral = draft.provider.host == "api.mistral.ai" or bool(MISTRAL_MODEL.match(draft.model))
+        # Where the system's later words go. Mistral takes them behind a user's only, and never as the last ones.
+        self._system_turns = draft.settings.system_turns
+        if self._is_mistral and self._system_turns == "keep":
+            self._system_turns = "user"
         self._messages: list[JsonDict] = []
         self._calls: list[str] = []  # those of the last turn that aren't answered yet
         self._lead: list[str] = []  # what the system says at the beginning
@@ -5441,14 +5452,16 @@ class ChatTurns:
                 raise self._draft.refusal(place, f"a block of the type {word(block['type'])}")
         self._write_reminders()
         for message in self._messages:
-            if message["role"] == "user":
+            if isinstance(message["content"], list):
                 message["content"] = content_of(message["content"])
         lead = [{"role": "system", "content": TEXT_JOINT.join(self._lead)}] if self._lead else []
         return lead + self._messages
 
     def _say(self, parts: list[JsonDict]) -> None:
-        """Writes what the user says; some servers take no two messages of a user in a row."""
-        if self._messages and self._messages[-1]["role"] == "user":
+        """Writes what the user says; some servers take no two messages of a user in a row, and Mistral none behind a
+        result: "Unexpected role 'user' after role 'tool'"."""
+        before = self._messages[-1]["role"] if self._messages else ""
+        if before == "user" or (before == "tool" and self._is_mistral):
             self._messages[-1]["content"] += parts
         elif parts:
             self._messages.append({"role": "user", "content": parts})
@@ -5456,11 +5469,11 @@ class ChatTurns:
     def _write_system(self, turn: Turn) -> None:
         """What the system says later on, where the provider wants it."""
         texts = [said for place, block in turn.blocks for said in self._system_texts(block, place)]
-        if self._draft.settings.system_turns == "lead":
+        if self._system_turns == "lead":
             self._lead += texts
         else:
             self._reminders += texts
-        if self._draft.settings.system_turns == "keep" and not self._calls:
+        if self._system_turns == "keep" and not self._calls:
             self._write_reminders()
 
     def _system_texts(self, block: JsonDict, place: str) -> list[str]:
@@ -5473,7 +5486,7 @@ class ChatTurns:
 
     def _write_reminders(self) -> None:
         """Writes what waits, as the system's or the user's words."""
-        if self._reminders and self._draft.settings.system_turns == "keep":
+        if self._reminders and self._system_turns == "keep":
             self._messages.append({"role": "system", "content": TEXT_JOINT.join(self._reminders)})
         else:
             self._say([text_part(reminder(said)) for said in self._reminders])
@@ -5531,7 +5544,7 @@ class ChatTurns:
     def _call_id(self, name: str) -> str:
         """The id of a call as this provider knows it, or wants it."""
         found, _ = carried_call(name)
-        if self._draft.provider.host != "api.mistral.ai" or re.fullmatch("[a-zA-Z0-9]{9}", found):
+        if not self._is_mistral or re.fullmatch("[a-zA-Z0-9]{9}", found):
             return found
         digits = int.from_bytes(hashlib.sha256(found.encode("latin-1")).digest(), "big")
         return "".join(BASE62[digits // 62**power % 62] for power in range(9))
@@ -5546,7 +5559,7 @@ class ChatTurns:
         for place, result in results:
             call_id = self._call_id(result["tool_use_id"])
             told, media = self._result(result, place)
-            self._messages.append({"role": "tool", "tool_call_id": call_id, "content": told})
+            self._messages.append({"role": "tool", "tool_call_id": call_id, "content": [text_part(told)]})
             if media and (len(results) > 1 or rest):
                 parts.append(text_part(f"[tool result {call_id}]"))
             parts += media

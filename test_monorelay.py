@@ -4657,6 +4657,51 @@ def test_q24_half_a_surrogate_pair_arrives_as_it_was_sent():
     assert json.loads(function["arguments"]) == {"at": "\ud83d"}
 
 
+@pytest.mark.parametrize(
+    ("host", "model", "folds"),
+    [
+        ("api.mistral.ai", "model-upstream", True),
+        ("127.0.0.1", "mistralai/Devstral-Small-2-24B-Instruct-2512", True),
+        ("127.0.0.1", "model-upstream", False),
+    ],
+)
+def test_mistral_gets_nothing_of_a_users_or_the_systems_behind_a_result(host, model, folds):
+    # "Unexpected role 'user' after role 'tool'", which mistral-common says of the system, too
+    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
+    history = [
+        *CALLS,
+        user(tool_result("toolu_1", "a"), tool_result("toolu_2", "b"), said("<system-reminder>c</system-reminder>")),
+        {"role": "system", "content": "Mind."},
+        assistant(tool_use("toolu_3")),
+        user(tool_result("toolu_3", [said("d"), picture])),
+        assistant(said("Done.")),
+        {"role": "system", "content": "Last."},
+        user(said("?")),
+        {"role": "system", "content": "Very last."},
+    ]
+    target = target_of(host=host)._replace(model=model)
+    messages = to_chat(target, messages=history)[0]["messages"]
+    roles = [message["role"] for message in messages]
+    if not folds:
+        assert roles[:8] == ["user", "assistant", "tool", "tool", "user", "system", "assistant", "tool"]
+        assert roles[8:] == ["user", "assistant", "system", "user", "system"]
+        return
+    assert roles == ["user", "assistant", "tool", "tool", "assistant", "tool", "assistant", "user"]
+    mind, last, very_last = (
+        f"<system-reminder>\n{text}\n</system-reminder>" for text in ("Mind.", "Last.", "Very last.")
+    )
+    assert [message["content"] for message in messages[2:4]] == [
+        "a",
+        f"b\n\n<system-reminder>c</system-reminder>\n\n{mind}",
+    ]
+    url = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    assert messages[5]["content"] == [{"type": "text", "text": "d"}, url]
+    assert messages[7]["content"] == f"{last}\n\n?\n\n{very_last}"
+    # what the owner says goes before what is known of Mistral
+    lead = to_chat(target_of(host=host, system_turns="lead")._replace(model=model), messages=history)[0]["messages"][0]
+    assert lead == {"role": "system", "content": "Mind.\n\nLast.\n\nVery last."}
+
+
 def test_mistral_gets_ids_of_nine_letters_and_the_same_ones_each_time():
     history = [
         HELLO,
