@@ -4451,7 +4451,7 @@ TOOL_CALLS = 128  # in an answer: as many tools as OpenAI allows in a request
 TOOL_NAME_CHARACTERS = 256  # Anthropic allows 128, OpenAI 64
 RENAMED_TOOLS = 1000  # in a request: they are remembered until the answer is over
 TOOL_ID_CHARACTERS = 2048  # in an answer
-SEAL_CHARACTERS = 64 * 1024  # of what Gemini has to get back with a call
+SEAL_CHARACTERS = 64 * 1024  # of what Gemini, or OpenRouter for it, has to get back with a call
 CARRYING_CHARACTERS = 128 * 1024  # of an id in a request: it may carry another one, and such a seal
 CARRIED_VALUES = 2 * TOOL_ID_CHARACTERS  # in what such an id carries: two texts, which may have commas
 SIGNATURE_CHARACTERS = 8 * TRANSLATED_HELD_BYTES  # each character of thinking may take six, and base64 a third more
@@ -5504,6 +5504,7 @@ class ChatTurns:
             return
         message: JsonDict = {"role": "assistant", "content": "".join(texts) or (None if calls else "")}
         message.update(self._thinking("".join(thoughts)))
+        message.update(self._sealed_details(turn))
         if calls:
             message["tool_calls"] = calls
         self._messages.append(message)
@@ -5527,6 +5528,14 @@ class ChatTurns:
             return {}
         return {field: thought or " "}  # some refuse a turn without it, and some an empty one
 
+    def _sealed_details(self, turn: Turn) -> JsonDict:
+        """What OpenRouter, and who does as it does, has to get back with calls of Gemini's."""
+        if self._draft.settings.reasoning_back != "reasoning" and self._draft.provider.host != "openrouter.ai":
+            return {}
+        seals = [carried_call(call_name(block.get("id"), place))[1] for place, block in turn.of("tool_use")]
+        details = [self._draft.read_inner(seal) for seal in seals if seal.startswith("{")]
+        return {"reasoning_details": details} if details else {}
+
     def _call(self, block: JsonDict, place: str) -> JsonDict:
         given = block.get("input")
         if not isinstance(given, dict):
@@ -5537,7 +5546,7 @@ class ChatTurns:
         arguments = "".join(json_texts([given]))
         call = {"id": self._call_id(id), "type": "function", "function": {"name": name, "arguments": arguments}}
         _, seal = carried_call(id)
-        if seal and self._draft.provider.host == GEMINI_HOST:
+        if seal and not seal.startswith("{") and self._draft.provider.host == GEMINI_HOST:
             call["extra_content"] = {"google": {"thought_signature": seal}}
         return call
 
@@ -6192,7 +6201,7 @@ class Call:
 
     def __init__(self) -> None:
         self.id = self.name = ""
-        self.seal = ""  # what Gemini has to get back with it: 400 otherwise
+        self.seal = ""  # what Gemini has to get back with it, or OpenRouter as a JSON object: 400 otherwise
         self.arguments = bytearray()  # what has come of its JSON
         self.whole = False  # whether that is all of an object: its brackets are closed
         self.sent = 0  # how much of it is written
@@ -6340,6 +6349,9 @@ def made_up_id(asked: Asked, number: int) -> str:
     return f"call_{digest[:24]}"
 
 
+SEAL_MEMBERS = ("type", "data", "id", "format", "index")  # of an entry of `reasoning_details`
+
+
 class ChatReader:
     """Reads a chat answer, chunk by chunk, into the events of a message.
 
@@ -6354,6 +6366,7 @@ class ChatReader:
         self._calls: list[Call] = []  # those that aren't written to their end, in their order; the first may be open
         self._named: dict[Any, Call] = {}  # the last one of each index
         self._ids: set[str] = set()
+        self._seals: dict[str, str] = {}  # of calls that are still to come, by their id, if it was told
         self._count = 0  # of calls that have come,
         self._closed = 0  # and of those written
         self._held = 0  # bytes that are kept
@@ -6445,6 +6458,8 @@ class ChatReader:
         self._writer.begin()
         delta = self._part_of(choice)
         thought, said = reasoning_of(delta), answer_text(delta)
+        if "reasoning_details" in delta:
+            self._keep_seals(delta)
         if thought and self._asked.thinking != "hidden":
             self._say("thinking", thought)
         if said:
@@ -6453,11 +6468,8 @@ class ChatReader:
             self._refused = True
             self._say("text", delta["refusal"])
         entries = listed_objects(delta.get("tool_calls"))
-        if len(entries) > TOOL_CALLS:
-            raise too_many_calls()
-        are_apart = len(entries) > 1 and not any("index" in entry or entry.get("id") for entry in entries)
-        for position, entry in enumerate(entries):
-            self._read_call({**entry, "index": position} if "message" in choice or are_apart else entry)
+        if entries:
+            self._read_calls(entries, "message" in choice)
         if isinstance(delta.get("function_call"), dict):
             self._read_call({"index": "function_call", "function": delta["function_call"]})
         finish = choice.get("finish_reason")
@@ -6513,6 +6525,35 @@ class ChatReader:
         if self._held > TRANSLATED_HELD_BYTES:
             raise UnfitAnswer(f"more than {TRANSLATED_HELD_BYTES} bytes of the provider's answer wait for their turn")
 
+    def _read_calls(self, entries: list[JsonDict], are_whole: bool) -> None:
+        """Takes parts of calls, or all of them. Raises AnswerFault."""
+        if len(entries) > TOOL_CALLS:
+            raise too_many_calls()
+        are_apart = are_whole or (len(entries) > 1 and not any("index" in one or one.get("id") for one in entries))
+        for position, entry in enumerate(entries):
+            self._read_call({**entry, "index": position} if are_apart else entry)
+
+    def _keep_seals(self, delta: JsonDict) -> None:
+        """Keeps Gemini's signatures of calls as OpenRouter tells them: before the calls, or in one chunk with them."""
+        for detail in listed_objects(delta["reasoning_details"]):
+            kept = {name: detail[name] for name in SEAL_MEMBERS if isinstance(detail.get(name), (str, int))}
+            if not isinstance(kept.get("data"), str) or not word(kept.get("format")).startswith("google-gemini"):
+                continue
+            id, seal = word(kept.get("id", "")), dump(kept)
+            if len(seal) <= SEAL_CHARACTERS:
+                self._hold(len(id) + len(seal) + WAITING_BYTES - self._let_go(id))
+                self._seals[id] = seal
+
+    def _let_go(self, id: str) -> int:
+        """How many bytes the signature of a call to come takes, if one is kept."""
+        return len(id) + len(self._seals[id]) + WAITING_BYTES if id in self._seals else 0
+
+    def _take_seal(self, id: str) -> str:
+        """The signature that was kept for the call, or for the first one."""
+        key = id if id in self._seals else ""
+        self._held -= self._let_go(key)
+        return self._seals.pop(key, "")
+
     def _read_call(self, entry: JsonDict) -> None:
         """Takes a part of a call. Raises AnswerFault."""
         function = member(entry, "function")
@@ -6520,7 +6561,7 @@ class ChatReader:
         part = function.get("arguments")
         part = part if isinstance(part, str) else "" if part is None else self.write(part)
         seal = member(member(entry, "extra_content"), "google").get("thought_signature")
-        seal = seal if isinstance(seal, str) else ""
+        seal = seal if isinstance(seal, str) else self._take_seal(id) if id and self._seals else ""
         if len(id) > TOOL_ID_CHARACTERS or len(seal) > SEAL_CHARACTERS:
             raise UnfitAnswer("the provider's answer calls a tool by an id, or with a signature, that is too long")
         call = self._call_of(entry.get("index"), id, name, part)

@@ -4739,6 +4739,49 @@ def test_g2_geminis_signature_goes_with_its_call_and_comes_back_to_gemini_alone(
         assert [one["id"] for one in turn["tool_calls"]] == [one["tool_call_id"] for one in results] == ids
 
 
+@pytest.mark.parametrize("shape", ["whole", "before", "together", "unnamed"])
+def test_g2_geminis_signature_goes_back_through_openrouter(shape):
+    # "Gemini models require OpenRouter reasoning details to be preserved in each request": a 400 for each turn behind
+    detail = {"type": "reasoning.encrypted", "data": "sig" * 999, "id": "tool_look_1", "format": "google-gemini-v1"}
+    if shape == "unnamed":
+        del detail["id"]
+    said = {"type": "reasoning.text", "text": "Hm.", "format": "google-gemini-v1", "index": 0}
+    foreign = {"type": "reasoning.encrypted", "data": "x" * 100_000, "id": "rs_1", "format": "openai-responses-v1"}
+    details = [said, foreign, {**detail, "index": 1}]
+    calls = [call(0, "tool_look_1", "look", "{}"), call(1, "tool_look_2", "look", "{}")]
+    if shape == "whole":
+        answer = completion("tool_calls", reasoning="Hm.", reasoning_details=details, calls=calls)
+        blocks = whole_answer(asked_of(), answer)["content"]
+    else:
+        apart = [delta(reasoning="Hm.", reasoning_details=details), delta(calls=calls)]
+        chunks = [delta(reasoning_details=details, calls=calls)] if shape == "together" else apart
+        blocks = accumulated(asked_of(), sse_of([*chunks, delta("tool_calls", USAGE)]))["content"]
+    blocks = [block for block in blocks if block["type"] == "tool_use"]
+    assert re.fullmatch("[a-zA-Z0-9_-]+", blocks[0]["id"]) and blocks[1]["id"] == "tool_look_2"
+    history = [HELLO, assistant(*blocks), user(*(tool_result(block["id"], "x") for block in blocks))]
+    for target, sent in (
+        (target_of(host="openrouter.ai"), [details[2]]),
+        (target_of(reasoning_back="reasoning"), [details[2]]),
+        (target_of(host="generativelanguage.googleapis.com"), None),
+        (target_of(), None),
+    ):
+        _, turn, *results = to_chat(target, messages=history)[0]["messages"]
+        assert turn.get("reasoning_details") == sent and "extra_content" not in turn["tool_calls"][0]
+        ids = ["tool_look_1", "tool_look_2"]
+        assert [one["id"] for one in turn["tool_calls"]] == [one["tool_call_id"] for one in results] == ids
+
+
+def test_signatures_that_wait_for_their_calls_are_bounded():
+    def chunks(size: int) -> list[dict[str, Any]]:
+        signed = {"type": "reasoning.encrypted", "data": "s" * size, "format": "google-gemini-v1"}
+        return [delta(reasoning_details=[{**signed, "id": f"c{number}"}]) for number in range(5_000)]
+
+    sent, failed = streamed(asked_of(), sse_of([*chunks(10), delta("stop", USAGE)]))
+    assert failed and b"bytes of the provider's answer wait for their turn" in sent
+    too_long = [*chunks(monorelay.SEAL_CHARACTERS)[:100], delta("stop", USAGE)]
+    accumulated(asked_of(), sse_of(too_long))  # none is kept
+
+
 def test_the_owners_settings_take_fields_out_and_put_some_in():
     target = target_of(drop=["temperature", "stream_options"], extra={"top_k": 3, "chat_template_kwargs": {"a": [1]}})
     body, dropped = to_chat(target, temperature=0.5, stop_sequences=["x"])
