@@ -2612,8 +2612,8 @@ def tokens_of(usage: JsonDict) -> Tokens:
         # DeepSeek and Moonshot have names of their own for what was read.
         read = cached or next((counts[name] for name in CACHED_NAMES if name in counts), None)
         write = written or counts.get("cache_creation_input_tokens")
-        if given and written and not lasting:
-            lasting = counts_of(given.get("cache_write_tokens_details")).get("ttl_12h_tokens")
+        if write and not lasting:
+            lasting = lasting_writes(given)
         untold = counts.get("total_tokens", 0) - (total or 0) - (output or 0)
         if untold > 0 and is_thinking(untold, usage, cached or 0, written or 0):
             output = (output or 0) + untold
@@ -2647,6 +2647,16 @@ def told_anew(usage: JsonDict, names: Iterable[str]) -> JsonDict:
     tells_prompt = any(map(usage.get, PROMPT_NAMES)) or any(counts_of(usage.get("cache_creation")).values())
     left_out = () if tells_prompt else (*PROMPT_NAMES, "cache_creation")
     return {name: usage[name] for name in names if usage.get(name) is not None and name not in left_out}
+
+
+def lasting_writes(details: Any) -> int:
+    """What was written to a cache for an hour or more, as OpenAI's details of a prompt tell it, and those of LiteLLM in
+    front of Claude."""
+    if not isinstance(details, dict):
+        return 0
+    hours = counts_of(details.get("cache_creation_token_details"))
+    told = counts_of(details.get("cache_write_tokens_details")).get("ttl_12h_tokens", 0)
+    return told or hours.get("ephemeral_1h_input_tokens", 0) + hours.get("ephemeral_12h_input_tokens", 0)
 
 
 def is_thinking(untold: int, usage: JsonDict, cached: int, written: int) -> bool:

@@ -2047,6 +2047,16 @@ def used(input: int, read: int = 0, write: int = 0, long: int = 0, output: int |
         # A gateway that speaks OpenAI's format and tells Anthropic's figures, too.
         ({"prompt_tokens": 100, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 60},
           "cache_read_input_tokens": 60, "cache_creation_input_tokens": 30}, (10, 60, 30, 0, 1)),
+        # LiteLLM in front of Claude: what was written for an hour; older ones tell the sum beside the details.
+        ({"prompt_tokens": 1000, "completion_tokens": 10, "total_tokens": 1010, "cache_creation_input_tokens": 500,
+          "cache_read_input_tokens": 100, "prompt_tokens_details": {
+            "cached_tokens": 100, "cache_write_tokens": 500, "cache_creation_tokens": 500,
+            "cache_creation_token_details": {"ephemeral_5m_input_tokens": 100, "ephemeral_1h_input_tokens": 400}}},
+         (400, 100, 100, 400, 10)),
+        ({"prompt_tokens": 1000, "completion_tokens": 10, "cache_creation_input_tokens": 500, "prompt_tokens_details": {
+            "cached_tokens": 0, "cache_creation_token_details": {"ephemeral_1h_input_tokens": 500}}},
+         (500, 0, 0, 500, 10)),
+        ({"prompt_tokens": 9, "cache_creation_input_tokens": 5, "prompt_tokens_details": [5]}, (4, 0, 5, 0, 0)),
         # Alibaba's explicit caching.
         ({"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, "prompt_tokens_details": {
             "cached_tokens": 50, "cache_creation": {"ephemeral_5m_input_tokens": 20}, "cache_type": "ephemeral",
