@@ -11669,7 +11669,8 @@ class Service:
         """Serves by this configuration from the next request on. The targets of models are worked out once for each."""
         self.relay.connections.prepare(config.providers.values())
         self.bodies.limit = int(config.server.max_held_mb * MEGABYTE)
-        self.tally.users, self.tally.models = config.users, named_models(config)
+        # What waits to be counted is left to the loop, which may be counting: a reload comes in another thread.
+        self._tally.users, self._tally.models = config.users, named_models(config)
         self.ledger.use(config)
         targets = functools.lru_cache(maxsize=1024)(functools.partial(targets_for, config))
         self.routing: tuple[Config, Callable[[str, str, bool], list[Target]]] = (config, targets)

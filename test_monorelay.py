@@ -16333,6 +16333,17 @@ def test_requests_are_counted_when_so_many_have_ended_or_somebody_asks(upstream,
     eventually(lambda: len(service.tally.ended) == monorelay.COUNTED_ROWS + 3)
 
 
+def test_a_reload_leaves_it_to_the_loop_to_count_what_has_ended(relay):
+    it = relay({"echo": {}})
+    service = it.server.service
+    it.post("/v1/messages", prompt("echo"))
+    eventually(lambda: service._uncounted)
+    with still(service.loop):
+        it.server.reload(parse({"echo": {}}, users={"alice": {}}))
+        assert service._uncounted and not service._tally.ended and service._tally.users.keys() == {"alice"}
+    assert len(service.tally.ended) == 1
+
+
 def test_one_user_can_not_take_the_names_of_models_from_the_others(relay):
     it = relay({"echo": {}}, users=OWNERS, aliases={"mine": "echo-mine@echo"}, routes={"echo*": "echo"})
     with it.client() as client:
