@@ -13022,6 +13022,8 @@ class TranslatedRequest:
         if target.provider.chat_format == self._exchange.format:
             return None
         if target != self._target:
+            if self._target:  # which may just have refused it: one after the other, that takes long
+                await checkpoint(self._exchange.loop)
             self._exchange.release_room(self._size)
             self._target, self._made, self._size = target, None, 0
             try:

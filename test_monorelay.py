@@ -12868,6 +12868,20 @@ def test_what_no_target_can_take_is_a_400_that_names_field_and_provider(upstream
     assert "n: more than one choice" in refused(got, 400, "invalid_request_error", openai_shape=True)
 
 
+def test_others_have_their_turn_between_targets_that_refuse_a_request(upstream, relay, monkeypatch):
+    """A short one is translated in the event loop, for each target anew."""
+    it, turns, translate = relay({f"openai{i}": upstream(answer()) for i in range(6)}), [], monorelay.translate_request
+
+    def noted(*given: Any) -> Any:
+        turns.append(it.server.service.loop.turn)
+        time.sleep(2 * monorelay.PATIENT_SECONDS)
+        return translate(*given)
+
+    monkeypatch.setattr(monorelay, "translate_request", noted)
+    refused(it.post("/v1/messages", WITH_SEARCH), 400, "invalid_request_error")
+    assert len(set(turns)) >= 5
+
+
 def test_an_answer_goes_before_a_refusal(upstream, relay):
     native = upstream(json_reply({"type": "error", "error": {"type": "rate_limit_error", "message": "slow"}}, 429))
     got = relay({"openai": upstream(json_reply(CHAT_HI)), "anthropic": native}).post("/v1/messages", WITH_SEARCH)
