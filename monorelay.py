@@ -5717,7 +5717,7 @@ def estimated_tokens(request: JsonDict) -> int:
         elif isinstance(block, dict) and block.get("type") == "tool_use":
             counted += characters(word(block.get("name"))) + json_characters(block.get("input"))
         elif isinstance(block, dict):
-            waiting += [block.get(name) for name in ("text", "thinking", "content", "source", "data", "title")]
+            waiting += filter(None, map(block.get, ("text", "thinking", "content", "source", "data", "title")))
     for _, tool in objects(request.get("tools") or [], "tools"):
         counted += sum(map(characters, (word(tool.get("name")), *plain_texts(tool.get("description")))))
         counted += json_characters(tool.get("input_schema", {}))
