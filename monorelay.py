@@ -5210,7 +5210,10 @@ MESSAGES_KNOWN = {
     *MESSAGES_REFUSED, "model", "messages", "system", "max_tokens", "temperature", "top_p", "stop_sequences", "stream",
     "tools", "tool_choice", "thinking", "output_config", "output_format", "metadata", "cache_control", "thread",
 }  # fmt: skip
-NEW_LIMIT_HOSTS = re.compile(r"api\.openai\.com|.*\.openai\.azure\.com")  # whose models refuse `max_tokens`
+# OpenAI's models, by host and name, which refuse `max_tokens`. Foundry's other hosts have those of others, too.
+NEW_LIMIT = re.compile(
+    r"api\.openai\.com/|.*\.openai\.azure\.com/|.*\.(cognitiveservices|services\.ai)\.azure\.com/(gpt-|o[1-9])"
+)
 
 
 def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
@@ -5221,7 +5224,8 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
     input_tokens = estimated_tokens(request)
     field = draft.settings.max_tokens_field
     if field == "auto":
-        field = "max_completion_tokens" if NEW_LIMIT_HOSTS.fullmatch(draft.provider.host) else "max_tokens"
+        is_new = NEW_LIMIT.match(f"{draft.provider.host}/{draft.model}")
+        field = "max_completion_tokens" if is_new else "max_tokens"
     if request.get("max_tokens") == 0:
         raise draft.refusal("max_tokens", "0")
     turns = ChatTurns(draft)

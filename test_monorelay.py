@@ -4483,6 +4483,7 @@ def test_q20_who_the_user_is_stays_here():
     [
         ("api.openai.com", {}, "max_completion_tokens"),
         ("me.openai.azure.com", {}, "max_completion_tokens"),
+        ("me.services.ai.azure.com", {}, "max_tokens"),
         ("api.mistral.ai", {}, "max_tokens"),
         ("api.openai.com", {"max_tokens_field": "max_tokens"}, "max_tokens"),
         ("127.0.0.1", {"max_tokens_field": "max_completion_tokens"}, "max_completion_tokens"),
@@ -4490,6 +4491,16 @@ def test_q20_who_the_user_is_stays_here():
 )
 def test_q22_the_limit_has_the_name_that_the_host_knows(host, settings, field):
     body, _ = to_chat(target_of(host=host, **settings))
+    assert {name: value for name, value in body.items() if name.startswith("max")} == {field: 64}
+
+
+@pytest.mark.parametrize("host", ["me.services.ai.azure.com", "me.cognitiveservices.azure.com"])
+@pytest.mark.parametrize(
+    ("model", "field"),
+    [("gpt-5.6-sol", "max_completion_tokens"), ("o3", "max_completion_tokens"), ("DeepSeek-V4", "max_tokens")],
+)
+def test_q22_foundrys_hosts_serve_openais_models_and_others(host, model, field):
+    body, _ = to_chat(target_of(host=host)._replace(model=model))
     assert {name: value for name, value in body.items() if name.startswith("max")} == {field: 64}
 
 
