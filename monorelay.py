@@ -6493,6 +6493,7 @@ class ChatReader:
             raise AnswerFault(f"the provider broke its answer off: {finish}")
         if isinstance(finish, str) and finish not in ("", "null"):
             self._finish, self._may_go_on = finish, adds_to_answer(choice)
+            self._usage = member(choice, "usage") or self._usage  # where Moonshot tells it
             self.finishes_early = self.finishes_early or bool(thought and not (said or entries))
             sequence = choice.get("stop_reason")
             self._sequence = sequence if isinstance(sequence, str) else ""

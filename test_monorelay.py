@@ -4792,6 +4792,16 @@ def test_g2_geminis_signature_goes_back_through_openrouter(shape):
         assert [one["id"] for one in turn["tool_calls"]] == [one["tool_call_id"] for one in results] == ids
 
 
+@pytest.mark.parametrize("besides", [False, True])
+def test_moonshots_usage_counts_where_it_stands_in_the_last_choice(besides):
+    told = {"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 25, "cached_tokens": 8}
+    last = delta("stop")
+    last["choices"][0]["usage"] = told
+    chunks = [delta(content="Hi"), last, *([{**delta(usage=told), "choices": []}] if besides else [])]
+    usage = accumulated(asked_of(), sse_of(chunks))["usage"]
+    assert (usage["input_tokens"], usage["cache_read_input_tokens"], usage["output_tokens"]) == (12, 8, 5)
+
+
 def test_signatures_that_wait_for_their_calls_are_bounded():
     def chunks(size: int) -> list[dict[str, Any]]:
         signed = {"type": "reasoning.encrypted", "data": "s" * size, "format": "google-gemini-v1"}
