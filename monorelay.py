@@ -5212,7 +5212,7 @@ MESSAGES_KNOWN = {
 }  # fmt: skip
 # OpenAI's models, by host and name, which refuse `max_tokens`. Foundry's other hosts have those of others, too.
 NEW_LIMIT = re.compile(
-    r"api\.openai\.com/|.*\.openai\.azure\.com/|.*\.(cognitiveservices|services\.ai)\.azure\.com/(gpt-|o[1-9])"
+    r"(api\.openai\.com|[^/]*\.openai\.azure\.com)/|[^/]*\.(cognitiveservices|services\.ai)\.azure\.com/(gpt-|o[1-9])"
 )
 
 
@@ -5425,9 +5425,7 @@ def is_strict(schema: Any) -> bool:
 
 
 # Mistral's models, at other providers too: they check requests with its mistral-common, or a template that does.
-MISTRAL_MODEL = re.compile(
-    "(?i).*(mistral|ministral|magistral|devstral|codestral|mixtral|pixtral|voxtral)", re.ASCII | re.DOTALL
-)
+MISTRAL_MODEL = re.compile("mistral|ministral|magistral|devstral|codestral|mixtral|pixtral|voxtral", re.IGNORECASE)
 
 
 class ChatTurns:
@@ -5435,7 +5433,7 @@ class ChatTurns:
 
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
-        self._is_mistral = draft.provider.host == "api.mistral.ai" or bool(MISTRAL_MODEL.match(draft.model))
+        self._is_mistral = draft.provider.host == "api.mistral.ai" or MISTRAL_MODEL.search(draft.model) is not None
         # Where the system's later words go. Mistral takes them behind a user's only, and never as the last ones.
         self._system_turns = draft.settings.system_turns
         if self._is_mistral and self._system_turns == "keep":
@@ -5547,8 +5545,15 @@ class ChatTurns:
         if self._draft.settings.reasoning_back != "reasoning" and self._draft.provider.host != "openrouter.ai":
             return {}
         seals = [carried_call(call_name(block.get("id"), place))[1] for place, block in turn.of("tool_use")]
-        details = [self._draft.read_inner(seal) for seal in seals if seal.startswith("{")]
+        details = [detail for seal in seals for detail in self._sealed_detail(seal)]
         return {"reasoning_details": details} if details else {}
+
+    def _sealed_detail(self, seal: str) -> list[JsonDict]:
+        """The one that a seal is; none where it is another provider's."""
+        try:
+            return [self._draft.read_inner(seal)] if seal.startswith("{") else []
+        except ValueError:
+            return []
 
     def _call(self, block: JsonDict, place: str) -> JsonDict:
         given = block.get("input")
@@ -6363,9 +6368,6 @@ def made_up_id(asked: Asked, number: int) -> str:
     return f"call_{digest[:24]}"
 
 
-SEAL_MEMBERS = ("type", "data", "id", "format", "index")  # of an entry of `reasoning_details`
-
-
 class ChatReader:
     """Reads a chat answer, chunk by chunk, into the events of a message.
 
@@ -6549,25 +6551,18 @@ class ChatReader:
             self._read_call({**entry, "index": position} if are_apart else entry)
 
     def _keep_seals(self, delta: JsonDict) -> None:
-        """Keeps Gemini's signatures of calls as OpenRouter tells them: before the calls, or in one chunk with them."""
-        for detail in listed_objects(delta["reasoning_details"]):
-            kept = {name: detail[name] for name in SEAL_MEMBERS if isinstance(detail.get(name), (str, int))}
-            if not isinstance(kept.get("data"), str) or not word(kept.get("format")).startswith("google-gemini"):
-                continue
-            id, seal = word(kept.get("id", "")), dump(kept)
-            if len(seal) <= SEAL_CHARACTERS:
-                self._hold(len(id) + len(seal) + WAITING_BYTES - self._let_go(id))
+        """Keeps what belongs to calls that come behind it, or in the same chunk."""
+        for id, seal in sealed_calls(delta):
+            if id not in self._seals and len(seal) <= SEAL_CHARACTERS:
+                self._hold(len(id) + len(seal) + WAITING_BYTES)
                 self._seals[id] = seal
 
-    def _let_go(self, id: str) -> int:
-        """How many bytes the signature of a call to come takes, if one is kept."""
-        return len(id) + len(self._seals[id]) + WAITING_BYTES if id in self._seals else 0
-
     def _take_seal(self, id: str) -> str:
-        """The signature that was kept for the call, or for the first one."""
+        """The seal that is kept for a call; one that named none is for the first."""
         key = id if id in self._seals else ""
-        self._held -= self._let_go(key)
-        return self._seals.pop(key, "")
+        seal = self._seals.pop(key, "")
+        self._held -= len(key) + len(seal) + WAITING_BYTES if seal else 0
+        return seal
 
     def _read_call(self, entry: JsonDict) -> None:
         """Takes a part of a call. Raises AnswerFault."""
@@ -6746,6 +6741,17 @@ def reasoning_of(delta: JsonDict) -> str:
         if part.get("type") == "thinking":
             told += plain_texts(part.get("thinking"))
     return "".join([said for said in told if isinstance(said, str)])
+
+
+SEAL_MEMBERS = ("type", "data", "id", "format", "index")  # of an entry of `reasoning_details`
+
+
+def sealed_calls(delta: JsonDict) -> Iterator[tuple[str, str]]:
+    """What OpenRouter has to get back with calls of Gemini's, as JSON, each with the id of its call, if it has one."""
+    for detail in listed_objects(delta.get("reasoning_details")):
+        if isinstance(detail.get("data"), str) and word(detail.get("format")).startswith("google-gemini"):
+            kept = {name: detail[name] for name in SEAL_MEMBERS if isinstance(detail.get(name), (str, int))}
+            yield word(detail.get("id") or ""), dump(kept)
 
 
 def empty_message(id: str, model: str, usage: JsonDict) -> JsonDict:

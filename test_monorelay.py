@@ -4802,6 +4802,14 @@ def test_moonshots_usage_counts_where_it_stands_in_the_last_choice(besides):
     assert (usage["input_tokens"], usage["cache_read_input_tokens"], usage["output_tokens"]) == (12, 8, 5)
 
 
+@pytest.mark.parametrize("seal", ["{bad", "{" * 900, '{"a": ' + "[" * 900, "sig", "[1]"])
+def test_an_id_of_a_call_that_carries_no_detail_for_openrouter_is_none_of_its(seal):
+    made_up = tool_use(monorelay.CARRIED_ID + monorelay.base64url(json.dumps(["call_1", seal]).encode()))
+    history = [HELLO, assistant(made_up), user(tool_result(made_up["id"], "x"))]
+    _, turn, result = to_chat(target_of(host="openrouter.ai"), messages=history)[0]["messages"]
+    assert "reasoning_details" not in turn and result["tool_call_id"] == "call_1"
+
+
 def test_signatures_that_wait_for_their_calls_are_bounded():
     def chunks(size: int) -> list[dict[str, Any]]:
         signed = {"type": "reasoning.encrypted", "data": "s" * size, "format": "google-gemini-v1"}
@@ -23782,7 +23790,7 @@ def test_the_readmes_alias_fails_over_across_formats(upstream, relay):
 
 def test_the_readmes_settings_of_translation_are_valid():
     told = [json.loads(cell.strip("`")) for cell in readme_tables()["provider"].values() if cell.startswith("`")]
-    assert len(told) == 4
+    assert len(told) == 5
     for settings in told:
         parse({"a": {"format": "openai", "base_url": "http://127.0.0.1:9/v1", "translate": settings}})
 
