@@ -7279,6 +7279,13 @@ OVERFLOW_OUTPUT = re.compile(
 )
 
 
+# How templates of models, and mistral-common, refuse what the system says later in a conversation; llama.cpp and Ollama
+# with a 500.
+SYSTEM_TURN = re.compile(
+    "(?i)system message must be at the beginning|unexpected role 'system' after role|conversation roles must alternate"
+)
+
+
 def fault_of_status(status: int, content: bytes, provider: str) -> AnswerFault:
     """What a provider's response tells that has the status of an error."""
     words = error_words(content) or f"HTTP {status} from the provider {provider}"
@@ -7319,6 +7326,9 @@ def error_terms(format: str, fault: AnswerFault) -> tuple[int, str, str, str]:
     if overflows or (status == 413 and not text):  # Cerebras says nothing
         status, code = 400, "context_length_exceeded"
         message = overflow_message(message, text) if format == "anthropic" else message
+    elif format == "anthropic" and status in (400, 422, 500) and SYSTEM_TURN.search(text):
+        # the words by which Claude Code says it as the user, from then on
+        status, code, message = 400, "", f"role 'system' is not supported within messages ({message})"
     else:
         code = CODES.get(status, "")
     kind = STATUS_KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")

@@ -7555,6 +7555,26 @@ def test_e2_a_context_overflow_is_told_in_the_words_that_clients_act_on(words):
         assert ended_with(asked_of(), sse_of([{"error": error}])) == ("invalid_request_error", message)
 
 
+@pytest.mark.parametrize("status", [400, 422, 500])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Error: Jinja Exception: System message must be at the beginning.",  # llama.cpp, vLLM, Ollama
+        "Unexpected role 'system' after role 'tool'",
+        "Conversation roles must alternate user/assistant/user/assistant/...",
+    ],
+)
+def test_claude_code_is_told_that_the_system_may_not_speak_later(status, words):
+    content = json.dumps({"error": {"message": words, "type": "server_error", "code": status}}).encode()
+    told, body = error_answer(status, content, asked_of())
+    message = json.loads(body)["error"]["message"]
+    assert told == 400 and json.loads(body)["error"]["type"] == "invalid_request_error" and words in message
+    # as Claude Code 2.1.332 looks for it, to say it as the user from then on
+    assert "not supported" in message and re.search("(?i)role .{0,2}system", message)
+    assert error_answer(status, content, asked_of("openai"))[0] == status
+    assert error_answer(503, content, asked_of())[0] == 503
+
+
 def test_e2_overflows_that_say_it_in_other_ways():
     def told(status: int, content: bytes, format: str = "anthropic") -> tuple[int, Any]:
         status, body = error_answer(status, content, asked_of(format))
