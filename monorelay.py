@@ -2696,8 +2696,14 @@ RATE_FACTORS = {
     "anthropic": {"cache_read": 0.1, "cache_write": 1.25, "cache_write_long": 2.0},
     "openai": {"cache_read": 1.0, "cache_write": 1.25, "cache_write_long": 2.5},
 }
-# What a price list leaves out of a name: a date, and of a model that was tuned for somebody whose it is.
-OWN_SUFFIX = re.compile(r"[-@](?:20[0-9]{6}|20[0-9]{2}-[0-9]{2}-[0-9]{2})$|(?<=^ft:)([^:]+):.*")
+# What a price list leaves out of a name: a date, and of a model that was tuned for somebody whose it is; `models/`, by
+# which Google's list of models calls each; by what OpenRouter chooses who serves a model
+# (https://openrouter.ai/docs/guides/routing/model-variants/overview); and what Claude Code leaves on some names, which
+# some servers of Anthropic's format take.
+UNPRICED_PART = re.compile(
+    r"^models/|[-@](?:20[0-9]{6}|20[0-9]{2}-[0-9]{2}-[0-9]{2})$|(?<=^ft:)([^:]+):.*"
+    r"|:(?:nitro|floor|exacto|online)$|\[1m\]$"
+)
 
 
 def cost_of(prices: Optional[Prices], provider: Provider, model: str, used: Used) -> Optional[int]:
@@ -2734,9 +2740,12 @@ def charge_of(prices: Prices, provider: Provider, model: str, used: Used) -> Opt
 
 
 def find_price(prices: Prices, provider: Provider, model: str) -> Optional[Price]:
-    """The price of a model by its name, by that without a date or an owner, or by the provider's name before it; exact
-    names go before patterns, of which the first counts that matches one of these."""
-    names = (model, OWN_SUFFIX.sub(r"\1", model), f"{provider.name}/{model}")
+    """The price of a model by its name, by that without UNPRICED_PART, or by the provider's name before it; exact names
+    go before patterns, of which the first counts that matches one of these."""
+    plain = UNPRICED_PART.sub(r"\1", model)
+    names = [model, plain, f"{provider.name}/{model}"]
+    if plain != model:
+        names.append(f"{provider.name}/{plain}")
     for name in names:
         if name in prices.by_name:
             return prices.by_name[name]
@@ -16251,7 +16260,8 @@ def may_have_price(prices: Prices, known: Sequence[str], provider: Provider, pat
     """Whether there is a price for some model that matches the pattern. `known`: the names of all, sorted."""
     if find_price(prices, provider, pattern):
         return True
-    return any(some_match(known, asked) for asked in (pattern, f"{provider.name}/{pattern}"))
+    names = {pattern, UNPRICED_PART.sub(r"\1", pattern)}
+    return any(some_match(known, asked) for name in names for asked in (name, f"{provider.name}/{name}"))
 
 
 def some_match(names: Sequence[str], pattern: str) -> bool:

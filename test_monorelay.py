@@ -2236,6 +2236,21 @@ def test_exact_names_go_before_patterns_in_a_list_of_litellms_form():
     assert cost("openai", "ft:gpt-4o:org::id", used(1), prices) is None
 
 
+def test_a_part_of_a_name_that_changes_no_price_is_left_out_when_there_is_none_for_the_whole_name():
+    dear, cheap = ({"input": rate, "output": rate} for rate in (2, 1))
+    prices = {"openai/gpt-5.2": dear, "gemini-2.5-pro": dear, "second/qwen:free": cheap, "second/qwen": dear,
+              "llama:nitro": cheap, "llama": dear, "*": {"input": 0.1, "output": 0.1}}  # fmt: skip
+    for model, nano_usd in (
+        ("openai/gpt-5.2:nitro", 2000), ("openai/gpt-5.2:floor", 2000), ("models/gemini-2.5-pro", 2000),
+        ("qwen:online", 2000), ("qwen:free", 1000), ("llama:nitro", 1000), ("llama:exacto", 2000), ("llama:70b", 100),
+        ("llama[1m]", 2000),
+    ):  # fmt: skip
+        assert cost("second", model, used(1), prices) == nano_usd, model
+    listed = {"gemini-2.5-pro": {"input_cost_per_token": 1e-6}, "second/qwen-2": {"input_cost_per_token": 1e-6}}
+    for model in ("models/gemini-2.5-pro", "qwen-2:nitro", "qwen-2[1m]", "qwen-2-2026-01-01"):
+        assert cost("second", model, used(1), listed) == 1000, model
+
+
 def test_pictures_cost_what_a_list_of_litellms_form_says_of_their_tokens():
     painter = {"input_cost_per_token": 5e-6, "output_cost_per_image_token": 4e-5}
     prices = {"painter": painter, "writer": {**painter, "output_cost_per_token": 1e-5}}
