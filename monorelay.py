@@ -7302,7 +7302,7 @@ def fault_of_status(status: int, content: bytes, provider: str) -> AnswerFault:
 
 
 def fault_answer(fault: AnswerFault, asked: Asked) -> tuple[int, bytes]:
-    """A provider's error in the client's format; its status stays, but where a context overflow has another one."""
+    """A provider's error in the client's format; its status stays, but where clients act by another one."""
     status, kind, message, code = error_terms(asked.format, fault)
     return status, error_body(asked.format, kind, message, code, asked.id)
 
