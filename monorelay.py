@@ -2588,6 +2588,15 @@ def iterations_of(listed: Any, used: Used) -> Iterator[tuple[str, Used]]:
             yield name, Used(*tokens, used.tier, used.speed, used.geo)
 
 
+def with_author(used: Used, author: JsonDict) -> Used:
+    """What a picture used, together with what the model used that has written it as SVG, by the price of that model."""
+    step = next(iterations_of([author], used), None)
+    if not step:
+        return used
+    counts: JsonDict = {kind: (getattr(used, kind) or 0) + (getattr(step[1], kind) or 0) for kind in KINDS}
+    return used._replace(**counts, iterations=(("", used), step))
+
+
 Tokens = tuple[Optional[int], Optional[int], Optional[int], Optional[int], Optional[int]]  # by KINDS
 NO_TOKENS: Tokens = (None, None, None, None, None)
 
@@ -4276,7 +4285,8 @@ FIRST_EVENT_IS_ERROR = re.compile(
 )
 EVENT_IS_ERROR = re.compile(rb"(?:^|[\r\n])(?:%b)" % FIRST_EVENT_IS_ERROR.pattern)
 USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-USAGE_OBJECT = re.compile(rb'"usage" {0,4}:? {0,4}(?:\{|\Z)')  # its opening, or as much of it as has come
+# Its opening, or as much of it as has come; the other one is what an author of SVG used, apart from the picture's.
+USAGE_OBJECT = re.compile(rb'"(svg_)?usage" {0,4}:? {0,4}(?:\{|\Z)')
 EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_(?:start|delta|stop)|content_block_[a-z]+|response\.[a-z_]+)"')
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
 # What a usage object tells, in Anthropic's words and in OpenAI's two sets of them.
@@ -4347,6 +4357,7 @@ class Usage:
 
     def __init__(self) -> None:
         self._found: JsonDict = {}  # the usage, as far as it is told
+        self._author: JsonDict = {}  # what the model used that has written a picture as SVG
         self._is_placeholder = False  # what it says of the output
         self._tier = ""  # OpenAI's service tier, which stands beside it
         self._held = b""  # a line of a stream, an object, or the name before it, whose rest hasn't come yet
@@ -4360,6 +4371,7 @@ class Usage:
             return NOTHING_TOLD
         # Anthropic has its tier within, and raw input of tools beside.
         used = used_of(self._found, "" if OPENAI_NAMES.isdisjoint(self._found) else self._tier)
+        used = with_author(used, self._author) if self._author else used
         return used._replace(output=None) if self._is_placeholder else used
 
     def read(self, data: bytes, is_stream: bool) -> None:
@@ -4368,7 +4380,7 @@ class Usage:
             data, self._held = self._held + data, b""
         if b'"service_tier"' in data and (is_stream or not self._tier):
             self._note_tier(data, 0)
-        held = self._look(data, is_stream) if b'"usage"' in data else max(0, len(data) - USAGE_NAME_BYTES)
+        held = self._look(data, is_stream) if b'usage"' in data else max(0, len(data) - USAGE_NAME_BYTES)
         if is_stream:
             if data.endswith(b"\n"):
                 self._kind, self._has_tier = None, False
@@ -4392,7 +4404,10 @@ class Usage:
             except (ValueError, RecursionError):
                 held = min(held, max(name.start(), len(data) - USAGE_BYTES))
             else:
-                self._take(usage, data, name.start(), is_stream)
+                if not name[1]:
+                    self._take(usage, data, name.start(), is_stream)
+                elif not is_stream:  # in which there is no SVG
+                    self._author = usage
         return held
 
     def _take(self, usage: JsonDict, data: bytes, at: int, is_stream: bool) -> None:

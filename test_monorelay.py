@@ -3631,6 +3631,9 @@ def response_events(usage: Any, tier: str, **echoed: Any) -> bytes:
 
 CHOICE = {"choices": [{"index": 0, "delta": {"content": SAID}, "finish_reason": None}]}
 UNKNOWN = (None, None, None, None, None)
+PICTURE_USAGE = {"input_tokens": 50, "input_tokens_details": {"text_tokens": 10, "image_tokens": 40},
+                 "output_tokens": 100, "total_tokens": 150}  # fmt: skip
+SVG_USAGE = {"input_tokens": 7, "model": "author", "output_tokens": 1000, "reasoning_tokens": 300, "total_tokens": 1007}
 # Path, the answer, and what the ledger has of it: input, cache_read, cache_write, cache_write_long, output, tier.
 USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
     "a message": ("/v1/messages", whole_message({"input_tokens": 25, "output_tokens": 3}), (25, 0, 0, 0, 3), None),
@@ -3736,6 +3739,18 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         message_stream({"input_tokens": 25, "output_tokens": 1},
                        {"input_tokens": 0, "cache_read_input_tokens": 25, "output_tokens": 12}),
         (0, 25, 0, 0, 12),
+        None,
+    ),
+    "a picture that a model has written as SVG": (
+        "/v1/images/generations",
+        {"created": 1, "data": [{"b64_json": "A" * 90}], "svg_usage": SVG_USAGE, "usage": PICTURE_USAGE},
+        (57, 0, 0, 0, 1100),
+        None,
+    ),
+    "a picture with what its SVG took told last": (
+        "/v1/images/generations",
+        {"usage": PICTURE_USAGE, "svg_usage": {**SVG_USAGE, "model": None}, "created": 1},
+        (57, 0, 0, 0, 1100),
         None,
     ),
     "an embedding by Voyage": ("/v1/embeddings", {"data": [], "usage": {"total_tokens": 4}}, (4, 0, 0, 0, 0), None),
@@ -17337,6 +17352,17 @@ def test_no_request_is_served_before_it_is_known_what_was_spent(upstream, relay,
         assert refused(asked.result(), 429, "rate_limit_error").startswith("alice has spent $1.20")
         release.join()
     again.stop(1.0)
+
+
+def test_the_author_of_a_picture_in_svg_is_charged_by_the_price_of_that_model(upstream, relay):
+    """It isn't in the usage of the picture (openai-python, images_response.py)."""
+    said = {"created": 1, "data": [], "svg_usage": SVG_USAGE, "usage": PICTURE_USAGE}
+    prices = {"painter": {"input": 5, "output": 40}, "author": {"input": 10, "output": 50}}
+    it = relay({"openai": upstream(answer(200, json.dumps(said).encode()))}, prices=prices)
+    body = {"model": "painter", "prompt": "x", "output_format": "svg", "svg": {"model": "author"}}
+    assert it.post("/v1/images/generations", body).status == 200
+    row = eventually(lambda: it.server.service.tally.ended)[0]
+    assert row.cost == (50 * 5 + 100 * 40 + 7 * 10 + 1000 * 50) * 1000
 
 
 def test_budgets_do_not_count_cache_reads_nor_what_has_no_price(upstream, relay, tmp_path):
