@@ -4285,8 +4285,9 @@ FIRST_EVENT_IS_ERROR = re.compile(
 )
 EVENT_IS_ERROR = re.compile(rb"(?:^|[\r\n])(?:%b)" % FIRST_EVENT_IS_ERROR.pattern)
 USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-# Its opening, or as much of it as has come; the other one is what an author of SVG used, apart from the picture's.
-USAGE_OBJECT = re.compile(rb'"(svg_)?usage" {0,4}:? {0,4}(?:\{|\Z)')
+# Its opening, or as much of it as has come. OpenAI tells in others what an author of SVG used, apart from the picture's
+# model, and what its tools did, apart from the response's.
+USAGE_OBJECT = re.compile(rb'"(svg_|tool_)?usage" {0,4}:? {0,4}(?:\{|\Z)')
 EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_(?:start|delta|stop)|content_block_[a-z]+|response\.[a-z_]+)"')
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
 # What a usage object tells, in Anthropic's words and in OpenAI's two sets of them.
@@ -4358,6 +4359,7 @@ class Usage:
     def __init__(self) -> None:
         self._found: JsonDict = {}  # the usage, as far as it is told
         self._author: JsonDict = {}  # what the model used that has written a picture as SVG
+        self._searches = 0  # of the web, as OpenAI tells it
         self._is_placeholder = False  # what it says of the output
         self._tier = ""  # OpenAI's service tier, which stands beside it
         self._held = b""  # a line of a stream, an object, or the name before it, whose rest hasn't come yet
@@ -4372,6 +4374,7 @@ class Usage:
         # Anthropic has its tier within, and raw input of tools beside.
         used = used_of(self._found, "" if OPENAI_NAMES.isdisjoint(self._found) else self._tier)
         used = with_author(used, self._author) if self._author else used
+        used = used._replace(web_searches=self._searches) if self._searches else used
         return used._replace(output=None) if self._is_placeholder else used
 
     def read(self, data: bytes, is_stream: bool) -> None:
@@ -4406,6 +4409,9 @@ class Usage:
             else:
                 if not name[1]:
                     self._take(usage, data, name.start(), is_stream)
+                elif name[1] == b"tool_":  # a tool's schema, which comes back, may have such a name, too
+                    found = counts_of(usage.get("web_search")).get("num_requests", 0)
+                    self._searches = max(self._searches, found)
                 elif not is_stream:  # in which there is no SVG
                     self._author = usage
         return held

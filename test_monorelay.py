@@ -17354,6 +17354,21 @@ def test_no_request_is_served_before_it_is_known_what_was_spent(upstream, relay,
     again.stop(1.0)
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_searches_of_the_web_that_openai_tells_of_are_charged(upstream, relay, is_stream):
+    """They aren't in the usage of a response (openai-python, responses/response.py)."""
+    done = {"tool_usage": {"image_gen": {"input_tokens": 0, "output_tokens": 0}, "web_search": {"num_requests": 3}},
+            "tools": [{"parameters": {"tool_usage": {"web_search": {"num_requests": 0}}}}],
+            "usage": {"input_tokens": 10, "output_tokens": 1}}  # fmt: skip
+    begun = {"tool_usage": {"web_search": {"num_requests": 0}}, "usage": None}
+    stream = sse("response.created", response=begun) + sse("response.completed", response=done)
+    sent = STREAM_HEAD + chunked(stream) if is_stream else answer(200, json.dumps(done).encode())
+    it = relay({"openai": upstream(sent)}, prices={"m": {"input": 1, "output": 2}})
+    assert it.post("/v1/responses", {"model": "m", "input": "x", "stream": is_stream}).status == 200
+    row = eventually(lambda: it.server.service.tally.ended)[0]
+    assert (row.input, row.output, row.cost) == (10, 1, 12_000 + 3 * 10_000_000)
+
+
 def test_the_author_of_a_picture_in_svg_is_charged_by_the_price_of_that_model(upstream, relay):
     """It isn't in the usage of the picture (openai-python, images_response.py)."""
     said = {"created": 1, "data": [], "svg_usage": SVG_USAGE, "usage": PICTURE_USAGE}
