@@ -4287,7 +4287,7 @@ EVENT_IS_ERROR = re.compile(rb"(?:^|[\r\n])(?:%b)" % FIRST_EVENT_IS_ERROR.patter
 USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 # Its opening, or as much of it as has come. OpenAI tells in others what an author of SVG used, apart from the picture's
 # model, and what its tools did, apart from the response's.
-USAGE_OBJECT = re.compile(rb'"(svg_|tool_)?usage" {0,4}:? {0,4}(?:\{|\Z)')
+USAGE_OBJECT = re.compile(rb'"(?:usage|(svg_|tool_)usage)" {0,4}:? {0,4}(?:\{|\Z)')
 EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_(?:start|delta|stop)|content_block_[a-z]+|response\.[a-z_]+)"')
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
 # What a usage object tells, in Anthropic's words and in OpenAI's two sets of them.
@@ -4407,13 +4407,10 @@ class Usage:
             except (ValueError, RecursionError):
                 held = min(held, max(name.start(), len(data) - USAGE_BYTES))
             else:
-                if not name[1]:
+                if name[1]:
+                    self._take_besides(name[1], usage, is_stream)
+                else:
                     self._take(usage, data, name.start(), is_stream)
-                elif name[1] == b"tool_":  # a tool's schema, which comes back, may have such a name, too
-                    found = counts_of(usage.get("web_search")).get("num_requests", 0)
-                    self._searches = max(self._searches, found)
-                elif not is_stream:  # in which there is no SVG
-                    self._author = usage
         return held
 
     def _take(self, usage: JsonDict, data: bytes, at: int, is_stream: bool) -> None:
@@ -4434,6 +4431,13 @@ class Usage:
                 self._note_tier(data, start)
         if not self._found or tokens_of(usage) is not NO_TOKENS:
             self._found = usage
+
+    def _take_besides(self, kind: bytes, usage: JsonDict, is_stream: bool) -> None:
+        """Takes what OpenAI tells apart from the usage."""
+        if kind == b"tool_":  # a tool's schema, which comes back, may have such a name, too
+            self._searches = max(self._searches, counts_of(usage.get("web_search")).get("num_requests", 0))
+        elif not is_stream:  # in which there is no SVG
+            self._author = usage
 
     def _note_tier(self, data: bytes, start: int) -> bool:
         """Notes the first service tier from there on; whether there is one. Those behind, in the same line, may stand
