@@ -9041,6 +9041,7 @@ class Task:
             self._end()
         finally:
             loop.running = outer
+            del error  # else its traceback and this frame would keep each other, and a body that was being sent
         if self.deadline < loop.sweep_at:
             loop.sweep_at = self.deadline
 

@@ -9989,6 +9989,29 @@ def test_a_worker_keeps_nothing_of_a_call_that_is_done():
     eventually(lambda: kept() is None)
 
 
+def test_a_task_whose_client_leaves_keeps_nothing_of_what_it_was_doing(looping):
+    """Else the body of its request would stay until the garbage collector comes to it, maybe for hours."""
+    held, tasks = [monorelay.Turns()], []
+    kept = weakref.ref(held[0])
+
+    async def serve(body: monorelay.Turns) -> None:
+        await monorelay.until()
+        assert not body
+
+    async def serves() -> None:
+        with contextlib.suppress(monorelay.ClientGone):
+            await serve(held.pop())
+
+    gc.disable()
+    try:
+        looping.call(lambda: tasks.append(looping.loop.start(serves())))
+        assert kept() is not None
+        looping.call(lambda: tasks[0].resume(monorelay.ClientGone()))
+        assert tasks[0].done and kept() is None
+    finally:
+        gc.enable()
+
+
 def test_a_call_that_nobody_waits_for_any_more_holds_nothing_in_its_queue(looping):
     queue: list[Callable[[], None]] = []
     held, tasks = [monorelay.Turns()], []
