@@ -5140,6 +5140,13 @@ def listed_objects(value: Any) -> list[JsonDict]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
+def check_members(members: JsonDict, names: Iterable[str]) -> None:
+    """Raises BadRequest for the first of these members that is no object: it would be left out in silence."""
+    for name in names:
+        if not isinstance(members.get(name, {}), (dict, type(None))):
+            raise BadRequest(f"{name}: Input should be an object")
+
+
 def member(value: JsonDict, name: str) -> JsonDict:
     """The object that a member is, or an empty one."""
     found = value.get(name)
@@ -5244,6 +5251,7 @@ MESSAGES_KNOWN = {
     *MESSAGES_REFUSED, "model", "messages", "system", "max_tokens", "temperature", "top_p", "stop_sequences", "stream",
     "tools", "tool_choice", "thinking", "output_config", "output_format", "metadata", "cache_control", "thread",
 }  # fmt: skip
+MESSAGES_OBJECTS = ("thinking", "tool_choice", "output_config", "output_format", "metadata")
 # OpenAI's models, by host and name, which refuse `max_tokens`. Foundry's other hosts have those of others, too.
 NEW_LIMIT = re.compile(
     r"(api\.openai\.com|[^/]*\.openai\.azure\.com)/|[^/]*\.(cognitiveservices|services\.ai)\.azure\.com/(gpt-|o[1-9])"
@@ -5253,6 +5261,7 @@ NEW_LIMIT = re.compile(
 def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
     """A request of Messages as one of chat. Raises BadRequest."""
     draft.refuse_members(request, MESSAGES_REFUSED)
+    check_members(request, MESSAGES_OBJECTS)
     if request.get("thread") is not None:
         raise NoThreads(draft.refusal("thread", "this field").message)
     input_tokens = estimated_tokens(request)
@@ -5849,6 +5858,7 @@ def messages_request(chat: JsonDict, draft: Draft) -> JsonDict:
     """A request of chat as one of Messages. Raises BadRequest."""
     chat = {name: value for name, value in chat.items() if value is not None and CHAT_NOTHING.get(name, ()) != value}
     draft.refuse_members(chat, CHAT_REFUSED)
+    check_members(chat, ("response_format", "stream_options"))
     if "n" in chat:
         raise draft.refusal("n", "more than one choice")
     if "modalities" in chat and "audio" in strings(chat["modalities"], "modalities"):

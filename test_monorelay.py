@@ -5440,6 +5440,14 @@ def test_whether_an_answer_streams_is_true_or_false(stream):
         assert told == "stream: Input should be a valid boolean"
 
 
+@pytest.mark.parametrize("value", ["any", ["auto"], 5, True], ids=brief)
+def test_what_should_be_an_object_is_not_left_out_in_silence(value):
+    for name in ("thinking", "tool_choice", "output_config", "output_format", "metadata"):
+        assert not_translated(lambda name=name: to_chat(**{name: value})) == f"{name}: Input should be an object"
+    for name in ("response_format", "stream_options"):
+        assert not_translated(lambda name=name: to_messages(**{name: value})) == f"{name}: Input should be an object"
+
+
 def test_t10_the_form_of_the_answer():
     schema = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 1}}}
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
