@@ -6298,7 +6298,7 @@ class Call:
         """Whether a whole call is this one once more."""
         if not self.whole or name != self.name:
             return False
-        told = arguments.encode("latin-1")
+        told = arguments.lstrip(JSON_BLANKS).encode("latin-1")
         return hashlib.sha256(told).digest() == self._told if self.closed else told == self.arguments
 
     @property
@@ -6621,6 +6621,7 @@ class ChatReader:
         call = self._call_of(entry.get("index"), id, name, part)
         if name and id == call.id and call.was(name, part):
             return  # it comes once more
+        part = part if call.arguments else part.lstrip(JSON_BLANKS)  # blanks alone would be no JSON
         seal_before, call.id, call.seal = call.seal, call.id or id, call.seal or seal
         if not call.is_open and not call.closed:
             call.name = call.name if call.name == name else (call.name + name)[: TOOL_NAME_CHARACTERS + 1]
@@ -7034,7 +7035,8 @@ class MessageReader:
         if kind == "signature_delta":
             return [self._thinking_chunk(type="thinking", signature=said)]
         call = self._begun_calls.get(index, self._open)
-        return [self._arguments(call, said)] if call else []
+        said = said if call and call.has_arguments else said.lstrip(JSON_BLANKS)  # blanks alone would be no JSON
+        return [self._arguments(call, said)] if call and said else []
 
     def _stop(self, index: Optional[int] = None) -> list[JsonDict]:
         call = self._begun_calls.pop(index, None)

@@ -6338,6 +6338,24 @@ def test_r15_malformed_arguments_end_a_stream_with_an_error():
     assert dict(events_of(streamed(asked_of(), cut_off)[0]))["message_delta"]["delta"]["stop_reason"] == "max_tokens"
 
 
+@pytest.mark.parametrize("blanks", [" ", "\n", " \r\n\t"], ids=brief)
+@pytest.mark.parametrize("others", [[], ['{"at":', ' " door', ' x"}']], ids=["none", "others"])
+def test_arguments_of_blanks_are_none_and_such_before_others_are_left_out(blanks, others):
+    """An SDK that reads them by themselves finds no JSON there."""
+    parts, given = [blanks, blanks, *others, *([blanks] if others else [])], {"at": " door x"} if others else {}
+    chunks = [delta(calls=[call(0, "c1", None if index else "look", part)]) for index, part in enumerate(parts)]
+    sent, failed = streamed(asked_of(), sse_of([*chunks, delta("tool_calls")]))
+    written = "".join(event.get("delta", {}).get("partial_json", "") for _, event in events_of(sent))
+    assert not failed and (json.loads(written) if others else written or {}) == given
+    begun, opened, *ended = message_events(tool_use("t1"), reason="tool_use")
+    deltas = [
+        sse("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": part}) for part in parts
+    ]
+    body, failed = streamed(asked_of("openai", stream=True), b"".join([begun, opened, *deltas, *ended]))
+    ((_, arguments),) = calls_in(body).values()
+    assert not failed and json.loads(arguments) == given
+
+
 STREAMS: dict[str, tuple[list[dict[str, Any]], list[Any], str]] = {
     "s2-all": (
         [
