@@ -7307,21 +7307,21 @@ OVERFLOW = re.compile(
     | prompt\ is\ too\ long | exceed\ context\ limit"""
 )
 # A limit of tokens a minute that one request alone is over: no waiting helps.
-NEVER_FITS = re.compile(r"(?i)request too large for model.{0,300}limit ([0-9]{1,12}), requested ([0-9]{1,12})")
+NEVER_FITS = re.compile(r"(?i)request too large for model.{0,300}limit ([0-9,]{1,15}), requested ([0-9,]{1,15})")
 OVERFLOW_LIMIT = re.compile(
     r"""(?ix) (?: maximum\ (?:context|prompt)\ length\ (?:is|of) | number\ of\ tokens\ allowed
     | too\ large\ for\ model\ with | exceeds\ the\ limit\ of | available\ context\ size | model\ token\ limit
-    | n_ctx"? | > ) [:\ (]* ([0-9]{1,12})"""
+    | n_ctx"? | > ) [:\ (]* ([0-9,]{1,15})"""
 )
 OVERFLOW_INPUT = re.compile(
-    r"""(?ix) ([0-9]{1,12}) (?: \ in\ the\ messages | \ input\ tokens | \ tokens\ from\ the\ input | \ of\ text\ input
-    | \ tokens\ >)
+    r"""(?ix) ([0-9,]{1,15}) (?: \ in\ the\ messages | \ input\ tokens | \ tokens\ from\ the\ input | \ tokens\ >
+    | \ of\ text\ input (?: ,\ ([0-9,]{1,15})\ of\ tool\ input)?)
     | (?: resulted\ in | token\ count \ ?\( | count\ of | contains(?:\ at\ least)? | request\ \( | requested:
-    | n_prompt_tokens"?:) \ ? ([0-9]{1,12})"""
+    | n_prompt_tokens"?:) \ ? ([0-9,]{1,15})"""
 )
 OVERFLOW_OUTPUT = re.compile(
-    r"""(?ix) ([0-9]{1,12}) \ (?: in\ the\ (?:completion|output) | (?:tokens\ )?for\ the\ completion | output\ tokens)
-    | is\ too\ large: \ ? ([0-9]{1,12})"""
+    r"""(?ix) ([0-9,]{1,15}) \ (?: in\ the\ (?:completion|output) | (?:tokens\ )?for\ the\ completion | output\ tokens)
+    | is\ too\ large: \ ? ([0-9,]{1,15})"""
 )
 
 
@@ -7388,7 +7388,7 @@ def overflow_message(message: str, text: str) -> str:
     never = NEVER_FITS.search(text)
     limit, given, output = (figure_in(pattern, text) for pattern in (OVERFLOW_LIMIT, OVERFLOW_INPUT, OVERFLOW_OUTPUT))
     if never:
-        limit, given = int(never[1]), int(never[2])
+        limit, given = map(number_of, never.groups())
     if limit and given and output and given <= limit:
         return (
             f"input length and `max_tokens` exceed context limit: {given} + {output} > {limit}, decrease input length "
@@ -7399,9 +7399,14 @@ def overflow_message(message: str, text: str) -> str:
 
 
 def figure_in(pattern: re.Pattern[str], text: str) -> int:
-    """The number that a pattern finds, else 0."""
+    """The number that a pattern finds, or the sum of several, else 0."""
     match = pattern.search(text)
-    return int(next(filter(None, match.groups()), "0")) if match else 0
+    return sum(map(number_of, filter(None, match.groups()))) if match else 0
+
+
+def number_of(digits: str) -> int:
+    """The number that is written so, maybe with commas within it or behind it."""
+    return int(digits.replace(",", "") or 0)
 
 
 def error_words(content: bytes) -> str:

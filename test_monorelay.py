@@ -7574,6 +7574,13 @@ OVERFLOWS = {
         "This endpoint's maximum context length is 4096 tokens. However, you requested about 5000 tokens"
         " (3000 of text input, 2000 in the output)."
     ): "3000 + 2000 > 4096",
+    (
+        "This endpoint's maximum context length is 4096 tokens. However, you requested about 5000 tokens"
+        " (2000 of text input, 1000 of tool input, 2000 in the output)."
+    ): "3000 + 2000 > 4096",
+    (
+        "This model's maximum context length is 131,072 tokens. However, your messages resulted in 140,000 tokens."
+    ): "140000 tokens > 131072",
     "The input token count (5000) exceeds the maximum number of tokens allowed (4096).": "5000 tokens > 4096",
     "This model's maximum prompt length is 4096 but the request contains 5000 tokens.": "5000 tokens > 4096",
     "Please reduce the length of the messages or completion.": "",
@@ -7645,7 +7652,8 @@ def test_e2_overflows_that_say_it_in_other_ways():
     assert told(400, llama)[1]["message"].startswith("prompt is too long: 9 tokens > 8 maximum")
     assert told(413, b"")[0] == 400 and told(400, b"")[1]["message"] == "HTTP 400 from the provider acme"
     groq = b'{"error":{"message":"Request too large for model `m` on TPM: Limit 6000, Requested 9000, please"}}'
-    assert told(429, groq)[0] == 400 and "9000 tokens > 6000" in told(429, groq)[1]["message"]
+    for words in (groq, groq.replace(b"6000", b"6,000").replace(b"9000", b"9,000")):
+        assert told(429, words)[0] == 400 and "9000 tokens > 6000" in told(429, words)[1]["message"]
     assert told(429, b'{"error":{"message":"maximum context length"}}')[0] == 429
     for words in (
         "prompt is too long: 9 tokens > 8 maximum",
