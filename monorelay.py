@@ -2752,9 +2752,7 @@ def find_price(prices: Prices, provider: Provider, model: str) -> Optional[Price
     """The price of a model by its name, by that without UNPRICED_PART, or by the provider's name before it; exact names
     go before patterns, of which the first counts that matches one of these."""
     plain = UNPRICED_PART.sub(r"\1", model)
-    names = [model, plain, f"{provider.name}/{model}"]
-    if plain != model:
-        names.append(f"{provider.name}/{plain}")
+    names = dict.fromkeys((model, plain, f"{provider.name}/{model}", f"{provider.name}/{plain}"))
     for name in names:
         if name in prices.by_name:
             return prices.by_name[name]
