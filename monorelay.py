@@ -3425,6 +3425,11 @@ def shown_tokens(fields: Headers) -> list[str]:
     return bearers + fields.all("x-api-key")
 
 
+def asks_for_websocket(fields: Headers) -> bool:
+    """Whether a request asks for a WebSocket. Of one that came through nginx only the key is left, not the Upgrade."""
+    return "sec-websocket-key" in fields or "websocket" in fields.get("upgrade", "").lower()
+
+
 def media_type(fields: Headers) -> str:
     """The media type of Content-Type, in lower case and without parameters (RFC 9110 §8.3.1)."""
     return fields.get("content-type", "").partition(";")[0].strip().lower()
@@ -13568,7 +13573,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request = exchange.request
             if request.method == "OPTIONS" and exchange.cors():
                 return exchange.respond(204, fields=preflight_fields(request.fields))
-            if "upgrade" in request.fields and "websocket" in request.fields["upgrade"].lower():
+            if asks_for_websocket(request.fields):
                 raise NoWebSocket
             endpoint = exchange.endpoint = find_endpoint(request.method, request.path, exchange.format)
             if endpoint.answer not in OPEN_ENDPOINTS:

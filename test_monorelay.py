@@ -15672,6 +15672,12 @@ def test_a_websocket_gets_426(relay, path):
     assert (got.status, got.get("upgrade"), got.get("x-monorelay-error")) == (426, "websocket", "no_websocket")
 
 
+def test_a_websocket_whose_upgrade_was_dropped_by_a_proxy_gets_426(relay):
+    fields = "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+    got = relay({"echo": {}}).ask("GET", "/v1/responses", None, *fields)
+    assert (got.status, got.get("x-monorelay-error")) == (426, "no_websocket")
+
+
 @pytest.mark.parametrize("query", ["", "?beta=true"])
 def test_the_query_of_a_base_url_goes_upstream_with_each_request(upstream, relay, query):
     provider = upstream(answer())
