@@ -4376,9 +4376,16 @@ class Usage:
             return NOTHING_TOLD
         # Anthropic has its tier within, and raw input of tools beside.
         used = used_of(self._found, "" if OPENAI_NAMES.isdisjoint(self._found) else self._tier)
-        used = with_author(used, self._author) if self._author else used
-        used = used._replace(web_searches=self._searches) if self._searches else used
+        used = self._with_besides(used) if self._author or self._searches else used
         return used._replace(output=None) if self._is_placeholder else used
+
+    def _with_besides(self, used: Used) -> Used:
+        """Together with what OpenAI tells apart. In Anthropic's answers a tool's input may have members of these names,
+        which must not take the place of what is true."""
+        if used.iterations or used.web_searches or "cache_creation_input_tokens" in self._found:
+            return used
+        used = with_author(used, self._author) if self._author else used
+        return used._replace(web_searches=self._searches)
 
     def read(self, data: bytes, is_stream: bool) -> None:
         """Looks through the next bytes of a response."""

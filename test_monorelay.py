@@ -17432,6 +17432,20 @@ def test_searches_of_the_web_that_openai_tells_of_are_charged(upstream, relay, i
     assert (row.input, row.output, row.cost) == (10, 1, 12_000 + 3 * 10_000_000)
 
 
+@pytest.mark.parametrize("told", [{"cache_creation_input_tokens": 0}, {"server_tool_use": {"web_search_requests": 100}},
+                                  {"iterations": [{"model": "adviser", "input_tokens": 900, "output_tokens": 1}]}])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_the_input_of_a_tool_does_not_change_what_anthropic_tells_of_searches_and_steps(told, is_stream):
+    """It may have members by which OpenAI tells of such."""
+    given = {"tool_usage": {"web_search": {"num_requests": 1}}, "svg_usage": {"input_tokens": 0, "output_tokens": 1}}
+    block, usage = {"type": "tool_use", "id": "t", "name": "f", "input": given}, {"input_tokens": 9, "output_tokens": 5}
+    whole = json.dumps({"type": "message", "content": [block], "usage": {**usage, **told}}).encode()
+    start = sse("message_start", message={"usage": usage}) + sse("content_block_start", index=0, content_block=block)
+    it = monorelay.Usage()
+    it.read(start + sse("message_delta", delta={}, usage={**usage, **told}) if is_stream else whole, is_stream)
+    assert it.used == monorelay.used_of({**usage, **told})
+
+
 def test_the_author_of_a_picture_in_svg_is_charged_by_the_price_of_that_model(upstream, relay):
     """It isn't in the usage of the picture (openai-python, images_response.py)."""
     said = {"created": 1, "data": [], "svg_usage": SVG_USAGE, "usage": PICTURE_USAGE}
