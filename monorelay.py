@@ -4586,6 +4586,7 @@ class Asked(NamedTuple):
     thinking_returns: bool = False  # whether the provider wants its thinking back
     input_tokens: int = 0  # by estimate
     call_ids: Collection[int] = ()  # hashes of the ids of calls in the conversation, as the client knows them
+    system_speaks: bool = False  # later in the conversation than at its beginning, as it was sent
 
 
 class Translated(NamedTuple):
@@ -5307,6 +5308,7 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
         "thinking_returns": draft.settings.reasoning_back != "none",
         "input_tokens": input_tokens,
         "call_ids": turns.call_ids,
+        "system_speaks": turns.system_speaks,
     }
     return chat
 
@@ -5497,6 +5499,7 @@ class ChatTurns:
         self._reminders: list[str] = []  # what it says later, and waits for the next place where it may stand
         self.changes: list[ToolChange] = []  # of tools, in their order
         self.call_ids: set[int] = set()  # hashes of all of the client's
+        self.system_speaks = False  # later than at the beginning
 
     def of(self, request: JsonDict) -> list[JsonDict]:
         """The messages for a request. Raises BadRequest."""
@@ -5552,6 +5555,7 @@ class ChatTurns:
     def _write_reminders(self) -> None:
         """Writes what waits, as the system's or the user's words."""
         if self._reminders and self._system_turns == "keep":
+            self.system_speaks = True
             self._messages.append({"role": "system", "content": TEXT_JOINT.join(self._reminders)})
         else:
             self._say([text_part(reminder(said)) for said in self._reminders])
@@ -7217,7 +7221,7 @@ class AnswerTranslator:
             return b"".join(sent) + (self._last_line() if self.ended else b"")
         except (AnswerFault, RecursionError) as error:
             fault = self.fault = self._fault_of(error)
-            _, kind, message, code = error_terms(self._asked.format, fault)
+            _, kind, message, code = error_terms(self._asked, fault)
             return b"".join(sent) + self.fail(message, kind, code if fault.text else fault.code)
 
     def _fault_of(self, error: Exception) -> AnswerFault:
@@ -7350,7 +7354,7 @@ def fault_of_status(status: int, content: bytes, provider: str) -> AnswerFault:
 
 def fault_answer(fault: AnswerFault, asked: Asked) -> tuple[int, bytes]:
     """A provider's error in the client's format; its status stays, but where clients act by another one."""
-    status, kind, message, code = error_terms(asked.format, fault)
+    status, kind, message, code = error_terms(asked, fault)
     return status, error_body(asked.format, kind, message, code, asked.id)
 
 
@@ -7375,14 +7379,14 @@ def failed_part(document: JsonDict) -> Optional[JsonDict]:
     return next((choice for choice in choices if choice.get("finish_reason") == "error"), None)
 
 
-def error_terms(format: str, fault: AnswerFault) -> tuple[int, str, str, str]:
-    """Status, type, message and code by which a client of the format acts rightly."""
-    status, message, text = fault.status, fault.message, fault.text
+def error_terms(asked: Asked, fault: AnswerFault) -> tuple[int, str, str, str]:
+    """Status, type, message and code by which the client acts rightly."""
+    format, status, message, text = asked.format, fault.status, fault.message, fault.text
     overflows = OVERFLOW.search(text) if status in (400, 413, 422) else status == 429 and NEVER_FITS.search(text)
     if overflows or (status == 413 and not text):  # Cerebras says nothing
         status, code = 400, "context_length_exceeded"
         message = overflow_message(message, text) if format == "anthropic" else message
-    elif format == "anthropic" and status in (400, 422, 500) and SYSTEM_TURN.search(text):
+    elif asked.system_speaks and status in (400, 422, 500) and SYSTEM_TURN.search(text):
         # the words by which Claude Code says it as the user, from then on
         status, code, message = 400, "", f"role 'system' is not supported within messages ({message})"
     else:

@@ -7629,13 +7629,25 @@ def test_e2_a_context_overflow_is_told_in_the_words_that_clients_act_on(words):
 )
 def test_claude_code_is_told_that_the_system_may_not_speak_later(status, words):
     content = json.dumps({"error": {"message": words, "type": "server_error", "code": status}}).encode()
-    told, body = error_answer(status, content, asked_of())
+    told, body = error_answer(status, content, asked_of(system_speaks=True))
     message = json.loads(body)["error"]["message"]
     assert told == 400 and json.loads(body)["error"]["type"] == "invalid_request_error" and words in message
     # as Claude Code 2.1.332 looks for it, to say it as the user from then on
     assert "not supported" in message and re.search("(?i)role .{0,2}system", message)
     assert error_answer(status, content, asked_of("openai"))[0] == status
-    assert error_answer(503, content, asked_of())[0] == 503
+    assert error_answer(503, content, asked_of(system_speaks=True))[0] == 503
+
+
+@pytest.mark.parametrize(("knobs", "says_so"), [({}, True), ({"system_turns": "user"}, False)])
+def test_only_who_sent_words_of_the_system_is_told_that_they_are_refused(upstream, relay, knobs, says_so):
+    """Templates say the same of results of tools (text-generation-inference #3198)."""
+    words = "Conversation roles must alternate user/assistant/user/assistant/..."
+    refused = answer(400, json.dumps({"error": {"message": words}}).encode())
+    it = relay({"openai": {"upstream": upstream(refused), "translate": knobs}})
+    for turns, is_told in ([], False), ([{"role": "system", "content": "be brief"}], says_so):
+        told = it.post("/v1/messages", prompt(messages=[{"role": "user", "content": "hi"}, *turns]))
+        message = json.loads(told.body)["error"]["message"]
+        assert told.status == 400 and words in message and ("'system'" in message) == is_told
 
 
 def test_e2_overflows_that_say_it_in_other_ways():
