@@ -5265,7 +5265,8 @@ MESSAGES_KNOWN = {
 MESSAGES_OBJECTS = ("thinking", "tool_choice", "output_config", "output_format", "metadata")
 # OpenAI's models, by host and name, which refuse `max_tokens`. Foundry's other hosts have those of others, too.
 NEW_LIMIT = re.compile(
-    r"(api\.openai\.com|[^/]*\.openai\.azure\.com)/|[^/]*\.(cognitiveservices|services\.ai)\.azure\.com/(gpt-|o[1-9])"
+    r"(([a-z]+\.)?api\.openai\.com|[^/]*\.openai\.azure\.com)/"
+    r"|[^/]*\.(cognitiveservices|services\.ai)\.azure\.com/(gpt-|o[1-9])"
 )
 
 

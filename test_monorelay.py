@@ -4512,6 +4512,7 @@ def test_q20_who_the_user_is_stays_here():
     ("host", "settings", "field"),
     [
         ("api.openai.com", {}, "max_completion_tokens"),
+        ("eu.api.openai.com", {}, "max_completion_tokens"),  # where the data stays in Europe
         ("me.openai.azure.com", {}, "max_completion_tokens"),
         ("me.services.ai.azure.com", {}, "max_tokens"),
         ("api.mistral.ai", {}, "max_tokens"),
