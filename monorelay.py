@@ -5151,11 +5151,11 @@ def listed_objects(value: Any) -> list[JsonDict]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def check_members(members: JsonDict, names: Iterable[str]) -> None:
+def check_members(members: JsonDict, names: Iterable[str], place: str = "") -> None:
     """Raises BadRequest for the first of these members that is no object: it would be left out in silence."""
     for name in names:
         if not isinstance(members.get(name, {}), (dict, type(None))):
-            raise BadRequest(f"{name}: Input should be an object")
+            raise BadRequest(f"{join(place, name)}: Input should be an object")
 
 
 def member(value: JsonDict, name: str) -> JsonDict:
@@ -5455,6 +5455,7 @@ def chat_reasoning(request: JsonDict, draft: Draft) -> JsonDict:
 def chat_output(request: JsonDict, draft: Draft) -> JsonDict:
     """The form that the answer is to have."""
     output = member(request, "output_config")
+    check_members(output, ("format",), "output_config")
     form = member(output, "format") or member(request, "output_format")
     draft.drop_rest(output, ("effort", "format"), "output_config")
     if not form:

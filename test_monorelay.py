@@ -5445,6 +5445,8 @@ def test_whether_an_answer_streams_is_true_or_false(stream):
 def test_what_should_be_an_object_is_not_left_out_in_silence(value):
     for name in ("thinking", "tool_choice", "output_config", "output_format", "metadata"):
         assert not_translated(lambda name=name: to_chat(**{name: value})) == f"{name}: Input should be an object"
+    told = not_translated(lambda: to_chat(output_config={"format": value}))
+    assert told == "output_config.format: Input should be an object"
     for name in ("response_format", "stream_options"):
         assert not_translated(lambda name=name: to_messages(**{name: value})) == f"{name}: Input should be an object"
 
