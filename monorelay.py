@@ -5491,7 +5491,7 @@ class ChatTurns:
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
         self._is_mistral = draft.provider.host == "api.mistral.ai" or MISTRAL_MODEL.search(draft.model) is not None
-        # Where the system's later words go. Mistral takes them behind a user's only, and never as the last ones.
+        # Where the system's later words go. Mistral takes them first of all, or behind a user's, and never as the last.
         self._system_turns = draft.settings.system_turns
         if self._is_mistral and self._system_turns == "keep":
             self._system_turns = "user"
@@ -5539,7 +5539,8 @@ class ChatTurns:
     def _write_system(self, turn: Turn) -> None:
         """What the system says later on, where the provider wants it."""
         texts = [said for place, block in turn.blocks for said in self._system_texts(block, place)]
-        if self._system_turns == "lead":
+        is_first = self._is_mistral and self._draft.settings.system_turns == "keep" and not self._messages
+        if self._system_turns == "lead" or is_first:
             self._lead += texts
         else:
             self._reminders += texts

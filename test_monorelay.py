@@ -4749,6 +4749,9 @@ def test_mistral_gets_nothing_of_a_users_or_the_systems_behind_a_result(host, mo
     url = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     assert messages[5]["content"] == [{"type": "text", "text": "d"}, url]
     assert messages[7]["content"] == f"{last}\n\n?\n\n{very_last}"
+    # what is said before all others is at its place
+    first = to_chat(target, messages=[{"role": "system", "content": "First."}, *history[:1]])[0]["messages"]
+    assert first[0] == {"role": "system", "content": "First."} and len(first) == 2
     # what the owner says goes before what is known of Mistral
     lead = to_chat(target_of(host=host, system_turns="lead")._replace(model=model), messages=history)[0]["messages"][0]
     assert lead == {"role": "system", "content": "Mind.\n\nLast.\n\nVery last."}
