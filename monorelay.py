@@ -9672,6 +9672,12 @@ class LedgerWriter:
             self.changed()
         self._wanted.set()
 
+    def note_delay(self) -> None:
+        """Lets others know of what waits where a write takes too long: nothing more may come that tells them."""
+        if not self.failing and self._clock() > self._late_at:
+            self.failing = True
+            self.changed()
+
     def spent(self, user: str, window: str) -> tuple[int, int]:
         """What a user with a budget has spent in a window: 10^-9 USD, and tokens without those read from a cache."""
         with self._lock:
@@ -11874,6 +11880,7 @@ class Workers:
         """Shows what this worker has counted and what runs, for as long as the loop runs."""
         shown: Optional[JsonDict] = None
         while True:
+            self._service.ledger.note_delay()
             figures = self._figures()
             if figures != shown:
                 place.show_figures(figures)
