@@ -4374,18 +4374,12 @@ class Usage:
         """The tokens by their kinds, as far as they were told."""
         if not self._found:
             return NOTHING_TOLD
-        # Anthropic has its tier within, and raw input of tools beside.
-        used = used_of(self._found, "" if OPENAI_NAMES.isdisjoint(self._found) else self._tier)
-        used = self._with_besides(used) if self._author or self._searches else used
+        # Anthropic has its tier within, and beside it raw input of tools, whose members may have any name.
+        is_openai = not OPENAI_NAMES.isdisjoint(self._found)
+        used = used_of(self._found, self._tier if is_openai else "")
+        if is_openai and (self._author or self._searches):
+            used = with_author(used, self._author)._replace(web_searches=max(used.web_searches, self._searches))
         return used._replace(output=None) if self._is_placeholder else used
-
-    def _with_besides(self, used: Used) -> Used:
-        """Together with what OpenAI tells apart. In Anthropic's answers a tool's input may have members of these names,
-        which must not take the place of what is true."""
-        if used.iterations or used.web_searches or "cache_creation_input_tokens" in self._found:
-            return used
-        used = with_author(used, self._author) if self._author else used
-        return used._replace(web_searches=self._searches)
 
     def read(self, data: bytes, is_stream: bool) -> None:
         """Looks through the next bytes of a response."""
@@ -9666,14 +9660,12 @@ class LedgerWriter:
             else:
                 self.dropped += 1
                 add_spent(self._lost, spent)
-        if spent and self._clock() > self._late_at:
-            self.failing = True
         if spent and (self.failing or not has_room):
             self.changed()
         self._wanted.set()
 
     def note_delay(self) -> None:
-        """Lets others know of what waits where a write takes too long: nothing more may come that tells them."""
+        """Shows others what waits for a write that takes too long for them."""
         if not self.failing and self._clock() > self._late_at:
             self.failing = True
             self.changed()

@@ -17440,7 +17440,7 @@ def test_searches_of_the_web_that_openai_tells_of_are_charged(upstream, relay, i
     """They aren't in the usage of a response (openai-python, responses/response.py)."""
     done = {"tool_usage": {"image_gen": {"input_tokens": 0, "output_tokens": 0}, "web_search": {"num_requests": 3}},
             "tools": [{"parameters": {"tool_usage": {"web_search": {"num_requests": 0}}}}],
-            "usage": {"input_tokens": 10, "output_tokens": 1}}  # fmt: skip
+            "usage": {"input_tokens": 10, "input_tokens_details": {}, "output_tokens": 1}}  # fmt: skip
     begun = {"tool_usage": {"web_search": {"num_requests": 0}}, "usage": None}
     stream = sse("response.created", response=begun) + sse("response.completed", response=done)
     sent = STREAM_HEAD + chunked(stream) if is_stream else answer(200, json.dumps(done).encode())
