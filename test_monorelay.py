@@ -24251,6 +24251,16 @@ def test_an_upload_goes_through_a_balancer_as_it_comes(upstream, fleet, balancer
 
 @pytest.mark.once
 @each_balancer
+@pytest.mark.parametrize("path", ["/v1/messages/batches", "/v1/files"])
+def test_a_balancer_sends_what_creates_something_only_once(upstream, fleet, balancer, path):
+    provider = upstream(replies(*[answer(503)] * 9))
+    with fleet(balancer, provider).client() as client:
+        assert client.ask("POST", path, b'{"requests": []}', ANTHROPIC_VERSION).status == 503
+    assert len(provider.requests) == 1
+
+
+@pytest.mark.once
+@each_balancer
 def test_restarting_one_relay_after_the_other_behind_a_balancer_loses_no_request(upstream, fleet, balancer):
     provider = MarkingProvider()
     it = fleet(balancer, upstream(provider))
