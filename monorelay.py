@@ -15390,7 +15390,8 @@ async function loadRows(older = false) {
 function emptyWords() {
   if (Object.values(filters).some(Boolean)) return "No request is like that.";
   const body = '{"model": "echo", "max_tokens": 64, "messages": [{"role": "user", "content": "Hello"}]}';
-  const command = `curl ${new URL("v1/messages", location)} -H "x-api-key: YOUR KEY" -d '${body}'`;
+  const command = `curl ${new URL("v1/messages", location)} -H "x-api-key: YOUR KEY" ` +
+    `-H "content-type: application/json" -d '${body}'`;
   return element("span", {}, "No request yet. Try one: ", element("code", {}, command));
 }
 

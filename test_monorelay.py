@@ -20733,6 +20733,16 @@ def test_with_echo_alone_the_page_says_what_to_set_next(relay, browser):
     assert browser.texts("#none") == [""]
 
 
+@pytest.mark.browser
+def test_the_call_that_an_empty_page_names_is_one_that_a_limited_user_may_make(relay, browser):
+    it = relay({"echo": {}}, users={"ann": {"key": "the-key-of-ann-0123", "models": ["echo"]}})
+    browser.show(it, "the-key-of-ann-0123")
+    browser.until("document.querySelector('#none code')")
+    command = browser.texts("#none code")[0].replace("YOUR KEY", "the-key-of-ann-0123")
+    done = subprocess.run(["bash", "-c", f"{command} -s"], capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    assert json.loads(done.stdout)["type"] == "message", done
+
+
 # The texts whose contrast with what is behind them is below 4.5 : 1.
 FAINT_TEXTS = """
 const linear = (part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
@@ -23905,6 +23915,16 @@ def readme_tables() -> dict[str, dict[str, str]]:
         (head, *_), _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
         tables[head] = {row[0]: row[1] for row in rows}
     return tables
+
+
+def test_readmes_curl_is_one_that_a_limited_user_may_use(relay):
+    key = "the-key-of-ann-0123"
+    it = relay({"echo": {}}, users={"ann": {"key": key, "models": ["echo"]}})
+    command = readme_tables()["client"]["curl"].split("`")[1]
+    body = '{"model": "echo", "max_tokens": 9, "messages": [{"role": "user", "content": "Hello"}]}'
+    command = command.replace("R/", f"{it.url}/").replace(": K", f": {key}").replace("…", f"'{body}'")
+    done = subprocess.run(["bash", "-c", f"{command} -s"], capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    assert json.loads(done.stdout)["type"] == "message", done
 
 
 @pytest.mark.parametrize(
