@@ -9481,10 +9481,12 @@ class LogWriter:
         self.say(message, "warning")
 
     def announce(self, lines: Sequence[str]) -> None:
-        """Takes the lines of the banner, wrapped; commands, which have several lines already, stay as they are."""
+        """Takes the lines of the banner, wrapped; commands, which have several lines already, stay as they are. None is
+        cut, since what is left of a command is none."""
         if self.style == "json":
+            opening = {"time": f"{utc_time(int(time.time()))}Z", "level": "info"}
             for line in lines:
-                self.say(" ".join(line.replace("\\\n", "").split()))
+                self.write(json.dumps({**opening, "message": " ".join(line.replace("\\\n", "").split())}))
         elif lines:
             self.write("\n".join(line if "\n" in line else BANNER_LINE.fill(line) for line in lines))
 
@@ -16167,7 +16169,8 @@ def token_expression(config: Config, path: str) -> str:
     if config.server.access_keys or not config.server.jwt_secret:
         return ""
     anybody = "me" if config.any_subject else ""
-    user = next((user.name for user in config.users.values() if user.models is None), anybody)
+    free = (user.name for user in config.users.values() if user.models is None and user.enabled and not user.viewer)
+    user = next(free, anybody)
     command = ["python3", os.path.abspath(__file__), "token", user, "--config", path]
     return f"$({' '.join(map(shlex.quote, command))})" if user else ""
 

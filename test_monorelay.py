@@ -21031,6 +21031,24 @@ def test_every_line_of_a_json_log_is_json(program):
     assert {line["level"] for line in lines} == {"info"} and any("curl" in line["message"] for line in lines)
 
 
+def test_the_curl_line_in_a_json_log_works_as_pasted(program, tmp_path):
+    it = program(settings({"echo": {}}, server={"log": "json", "access_key": "mr-chosen-by-the-owner"}))
+    eventually(lambda: "stop it" in it.text())
+    told = [json.loads(line)["message"] for line in it.text().splitlines()]
+    command = next(line for line in told if line.startswith("try it curl")).removeprefix("try it ")
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=10)
+    assert done.returncode == 0 and json.loads(done.stdout)["type"] == "message", (command, done)
+
+
+@pytest.mark.parametrize("shut", [{"viewer": True}, {"enabled": False}], ids=["viewer", "disabled"])
+def test_the_banners_curl_line_is_of_a_user_who_may_call_models(program, tmp_path, shut):
+    config = settings({"echo": {}}, server={"jwt_secret": "0123456789" * 4}, users={"ann": shut, "bob": {}})
+    del config["server"]["access_key"]
+    it = program(config, env={name: value for name, value in os.environ.items() if name != "MONORELAY_ACCESS_KEY"})
+    done = subprocess.run(["bash", "-c", curl_command(it)], cwd=tmp_path, capture_output=True, text=True, timeout=10)
+    assert json.loads(done.stdout)["type"] == "message" and " ann " not in it.text(), done
+
+
 @pytest.mark.parametrize("gone", [True, False])
 @pytest.mark.timed
 def test_a_relay_ends_with_its_terminal(tmp_path, gone):
