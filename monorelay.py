@@ -879,6 +879,8 @@ def as_some_text(value: Any) -> str:
 def as_host(value: Any) -> str:
     """The address or name of a host, as far as it can be one."""
     found = as_some_text(value)
+    if re.search(r"[][/*@\s]", found) or found.count(":") == 1:
+        raise ValueError("must be an address or the name of a host alone, such as 127.0.0.1, ::1 or 0.0.0.0")
     try:
         found.encode("idna")
     except UnicodeError:

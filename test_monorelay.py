@@ -1010,6 +1010,8 @@ def test_config_reports_all_problems_at_once():
         ("server/port", -1, "server.port"),
         ("server/host", 5, "server.host"),
         ("server/host", "é..x", "server.host: must be an address or the name of a host"),
+        *(("server/host", host, "server.host: must be an address or the name of a host alone")
+          for host in ("127.0.0.1:8787", "localhost:80", "http://127.0.0.1", "[::1]", "*")),
         ("server/workers", 0, "server.workers"),
         ("server/workers", 1.5, "server.workers"),
         ("server/max_body_mb", 0, "server.max_body_mb"),
