@@ -16205,6 +16205,8 @@ def curl_line(config: Config, url: str, token: str) -> str:
 # What examples and other programs' settings have in the place of a key.
 LIKE_PLACEHOLDER = "looks like a placeholder or an unexpanded variable; write ${NAME}"
 PLACEHOLDER = re.compile(r"(?i)^\$|^\{\{|^\{?env:|^%.*%$|^os\.environ|\.\.\.|^<.*>$|your[-_ ]|changeme|^x+$")
+# What browsers send as `origin` (RFC 6454): a scheme, a host and perhaps a port, no path; or a pattern of such.
+LIKE_ORIGIN = re.compile(r"null|[^/]+://[^/]+|[*?[].*(?<!/)")
 REGULAR_EXPRESSION = re.compile(r"\.[*+]|[(|^$\\]")
 
 
@@ -16238,7 +16240,7 @@ def config_warnings(config: Config) -> Iterator[str]:
     for provider in config.providers.values():
         yield from provider_warnings(provider, f"providers.{provider.name}")
     yield from route_warnings(config)
-    yield from secret_warnings(config)
+    yield from caller_warnings(config)
     for alias, names in config.aliases.items():
         for name in names:
             if "@" in name and name.rpartition("@")[2] not in config.providers:
@@ -16256,8 +16258,10 @@ def config_warnings(config: Config) -> Iterator[str]:
         yield "nothing is served: there must be a provider with a key, and a route or an alias to it"
 
 
-def secret_warnings(config: Config) -> Iterator[str]:
-    """Warnings of the secrets by which callers are known."""
+def caller_warnings(config: Config) -> Iterator[str]:
+    """Warnings of the secrets and origins by which callers are known."""
+    for origin in itertools.filterfalse(LIKE_ORIGIN.fullmatch, config.server.cors_origins):
+        yield f"server.cors_origins: {origin} is never matched; an origin is like http://localhost:3000, without a path"
     if any(PLACEHOLDER.search(key.reveal()) for key in config.server.access_keys):
         yield f"server.access_key: one {LIKE_PLACEHOLDER}"
     run_secret = config.run_secrets.jwt_secret if config.run_secrets else None

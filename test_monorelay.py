@@ -11272,6 +11272,14 @@ def test_what_is_doubtful_of_names_is_warned_of():
     assert warning.startswith("server.access_key: one looks like a placeholder")
 
 
+def test_origins_that_nothing_matches_are_warned_of():
+    fine = ["*", "null", "http://localhost:*", "https://a.example:8443", "chrome-extension://*", "*.example", "*://a.b"]
+    assert list(monorelay.config_warnings(parse(server={"cors_origins": fine}))) == []
+    wrong = ["localhost:3000", "localhost:*", "a.example", "https://a.example/", "https://a.example/chat", "*.example/"]
+    warnings = list(monorelay.config_warnings(parse(server={"cors_origins": wrong})))
+    assert [warning.split()[:2] for warning in warnings] == [["server.cors_origins:", origin] for origin in wrong]
+
+
 def test_providers_that_a_clients_own_key_never_goes_to_are_warned_of():
     own = {name: {"format": "openai", "base_url": f"https://{name}.example/v1", "keys": "client"} for name in "abc"}
     own["a2"] = own["a"]
