@@ -1562,7 +1562,9 @@ def check_aliases(config: Config, problems: Problems) -> None:
             continue
         # Where a name with a * in it leads to, requests will tell.
         for name in [name for name in names if "*" not in alias and not leads_on(config, name, alias)]:
-            meant = suggestion(name, [*config.aliases, *config.routes])
+            provider, _, model = name.partition("/")
+            other = f", did you mean {model}@{provider}?" if model and provider in config.providers else ""
+            meant = other or suggestion(name, [*config.aliases, *config.routes])
             problems.add(place, f"{name} is neither an alias, nor matches a route, nor names a provider{meant}")
 
 

@@ -1073,6 +1073,7 @@ def test_config_reports_all_problems_at_once():
         ("aliases/fast", "fast", "aliases.fast"),
         ("routes", [], "routes"),
         ("routes/claude-*", "onne", "did you mean one?"),
+        ("aliases/quick", "one/claude-x", "nor names a provider, did you mean claude-x@one?"),
         ("routes/claude-*", ["one", "three"], "routes.claude-*"),
         ("routes/claude-*", 1, "routes.claude-*"),
         ("users/alice/usd_per_day", 0, "users.alice.usd_per_day"),
