@@ -16223,6 +16223,8 @@ def file_warnings(path: str, config: Config) -> Iterator[str]:
     folder = os.path.dirname(config.ledger.path) if config.ledger else ""
     if folder and not os.access(folder, os.W_OK):
         yield f"ledger.path: nothing can be written to the folder {folder}; make it, or name another one"
+    if config.ledger and os.path.isdir(config.ledger.path):
+        yield f"ledger.path: {config.ledger.path} is a folder; name a file in it, such as usage.db"
     if config.ledger and not begins_as_database(config.ledger.path):
         yield f"ledger.path: {config.ledger.path} is no SQLite database: a ledger takes its place, and it is renamed"
     try:
