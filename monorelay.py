@@ -1219,6 +1219,8 @@ def json_hint(source: str) -> str:
     bare = re.sub(r'"(?:[^"\\\n]|\\.)*"?', '""', source)  # what stands in strings says nothing
     if not source.strip():
         return " (the file is empty)"
+    if re.search(r"['\u2018-\u201d]\s*:", bare):
+        return ' (names and texts stand in double quotes: ")'
     if re.search(r"^[ \t]*(?://|#)|//|/\*", bare, re.MULTILINE):
         return ' (JSON has no comments: use a key that begins with "//")'
     if re.search(r",\s*[\]}]", bare):

@@ -11363,6 +11363,7 @@ def test_a_ledger_lies_beside_relay_json_and_needs_sqlite(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("text", "hint"),
     [('{\n  // a comment\n  "a": 1}', "JSON has no comments"), ('{"a": [1,]}', "a comma behind"),
+     ("{'a': 'https://b'}", "stand in double quotes"), ("{“a”: “https://b”}", "stand in double quotes"),
      ("", "the file is empty"), ('{"a": "// no comment" "b"}', None)],
 )  # fmt: skip
 def test_what_is_often_the_matter_with_a_file_is_said(text, hint):
