@@ -11027,10 +11027,11 @@ class Relay:
             if last:
                 last.release(self.connections)
             raise
+        if last and problem and request.searches and last.status == 404:
+            last.release(self.connections)  # one that gave no answer may have it
+            raise UpstreamFailed(problem, code)
         if not last:
-            if refusal and not problem:
-                raise refusal
-            raise UpstreamFailed(problem or "there is no provider to try", code)
+            raise (None if problem else refusal) or UpstreamFailed(problem or "there is no provider to try", code)
         return await self._presented(request, last)
 
     def finish(self, response: UpstreamResponse, failed: bool, complete: bool = False) -> None:

@@ -12009,6 +12009,18 @@ def test_what_an_account_keeps_is_asked_for_with_each_key(upstream, relay, metho
     assert it.ask("POST", "/v1/responses/resp_1/cancel", b"").status == 404 and not second.requests
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_one_who_gave_no_answer_may_keep_is_not_said_to_be_nowhere(upstream, relay, place):
+    knows_nothing = upstream(replies(answer(404, b"{}"), answer(404, b"{}")))
+    providers = [{"upstream": knows_nothing, "format": "openai", "keys": ["sk-a"]}]
+    gone = {"base_url": f"http://127.0.0.1:{unused_port()}/v1", "format": "openai", "keys": ["sk-b"]}
+    providers.insert(place, gone)
+    it = relay(dict(zip("ab", providers)))
+    got = it.ask("GET", "/v1/responses/resp_1", None)
+    assert (got.status, got.get("x-monorelay-error"), got.get("x-should-retry")) == (502, "upstream_unreachable", None)
+    assert it.post("/v1/responses", {"model": "gpt-5", "input": "hi"}).status == 404, "and what asks for nothing kept"
+
+
 @pytest.mark.parametrize("code", ["previous_response_not_found", "invalid_encrypted_content"])
 def test_what_goes_on_with_another_keys_response_goes_to_that_key(upstream, relay, code):
     elsewhere = answer(400, json.dumps({"error": {"message": "not here", "code": code}}).encode())
