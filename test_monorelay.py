@@ -21073,7 +21073,9 @@ def test_the_banners_curl_line_is_of_a_user_who_may_call_models(program, tmp_pat
     config = settings({"echo": {}}, server={"jwt_secret": "0123456789" * 4}, users={"ann": shut, "bob": {}})
     del config["server"]["access_key"]
     it = program(config, env={name: value for name, value in os.environ.items() if name != "MONORELAY_ACCESS_KEY"})
-    done = subprocess.run(["bash", "-c", curl_command(it)], cwd=tmp_path, capture_output=True, text=True, timeout=10)
+    # The one of this Python, for which the tests have compiled the program.
+    command = f'python3() {{ {shlex.quote(sys.executable)} "$@"; }}\n{curl_command(it)}'
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=10)
     assert json.loads(done.stdout)["type"] == "message" and " ann " not in it.text(), done
 
 
