@@ -2711,10 +2711,9 @@ RATE_FACTORS = {
     "anthropic": {"cache_read": 0.1, "cache_write": 1.25, "cache_write_long": 2.0},
     "openai": {"cache_read": 1.0, "cache_write": 1.25, "cache_write_long": 2.5},
 }
-# What a price list leaves out of a name: a date, and of a model that was tuned for somebody whose it is; `models/`, by
-# which Google's list of models calls each; by what OpenRouter chooses who serves a model
-# (https://openrouter.ai/docs/guides/routing/model-variants/overview); and what Claude Code leaves on some names, which
-# some servers of Anthropic's format take.
+# What a price list leaves out of a name: a date; the owner of a tuned model; `models/`, with which Google lists each;
+# OpenRouter's choice of who serves a model (https://openrouter.ai/docs/guides/routing/model-variants/overview); and
+# Claude Code's mark of a long context, which some servers take.
 UNPRICED_PART = re.compile(
     r"^models/|[-@](?:20[0-9]{6}|20[0-9]{2}-[0-9]{2}-[0-9]{2})$|(?<=^ft:)([^:]+):.*"
     r"|:(?:nitro|floor|exacto|online)$|\[1m\]$"
@@ -5277,17 +5276,13 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
     if request.get("thread") is not None:
         raise NoThreads(draft.refusal("thread", "this field").message)
     input_tokens = estimated_tokens(request)
-    field = draft.settings.max_tokens_field
-    if field == "auto":
-        is_new = NEW_LIMIT.match(f"{draft.provider.host}/{draft.model}")
-        field = "max_completion_tokens" if is_new else "max_tokens"
     if request.get("max_tokens") == 0:
         raise draft.refusal("max_tokens", "0")
     turns = ChatTurns(draft)
     chat = {
         "model": draft.model,
         "messages": turns.of(request),
-        field: positive_count(request.get("max_tokens"), "max_tokens"),
+        limit_name(draft): positive_count(request.get("max_tokens"), "max_tokens"),
     }
     chat.update((name, request[name]) for name in ("temperature", "top_p") if request.get(name) is not None)
     stops = strings(request.get("stop_sequences") or [], "stop_sequences")
@@ -5312,6 +5307,14 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
         "system_speaks": turns.system_speaks,
     }
     return chat
+
+
+def limit_name(draft: Draft) -> str:
+    """The member by which the provider is told how long the answer may be."""
+    if draft.settings.max_tokens_field != "auto":
+        return draft.settings.max_tokens_field
+    is_new = NEW_LIMIT.match(f"{draft.provider.host}/{draft.model}")
+    return "max_completion_tokens" if is_new else "max_tokens"
 
 
 CHOICES = {"auto": "auto", "required": "any", "none": "none"}  # of tools, by chat's word for them
