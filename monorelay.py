@@ -6616,8 +6616,11 @@ class ChatReader:
 
     def _keep_seals(self, delta: JsonDict) -> None:
         """Keeps what belongs to calls that come behind it, or in the same chunk."""
-        for id, seal in sealed_calls(delta):
-            if id not in self._seals and len(seal) <= SEAL_CHARACTERS:
+        for id, detail in sealed_calls(delta):
+            if id in self._seals:
+                continue
+            seal = dump({name: detail[name] for name in SEAL_MEMBERS if isinstance(detail.get(name), (str, int))})
+            if len(seal) <= SEAL_CHARACTERS:
                 self._hold(len(id) + len(seal) + WAITING_BYTES)
                 self._seals[id] = seal
 
@@ -6811,12 +6814,11 @@ def reasoning_of(delta: JsonDict) -> str:
 SEAL_MEMBERS = ("type", "data", "id", "format", "index")  # of an entry of `reasoning_details`
 
 
-def sealed_calls(delta: JsonDict) -> Iterator[tuple[str, str]]:
-    """What OpenRouter has to get back with calls of Gemini's, as JSON, each with the id of its call, if it has one."""
+def sealed_calls(delta: JsonDict) -> Iterator[tuple[str, JsonDict]]:
+    """What OpenRouter has to get back with calls of Gemini's, each with the id of its call, empty if it has none."""
     for detail in listed_objects(delta.get("reasoning_details")):
         if isinstance(detail.get("data"), str) and word(detail.get("format")).startswith("google-gemini"):
-            kept = {name: detail[name] for name in SEAL_MEMBERS if isinstance(detail.get(name), (str, int))}
-            yield word(detail.get("id") or ""), dump(kept)
+            yield word(detail.get("id") or ""), detail
 
 
 def empty_message(id: str, model: str, usage: JsonDict) -> JsonDict:
