@@ -11005,7 +11005,8 @@ class Relay:
         UpstreamFailed, UpstreamSilent, Unavailable, ClientGone, and what reading the body raises."""
         last: Optional[UpstreamResponse] = None
         refusal: Optional[BadRequest] = None  # what the first target said that the request can't be translated to
-        problem, code, last_try = "", "upstream_unreachable", False
+        failure: Optional[UpstreamFailed] = None
+        last_try = False
         waiting = list(request.candidates)
         try:
             while waiting:
@@ -11023,7 +11024,7 @@ class Relay:
                     if last_try or not self._is_failure(wanted, response) or request.body.is_spent:
                         break
                 else:
-                    problem, code = attempt.problem, attempt.code
+                    failure = UpstreamFailed(attempt.problem, attempt.code)
                     self._note_break(request, attempt, waiting)
                     if attempt.reached and (last_try or request.only_once):
                         break
@@ -11032,12 +11033,11 @@ class Relay:
             if last:
                 last.release(self.connections)
             raise
-        if last and problem and request.searches and last.status == 404:
+        if last and not (failure and request.searches and last.status == 404):
+            return await self._presented(request, last)
+        if last:
             last.release(self.connections)  # one that gave no answer may have it
-            raise UpstreamFailed(problem, code)
-        if not last:
-            raise (None if problem else refusal) or UpstreamFailed(problem or "there is no provider to try", code)
-        return await self._presented(request, last)
+        raise failure or refusal or UpstreamFailed("there is no provider to try", "upstream_unreachable")
 
     def finish(self, response: UpstreamResponse, failed: bool, complete: bool = False) -> None:
         """Releases a response. One that `failed` midway cools down the key for the model, so that the client's next try
