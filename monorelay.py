@@ -14125,11 +14125,15 @@ def with_run_secrets(config: Config, old: Optional[Config]) -> Config:
 # a SIGHUP that the supervisor passes on.
 
 
+# Python 3.14 takes `__file__` away when the script has ended, which the relay outlasts.
+PROGRAM_PATH = os.path.abspath(__file__)
+
+
 def config_path(options: JsonDict) -> str:
     """The file to serve: the one named, ./relay.json, or the one beside this file; empty if there is none."""
     if "config" in options:
         return str(options["config"])
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "relay.json")
+    beside = os.path.join(os.path.dirname(PROGRAM_PATH), "relay.json")
     return next((path for path in ("relay.json", beside) if os.path.exists(path)), "")
 
 
@@ -14536,8 +14540,11 @@ class Operator:
                 self._end = name
                 self._drain(signals, name == WORKER_CUTS)
                 return 0
-            if name == reloads or self._file.has_changed():
-                self.reload()
+            try:
+                if name == reloads or self._file.has_changed():
+                    self.reload()
+            except Exception as error:  # a defect; what was read before stays in force
+                self._server.log.warn(f"internal error: {describe(error)}")
 
     def reload(self) -> None:
         """Reads relay.json again, and the files that it names, and serves by them."""
@@ -16183,7 +16190,7 @@ def token_expression(config: Config, path: str) -> str:
     anybody = "me" if config.any_subject else ""
     free = (user.name for user in config.users.values() if user.models is None and user.enabled and not user.viewer)
     user = next(free, anybody)
-    command = ["python3", os.path.abspath(__file__), "token", user, "--config", path]
+    command = ["python3", PROGRAM_PATH, "token", user, "--config", path]
     return f"$({' '.join(map(shlex.quote, command))})" if user else ""
 
 

@@ -123,6 +123,7 @@ import ssl
 import string
 import struct
 import subprocess
+import sysconfig
 import tempfile
 import threading
 import time
@@ -10518,7 +10519,7 @@ def test_no_suite_with_dhe_is_offered_and_all_others_that_python_offers(upstream
     offered = set(suites_of(hellos[0])) - {0x00FF}  # TLS_EMPTY_RENEGOTIATION_INFO_SCSV is none
     assert not offered & dhe
     assert {0x1301, 0x1302, 0xC02F, 0xC030, 0xC02B} <= offered, "TLS 1.3, and ECDHE with AES in GCM"
-    if sys.version_info >= (3, 10):
+    if sysconfig.get_config_var("PY_SSL_DEFAULT_CIPHERS") == 1 and sys.version_info >= (3, 10):
         assert offered == {suite["id"] & 0xFFFF for suite in usual.get_ciphers()} - dhe
 
 
@@ -21183,6 +21184,17 @@ def test_a_reload_without_a_thread_for_its_first_ledger_is_tried_again(relay, tm
     eventually((tmp_path / "usage.db").exists)
 
 
+def test_a_defect_in_a_reload_is_told_and_what_was_read_before_stays(relay, tmp_path, monkeypatch):
+    it = relay({"echo": {}})
+    operator = monorelay.Operator(it.server, edited_file(tmp_path))
+    before, signals = it.server.service.config, iter(["SIGHUP"])
+    monkeypatch.setattr(monorelay, "load_config", lambda path, options: 1 // 0)
+    with pytest.raises(StopIteration):
+        operator.run(types.SimpleNamespace(next=lambda seconds: next(signals)))
+    assert it.server.service.config is before
+    eventually(lambda: re.search(r"internal error: ZeroDivisionError in line \d+", it.log.getvalue()))
+
+
 @pytest.mark.parametrize("edited", ["keys.env", "prices.json"])
 @pytest.mark.parametrize("when", ["at the start", "in a reload"])
 def test_an_edit_of_a_file_beside_while_it_is_read_is_taken_up(relay, tmp_path, monkeypatch, edited, when):
@@ -21864,6 +21876,18 @@ def test_workers_tell_of_a_reload_once(program, to):
     it.signal(signal.SIGTERM)
     assert it.ended() == 0
     assert it.text().count("was reloaded") == 2 and it.text().count("server.workers has changed") == 1
+
+
+def test_a_relay_json_is_looked_for_when_python_has_forgotten_where_the_program_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = monorelay.ConfigFile(monorelay.load_config("", {}), "", {}, ())
+    monkeypatch.setattr(monorelay, "PROGRAM_PATH", str(tmp_path / "beside" / "monorelay.py"))
+    monkeypatch.delattr(monorelay, "__file__")  # as Python 3.14 does when the script has ended
+    file.has_changed()
+    assert not monorelay.config_path({})
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "relay.json").write_text("{}")
+    assert file.has_changed() and monorelay.config_path({}) == str(tmp_path / "beside" / "relay.json")
 
 
 def test_a_relay_json_that_comes_later_is_taken_up_and_one_that_goes_keeps_the_old(tmp_path):
