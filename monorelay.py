@@ -2265,23 +2265,27 @@ class KeyPool:
     def order(self, targets: Iterable[Target], session: str, now: float) -> list[Candidate]:
         """All candidates of the targets, the one to try first at the head. What has the same `session` stays with one
         key, where the strategy says so."""
+        turns: dict[str, int] = {}
         candidates = [
-            Candidate(target, key) for target in targets for key in self._keys_in_turn(target.provider, session)
+            Candidate(target, key) for target in targets for key in self._keys_in_turn(target.provider, session, turns)
         ]
         if not self._cooling:
             return candidates
         return sorted(candidates, key=lambda candidate: max(self._back_at(candidate), now))
 
-    def _keys_in_turn(self, provider: Provider, session: str) -> Sequence[Optional[ProviderKey]]:
-        """The keys of a provider in the order of its strategy."""
+    def _keys_in_turn(self, provider: Provider, session: str, turns: dict[str, int]) -> Sequence[Optional[ProviderKey]]:
+        """The keys of a provider in the order of its strategy. `turns`: those that the request has taken; it takes one
+        of each provider, however many of its targets are there."""
         keys = provider.keys
         if keys is None:
             return (None,)
         if len(keys) < 2 or provider.key_strategy == "fill-first":
             return keys
         if provider.key_strategy == "round-robin":
-            turn = self._turns[provider.name] % len(keys)
-            self._turns[provider.name] += 1
+            if provider.name not in turns:
+                turns[provider.name] = self._turns[provider.name]
+                self._turns[provider.name] += 1
+            turn = turns[provider.name] % len(keys)
             return (*keys[turn:], *keys[:turn])
         return sorted(keys, key=lambda key: self._rank(provider, key, session), reverse=True)
 

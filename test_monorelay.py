@@ -1628,6 +1628,18 @@ def test_keys_take_turns_when_round_robin():
     assert Counter(pool.labels()[:2] for _ in range(9)) == {"k0": 3, "k1": 3, "k2": 3}
 
 
+def test_a_request_takes_one_turn_of_a_provider_that_is_several_of_its_targets():
+    keys = ["secret0", "secret1"]
+    config = parse(
+        {"anthropic": {"base_url": "http://127.0.0.1:9", "keys": keys, "key_strategy": "round-robin"}},
+        aliases={"best": ["claude-a@anthropic", "claude-b@anthropic"]},
+    )
+    pool, targets = monorelay.KeyPool(random.Random(1)), monorelay.resolve(config, "best")
+    orders = [[candidate.label for candidate in pool.order(targets, "s", 0)] for _ in range(4)]
+    first, second = config.providers["anthropic"].keys
+    assert orders == [[first.label, second.label] * 2, [second.label, first.label] * 2] * 2
+
+
 @pytest.mark.parametrize(
     ("strategy", "weights", "expected"), [("random", (1, 1, 1), 1000), ("weighted", (8, 1, 1), 2400)]
 )
