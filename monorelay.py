@@ -11008,8 +11008,8 @@ class Relay:
         """The response to deliver: the first that isn't a failure, else the last one there was. Raises
         UpstreamFailed, UpstreamSilent, Unavailable, ClientGone, and what reading the body raises."""
         last: Optional[UpstreamResponse] = None
+        broken: Optional[Attempt] = None  # the last try that brought none
         refusal: Optional[BadRequest] = None  # what the first target said that the request can't be translated to
-        failure: Optional[UpstreamFailed] = None
         last_try = False
         waiting = list(request.candidates)
         try:
@@ -11028,7 +11028,7 @@ class Relay:
                     if last_try or not self._is_failure(wanted, response) or request.body.is_spent:
                         break
                 else:
-                    failure = UpstreamFailed(attempt.problem, attempt.code)
+                    broken = attempt
                     self._note_break(request, attempt, waiting)
                     if attempt.reached and (last_try or request.only_once):
                         break
@@ -11037,11 +11037,11 @@ class Relay:
             if last:
                 last.release(self.connections)
             raise
-        if last and not (failure and request.searches and last.status == 404):
+        if last and not (broken and (last.status in LASTING_STATUSES or (request.searches and last.status == 404))):
             return await self._presented(request, last)
         if last:
-            last.release(self.connections)  # one that gave no answer may have it
-        raise failure or refusal or UpstreamFailed("there is no provider to try", "upstream_unreachable")
+            last.release(self.connections)  # a later try may bring a better one from where none came
+        raise no_response(request.record, broken, refusal)
 
     def finish(self, response: UpstreamResponse, failed: bool, complete: bool = False) -> None:
         """Releases a response. One that `failed` midway cools down the key for the model, so that the client's next try
@@ -11172,6 +11172,14 @@ def record_attempt(record: AccessRecord, candidate: Candidate, attempts: int = 1
     record.attempts += attempts
     record.provider = candidate.target.provider.name
     record.sent_model, record.key = candidate.target.model or record.model, candidate.label
+
+
+def no_response(record: AccessRecord, broken: Optional[Attempt], refusal: Optional[BadRequest]) -> RelayError:
+    """The error in place of a response: how the last try without one broke, else why none was made."""
+    if not broken:
+        return refusal or UpstreamFailed("there is no provider to try", "upstream_unreachable")
+    record_attempt(record, broken.candidate, 0)  # which may be one before the last
+    return UpstreamFailed(broken.problem, broken.code)
 
 
 def record_failure(record: AccessRecord, candidate: Candidate, met: str) -> None:

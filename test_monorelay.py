@@ -12189,6 +12189,18 @@ def test_of_several_failures_the_client_gets_one_that_a_later_try_may_cure(upstr
     assert (got.status, got.body, got.get("retry-after")) == (429, b'{"n": 0}', "9")
 
 
+@pytest.mark.parametrize("first", ["refused", "broken"])
+@pytest.mark.parametrize("lasting", [(401, b"{}"), (402, b"{}"), (403, b"{}"), (400, CREDIT)], ids=brief)
+def test_of_several_failures_the_client_is_told_of_a_connection_that_may_come_later(upstream, relay, lasting, first):
+    off, provider = upstream(BREAKS["closes before the answer"]), upstream(answer(*lasting))
+    names = ["b", "a"] if first == "refused" else ["a", "b"]
+    providers = {"a": {"upstream": off, "format": "anthropic"}, "b": {"upstream": provider, "format": "anthropic"}}
+    it = relay(providers, routes={"*": names})
+    got = it.post("/v1/messages", prompt())
+    assert "the provider a closed the connection" in refused(got, 502, "api_error")
+    assert (got.get("x-should-retry"), got.get("x-monorelay-provider")) == (None, "a")
+
+
 LATER_ERROR = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"x"}}\n\n'
 
 
