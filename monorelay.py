@@ -11025,7 +11025,7 @@ class Relay:
                 response = attempt.response
                 if response:
                     last = self._more_telling(last, response, request.searches) if last else response
-                    if last_try or not self._is_failure(wanted, response) or request.body.is_spent:
+                    if not self._is_failure(wanted, response) or last_try or request.body.is_spent:
                         break
                 else:
                     broken = attempt

@@ -12201,6 +12201,17 @@ def test_of_several_failures_the_client_is_told_of_a_connection_that_may_come_la
     assert (got.get("x-should-retry"), got.get("x-monorelay-provider")) == (None, "a")
 
 
+def test_a_response_to_the_last_try_is_noted_of_its_key_as_any_other(upstream, relay):
+    broken, limited = upstream(BREAKS["closes before the answer"]), upstream(answer(429, b"{}", "retry-after: 60"))
+    scripted = {"a": broken, "b": limited, "c": upstream(answer())}
+    providers = {name: {"upstream": it, "format": "anthropic"} for name, it in scripted.items()}
+    it = relay(providers, aliases={"fast": ["m@a", "m@b"], "smart": ["m@b", "m@c"]})
+    assert it.post("/v1/messages", prompt("fast")).status == 429
+    got = it.post("/v1/messages", prompt("smart"))
+    assert (got.get("x-monorelay-provider"), got.get("x-monorelay-attempts")) == ("c", "1")
+    assert "the provider b, key key1, model m comes last for 60 s: 429" in it.logged("comes last for 60")
+
+
 LATER_ERROR = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"x"}}\n\n'
 
 
