@@ -11309,9 +11309,9 @@ class Catalogue:
         hasty = provider._replace(timeout=CATALOGUE_WAIT_SECONDS, connect_timeout=CATALOGUE_WAIT_SECONDS)
         target = "/models?limit=1000" if provider.format == "anthropic" else "/models"
         head = RequestHead("GET", "/v1/models", "", 1, Headers([]), 0)
-        candidate = Candidate(Target(hasty, ""), provider.keys[0] if provider.keys else None)
+        candidates = [Candidate(Target(hasty, ""), key) for key in provider.keys or (None,)]
         record = AccessRecord(time.time(), self._loop.now)
-        request = UpstreamRequest(head, target, False, ReadBody(), [candidate], record, cools_down=False)
+        request = UpstreamRequest(head, target, False, ReadBody(), candidates, record, cools_down=False)
         entries: list[JsonDict] = []
         asked_at, fresh_seconds = self._loop.now, CATALOGUE_FRESH_SECONDS
         try:

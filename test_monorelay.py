@@ -15466,6 +15466,14 @@ def test_a_provider_that_lists_no_models_serves_on(upstream, relay, fault):
     assert it.post("/v1/messages", prompt()).get("x-monorelay-provider") == "anthropic"
 
 
+@pytest.mark.parametrize("fault", [answer(401), answer(403), answer(429)], ids=brief)
+def test_models_are_listed_with_the_next_key_when_the_first_one_fails(upstream, relay, fault):
+    provider = upstream(replies(fault, catalogue_answer("claude-a")))
+    it = relay({"anthropic": two_keys(provider)})
+    assert [model["id"] for model in it.ask("GET", "/v1/models").json["data"]] == ["claude-a"]
+    assert [asked.get("x-api-key") for asked in provider.requests] == [key["key"] for key in KEYS[:2]]
+
+
 def test_a_list_with_an_endless_integer_is_none(upstream, relay):
     it = relay({"anthropic": upstream(answer(200, b'{"data":[{"id":"claude-a","n":%s}]}' % (b"9" * 4000)))})
     assert it.ask("GET", "/v1/models").json["data"] == []
