@@ -5034,6 +5034,16 @@ def test_numbers_with_a_fraction_hold_up_nobody_when_they_are_written():
     assert longest_hold(lambda: monorelay.json_pieces({"x": [{"a": DEAR_NUMBERS.copy()}]})) < 0.03
 
 
+@pytest.mark.timed
+@pytest.mark.parametrize("element", [[], {}])
+def test_many_small_elements_hold_up_nobody_when_they_are_written(element):
+    def work() -> object:
+        schema = {"required": [element.copy() for _ in range(240_000)]}
+        return monorelay.json_pieces({"tools": [{"schema": schema}]})
+
+    assert longest_hold(work) < 0.03
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 1000])
 @pytest.mark.parametrize("count", [1, 200_000])
 def test_a_body_reads_the_same_in_pieces_of_any_size(size, count):
