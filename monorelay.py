@@ -10388,7 +10388,8 @@ def connect_problem(error: Exception, provider: Provider) -> str:
         if error.verify_code in UNKNOWN_AUTHORITY:
             reason += "; the relay's machine must trust its authority: install ca-certificates, or set SSL_CERT_FILE"
     elif isinstance(error, socket.gaierror):
-        reason = "its host name is unknown"
+        is_unanswered = error.errno == socket.EAI_AGAIN  # also without a network
+        reason = "no name server tells where its host is" if is_unanswered else "its host name is unknown"
     elif isinstance(error, OSError):
         reason = (error.strerror or str(error) or type(error).__name__).lower()
     elif isinstance(error, FramingError):

@@ -11037,6 +11037,23 @@ def test_an_address_that_failed_just_now_is_tried_after_one_that_failed_before(m
     assert connect() == ["v6", "v4"], "in their own order again"
 
 
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(socket.EAI_NONAME, "its host name is unknown"), (socket.EAI_AGAIN, "no name server tells where its host is")],
+    ids=["unknown", "no network"],
+)
+def test_a_name_that_nobody_could_be_asked_for_is_not_called_unknown(relay, monkeypatch, code, reason):
+    def getaddrinfo(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(code, "not found")
+
+    it = relay({"anthropic": {"base_url": "http://provider.example", "headers": {}}})
+    monkeypatch.setenv("NO_PROXY", "*")
+    with it.client() as client:
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        message = refused(client.ask("POST", "/v1/messages", json.dumps(prompt()).encode()), 502, "api_error")
+    assert message == f"can't connect to the provider anthropic: {reason}"
+
+
 @pytest.mark.timed
 @pytest.mark.parametrize("slow", ["addresses", "look-up", "TLS"])
 def test_connect_timeout_covers_everything_until_a_request_can_be_sent(upstream, relay, monkeypatch, slow):
