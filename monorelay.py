@@ -7326,24 +7326,30 @@ OPENAI_KINDS = {402: "insufficient_quota", 503: "server_error", 529: "server_err
 CODES = {404: "model_not_found", 429: "rate_limit_exceeded", 503: "overloaded", 529: "overloaded"}  # of OpenAI
 # How providers say that a request is longer than the model can read, each in its own words; collected by pi-mono.
 OVERFLOW = re.compile(
-    r"""(?ix) context_length_exceeded | exceed_context_size_error | maximum\ context\ length | context\ window\ exceeds
-    | exceeds?\ the\ (?:model's\ )?(?:context\ window|maximum\ context|available\ context|limit\ of\ [0-9]+)
-    | exceeds\ the\ maximum\ number\ of\ tokens | maximum\ prompt\ length | reduce\ the\ length\ of\ the\ messages
+    r"""(?ix) context[_\ ]length[_\ ]exceeded | exceed_context_size_error | tokens_limit_reached | max_seq_len
+    | context\ window\ exceeds | maximum\ context\ length | context\ length\ (?:is|of)\ only | configured\ context\ size
+    | exceed(?:s|ed)?\ (?:the\ |this\ )?(?:model(?:'s)?\ )?(?:(?:max|maximum|available)\ )?context
+    | exceeds\ (?:the\ )?maximum\ (?:number\ of\ tokens | (?:allowed\ )?input\ length)
+    | exceeds?\ the\ limit\ of\ [0-9]+ | maximum\ prompt\ length | reduce\ the\ length\ of\ the\ (?:messages|input)
     | too\ large\ for\ model\ with | greater\ than\ the\ context\ length | exceeded\ model\ token\ limit
-    | prompt\ is\ too\ long | exceed\ context\ limit"""
+    | longer\ than\ the\ (?:model's\ context|maximum\ model)\ length | prompt\ (?:is\ )?too\ long
+    | input\ is\ too\ long\ for | prompt\ exceeds\ max\ length | range\ of\ input\ length | too\ many\ tokens:
+    | exceed\ max\ message\ tokens | context\ size\ has\ been\ exceeded"""
 )
 # A limit of tokens a minute that one request alone is over: no waiting helps.
-NEVER_FITS = re.compile(r"(?i)request too large for model.{0,300}limit ([0-9,]{1,15}), requested ([0-9,]{1,15})")
+NEVER_FITS = re.compile(r"(?i)request too large for .{0,300}limit ([0-9,]{1,15}), requested ([0-9,]{1,15})")
 OVERFLOW_LIMIT = re.compile(
-    r"""(?ix) (?: maximum\ (?:context|prompt)\ length\ (?:is|of) | number\ of\ tokens\ allowed
-    | too\ large\ for\ model\ with | exceeds\ the\ limit\ of | available\ context\ size | model\ token\ limit
-    | n_ctx"? | > ) [:\ (]* ([0-9,]{1,15})"""
+    r"""(?ix) (?: maximum\ (?:context|prompt)\ length\ (?:is|of) | context\ length\ (?:is|of)\ only
+    | number\ of\ tokens\ allowed | too\ large\ for\ model\ with | exceeds\ the\ limit\ of | available\ context\ size
+    | model\ token\ limit | model's\ (?:maximum\ )?context\ length | maximum\ (?:model|allowed\ input)\ length\ of
+    | configured\ context\ size\ is | max_seq_len | n_ctx"? | > ) [:\ (]* ([0-9,]{1,15})"""
 )
 OVERFLOW_INPUT = re.compile(
     r"""(?ix) ([0-9,]{1,15}) (?: \ in\ the\ messages | \ input\ tokens | \ tokens\ from\ the\ input | \ tokens\ >
-    | \ of\ text\ input (?: ,\ ([0-9,]{1,15})\ of\ tool\ input)?)
+    | \ tokens\)\ is\ longer | \ of\ text\ input (?: ,\ ([0-9,]{1,15})\ of\ tool\ input)?)
     | (?: resulted\ in | token\ count \ ?\( | count\ of | contains(?:\ at\ least)? | request\ \( | requested:
-    | n_prompt_tokens"?:) \ ? ([0-9,]{1,15})"""
+    | prompt\ \(length | prompt\ has | input\ length\ \(? | keep\ the\ first | prompt_tokens\ \( | n_prompt_tokens"?:)
+    \ ? ([0-9,]{1,15})"""
 )
 OVERFLOW_OUTPUT = re.compile(
     r"""(?ix) ([0-9,]{1,15}) \ (?: in\ the\ (?:completion|output) | (?:tokens\ )?for\ the\ completion | output\ tokens)

@@ -7624,6 +7624,27 @@ OVERFLOWS = {
     "prompt token count of 5000 exceeds the limit of 4096": "5000 tokens > 4096",
     "invalid params, context window exceeds limit (2013)": "",
     "Your request exceeded model token limit: 4096 (requested: 5000)": "5000 tokens > 4096",
+    (  # vLLM since 0.15
+        "You passed 3000 input tokens and requested 2000 output tokens. However, the model's context length is only"
+        " 4096 tokens, resulting in a maximum input length of 2096 tokens. Please reduce the length of the prompt."
+    ): "3000 + 2000 > 4096",
+    "The decoder prompt (length 5000) is longer than the maximum model length of 4096.": "5000 tokens > 4096",
+    "The input (5000 tokens) is longer than the model's context length (4096 tokens).": "5000 tokens > 4096",  # SGLang
+    "Input length (5000) exceeds model's maximum context length (4096).": "5000 tokens > 4096",
+    "Input length 5000 exceeds the maximum allowed input length of 4096 tokens.": "5000 tokens > 4096",  # Poolside
+    "Requested input length 5000 exceeds maximum input length 4096": "",  # DeepInfra
+    "Prompt has 5,000 tokens, but the configured context size is 4,096 tokens": "5000 tokens > 4096",  # DS4
+    "length of prompt_tokens (5000) must be less than max_seq_len (4096).": "5000 tokens > 4096",  # SiliconFlow
+    (  # LM Studio
+        "Trying to keep the first 5000 tokens when context the overflows. However, the model is loaded with context "
+        "length of only 4096 tokens, which is not enough."
+    ): "5000 tokens > 4096",
+    "Context size has been exceeded.": "",  # llama.cpp, LM Studio
+    "Prompt exceeds max length": "",  # Z.ai
+    "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 4096]": "",  # Alibaba
+    "Total tokens of image and text exceed max message tokens.": "",  # Volcengine
+    "too many tokens: size limit exceeded by 904 tokens.": "",  # Cohere
+    "The estimated number of input and maximum output tokens exceeded this model context window limit (4096).": "",
 }
 
 
@@ -7696,9 +7717,18 @@ def test_e2_overflows_that_say_it_in_other_ways():
     assert told(400, llama)[1]["message"].startswith("prompt is too long: 9 tokens > 8 maximum")
     assert told(413, b"")[0] == 400 and told(400, b"")[1]["message"] == "HTTP 400 from the provider acme"
     groq = b'{"error":{"message":"Request too large for model `m` on TPM: Limit 6000, Requested 9000, please"}}'
-    for words in (groq, groq.replace(b"6000", b"6,000").replace(b"9000", b"9,000")):
+    openai = groq.replace(b"for model `m`", b"for gpt-5 in organization org-1").replace(b"please", b"please.")
+    for words in (groq, openai, groq.replace(b"6000", b"6,000").replace(b"9000", b"9,000")):
         assert told(429, words)[0] == 400 and "9000 tokens > 6000" in told(429, words)[1]["message"]
     assert told(429, b'{"error":{"message":"maximum context length"}}')[0] == 429
+    for words in (  # of Ollama and Bedrock
+        "prompt too long; exceeded max context length by 904 tokens",
+        "Input is too long for requested model.",
+    ):
+        content = json.dumps({"error": {"message": words}}).encode()
+        assert told(400, content)[1]["message"].startswith(f"prompt is too long ({words})")
+    waiting = {"error": {"message": "Too many tokens, please wait before trying again.", "code": "throttlingException"}}
+    assert told(400, json.dumps(waiting).encode())[1]["message"] == waiting["error"]["message"]
     for words in (
         "prompt is too long: 9 tokens > 8 maximum",
         "input length and `max_tokens` exceed context limit: 9 + 1 > 8",
