@@ -11044,10 +11044,10 @@ class Relay:
             if last:
                 last.release(self.connections)
             raise
-        if last and not (broken and (last.status in LASTING_STATUSES or (request.searches and last.status == 404))):
+        if last and not (broken and yields_to_break(request, last)):
             return await self._presented(request, last)
         if last:
-            last.release(self.connections)  # a later try may bring a better one from where none came
+            last.release(self.connections)
         raise no_response(request.record, broken, refusal)
 
     def finish(self, response: UpstreamResponse, failed: bool, complete: bool = False) -> None:
@@ -11179,6 +11179,13 @@ def record_attempt(record: AccessRecord, candidate: Candidate, attempts: int = 1
     record.attempts += attempts
     record.provider = candidate.target.provider.name
     record.sent_model, record.key = candidate.target.model or record.model, candidate.label
+
+
+def yields_to_break(request: UpstreamRequest, response: UpstreamResponse) -> bool:
+    """Whether the client is told of a try that brought no response, rather than sent this one: it refuses a key,
+    whatever was asked, or knows nothing of what was, and a later try may bring a better one from where none came."""
+    is_refusal = response.status in LASTING_STATUSES and not is_about_request(response.status, response.beginning)
+    return is_refusal or (request.searches and response.status == 404)
 
 
 def no_response(record: AccessRecord, broken: Optional[Attempt], refusal: Optional[BadRequest]) -> RelayError:

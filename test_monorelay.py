@@ -12258,6 +12258,15 @@ def test_of_several_failures_the_client_is_told_of_a_connection_that_may_come_la
     assert (got.get("x-should-retry"), got.get("x-monorelay-provider")) == (None, "a")
 
 
+def test_what_an_error_says_of_the_request_is_told_though_another_provider_broke_off(upstream, relay):
+    body = b'{"error":{"message":"Your chosen model requires moderation and your input was flagged"}}'
+    scripted = {"a": upstream(BREAKS["closes before the answer"]), "b": upstream(answer(403, body))}
+    providers = {name: {"upstream": it, "format": "openai"} for name, it in scripted.items()}
+    it = relay(providers, aliases={"smart": ["m@a", "m@b"]})
+    got = it.post("/v1/chat/completions", prompt("smart"))
+    assert (got.status, got.body) == (403, body)
+
+
 def test_a_response_to_the_last_try_is_noted_of_its_key_as_any_other(upstream, relay):
     broken, limited = upstream(BREAKS["closes before the answer"]), upstream(answer(429, b"{}", "retry-after: 60"))
     scripted = {"a": broken, "b": limited, "c": upstream(answer())}
