@@ -16127,11 +16127,19 @@ def describe_config(config: Config) -> Iterator[str]:
     if config.users:
         yield f"  users      {', '.join(config.users)}"
     if config.ledger:
-        path = config.ledger.path.removeprefix(os.path.join(os.getcwd(), ""))
+        path = config.ledger.path.removeprefix(current_folder())
         yield f"  ledger     {path}, kept for {config.ledger.keep_days} days"
     if config.prices:
         count, day = len(config.prices.by_name) + len(config.prices.by_pattern), config.prices.as_of
         yield f"  prices     {count} entries{f' of {day}' if day else ''}"
+
+
+def current_folder() -> str:
+    """The folder that this process is in, with its / at the end; empty when it was removed."""
+    try:
+        return os.path.join(os.getcwd(), "")
+    except OSError:
+        return ""
 
 
 def banner(config: Config, path: str, url: str, made_up: bool) -> Iterator[str]:

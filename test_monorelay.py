@@ -21936,6 +21936,22 @@ def test_the_directory_that_a_relay_was_started_in_may_be_replaced(program, tmp_
     eventually(lambda: {status(ALICE) for _ in range(4)} == {200})
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps a directory that a process is in")
+def test_a_relay_with_a_ledger_starts_in_a_directory_that_was_removed(program, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+
+    def leave() -> None:
+        os.chdir(gone)
+        gone.rmdir()
+
+    config, path = settings({"echo": {}}, ledger={"path": "usage.db"}), str(tmp_path / "relay.json")
+    it = program(config, "--config", path, preexec_fn=leave)
+    with Client(it.url) as client:
+        assert client.ask("POST", "/v1/messages", json.dumps(prompt("echo")).encode()).status == 200
+    assert f"ledger {tmp_path / 'usage.db'}, kept for" in " ".join(it.text().split())
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_a_second_signal_cuts_is_logged(upstream, program, workers):
     """The signals reach the whole group: workers have them from there and from their supervisor."""
