@@ -120,7 +120,7 @@ STREAM_LINE_BYTES = 64 * 1024  # a longer line of a stream goes out in pieces: m
 LABORIOUS_LINES = 2000  # or chunks, in what has come at once: they may take 0.3 ms
 LINES_AT_ONCE = 5000  # of them are decoded at a time, which takes 2 ms where the chunks have one byte each
 USAGE_BYTES = 16 * 1024  # of a response's usage object; some have 1,500
-USAGE_NAME_BYTES = 40  # of the name before it, or of a service tier that stands beside it
+USAGE_NAME_BYTES = 64  # of the names before it, or of a service tier that stands beside it
 USAGES_AT_ONCE = 8  # the last ones of what has come at once: some servers send one with each word
 TRANSLATED_AT_ONCE_BYTES = 16 * 1024  # which takes some milliseconds; a longer body is translated in a thread,
 TRANSLATED_SOON_BYTES = 256 * 1024  # and one that is longer than this, which may take seconds, in another
@@ -4298,8 +4298,12 @@ FIRST_EVENT_IS_ERROR = re.compile(
 EVENT_IS_ERROR = re.compile(rb"(?:^|[\r\n])(?:%b)" % FIRST_EVENT_IS_ERROR.pattern)
 USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 # Its opening, or as much of it as has come. OpenAI tells in others what an author of SVG used, apart from the picture's
-# model, and what its tools did, apart from the response's.
-USAGE_OBJECT = re.compile(rb'"(?:usage|(svg_|tool_)usage)" {0,4}:? {0,4}(?:\{|\Z)')
+# model, and what its tools did, apart from the response's. Groq tells once more what each model of a compound used,
+# which is in the response's: that list is one match, or as much of it as has come.
+USAGE_OBJECT = re.compile(
+    rb'"(?:usage|(svg_|tool_)usage)" {0,4}:? {0,4}(?:\{|\Z)'
+    rb'|"usage_breakdown"\s{0,4}:\s{0,4}\{\s{0,8}"models"\s{0,4}:\s{0,4}\[[^]]{0,%d}(?P<models>\]?)' % USAGE_BYTES
+)
 EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_(?:start|delta|stop)|content_block_[a-z]+|response\.[a-z_]+)"')
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
 # What a usage object tells, in Anthropic's words and in OpenAI's two sets of them.
@@ -4396,7 +4400,10 @@ class Usage:
             data, self._held = self._held + data, b""
         if b'"service_tier"' in data and (is_stream or not self._tier):
             self._note_tier(data, 0)
-        held = self._look(data, is_stream) if b'usage"' in data else max(0, len(data) - USAGE_NAME_BYTES)
+        if b'usage"' in data or (not is_stream and b"usage_breakdown" in data):
+            held = self._look(data, is_stream)
+        else:
+            held = max(0, len(data) - USAGE_NAME_BYTES)
         if is_stream:
             if data.endswith(b"\n"):
                 self._kind, self._has_tier = None, False
@@ -4414,6 +4421,9 @@ class Usage:
         held, names = max(0, len(data) - USAGE_NAME_BYTES), [*USAGE_OBJECT.finditer(data)]
         # The first may be message_start's.
         for name in [*names[:1], *names[1:][-USAGES_AT_ONCE:]]:
+            if name["models"] is not None:
+                held = held if name["models"] else min(held, max(name.start(), len(data) - USAGE_BYTES))
+                continue
             begin = name.end() - 1
             try:
                 usage, _ = USAGE_DECODER.raw_decode(data[begin : begin + USAGE_BYTES].decode("utf-8", "replace"))

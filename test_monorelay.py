@@ -3566,6 +3566,11 @@ STEPS = [
     {"type": "message", "input_tokens": 3, "output_tokens": 20, "model": "claude-test"},
     {"type": "compaction", "input_tokens": 900, "output_tokens": 80, "cache_read_input_tokens": 7},
 ]
+# How Groq tells what each model of a compound used (groq-python, chat_completion.py).
+BREAKDOWN = {
+    "models": [{"model": f"llama-{n}", "usage": {"queue_time": 0.1, "prompt_tokens": n, "completion_tokens": 1,
+                                                 "total_tokens": n + 1}} for n in range(12)]
+}  # fmt: skip
 CHAT_USAGE = {
     "prompt_tokens": 100,
     "completion_tokens": 9,
@@ -3811,6 +3816,31 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         (9, 0, 0, 0, 1985),
         None,
     ),
+    "a chat that tells once more what each of its models used, as Groq's compound": (
+        "/v1/chat/completions",
+        whole_chat(usage=CHAT_USAGE, usage_breakdown=BREAKDOWN, x_groq={"id": "req_1"}),
+        (25, 60, 15, 0, 9),
+        None,
+    ),
+    "a chat whose models are told of first": (
+        "/v1/chat/completions",
+        whole_chat(usage_breakdown={"models": [*BREAKDOWN["models"][:2]]}, usage=CHAT_USAGE),
+        (25, 60, 15, 0, 9),
+        None,
+    ),
+    "a chat that has no such models": (
+        "/v1/chat/completions",
+        whole_chat(usage_breakdown={"models": None}, usage=CHAT_USAGE, logprobs=[]),
+        (25, 60, 15, 0, 9),
+        None,
+    ),
+    "a stream of Groq's compound": (
+        "/v1/chat/completions",
+        chunks(CHOICE, {**CHOICE, "x_groq": {"id": "req_1", "usage": CHAT_USAGE}, "usage_breakdown": BREAKDOWN},
+               {"choices": [], "usage": CHAT_USAGE, "usage_breakdown": BREAKDOWN}),
+        (25, 60, 15, 0, 9),
+        None,
+    ),
     "a chat whose total has what was cached besides": (
         "/v1/chat/completions",
         whole_chat(usage={"completion_tokens": 3, "prompt_tokens": 18, "total_tokens": 29,
@@ -3960,6 +3990,8 @@ EVIL_USAGES = {
     "a long list": b'"usage":{"a":[' + b"1," * 30_000,
     "many digits": b'"usage":{"input_tokens":' + b"9" * 60_000,
     "lists within lists": b'"usage":{"a":' + b"[" * 60_000,
+    "models of a compound": b'"usage_breakdown":{"models":[]' * 2500,
+    "a long list of models": b'"usage_breakdown":{"models":[' + b'{"usage":{"input_tokens":1}},' * 3000,
     "an endless string": b'"usage":{"a":"' + b"\\u0041" * 10_000,
     "whole ones": b'"usage":{"input_tokens":1},' * 2500,
     "tiers": b'"service_tier":"flex",' * 3000,
