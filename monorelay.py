@@ -2625,14 +2625,14 @@ def tokens_of(usage: JsonDict) -> Tokens:
         details = counts_of(given)
         total = counts.get("prompt_tokens", counts.get("input_tokens"))
         output = counts.get("completion_tokens", counts.get("output_tokens"))
-        cached = details.get("cached_tokens")
-        written = details.get("cache_write_tokens", details.get("cache_creation_input_tokens"))  # the latter: Alibaba
+        cached = details.get("cached_read_tokens", details.get("cached_tokens"))
+        written = max([details[name] for name in WRITTEN_NAMES if name in details], default=None)
         includes = "prompt_tokens" in counts or cached is not None or written is not None
         # DeepSeek and Moonshot have names of their own for what was read.
         read = cached or next((counts[name] for name in CACHED_NAMES if name in counts), None)
         write = written or counts.get("cache_creation_input_tokens")
         if write and not lasting:
-            lasting = lasting_writes(given)
+            lasting = lasting_writes(given) or counts.get("claude_cache_creation_1_h_tokens", 0)  # the latter: new-api
         untold = counts.get("total_tokens", 0) - (total or 0) - (output or 0)
         if untold > 0 and is_thinking(untold, usage, cached or 0, written or 0):
             output = (output or 0) + untold
@@ -2658,6 +2658,9 @@ OPENAI_NAMES = frozenset({
 CHAT_TOTALS = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
 GEMINI_NAMES = CHAT_TOTALS | {"prompt_tokens_details", "completion_tokens_details", "service_tier"}
 CACHED_NAMES = ("cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens")
+# What was written to a cache, in the details of a prompt: by OpenAI, Alibaba, Bifrost (whose older ones count it in
+# `cached_tokens`, too) and new-api.
+WRITTEN_NAMES = ("cache_write_tokens", "cache_creation_input_tokens", "cached_write_tokens", "cached_creation_tokens")
 
 
 def told_anew(usage: JsonDict, names: Iterable[str]) -> JsonDict:
@@ -2669,12 +2672,13 @@ def told_anew(usage: JsonDict, names: Iterable[str]) -> JsonDict:
 
 
 def lasting_writes(details: Any) -> int:
-    """What was written to a cache for an hour or more, as OpenAI's details of a prompt tell it, and those of LiteLLM in
-    front of Claude."""
+    """What was written to a cache for an hour or more, as OpenAI's details of a prompt tell it, and those of LiteLLM
+    and Bifrost in front of Claude."""
     if not isinstance(details, dict):
         return 0
     hours = counts_of(details.get("cache_creation_token_details"))
     told = counts_of(details.get("cache_write_tokens_details")).get("ttl_12h_tokens", 0)
+    told = told or counts_of(details.get("cached_write_token_details")).get("cached_write_tokens_1h", 0)
     return told or hours.get("ephemeral_1h_input_tokens", 0) + hours.get("ephemeral_12h_input_tokens", 0)
 
 

@@ -2077,6 +2077,19 @@ def used(input: int, read: int = 0, write: int = 0, long: int = 0, output: int |
         ({"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, "prompt_tokens_details": {
             "cached_tokens": 50, "cache_creation": {"ephemeral_5m_input_tokens": 20}, "cache_type": "ephemeral",
             "cache_creation_input_tokens": 20}}, (30, 50, 20, 0, 5)),
+        # new-api in front of Claude, which has all of Anthropic's prompt in prompt_tokens (new-api, relay-claude.go).
+        ({"prompt_tokens": 180, "completion_tokens": 20, "total_tokens": 200, "input_tokens": 180, "output_tokens": 0,
+          "prompt_tokens_details": {"cached_tokens": 30, "cached_creation_tokens": 50, "text_tokens": 0},
+          "claude_cache_creation_5_m_tokens": 30, "claude_cache_creation_1_h_tokens": 20, "usage_semantic": "openai"},
+         (100, 30, 30, 20, 20)),
+        # Bifrost, whose older ones have what was written in cached_tokens, too (bifrost, schemas/responses.go).
+        ({"input_tokens": 180, "output_tokens": 20, "total_tokens": 200, "input_tokens_details": {
+            "cached_tokens": 80, "cached_read_tokens": 30, "cached_write_tokens": 50,
+            "cached_write_token_details": {"cached_write_tokens_5m": 30, "cached_write_tokens_1h": 20}}},
+         (100, 30, 30, 20, 20)),
+        ({"prompt_tokens": 180, "completion_tokens": 20, "prompt_tokens_details": {
+            "cached_tokens": 30, "cached_read_tokens": 30, "cached_write_tokens": 50, "cache_write_tokens": 50}},
+         (100, 30, 50, 0, 20)),
         # OpenAI, Responses.
         ({"input_tokens": 100, "input_tokens_details": {"cached_tokens": 60}, "output_tokens": 7,
           "output_tokens_details": {"reasoning_tokens": 5}, "total_tokens": 107}, (40, 60, 0, 0, 7)),
