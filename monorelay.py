@@ -6427,15 +6427,17 @@ THOUGHT_TEXTS = ("reasoning_content", "reasoning", "thinking")  # what servers c
 THOUGHT_MEMBERS = {*THOUGHT_TEXTS, "reasoning_details"}
 ANSWER_MEMBERS = {"content", "refusal", "images", "tool_calls", "function_call", *THOUGHT_MEMBERS}
 ANSWERED_MEDIA = ("image_url", "image", "output_image", "input_audio", "audio")  # that Messages has no place for
-# What a chat answer ends for, in the words of Messages; any other word is an end like `stop`, but for those by which
-# DeepSeek (the first), Z.ai (the second) and servers of open models say that it was broken off.
+# What a chat answer ends for, in the words of Messages (Z.ai has the last two); any other word is an end like `stop`,
+# but for those by which DeepSeek (the first), Z.ai (the second) and servers of open models say that it was broken off.
 STOP_REASONS = {
     "length": "max_tokens", "max_tokens": "max_tokens", "model_length": "max_tokens", "content_filter": "refusal",
+    "sensitive": "refusal", "model_context_window_exceeded": "model_context_window_exceeded",
 }  # fmt: skip
 BROKEN_OFF = (
     "insufficient_system_resource", "network_error", "abort", "aborted", "canceled", "cancelled", "interrupted",
     "timeout",
 )  # fmt: skip
+FILTERED_CALL = "function_call_filter"  # by which Gemini says that its model has malformed a call, which doesn't come
 
 
 def answer_id(prefix: str, id: str) -> str:
@@ -6489,7 +6491,7 @@ class ChatReader:
     @property
     def _is_cut_off(self) -> bool:
         """Whether the answer reached the limit of its length."""
-        return STOP_REASONS.get(self._finish) == "max_tokens"
+        return STOP_REASONS.get(self._finish) in ("max_tokens", "model_context_window_exceeded")
 
     def begin(self) -> list[JsonDict]:
         """The first event, where the client is to have it before anything has come."""
@@ -6570,12 +6572,8 @@ class ChatReader:
             self._read_calls(entries, "message" in choice)
         if isinstance(delta.get("function_call"), dict):
             self._read_call({"index": "function_call", "function": delta["function_call"]})
-        finish = choice.get("finish_reason")
-        if finish == "error":
-            raise fault_of(choice)
-        if finish in BROKEN_OFF:
-            raise AnswerFault(f"the provider broke its answer off: {finish}")
-        if isinstance(finish, str) and finish not in ("", "null"):
+        finish = ending_of(choice)
+        if finish:
             self._finish, self._may_go_on = finish, adds_to_answer(choice)
             self._usage = member(choice, "usage") or self._usage  # where Moonshot tells it
             self.finishes_early = self.finishes_early or bool(thought and not (said or entries))
@@ -6785,6 +6783,22 @@ def first_choices(answer: JsonDict) -> Iterator[JsonDict]:
 def first_choice(answer: JsonDict) -> Optional[JsonDict]:
     """The first choice of a chat answer or a chunk, if it has one."""
     return next(first_choices(answer), None)
+
+
+def ending_of(choice: JsonDict) -> str:
+    """The word for what ends the answer, if the choice has one: Gemini tells more behind a colon. Raises AnswerFault
+    for an answer that isn't whole."""
+    finish = choice.get("finish_reason")
+    if not isinstance(finish, str) or finish in ("", "null"):
+        return ""
+    if finish == "error":
+        raise fault_of(choice)
+    ending = finish.partition(":")[0].lower()
+    if ending in BROKEN_OFF:
+        raise AnswerFault(f"the provider broke its answer off: {word(finish)}")
+    if ending == FILTERED_CALL:
+        raise UnfitAnswer(f"the provider's model sent a malformed call of a tool ({word(finish)})")
+    return ending
 
 
 def adds_to_answer(choice: JsonDict) -> bool:

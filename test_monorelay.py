@@ -6134,6 +6134,13 @@ ANSWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "r5-model-length": (completion("model_length", content="Hi"), message_of([said("Hi")], "max_tokens")),
     "r5-length": (completion("length", content="Hi"), message_of([said("Hi")], "max_tokens")),
     "r6-filter": (completion("content_filter", content=""), message_of([said("")], "refusal")),
+    "r6-gemini": (completion("content_filter: RECITATION", content="Hi"), message_of([said("Hi")], "refusal")),
+    "r6-zai": (completion("sensitive", content="Hi"), message_of([said("Hi")], "refusal")),
+    "r5-zai": (
+        completion("model_context_window_exceeded", content="Hi"),
+        message_of([said("Hi")], "model_context_window_exceeded"),
+    ),
+    "r5-capitals": (completion("MAX_TOKENS", content="Hi"), message_of([said("Hi")], "max_tokens")),
     "r7-stop-sequence": (lambda it: (it["choices"][0].update(stop_reason="END"), it)[1])(completion(content="Hi")),
     "r8-unknown": (completion("eos", content="Hi"), message_of([said("Hi")])),
     "r9-none": (
@@ -6389,6 +6396,16 @@ def test_a_whole_answer_may_tell_its_text_in_one_choice_and_its_calls_in_the_nex
     answer = {**document, "choices": [*choices, {**choices[0], "index": 1}]}
     assert whole_answer(asked_of(), answer) == message_of([said("Hi"), LOOK], "tool_use")
     assert accumulated(asked_of(), sse_of([answer]))["content"] == [said("Hi"), LOOK]
+
+
+def test_r15_a_call_that_gemini_has_filtered_is_a_fault():
+    finish = "function_call_filter: MALFORMED_FUNCTION_CALL"
+    expected = f"the provider's model sent a malformed call of a tool ({finish})"
+    with pytest.raises(monorelay.UnfitAnswer) as caught:
+        whole_answer(asked_of(), completion(finish))
+    assert (caught.value.message, caught.value.status) == (expected, 502)
+    for chunks in [delta(finish, role="assistant")], [delta(content="Hi"), delta(finish)]:
+        assert ended_with(asked_of(), sse_of(chunks)) == ("api_error", expected)
 
 
 def test_r9_a_whole_answer_without_a_reason_for_its_end_is_one():
