@@ -2628,7 +2628,7 @@ def tokens_of(usage: JsonDict) -> Tokens:
         cached = details.get("cached_read_tokens", details.get("cached_tokens"))
         written = max([details[name] for name in WRITTEN_NAMES if name in details], default=None)
         includes = "prompt_tokens" in counts or cached is not None or written is not None
-        # DeepSeek and Moonshot have names of their own for what was read.
+        # DeepSeek, Moonshot and Mistral have names of their own for what was read.
         read = cached or next((counts[name] for name in CACHED_NAMES if name in counts), None)
         write = written or counts.get("cache_creation_input_tokens")
         if write and not lasting:
@@ -2657,10 +2657,13 @@ OPENAI_NAMES = frozenset({
 })  # fmt: skip
 CHAT_TOTALS = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
 GEMINI_NAMES = CHAT_TOTALS | {"prompt_tokens_details", "completion_tokens_details", "service_tier"}
-CACHED_NAMES = ("cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens")
-# What was written to a cache, in the details of a prompt: by OpenAI, Alibaba, Bifrost (whose older ones count it in
-# `cached_tokens`, too) and new-api.
-WRITTEN_NAMES = ("cache_write_tokens", "cache_creation_input_tokens", "cached_write_tokens", "cached_creation_tokens")
+CACHED_NAMES = ("cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens", "num_cached_tokens")
+# What was written to a cache, in the details of a prompt: by OpenAI, Alibaba, LiteLLM, Bifrost (whose older ones count
+# it in `cached_tokens`, too) and new-api.
+WRITTEN_NAMES = (
+    "cache_write_tokens", "cache_creation_input_tokens", "cache_creation_tokens", "cached_write_tokens",
+    "cached_creation_tokens",
+)  # fmt: skip
 
 
 def told_anew(usage: JsonDict, names: Iterable[str]) -> JsonDict:
@@ -6427,17 +6430,20 @@ THOUGHT_TEXTS = ("reasoning_content", "reasoning", "thinking")  # what servers c
 THOUGHT_MEMBERS = {*THOUGHT_TEXTS, "reasoning_details"}
 ANSWER_MEMBERS = {"content", "refusal", "images", "tool_calls", "function_call", *THOUGHT_MEMBERS}
 ANSWERED_MEDIA = ("image_url", "image", "output_image", "input_audio", "audio")  # that Messages has no place for
-# What a chat answer ends for, in the words of Messages (Z.ai has the last two); any other word is an end like `stop`,
-# but for those by which DeepSeek (the first), Z.ai (the second) and servers of open models say that it was broken off.
+# What a chat answer ends for, in the words of Messages; any other word is an end like `stop`, but for those by which
+# DeepSeek (the first), Z.ai (the second) and servers of open models say that it was broken off.
 STOP_REASONS = {
-    "length": "max_tokens", "max_tokens": "max_tokens", "model_length": "max_tokens", "content_filter": "refusal",
-    "sensitive": "refusal", "model_context_window_exceeded": "model_context_window_exceeded",
+    "length": "max_tokens", "max_tokens": "max_tokens", "model_length": "max_tokens",
+    "repetition_truncation": "max_tokens",  # MiMo
+    "model_context_window_exceeded": "model_context_window_exceeded", "sensitive": "refusal",  # both Z.ai
+    "content_filter": "refusal", "refusal": "refusal",
 }  # fmt: skip
 BROKEN_OFF = (
     "insufficient_system_resource", "network_error", "abort", "aborted", "canceled", "cancelled", "interrupted",
     "timeout",
 )  # fmt: skip
-FILTERED_CALL = "function_call_filter"  # by which Gemini says that its model has malformed a call, which doesn't come
+# By which Gemini (the first) and LiteLLM say that its model has malformed a call, which doesn't come.
+FILTERED_CALL = ("function_call_filter", "malformed_function_call")
 
 
 def answer_id(prefix: str, id: str) -> str:
@@ -6796,7 +6802,7 @@ def ending_of(choice: JsonDict) -> str:
     ending = finish.partition(":")[0].lower()
     if ending in BROKEN_OFF:
         raise AnswerFault(f"the provider broke its answer off: {word(finish)}")
-    if ending == FILTERED_CALL:
+    if ending in FILTERED_CALL:
         raise UnfitAnswer(f"the provider's model sent a malformed call of a tool ({word(finish)})")
     return ending
 

@@ -2090,6 +2090,14 @@ def used(input: int, read: int = 0, write: int = 0, long: int = 0, output: int |
         ({"prompt_tokens": 180, "completion_tokens": 20, "prompt_tokens_details": {
             "cached_tokens": 30, "cached_read_tokens": 30, "cached_write_tokens": 50, "cache_write_tokens": 50}},
          (100, 30, 50, 0, 20)),
+        # new-api in front of what tells both; LiteLLM, where the sum doesn't stand beside the details; Mistral.
+        ({"input_tokens": 3619, "output_tokens": 36, "input_tokens_details": {
+            "cached_tokens": 2921, "cached_creation_tokens": 120, "cache_write_tokens": 695}}, (3, 2921, 695, 0, 36)),
+        ({"prompt_tokens": 1000, "completion_tokens": 10, "prompt_tokens_details": {
+            "cached_tokens": 400, "cached_read_tokens": 0, "cached_write_tokens": 400}}, (600, 0, 400, 0, 10)),
+        ({"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cache_creation_tokens": 5}},
+         (4, 0, 5, 0, 1)),
+        ({"prompt_tokens": 9, "completion_tokens": 1, "num_cached_tokens": 5}, (4, 5, 0, 0, 1)),
         # OpenAI, Responses.
         ({"input_tokens": 100, "input_tokens_details": {"cached_tokens": 60}, "output_tokens": 7,
           "output_tokens_details": {"reasoning_tokens": 5}, "total_tokens": 107}, (40, 60, 0, 0, 7)),
@@ -6140,6 +6148,7 @@ ANSWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         completion("model_context_window_exceeded", content="Hi"),
         message_of([said("Hi")], "model_context_window_exceeded"),
     ),
+    "r5-repetition": (completion("repetition_truncation", content="Hi"), message_of([said("Hi")], "max_tokens")),
     "r5-capitals": (completion("MAX_TOKENS", content="Hi"), message_of([said("Hi")], "max_tokens")),
     "r7-stop-sequence": (lambda it: (it["choices"][0].update(stop_reason="END"), it)[1])(completion(content="Hi")),
     "r8-unknown": (completion("eos", content="Hi"), message_of([said("Hi")])),
@@ -6269,6 +6278,17 @@ def test_r_and_s21_a_whole_answer_and_its_stream_are_the_same_message(name):
     assert len(sent) == 1
     if name != "r15-length":  # of which a stream has shown a part
         assert accumulated(asked_of(), data) == whole
+
+
+@pytest.mark.parametrize("finish", ["length", "model_context_window_exceeded"])
+def test_r15_a_call_that_the_limit_has_cut_off_is_left_out(finish):
+    answer = completion(finish, content="Hi", calls=[call(None, "c1", "look", '{"at":')])
+    assert whole_answer(asked_of(), answer)["content"] == [said("Hi")]
+
+
+def test_r6_an_answer_that_gemini_keeps_back_is_a_refusal_though_it_has_no_message():
+    answer = {"choices": [{"index": 0, "finish_reason": "content_filter: PROHIBITED_CONTENT"}], "usage": USAGE}
+    assert whole_answer(asked_of(), answer) == message_of([said("")], "refusal")
 
 
 def ended_with(asked: Any, data: bytes) -> tuple[str, str]:
