@@ -2581,7 +2581,7 @@ def used_of(usage: Any, service_tier: str = "") -> Used:
         "" if tier in ("standard", "default") else word_of(tier),
         "" if speed in ("standard", None) else word_of(speed),
         word_of(usage.get("inference_geo")),
-        counts_of(usage.get("server_tool_use")).get("web_search_requests", 0),
+        searches_of(usage),
     )
     return used._replace(iterations=tuple(iterations_of(usage["iterations"], used))) if "iterations" in usage else used
 
@@ -2596,6 +2596,19 @@ def iterations_of(listed: Any, used: Used) -> Iterator[tuple[str, Used]]:
             model = entry.get("model")
             name = model if isinstance(model, str) and len(model) <= MODEL_CHARACTERS else ""
             yield name, Used(*tokens, used.tier, used.speed, used.geo)
+
+
+def searches_of(usage: JsonDict) -> int:
+    """How often the web was searched: as Anthropic and OpenRouter tell it; xAI; LiteLLM; and Perplexity, which searches
+    for each answer, and tells how often only where that is more than once."""
+    if usage.get("server_tool_use"):
+        return counts_of(usage["server_tool_use"]).get("web_search_requests", 0)
+    if "server_side_tool_usage_details" in usage:
+        counts = counts_of(usage["server_side_tool_usage_details"])
+        return counts.get("web_search_calls", 0) + counts.get("x_search_calls", 0)
+    if usage.get("search_context_size") or usage.get("num_search_queries"):
+        return counts_of(usage).get("num_search_queries", 1)
+    return counts_of(usage.get("prompt_tokens_details")).get("web_search_requests", 0)
 
 
 def with_author(used: Used, author: JsonDict) -> Used:

@@ -2129,6 +2129,13 @@ def test_the_kinds_of_tokens_are_disjoint_in_either_format(usage, expected):
         ({"service_tier": None, "server_tool_use": {"web_search_requests": 3}}, "flex", ("flex", "", "", 3)),
         ({"service_tier": "x" * 33, "speed": "two words", "inference_geo": 5, "server_tool_use": [3]}, "ü",
          ("", "", "", 0)),
+        # xAI; Perplexity, which tells the number only of several; and LiteLLM in front of such.
+        ({"server_side_tool_usage_details": {"web_search_calls": 2, "x_search_calls": 1, "mcp_calls": 9}}, "",
+         ("", "", "", 3)),
+        ({"search_context_size": "low"}, "", ("", "", "", 1)),
+        ({"search_context_size": "high", "num_search_queries": 74}, "", ("", "", "", 74)),
+        ({"search_context_size": None, "num_search_queries": None}, "", ("", "", "", 0)),
+        ({"prompt_tokens_details": {"web_search_requests": 2}, "server_tool_use": None}, "", ("", "", "", 2)),
     ],
     ids=brief,
 )  # fmt: skip
