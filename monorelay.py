@@ -2587,12 +2587,16 @@ def used_of(usage: Any, service_tier: str = "") -> Used:
 
 
 def iterations_of(listed: Any, used: Used) -> Iterator[tuple[str, Used]]:
-    """The steps of which a response tells, each with the tier, speed and place of the whole."""
+    """The steps of which a response tells, each with the tier, speed and place of the whole. A model that declined
+    before it said anything, so that another one answered, isn't billed
+    (https://platform.claude.com/docs/en/build-with-claude/refusals-and-fallback)."""
     if not isinstance(listed, list) or len(listed) > USAGE_ITERATIONS:
         return
-    for entry in listed:
-        tokens = tokens_of(entry) if isinstance(entry, dict) else NO_TOKENS
-        if tokens is not NO_TOKENS:
+    entries = [entry for entry in listed if isinstance(entry, dict)]
+    is_fallback = any(entry.get("type") == "fallback_message" for entry in entries)
+    for entry in entries:
+        tokens = tokens_of(entry)
+        if tokens is not NO_TOKENS and not (is_fallback and entry.get("type") == "message" and not tokens[-1]):
             model = entry.get("model")
             name = model if isinstance(model, str) and len(model) <= MODEL_CHARACTERS else ""
             yield name, Used(*tokens, used.tier, used.speed, used.geo)

@@ -2163,6 +2163,18 @@ def test_iterations_are_kept_with_their_models_beside_the_totals():
     assert monorelay.used_of({**usage, "iterations": usage["iterations"] * 21}).iterations == ()
 
 
+def test_a_model_that_declined_before_it_said_anything_is_not_billed_beside_the_one_that_answered():
+    declined = {"type": "message", "model": "claude-fable", "input_tokens": 4000, "output_tokens": 0}
+    served = {"type": "fallback_message", "model": "claude-opus", "input_tokens": 4000, "output_tokens": 5}
+    steps = {"of both": [declined, served], "of a part": [{**declined, "output_tokens": 2}, served],
+             "of the one": [declined], "of two turns": [{**served, "type": "message"}, served]}  # fmt: skip
+    found = {name: monorelay.used_of({"input_tokens": 4000, "iterations": steps[name]}).iterations for name in steps}
+    assert {name: [model for model, _ in told] for name, told in found.items()} == {
+        "of both": ["claude-opus"], "of a part": ["claude-fable", "claude-opus"], "of the one": ["claude-fable"],
+        "of two turns": ["claude-opus", "claude-opus"],
+    }  # fmt: skip
+
+
 USAGE_NAMES = [
     "input_tokens", "output_tokens", "prompt_tokens", "completion_tokens", "cache_read_input_tokens", "cached_tokens",
     "cache_creation_input_tokens", "cache_creation", "ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens",
