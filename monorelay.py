@@ -4541,10 +4541,10 @@ WHOLE_BLOCKS = 10_000  # with citations, a message has a block for each sentence
 TOOL_CALLS = 128  # in an answer: as many tools as OpenAI allows in a request
 TOOL_NAME_CHARACTERS = 256  # Anthropic allows 128, OpenAI 64
 RENAMED_TOOLS = 1000  # in a request: they are remembered until the answer is over
-TOOL_ID_CHARACTERS = 2048  # in an answer
+TOOL_ID_CHARACTERS = 16 * 1024  # in an answer: LiteLLM puts what Gemini has to get back into it
 SEAL_CHARACTERS = 64 * 1024  # of what Gemini, or OpenRouter for it, has to get back with a call
 CARRYING_CHARACTERS = 128 * 1024  # of an id in a request: it may carry another one, and such a seal
-CARRIED_VALUES = 2 * TOOL_ID_CHARACTERS  # in what such an id carries: two texts, which may have commas
+CARRIED_VALUES = 4096  # in what such an id carries: two texts, which may have commas
 SIGNATURE_CHARACTERS = 8 * TRANSLATED_HELD_BYTES  # each character of thinking may take six, and base64 a third more
 DROPPED_NAMES = 20  # of what was left out are told
 CHAT_STOPS = 4  # OpenAI's limit
@@ -5713,7 +5713,7 @@ class ChatTurns:
         if open_calls:
             raise Untranslatable(
                 f"{turn.place}: `tool_use` ids were found without `tool_result` blocks immediately after: "
-                f"{widened(', '.join(open_calls)[:TOOL_ID_CHARACTERS])}"
+                f"{widened(', '.join(open_calls)[:ERROR_CHARACTERS])}"
             )
 
     def _result(self, result: JsonDict, place: str) -> tuple[str, list[JsonDict]]:
@@ -6684,7 +6684,7 @@ class ChatReader:
         if name and id == call.id and call.was(name, part):
             return  # it comes once more
         part = part if call.arguments else part.lstrip(JSON_BLANKS)  # blanks alone would be no JSON
-        seal_before, call.id, call.seal = call.seal, call.id or id, call.seal or seal
+        known_before, call.id, call.seal = len(call.id) + len(call.seal), call.id or id, call.seal or seal
         if not call.is_open and not call.closed:
             call.name = call.name if call.name == name else (call.name + name)[: TOOL_NAME_CHARACTERS + 1]
         if call.closed:
@@ -6695,7 +6695,7 @@ class ChatReader:
         if self._values > TRANSLATED_VALUES:
             raise UnfitAnswer(f"the provider's answer calls tools with more than {TRANSLATED_VALUES} values")
         self._said += characters(part)
-        self._hold(len(part) + len(call.seal) - len(seal_before))
+        self._hold(len(part) + len(call.id) + len(call.seal) - known_before)
         call.add(part)
         self._advance(is_followed=False)
 

@@ -5657,6 +5657,22 @@ def test_t14_odd_ids_are_carried_and_come_back():
     assert "tool_call_id" in not_translated(lambda: to_messages(messages=[HELLO, returned("x")]))
 
 
+def test_g2_what_litellm_puts_into_an_id_for_gemini_comes_back():
+    long = f"call_1__thought__{'Q2lZ/+' * 2000}=="
+    chunks = [delta(calls=[call(0, long, "look", "{}")]), delta("tool_calls")]
+    blocks = accumulated(asked_of(), sse_of(chunks))["content"]
+    history = [HELLO, assistant(*blocks), user(tool_result(blocks[0]["id"]))]
+    _, turn, result = to_chat(messages=history)[0]["messages"]
+    assert turn["tool_calls"][0]["id"] == result["tool_call_id"] == long
+
+
+def test_the_ids_of_an_answers_calls_are_bounded_together():
+    calls = [call(number, f"{number}{'i' * 16_000}", "look", "{}") for number in range(40)]
+    it = monorelay.AnswerTranslator(asked_of(stream=True))
+    it.feed(sse_of([delta(calls=[one]) for one in calls]))
+    assert isinstance(it.fault, monorelay.UnfitAnswer)
+
+
 NARROW = st.text().map(monorelay.narrow)
 
 
