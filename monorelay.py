@@ -7388,7 +7388,7 @@ OVERFLOW = re.compile(
     | exceed\ max\ message\ tokens | context\ size\ has\ been\ exceeded"""
 )
 # A limit of tokens a minute that one request alone is over: no waiting helps.
-NEVER_FITS = re.compile(r"(?i)request too large for .{0,300}limit ([0-9,]{1,15}), requested ([0-9,]{1,15})")
+NEVER_FITS = re.compile(r"(?i)request too large for model.{0,300}limit ([0-9,]{1,15}), requested ([0-9,]{1,15})")
 OVERFLOW_LIMIT = re.compile(
     r"""(?ix) (?: maximum\ (?:context|prompt)\ length\ (?:is|of) | context\ length\ (?:is|of)\ only
     | number\ of\ tokens\ allowed | too\ large\ for\ model\ with | exceeds\ the\ limit\ of | available\ context\ size
