@@ -6388,7 +6388,7 @@ def test_a_stream_of_minimax_that_is_an_error_is_told_in_its_own_words():
         completion(calls=[call(None, "c1", "look", "[1]")]),
         completion(calls=[call(None, "c1", None, "{}")]),
         completion(calls=[call(None, "c1", "x" * 300, "{}")]),
-        completion(calls=[call(None, "c" * 3000, "look", "{}")]),
+        completion(calls=[call(None, "c" * (monorelay.TOOL_ID_CHARACTERS + 1), "look", "{}")]),
         completion(calls=[{**call(None, "c1", "x", "{}"), **sealed("x" * 70_000)}]),
         completion(content=[{"type": "image_url", "image_url": {"url": "data:"}}]),
         completion(images=[{"type": "image_url", "image_url": {"url": "data:"}}]),
