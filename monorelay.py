@@ -6201,7 +6201,7 @@ class MessageTurns:
             raise self._draft.refusal(place, f"a call of the type {word(call['type'])}")
         given = string(function.get("arguments") or "{}", f"{place}.function.arguments")
         try:
-            arguments = self._draft.read_inner(given)
+            arguments = self._draft.read_inner("{}" if given == "null" else given)  # Go's empty map
         except ValueError:
             arguments = None
         if not isinstance(arguments, dict):
@@ -6683,7 +6683,7 @@ class ChatReader:
         call = self._call_of(entry.get("index"), id, name, part)
         if name and id == call.id and call.was(name, part):
             return  # it comes once more
-        part = part if call.arguments else part.lstrip(JSON_BLANKS)  # blanks alone would be no JSON
+        part = part if call.arguments else first_of_arguments(part)
         known_before, call.id, call.seal = len(call.id) + len(call.seal), call.id or id, call.seal or seal
         if not call.is_open and not call.closed:
             call.name = call.name if call.name == name else (call.name + name)[: TOOL_NAME_CHARACTERS + 1]
@@ -6787,6 +6787,13 @@ class ChatReader:
         stored = brief + lasting
         # Claude Code takes 0 for not told, and would count the cached part twice.
         return message_usage(fresh or min(1, read + stored), stored, read, output)
+
+
+def first_of_arguments(part: str) -> str:
+    """What comes first of a call's arguments, but for blanks, which alone would be no JSON. Some models write null for
+    a tool without parameters."""
+    part = part.lstrip(JSON_BLANKS)
+    return "" if part.rstrip(JSON_BLANKS) == "null" else part
 
 
 def is_another(call: Call, id: str, name: str, part: str) -> bool:

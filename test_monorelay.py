@@ -6479,6 +6479,19 @@ def test_s10_a_stream_that_is_done_before_anything_was_said_is_a_fault(chunks):
         whole_answer(asked_of(), sse_of(chunks), is_stream=True)
 
 
+@pytest.mark.parametrize("written", ["null", " null\n", None, ""], ids=brief)
+def test_null_is_what_some_models_write_for_a_tool_without_parameters(written):
+    calls = [call(0, "c1", "look", written), call(1, "c2", "look", '{"a":null}')]
+    expected = message_of([tool_use("c1"), tool_use("c2", a=None)], "tool_use")
+    assert whole_answer(asked_of(), completion("tool_calls", calls=calls)) == expected
+    assert accumulated(asked_of(), sse_of([delta(calls=calls), delta("tool_calls")]))["content"] == expected["content"]
+    parts = [delta(calls=[call(0, "c2", "look", '{"a":')]), delta(calls=[call(0, arguments="null")])]
+    parts += [delta(calls=[call(0, arguments="}")]), delta("tool_calls")]
+    assert accumulated(asked_of(), sse_of(parts))["content"] == [expected["content"][1]]
+    history = [HELLO, assistant_said(None, called("c1", written and written.strip())), returned("c1")]
+    assert to_messages(messages=history)[0]["messages"][1]["content"] == [tool_use("c1")]
+
+
 def test_r15_malformed_arguments_end_a_stream_with_an_error():
     for parts in (['{"at'], ["[1]"], ['{"a":1}', "}"], ["{'a'}"]):
         data = sse_of([*(delta(calls=[call(0, "c1", "look", part)]) for part in parts), delta("tool_calls")])
