@@ -1399,12 +1399,13 @@ PRICE_UNIT = 10**30
 KINDS = ("input", "cache_read", "cache_write", "cache_write_long", "output")
 # Fields of LiteLLM's list, such as cache_creation_input_token_cost_above_1hr_above_200k_tokens_batches.
 LITELLM_RATE = re.compile(
-    r"(input_cost_per_token|output_cost_per_token|cache_read_input_token_cost|cache_creation_input_token_cost)"
+    r"(input_cost_per_token|output_cost_per(?:_image)?_token|cache_read_input_token_cost|cache_creation_input_token_cost)"
     r"(_above_(?:1|12)hr)?(?:_above_([0-9]{1,6})k_tokens)?(?:_([a-z]+))?"
 )
 LITELLM_KINDS = {
     "input_cost_per_token": "input",
     "output_cost_per_token": "output",
+    "output_cost_per_image_token": "pictures",
     "cache_read_input_token_cost": "cache_read",
     "cache_creation_input_token_cost": "cache_write",
 }
@@ -1435,9 +1436,10 @@ def litellm_price(name: str, given: JsonDict) -> Price:
         rate = litellm_rate(field)
         if rate and value is not None:
             rates[rate] = price_number(value, f"{name}.{field}")
-    pictures = given.get("output_cost_per_image_token")  # of a model that makes nothing else
-    if pictures is not None:
-        rates.setdefault(("output", "", 0), price_number(pictures, f"{name}.output_cost_per_image_token"))
+    pictures = {("output", tier, above): rate for (kind, tier, above), rate in rates.items() if kind == "pictures"}
+    if pictures and (given.get("mode") == "image_generation" or ("output", "", 0) not in rates):
+        # What such a model writes beside its pictures, if anything, is little.
+        rates = {**{key: rate for key, rate in rates.items() if key[0] != "output"}, **pictures}
     factors = given.get("provider_specific_entry")
     factors = factors if isinstance(factors, dict) else {}
     numbers = {word: factor for word, factor in factors.items() if type(factor) in (int, float) and 0 < factor < 1000}

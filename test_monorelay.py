@@ -2312,6 +2312,13 @@ def test_pictures_cost_what_a_list_of_litellms_form_says_of_their_tokens():
     prices = {"painter": painter, "writer": {**painter, "output_cost_per_token": 1e-5}}
     assert cost("openai", "painter", used(1, output=10), prices) == 5000 + 400_000
     assert cost("openai", "writer", used(1, output=10), prices) == 5000 + 100_000
+    # As gpt-image-1.5 and gemini-3-pro-image, which make pictures, and can write.
+    flexible = {"input_cost_per_token_flex": 2.5e-6, "output_cost_per_token_flex": 5e-6}
+    prices = {"both": {**prices["writer"], **flexible, "mode": "image_generation"}}
+    assert cost("openai", "both", used(1, output=10), prices) == 5000 + 400_000
+    assert cost("openai", "both", used(1, output=10, tier="flex"), prices) == 2500 + 200_000
+    prices["both"]["output_cost_per_image_token_flex"] = 3e-5
+    assert cost("openai", "both", used(1, output=10, tier="flex"), prices) == 2500 + 300_000
 
 
 def test_prices_by_pattern_are_usd_per_million_and_the_first_match_counts():
