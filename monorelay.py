@@ -2705,9 +2705,10 @@ def lasting_writes(details: Any) -> int:
 
 
 def is_thinking(untold: int, usage: JsonDict, cached: int, written: int) -> bool:
-    """Whether these tokens, which only the total counts, were thought: xAI and Copilot tell of them apart, Gemini
-    doesn't."""
-    thought = counts_of(usage.get("completion_tokens_details")).get("reasoning_tokens") or usage.get("reasoning_tokens")
+    """Whether these tokens, which only the total counts, were thought: xAI, Copilot and gateways in front of Gemini
+    tell of them apart, Gemini doesn't."""
+    details = counts_of(usage.get("completion_tokens_details") or usage.get("output_tokens_details"))
+    thought = details.get("reasoning_tokens") or usage.get("reasoning_tokens")
     is_gemini = not thought and CHAT_TOTALS <= usage.keys() <= GEMINI_NAMES
     return untold == thought or (is_gemini and untold not in (cached, written, cached + written))
 

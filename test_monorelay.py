@@ -3888,6 +3888,14 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         (25, 60, 15, 0, 9),
         None,
     ),
+    "a response that counts its thinking apart, as CLIProxyAPI's of Gemini": (
+        "/v1/responses",
+        whole_response(service_tier="default", usage={
+            "input_tokens": 18, "input_tokens_details": {"cached_tokens": 8}, "output_tokens": 3,
+            "output_tokens_details": {"reasoning_tokens": 650}, "total_tokens": 671}),
+        (10, 8, 0, 0, 653),
+        None,
+    ),
     "a chat whose total has what was cached besides": (
         "/v1/chat/completions",
         whole_chat(usage={"completion_tokens": 3, "prompt_tokens": 18, "total_tokens": 29,
