@@ -5963,7 +5963,16 @@ def passed_members(chat: JsonDict, messages: list[JsonDict], draft: Draft) -> Js
     if member(members, "thinking").get("type") == "enabled" and lacks_thinking(messages):
         del members["thinking"]
         draft.drop("thinking")
+    if "top_k" in members and is_told_to_think(chat, draft):
+        del members["top_k"]
+        draft.drop("top_k")
     return members
+
+
+def is_told_to_think(chat: JsonDict, draft: Draft) -> bool:
+    """Whether the effort that a chat asks for becomes thinking, beside which Claude refuses all sampling but its usual
+    one: "`temperature` may only be set to 1 when thinking is enabled or in adaptive mode"."""
+    return draft.settings.reasoning != "none" and chat.get("reasoning_effort") not in (None, "none")
 
 
 def lacks_thinking(messages: list[JsonDict]) -> bool:
@@ -5985,14 +5994,16 @@ def longest_answer(chat: JsonDict, draft: Draft) -> int:
 
 
 def message_sampling(chat: JsonDict, draft: Draft) -> JsonDict:
-    """Temperature, or else top_p: Claude refuses both at once. And where to stop."""
+    """Temperature, or else top_p: Claude refuses both at once, and where it thinks, most values. And where to stop."""
     members: JsonDict = {name: chat[name] for name in ("temperature", "top_p") if name in chat}
     if isinstance(members.get("temperature"), (int, float)) and members["temperature"] > 1:
         members["temperature"] = 1
         draft.drop("temperature")
-    if len(members) > 1:
-        del members["top_p"]
-        draft.drop("top_p")
+    refused = ["top_p"] if len(members) > 1 else []
+    refused += [name for name in members if members[name] != 1] if is_told_to_think(chat, draft) else []
+    for name in refused:
+        members.pop(name, None)
+        draft.drop(name)
     stops = strings(chat.get("stop") or [], "stop")
     kept = [stop for stop in stops if not is_blank(stop)]
     if len(kept) < len(stops):

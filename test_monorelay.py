@@ -5907,6 +5907,28 @@ def test_hints_of_chat_are_left_out_and_named_unless_they_say_nothing():
     assert effort["thinking"] == {"type": "adaptive"} and effort["output_config"] == {"effort": "low"}
 
 
+@pytest.mark.parametrize(
+    ("sampling", "kept", "dropped"),
+    [
+        ({"temperature": 0.2}, {}, {"temperature"}),
+        ({"temperature": 1}, {"temperature": 1}, set()),
+        ({"temperature": 1.5}, {"temperature": 1}, {"temperature"}),
+        ({"top_p": 0.9}, {}, {"top_p"}),
+        ({"temperature": 0.2, "top_p": 0.9, "top_k": 5}, {}, {"temperature", "top_p", "top_k"}),
+    ],
+)
+def test_t6_an_effort_that_becomes_thinking_leaves_no_sampling_that_claude_refuses_beside_it(sampling, kept, dropped):
+    """As mistral-vibe sends both; "`temperature` may only be set to 1 when thinking is enabled or in adaptive mode"."""
+    thinks = target_of("anthropic", reasoning="effort")
+    body, told = to_messages(thinks, reasoning_effort="high", **sampling)
+    assert {name: body[name] for name in ("temperature", "top_p", "top_k") if name in body} == kept
+    assert set(told) == dropped and body["thinking"] == {"type": "adaptive"}
+    for target, effort in (thinks, "none"), (thinks, None), (target_of("anthropic"), "high"):
+        body, _ = to_messages(target, reasoning_effort=effort, temperature=0.2, top_k=5)
+        assert (body["temperature"], body["top_k"]) == (0.2, 5)
+
+
+
 def test_thinking_that_chat_clients_hand_back_leads_the_turn():
     blocks = [
         {"index": 0, "type": "thinking", "thinking": "hm", "signature": "s"},
