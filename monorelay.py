@@ -6559,6 +6559,8 @@ class ChatReader:
         as if all were told."""
         if member(chunk, "base_resp").get("status_code"):  # MiniMax
             return True
+        if chunk.get("error_message") and not self.may_end:  # DeepInfra, Venice
+            return True
         if not self._writer.begun or self.may_end or "choices" in chunk:
             return False
         if chunk.get("error_code") or chunk.get("object") == "error":  # FastChat; older vLLM
@@ -7211,6 +7213,14 @@ def whole_chat(chunks: Iterable[JsonDict]) -> JsonDict:
 # -- an answer in bytes
 
 
+def named_error(data: bytes) -> bytes:
+    """The data of an event that is called an error, as an object that says so, too."""
+    if b'"error"' in data:
+        return data
+    is_object = data.lstrip()[:1] == b"{"
+    return b'{"error":%b}' % (data if is_object else encoded(dump(narrow(data.decode("utf-8", "replace")))))
+
+
 class EventReader:
     """Reads the data of the events of a stream, however it is cut."""
 
@@ -7218,6 +7228,8 @@ class EventReader:
     _END = re.compile(rb"\n(?:\n|\r\n?)|\r(?:\r\n?|\n(?:\n|\r\n?))")
     # A stream may begin with a byte order mark.
     _DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data(?:: ?([^\r\n]*))?(?![^\r\n])")
+    # One that its name alone calls an error: Alibaba's.
+    _ERROR = re.compile(rb"(?:\A|[\r\n])event: ?error(?![^\r\n])")
 
     def __init__(self) -> None:
         self._rest = bytearray()  # what has come of an event that hasn't ended
@@ -7232,13 +7244,20 @@ class EventReader:
         for event in events:
             lines = self._DATA.findall(event)
             if lines:
-                yield b"\n".join(lines)
+                found = b"\n".join(lines)
+                yield named_error(found) if b"error" in event and self._ERROR.search(event) else found
         if len(self._rest) > TRANSLATED_HELD_BYTES:
             raise UnfitAnswer(f"the provider sent an event of more than {TRANSLATED_HELD_BYTES} bytes")
 
     def flush(self) -> Iterator[bytes]:
-        """The data of the event that the end of the stream ends."""
-        return self.feed(b"\n\n")
+        """The data of the event that the end of the stream ends; Gemini may end it by an error that is in none."""
+        rest = bytes(self._rest).strip()
+        if rest.startswith(b"[{") and rest.endswith(b"}]"):
+            rest = rest[1:-1]
+        if rest.startswith(b"{") and rest.endswith(b"}"):
+            yield rest
+        else:
+            yield from self.feed(b"\n\n")
 
 
 class AnswerTranslator:
@@ -7451,10 +7470,12 @@ def fault_answer(fault: AnswerFault, asked: Asked) -> tuple[int, bytes]:
 def first_fault(content: bytes, is_stream: bool) -> Optional[AnswerFault]:
     """The error with which a stream begins, or that a whole answer is; None where it isn't one. Errors are short."""
     content = content[:PEEKED_BYTES]
-    if b'"error"' not in content:
+    if (b"error" if is_stream else b'"error"') not in content:
         return None
     try:
-        document = read_answer(next(filter(bytes.strip, EventReader().feed(content)), b"{}") if is_stream else content)
+        events = EventReader()
+        found = filter(bytes.strip, itertools.chain(events.feed(content), events.flush()))
+        document = read_answer(next(found, b"{}") if is_stream else content)
         failed = failed_part(document)
         return fault_of(failed) if failed else None
     except (AnswerFault, RecursionError):
@@ -7463,7 +7484,7 @@ def first_fault(content: bytes, is_stream: bool) -> Optional[AnswerFault]:
 
 def failed_part(document: JsonDict) -> Optional[JsonDict]:
     """What tells of an error in a whole answer or a chunk of chat: it, or a choice in it; None where nothing does."""
-    if document.get("error"):
+    if document.get("error") or (document.get("error_message") and not document.get("choices")):
         return document
     choices = listed_objects(document.get("choices"))
     return next((choice for choice in choices if choice.get("finish_reason") == "error"), None)
@@ -7533,7 +7554,7 @@ def words_of(document: Any, levels: int = ERROR_LEVELS) -> str:
         return document if isinstance(document, str) else ""
     error = document.get("error")
     found = words_of(error, levels - 1) if error else ""
-    for name in ("message", "detail", "errors", "msg", "error_msg", "base_resp", "status_msg"):
+    for name in ("message", "detail", "errors", "msg", "error_msg", "error_message", "base_resp", "status_msg"):
         found = found or words_of(document.get(name), levels - 1)
     where = document.get("loc")
     if isinstance(where, list):
@@ -7544,7 +7565,10 @@ def words_of(document: Any, levels: int = ERROR_LEVELS) -> str:
 
 
 # What stands in the type of an error that has no status, and which one it means.
-FAULT_WORDS = {"overloaded": 529, "rate_limit": 429, "invalid_request": 400, "context": 400, "timeout": 504}
+FAULT_WORDS = {
+    "overloaded": 529, "rate_limit": 429, "Throttling": 429, "invalid_request": 400, "BadRequest": 400, "context": 400,
+    "timeout": 504,
+}  # fmt: skip
 
 
 def fault_of(document: JsonDict) -> AnswerFault:
@@ -7552,7 +7576,7 @@ def fault_of(document: JsonDict) -> AnswerFault:
     error = document.get("error")
     told = error if isinstance(error, dict) else document
     figures = [told.get(name) for name in ("code", "status", "status_code")]
-    kind = word(told.get("type") or told.get("code"))
+    kind = word(told.get("type") or told.get("error_type") or told.get("code"))
     figures += [meant for word, meant in FAULT_WORDS.items() if word in kind]
     numbers = [figure for figure in figures if isinstance(figure, (int, str))]  # LiteLLM's are texts
     status = next((int(number) for number in numbers if re.fullmatch("[45][0-9]{2}", str(number))), 502)

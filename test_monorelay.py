@@ -6410,6 +6410,42 @@ def test_an_error_in_the_midst_by_another_name_is_no_end(chunk, kind):
         assert b"message_stop" in sent and not broken
 
 
+OTHER_ERRORS = {
+    "alibaba": (
+        b'id:1\nevent:error\n:HTTP_STATUS/429\ndata:{"code":"Throttling.AllocationQuota","message":"slow"}\n\n',
+        "rate_limit_error",
+    ),
+    "a text": (b"event: error\ndata: slow\n\n", "api_error"),
+    "deepinfra": (
+        b'data: {"choices":null,"error_type":"BadRequestError","error_message":"slow"}\n\n', "invalid_request_error",
+    ),
+    "gemini": (b'{\n  "error": {\n    "code": 503,\n    "message": "slow"\n  }\n}\n', "overloaded_error"),
+    "gemini, listed": (b'[{\n  "error": {\n    "code": 503,\n    "message": "slow"\n  }\n}]', "overloaded_error"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", OTHER_ERRORS)
+def test_s12_an_error_that_is_told_in_another_way_than_by_data_ends_the_stream(shape):
+    error, kind = OTHER_ERRORS[shape]
+    for before in [], [delta(content="Hi")]:
+        done = b"" if shape.startswith("gemini") else b"data: [DONE]\n\n"
+        assert ended_with(asked_of(), sse_of(before, done=False) + error + done) == (kind, "slow")
+    begun = sse_of([delta(content="an event: error"), delta("stop")], done=False)
+    sent, broken = streamed(asked_of(), begun + b"event: message\ndata: [DONE]\n\n")
+    assert b"message_stop" in sent and not broken
+
+
+@pytest.mark.parametrize("shape", [shape for shape in OTHER_ERRORS if shape != "a text"])
+def test_s12_an_error_that_is_told_so_at_the_beginning_is_tried_elsewhere(upstream, relay, shape):
+    failing = STREAM_HEAD + chunked(OTHER_ERRORS[shape][0])
+    it = relay({"openai": upstream(failing), "openai2": upstream(CHAT_HI_STREAM)})
+    got = it.post("/v1/messages", prompt(stream=True))
+    if shape == "deepinfra":  # it is about the request
+        assert got.status == 400 and got.json["error"] == {"type": "invalid_request_error", "message": "slow"}
+    else:
+        assert got.status == 200 and got.get("x-monorelay-provider") == "openai2"
+
+
 def test_a_stream_of_minimax_that_is_an_error_is_told_in_its_own_words():
     failed = {"choices": None, "base_resp": {"status_code": 1008, "status_msg": "No balance"}}
     assert ended_with(asked_of(), sse_of([failed], done=False)) == ("api_error", "No balance")
