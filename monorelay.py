@@ -121,6 +121,7 @@ LABORIOUS_LINES = 2000  # or chunks, in what has come at once: they may take 0.3
 LINES_AT_ONCE = 5000  # of them are decoded at a time, which takes 2 ms where the chunks have one byte each
 USAGE_BYTES = 16 * 1024  # of a response's usage object; some have 1,500
 USAGE_NAME_BYTES = 64  # of the names before it, or of a service tier that stands beside it
+USAGE_BEGINNING_BYTES = 512  # of a whole response, in which its usage may stand before what it says
 USAGES_AT_ONCE = 8  # the last ones of what has come at once: some servers send one with each word
 TRANSLATED_AT_ONCE_BYTES = 16 * 1024  # which takes some milliseconds; a longer body is translated in a thread,
 TRANSLATED_SOON_BYTES = 256 * 1024  # and one that is longer than this, which may take seconds, in another
@@ -4331,6 +4332,11 @@ USAGE_OBJECT = re.compile(
     rb'"(?:usage|(svg_|tool_)usage)" {0,4}:? {0,4}(?:\{|\Z)'
     rb'|"usage_breakdown"\s{0,4}:\s{0,4}\{\s{0,8}"models"\s{0,4}:\s{0,4}\[[^]]{0,%d}(?P<models>\]?)' % USAGE_BYTES
 )
+# What LiteLLM has before the usage of a message; behind it is the content, and in that what a client has a tool called
+# with.
+BEFORE_USAGE = re.compile(
+    rb'\s*\{(?:\s*"(?:id|type|role|model|stop_reason|stop_sequence)"\s*:\s*(?:"[^"\\]{0,256}"|null)\s*,)+\s*'
+)
 EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_(?:start|delta|stop)|content_block_[a-z]+|response\.[a-z_]+)"')
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
 # What a usage object tells, in Anthropic's words and in OpenAI's two sets of them.
@@ -4405,6 +4411,8 @@ class Usage:
         self._searches = 0  # of the web, as OpenAI tells it
         self._is_placeholder = False  # what it says of the output
         self._tier = ""  # OpenAI's service tier, which stands beside it
+        self._is_beginning = True  # whether no more than that of a whole response has come
+        self._is_first = False  # whether its usage stands before all that may have another
         self._held = b""  # a line of a stream, an object, or the name before it, whose rest hasn't come yet
         self._kind: Optional[bytes] = None  # of the event of a long line whose beginning isn't held any more
         self._has_tier = False  # whether that line has told the tier
@@ -4441,6 +4449,9 @@ class Usage:
                 self._kind = event_kind(data, line, len(data)) if is_long else None
             self._has_tier = (self._has_tier and not line) or (is_long and self._note_tier(data, line))
             held = held if is_long else line
+        elif self._is_beginning:
+            self._is_beginning = len(data) < USAGE_BEGINNING_BYTES
+            held = 0 if self._is_beginning else held
         self._held = data[held:]
 
     def _look(self, data: bytes, is_stream: bool) -> int:
@@ -4465,7 +4476,7 @@ class Usage:
 
     def _take(self, usage: JsonDict, data: bytes, at: int, is_stream: bool) -> None:
         """Takes what a usage object tells, if it does; it stands there in the data."""
-        if USAGE_NAMES.isdisjoint(usage):
+        if self._is_first or USAGE_NAMES.isdisjoint(usage):
             return
         if is_stream:
             start = max(data.rfind(b"\n", 0, at), data.rfind(b"\r", 0, at)) + 1
@@ -4481,6 +4492,7 @@ class Usage:
                 self._note_tier(data, start)
         if not self._found or tokens_of(usage) is not NO_TOKENS:
             self._found = usage
+            self._is_first = not is_stream and self._is_beginning and bool(BEFORE_USAGE.fullmatch(data, 0, at))
 
     def _take_besides(self, kind: bytes, usage: JsonDict, is_stream: bool) -> None:
         """Takes what OpenAI tells apart from the usage."""

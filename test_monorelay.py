@@ -3769,6 +3769,20 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         (25, 0, 0, 0, 12),
         None,
     ),
+    "a message by LiteLLM, whose usage stands before what a tool is called with": (
+        "/v1/messages",
+        {**{name: "m" for name in ("id", "type", "role", "model")}, "stop_sequence": None, "usage": CACHED,
+         "content": [{"type": "tool_use", "input": {"usage": {"input_tokens": 0, "output_tokens": 1}}}]},
+        (10, 500, 30, 40, 1),
+        None,
+    ),
+    "a message whose usage stands behind another": (
+        "/v1/messages",
+        {"content": [{"type": "tool_use", "input": {"id": "m", "usage": {"input_tokens": 0, "output_tokens": 1}}}],
+         "usage": {"input_tokens": 3, "output_tokens": 4}},
+        (3, 0, 0, 0, 4),
+        None,
+    ),
     "a chat": ("/v1/chat/completions", whole_chat(usage=CHAT_USAGE, service_tier="flex"), (25, 60, 15, 0, 9), "flex"),
     "a chat's tier before": (
         "/v1/chat/completions",
