@@ -4490,7 +4490,7 @@ class Usage:
                 usage = {**self._found, **told_anew(usage, USAGE_NAMES)}
             elif not self._is_placeholder:
                 self._note_tier(data, start)
-        if not self._found or tokens_of(usage) is not NO_TOKENS:
+        if not self._found or any(tokens_of(usage)):  # some have nothing but zeros in all chunks but one
             self._found = usage
             self._is_first = not is_stream and self._is_beginning and bool(BEFORE_USAGE.fullmatch(data, 0, at))
 
@@ -6554,11 +6554,11 @@ class ChatReader:
         usage, choice = member(chunk, "usage"), first_choice(chunk)
         if choice is None and self._is_fault(chunk):
             raise fault_of(chunk)
-        tells_usage = bool(usage) and tokens_of(usage) is not NO_TOKENS  # LiteLLM may send an empty one in each chunk
+        tokens = tokens_of(usage) if usage else NO_TOKENS  # LiteLLM may send an empty one in each chunk
         goes_on = choice is not None and self.may_end and self._goes_on(choice)
         self.finishes_early = self.finishes_early or goes_on
-        ended = self.may_end and not goes_on and tells_usage
-        if tells_usage:
+        ended = self.may_end and not goes_on and tokens is not NO_TOKENS
+        if any(tokens) or (tokens is not NO_TOKENS and not self._usage):
             self._usage = usage
         if choice is not None and (self.finishes_early or not self.may_end):
             choices = first_choices(chunk) if "message" in choice else [choice]

@@ -3613,6 +3613,7 @@ STEPS = [
     {"type": "message", "input_tokens": 3, "output_tokens": 20, "model": "claude-test"},
     {"type": "compaction", "input_tokens": 900, "output_tokens": 80, "cache_read_input_tokens": 7},
 ]
+NO_CHAT_USAGE = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 # How Groq tells what each model of a compound used (groq-python, chat_completion.py).
 BREAKDOWN = {
     "models": [{"model": f"llama-{n}", "usage": {"queue_time": 0.1, "prompt_tokens": n, "completion_tokens": 1,
@@ -3950,6 +3951,13 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         (25, 0, 0, 0, 3),
         None,
     ),
+    "a stream whose last figures are none but zeros": (
+        "/v1/chat/completions",
+        chunks({**CHOICE, "usage": NO_CHAT_USAGE}, {"choices": [], "usage": CHAT_USAGE}, {"usage": NO_CHAT_USAGE}),
+        (25, 60, 15, 0, 9),
+        None,
+    ),
+    "a stream of zeros": ("/v1/chat/completions", chunks({**CHOICE, "usage": NO_CHAT_USAGE}), (0, 0, 0, 0, 0), None),
     "a response's stream with the type of another event in what its client sent": (
         "/v1/responses",
         response_events(RESPONSES_USAGE, "flex", instructions="long " * 16_000, user="u" * 20_000,
@@ -4951,6 +4959,14 @@ def test_moonshots_usage_counts_where_it_stands_in_the_last_choice(besides):
     chunks = [delta(content="Hi"), last, *([{**delta(usage=told), "choices": []}] if besides else [])]
     usage = accumulated(asked_of(), sse_of(chunks))["usage"]
     assert (usage["input_tokens"], usage["cache_read_input_tokens"], usage["output_tokens"]) == (12, 8, 5)
+
+
+def test_zeros_in_the_last_chunk_of_a_chat_do_not_take_the_place_of_what_was_told_before():
+    told = {"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 25}
+    zeros = NO_CHAT_USAGE
+    chunks = [delta(content="H", usage=zeros), delta(content="i", usage=told), delta("stop", usage=zeros)]
+    usage = accumulated(asked_of(), sse_of(chunks))["usage"]
+    assert (usage["input_tokens"], usage["output_tokens"]) == (20, 5)
 
 
 @pytest.mark.parametrize("seal", ["{bad", "{" * 900, '{"a": ' + "[" * 900, "sig", "[1]"])
