@@ -2619,7 +2619,8 @@ def searches_of(usage: JsonDict) -> int:
 
 
 def with_author(used: Used, author: JsonDict) -> Used:
-    """What a picture used, together with what the model used that has written it as SVG, by the price of that model."""
+    """What a picture used, together with what the model used that has written it as SVG, by the price of that model;
+    or what a response used, together with what drew for it."""
     step = next(iterations_of([author], used), None)
     if not step:
         return used
@@ -4407,7 +4408,7 @@ class Usage:
 
     def __init__(self) -> None:
         self._found: JsonDict = {}  # the usage, as far as it is told
-        self._author: JsonDict = {}  # what the model used that has written a picture as SVG
+        self._author: JsonDict = {}  # what the model used that has written a picture as SVG, or drawn for a response
         self._searches = 0  # of the web, as OpenAI tells it
         self._is_placeholder = False  # what it says of the output
         self._tier = ""  # OpenAI's service tier, which stands beside it
@@ -4498,6 +4499,10 @@ class Usage:
         """Takes what OpenAI tells apart from the usage."""
         if kind == b"tool_":  # a tool's schema, which comes back, may have such a name, too
             self._searches = max(self._searches, counts_of(usage.get("web_search")).get("num_requests", 0))
+            # The model that draws isn't named, so what it used has the price of the response's own.
+            drawn = counts_of(usage.get("image_gen")).get("output_tokens", 0)
+            if drawn > counts_of(self._author).get("output_tokens", 0):
+                self._author = usage["image_gen"]
         elif not is_stream:  # in which there is no SVG
             self._author = usage
 

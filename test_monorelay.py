@@ -17820,6 +17820,25 @@ def test_searches_of_the_web_that_openai_tells_of_are_charged(upstream, relay, i
     assert (row.input, row.output, row.cost) == (10, 1, 12_000 + 3 * 10_000_000)
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_pictures_that_are_drawn_for_a_response_are_charged(upstream, relay, is_stream):
+    """They aren't in the usage of the response (openai-python, responses/response.py)."""
+    drawn = {"input_tokens": 50, "input_tokens_details": {"image_tokens": 0, "text_tokens": 50}, "output_tokens": 7024,
+             "output_tokens_details": {"image_tokens": 7024, "text_tokens": 0}, "total_tokens": 7074}  # fmt: skip
+    done = {"output": [{"type": "image_generation_call", "result": "A" * 300_000}],
+            "tool_usage": {"image_gen": drawn, "web_search": {"num_requests": 1}},
+            "tools": [{"parameters": {"tool_usage": {"image_gen": {"input_tokens": 0, "output_tokens": 0}}}}],
+            "usage": {"input_tokens": 10, "input_tokens_details": {"cached_tokens": 4}, "output_tokens": 1},
+    }  # fmt: skip
+    stream = sse("response.completed", response=done)
+    sent = STREAM_HEAD + chunked(stream) if is_stream else answer(200, json.dumps(done).encode())
+    it = relay({"openai": upstream(sent)}, prices={"m": {"input": 1, "output": 2, "cache_read": 0.5}})
+    assert it.post("/v1/responses", {"model": "m", "input": "x", "stream": is_stream}).status == 200
+    row = eventually(lambda: it.server.service.tally.ended)[0]
+    assert (row.input, row.cache_read, row.output) == (56, 4, 7025)
+    assert row.cost == 6_000 + 2_000 + 2_000 + 50_000 + 7024 * 2_000 + 10_000_000
+
+
 @pytest.mark.parametrize("told", [{"cache_creation_input_tokens": 0}, {"server_tool_use": {"web_search_requests": 100}},
                                   {"iterations": [{"model": "adviser", "input_tokens": 900, "output_tokens": 1}]}])
 @pytest.mark.parametrize("is_stream", [False, True])
