@@ -4644,6 +4644,7 @@ class Asked(NamedTuple):
     input_tokens: int = 0  # by estimate
     call_ids: Collection[int] = ()  # hashes of the ids of calls in the conversation, as the client knows them
     system_speaks: bool = False  # later in the conversation than at its beginning, as it was sent
+    refusable: Collection[str] = ()  # which of REFUSALS the request may meet
 
 
 class Translated(NamedTuple):
@@ -5363,6 +5364,7 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
         "input_tokens": input_tokens,
         "call_ids": turns.call_ids,
         "system_speaks": turns.system_speaks,
+        "refusable": [name for name in REFUSALS if name in turns.media or REFUSED_MEMBERS.get(name) in chat],
     }
     return chat
 
@@ -5563,6 +5565,7 @@ class ChatTurns:
         self.changes: list[ToolChange] = []  # of tools, in their order
         self.call_ids: set[int] = set()  # hashes of all of the client's
         self.system_speaks = False  # later than at the beginning
+        self.media: set[str] = set()  # what there is that models of text refuse, by its name in REFUSALS
 
     def of(self, request: JsonDict) -> list[JsonDict]:
         """The messages for a request. Raises BadRequest."""
@@ -5759,6 +5762,7 @@ class ChatTurns:
             said = text_in(block, "text", place)
             return [text_part(said)] if said else []
         if kind == "image":
+            self.media.add("image_block")
             return [{"type": "image_url", "image_url": {"url": self._image_url(member(block, "source"), place)}}]
         if kind == "document":
             return self._document(block, place)
@@ -5789,6 +5793,7 @@ class ChatTurns:
         if kind == "base64" and source.get("media_type") == "application/pdf":
             data = f"data:application/pdf;base64,{text_in(source, 'data', f'{place}.source')}"
             name = "".join(plain_texts(title)) or "document.pdf"
+            self.media.add("document_block")
             return [*context, {"type": "file", "file": {"filename": name, "file_data": data}}]
         heading = self._all_parts(title, f"{place}.title") + context
         if kind == "text":
@@ -7470,6 +7475,23 @@ OVERFLOW_OUTPUT = re.compile(
 SYSTEM_TURN = re.compile(
     "(?i)system message must be at the beginning|unexpected role 'system' after role|conversation roles must alternate"
 )
+# How providers say that a model doesn't take a part of the request, by the name by which Claude Code then goes on
+# without it; otherwise each turn of the conversation would fail the same way. It looks for `capability_rejected: NAME`
+# since 2.1.228.
+REFUSALS = {
+    "effort_unsupported": re.compile("(?i)reasoning[_ .]?effort|thinking_config|support (?:thinking|reasoning)"),
+    "structured_outputs_unsupported": re.compile("(?i)response_format|json_schema|structured.?output"),
+    "document_block": re.compile(
+        r"(?i)`file`|or 'image_url'|supports? .{0,20}(?:file|document|pdf)|content.{0,12}must be a string|content\.type"
+    ),
+    "image_block": re.compile(
+        r"""(?ix) `image_url` | image\ input | supports?\ .{0,20}(?:image|vision) | multi-?modal
+        | content.{0,12}must\ be\ a\ string | content\.type"""
+    ),
+}
+REFUSED_MEMBERS = {"effort_unsupported": "reasoning_effort", "structured_outputs_unsupported": "response_format"}
+# What OpenRouter says with a 404, llama.cpp and Ollama with a 500.
+NO_IMAGES = re.compile("(?i)support image input|image input is not supported|required for image input")
 
 
 def fault_of_status(status: int, content: bytes, provider: str) -> AnswerFault:
@@ -7510,6 +7532,7 @@ def failed_part(document: JsonDict) -> Optional[JsonDict]:
 def error_terms(asked: Asked, fault: AnswerFault) -> tuple[int, str, str, str]:
     """Status, type, message and code by which the client acts rightly."""
     format, status, message, text = asked.format, fault.status, fault.message, fault.text
+    refused = refused_part(asked, fault)
     overflows = OVERFLOW.search(text) if status in (400, 413, 422) else status == 429 and NEVER_FITS.search(text)
     if overflows or (status == 413 and not text):  # Cerebras says nothing
         status, code = 400, "context_length_exceeded"
@@ -7517,12 +7540,22 @@ def error_terms(asked: Asked, fault: AnswerFault) -> tuple[int, str, str, str]:
     elif asked.system_speaks and status in (400, 422, 500) and SYSTEM_TURN.search(text):
         # the words by which Claude Code says it as the user, from then on
         status, code, message = 400, "", f"role 'system' is not supported within messages ({message})"
+    elif refused:
+        status, code, message = 400, "", f"{message} capability_rejected: {refused}"
     else:
         code = CODES.get(status, "")
     kind = STATUS_KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
     if format == "openai":
         kind = OPENAI_KINDS.get(status, "server_error" if kind == "api_error" else kind)
     return status, kind, message, code or kind
+
+
+def refused_part(asked: Asked, fault: AnswerFault) -> str:
+    """Which of REFUSALS a provider's error is; empty if none."""
+    if fault.status in (400, 422):
+        return next((name for name in asked.refusable if REFUSALS[name].search(fault.message)), "")
+    is_about_images = fault.status in (404, 500) and "image_block" in asked.refusable
+    return "image_block" if is_about_images and NO_IMAGES.search(fault.message) else ""
 
 
 def overflow_message(message: str, text: str) -> str:

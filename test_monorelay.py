@@ -7936,6 +7936,84 @@ def test_only_who_sent_words_of_the_system_is_told_that_they_are_refused(upstrea
         assert told.status == 400 and words in message and ("'system'" in message) == is_told
 
 
+# What a provider says that doesn't take a part of a request, with which status, and the name that Claude Code knows.
+REFUSED_PARTS = [
+    (400, "Unsupported value: 'reasoning_effort' does not support 'xhigh' with this model.", "effort_unsupported"),
+    (400, "Unrecognized request argument supplied: reasoning_effort", "effort_unsupported"),
+    (400, '"llama3.2" does not support thinking', "effort_unsupported"),  # Ollama
+    (400, "This response_format type is unavailable now", "structured_outputs_unsupported"),  # DeepSeek
+    (400, "messages[4]: unknown variant `image_url`, expected `text` at line 1 column 27", "image_block"),
+    (400, "messages.content.type is invalid, allowed values: ['text']", "image_block"),  # Z.ai
+    (422, "m is not a multimodal model", "image_block"),  # vLLM
+    (404, "No endpoints found that support image input", "image_block"),  # OpenRouter
+    (500, "image input is not supported - hint: you may need to provide the mmproj", "image_block"),  # llama.cpp
+    (400, "messages[4]: unknown variant `file`, expected `text` at line 1 column 27", "document_block"),
+    (400, "objects must have a 'type' field that is either 'text' or 'image_url'.", "document_block"),  # LM Studio
+]
+
+
+@pytest.mark.parametrize(("status", "words", "name"), REFUSED_PARTS)
+def test_claude_code_is_told_which_part_of_a_request_is_refused(status, words, name):
+    content = json.dumps({"error": {"message": words, "type": "invalid_request_error"}}).encode()
+    told, body = error_answer(status, content, asked_of(refusable=[name]))
+    error = json.loads(body)["error"]
+    # as Claude Code 2.1.332 looks for it, to go on without that part
+    assert told == 400 and error == {
+        "type": "invalid_request_error",
+        "message": f"{words} capability_rejected: {name}",
+    }
+    for asked in (asked_of(), asked_of("openai")):
+        told, body = error_answer(status, content, asked)
+        assert told == status and json.loads(body)["error"]["message"] == words
+    assert error_answer(503, content, asked_of(refusable=[name]))[0] == 503
+
+
+def test_an_error_about_something_else_names_no_part_of_a_request():
+    every = asked_of(refusable=list(monorelay.REFUSALS))
+    for status, words in (
+        (400, "tools.0: too long"), (404, "the model `an-image-model` is unknown"), (500, "vision"),
+        (400, "Could not process image"),
+    ):  # fmt: skip
+        told, body = error_answer(status, json.dumps({"error": {"message": words}}).encode(), every)
+        assert told == status and json.loads(body)["error"]["message"] == words
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("effort_unsupported", {"output_config": {"effort": "high"}}),
+        (
+            "structured_outputs_unsupported",
+            {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
+        ),
+        ("image_block", {"messages": [{"role": "user", "content": [IMAGE]}]}),
+        (
+            "document_block",
+            {
+                "messages": [
+                    {"role": "user", "content": "look"},
+                    {"role": "assistant", "content": [tool_use("c1")]},
+                    {"role": "user", "content": [tool_result("c1", [{"type": "document", "source": PDF}])]},
+                ]
+            },
+        ),
+    ],
+)
+def test_only_what_a_request_holds_is_said_to_be_refused(upstream, relay, name, fields):
+    words = "reasoning_effort, response_format, `file` and `image_url` are unknown here"
+    it = relay(
+        {
+            "openai": {
+                "upstream": upstream(answer(400, json.dumps({"error": {"message": words}}).encode())),
+                "translate": {"reasoning": "effort"},
+            }
+        }
+    )
+    for body, end in (prompt(), ""), (prompt(**fields), f" capability_rejected: {name}"):
+        told = it.post("/v1/messages", body)
+        assert told.status == 400 and json.loads(told.body)["error"]["message"] == words + end
+
+
 def test_e2_overflows_that_say_it_in_other_ways():
     def told(status: int, content: bytes, format: str = "anthropic") -> tuple[int, Any]:
         status, body = error_answer(status, content, asked_of(format))
