@@ -22070,9 +22070,20 @@ def test_localhost_is_one_address_where_there_is_no_ipv6(monkeypatch):
         assert only.getsockname()[0] == "127.0.0.1"
 
 
+def taken_on_ipv6_alone() -> socket.socket:
+    """A listener at ::1, whose port is free at 127.0.0.1."""
+    while True:
+        taken = socket.create_server(("::1", 0), family=socket.AF_INET6)
+        try:
+            socket.create_server(("127.0.0.1", taken.getsockname()[1])).close()
+            return taken
+        except OSError:  # another connection has it
+            taken.close()
+
+
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
 def test_localhost_is_in_use_when_one_of_its_addresses_is():
-    with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+    with taken_on_ipv6_alone() as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=r"::1.*another relay may be running"):
             monorelay.listen(parse(server={"host": "localhost", "port": port}).server)
