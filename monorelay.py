@@ -7274,8 +7274,8 @@ class EventReader:
     def flush(self) -> Iterator[bytes]:
         """The data of the event that the end of the stream ends; Gemini may end it by an error that is in none."""
         rest = bytes(self._rest).strip()
-        if rest.startswith(b"[{") and rest.endswith(b"}]"):
-            rest = rest[1:-1]
+        if rest.startswith(b"[") and rest.endswith(b"]"):
+            rest = rest[1:-1].strip()
         if rest.startswith(b"{") and rest.endswith(b"}"):
             yield rest
         else:

@@ -6451,6 +6451,9 @@ OTHER_ERRORS = {
     ),
     "gemini": (b'{\n  "error": {\n    "code": 503,\n    "message": "slow"\n  }\n}\n', "overloaded_error"),
     "gemini, listed": (b'[{\n  "error": {\n    "code": 503,\n    "message": "slow"\n  }\n}]', "overloaded_error"),
+    "gemini, listed on lines": (
+        b'[{\n  "error": {\n    "code": 503,\n    "message": "slow"\n  }\n}\n]\n', "overloaded_error",
+    ),
 }  # fmt: skip
 
 
