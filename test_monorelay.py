@@ -3985,6 +3985,14 @@ def told_in_pieces(body: bytes, is_stream: bool, cuts: list[int], by_line: bool 
     return usage.used
 
 
+def test_a_long_usage_before_a_messages_content_is_its_own_wherever_it_is_cut():
+    usage = {"input_tokens": 5, "output_tokens": 3, **{f"detail_of_some_kind_{number}": None for number in range(45)}}
+    called = {"type": "tool_use", "input": {"usage": {"input_tokens": 9999, "output_tokens": 1}}}
+    body = json.dumps({"id": "m", "model": "m", "usage": usage, "content": [called]}).encode()
+    for at in range(1, len(body)):
+        assert told_in_pieces(body, False, [at])[:5] == (5, 0, 0, 0, 3)
+
+
 @pytest.mark.parametrize("name", USAGE_TOLD)
 def test_what_an_answer_says_was_used_is_told_as_it_says(upstream, relay, name):
     path, said, tokens, tier = USAGE_TOLD[name]
