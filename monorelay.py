@@ -4336,7 +4336,7 @@ USAGE_OBJECT = re.compile(
 # What LiteLLM has before the usage of a message; behind it is the content, and in that what a client has a tool called
 # with.
 BEFORE_USAGE = re.compile(
-    rb'\s*\{(?:\s*"(?:id|type|role|model|stop_reason|stop_sequence)"\s*:\s*(?:"[^"\\]{0,256}"|null)\s*,)+\s*'
+    rb'\s*\{(?:\s*"(?:id|type|role|model|stop_reason|stop_sequence)"\s*:\s*(?:"[^"\\]{0,256}"|null)\s*,){1,8}\s*'
 )
 EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_(?:start|delta|stop)|content_block_[a-z]+|response\.[a-z_]+)"')
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
@@ -7443,7 +7443,8 @@ OVERFLOW = re.compile(
     | context\ window\ exceeds | maximum\ context\ length | context\ length\ (?:is|of)\ only | configured\ context\ size
     | exceed(?:s|ed)?\ (?:the\ |this\ )?(?:model(?:'s)?\ )?(?:(?:max|maximum|available)\ )?context
     | exceeds\ (?:the\ )?maximum\ (?:number\ of\ tokens | (?:allowed\ )?input\ length)
-    | exceeds?\ the\ limit\ of\ [0-9]+ | maximum\ prompt\ length | reduce\ the\ length\ of\ the\ (?:messages|input)
+    | exceeds?\ the\ (?:model's\ )?limit\ of\ [0-9]+ | maximum\ prompt\ length
+    | reduce\ the\ length\ of\ the\ (?:messages|input)
     | too\ large\ for\ model\ with | greater\ than\ the\ context\ length | exceeded\ model\ token\ limit
     | longer\ than\ the\ (?:model's\ context|maximum\ model)\ length | prompt\ (?:is\ )?too\ long
     | input\ is\ too\ long\ for | prompt\ exceeds\ max\ length | range\ of\ input\ length | too\ many\ tokens:
