@@ -2619,8 +2619,8 @@ def searches_of(usage: JsonDict) -> int:
 
 
 def with_author(used: Used, author: JsonDict) -> Used:
-    """What a picture used, together with what the model used that has written it as SVG, by the price of that model;
-    or what a response used, together with what drew for it."""
+    """What a picture used, together with the model that has written it as SVG, by the price of that model. Or what a
+    response used, together with the model that has drawn for it."""
     step = next(iterations_of([author], used), None)
     if not step:
         return used
@@ -4333,8 +4333,8 @@ USAGE_OBJECT = re.compile(
     rb'"(?:usage|(svg_|tool_)usage)" {0,4}:? {0,4}(?:\{|\Z)'
     rb'|"usage_breakdown"\s{0,4}:\s{0,4}\{\s{0,8}"models"\s{0,4}:\s{0,4}\[[^]]{0,%d}(?P<models>\]?)' % USAGE_BYTES
 )
-# What LiteLLM has before the usage of a message; behind it is the content, and in that what a client has a tool called
-# with.
+# What LiteLLM writes before the usage of a message. The content follows it, and the input of a tool there may hold a
+# `usage` that a client chose.
 BEFORE_USAGE = re.compile(
     rb'\s*\{(?:\s*"(?:id|type|role|model|stop_reason|stop_sequence)"\s*:\s*(?:"[^"\\]{0,256}"|null)\s*,){1,8}\s*'
 )
@@ -11329,8 +11329,8 @@ def record_attempt(record: AccessRecord, candidate: Candidate, attempts: int = 1
 
 
 def yields_to_break(request: UpstreamRequest, response: UpstreamResponse) -> bool:
-    """Whether the client is told of a try that brought no response, rather than sent this one: it refuses a key,
-    whatever was asked, or knows nothing of what was, and a later try may bring a better one from where none came."""
+    """Whether the client is told of a try without a response instead of being sent this one, since a later try may
+    succeed there. True of a refused key, whatever was asked, and of a look-up that found nothing."""
     is_refusal = response.status in LASTING_STATUSES and not is_about_request(response.status, response.beginning)
     return is_refusal or (request.searches and response.status == 404)
 
