@@ -20826,8 +20826,10 @@ class Browser:
         self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
 
     def press(self, selector: str) -> None:
+        """Clicks on what matches first, once it is drawn: what is counted and what is live arrive in any order."""
         from selenium.webdriver.common.by import By
 
+        self.until("document.querySelector(arguments[0])", selector)
         self.driver.find_element(By.CSS_SELECTOR, selector).click()
 
     def size(self, width: int, height: int) -> None:
@@ -20855,10 +20857,10 @@ class Browser:
         field.send_keys(Keys.ENTER)
 
     def show(self, relay: Relay, key: str = TOKEN, query: str = "") -> None:
-        """Opens the page, signs in with a key, and waits for what is live."""
+        """Opens the page, signs in with a key, and waits until what is live, the sums and the rows are drawn."""
         self.open(relay, query)
         self.sign_in(key)
-        self.until("$('link').dataset.tone === 'good'")
+        self.until("$('link').dataset.tone === 'good' && usage && !loading && !frame")
 
     def complaints(self) -> list[str]:
         """What stood on the console, but for the responses of 401 that the page asks a person about."""
@@ -21276,17 +21278,19 @@ def test_every_control_has_a_name_and_every_table_its_headings(relay, browser):
     assert [role for role, _ in told].count("status") == 1
 
 
-# How many milliseconds the page takes to draw its rows and have them laid out: the least of 100 places, for frames, and
-# means, tell as much of the machine as of the page.
-DRAWING_MILLISECONDS = """
+# How often the page could make 2,000 cells while it draws its rows and has them laid out: the middle of 100 places. The
+# browser's own pace right before says how fast the machine is where it runs; 11 times are less than a frame of 16 ms.
+DRAWING = """
 const took = Array.from({ length: 100 }, (_, step) => {
   $("box").scrollTop = (step + 1) * 2000;
   const begun = performance.now();
+  for (let cell = 0; cell < 2000; cell++) element("td", { class: "cell" }, `${cell}`);
+  const made = performance.now();
   drawRows();
   $("box").getBoundingClientRect();
-  return performance.now() - begun;
+  return (performance.now() - made) / (made - begun);
 });
-return Math.min(...took);
+return took.sort((one, other) => one - other)[50];
 """
 
 
@@ -21303,8 +21307,7 @@ def test_ten_thousand_requests_scroll_and_stay_where_they_are(relay, browser, tm
         browser.until("rows.length > arguments[0]", count)
         browser.settle()
     assert browser.run("$('rows').rows.length") < 100
-    pace_before = slowness()
-    assert browser.driver.execute_script(DRAWING_MILLISECONDS) < 16 * max(pace_before, slowness())
+    assert browser.driver.execute_script(DRAWING) < 11
     # Where somebody reads, nothing moves when requests end; and what has the focus keeps it.
     browser.driver.execute_script("$('box').scrollTop = 5000")
     browser.settle()
