@@ -3028,6 +3028,9 @@ UNSAFE_BYTES = bytes(range(0x21)) + b"\\\x7f"  # in a path
 CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")
 LENGTHS = 10**15  # more than any of these; sys.maxsize may be less
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
+# Of a response, it may be padded with blanks, as RFC 2616 allowed: some old servers and balancers do that, and most
+# clients read it.
+PADDED_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 CHUNK_SIZE_BEGUN = re.compile(rb"[0-9A-Fa-f]{1,15}([ \t]*;|[ \t]*\r?$)")
 PAIR_NAME, PAIR_VALUE = operator.itemgetter(0), operator.itemgetter(1)  # of a header field
 
@@ -3244,13 +3247,14 @@ class CloseDecoder:
 class ChunkedDecoder:
     """Reads a chunked body (RFC 9112 §7.1). Extensions and trailer fields are checked and dropped."""
 
-    __slots__ = ("_buffer", "_chunk", "_in_trailers", "_trailer_bytes", "finished", "rest")
+    __slots__ = ("_buffer", "_chunk", "_in_trailers", "_size", "_trailer_bytes", "finished", "rest")
 
-    def __init__(self, trailer_bytes: int = TRAILER_BYTES) -> None:
+    def __init__(self, trailer_bytes: int = TRAILER_BYTES, size: re.Pattern[bytes] = CHUNK_SIZE) -> None:
         self._buffer = b""  # framing that isn't whole yet
         self._chunk = 0  # bytes still to come of the current chunk, with the CRLF behind it
         self._in_trailers = False
         self._trailer_bytes = trailer_bytes  # how many more the trailer section may have
+        self._size = size  # what the line before a chunk looks like
         self.finished = False
         self.rest = b""
 
@@ -3275,7 +3279,7 @@ class ChunkedDecoder:
     def _feed_chunks(self, data: bytes) -> bytes:
         """The content in the next bytes, which begin with framing or within a chunk."""
         size, position, end = len(data), 0, self._chunk
-        match = None if end else CHUNK_SIZE.match(data)
+        match = None if end else self._size.match(data)
         length = int(match[1], 16) if match else 0
         if match and length and match.end() + length + 2 == size and data.endswith(b"\r\n"):
             return data[match.end() : -2]  # one whole chunk, as events mostly come
@@ -3291,7 +3295,7 @@ class ChunkedDecoder:
             self._chunk = 0
             if end == size:
                 break
-            match = CHUNK_SIZE.match(data, end)
+            match = self._size.match(data, end)
             if not match:
                 self._buffer = self._partial_size_line(data[end:])
                 break
@@ -3346,7 +3350,7 @@ def response_decoder(head: ResponseHead, method: str) -> Decoder:
         codings = [coding.lower() for coding in fields.all("transfer-encoding")]
         if "content-length" in fields or codings != ["chunked"] or head.version == 0:
             raise FramingError("the Transfer-Encoding is given twice, isn't chunked, or stands beside a Content-Length")
-        return ChunkedDecoder(RESPONSE_HEAD_BYTES)
+        return ChunkedDecoder(RESPONSE_HEAD_BYTES, PADDED_CHUNK_SIZE)
     if "content-length" not in fields:
         return CloseDecoder()
     lengths = fields.all("content-length")

@@ -14299,6 +14299,23 @@ def test_an_answer_whose_chunks_are_garbage_is_a_502_or_cut(upstream, relay, res
         return  # Its first bytes were on their way before the garbage was seen.
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_an_answer_whose_chunk_sizes_are_padded_with_blanks_is_whole(upstream, relay, cut):
+    chunks = [b"%-4x \r\n%b\r\n" % (len(event), event) for event in ANTHROPIC_EVENTS]
+    raw = STREAM_HEAD + b"".join(chunks) + b"0   \r\n\r\n"
+    pieces = bytewise(raw) if cut else [raw]
+    it = relay({"anthropic": upstream(replies_then_closes(*pieces))})
+    got = it.post("/v1/messages", STREAMED)
+    assert (got.status, got.body) == (200, b"".join(ANTHROPIC_EVENTS))
+
+
+@pytest.mark.parametrize("padded", [b"5 0\r\n", b" 5\r\n", b"5 \nhello\r\n", b"5" + b" " * 5000])
+def test_blanks_elsewhere_in_a_chunk_size_are_refused_in_an_answer_too(padded):
+    decoder = monorelay.ChunkedDecoder(monorelay.RESPONSE_HEAD_BYTES, monorelay.PADDED_CHUNK_SIZE)
+    with pytest.raises(monorelay.FramingError):
+        decoder.feed(padded)
+
+
 CLOSE_DELIMITED = {
     "json": b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n",
     "events": b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n",
