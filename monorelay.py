@@ -7591,6 +7591,8 @@ def number_of(digits: str) -> int:
 
 def error_words(content: bytes) -> str:
     """What a provider's error says, wherever it says it; empty for a page of HTML."""
+    if BEGINS_EVENT.match(content, 0, PEEKED_BYTES):  # LiteLLM's, where it was to begin a stream
+        content = next(EventReader().feed(content[:PEEKED_BYTES] + b"\n\n"), content)
     text = content[:ERROR_CHARACTERS].decode("utf-8", "replace").strip()
     if text.startswith("<"):
         return ""
@@ -10752,8 +10754,9 @@ class UpstreamResponse:
         self.whole_request = True  # False when it came before the request had been sent
         self.has_body = True  # False for one that must not have any: a provider may send one nevertheless
         self.translated: Optional[Translated] = None  # the request, if it was that
-        # In a compressed body no lines can be seen.
-        is_stream = media_type(head.fields) == "text/event-stream"
+        # In a compressed body no lines can be seen. An error that is called a stream is mostly JSON: its server would
+        # have begun one.
+        is_stream = media_type(head.fields) == "text/event-stream" and head.status < 300
         self.is_stream = is_stream and head.fields.get("content-encoding", "").lower() in ("", "identity")
         # The key that is erased from its body. One made of words is looked for in errors only: a model that explains
         # how to call a local server says it, too.

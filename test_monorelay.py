@@ -13558,6 +13558,22 @@ def test_an_error_has_the_clients_shape_and_the_providers_words(upstream, relay,
     assert got.status == 400 and got.json["error"]["code"] == "context_length_exceeded"
 
 
+SLOW_DOWN = b'{\n "error": {\n  "message": "slow down", "type": "rate_limit_error"}\n}'
+LITELLM_SLOW_DOWN = b'data: {"error": {"message": "slow down", "type": null, "code": "429"}}\n\ndata: [DONE]\n\n'
+
+
+@pytest.mark.parametrize("told", [SLOW_DOWN, LITELLM_SLOW_DOWN], ids=["json", "event"])
+def test_an_error_that_is_called_a_stream_is_one(upstream, relay, told):
+    head = b"HTTP/1.1 429 Too Many Requests\r\ncontent-type: text/event-stream\r\nretry-after: 7\r\n\r\n"
+    it = relay({"openai": upstream(replies_then_closes(head + told))})
+    got = it.post("/v1/chat/completions", chat(stream=True))
+    assert (got.status, got.get("retry-after"), got.body) == (429, "7", told)
+    got = it.post("/v1/messages", prompt("gpt-test", stream=True))
+    assert (got.status, got.get("retry-after"), got.json["error"]) == (
+        429, "7", {"type": "rate_limit_error", "message": "slow down"},
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("opening", ["[", '{"error":'], ids=brief)
 @pytest.mark.parametrize("depth", [300, 900, 5000])
 @pytest.mark.parametrize("kind", ["status", "whole", "first event", "later event"])
