@@ -14669,6 +14669,10 @@ class ConfigFile:
         self.problem = ""
         try:
             config = self._with_prices(load_config(self._path, self._options))
+        except NO_MEMORY:
+            self.read_later()
+            self.problem = "there is no memory to read the configuration; another try follows"
+            return False
         except (ConfigError, OSError) as error:
             if lacks_descriptor(error):
                 self.read_later()  # there is no descriptor to read it with
@@ -14786,24 +14790,33 @@ class Supervisor:
         self._log.announce(lines)
         self._log.start()
         while True:
-            if len(self._workers) < self._count or self._file.has_changed():
-                self._file.read()
-            self._log.style = self._file.config.server.log
-            while len(self._workers) < self._count and self._start_worker():
-                pass
-            name = signals.next(1.0)
-            if name in ("SIGTERM", "SIGINT"):
-                return self._stop(signals)
-            if name == "SIGHUP":
-                if self._in_terminal and not in_terminal():
+            try:
+                if self._look_after(signals):
                     return self._stop(signals)
-                self._file.read()
-                self._pass_on(signal.Signals[WORKER_RELOADS])
-            ended = list(self._reap())
-            for pid, _ in ended:
-                self._log.warn(f"the worker {pid} has ended; another one takes its place")
-            if any(time.monotonic() - started < 1.0 for _, started in ended):
-                time.sleep(1.0)  # one that can't even start must not be started without end
+            except Exception as error:  # a defect, or there is no memory; its workers serve meanwhile
+                self._log.warn(f"internal error: {describe(error)}")
+                time.sleep(1.0)
+
+    def _look_after(self, signals: Signals) -> bool:
+        """Starts the workers that lack, and does what the next signal asks for, if it comes soon; whether that is the
+        end."""
+        if len(self._workers) < self._count or self._file.has_changed():
+            self._file.read()
+        self._log.style = self._file.config.server.log
+        while len(self._workers) < self._count and self._start_worker():
+            pass
+        name = signals.next(1.0)
+        if name == "SIGHUP" and not (self._in_terminal and not in_terminal()):
+            self._file.read()
+            self._pass_on(signal.Signals[WORKER_RELOADS])
+        elif name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            return True
+        ended = list(self._reap())
+        for pid, _ in ended:
+            self._log.warn(f"the worker {pid} has ended; another one takes its place")
+        if any(time.monotonic() - started < 1.0 for _, started in ended):
+            time.sleep(1.0)  # one that can't even start must not be started without end
+        return False
 
     def _start_worker(self) -> bool:
         """Starts a worker; False when the system gives out no more processes."""
@@ -14842,7 +14855,8 @@ class Supervisor:
             log.warn(f"internal error: {describe(error)}")
             log.start()
             log.finish()
-        os._exit(status)
+        finally:
+            os._exit(status)
 
     def _reap(self) -> Iterator[tuple[int, float]]:
         """The workers that have ended, and when each was started."""

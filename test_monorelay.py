@@ -21669,6 +21669,19 @@ def test_a_reload_without_a_thread_for_its_first_ledger_is_tried_again(relay, tm
     eventually((tmp_path / "usage.db").exists)
 
 
+def test_a_reload_without_memory_is_told_and_tried_again(relay, tmp_path, monkeypatch):
+    it = relay({"echo": {}})
+    file = edited_file(tmp_path, aliases={"new": "echo"})
+    operator = monorelay.Operator(it.server, file)
+    with monkeypatch.context() as patched:
+        patched.setattr(monorelay, "load_prices", lambda config, path: bytes(1 << 62))
+        operator.reload()
+    assert not it.server.service.config.aliases and file.has_changed()
+    eventually(lambda: "there is no memory to read the configuration" in it.log.getvalue())
+    operator.reload()
+    assert it.server.service.config.aliases and not file.has_changed()
+
+
 def test_a_defect_in_a_reload_is_told_and_what_was_read_before_stays(relay, tmp_path, monkeypatch):
     it = relay({"echo": {}})
     operator = monorelay.Operator(it.server, edited_file(tmp_path))
@@ -22497,6 +22510,29 @@ def test_workers_share_the_port_and_a_dead_one_is_replaced(program):
     after = eventually(lambda: len(children(it)) == 2 and min(before) not in children(it) and children(it))
     assert after != before
     assert eventually(lambda: all(accepts(it.url) for _ in range(20)))
+    it.signal(signal.SIGTERM)
+    assert it.ended() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of another process can be set on Linux only")
+def test_a_supervisor_without_memory_for_an_edit_goes_on_and_reads_it_later(program, tmp_path):
+    import resource
+
+    (tmp_path / "prices.json").write_text("{}")
+    config = {**workers_of(settings({"echo": {}}), 2), "prices": "prices.json"}
+    it = program(config)
+    before = eventually(lambda: len(children(it)) == 2 and children(it))
+    pages = int(Path(f"/proc/{it.process.pid}/statm").read_text().split()[0])
+    no_limit = resource.prlimit(it.process.pid, resource.RLIMIT_AS)
+    least = pages * resource.getpagesize() + (1 << 20), no_limit[1]
+    resource.prlimit(it.process.pid, resource.RLIMIT_AS, least)
+    prices = {f"model-{number}": {"input": 1, "output": 2, "//": "x" * 1000} for number in range(8000)}
+    (tmp_path / "prices.json").write_text(json.dumps(prices))
+    time.sleep(2.5)  # it looks once a second
+    assert it.process.poll() is None and children(it) == before
+    resource.prlimit(it.process.pid, resource.RLIMIT_AS, no_limit)
+    os.kill(min(before), signal.SIGKILL)
+    assert eventually(lambda: len(children(it)) == 2 and children(it) != before)
     it.signal(signal.SIGTERM)
     assert it.ended() == 0
 
