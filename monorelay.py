@@ -2265,30 +2265,30 @@ class KeyPool:
         self.records: dict[tuple[str, str], KeyRecord] = {}  # of a provider and the label of its key
         self.changed: Callable[[], object] = lambda: None  # called when something cools or has recovered
 
-    def order(self, targets: Iterable[Target], session: str, now: float) -> list[Candidate]:
+    def order(self, targets: Iterable[Target], session: str, now: float, is_aside: bool = False) -> list[Candidate]:
         """All candidates of the targets, the one to try first at the head. What has the same `session` stays with one
-        key, where the strategy says so."""
+        key, where the strategy says so. What only asks about a model (`is_aside`) takes no turn: where a client counts
+        before each message, the messages would all have the same one of two keys."""
         turns: dict[str, int] = {}
         candidates = [
             Candidate(target, key) for target in targets for key in self._keys_in_turn(target.provider, session, turns)
         ]
+        if turns and not is_aside:
+            self._turns.update([*turns])
         if not self._cooling:
             return candidates
         return sorted(candidates, key=lambda candidate: max(self._back_at(candidate), now))
 
     def _keys_in_turn(self, provider: Provider, session: str, turns: dict[str, int]) -> Sequence[Optional[ProviderKey]]:
-        """The keys of a provider in the order of its strategy. `turns`: those that the request has taken; it takes one
-        of each provider, however many of its targets are there."""
+        """The keys of a provider in the order of its strategy. `turns`: those of the request's providers, of which each
+        has one, however many of its targets are there."""
         keys = provider.keys
         if keys is None:
             return (None,)
         if len(keys) < 2 or provider.key_strategy == "fill-first":
             return keys
         if provider.key_strategy == "round-robin":
-            if provider.name not in turns:
-                turns[provider.name] = self._turns[provider.name]
-                self._turns[provider.name] += 1
-            turn = turns[provider.name] % len(keys)
+            turn = turns.setdefault(provider.name, self._turns[provider.name]) % len(keys)
             return (*keys[turn:], *keys[:turn])
         return sorted(keys, key=lambda key: self._rank(provider, key, session), reverse=True)
 
@@ -12786,7 +12786,7 @@ async def answer_catalogue(exchange: Exchange) -> Response:
     targets = [target for target in possible if target.provider.format == exchange.format]
     if targets and exchange.may_use(wanted):
         exchange.endpoint = exchange.endpoint._replace(path=f"/models/{quote(targets[0].model)}")
-        order = exchange.service.relay.keys.order(targets[:1], exchange.caller.name, exchange.loop.now)
+        order = exchange.service.relay.keys.order(targets[:1], exchange.caller.name, exchange.loop.now, is_aside=True)
         return await relay(exchange, ReadBody(), order)
     meant = suggestion(wanted, (entry["id"] for entry in entries))
     raise NotFound(f"there is no model {wanted[:MODEL_CHARACTERS]!r}{meant}")
@@ -13160,7 +13160,8 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
     fields = exchange.request.fields
     named = next((fields.get(name) for name in SESSION_HEADERS if name in fields), "")
     session = named or body.facts.session or exchange.record.caller
-    candidates = exchange.service.relay.keys.order(targets, session, exchange.loop.now)
+    is_aside = exchange.endpoint.path in COUNTING_PATHS
+    candidates = exchange.service.relay.keys.order(targets, session, exchange.loop.now, is_aside)
     if exchange.endpoint.path == COUNTING_PATH:
         if candidates[0].target.provider.chat_format != format:
             return await estimated_count(exchange, body, candidates[0].target)

@@ -1640,6 +1640,20 @@ def test_a_request_takes_one_turn_of_a_provider_that_is_several_of_its_targets()
     assert orders == [[first.label, second.label] * 2, [second.label, first.label] * 2] * 2
 
 
+@pytest.mark.parametrize("aside", ["count_tokens", "model"])
+def test_what_only_asks_about_a_model_takes_no_turn_of_the_keys(upstream, relay, aside):
+    provider = upstream(answer())
+    it = relay({"anthropic": {**two_keys(provider), "key_strategy": "round-robin"}}, routes={"*": "anthropic"})
+    for _ in range(4):
+        if aside == "model":
+            it.ask("GET", "/v1/models/claude-x", None, ANTHROPIC_VERSION)
+        else:
+            it.post("/v1/messages/count_tokens", prompt())
+        it.post("/v1/messages", prompt())
+    used = [message.get("x-api-key") for message in provider.requests if message.target == "/v1/messages"]
+    assert len(provider.requests) >= 8 and len(used) == 4 and used[0] == used[2] != used[1] == used[3]
+
+
 @pytest.mark.parametrize(
     ("strategy", "weights", "expected"), [("random", (1, 1, 1), 1000), ("weighted", (8, 1, 1), 2400)]
 )
