@@ -13835,6 +13835,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.known = True
             self.server.unproven.pop(self, None)
             self.channel.set_window(HELD_BYTES)
+        if not exchange.caller.admin:
+            self.server.check_share(record.caller, self.loop.current.origin)
 
     async def _send(self, exchange: Exchange, response: Response) -> bool:
         """Sends a response as it comes: the one place from which responses go to clients. Whether the connection can be
@@ -14031,6 +14033,20 @@ class RelayServer(http.server.ThreadingHTTPServer):
                 handler.task.cancel()
                 return True
         return False
+
+    def check_share(self, name: str, origin: str) -> None:
+        """Raises Unavailable for a caller who has more than one connection at work, and over three quarters of those
+        that nobody else has: others must find room."""
+        at_work = len(self.served) - len(self.idle) - len(self.unproven)
+        left = self.connection_limit - at_work
+        if at_work <= 3 * left:  # nor can those of one caller be more
+            return
+        own = sum(not it.idle and it.task is not None and it.task.origin == origin for it in self.served)
+        if own > max(1, 3 * left):
+            message = f"the requests of {name} have as many connections as they may beside those of others"
+            error = Unavailable(f"{message} (server.max_connections); try again", "too_many_connections")
+            error.close = True
+            raise error
 
     def release(self, handler: Handler) -> None:
         """Forgets a connection that is closed."""

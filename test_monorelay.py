@@ -20699,6 +20699,35 @@ def test_who_has_shown_a_token_is_not_closed_while_busy(upstream, relay, small_b
         assert head.answer().status == 200 and greedy.answer().status == 200
 
 
+@pytest.mark.parametrize("kind", ["a body that doesn't end", "a head that doesn't end"])
+def test_no_user_takes_the_connections_that_others_need(relay, kind):
+    users = {name: {"key": f"{name}-key-0123456789", "requests_per_minute": 1} for name in ("ann", "bob")}
+    it = relay({"echo": {}}, server={"max_connections": 8}, users=users)
+    with contextlib.ExitStack() as stack:
+        hers = [stack.enter_context(it.client()) for _ in range(8)]
+        for number, client in enumerate(hers):
+            if kind == "a body that doesn't end":
+                client.send(request("POST", "/v1/messages", b"{", "Content-Length: 9", token="ann-key-0123456789"))
+            else:
+                client.send(request("GET", "/api/auth/me", token="ann-key-0123456789"))
+            if number >= 6:
+                got = client.answer()
+                refused(got, 503, "api_error", openai_shape=kind == "a head that doesn't end")
+                assert got.get("x-monorelay-error") == "too_many_connections" and got.get("connection") == "close"
+                assert "requests of ann" in got.json["error"]["message"]
+            elif kind == "a body that doesn't end":
+                eventually(lambda number=number: len(it.server.service.running) == number + 1)
+            else:
+                assert client.answer().status == 200
+                client.send(b"GET /api/auth/me HTTP/1.1\r\n")
+                eventually(lambda number=number: len(it.server.idle) == 7 - number)
+        with it.client() as other, it.client() as health:
+            assert other.ask("GET", "/api/auth/me", token="bob-key-0123456789").status == 200
+            assert health.ask("GET", "/health").status == 200
+        with it.client() as owner:
+            assert owner.ask("GET", "/api/auth/me").status == 200
+
+
 def test_an_idle_connection_goes_before_one_that_is_busy_without_a_token(relay):
     clock = Clock()
     it = relay({"echo": {}}, clock, server={"max_connections": 3})
