@@ -2768,6 +2768,11 @@ def cost_of(prices: Optional[Prices], provider: Provider, model: str, used: Used
     return cost if cost <= COST_NANO_USD else None
 
 
+def dearer(one: Optional[int], other: Optional[int]) -> Optional[int]:
+    """The higher of two costs, or the one that is known."""
+    return other if one is None else one if other is None else max(one, other)
+
+
 def charge_of(prices: Prices, provider: Provider, model: str, used: Used) -> Optional[int]:
     """What the tokens cost, in PRICE_UNIT times two factors of that unit; None without a price."""
     price = find_price(prices, provider, model)
@@ -3662,8 +3667,8 @@ class BodyFacts(NamedTuple):
     """The facts that routing needs of a JSON body."""
 
     model: str
-    # Whether another top-level name may be taken for `model`, or a tool has one of its own; it matters for those only
-    # who may use some models only.
+    # Whether another top-level name may be taken for `model`, or names another one; or, of those who may use some
+    # models only, whether a tool has one of its own.
     lookalike: bool
     session: str  # the `user_id` in `metadata`, else `prompt_cache_key`, or empty
     span: Optional[tuple[int, int]] = None  # where the value of `model` stands, if that is known
@@ -3698,6 +3703,7 @@ MODEL_NAMES = frozenset({
     "engine", "deployment", "deployment_id", "preset", "plugins", "provideroptions", "api_base", "base_url",
     "extra_body",
 })  # fmt: skip
+OTHER_MODEL_NAMES = MODEL_NAMES - {"model"}
 
 
 def is_model_name(name: str) -> bool:
@@ -3782,7 +3788,7 @@ def read_at_once(body: bytes, restricted: bool = True) -> BodyFacts:
     user_id = dict(metadata).get("user_id") if isinstance(metadata, tuple) else ""
     session = next((name for name in (user_id, members.get("prompt_cache_key")) if name and isinstance(name, str)), "")
     if not restricted and "model" in members and len(members) == len(document):
-        return BodyFacts(model_name(members["model"]), False, session)
+        return BodyFacts(model_name(members["model"]), not OTHER_MODEL_NAMES.isdisjoint(members), session)
     models = [member for member in document if is_model_name(member[0])]
     return facts_of(models, have_model(tools_of(document)), session)
 
@@ -4344,6 +4350,8 @@ BEFORE_USAGE = re.compile(
 )
 EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_(?:start|delta|stop)|content_block_[a-z]+|response\.[a-z_]+)"')
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
+ANSWERING_MODEL = re.compile(rb'"model" ?: ?"([^"\\]{1,%d})"' % MODEL_CHARACTERS)
+EVENT_MODEL = re.compile(rb"(?:^|[\r\n])data:[^\r\n]{0,%d}?%b" % (USAGE_BYTES, ANSWERING_MODEL.pattern))
 # What a usage object tells, in Anthropic's words and in OpenAI's two sets of them.
 USAGE_NAMES = OPENAI_NAMES | {
     *ANTHROPIC_NAMES, "cache_creation", "service_tier", "speed", "inference_geo", "server_tool_use", "iterations",
@@ -4416,6 +4424,8 @@ class Usage:
         self._searches = 0  # of the web, as OpenAI tells it
         self._is_placeholder = False  # what it says of the output
         self._tier = ""  # OpenAI's service tier, which stands beside it
+        self.seeks_model = False  # whether another model than the request's own may answer
+        self.model = ""  # the one that says it has, if that is sought
         self._is_beginning = True  # whether no more than that of a whole response has come
         self._is_first = False  # whether its usage stands before all that may have another
         self._held = b""  # a line of a stream, an object, or the name before it, whose rest hasn't come yet
@@ -4440,6 +4450,8 @@ class Usage:
             data, self._held = self._held + data, b""
         if b'"service_tier"' in data and (is_stream or not self._tier):
             self._note_tier(data, 0)
+        if self.seeks_model and b'"model"' in data:
+            self._note_model(data, is_stream)
         if b'usage"' in data or (not is_stream and b"usage_breakdown" in data):
             held = self._look(data, is_stream)
         else:
@@ -4509,6 +4521,15 @@ class Usage:
                 self._author = usage["image_gen"]
         elif not is_stream:  # in which there is no SVG
             self._author = usage
+
+    def _note_model(self, data: bytes, is_stream: bool) -> None:
+        """Notes the model of a whole response, or of the last event that names one at its beginning."""
+        if is_stream:
+            for event in EVENT_MODEL.finditer(data):
+                self.model = event[1].decode("utf-8", "replace")
+        elif not self.model:
+            model = ANSWERING_MODEL.search(data)
+            self.model = model[1].decode("utf-8", "replace") if model else ""
 
     def _note_tier(self, data: bytes, start: int) -> bool:
         """Notes the first service tier from there on; whether there is one. Those behind, in the same line, may stand
@@ -12009,7 +12030,10 @@ class Service:
             record.used = record.usage.used
             provider = exchange.config.providers.get(record.provider)
             if provider:
-                record.cost = cost_of(exchange.config.prices, provider, record.sent_model, record.used)
+                prices = exchange.config.prices
+                record.cost = cost_of(prices, provider, record.sent_model, record.used)
+                if record.usage.model and not record.used.iterations:  # which tell of their models themselves
+                    record.cost = dearer(record.cost, cost_of(prices, provider, record.usage.model, record.used))
             row = record.row(self.loop.now, time.time())
             self._uncounted.append(row)
             if len(self._uncounted) >= COUNTED_ROWS:
@@ -12461,6 +12485,8 @@ class Exchange:
         """Raises Forbidden unless the caller may use the model, and a server behind can't take another one from the
         request than the relay does."""
         self.uses_model = self.endpoint.path not in COUNTING_PATHS
+        # OpenRouter may answer by one of `models`, and LiteLLM by one that the query names; that is charged.
+        self.record.usage.seeks_model = facts.lookalike or "model" in self.request.query
         self.check_may_call()
         if not self.may_use(facts.model):
             allowed = self.caller.user.models if self.caller.user and self.caller.user.models else ()

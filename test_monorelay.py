@@ -17975,6 +17975,30 @@ def test_pictures_that_are_drawn_for_a_response_are_charged(upstream, relay, is_
     assert row.cost == 6_000 + 2_000 + 2_000 + 50_000 + 7024 * 2_000 + 10_000_000
 
 
+@pytest.mark.parametrize("named", [{"models": ["dear"]}, {"models": ["dear"], "pad": ["x" * 600_000]},
+                                   {"extra_body": {"model": "dear"}}, "?model=dear"])  # fmt: skip
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_another_model_that_a_request_names_and_that_answers_is_charged(upstream, relay, named, is_stream):
+    """OpenRouter takes one of `models` where the first can't answer, LiteLLM one in `extra_body` or the query (#31118,
+    #41810); each says which one it was."""
+    usage = {"prompt_tokens": 10, "completion_tokens": 10, "total_tokens": 20}
+    said = {"id": "gen-1", "provider": "X", "model": "dear-2026-01-01", "object": "chat.completion", "created": 1}
+    call = {"function": {"name": "f", "arguments": json.dumps({"model": "cheap"})}}
+    chunks = ({"choices": [{"index": 0, "delta": {"tool_calls": [call]}}]}, {"choices": [], "usage": usage})
+    whole = {**said, "choices": [{"index": 0, "message": {"tool_calls": [call]}}], "usage": usage}
+    events = b"".join(b"data: %b\n\n" % json.dumps({**said, **chunk}).encode() for chunk in chunks)
+    ended = STREAM_HEAD + chunked(events + b"data: [DONE]\n\n")
+    provider = upstream(ended if is_stream else answer(200, json.dumps(whole).encode()))
+    it = relay({"openai": provider}, prices={"cheap": {"input": 1, "output": 1}, "dear": {"input": 10, "output": 100}})
+    query, more = (named, {}) if isinstance(named, str) else ("", named)
+    for model, cost in (("cheap", 1_100_000), ("unknown", 1_100_000)):
+        assert it.post(f"/v1/chat/completions{query}", chat(model, stream=is_stream, **more)).status == 200
+        row = eventually(lambda model=model: [row for row in it.server.service.tally.ended if row.sent == model])[0]
+        assert (row.input, row.output, row.cost) == (10, 10, cost)
+    assert it.post("/v1/chat/completions", chat("cheap", stream=is_stream)).status == 200  # a name of the owner's own
+    assert eventually(lambda: [row for row in it.server.service.tally.ended if row.cost == 20_000])
+
+
 @pytest.mark.parametrize("told", [{"cache_creation_input_tokens": 0}, {"server_tool_use": {"web_search_requests": 100}},
                                   {"iterations": [{"model": "adviser", "input_tokens": 900, "output_tokens": 1}]}])
 @pytest.mark.parametrize("is_stream", [False, True])
