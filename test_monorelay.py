@@ -24670,7 +24670,7 @@ def test_the_readmes_alias_fails_over_across_formats(upstream, relay):
 
 def test_the_readmes_settings_of_translation_are_valid():
     told = [json.loads(cell.strip("`")) for cell in readme_tables()["provider"].values() if cell.startswith("`")]
-    assert len(told) == 6
+    assert len(told) == 7
     for settings in told:
         parse({"a": {"format": "openai", "base_url": "http://127.0.0.1:9/v1", "translate": settings}})
 
