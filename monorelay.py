@@ -6172,6 +6172,12 @@ def with_cache_mark(blocks: list[JsonDict], holder: JsonDict) -> list[JsonDict]:
     return blocks
 
 
+def handed_back(block: JsonDict) -> JsonDict:
+    """A block of thinking as Claude wants it back: one that isn't shown must have its text, too, which is empty."""
+    kept = {name: value for name, value in block.items() if name != "index"}
+    return {**kept, "thinking": kept.get("thinking") or ""} if kept["type"] == "thinking" else kept
+
+
 class MessageTurns:
     """Writes the messages of a request of Messages: results of calls come first in the user's turn behind them."""
 
@@ -6241,7 +6247,7 @@ class MessageTurns:
         if not self._messages or self._messages[-1]["role"] != "assistant":
             self._calls = {}  # some clients write each call into a turn of its own
         blocks = [
-            {name: value for name, value in block.items() if name != "index"}
+            handed_back(block)
             for _, block in objects(message.get("thinking_blocks") or [], f"{place}.thinking_blocks")
             if (block.get("type") == "thinking" and block.get("signature")) or block.get("type") == "redacted_thinking"
         ]
@@ -7180,7 +7186,8 @@ class MessageReader:
         if kind == "thinking_delta":
             return [self._thinking_chunk(said, type="thinking", thinking=said)]
         if kind == "signature_delta":
-            return [self._thinking_chunk(type="thinking", signature=said)]
+            # Claude wants the text back, too, and it is empty where it isn't shown, as by default since Opus 4.7.
+            return [self._thinking_chunk(type="thinking", thinking="", signature=said)]
         call = self._begun_calls.get(index, self._open)
         said = said if call and call.has_arguments else said.lstrip(JSON_BLANKS)  # blanks alone would be no JSON
         return [self._arguments(call, said)] if call and said else []

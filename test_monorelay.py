@@ -5994,6 +5994,14 @@ def test_thinking_that_chat_clients_hand_back_leads_the_turn():
     )
 
 
+@pytest.mark.parametrize("lacking", [{}, {"thinking": None}, {"thinking": ""}])
+def test_thinking_that_was_not_shown_goes_back_with_its_empty_text(lacking):
+    """Else Claude answers "messages.1.content.0.thinking.thinking: Field required" (LibreChat-AI/agents #279)."""
+    turn = assistant_said("So.", thinking_blocks=[{"type": "thinking", "signature": "s", **lacking}])
+    body, _ = to_messages(messages=[HELLO, turn, HELLO])
+    assert body["messages"][1] == assistant({"type": "thinking", "thinking": "", "signature": "s"}, said("So."))
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -7606,6 +7614,20 @@ def test_u1_calls_are_counted_among_themselves():
     assert [entry["index"] for entry in entries if "id" in entry] == [0, 1]
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert "usage" not in chunks[0] and chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_thinking_that_is_not_shown_has_its_empty_text():
+    """Since Opus 4.7 that is the usual one (BerriAI/litellm #42550), and Claude wants the text back with it."""
+    blocks = [{**THOUGHTS, "thinking": ""}, tool_use("a"), {**THOUGHTS, "thinking": ""}]
+    data = b"".join(message_events(*blocks))
+    whole = whole_answer(asked_of("openai"), {**MESSAGE, "content": blocks, "stop_reason": "tool_use"})
+    for told in (whole, whole_answer(asked_of("openai"), data, is_stream=True)):
+        message = told["choices"][0]["message"]
+        assert message["thinking_blocks"] == [blocks[0], blocks[2]] and "reasoning_content" not in message
+    sent, _ = streamed(asked_of("openai", stream=True), data)
+    deltas = [choice["delta"] for _, chunk in events_of(sent)[:-1] for choice in chunk["choices"]]
+    told = [part for delta in deltas for part in delta.get("thinking_blocks", ())]
+    assert told == [{"index": 0, **blocks[0]}, {"index": 1, **blocks[2]}]
 
 
 def test_each_chunk_of_thinking_has_the_text_by_which_litellm_knows_it():
