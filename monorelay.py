@@ -4667,6 +4667,7 @@ class Asked(NamedTuple):
     thinking: str = "hidden"  # or "shown", or "omitted": a block without its text
     thinking_returns: bool = False  # whether the provider wants its thinking back
     input_tokens: int = 0  # by estimate
+    max_tokens: int = 0  # that a message may have
     call_ids: Collection[int] = ()  # hashes of the ids of calls in the conversation, as the client knows them
     system_speaks: bool = False  # later in the conversation than at its beginning, as it was sent
     refusable: Collection[str] = ()  # which of REFUSALS the request may meet
@@ -5387,6 +5388,7 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
         "thinking": "hidden" if thinking.get("type") in ("disabled", None) else display,
         "thinking_returns": draft.settings.reasoning_back != "none",
         "input_tokens": input_tokens,
+        "max_tokens": chat[limit_name(draft)],
         "call_ids": turns.call_ids,
         "system_speaks": turns.system_speaks,
         "refusable": [name for name in REFUSALS if name in turns.media or REFUSED_MEMBERS.get(name) in chat],
@@ -7501,6 +7503,14 @@ OVERFLOW_OUTPUT = re.compile(
     r"""(?ix) ([0-9,]{1,15}) \ (?: in\ the\ (?:completion|output) | (?:tokens\ )?for\ the\ completion | output\ tokens)
     | is\ too\ large: \ ? ([0-9,]{1,15})"""
 )
+# How providers name the longest answer that a model gives, to a request for a longer one: OpenAI; Alibaba, DeepSeek,
+# Groq, Novita, Volcengine, Ollama's cloud and Anthropic; Bedrock.
+OUTPUT_LIMIT = re.compile(
+    r"""(?ix) supports\ at\ most\ ([0-9,]{1,15})\ completion\ tokens
+    | max_(?:completion_)?tokens .{0,120}? (?: \[[01],\ ? | less\ than\ or\ equal\ to\ `? | between\ [01]\ and\ \ ?
+      | maximum\ output\ tokens\ \( | value\ <=\ | :\ [0-9]{1,15}\ >\ ) ([0-9,]{1,15})
+    | maximum\ tokens\ you\ requested\ exceeds\ the\ model\ limit\ of\ ([0-9,]{1,15})"""
+)
 
 
 # How templates of models, and mistral-common, refuse what the system says later in a conversation; llama.cpp and Ollama
@@ -7567,9 +7577,12 @@ def error_terms(asked: Asked, fault: AnswerFault) -> tuple[int, str, str, str]:
     format, status, message, text = asked.format, fault.status, fault.message, fault.text
     refused = refused_part(asked, fault)
     overflows = OVERFLOW.search(text) if status in (400, 413, 422) else status == 429 and NEVER_FITS.search(text)
+    longest = figure_in(OUTPUT_LIMIT, message) if asked.max_tokens and status in (400, 422) else 0
     if overflows or (status == 413 and not text):  # Cerebras says nothing
         status, code = 400, "context_length_exceeded"
         message = overflow_message(message, text) if format == "anthropic" else message
+    elif 0 < longest < asked.max_tokens:
+        status, code, message = 400, "", shorter_answer(asked.input_tokens, asked.max_tokens, longest, message)
     elif asked.system_speaks and status in (400, 422, 500) and SYSTEM_TURN.search(text):
         # the words by which Claude Code says it as the user, from then on
         status, code, message = 400, "", f"role 'system' is not supported within messages ({message})"
@@ -7598,12 +7611,17 @@ def overflow_message(message: str, text: str) -> str:
     if never:
         limit, given = map(number_of, never.groups())
     if limit and given and output and given <= limit:
-        return (
-            f"input length and `max_tokens` exceed context limit: {given} + {output} > {limit}, decrease input length "
-            f"or `max_tokens` and try again ({message})"
-        )
+        return shorter_answer(given, output, limit - given, message)
     figures = f": {given} tokens > {limit} maximum" if limit and given else ""
     return f"prompt is too long{figures} ({message}) capability_rejected: prompt_too_long"
+
+
+def shorter_answer(given: int, output: int, longest: int, message: str) -> str:
+    """The words by which Claude Code asks again for an answer that is no longer than the longest one possible."""
+    return (
+        f"input length and `max_tokens` exceed context limit: {given} + {output} > {given + longest}, decrease input "
+        f"length or `max_tokens` and try again ({message})"
+    )
 
 
 def figure_in(pattern: re.Pattern[str], text: str) -> int:

@@ -7951,6 +7951,46 @@ def test_e2_a_context_overflow_is_told_in_the_words_that_clients_act_on(words):
         assert ended_with(asked_of(), sse_of([{"error": error}])) == ("invalid_request_error", message)
 
 
+# How providers refuse a longer answer than their models give, each up to 8192 tokens here.
+TOO_LONG_ANSWERS = [
+    "max_tokens is too large: 32000. This model supports at most 8192 completion tokens, whereas you provided 32000.",
+    "<400> InternalError.Algo.InvalidParameter: Range of max_tokens should be [1, 8192]",  # Alibaba
+    "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]",  # DeepSeek
+    "`max_completion_tokens` must be less than or equal to `8192`, the maximum value for `max_completion_tokens` is "
+    "less than the `context_window` for this model",  # Groq
+    "max_tokens (current value: 32000) must be between 0 and 8192 ",  # Novita
+    "The parameter `max_completion_tokens` specified in the request are not valid: integer above maximum value, "
+    "expected a value <= 8192, but got 32000 instead. Request id: 021775",  # Volcengine
+    "max_tokens (32000) exceeds model's maximum output tokens (8192) for model deepseek-v4-flash:0731",  # Ollama's
+    "max_tokens: 32000 > 8192, which is the maximum allowed number of output tokens for claude-3-5-haiku-20241022",
+    "The maximum tokens you requested exceeds the model limit of 8192. Try again with a maximum tokens value that is "
+    "lower than 8192.",  # Bedrock
+]
+
+
+@pytest.mark.parametrize("status", [400, 422])
+@pytest.mark.parametrize("words", TOO_LONG_ANSWERS)
+def test_e2_a_longer_answer_than_a_model_gives_is_refused_in_the_words_that_clients_act_on(words, status):
+    """Claude Code asks for 32,000 tokens of a model that it doesn't know, and else would fail each time."""
+    said = json.dumps({"error": {"message": words, "param": "max_tokens"}}).encode()
+    told, body = error_answer(status, said, asked_of(input_tokens=900, max_tokens=32000))
+    error = json.loads(body)["error"]
+    begins = "input length and `max_tokens` exceed context limit: 900 + 32000 > 9092, decrease input length"
+    assert (told, error["type"]) == (400, "invalid_request_error") and error["message"].startswith(begins)
+    assert f"({words})" in error["message"]
+    for asked in (asked_of(max_tokens=8192), asked_of("openai")):  # then it is about something else
+        told, body = error_answer(status, said, asked)
+        assert (told, json.loads(body)["error"]["message"]) == (status, words)
+    assert error_answer(500, said, asked_of(max_tokens=32000))[0] == 500
+
+
+def test_e2_it_is_known_how_long_an_answer_was_asked_for(upstream, relay):
+    it = relay({"openai": upstream(json_reply({"error": {"message": TOO_LONG_ANSWERS[0]}}, 400))})
+    message = it.post("/v1/messages", claude_code(model="gpt-test", max_tokens=32000)).json["error"]["message"]
+    given, asked, limit = re.search(r"limit: (\d+) \+ (\d+) > (\d+), decrease", message).groups()
+    assert int(asked) == 32000 and int(limit) - int(given) == 8192
+
+
 @pytest.mark.parametrize("status", [400, 422, 500])
 @pytest.mark.parametrize(
     "words",
