@@ -6208,6 +6208,9 @@ class MessageTurns:
             else:
                 raise self._draft.refusal(f"{place}.role", f"the role {role}")
         self._write_later()
+        if not self._messages:  # the system speaks alone, as in Dify's workflows: OpenAI takes that, and Claude doesn't
+            self._say("user", self.system)
+            self.system = []
         if not self._messages:
             raise BadRequest("messages: at least one message with content is required")
         self._strip_prefill()

@@ -5981,6 +5981,15 @@ def test_t6_an_effort_that_becomes_thinking_leaves_no_sampling_that_claude_refus
 
 
 
+@pytest.mark.parametrize("system_turns", ["lead", "keep", "user"])
+def test_what_the_system_says_alone_is_said_as_the_user(system_turns):
+    """Claude wants at least one message (langgenius/dify #8788)."""
+    alone = [{"role": "system", "content": "Sum up."}, {"role": "developer", "content": "Be brief."}]
+    body, dropped = to_messages(target_of("anthropic", system_turns=system_turns), messages=alone)
+    assert body["messages"] == [user(said("Sum up."), said("Be brief."))] and "system" not in body
+    assert dropped == ()
+
+
 def test_thinking_that_chat_clients_hand_back_leads_the_turn():
     blocks = [
         {"index": 0, "type": "thinking", "thinking": "hm", "signature": "s"},
