@@ -14860,13 +14860,14 @@ class Supervisor:
         warnings.simplefilter("ignore", DeprecationWarning)
         self._log.announce(lines)
         self._log.start()
-        while True:
+        is_over = False
+        while not is_over:
             try:
-                if self._look_after(signals):
-                    return self._stop(signals)
+                is_over = self._look_after(signals)
             except Exception as error:  # a defect, or there is no memory; its workers serve meanwhile
                 self._log.warn(f"internal error: {describe(error)}")
                 time.sleep(1.0)
+        return self._stop(signals)
 
     def _look_after(self, signals: Signals) -> bool:
         """Starts the workers that lack, and does what the next signal asks for, if it comes soon; whether that is the
