@@ -12678,8 +12678,8 @@ class Exchange:
 
     @property
     def _user_name(self) -> str:
-        """The user whose room its body takes; empty for the owner."""
-        return self.caller.user.name if self.caller.user else ""
+        """The user whose room its body takes, also one who isn't in relay.json; empty for the owner."""
+        return "" if self.caller.admin else self.caller.name[:LOGGED_CHARACTERS]
 
     def release_room(self, count: int) -> None:
         """Gives back room for so many bytes."""

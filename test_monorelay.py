@@ -16697,7 +16697,8 @@ def test_a_form_asks_for_the_last_target_that_was_tried():
         assert body._ahead == f"model={name};file=".encode()
 
 
-def test_no_user_takes_the_room_for_bodies_that_others_need(upstream, relay):
+@pytest.mark.parametrize("kind", ["users", "tokens of any subject"])
+def test_no_user_takes_the_room_for_bodies_that_others_need(upstream, relay, kind):
     gate = threading.Event()
 
     def script(connection: Connection) -> None:
@@ -16706,8 +16707,12 @@ def test_no_user_takes_the_room_for_bodies_that_others_need(upstream, relay):
         connection.send(answer())
 
     provider = upstream(script)
-    users = {name: {"key": f"{name}-key-0123456789"} for name in ("ann", "bob")}
-    it = relay({"anthropic": provider}, server={"max_held_mb": 5}, users=users)
+    ann, bob = "ann-key-0123456789", "bob-key-0123456789"
+    more: Any = {"users": {"ann": {"key": ann}, "bob": {"key": bob}}}
+    if kind != "users":
+        ann, bob = (jwt.encode(claims(sub=name), JWT_SECRET, "HS256") for name in ("ann", "bob"))
+        more = {}
+    it = relay({"anthropic": provider}, server={"max_held_mb": 5, "jwt_secret": JWT_SECRET}, **more)
 
     def ask(token: str, size: int) -> Connection:
         client = it.client()
@@ -16716,17 +16721,17 @@ def test_no_user_takes_the_room_for_bodies_that_others_need(upstream, relay):
         return client
 
     with contextlib.ExitStack() as stack:
-        hers = [stack.enter_context(ask("ann-key-0123456789", 1_100_000)) for _ in range(3)]
+        hers = [stack.enter_context(ask(ann, 1_100_000)) for _ in range(3)]
         eventually(lambda: len(provider.requests) == 3)
-        with ask("ann-key-0123456789", 1_100_000) as another:
+        with ask(ann, 1_100_000) as another:
             got = another.answer()
             refused(got, 503, "api_error")
             assert got.get("x-monorelay-error") == "bodies_full" and "requests of ann" in got.json["error"]["message"]
-        others = [stack.enter_context(ask(token, 600_000)) for token in ("bob-key-0123456789", TOKEN)]
+        others = [stack.enter_context(ask(token, 600_000)) for token in (bob, TOKEN)]
         eventually(lambda: len(provider.requests) == 5)
         gate.set()
         assert [client.answer().status for client in hers + others] == [200] * 5
-    with ask("ann-key-0123456789", 4_000_000) as alone:
+    with ask(ann, 4_000_000) as alone:
         assert alone.answer().status == 200, "her room was given back, and a single request may take it all"
 
 
