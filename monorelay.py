@@ -9570,6 +9570,17 @@ async def sleep(loop: EventLoop, seconds: float) -> None:
         pass
 
 
+async def repeat(loop: EventLoop, action: Action, seconds: float) -> None:
+    """Calls the action again and again, for as long as the loop runs. One that fails, by a defect or for lack of
+    memory, is called again all the same."""
+    while True:
+        try:
+            action()
+        except Exception as fault:
+            loop.warn(f"internal error: {describe(fault)}")
+        await sleep(loop, seconds)
+
+
 class Worker:
     """A thread that runs calls one by one, those of different callers in turns. It starts with the first call."""
 
@@ -11994,7 +12005,8 @@ class Service:
         self.history = History(self)
         self.use(config)
         self.return_memory = find_malloc_trim()
-        self.loop.post(lambda: self.loop.start(self._tidy()))
+        self._trimmed_at = self.loop.now
+        self.loop.post(lambda: self.loop.start(repeat(self.loop, self._tidy, SWEEP_SECONDS)))
 
     def use(self, config: Config) -> None:
         """Serves by this configuration from the next request on. The targets of models are worked out once for each."""
@@ -12072,18 +12084,15 @@ class Service:
             self._tally.refused[record.error] += 1
         self.log.record(record, self.loop.clock())
 
-    async def _tidy(self) -> None:
+    def _tidy(self) -> None:
         """Closes what is idle for too long, and gives free memory back to the system: soon when large bodies have left
-        it, else now and then; for as long as the loop runs."""
-        trimmed_at = self.loop.now
-        while True:
-            self.relay.connections.drop_stale()
-            self.relay.keys.forget(self.loop.now)
-            much = self.bodies.released > max(TRIMMED_BYTES, self.bodies.bytes)
-            if much or self.loop.now - trimmed_at > TRIM_SECONDS:
-                self.bodies.released, trimmed_at = 0, self.loop.now
-                self.return_memory(0)
-            await sleep(self.loop, SWEEP_SECONDS)
+        it, else now and then."""
+        self.relay.connections.drop_stale()
+        self.relay.keys.forget(self.loop.now)
+        much = self.bodies.released > max(TRIMMED_BYTES, self.bodies.bytes)
+        if much or self.loop.now - self._trimmed_at > TRIM_SECONDS:
+            self.bodies.released, self._trimmed_at = 0, self.loop.now
+            self.return_memory(0)
 
 
 class Workers:
@@ -12094,13 +12103,15 @@ class Workers:
         self._service = service
         self._place = place
         self._is_showing = False  # whether it is about to show which keys cool, and what the ledger's file lacks
+        self._shown: Optional[JsonDict] = None  # the figures that it has shown last
         self._shown_at = self._looked_at = -math.inf
         self._seen: dict[int, int] = {}  # how often each of the others has shown that
         self._known: dict[str, tuple[float, Any]] = {}  # what was found of late, and when
         if place:
             service.relay.keys.changed = self.show_soon
             service.ledger.changed = lambda: service.loop.post(self.show_soon)
-            service.loop.post(lambda: service.loop.start(self._show_figures(place)))
+            show = functools.partial(self._show_figures, place)
+            service.loop.post(lambda: service.loop.start(repeat(service.loop, show, SHARED_SECONDS)))
 
     def show_soon(self) -> None:
         """Shows the other workers, soon, which keys cool, and what was spent that isn't in the ledger's file."""
@@ -12114,16 +12125,13 @@ class Workers:
         self._shown_at, self._is_showing = loop.now, False
         place.show({"cooling": service.relay.keys.shared(loop.now), "spent": service.ledger.shared()})
 
-    async def _show_figures(self, place: "PlaceOnBoard") -> None:
-        """Shows what this worker has counted and what runs, for as long as the loop runs."""
-        shown: Optional[JsonDict] = None
-        while True:
-            self._service.ledger.note_delay()
-            figures = self._figures()
-            if figures != shown:
-                place.show_figures(figures)
-                shown = figures
-            await sleep(self._service.loop, SHARED_SECONDS)
+    def _show_figures(self, place: "PlaceOnBoard") -> None:
+        """Shows what this worker has counted and what runs, if that isn't what it has shown last."""
+        self._service.ledger.note_delay()
+        figures = self._figures()
+        if figures != self._shown:
+            place.show_figures(figures)
+            self._shown = figures
 
     def _figures(self) -> JsonDict:
         service = self._service

@@ -10203,6 +10203,22 @@ def test_finished_is_overdue_at_its_deadline_and_the_task_goes_on(looping):
     assert worker.done and blocks == ["went on", "inner", "outer"]
 
 
+@pytest.mark.parametrize("fault", [MemoryError, ZeroDivisionError])
+def test_what_is_done_again_and_again_outlasts_a_failure(looping, fault):
+    calls: list[int] = []
+
+    def act() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise fault
+
+    looping.start(monorelay.repeat(looping.loop, act, 5.0))
+    for number in range(1, 6):
+        assert len(calls) == number
+        looping.clock.move(5.0)
+    assert len(looping.warnings) == 1 and fault.__name__ in looping.warnings[0]
+
+
 def test_a_defect_costs_its_own_task_only(looping):
     told: list[str] = []
 
@@ -22655,6 +22671,21 @@ def test_workers_share_the_port_and_a_dead_one_is_replaced(program):
     assert eventually(lambda: all(accepts(it.url) for _ in range(20)))
     it.signal(signal.SIGTERM)
     assert it.ended() == 0
+
+
+def test_the_figures_of_a_worker_are_told_again_behind_a_moment_without_memory(monkeypatch):
+    board, told = monorelay.Board(5), []
+    place = monorelay.PlaceOnBoard(board, 0)
+    service = monorelay.Service(parse({"echo": {}}), monorelay.LogWriter(None), place)
+    workers = service.workers
+    with monkeypatch.context() as patched:
+        patched.setattr(monorelay.PlaceOnBoard, "show_figures", lambda place, figures: bytes(1 << 62))
+        with pytest.raises(MemoryError):
+            workers._show_figures(place)
+    monkeypatch.setattr(monorelay.PlaceOnBoard, "show_figures", lambda place, figures: told.append(figures))
+    workers._show_figures(place)
+    workers._show_figures(place)
+    assert len(told) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of another process can be set on Linux only")
