@@ -571,7 +571,7 @@ class Translation(NamedTuple):
 
     max_tokens_field: str = "auto"  # max_tokens or max_completion_tokens: what its models take; auto: by its host
     reasoning: str = "none"  # or effort: whether it can be told how much to think
-    reasoning_back: str = "none"  # or the name of the member in which it wants its thinking back
+    reasoning_back: str = "none"  # or the name of the member in which it wants its thinking back; by its host, if known
     system_turns: str = ""  # keep, user or lead: where the system's words may stand that come later; empty: by format
     default_max_tokens: int = 8192  # for requests that say nothing, where the format demands it
     drop: tuple[str, ...] = ()  # members that it refuses
@@ -1161,7 +1161,7 @@ PROVIDER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
 TRANSLATION_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "max_tokens_field": (as_one_of("auto", "max_tokens", "max_completion_tokens"), "auto"),
     "reasoning": (as_one_of("none", "effort"), "none"),
-    "reasoning_back": (as_one_of("none", "reasoning_content", "reasoning"), "none"),
+    "reasoning_back": (as_one_of("none", "reasoning_content", "reasoning"), ""),
     "system_turns": (as_one_of("keep", "user", "lead"), ""),
     "default_max_tokens": (as_whole(1, 10_000_000), 8192),
     "drop": (as_texts, ()),
@@ -1336,15 +1336,15 @@ def read_provider(name: str, given: Any, problems: Problems) -> Provider:
     settings = read_settings(PROVIDER_SETTINGS, given, place, problems)
     settings["client_keys"] = settings["keys"] == "client"
     settings["keys"] = None if settings["client_keys"] else read_keys(settings["keys"], f"{place}.keys", problems)
-    settings["translate"] = read_translation(settings["translate"], settings["format"], place, problems)
     kind, url = settings["format"], settings.pop("base_url")
+    parts = urlsplit(url or "echo://echo")
+    settings["translate"] = read_translation(settings["translate"], kind, parts.hostname or "", place, problems)
     if len(problems.lines) == before:
         if not kind:
             problems.add(f"{place}.format", "is missing; it is anthropic, openai or echo")
         elif not url and kind != "echo":
             problems.add(f"{place}.base_url", "is missing")
     settings["auth_header"] = settings["auth_header"] or ("x-api-key" if kind == "anthropic" else "authorization")
-    parts = urlsplit(url or "echo://echo")
     host, port = parts.hostname or "", parts.port or DEFAULT_PORTS[parts.scheme]
     authority = f"[{host}]" if ":" in host else host
     prefix = parts.path.rstrip("/")
@@ -1380,7 +1380,12 @@ def read_keys(value: Any, place: str, problems: Problems) -> Optional[tuple[Prov
     return found
 
 
-def read_translation(value: Any, format: str, place: str, problems: Problems) -> Optional[Translation]:
+# Who refuses a turn with calls of tools that lacks its thinking: "The `reasoning_content` in the thinking mode must be
+# passed back to the API."
+THINKING_HOSTS = frozenset({"api.deepseek.com", "api.moonshot.ai", "api.moonshot.cn", "api.z.ai", "open.bigmodel.cn"})
+
+
+def read_translation(value: Any, format: str, host: str, place: str, problems: Problems) -> Optional[Translation]:
     """How a provider is translated for; None where it isn't."""
     if value is False:
         return None
@@ -1388,6 +1393,9 @@ def read_translation(value: Any, format: str, place: str, problems: Problems) ->
     settings = read_settings(TRANSLATION_SETTINGS, given, f"{place}.translate", problems)
     # Most servers of OpenAI's format take the system's words anywhere; of Claude's models only some do.
     settings["system_turns"] = settings["system_turns"] or ("keep" if format == "openai" else "lead")
+    settings["reasoning_back"] = settings["reasoning_back"] or (
+        "reasoning_content" if host in THINKING_HOSTS else "none"
+    )
     return Translation(**settings)
 
 

@@ -1167,6 +1167,19 @@ def test_a_provider_says_how_it_is_translated_for(format):
     assert hash(read(translate=KNOBS))
 
 
+@pytest.mark.parametrize("host", [*sorted(monorelay.THINKING_HOSTS), "other.example"])
+def test_who_wants_thinking_back_is_known_by_the_host_unless_it_is_said(host):
+    """The `reasoning_content` in the thinking mode must be passed back to the API (charmbracelet/crush #2696)."""
+
+    def read(**given: Any) -> str:
+        provider = {"format": "openai", "base_url": f"https://{host}/v1", "translate": given}
+        config = monorelay.parse_config(json.dumps({"providers": {"a": provider}}), {})
+        return config.providers["a"].translate.reasoning_back
+
+    assert read() == read(reasoning="effort") == ("none" if host == "other.example" else "reasoning_content")
+    assert [read(reasoning_back=field) for field in ("none", "reasoning")] == ["none", "reasoning"]
+
+
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
