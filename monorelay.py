@@ -7540,7 +7540,7 @@ REFUSALS = {
     ),
     "image_block": re.compile(
         r"""(?ix) `image_url` | image\ input | supports?\ .{0,20}(?:image|vision) | multi-?modal
-        | content.{0,12}must\ be\ a\ string | content\.type"""
+        | content.{0,12}must\ be\ a\ string | content\.type | at\ most\ [0-9]+\ image | too\ many\ images"""
     ),
 }
 REFUSED_MEMBERS = {"effort_unsupported": "reasoning_effort", "structured_outputs_unsupported": "response_format"}

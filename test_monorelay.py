@@ -8054,6 +8054,8 @@ REFUSED_PARTS = [
     (400, "messages[4]: unknown variant `image_url`, expected `text` at line 1 column 27", "image_block"),
     (400, "messages.content.type is invalid, allowed values: ['text']", "image_block"),  # Z.ai
     (422, "m is not a multimodal model", "image_block"),  # vLLM
+    (400, "At most 0 image(s) may be provided in one prompt.", "image_block"),  # vLLM, 1 by default in older ones
+    (400, "Too many images provided. This model supports up to 5 images", "image_block"),  # Groq
     (404, "No endpoints found that support image input", "image_block"),  # OpenRouter
     (500, "image input is not supported - hint: you may need to provide the mmproj", "image_block"),  # llama.cpp
     (400, "messages[4]: unknown variant `file`, expected `text` at line 1 column 27", "document_block"),
