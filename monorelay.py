@@ -6375,15 +6375,15 @@ class MessageTurns:
         media, start = (kind[1].lower(), kind.end()) if kind else ("application/pdf", 0)
         if media == "application/pdf":
             source = {"type": "base64", "media_type": media, "data": data[start:]}
-        elif media.startswith("text/"):
+        else:  # JSON and many a program have types of their own, and are text all the same
             try:
                 found = utf8_of_base64(data, start)
             except ValueError:
-                raise BadRequest(f"{place}.file.file_data: Input should be base64 of UTF-8") from None
+                if media.startswith("text/"):
+                    raise BadRequest(f"{place}.file.file_data: Input should be base64 of UTF-8") from None
+                raise self._draft.refusal(place, f"a file of the type {media}") from None
             del data, kind  # which holds it, too
             source = {"type": "text", "media_type": "text/plain", "data": found.decode("latin-1")}
-        else:
-            raise self._draft.refusal(place, f"a file of the type {media}")
         title = {"title": file["filename"]} if isinstance(file.get("filename"), str) else {}
         return {"type": "document", "source": source, **title}
 

@@ -5482,6 +5482,20 @@ def test_t4_pictures_and_files():
     ]
 
 
+@pytest.mark.parametrize("kind", ["application/json", "application/yaml", "image/svg+xml", "text/x-python", "zip/zip"])
+def test_t4_a_file_that_is_text_may_have_any_type(kind):
+    """LibreChat sends what its tools have written so, with each later turn (danny-avila/LibreChat #16054)."""
+    content = b"PK\x03\x04\xff" if kind == "zip/zip" else '{"a": "é"}'.encode()
+    data = f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    turn = user({"type": "file", "file": {"filename": "a", "file_data": data}})
+    if kind == "zip/zip":
+        assert "a file of the type zip/zip" in not_translated(lambda: to_messages(messages=[turn]))
+    else:
+        source = {"type": "text", "media_type": "text/plain", "data": '{"a": "é"}'}
+        sent = to_messages(messages=[turn])[0]["messages"][0]["content"]
+        assert sent == [{"type": "document", "source": source, "title": "a"}]
+
+
 @pytest.mark.parametrize("kind", ["image/jpg", "image/JPG", "image/jpeg", "IMAGE/JPEG"])
 def test_t4_a_jpeg_may_have_the_type_that_many_clients_give_it(kind):
     picture = {"type": "image_url", "image_url": {"url": f"data:{kind};base64,BBBB"}}
