@@ -10623,8 +10623,12 @@ def connect_problem(error: Exception, provider: Provider) -> str:
         reason = f"malformed answer: {error}"
     else:
         reason = type(error).__name__
-    way = " through the proxy" if proxy_address(provider) else ""
-    return f"can't connect to the provider {provider.name}{way}: {reason}"
+    return f"can't connect to {named_with_way(provider)}: {reason}"
+
+
+def named_with_way(provider: Provider) -> str:
+    """A provider in a message about a connection to it, which may be the fault of a proxy."""
+    return f"the provider {provider.name}{' through the proxy' if proxy_address(provider) else ''}"
 
 
 def proxy_for(provider: Provider) -> Any:
@@ -11012,7 +11016,7 @@ class Attempt:
     async def run(self, channel: Channel, kept: bool = False) -> None:
         """Sends the request on a connection, a new or a `kept` one, and reads the response until it can be judged: its
         head, of a stream the first line, too. Where the connection breaks, `problem` says how. Raises NoResponse,
-        ClientGone, and what reading the body raises."""
+        Unreachable, ClientGone, and what reading the body raises."""
         self.channel, self.reached, self._sent = channel, True, False
         # Where the provider's timeout is shorter, that decides.
         self._may_be_lost = kept and self.candidate.target.provider.timeout > UNTAKEN_SECONDS
@@ -11033,7 +11037,7 @@ class Attempt:
                 await peek(self._loop, response)
             self.response = response
         except FramingError as error:
-            message = f"the provider {self.candidate.target.provider.name} sent a malformed answer: {error}"
+            message = f"{named_with_way(self.candidate.target.provider)} sent a malformed answer: {error}"
             self.problem, self.code = message, "upstream_broken"
         except BrokenExchange as error:
             self.problem, self.code = str(error), "upstream_broken"
@@ -11070,7 +11074,7 @@ class Attempt:
         except Overdue:
             if self._may_be_lost and not request.body.is_spent:
                 self._give_up()
-            raise NoResponse(f"the provider {provider.name} took nothing for {provider.timeout:g} seconds") from None
+            raise NoResponse(f"{named_with_way(provider)} took nothing for {provider.timeout:g} seconds") from None
         except (OSError, EarlyResponse):
             # It may have answered before it closed; reading will tell.
             return False
@@ -11101,7 +11105,7 @@ class Attempt:
             await self._send_piece(LAST_CHUNK, timeout)
 
     async def _read_head(self) -> UpstreamResponse:
-        """Waits for the head of the final response. Raises BrokenExchange, NoResponse and FramingError."""
+        """Waits for the head of the final response. Raises BrokenExchange, NoResponse, Unreachable and FramingError."""
         channel, method = self.channel, self._request.head.method
         head = self._heads.take_final() if channel.received else None
         while not head:
@@ -11111,11 +11115,19 @@ class Attempt:
             except Overdue:
                 self._look_at_kept()
             head = self._heads.take_final()
+        if head.status == 407 and channel.target_prefix:
+            raise self._refused_by_proxy()
         response = UpstreamResponse(self.candidate, channel, head, response_decoder(head, method))
         response.has_body = method != "HEAD" and head.status not in (204, 304)
         if channel.received:
             response.absorb(await take_in_turn(self._loop, channel))
         return response
+
+    def _refused_by_proxy(self) -> Exception:
+        """That the proxy refuses the relay's credential: nothing has reached the provider, so another target may be
+        tried, unless the body is gone."""
+        problem = connect_problem(ConnectionError("the proxy answered with 407"), self.candidate.target.provider)
+        return BrokenExchange(problem) if self._request.body.is_spent else Unreachable(problem)
 
     def _look_at_kept(self) -> None:
         """Gives a kept connection up if nobody acknowledges what was sent on it; one that shows no sign of that isn't
@@ -11186,8 +11198,8 @@ async def more_of(loop: EventLoop, channel: Channel, candidate: Candidate, deadl
     except Overdue:
         if deadline < latest:
             raise
-        raise NoResponse(f"the provider {provider.name} sent nothing for {provider.timeout:g} seconds") from None
-    raise BrokenExchange(f"the provider {provider.name} closed the connection without an answer")
+        raise NoResponse(f"{named_with_way(provider)} sent nothing for {provider.timeout:g} seconds") from None
+    raise BrokenExchange(f"{named_with_way(provider)} closed the connection without an answer")
 
 
 async def peek(loop: EventLoop, response: UpstreamResponse, event_only: bool = False) -> None:

@@ -11141,6 +11141,26 @@ def test_a_proxy_that_refuses_makes_a_502(upstream, relay, no_proxy_yet, monkeyp
     assert refused(got, 502, "api_error").endswith(f" through the proxy: {reason}")
 
 
+def test_a_proxy_that_refuses_what_goes_through_it_unencrypted_is_no_answer_of_the_provider(
+    upstream, relay, no_proxy_yet
+):
+    proxy, other = upstream(answer(407, b"no")), upstream(message_answer(HI))
+    behind = {"format": "anthropic", "base_url": "http://provider.example", "proxy": proxy.url}
+    got = relay({"anthropic": behind}).post("/v1/messages", prompt())
+    assert refused(got, 502, "api_error").endswith(" through the proxy: the proxy answered with 407")
+    got = relay({"anthropic": behind, "anthropic2": other}).post("/v1/messages", prompt())
+    assert (got.status, got.get("x-monorelay-provider")) == (200, "anthropic2")
+    got = relay({"anthropic": upstream(answer(407, b"no"))}).post("/v1/messages", prompt())
+    assert (got.status, got.body) == (407, b"no"), "a provider's own comes back as it is"
+
+
+@pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 2000 What\r\n\r\n"], ids=["closed", "malformed"])
+def test_an_answer_that_breaks_behind_a_proxy_names_the_proxy(upstream, relay, no_proxy_yet, sent):
+    proxy = upstream(replies_then_closes(sent))
+    it = relay({"anthropic": {"base_url": "http://provider.example", "proxy": proxy.url}})
+    assert "anthropic through the proxy " in refused(it.post("/v1/messages", prompt()), 502, "api_error")
+
+
 INJECTED = answer(200, b'{"id": "injected without any TLS"}')
 
 
