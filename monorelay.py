@@ -10803,7 +10803,8 @@ class ResponseHeads:
 # What the manuals of local servers give for a key, such as lm-studio, not-needed and sk-no-key-required. A random key
 # without any digit would be longer.
 KEY_OF_WORDS = re.compile(rb"(?=.{1,31}\Z)[A-Za-z]+(?:[-_][A-Za-z]+)*")
-SECRET_NAME = re.compile(r"(?i)(?:.*-)?(?:authorization|auth|(?:api-?)?key|token|secret)")
+# Of a header field or a parameter of a base_url's query: Azure's functions take a key in `code`.
+SECRET_NAME = re.compile(r"(?i)code|(?:.*[-_])?(?:authorization|auth|(?:api[-_]?)?key|token|secret)")
 
 
 def unescaped(text: str) -> str:
@@ -10900,11 +10901,13 @@ class UpstreamResponse:
         return "\n".join([self._readable().decode("latin-1"), self.head.reason, *fields])
 
     def quotes_key(self, text: str) -> bool:
-        """Whether the key that was sent, or another secret among the provider's headers, stands in a text, however it
-        is escaped there."""
+        """Whether the key that was sent, or another secret in the provider's headers or its base_url's query, stands in
+        a text, however it is escaped there."""
         key, provider = self.candidate.key, self.candidate.target.provider
-        given = [value.rpartition(" ")[2] for name, value in provider.headers if value and SECRET_NAME.fullmatch(name)]
-        secrets = [secret for secret in given if len(secret) >= SECRET_CHARACTERS]
+        given = [(name, value.rpartition(" ")[2]) for name, value in provider.headers if value]
+        in_query = (parameter.partition("=") for parameter in provider.query.split("&"))
+        given += [(name, unquote(value)) for name, _, value in in_query]
+        secrets = [secret for name, secret in given if len(secret) >= SECRET_CHARACTERS and SECRET_NAME.fullmatch(name)]
         own = key.secret.reveal() if key else ""
         # Local servers are given such words as ollama, none or EMPTY, which any error may hold.
         secrets += [own] if len(own) >= SECRET_CHARACTERS or (own and not own.isalpha()) else []

@@ -12311,6 +12311,26 @@ def test_an_answer_that_quotes_a_secret_in_another_spelling_is_a_502(upstream, r
     assert got.get("x-monorelay-error") == "upstream_quoted_key" and b"very-secret" not in got.head + got.body
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("name", ["subscription-key", "api_key", "key", "code", "access_token"])
+def test_an_answer_that_quotes_a_secret_of_base_urls_query_is_a_502(upstream, relay, name, spelling):
+    """Fastify and NestJS quote the path and query that they don't know."""
+    given = f"api-version=2024-10-21&{name}={urllib.parse.quote(SLASHED_KEY)}"
+    quoting = f'{{"message":"Route GET:/v1/nothing?{name}={SPELLINGS[spelling]} not found"}}'.encode()
+    harmless = b'{"message":"there is no version 2024-10-21"}'
+
+    def ask(told: bytes) -> Message:
+        provider = upstream(answer(404, told))
+        it = relay({"gateway": {"format": "openai", "base_url": f"{provider.url}/v1?{given}", "keys": ["sk-a"]}})
+        return it.ask("GET", "/v1/nothing")
+
+    got = ask(quoting)
+    refused(got, 502, "api_error", openai_shape=True)
+    assert got.get("x-monorelay-error") == "upstream_quoted_key" and b"very-secret" not in got.head + got.body
+    got = ask(harmless)
+    assert (got.status, got.body) == (404, harmless)
+
+
 TOLD = b'{"type":"error","error":{"type":"overloaded_error","message":"no credit for %s"}}' % SLASHED_KEY.encode()
 QUOTING = {
     "a stream that begins with an error": STREAM_HEAD + chunk(b"event: error\ndata: %s\n\n" % TOLD),
