@@ -13718,6 +13718,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.network = network_of(str(self.client_address[0]))  # of the client, see origin_of()
         self.over_limit = False  # beyond max_connections: it gets one response, which says so
         self.known = False  # whether it has shown a valid token
+        self.user = ""  # who has shown the last one; empty for the owner
         self.idle = False  # between two requests
         self.lingering = False  # behind the last one
         self.evicted = False  # to make room for others
@@ -13871,6 +13872,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             endpoint = exchange.endpoint = find_endpoint(request.method, request.path, exchange.format)
             if endpoint.answer not in OPEN_ENDPOINTS:
                 self._authenticate(exchange)
+            if self.user:
+                self.server.check_share(self.user, self.loop.current.origin)
             return await endpoint.answer(exchange)
         except RelayError as error:
             # An error that is kept to be raised again would keep, by its traceback, all frames that led to it.
@@ -13920,8 +13923,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.known = True
             self.server.unproven.pop(self, None)
             self.channel.set_window(HELD_BYTES)
-        if not exchange.caller.admin:
-            self.server.check_share(record.caller, self.loop.current.origin)
+        self.user = "" if exchange.caller.admin else record.caller
 
     async def _send(self, exchange: Exchange, response: Response) -> bool:
         """Sends a response as it comes: the one place from which responses go to clients. Whether the connection can be

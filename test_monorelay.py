@@ -20913,6 +20913,21 @@ def test_no_user_takes_the_connections_that_others_need(relay, kind):
             assert owner.ask("GET", "/api/auth/me").status == 200
 
 
+def test_no_user_takes_the_connections_that_others_need_by_taking_no_answers(relay, small_buffers):
+    users = {name: {"key": f"{name}-key-0123456789"} for name in ("ann", "bob")}
+    it = relay({"echo": {}}, server={"max_connections": 8}, users=users)
+    with contextlib.ExitStack() as stack:
+        hers = [stack.enter_context(it.client(SO_RCVBUF=1 << 12)) for _ in range(8)]
+        for client in hers:
+            assert client.ask("GET", "/api/auth/me", token="ann-key-0123456789").status == 200
+        for number, client in enumerate(hers):
+            with contextlib.suppress(OSError):
+                floods(client, request("GET", "/health", token="") * 4_000)
+            eventually(lambda number=number: number >= 6 or len(it.server.idle) == 7 - number)
+        with it.client() as other:
+            assert other.ask("GET", "/api/auth/me", token="bob-key-0123456789").status == 200
+
+
 def test_an_idle_connection_goes_before_one_that_is_busy_without_a_token(relay):
     clock = Clock()
     it = relay({"echo": {}}, clock, server={"max_connections": 3})
