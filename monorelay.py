@@ -13725,7 +13725,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.busy = False  # with a request that isn't answered yet
         self.record: Optional[AccessRecord] = None  # of the last request
         self.unread = b""  # the head that has come, until it is read: its body may take long, and needs no copy
-        self.fault: Optional[MalformedRequest] = None  # why no head can come any more
+        self.fault: Optional[RelayError] = None  # why no head can come any more
         self.task: Optional[Task] = None
 
     def handle(self) -> None:
@@ -13810,12 +13810,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     if seen and not begun:
                         begun, deadline = True, (deadline if self.over_limit else self.loop.now + HEAD_SECONDS)
                         self.be_busy()
+                        self._check_share()
                     if channel.is_full:
                         channel.set_window(REQUEST_HEAD_BYTES + 1)
                 else:
                     self._be_idle()
                 await until(deadline)
-        except MalformedRequest as fault:
+        except (MalformedRequest, Unavailable) as fault:
             self.fault = fault
         except Overdue:
             self.fault = MalformedRequest(f"the head took more than {HEAD_SECONDS:.0f} seconds", 408)
@@ -13872,8 +13873,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             endpoint = exchange.endpoint = find_endpoint(request.method, request.path, exchange.format)
             if endpoint.answer not in OPEN_ENDPOINTS:
                 self._authenticate(exchange)
-            if self.user:
-                self.server.check_share(self.user, self.loop.current.origin)
+            self._check_share()
             return await endpoint.answer(exchange)
         except RelayError as error:
             # An error that is kept to be raised again would keep, by its traceback, all frames that led to it.
@@ -13924,6 +13924,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.unproven.pop(self, None)
             self.channel.set_window(HELD_BYTES)
         self.user = "" if exchange.caller.admin else record.caller
+
+    def _check_share(self) -> None:
+        """Raises Unavailable for a user who has too many of the connections."""
+        if self.user:
+            self.server.check_share(self.user, self.loop.current.origin)
 
     async def _send(self, exchange: Exchange, response: Response) -> bool:
         """Sends a response as it comes: the one place from which responses go to clients. Whether the connection can be

@@ -20913,6 +20913,24 @@ def test_no_user_takes_the_connections_that_others_need(relay, kind):
             assert owner.ask("GET", "/api/auth/me").status == 200
 
 
+def test_no_user_takes_the_connections_that_others_need_by_heads_that_all_begin_at_once(relay):
+    users = {name: {"key": f"{name}-key-0123456789"} for name in ("ann", "bob")}
+    it = relay({"echo": {}}, server={"max_connections": 8}, users=users)
+    with contextlib.ExitStack() as stack:
+        hers = [stack.enter_context(it.client()) for _ in range(8)]
+        for client in hers:
+            assert client.ask("GET", "/api/auth/me", token="ann-key-0123456789").status == 200
+        for number, client in enumerate(hers):
+            client.send(b"GET /api/auth/me HTTP/1.1\r\n")
+            eventually(lambda number=number: number >= 6 or len(it.server.idle) == 7 - number)
+        for client in hers[6:]:
+            got = client.answer()
+            refused(got, 503, "api_error", openai_shape=True)
+            assert got.get("x-monorelay-error") == "too_many_connections"
+        with it.client() as other:
+            assert other.ask("GET", "/api/auth/me", token="bob-key-0123456789").status == 200
+
+
 def test_no_user_takes_the_connections_that_others_need_by_taking_no_answers(relay, small_buffers):
     users = {name: {"key": f"{name}-key-0123456789"} for name in ("ann", "bob")}
     it = relay({"echo": {}}, server={"max_connections": 8}, users=users)
