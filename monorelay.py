@@ -57,6 +57,7 @@ import operator
 import os
 import random
 import re
+import select
 import selectors
 import shlex
 import signal
@@ -257,6 +258,7 @@ ENDED_ROWS = 500  # requests that have ended, for the page
 COUNTED_ROWS = 100  # that are counted together; takes up to 4 ms where no two are alike
 LOG_PAUSE_SECONDS = 0.1  # lines are written together, so that a busy relay wakes its log thread rarely
 LOG_LAST_SECONDS = 1.0
+PIPE_BYTES = getattr(select, "PIPE_BUF", 4096)  # that are written to a pipe in one piece, whoever else writes to it
 STUCK_SECONDS = 5.0  # after which the end doesn't wait for the event loop; a whole machine may stand still for some
 CUT_SECONDS = 2 * LOG_LAST_SECONDS  # within which a worker must have logged what it cuts, and ended
 CUT_NAMED = 5  # requests whose ids one line of the log has room for
@@ -9783,16 +9785,19 @@ class LogWriter:
 
 def write_text(stream: IO[str], text: str) -> None:
     """Writes the whole text, past the stream's own buffer and lock where it is a file: a thread that is held up in
-    there must hold up neither the end of the process nor a fork of it. Raises OSError and ValueError."""
+    there must hold up neither the end of the process nor a fork of it. As many lines at a time as a pipe takes in one
+    piece, or other workers' might come to stand within one. Raises OSError and ValueError."""
     try:
         descriptor = stream.fileno()
     except OSError:
         stream.write(text)
         return
     data = text.encode(getattr(stream, "encoding", None) or "ascii", "backslashreplace")
-    while data:
+    begin = 0
+    while begin < len(data):
+        end = data.rfind(b"\n", begin, begin + PIPE_BYTES) + 1 or data.find(b"\n", begin) + 1 or len(data)
         try:
-            data = data[os.write(descriptor, data) :]
+            begin += os.write(descriptor, data[begin:end])
         except BlockingIOError:  # another program that has it, too, has set it not to block
             time.sleep(LOG_PAUSE_SECONDS)
 

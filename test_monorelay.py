@@ -18947,6 +18947,20 @@ def test_lines_that_a_full_disk_has_not_taken_are_counted_and_told():
     assert (writer.dropped, writer.dropped_in_all) == (0, 2)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="pipes are others there")
+def test_lines_of_several_workers_stay_whole_in_a_pipe_that_is_full():
+    reader, writer = os.pipe()
+    texts = ["".join(f"{name * 200}{number}\n" for number in range(2000)) for name in "abc"]
+    with open(writer, "w", encoding="utf-8") as stream, open(reader, "rb") as taken:
+        threads = [threading.Thread(target=monorelay.write_text, args=(stream, text)) for text in texts]
+        for thread in threads:
+            thread.start()
+        lines = [taken.readline() for _ in range(6000)]
+        for thread in threads:
+            thread.join()
+    assert sorted(lines) == sorted("".join(texts).encode().splitlines(keepends=True))
+
+
 def test_a_log_that_another_program_has_set_not_to_block_gets_every_line():
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
