@@ -14913,8 +14913,8 @@ class Supervisor:
         return self._stop(signals)
 
     def _look_after(self, signals: Signals) -> bool:
-        """Starts the workers that lack, and does what the next signal asks for, if it comes soon; whether that is the
-        end."""
+        """Starts the workers that are missing, and does what the next signal asks for, if one comes soon; whether it
+        asks for the end."""
         if len(self._workers) < self._count or self._file.has_changed():
             self._file.read()
         self._log.style = self._file.config.server.log
