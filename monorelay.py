@@ -13871,14 +13871,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._read_head(exchange)
             self._admit()
             request = exchange.request
-            if request.method == "OPTIONS" and exchange.cors():
-                return exchange.respond(204, fields=preflight_fields(request.fields))
-            if asks_for_websocket(request.fields):
-                raise NoWebSocket
-            endpoint = exchange.endpoint = find_endpoint(request.method, request.path, exchange.format)
-            if endpoint.answer not in OPEN_ENDPOINTS:
-                self._authenticate(exchange)
-            self._check_share()
+            try:
+                if request.method == "OPTIONS" and exchange.cors():
+                    return exchange.respond(204, fields=preflight_fields(request.fields))
+                if asks_for_websocket(request.fields):
+                    raise NoWebSocket
+                endpoint = exchange.endpoint = find_endpoint(request.method, request.path, exchange.format)
+                if endpoint.answer not in OPEN_ENDPOINTS:
+                    self._authenticate(exchange)
+            finally:  # its client may not take what refuses the request, either
+                self._check_share()
             return await endpoint.answer(exchange)
         except RelayError as error:
             # An error that is kept to be raised again would keep, by its traceback, all frames that led to it.
@@ -13931,9 +13933,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.user = "" if exchange.caller.admin else record.caller
 
     def _check_share(self) -> None:
-        """Raises Unavailable for a user who has too many of the connections."""
-        if self.user:
-            self.server.check_share(self.user, self.loop.current.origin)
+        """Raises Unavailable for a user who has too many of the connections. Its client may not take the response: the
+        connection may be closed to make room."""
+        if self.user and self.server.exceeds_share(self.loop.current.origin):
+            self.server.unproven[self] = self.loop.now
+            message = f"the requests of {self.user} have as many connections as they may beside those of others"
+            error = Unavailable(f"{message} (server.max_connections); try again", "too_many_connections")
+            error.close = True
+            raise error
 
     async def _send(self, exchange: Exchange, response: Response) -> bool:
         """Sends a response as it comes: the one place from which responses go to clients. Whether the connection can be
@@ -14084,7 +14091,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self.service.loop.make_room = lambda: self.service.relay.connections.close() or self.make_room()
         self.served: set[Handler] = set()  # those that max_connections admits
         # Of these, those between two requests or behind the last one; and those that are busy and haven't shown a
-        # token, and since when. Those for longest come first.
+        # token, or are refused since their user has too many, and since when. Those for longest come first.
         self.idle: dict[Handler, None] = {}
         self.unproven: dict[Handler, float] = {}
         # Given up for a moment when there is no other descriptor left, to be able to refuse a connection.
@@ -14124,6 +14131,9 @@ class RelayServer(http.server.ThreadingHTTPServer):
                 handler.task.cancel()
                 return True
             handler.be_busy()  # its last response isn't taken, or a request has just come: it isn't looked at again
+            if handler.user and handler.answering and handler.task and self.exceeds_share(handler.task.origin):
+                handler.task.cancel()
+                return True
         for handler, since in itertools.islice(self.unproven.items(), 1):
             if handler.task and since < self.service.loop.now - UNPROVEN_SECONDS:
                 handler.evicted = True
@@ -14131,19 +14141,15 @@ class RelayServer(http.server.ThreadingHTTPServer):
                 return True
         return False
 
-    def check_share(self, name: str, origin: str) -> None:
-        """Raises Unavailable for a caller who has more than one connection at work, and over three quarters of those
-        that nobody else has: others must find room."""
+    def exceeds_share(self, origin: str) -> bool:
+        """Whether a caller has more than one connection at work, and over three quarters of those that nobody else has:
+        others must find room."""
         at_work = len(self.served) - len(self.idle) - len(self.unproven)
         left = self.connection_limit - at_work
         if at_work <= 3 * left:  # nor can those of one caller be more
-            return
+            return False
         own = sum(not it.idle and it.task is not None and it.task.origin == origin for it in self.served)
-        if own > max(1, 3 * left):
-            message = f"the requests of {name} have as many connections as they may beside those of others"
-            error = Unavailable(f"{message} (server.max_connections); try again", "too_many_connections")
-            error.close = True
-            raise error
+        return own > max(1, 3 * left)
 
     def release(self, handler: Handler) -> None:
         """Forgets a connection that is closed."""

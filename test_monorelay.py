@@ -20945,17 +20945,58 @@ def test_no_user_takes_the_connections_that_others_need_by_heads_that_all_begin_
             assert other.ask("GET", "/api/auth/me", token="bob-key-0123456789").status == 200
 
 
-def test_no_user_takes_the_connections_that_others_need_by_taking_no_answers(relay, small_buffers):
+@pytest.mark.parametrize(
+    ("method", "path", "more"),
+    [
+        ("GET", "/health", {"token": ""}),
+        ("GET", "/nothing", {}),
+        ("DELETE", "/health", {}),
+        ("GET", "/api/auth/me", {"token": "wrong"}),
+        ("GET", "/v1/responses", {"fields": ("Upgrade: websocket", "Connection: upgrade")}),
+        ("OPTIONS", "/v1/models", {"fields": ("Origin: http://a", "Access-Control-Request-Method: GET"), "token": ""}),
+    ],
+)
+def test_no_user_takes_the_connections_that_others_need_by_taking_no_answers(relay, small_buffers, method, path, more):
     users = {name: {"key": f"{name}-key-0123456789"} for name in ("ann", "bob")}
-    it = relay({"echo": {}}, server={"max_connections": 8}, users=users)
+    it = relay({"echo": {}}, server={"max_connections": 8, "cors_origins": ["*"]}, users=users)
+    asked = request(method, path, None, *more.get("fields", ()), token=more.get("token", "ann-key-0123456789"))
     with contextlib.ExitStack() as stack:
         hers = [stack.enter_context(it.client(SO_RCVBUF=1 << 12)) for _ in range(8)]
         for client in hers:
             assert client.ask("GET", "/api/auth/me", token="ann-key-0123456789").status == 200
         for number, client in enumerate(hers):
             with contextlib.suppress(OSError):
-                floods(client, request("GET", "/health", token="") * 4_000)
+                floods(client, asked * 4_000)
             eventually(lambda number=number: number >= 6 or len(it.server.idle) == 7 - number)
+        with it.client() as other:
+            assert other.ask("GET", "/api/auth/me", token="bob-key-0123456789").status == 200
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_no_user_takes_the_connections_that_others_need_by_taking_no_refusals(relay, monkeypatch, at_once):
+    """As where so much was asked before that one more answer has no room on its way."""
+    full: set[monorelay.Channel] = set()
+    send_now, gate = monorelay.Channel.send_now, threading.Event()
+    monkeypatch.setattr(
+        monorelay.Channel, "send_now", lambda channel, data: 0 if channel in full else send_now(channel, data)
+    )
+    users = {name: {"key": f"{name}-key-0123456789"} for name in ("ann", "bob")}
+    clock = Clock()
+    it = relay({"echo": {}}, clock, server={"max_connections": 8}, users=users)
+    with contextlib.ExitStack() as stack:
+        hers = [stack.enter_context(it.client()) for _ in range(8)]
+        for client in hers:
+            assert client.ask("GET", "/api/auth/me", token="ann-key-0123456789").status == 200
+        eventually(lambda: len(it.server.idle) == 8)
+        full.update(handler.channel for handler in it.server.served)
+        if at_once:  # what is answered in one turn is put off, and sent at its end
+            it.server.service.loop.post(lambda: gate.wait(TIMEOUT_SECONDS) and None)
+        for number, client in enumerate(hers):
+            client.send(request("GET", "/health", token=""))
+            eventually(lambda number=number: at_once or len(it.server.idle) == 7 - number)
+        gate.set()
+        eventually(lambda: all(handler.answering for handler in it.server.served))
+        clock.move(2 * monorelay.UNPROVEN_SECONDS)
         with it.client() as other:
             assert other.ask("GET", "/api/auth/me", token="bob-key-0123456789").status == 200
 
