@@ -274,6 +274,7 @@ LOG_BACKLOG_CHARACTERS = 4 * 1024 * 1024
 
 USAGE_COUNT = 10**12  # tokens: nothing that is larger can be true
 USAGE_ITERATIONS = 100  # of one response; server-side loops end after some ten
+ANSWERING_MODELS = 8  # the first ones and the last that a response names
 USAGE_WORD_CHARACTERS = 32  # of a service tier and the like
 COST_NANO_USD = 10**15  # a million USD: no response costs more, and sums of such fit into SQLite's 64 bits
 LEDGER_PAUSE_SECONDS = 1.0  # rows are written together: so much is lost by a crash, and other workers learn so late
@@ -3722,6 +3723,14 @@ def is_model_name(name: str) -> bool:
     return len(name) > MODEL_CHARACTERS or name.casefold().partition("\0")[0].strip() in MODEL_NAMES
 
 
+def name_another_model(names: Collection[str]) -> bool:
+    """Whether one of the names, which all differ, may be taken for `model`, or names another one."""
+    together = "".join(names)
+    if together.isascii() and together.islower() and together.isidentifier():  # as mostly; quick to look at
+        return not OTHER_MODEL_NAMES.isdisjoint(names)
+    return any(is_model_name(name) for name in names if name != "model")
+
+
 # OpenRouter's own tools, but for those that ask no model.
 OPENROUTER_TOOL = re.compile(r"openrouter:(?!(?:web_search|web_fetch|datetime)\Z)")
 
@@ -3798,7 +3807,7 @@ def read_at_once(body: bytes, restricted: bool = True) -> BodyFacts:
     user_id = dict(metadata).get("user_id") if isinstance(metadata, tuple) else ""
     session = next((name for name in (user_id, members.get("prompt_cache_key")) if name and isinstance(name, str)), "")
     if not restricted and "model" in members and len(members) == len(document):
-        return BodyFacts(model_name(members["model"]), not OTHER_MODEL_NAMES.isdisjoint(members), session)
+        return BodyFacts(model_name(members["model"]), name_another_model(members), session)
     models = [member for member in document if is_model_name(member[0])]
     return facts_of(models, have_model(tools_of(document)), session)
 
@@ -4361,7 +4370,6 @@ BEFORE_USAGE = re.compile(
 EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_(?:start|delta|stop)|content_block_[a-z]+|response\.[a-z_]+)"')
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
 ANSWERING_MODEL = re.compile(rb'"model" ?: ?"([^"\\]{1,%d})"' % MODEL_CHARACTERS)
-EVENT_MODEL = re.compile(rb"(?:^|[\r\n])data:[^\r\n]{0,%d}?%b" % (USAGE_BYTES, ANSWERING_MODEL.pattern))
 # What a usage object tells, in Anthropic's words and in OpenAI's two sets of them.
 USAGE_NAMES = OPENAI_NAMES | {
     *ANTHROPIC_NAMES, "cache_creation", "service_tier", "speed", "inference_geo", "server_tool_use", "iterations",
@@ -4435,7 +4443,7 @@ class Usage:
         self._is_placeholder = False  # what it says of the output
         self._tier = ""  # OpenAI's service tier, which stands beside it
         self.seeks_model = False  # whether another model than the request's own may answer
-        self.model = ""  # the one that says it has, if that is sought
+        self.models: list[bytes] = []  # those that may be the one that has, if that is sought
         self._is_beginning = True  # whether no more than that of a whole response has come
         self._is_first = False  # whether its usage stands before all that may have another
         self._held = b""  # a line of a stream, an object, or the name before it, whose rest hasn't come yet
@@ -4461,7 +4469,7 @@ class Usage:
         if b'"service_tier"' in data and (is_stream or not self._tier):
             self._note_tier(data, 0)
         if self.seeks_model and b'"model"' in data:
-            self._note_model(data, is_stream)
+            self._note_models(data)
         if b'usage"' in data or (not is_stream and b"usage_breakdown" in data):
             held = self._look(data, is_stream)
         else:
@@ -4532,14 +4540,13 @@ class Usage:
         elif not is_stream:  # in which there is no SVG
             self._author = usage
 
-    def _note_model(self, data: bytes, is_stream: bool) -> None:
-        """Notes the model of a whole response, or of the last event that names one at its beginning."""
-        if is_stream:
-            for event in EVENT_MODEL.finditer(data):
-                self.model = event[1].decode("utf-8", "replace")
-        elif not self.model:
-            model = ANSWERING_MODEL.search(data)
-            self.model = model[1].decode("utf-8", "replace") if model else ""
+    def _note_models(self, data: bytes) -> None:
+        """Notes which models the data name, the first ones and the last. Some stand in what a client has sent, which
+        comes back in the answer, or in the input of a tool."""
+        for found in ANSWERING_MODEL.finditer(data):
+            if found[1] not in self.models:
+                self.models.append(found[1])
+                del self.models[ANSWERING_MODELS:-ANSWERING_MODELS]
 
     def _note_tier(self, data: bytes, start: int) -> bool:
         """Notes the first service tier from there on; whether there is one. Those behind, in the same line, may stand
@@ -12100,8 +12107,10 @@ class Service:
             if provider:
                 prices = exchange.config.prices
                 record.cost = cost_of(prices, provider, record.sent_model, record.used)
-                if record.usage.model and not record.used.iterations:  # which tell of their models themselves
-                    record.cost = dearer(record.cost, cost_of(prices, provider, record.usage.model, record.used))
+                # Steps tell of their models themselves.
+                for model in () if record.used.iterations else record.usage.models:
+                    other = cost_of(prices, provider, model.decode("utf-8", "replace"), record.used)
+                    record.cost = dearer(record.cost, other)
             row = record.row(self.loop.now, time.time())
             self._uncounted.append(row)
             if len(self._uncounted) >= COUNTED_ROWS:
@@ -12549,8 +12558,10 @@ class Exchange:
         """Raises Forbidden unless the caller may use the model, and a server behind can't take another one from the
         request than the relay does."""
         self.uses_model = self.endpoint.path not in COUNTING_PATHS
-        # OpenRouter may answer by one of `models`, and LiteLLM by one that the query names; that is charged.
-        self.record.usage.seeks_model = facts.lookalike or "model" in self.request.query
+        # OpenRouter may answer by one of `models`, LiteLLM by one that the query names, and Portkey and Helicone by one
+        # that a header names; that is charged.
+        named_elsewhere = "model" in unquote(self.request.query) or not MODEL_OVERRIDES.isdisjoint(self.request.fields)
+        self.record.usage.seeks_model = facts.lookalike or named_elsewhere
         self.check_may_call()
         if not self.may_use(facts.model):
             allowed = self.caller.user.models if self.caller.user and self.caller.user.models else ()

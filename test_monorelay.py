@@ -18137,7 +18137,9 @@ def test_pictures_that_are_drawn_for_a_response_are_charged(upstream, relay, is_
 
 
 @pytest.mark.parametrize("named", [{"models": ["dear"]}, {"models": ["dear"], "pad": ["x" * 600_000]},
-                                   {"extra_body": {"model": "dear"}}, "?model=dear"])  # fmt: skip
+                                   {"extra_body": {"model": "dear"}}, "?model=dear", "?m%6Fdel=dear",
+                                   {"providerOptions": {"gateway": {"models": ["dear"]}}}, {"MODEL": "dear"},
+                                   {"\u017fcale": 1, "model\u017f": ["dear"]}, "helicone-fallbacks"])  # fmt: skip
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_another_model_that_a_request_names_and_that_answers_is_charged(upstream, relay, named, is_stream):
     """OpenRouter takes one of `models` where the first can't answer, LiteLLM one in `extra_body` or the query (#31118,
@@ -18151,13 +18153,36 @@ def test_another_model_that_a_request_names_and_that_answers_is_charged(upstream
     ended = STREAM_HEAD + chunked(events + b"data: [DONE]\n\n")
     provider = upstream(ended if is_stream else answer(200, json.dumps(whole).encode()))
     it = relay({"openai": provider}, prices={"cheap": {"input": 1, "output": 1}, "dear": {"input": 10, "output": 100}})
-    query, more = (named, {}) if isinstance(named, str) else ("", named)
+    query, more, fields = "", {}, ()
+    if isinstance(named, dict):
+        more = named
+    elif named.startswith("?"):
+        query = named
+    else:
+        fields = (f"{named}: [1]",)
     for model, cost in (("cheap", 1_100_000), ("unknown", 1_100_000)):
-        assert it.post(f"/v1/chat/completions{query}", chat(model, stream=is_stream, **more)).status == 200
+        assert it.post(f"/v1/chat/completions{query}", chat(model, stream=is_stream, **more), *fields).status == 200
         row = eventually(lambda model=model: [row for row in it.server.service.tally.ended if row.sent == model])[0]
         assert (row.input, row.output, row.cost) == (10, 10, cost)
     assert it.post("/v1/chat/completions", chat("cheap", stream=is_stream)).status == 200  # a name of the owner's own
     assert eventually(lambda: [row for row in it.server.service.tally.ended if row.cost == 20_000])
+
+
+@pytest.mark.parametrize("before", [{"metadata": {"model": "cheap"}}, {"instructions": "x" * 20_000},
+                                    {"content": [{"model": f"cheap{number}"} for number in range(100)]}])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_what_stands_before_the_model_that_answered_does_not_hide_it(upstream, relay, before, is_stream):
+    """As LiteLLM orders a response: what the client has sent, or a tool's input, comes before the model."""
+    usage = {"input_tokens": 10, "output_tokens": 10, "total_tokens": 20}
+    said = {"id": "r", **before, "model": "dear", "object": "response", "status": "completed", "usage": usage}
+    event = json.dumps({"type": "response.completed", "response": said}).encode()
+    ended = STREAM_HEAD + chunked(b"event: response.completed\ndata: %b\n\n" % event)
+    provider = upstream(ended if is_stream else answer(200, json.dumps(said).encode()))
+    it = relay({"openai": provider}, prices={"cheap": {"input": 1, "output": 1}, "dear": {"input": 10, "output": 100}})
+    asked = {"model": "cheap", "input": "x", "stream": is_stream, "fallbacks": ["dear"]}
+    assert it.post("/v1/responses", asked).status == 200
+    row = eventually(lambda: [row for row in it.server.service.tally.ended])[0]
+    assert (row.input, row.output, row.cost) == (10, 10, 1_100_000)
 
 
 @pytest.mark.parametrize("told", [{"cache_creation_input_tokens": 0}, {"server_tool_use": {"web_search_requests": 100}},
