@@ -14920,35 +14920,34 @@ class Supervisor:
         warnings.simplefilter("ignore", DeprecationWarning)
         self._log.announce(lines)
         self._log.start()
-        is_over = False
-        while not is_over:
+        name = ""
+        while not self._is_end(name):
             try:
-                is_over = self._look_after(signals)
+                self._look_after(name)
             except Exception as error:  # a defect, or there is no memory; its workers serve meanwhile
                 self._log.warn(f"internal error: {describe(error)}")
-                time.sleep(1.0)
+            name = outlast_shortage(lambda: signals.next(1.0))
         return self._stop(signals)
 
-    def _look_after(self, signals: Signals) -> bool:
-        """Starts the workers that are missing, and does what the next signal asks for, if one comes soon; whether it
-        asks for the end."""
-        if len(self._workers) < self._count or self._file.has_changed():
-            self._file.read()
-        self._log.style = self._file.config.server.log
-        while len(self._workers) < self._count and self._start_worker():
-            pass
-        name = signals.next(1.0)
-        if name == "SIGHUP" and not (self._in_terminal and not in_terminal()):
+    def _is_end(self, name: str) -> bool:
+        """Whether a signal asks for the end."""
+        return name in ("SIGTERM", "SIGINT") or (name == "SIGHUP" and self._in_terminal and not in_terminal())
+
+    def _look_after(self, name: str) -> None:
+        """Does what a signal asks for, if one has come, and starts the workers that are missing."""
+        if name == "SIGHUP":
             self._file.read()
             self._pass_on(signal.Signals[WORKER_RELOADS])
-        elif name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            return True
         ended = list(self._reap())
         for pid, _ in ended:
             self._log.warn(f"the worker {pid} has ended; another one takes its place")
         if any(time.monotonic() - started < 1.0 for _, started in ended):
             time.sleep(1.0)  # one that can't even start must not be started without end
-        return False
+        if len(self._workers) < self._count or self._file.has_changed():
+            self._file.read()
+        self._log.style = self._file.config.server.log
+        while len(self._workers) < self._count and self._start_worker():
+            pass
 
     def _start_worker(self) -> bool:
         """Starts a worker; False when the system gives out no more processes."""

@@ -22893,6 +22893,19 @@ def test_a_supervisor_without_memory_for_an_edit_goes_on_and_reads_it_later(prog
     assert it.ended() == 0
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_supervisor_that_fails_again_and_again_still_ends(name):
+    config = monorelay.parse_config(json.dumps(settings({"echo": {}})), {})
+    told = iter(["", "SIGHUP", "", name])
+
+    def fail() -> None:
+        raise ValueError("a defect")
+
+    file = types.SimpleNamespace(config=config, read=fail, has_changed=fail)
+    signals = types.SimpleNamespace(next=lambda seconds: next(told), close=lambda: None)
+    assert monorelay.Supervisor(file, []).run(signals, []) == 0 and not list(told)
+
+
 @pytest.mark.parametrize("broken", ["relay.json", "prices.json"])
 def test_who_was_taken_away_does_not_come_back_with_a_new_worker(program, tmp_path, broken):
     (tmp_path / "prices.json").write_text("{}")
