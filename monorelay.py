@@ -10107,10 +10107,11 @@ def summed_usage(
 
 
 def usage_body(
-    about: JsonDict, groups: Iterable[tuple[JsonDict, Sums]], total: Sequence[tuple[JsonDict, Sums]]
+    about: JsonDict, groups: Sequence[tuple[JsonDict, Sums]], total: Sequence[tuple[JsonDict, Sums]]
 ) -> bytes:
     """What was used by each group, and in all, as JSON: row by row, since nothing else runs while `json` writes one.
-    `total`: grouped by nothing, with what LEDGER_GROUPS leave out; empty if there is nothing."""
+    `total`: grouped by nothing, with what LEDGER_GROUPS leave out, which `cut` tells; empty if there is nothing."""
+    about = {**about, "cut": len(groups) >= LEDGER_GROUPS}
     rows = ", ".join([json.dumps(usage_row(group, sums)) for group, sums in groups])
     last = json.dumps(usage_row({}, total[0][1] if total else [0] * len(SUMS)))
     return f'{json.dumps(about)[:-1]}, "rows": [{rows}], "total": {last}}}'.encode("ascii")
@@ -16274,12 +16275,13 @@ def run_usage(options: JsonDict, *paths: str) -> int:
     start = today - days + 1
     groups: dict[tuple[str, ...], Sums] = {}
     totals: dict[tuple[str, ...], Sums] = {}  # grouped by nothing, with what LEDGER_GROUPS leave out
+    is_cut = False  # whether they do
     for path in paths or (configured_ledger(options),):
         if not os.path.exists(path):
             raise OSError(errno.ENOENT, "there is no ledger yet; a relay begins it with its first request", path)
         try:
-            add_usage(groups, path, by, start * 24, (today + 1) * 24)
-            add_usage(totals, path, (), start * 24, (today + 1) * 24)
+            is_cut = add_usage(groups, path, by, start, today + 1) or is_cut
+            add_usage(totals, path, (), start, today + 1)
         except (sqlite3.Error, ValueError) as error:
             raise OSError(errno.EIO, str(error), path) from None
     first, last = (windows(day * 86400)[0] for day in (start, today))
@@ -16287,11 +16289,14 @@ def run_usage(options: JsonDict, *paths: str) -> int:
     rows.sort(key=lambda row: (row.get("day", ""), -(row["usd"] or 0), -row["requests"]))
     total = usage_row({}, totals[()]) if totals else {}
     if "json" in options:
-        print(json.dumps({"from": first, "to": last, "by": by, "rows": rows, "total": total}, indent=2))
-    elif "csv" in options:
+        print(json.dumps({"from": first, "to": last, "by": by, "cut": is_cut, "rows": rows, "total": total}, indent=2))
+        return 0
+    if "csv" in options:
         print_csv(rows, by)
     else:
         print("\n".join(usage_table(rows, total, by, f"from {first} to {last} (UTC)")))
+    if is_cut:
+        print("monorelay: only the dearest rows are told; ask for fewer columns with --by", file=sys.stderr)
     return 0
 
 
@@ -16305,13 +16310,19 @@ def configured_ledger(options: JsonDict) -> str:
     return config.ledger.path
 
 
-def add_usage(groups: dict[tuple[str, ...], Sums], path: str, by: Sequence[str], since: int, until: int) -> None:
-    """Adds to the sums of each group what a ledger has from one hour up to another. Raises sqlite3.Error."""
-    columns = [column for column in by if column != "day"]
-    for group, sums in summed_usage(path, since, until, columns, "day" in by, None):
-        key = tuple(group[column] for column in by)
-        before = groups.get(key, [None] * len(SUMS))
-        groups[key] = [plus(one, other) for one, other in zip(before, sums)]
+def add_usage(groups: dict[tuple[str, ...], Sums], path: str, by: Sequence[str], since: int, until: int) -> bool:
+    """Adds to the sums of each group what a ledger has from one day up to another, in days since 1970; whether
+    LEDGER_GROUPS leave something out. Raises sqlite3.Error."""
+    columns, is_cut = [column for column in by if column != "day"], False
+    # Each day by itself: all days of a year together may have too many groups.
+    for start, end in [(day, day + 1) for day in range(since, until)] if "day" in by else [(since, until)]:
+        found = summed_usage(path, start * 24, end * 24, columns, "day" in by, None)
+        is_cut = is_cut or len(found) >= LEDGER_GROUPS
+        for group, sums in found:
+            key = tuple(group[column] for column in by)
+            before = groups.get(key, [None] * len(SUMS))
+            groups[key] = [plus(one, other) for one, other in zip(before, sums)]
+    return is_cut
 
 
 def print_csv(rows: Sequence[JsonDict], by: Sequence[str]) -> None:

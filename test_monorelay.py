@@ -19676,6 +19676,23 @@ def test_the_total_has_what_groups_beyond_the_most_leave_out(relay, some_days, m
     assert len(told["rows"]) == 1 and told["total"]["requests"] == 10
 
 
+def test_groups_beyond_the_most_leave_out_no_day_of_the_command_and_are_told_of(relay, some_days, monkeypatch, capsys):
+    monkeypatch.setattr(monorelay, "LEDGER_GROUPS", 3)
+    it = relay({"echo": {}}, ledger={"path": some_days})
+    for by, step, is_cut in (("user,model", "&step=day", True), ("user", "", False)):
+        told = it.ask("GET", f"/api/usage?from={DAYS[0]}&by={by}{step}").json
+        assert told["cut"] is is_cut and len(told["rows"]) <= 3
+    assert monorelay.run_usage({"json": True, "by": ("day", "user", "model"), "days": 9}, some_days) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert sum(it["requests"] for it in told["rows"]) == told["total"]["requests"] == 5 and not told["cut"]
+    monkeypatch.setattr(monorelay, "LEDGER_GROUPS", 2)
+    for form in ("csv", "text"):
+        assert monorelay.run_usage({form: True, "by": ("day", "user", "model"), "days": 9}, some_days) == 0
+        assert "only the dearest rows are told" in capsys.readouterr().err
+    assert monorelay.run_usage({"json": True, "by": ("day", "user", "model"), "days": 9}, some_days) == 0
+    assert json.loads(capsys.readouterr().out)["cut"]
+
+
 @pytest.mark.parametrize("by", [["day"], ["hour"], ["user", "1; DROP TABLE hour"], ["request"]])
 def test_usage_is_grouped_by_known_columns_only(some_days, by):
     with pytest.raises(ValueError, match="it can be grouped by user, model, provider, key"):
