@@ -10111,7 +10111,7 @@ def usage_body(
 ) -> bytes:
     """What was used by each group, and in all, as JSON: row by row, since nothing else runs while `json` writes one.
     `total`: grouped by nothing, with what LEDGER_GROUPS leave out, which `cut` tells; empty if there is nothing."""
-    about = {**about, "cut": len(groups) >= LEDGER_GROUPS}
+    about = {**about, "cut": True} if len(groups) >= LEDGER_GROUPS else about
     rows = ", ".join([json.dumps(usage_row(group, sums)) for group, sums in groups])
     last = json.dumps(usage_row({}, total[0][1] if total else [0] * len(SUMS)))
     return f'{json.dumps(about)[:-1]}, "rows": [{rows}], "total": {last}}}'.encode("ascii")
@@ -16289,7 +16289,8 @@ def run_usage(options: JsonDict, *paths: str) -> int:
     rows.sort(key=lambda row: (row.get("day", ""), -(row["usd"] or 0), -row["requests"]))
     total = usage_row({}, totals[()]) if totals else {}
     if "json" in options:
-        print(json.dumps({"from": first, "to": last, "by": by, "cut": is_cut, "rows": rows, "total": total}, indent=2))
+        about = {"from": first, "to": last, "by": by, **({"cut": True} if is_cut else {})}
+        print(json.dumps({**about, "rows": rows, "total": total}, indent=2))
         return 0
     if "csv" in options:
         print_csv(rows, by)

@@ -19681,10 +19681,10 @@ def test_groups_beyond_the_most_leave_out_no_day_of_the_command_and_are_told_of(
     it = relay({"echo": {}}, ledger={"path": some_days})
     for by, step, is_cut in (("user,model", "&step=day", True), ("user", "", False)):
         told = it.ask("GET", f"/api/usage?from={DAYS[0]}&by={by}{step}").json
-        assert told["cut"] is is_cut and len(told["rows"]) <= 3
+        assert told.get("cut", False) is is_cut and len(told["rows"]) <= 3
     assert monorelay.run_usage({"json": True, "by": ("day", "user", "model"), "days": 9}, some_days) == 0
     told = json.loads(capsys.readouterr().out)
-    assert sum(it["requests"] for it in told["rows"]) == told["total"]["requests"] == 5 and not told["cut"]
+    assert sum(it["requests"] for it in told["rows"]) == told["total"]["requests"] == 5 and "cut" not in told
     monkeypatch.setattr(monorelay, "LEDGER_GROUPS", 2)
     for form in ("csv", "text"):
         assert monorelay.run_usage({form: True, "by": ("day", "user", "model"), "days": 9}, some_days) == 0
