@@ -7524,11 +7524,11 @@ OVERFLOW_OUTPUT = re.compile(
     | is\ too\ large: \ ? ([0-9,]{1,15})"""
 )
 # How providers name the longest answer that a model gives, to a request for a longer one: OpenAI; Alibaba, DeepSeek,
-# Groq, Novita, Volcengine, Ollama's cloud and Anthropic; Bedrock.
+# Groq, Novita, Volcengine, Ollama's cloud and Anthropic; Bedrock. A limit of one or two digits is another member's.
 OUTPUT_LIMIT = re.compile(
     r"""(?ix) supports\ at\ most\ ([0-9,]{1,15})\ completion\ tokens
     | max_(?:completion_)?tokens .{0,120}? (?: \[[01],\ ? | less\ than\ or\ equal\ to\ `? | between\ [01]\ and\ \ ?
-      | maximum\ output\ tokens\ \( | value\ <=\ | :\ [0-9]{1,15}\ >\ ) ([0-9,]{1,15})
+      | maximum\ output\ tokens\ \( | value\ <=\ | :\ [0-9]{1,15}\ >\ ) ([0-9,]{3,15})
     | maximum\ tokens\ you\ requested\ exceeds\ the\ model\ limit\ of\ ([0-9,]{1,15})"""
 )
 

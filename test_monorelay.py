@@ -8020,6 +8020,15 @@ def test_e2_a_longer_answer_than_a_model_gives_is_refused_in_the_words_that_clie
     assert error_answer(500, said, asked_of(max_tokens=32000))[0] == 500
 
 
+@pytest.mark.parametrize("words", [
+    "Invalid request: max_tokens=32000, temperature=3; temperature must be between 0 and 2",
+    "max_tokens: Input should be a valid integer, top_p: Input should be less than or equal to 1",
+])  # fmt: skip
+def test_e2_the_limit_of_another_member_is_not_taken_for_that_of_an_answer(words):
+    told, body = error_answer(400, json.dumps({"error": {"message": words}}).encode(), asked_of(max_tokens=32000))
+    assert (told, json.loads(body)["error"]["message"]) == (400, words)
+
+
 def test_e2_it_is_known_how_long_an_answer_was_asked_for(upstream, relay):
     it = relay({"openai": upstream(json_reply({"error": {"message": TOO_LONG_ANSWERS[0]}}, 400))})
     message = it.post("/v1/messages", claude_code(model="gpt-test", max_tokens=32000)).json["error"]["message"]
