@@ -14135,8 +14135,9 @@ class RelayServer(http.server.ThreadingHTTPServer):
         return True
 
     def make_room(self) -> bool:
-        """Closes the connection that has been idle for longest, else the one that has been busy for longest without
-        having shown a token, if for over UNPROVEN_SECONDS; whether there was one."""
+        """Closes the connection that has been idle for longest, or whose client takes no response where its user has
+        too many; else the one that has been busy for longest without having shown a token, if for over
+        UNPROVEN_SECONDS; whether there was one."""
         while self.idle:
             handler = next(iter(self.idle))
             if handler.task and handler.may_be_closed():
@@ -14144,6 +14145,10 @@ class RelayServer(http.server.ThreadingHTTPServer):
                 return True
             handler.be_busy()  # its last response isn't taken, or a request has just come: it isn't looked at again
             if handler.user and handler.answering and handler.task and self.exceeds_share(handler.task.origin):
+                try:
+                    handler.channel.flush()  # it may be put off until the end of this turn only
+                except OSError:
+                    pass
                 handler.task.cancel()
                 return True
         for handler, since in itertools.islice(self.unproven.items(), 1):
