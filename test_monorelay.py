@@ -21124,6 +21124,7 @@ class Stub:
     """A connection as make_room() sees it, that counts how often it is looked at."""
 
     looks = 0
+    user = ""
 
     def __init__(self, server: monorelay.RelayServer) -> None:
         self.closes, self.closed, self.task, self.server = False, False, self, server
@@ -21160,6 +21161,21 @@ def test_making_room_looks_at_each_stuck_connection_once(relay, count):
     finally:
         server.idle.clear()
         server.unproven.clear()
+
+
+def test_few_shares_of_connections_are_counted_to_make_room(relay, monkeypatch):
+    counted: list[str] = []
+    server = relay({"echo": {}}).server
+    monkeypatch.setattr(server, "exceeds_share", counted.append)
+    try:
+        for number in range(500):
+            stub: Any = Stub(server)
+            stub.user = stub.origin = str(number)
+            stub.answering = True
+            server.idle[stub] = None
+        assert not server.make_room() and counted == [str(number) for number in range(500)][-monorelay.SHARES_AT_ONCE :]
+    finally:
+        server.idle.clear()
 
 
 # ------------------------------------------------------------------------------------------------------------
