@@ -10093,18 +10093,31 @@ def summed_usage(
     Raises sqlite3.Error, and ValueError for what can't be grouped by."""
     if not set(by) <= set(GROUPS):
         raise ValueError(f"it can be grouped by {', '.join(GROUPS)}")
-    names = [*(["day"] if step_day else []), *by]
-    columns = ["hour / 24" if name == "day" else name for name in names]
-    query = f"SELECT {', '.join([*columns, *(f'sum({name})' for name in SUMS)])} FROM hour"
+    if step_day:
+        days = daily_usage(path, since_hour, until_hour, by, user)
+        return list(itertools.islice(itertools.chain.from_iterable(days), LEDGER_GROUPS))
+    query = f"SELECT {', '.join([*by, *(f'sum({name})' for name in SUMS)])} FROM hour"
     query += " WHERE hour >= :since AND hour < :until AND (:user IS NULL OR user = :user)"
-    query += f" GROUP BY {', '.join(columns)}" if columns else ""
-    query += f" ORDER BY {'hour / 24, ' if step_day else ''}sum(cost) DESC, sum(requests) DESC LIMIT {LEDGER_GROUPS}"
+    query += f" GROUP BY {', '.join(by)}" if by else ""
+    query += f" ORDER BY sum(cost) DESC, sum(requests) DESC LIMIT {LEDGER_GROUPS}"
     found = query_ledger(path, query, {"since": since_hour, "until": until_hour, "user": storable(user)})
-    groups = [(dict(zip(names, row)), list(row[len(names) :])) for row in found]
-    for group, _ in groups:
-        if step_day:
-            group["day"] = windows(group["day"] * 86400)[0]
+    groups = [(dict(zip(by, row)), list(row[len(by) :])) for row in found]
     return [(group, sums) for group, sums in groups if sums[0]]  # without a group, there is a row of nothing
+
+
+def daily_usage(
+    path: str, since_hour: int, until_hour: int, by: Sequence[str], user: Optional[str]
+) -> Iterator[list[tuple[JsonDict, Sums]]]:
+    """The same day by day, each in a query of its own: while one lasts, nobody can write."""
+    find_next = "SELECT min(hour) FROM hour WHERE hour >= ? AND hour < ?"
+    while True:
+        found = query_ledger(path, find_next, (since_hour, until_hour))
+        if not found or found[0][0] is None:
+            return
+        day = found[0][0] // 24
+        since_hour = (day + 1) * 24
+        groups = summed_usage(path, found[0][0], min(since_hour, until_hour), by, False, user)
+        yield [({"day": windows(day * 86400)[0], **group}, sums) for group, sums in groups]
 
 
 def usage_body(
@@ -16287,8 +16300,8 @@ def run_usage(options: JsonDict, *paths: str) -> int:
         if not os.path.exists(path):
             raise OSError(errno.ENOENT, "there is no ledger yet; a relay begins it with its first request", path)
         try:
-            is_cut = add_usage(groups, path, by, start, today + 1) or is_cut
-            add_usage(totals, path, (), start, today + 1)
+            is_cut = add_usage(groups, path, by, start * 24, (today + 1) * 24) or is_cut
+            add_usage(totals, path, (), start * 24, (today + 1) * 24)
         except (sqlite3.Error, ValueError) as error:
             raise OSError(errno.EIO, str(error), path) from None
     first, last = (windows(day * 86400)[0] for day in (start, today))
@@ -16319,12 +16332,15 @@ def configured_ledger(options: JsonDict) -> str:
 
 
 def add_usage(groups: dict[tuple[str, ...], Sums], path: str, by: Sequence[str], since: int, until: int) -> bool:
-    """Adds to the sums of each group what a ledger has from one day up to another, in days since 1970; whether
-    LEDGER_GROUPS leave something out. Raises sqlite3.Error."""
+    """Adds to the sums of each group what a ledger has from one hour up to another; whether LEDGER_GROUPS leave
+    something out. Raises sqlite3.Error."""
     columns, is_cut = [column for column in by if column != "day"], False
-    # Each day by itself: all days of a year together may have too many groups.
-    for start, end in [(day, day + 1) for day in range(since, until)] if "day" in by else [(since, until)]:
-        found = summed_usage(path, start * 24, end * 24, columns, "day" in by, None)
+    parts: Iterable[list[tuple[JsonDict, Sums]]]
+    if "day" in by:
+        parts = daily_usage(path, since, until, columns, None)  # all days together may have too many groups
+    else:
+        parts = [summed_usage(path, since, until, columns, False, None)]
+    for found in parts:
         is_cut = is_cut or len(found) >= LEDGER_GROUPS
         for group, sums in found:
             key = tuple(group[column] for column in by)

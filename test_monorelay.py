@@ -19702,6 +19702,15 @@ def test_groups_beyond_the_most_leave_out_no_day_of_the_command_and_are_told_of(
     assert json.loads(capsys.readouterr().out)["cut"]
 
 
+def test_sums_by_the_day_let_others_write_between_two_days(some_days):
+    found = monorelay.daily_usage(some_days, MIDNIGHT, MIDNIGHT + 49, ["key"], None)
+    assert [group["day"] for group, _ in next(found)] == [DAYS[0]] * 2
+    assert Ledger(some_days).write(row(at=(MIDNIGHT + 25) * HOUR, key="late")) == []
+    assert sorted(group["key"] for group, _ in next(found)) == ["late", "team"]
+    assert [group["day"] for day in found for group, _ in day] == [DAYS[2]]
+    assert list(monorelay.daily_usage("none.db", 0, 10**6, ["key"], None)) == []
+
+
 @pytest.mark.parametrize("by", [["day"], ["hour"], ["user", "1; DROP TABLE hour"], ["request"]])
 def test_usage_is_grouped_by_known_columns_only(some_days, by):
     with pytest.raises(ValueError, match="it can be grouped by user, model, provider, key"):
