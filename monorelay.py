@@ -9866,6 +9866,7 @@ class LedgerWriter:
         self._spent: Spent = {}  # by users with budgets, as last read from the file
         self._unwritten: Spent = {}  # the same by their rows that wait or were dropped
         self._lost: Spent = {}  # the same by the dropped ones alone
+        self._carried: Spent = {}  # what was read from a file that is broken, for the new one
         self.elsewhere: dict[int, Spent] = {}  # what other workers have shared(), by their place
         self.changed: Callable[[], object] = lambda: None  # called when shared() has changed
         self._warned_at = -math.inf
@@ -9973,8 +9974,9 @@ class LedgerWriter:
         try:
             # Without its folder, or that of the file to which it is a link, the file isn't new, but out of reach: what
             # was spent is still in it, and writing fails.
-            if batch or not os.access(os.path.dirname(os.path.realpath(settings.path)), os.X_OK):
-                spent = write_ledger(settings, batch, self._limited, time.time())
+            folder = os.path.dirname(os.path.realpath(settings.path))
+            if batch or self._carried or not os.access(folder, os.X_OK):
+                spent = write_ledger(settings, batch, self._limited, time.time(), self._carried)
             else:
                 users, now = self._limited, time.time()
                 spent = read_ledger(settings.path, lambda connection: select_spent(connection, users, now)) or {}
@@ -9983,6 +9985,7 @@ class LedgerWriter:
             self._note_failure(settings.path, seen, error)
             return False
         self._set_failing(False)
+        self._carried = {}
         with self._lock:
             self._spent = spent
             for key, (cost, tokens) in spent_sums([row for row in batch if row.user in self._limited]).items():
@@ -10007,6 +10010,7 @@ class LedgerWriter:
         if is_broken(error):
             kept = set_aside(path, seen)
             if kept:
+                self._carried = self._spent
                 self._warn(f"the ledger {path} is broken ({error}); it is kept as {kept}, and a new one is begun")
                 return
         now = self._clock()
@@ -10015,9 +10019,16 @@ class LedgerWriter:
             self._warn(f"the ledger {path} can't be written: {error}; {len(self._rows)} rows wait for it")
 
 
-def write_ledger(settings: LedgerSettings, rows: Sequence[LedgerRow], users: Iterable[str], now: float) -> Spent:
+def write_ledger(
+    settings: LedgerSettings,
+    rows: Sequence[LedgerRow],
+    users: Iterable[str],
+    now: float,
+    carried: Optional[Spent] = None,
+) -> Spent:
     """Adds the rows to the file and its sums, and drops what is too old, in one transaction; what these users have
-    spent by then. Raises sqlite3.Error, and ValueError for a file of a newer version."""
+    spent by then. `carried`: what they had spent by the file in whose place it comes. Raises sqlite3.Error, and
+    ValueError for a file of a newer version."""
     rows = [LedgerRow._make(map(storable, row)) for row in rows]
     connection = sqlite3.connect(settings.path, timeout=LEDGER_LOCK_SECONDS, isolation_level=None)
     with contextlib.closing(connection):  # which undoes what isn't committed
@@ -10029,7 +10040,8 @@ def write_ledger(settings: LedgerSettings, rows: Sequence[LedgerRow], users: Ite
         connection.executemany(INSERT_REQUEST, rows)
         find_models = functools.partial(select_models, connection)
         connection.executemany(ADD_HOUR, [(*key, *sums) for key, sums in hour_sums(rows, find_models).items()])
-        connection.executemany(ADD_SPENT, [(*key, *sums) for key, sums in spent_sums(rows).items()])
+        for more in (spent_sums(rows), carried or {}):
+            connection.executemany(ADD_SPENT, [(*map(storable, key), *sums) for key, sums in more.items()])
         connection.execute(SWEEP_REQUESTS, (int((now - settings.keep_days * 86400) * 1000),))
         oldest = now - LEDGER_SUMS_DAYS * 86400
         connection.execute(SWEEP_HOURS, (int(oldest // 3600),))

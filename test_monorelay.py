@@ -19418,6 +19418,24 @@ def test_a_broken_ledger_is_kept_under_another_name_and_a_new_one_begun(tmp_path
     assert selected(path, "SELECT count(*) FROM request") == [1]
 
 
+def test_what_budgets_have_spent_goes_on_in_the_ledger_that_follows_a_broken_one(tmp_path):
+    users = {"alice": {"usd_per_day": 1}, "half \ud800": {"usd_per_month": 1}}
+    it = Ledger(tmp_path / "usage.db", users=users)
+    for user in users:
+        it.put(row(user=user, cost=7))
+    eventually(lambda: not it.waiting)
+    it.path.write_bytes(b"no database at all" * 100)
+    eventually(lambda: it.warnings)
+    it.put(row(cost=5))
+    eventually(lambda: not it.waiting)
+    day, month = monorelay.windows(time.time())
+    assert it.spent("alice", day)[0] == it.spent("alice", month)[0] == 12
+    it.finish()
+    again = Ledger(it.path, users=users)
+    assert (again.spent("alice", day)[0], again.spent("half \ud800", month)[0]) == (12, 7)
+    again.finish()
+
+
 def test_a_ledger_that_is_moved_away_is_begun_anew(tmp_path):
     it = Ledger(tmp_path / "usage.db")
     for _ in range(2):
