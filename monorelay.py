@@ -5406,7 +5406,7 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
         "thinking": "hidden" if thinking.get("type") in ("disabled", None) else display,
         "thinking_returns": draft.settings.reasoning_back != "none",
         "input_tokens": input_tokens,
-        "max_tokens": chat[limit_name(draft)],
+        "max_tokens": request["max_tokens"],
         "call_ids": turns.call_ids,
         "system_speaks": turns.system_speaks,
         "refusable": [name for name in REFUSALS if name in turns.media or REFUSED_MEMBERS.get(name) in chat],
@@ -14161,29 +14161,37 @@ class RelayServer(http.server.ThreadingHTTPServer):
         return True
 
     def make_room(self) -> bool:
-        """Closes the connection that has been idle for longest, or whose client takes no response where its user has
-        too many; else the one that has been busy for longest without having shown a token, if for over
-        UNPROVEN_SECONDS; whether there was one."""
+        """Closes the connection that has the least to lose; whether there was one that may be closed."""
+        handler = self._idle_longest() or self._unproven_longest()
+        if not handler or not handler.task:
+            return False
+        handler.task.cancel()
+        return True
+
+    def _idle_longest(self) -> Optional[Handler]:
+        """The connection that has been idle for longest, or whose client takes no response where its user has too
+        many."""
         while self.idle:
             handler = next(iter(self.idle))
-            if handler.task and handler.may_be_closed():
-                handler.task.cancel()
-                return True
+            if handler.may_be_closed():
+                return handler
             handler.be_busy()  # its last response isn't taken, or a request has just come: it isn't looked at again
-            task, takes_nothing = handler.task, len(self.idle) < SHARES_AT_ONCE and handler.user and handler.answering
-            if task and takes_nothing and self.exceeds_share(task.origin):
+            takes_nothing = len(self.idle) < SHARES_AT_ONCE and handler.user and handler.answering
+            if takes_nothing and handler.task and self.exceeds_share(handler.task.origin):
                 try:
                     handler.channel.flush()  # it may be put off until the end of this turn only
                 except OSError:
                     pass
-                task.cancel()
-                return True
+                return handler
+        return None
+
+    def _unproven_longest(self) -> Optional[Handler]:
+        """The connection that has been busy for longest without having shown a token, if for over UNPROVEN_SECONDS."""
         for handler, since in itertools.islice(self.unproven.items(), 1):
-            if handler.task and since < self.service.loop.now - UNPROVEN_SECONDS:
+            if since < self.service.loop.now - UNPROVEN_SECONDS:
                 handler.evicted = True
-                handler.task.cancel()
-                return True
-        return False
+                return handler
+        return None
 
     def exceeds_share(self, origin: str) -> bool:
         """Whether a caller has more than one connection at work, and over three quarters of those that nobody else has:
