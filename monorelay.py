@@ -14300,8 +14300,9 @@ class RelayServer(http.server.ThreadingHTTPServer):
                     self.process_request(*self._accept(listener))
                 except BlockingIOError:
                     break  # there is nobody left
-                except OSError:
-                    pass  # it has left already, or there is no descriptor for it
+                except OSError:  # it has left already, or there is no descriptor for it
+                    if self._spare.closed:
+                        break  # nor one to refuse it with
 
     def _begin_draining(self) -> None:
         """Has new requests refused from now on, and closes the connections on which none has come."""
@@ -14326,7 +14327,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
         return self._accept(self.socket)
 
     def _accept(self, listener: socket.socket) -> tuple[socket.socket, Any]:
-        """Accepts a connection there; without a descriptor for it, refuses it. Raises OSError."""
+        """Accepts a connection there; without a descriptor for it, refuses it. Raises OSError, BlockingIOError where
+        none is waiting."""
         try:
             sock, address = listener.accept()
         except OSError as error:
@@ -14368,8 +14370,9 @@ class RelayServer(http.server.ThreadingHTTPServer):
             self.log.warn(f"internal error: {describe(error)}")
 
     def _refuse_without_descriptor(self, listener: socket.socket) -> None:
-        """Uses the spare descriptor to accept a connection and say no: left in the queue, it would keep
-        the accept loop spinning, and its client waiting."""
+        """Uses the spare descriptor to accept a connection and say no: left in the queue, it would keep the accept loop
+        spinning, and its client waiting. Raises BlockingIOError where none is waiting: the system looks for a
+        descriptor first."""
         now = time.monotonic()
         if now - self._refusal_logged > DESCRIPTOR_WARNING_SECONDS:
             self._refusal_logged = now
@@ -14381,6 +14384,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
                 refuse(listener.accept()[0])
             finally:
                 self._spare = io.FileIO(os.devnull)
+        except BlockingIOError:
+            raise
         except OSError:
             time.sleep(DESCRIPTOR_PAUSE_SECONDS)
 

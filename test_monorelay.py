@@ -23564,6 +23564,31 @@ def test_kept_connections_to_providers_make_room_when_descriptors_run_out(progra
     eventually(lambda: accepts(it.url))
 
 
+def test_without_a_descriptor_left_a_relay_stops_in_time(program):
+    it = program(settings({"echo": {}}, server={"drain_seconds": 0.5}), preexec_fn=lower_descriptor_limit(64))
+    with contextlib.ExitStack() as stack:
+        for _ in range(80):  # of clients that have shown a token and ask for something: such make no room
+            client = stack.enter_context(Client(it.url))
+            with contextlib.suppress(ConnectionError):
+                client.send(request("POST", "/v1/messages", STREAMED)[:-1])
+        assert eventually(lambda: "no file descriptor is left" in it.text())
+        it.signal(signal.SIGTERM)
+        assert it.ended() == 0
+
+
+def test_who_can_be_neither_served_nor_refused_holds_up_no_end(relay, monkeypatch):
+    def no_descriptor(*_: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    it = relay({"echo": {}})
+    it.server.shutdown()  # accepts nobody any more
+    monkeypatch.setattr(socket.socket, "accept", no_descriptor)
+    monkeypatch.setattr(monorelay.io, "FileIO", no_descriptor)
+    begun = time.monotonic()
+    it.server.stop(0.1)
+    assert time.monotonic() - begun < TIMEOUT_SECONDS
+
+
 @pytest.mark.parametrize(
     "error",
     [
