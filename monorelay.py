@@ -10057,7 +10057,8 @@ def read_ledger(path: str, read: Callable[[Any], Any]) -> Any:
     if not os.path.exists(path):
         return None
     # With mode=ro it could not undo what a process has left that died while writing, and so not read it.
-    address = f"file:{quote(os.path.abspath(path).replace(os.sep, '/'))}?mode=rw"
+    # SQLite decodes the address to the bytes of the name, which aren't UTF-8 everywhere.
+    address = f"file:{quote(os.fsencode(os.path.abspath(path).replace(os.sep, '/')))}?mode=rw"
     connection = sqlite3.connect(address, uri=True, timeout=LEDGER_LOCK_SECONDS, isolation_level=None)
     with contextlib.closing(connection):
         connection.execute("PRAGMA query_only = 1")

@@ -19783,6 +19783,16 @@ def test_a_ledgers_queries_only_read(some_days):
         monorelay.query_ledger(some_days, "DELETE FROM hour", ())
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its names of files are UTF-8")
+def test_a_ledger_in_a_folder_whose_name_is_not_utf_8_is_read(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9") / "usage.db"
+    path.parent.mkdir()
+    assert not Ledger(path).write(row())
+    assert len(monorelay.request_page(str(path))[0]) == 1
+    # What users have spent is read at the start.
+    assert not Ledger(path, users={"alice": {"tokens_per_day": 100}}).write()
+
+
 @pytest.mark.slow
 def test_a_large_ledger_is_read_at_once(tmp_path):
     # The last hour is a whole one: in the first seconds of another, not every user has been there.
