@@ -286,6 +286,8 @@ LEDGER_BACKLOG_ROWS = 10_000  # more than that waiting for a file that can't be 
 LEDGER_SWEPT_ROWS = 5000  # that are too old, in a transaction; takes some 5 ms
 LEDGER_SUMS_DAYS = 400  # for which the sums are kept: a year, and the month to compare it with
 LEDGER_WARNING_SECONDS = 60.0
+LEDGER_JUMP_SECONDS = 60.0  # that the clock is ahead of what it was: it was set, or the machine has slept
+LEDGER_BELIEVED_SECONDS = 86400.0  # for which it has to be so until what is too old by it is swept
 LEDGER_SEARCHED_ROWS = 200_000  # for those that are wanted; takes some 0.1 s, for which nobody can write
 LEDGER_GROUPS = 10_000  # in one answer
 LEDGER_MODELS = 100  # of one user in an hour that its sums tell apart; nobody works with so many
@@ -9874,6 +9876,8 @@ class LedgerWriter:
         self._dropped_told = 0
         self.failing = False  # whether the file could not be written when last tried, or takes too long for others
         self._late_at = math.inf  # from when on it does
+        self._offset = time.time() - clock()  # of the time by which what is too old is swept
+        self._believed_at = math.inf  # when the system's clock, which has jumped ahead, is that time again
 
     @property
     def waiting(self) -> int:
@@ -9976,7 +9980,7 @@ class LedgerWriter:
             # was spent is still in it, and writing fails.
             folder = os.path.dirname(os.path.realpath(settings.path))
             if batch or self._carried or not os.access(folder, os.X_OK):
-                spent = write_ledger(settings, batch, self._limited, time.time(), self._carried)
+                spent = write_ledger(settings, batch, self._limited, time.time(), self._carried, self._believed_time())
             else:
                 users, now = self._limited, time.time()
                 spent = read_ledger(settings.path, lambda connection: select_spent(connection, users, now)) or {}
@@ -9998,6 +10002,17 @@ class LedgerWriter:
             self._warn(f"{self.dropped - self._dropped_told} rows of the ledger were dropped: too many waited for it")
             self._dropped_told = self.dropped
         return True
+
+    def _believed_time(self) -> float:
+        """The time by which what is too old is swept, which can't be undone: a clock that has jumped ahead is believed
+        only when it stays so."""
+        clock = self._clock()
+        offset = time.time() - clock
+        if offset < self._offset + LEDGER_JUMP_SECONDS or clock > self._believed_at:
+            self._offset, self._believed_at = offset, math.inf
+        else:
+            self._believed_at = min(self._believed_at, clock + LEDGER_BELIEVED_SECONDS)
+        return clock + self._offset
 
     def _set_failing(self, failing: bool) -> None:
         self._late_at = math.inf
@@ -10025,10 +10040,11 @@ def write_ledger(
     users: Iterable[str],
     now: float,
     carried: Optional[Spent] = None,
+    believed: Optional[float] = None,
 ) -> Spent:
     """Adds the rows to the file and its sums, and drops what is too old, in one transaction; what these users have
-    spent by then. `carried`: what they had spent by the file in whose place it comes. Raises sqlite3.Error, and
-    ValueError for a file of a newer version."""
+    spent by then. `carried`: what they had spent by the file in whose place it comes; `believed`: by which time it is
+    too old, if not by `now`. Raises sqlite3.Error, and ValueError for a file of a newer version."""
     rows = [LedgerRow._make(map(storable, row)) for row in rows]
     connection = sqlite3.connect(settings.path, timeout=LEDGER_LOCK_SECONDS, isolation_level=None)
     with contextlib.closing(connection):  # which undoes what isn't committed
@@ -10042,8 +10058,9 @@ def write_ledger(
         connection.executemany(ADD_HOUR, [(*key, *sums) for key, sums in hour_sums(rows, find_models).items()])
         for more in (spent_sums(rows), carried or {}):
             connection.executemany(ADD_SPENT, [(*map(storable, key), *sums) for key, sums in more.items()])
-        connection.execute(SWEEP_REQUESTS, (int((now - settings.keep_days * 86400) * 1000),))
-        oldest = now - LEDGER_SUMS_DAYS * 86400
+        believed = now if believed is None else believed
+        connection.execute(SWEEP_REQUESTS, (int((believed - settings.keep_days * 86400) * 1000),))
+        oldest = believed - LEDGER_SUMS_DAYS * 86400
         connection.execute(SWEEP_HOURS, (int(oldest // 3600),))
         connection.executemany(SWEEP_SPENT, [(user, windows(oldest)[0]) for user in {row.user for row in rows}])
         spent = select_spent(connection, users, now)

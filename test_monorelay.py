@@ -19511,6 +19511,28 @@ def test_what_is_too_old_is_dropped_step_by_step_and_the_sums_are_kept_for_longe
     assert min(selected(path, "SELECT window FROM spent")) > monorelay.windows(time.time() - 400 * 86400)[1]
 
 
+def test_a_clock_that_is_ahead_for_a_while_drops_nothing(tmp_path, monkeypatch):
+    path, begun, day = tmp_path / "usage.db", 1_795_000_000, 86_400  # in the midst of a month
+    clock, ahead = [1000.0], [0]
+    monkeypatch.setattr(time, "time", lambda: begun + ahead[0] + clock[0] - 1000)
+    it = monorelay.LedgerWriter(pytest.fail, lambda: clock[0])
+    it.use(parse({"echo": {}}, users={"alice": {"usd_per_month": 1}}, ledger={"path": str(path)}))
+
+    def kept_later(seconds: int, days_ahead: int) -> tuple[int, int]:
+        """How many rows, and of how many months what was spent, are there when another one is written."""
+        clock[0], ahead[0] = clock[0] + seconds, days_ahead * day
+        it.put(row())
+        assert it._flush()
+        months = "SELECT count(*) FROM spent WHERE window LIKE '____-__'"
+        return selected(path, "SELECT count(*) FROM request")[0], selected(path, months)[0]
+
+    assert kept_later(0, 0) == (1, 1)
+    assert kept_later(1, 510) == (2, 2) and kept_later(day // 2, 510) == (3, 2)
+    assert kept_later(1, 0) == (4, 2), "it is right again"
+    assert kept_later(1, 510)[0] == 5 and kept_later(day - 9, 510)[0] == 6
+    assert kept_later(10, 510) == (5, 1), "it has stayed so"
+
+
 def test_text_and_numbers_that_sqlite_does_not_take_stop_no_row(tmp_path):
     odd = row(model="half \ud800", user="b\x00b", cost=10**30, path="x" * 9999, provider="ü", sent=b"bytes", ttfb=1.5)
     assert Ledger(tmp_path / "usage.db").write(odd, row()) == []
