@@ -4217,6 +4217,12 @@ class FormWalk:
         while self._go_on():
             pass
 
+    def finish(self) -> None:
+        """Takes note that nothing follows. Some servers take an LF alone for the end of a line, and so find one more
+        field in a header that doesn't end."""
+        if self._go_on == self._read_header:
+            self._give_up()
+
     def _use(self, count: int) -> None:
         """Is done with so many bytes."""
         self._held = self._held[count:]
@@ -10339,6 +10345,11 @@ class RequestBody:
         """Whether it has been read to its end."""
         return self._decoder.finished and not self._ahead
 
+    @property
+    def has_come(self) -> bool:
+        """Whether all of it has come, though some may be still to be read."""
+        return self._decoder.finished
+
     def put_back(self, begun: bytes, model_span: tuple[int, int]) -> None:
         """Takes back what was read of it, to be read again, and where its model stands in that."""
         self.begun = self._ahead = begun
@@ -13251,7 +13262,7 @@ async def answer_form(exchange: Exchange) -> Response:
     exchange.record.model = form.model
     exchange.check_model(BodyFacts(form.model, form.is_ambiguous, ""))
     if exchange.is_restricted():
-        body.watch = functools.partial(watch_form, form, exchange.caller)
+        body.watch = functools.partial(watch_form, form, body, exchange.caller)
         body.watch(body.begun[form.seen :])
     targets = exchange.targets_of(form.model)
     exchange.count()
@@ -13259,10 +13270,12 @@ async def answer_form(exchange: Exchange) -> Response:
     return await relay(exchange, body, candidates)
 
 
-def watch_form(form: FormWalk, caller: Caller, piece: bytes) -> None:
+def watch_form(form: FormWalk, body: RequestBody, caller: Caller, piece: bytes) -> None:
     """Looks at what follows in a form whose sender may use some models only: nothing that may name another one goes
     upstream. Raises Forbidden and BadRequest."""
     form.feed(piece)
+    if body.has_come:
+        form.finish()
     if form.is_ambiguous:
         raise hidden_model(caller)
 

@@ -18602,6 +18602,12 @@ DECOYS = {
     "behind a line that ends in LF": form(
         ("model", "small-1"), file=LARGE, rest=form_field("model", "large-1").replace(b"\r\n", b"\n")
     ),
+    "in a header that ends in LFs": form(
+        ("model", "small-1"), file=LARGE, rest=form_field("model", "large-1").replace(b"\r\n\r\n", b"\n\n")
+    ),
+    "in a short form, in a header that ends in LFs": form(
+        ("model", "small-1"), file=b"", rest=form_field("model", "large-1").replace(b"\r\n\r\n", b"\n\n")
+    ),
     "without quotes": form(
         ("model", "small-1"), file=LARGE, rest=form_field("model", "large-1").replace(b'"model"', b"model")
     ),
@@ -18627,11 +18633,16 @@ def may_use_small(upstream: Callable[..., Upstream], relay: Callable[..., Relay]
     return relay({"openai": provider}, users={"alice": user}), provider, user["key"]
 
 
+@pytest.mark.parametrize("framing", ["", "Transfer-Encoding: chunked"])
 @pytest.mark.parametrize("name", DECOYS)
-def test_a_form_that_may_name_another_model_is_refused_to_whom_models_are_set(upstream, relay, name):
+def test_a_form_that_may_name_another_model_is_refused_to_whom_models_are_set(upstream, relay, name, framing):
     it, provider, token = may_use_small(upstream, relay)
+    decoy = DECOYS[name]
+    framing = framing or f"Content-Length: {len(decoy)}"
     with it.client() as client:
-        got = client.ask("POST", TRANSCRIPTIONS, DECOYS[name], FORM, token=token)
+        client.send(request("POST", TRANSCRIPTIONS, None, FORM, framing, token=token))
+        client.send(chunked(decoy) if "chunked" in framing else decoy)
+        got = client.answer()
     refused(got, 403, "permission_error", True)
     eventually(lambda: all(one.sock.fileno() < 0 for one in provider.connections))
     assert not provider.requests, "no provider has the whole of it"
