@@ -11017,11 +11017,14 @@ class UpstreamResponse:
             self.channel.close()
 
 
-# Headers by which a client names an account at OpenAI, Google or Anthropic; a 401 or 403 may be about these.
+# Headers by which a client names an account at OpenAI, Google or Anthropic, or brings a key of its own, which LiteLLM
+# and new-api (a WebSocket's, in any request) take rather than the relay's; a 401 or 403 may be about these.
 ACCOUNT_HEADERS = (
     "openai-organization", "openai-project", "x-goog-user-project", "anthropic-workspace-id",
-    "anthropic-user-profile-id",
+    "anthropic-user-profile-id", "x-litellm-api-key", "sec-websocket-protocol",
 )  # fmt: skip
+# Parameters of a query by which providers take a key; Google's take `access_token`.
+KEY_IN_QUERY = re.compile(r"(?i)(?:key|token)=")
 
 
 class UpstreamRequest(NamedTuple):
@@ -11052,7 +11055,8 @@ class UpstreamRequest(NamedTuple):
     @property
     def names_account(self) -> bool:
         """Whether a provider's 401 or 403 may be about a header of the client, or a key in its query."""
-        return "key=" in unquote(self.target).lower() or any(name in self.head.fields for name in ACCOUNT_HEADERS)
+        in_query = KEY_IN_QUERY.search(unquote(self.target)) is not None
+        return in_query or any(name in self.head.fields for name in ACCOUNT_HEADERS)
 
 
 LINE_END = re.compile(rb"[\r\n]")
