@@ -12486,7 +12486,7 @@ METHOD_OVERRIDES = frozenset({"x-http-method-override", "x-http-method", "x-meth
 # By these some gateways (Portkey, Helicone) are told which model is to answer, or who.
 MODEL_OVERRIDES = frozenset({
     "x-portkey-config", "x-portkey-provider", "x-portkey-virtual-key", "x-portkey-custom-host", "helicone-fallbacks",
-    "helicone-target-url",
+    "helicone-target-url", "helicone-openai-api-base",
 })  # fmt: skip
 # Bodies that are read for a model on paths of which the relay knows nothing: JSON, and what curl and
 # careless clients call JSON. All others stream through.
