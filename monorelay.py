@@ -117,6 +117,7 @@ INTERIM_RESPONSES = 20  # a 103 or a 102 now and then is normal; an endless row 
 INTERIM_SECONDS = 60.0  # within so long: some send a 102 every 15 seconds while they work
 TRAILER_BYTES = 8 * 1024  # of a request's trailer fields, which are checked and dropped: nobody needs them to be long
 CHUNK_LINE_BYTES = 4096  # of a chunk's size and extensions; h11 stops at a line of 20 hex digits and 4 KiB
+EVENT_NAME_BYTES = 256  # of a line that names an event; the usual ones have up to 60
 STREAM_LINE_BYTES = 64 * 1024  # a longer line of a stream goes out in pieces: memory stays bounded whatever arrives
 LABORIOUS_LINES = 2000  # or chunks, in what has come at once: they may take 0.3 ms
 LINES_AT_ONCE = 5000  # of them are decoded at a time, which takes 2 ms where the chunks have one byte each
@@ -11899,7 +11900,7 @@ class Outgoing:
         self._awaits_end = self._lines is not None and isinstance(self._decoder, CloseDecoder)
         self._sees_end = False
         self._name = b""  # of an event whose data hasn't come yet: its line
-        self._last_byte = b""  # that went out
+        self._last = b""  # the end of what went out
         self.held_up = 0.0  # seconds for which its client has let it wait
 
     def begin(self, keep_alive: bool, now: float) -> bytes:
@@ -11981,7 +11982,10 @@ class Outgoing:
             return self.translation.translator.fail(message, kind, code)
         if not self._lines:
             return b""
-        line_end = b"\n\n" if self._lines.mid_line else b"\n"
+        # Behind a CR, an LF would go on with the end of its line.
+        line_end = b"\n\n" if self._lines.mid_line or self._last.endswith(b"\r") else b"\n"
+        if ENDS_IN_NAME.search(self._last):
+            line_end = b""  # the error's name takes its place: SDKs fail to read an event that has a name and no data
         return line_end + error_event(self._format, kind, message, code, self._record.request_id)
 
     def _close(self, broken: bool) -> bytes:
@@ -12048,7 +12052,7 @@ class Outgoing:
         """Whether a stream that ends in good order does so within a line of data: `rest` is its last line, or what
         wasn't sent yet of one that is long."""
         if self._lines and self._lines.mid_line:
-            return (content.rstrip() or self._last_byte)[-1:] not in (b"}", b"]")
+            return (content.rstrip() or self._last)[-1:] not in (b"}", b"]")
         return is_cut_off(rest)
 
     def _framed(self, content: bytes) -> bytes:
@@ -12059,7 +12063,7 @@ class Outgoing:
             if self._lines and b"error" in content:
                 self._look_for_error(content)
             self._record.bytes_sent += len(content)
-            self._last_byte = content[-1:]
+            self._last = (self._last + content if len(content) < EVENT_NAME_BYTES else content)[-EVENT_NAME_BYTES:]
             if self._awaits_end:
                 self._look_for_end(content)
         return chunk(content) if self._chunked else content

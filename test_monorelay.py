@@ -15123,6 +15123,21 @@ def test_a_response_whose_framing_breaks_never_ends_properly(kind, version):
         assert ANTHROPIC_EVENTS[0].startswith(passed) and (b"event: error" in it.body) == (kind == STREAM_TYPE)
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=brief)
+@pytest.mark.parametrize("framing", ["chunked", "close"])
+def test_no_event_has_a_name_and_no_data_wherever_a_stream_breaks_off(framing, end):
+    before = sse("message_start")
+    text = (before + sse("ping")).replace(b"\n", end)
+    for size in range(len(before.replace(b"\n", end)), len(text)):
+        head, body = framed(text[:size], framing, STREAM_TYPE)
+        body = body.removesuffix(b"0\r\n\r\n")
+        for pieces in ([body], [b"", *bytewise(body)]):
+            *events, last = re.sub(b"\r\n?", b"\n", passed_on(head, pieces).body).split(b"\n\n")
+            names = [re.findall(b"(?m)^event: (.*)$", event)[-1:] for event in events if event.strip()]
+            assert all(event.count(b"data: ") == 1 for event in events if event.strip()), (size, events)
+            assert names[0] == [b"message_start"] and names[-1] == [b"error"] and last == b""
+
+
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r", b"\n\n", b"\r\n\r\n"], ids=brief)
 @pytest.mark.parametrize("name", [b"message_stop", b"error", b"response.completed"], ids=brief)
 def test_a_stream_that_ends_behind_the_name_of_its_last_event_has_the_same_end_in_bytes(name, end):
