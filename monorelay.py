@@ -4354,6 +4354,7 @@ STREAM_ENDS = re.compile(
     rb"|transcript\.text\.done|speech\.audio\.done|image_(?:generation|edit)\.completed))"
     rb'|"finish_reason" ?: ?"'
 )
+END_WORDS = (b"finish_reason", b"DONE]", b"_stop", b"response.", b".done", b".completed", b"error")  # each has one
 ENDS_IN_NAME = re.compile(rb"(?:^|[\r\n])event:[^\r\n]*(?:\r\n|\n|\r)\Z")  # an event's name without data behind it
 BEGINS_EVENT = re.compile(rb"(?:\xef\xbb\xbf)?[\r\n]*(?:data|event|id|retry)?:")
 # An error stands alone; or, of Responses, in an event that tells of the whole response; or, as OpenRouter sends it, in
@@ -12043,9 +12044,11 @@ class Outgoing:
     def _look_for_end(self, content: bytes) -> None:
         """Notes whether a stream says that it is over; an event's name counts only when its data has come, too."""
         text = self._name + content
-        name = ENDS_IN_NAME.search(text)
+        name = ENDS_IN_NAME.search(text, max(0, len(text) - EVENT_NAME_BYTES))
         self._name = text[name.start() :] if name else b""
-        if STREAM_ENDS.search(text, 0, name.start() if name else len(text)):
+        # Of what is long, most is a picture, for which the expression takes 50 times as long as these words.
+        may_end = len(text) < STREAM_LINE_BYTES or any(word in text for word in END_WORDS)
+        if may_end and STREAM_ENDS.search(text, 0, name.start() if name else len(text)):
             self._sees_end = True
 
     def _ends_within_line(self, content: bytes, rest: bytes) -> bool:

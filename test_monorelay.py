@@ -15147,6 +15147,33 @@ def test_a_stream_that_ends_behind_the_name_of_its_last_event_has_the_same_end_i
     assert got[0] == got[1] == got[2]
 
 
+LINES_THAT_END = [
+    "data: [DONE]", 'data: {"error":{"message":"m"}}', 'data: {"type":"response.completed"}', 'data: {"type": "error"}',
+    'data: {"type":"message_stop"}', 'data: {"finish_reason": "stop"}', 'data: {"type":"transcript.text.done"}',
+    'data: {"type":"speech.audio.done"}', 'data: {"type":"image_edit.completed"}', 'data: {"type":"response.done"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", LINES_THAT_END, ids=brief)
+def test_the_end_of_a_stream_is_seen_behind_a_line_that_is_long(line):
+    text = b'data: {"b64_json":"%b"}\n\n' % (b"x" * 100_000)
+    for last, whole in ((f"{line}\n\n".encode(), True), (b"data: {}\n\n", False)):
+        head, body = framed(text + last, "close", STREAM_TYPE)
+        assert passed_on(head, [b"", body]).whole == passed_on(head, [b"", text, last]).whole == whole
+
+
+@pytest.mark.timed
+def test_a_picture_in_a_stream_that_ends_with_its_connection_takes_little_time():
+    head, _ = framed(b"", "close", STREAM_TYPE)
+    parsed = monorelay.parse_response_head(head)
+    decoder = monorelay.response_decoder(parsed, "POST")
+    came = monorelay.UpstreamResponse(monorelay.Candidate(None, None), None, parsed, decoder)
+    it = outgoing(monorelay.Response(200, "OK", [], relayed=came), "POST", "1.1")
+    it.begin(True, 0.0)
+    it.feed(b'data: {"b64_json":"', False, False)
+    assert seconds_each(lambda: it.feed(b"x" * monorelay.HELD_BYTES, False, False), 5) < 0.002
+
+
 STREAM_LINES = [
     "event: message_start", 'data: {"type":"message_start"}', "event: message_stop", 'data: {"type": "message_stop"}',
     "data: [DONE]", 'data: {"finish_reason": "stop"}', ": comment", "", "id: 7", "data:", "event: error",
