@@ -11065,6 +11065,8 @@ LINE_END = re.compile(rb"[\r\n]")
 EVENT_DATA = re.compile(rb"(?:^|[\r\n])data:[^\r\n]*[\r\n]")
 DATA_LINE = re.compile(rb"(?:^|[\r\n])data: ?(\{[^\r\n]*)")
 EVENT_END = re.compile(rb"\n\n|\r\r|\r\n\r\n")
+# The beginning of a stream, with the first data in it.
+EVENTS_BEGUN = re.compile(rb"\A(?:\xef\xbb\xbf)?[\r\n]*(?:(?:event|id|retry)?:[^\r\n]*[\r\n]+)*data:[^\r\n]*[\r\n]")
 
 
 class Attempt:
@@ -11109,8 +11111,10 @@ class Attempt:
             elif response.is_stream:
                 await self._read_first_line(response)
                 if response.begins_with_error:
-                    await peek(self._loop, response, event_only=True)
-            elif response.head.status in TELLING_STATUSES or (response.translated and response.head.status < 300):
+                    await peek(self._loop, response, until=EVENT_END)
+            elif response.translated and response.head.status < 300:
+                await self._read_beginning(response, response.translated.asked)
+            elif response.head.status in TELLING_STATUSES:
                 await peek(self._loop, response)
             self.response = response
         except FramingError as error:
@@ -11235,6 +11239,14 @@ class Attempt:
                     break  # the only line is the end of the stream, though it has none itself
                 raise
 
+    async def _read_beginning(self, response: UpstreamResponse, asked: Asked) -> None:
+        """Waits for so much of an answer that is translated as shows whether it is an error, or the stream that was
+        asked for, whatever it is called. Raises BrokenExchange, NoResponse and FramingError."""
+        if asked.stream and not response.content and not response.decoder.finished:
+            await absorb_more(self._loop, response)
+        await peek(self._loop, response, until=EVENTS_BEGUN if asked.stream else None)
+        response.is_stream = asked.stream and BEGINS_EVENT.match(response.content) is not None
+
     async def _read_first_event(self, response: UpstreamResponse) -> None:
         """Waits for the first data of a stream that is translated, but not for long. Raises BrokenExchange and
         FramingError."""
@@ -11279,13 +11291,13 @@ async def more_of(loop: EventLoop, channel: Channel, candidate: Candidate, deadl
     raise BrokenExchange(f"{named_with_way(provider)} closed the connection without an answer")
 
 
-async def peek(loop: EventLoop, response: UpstreamResponse, event_only: bool = False) -> None:
-    """Reads as much of an error as it takes to judge it; `event_only`: the first event of a stream. What goes wrong
-    meanwhile shows when the response is passed on. Raises ClientGone."""
+async def peek(loop: EventLoop, response: UpstreamResponse, until: Optional[re.Pattern[bytes]] = None) -> None:
+    """Reads as much of an error as it takes to judge it, or no more than it takes for a pattern to be found. What goes
+    wrong meanwhile shows when the response is passed on. Raises ClientGone."""
     channel, deadline = response.channel, loop.now + PEEK_SECONDS
     try:
         while not response.decoder.finished and len(response.content) < PEEKED_BYTES:
-            if event_only and EVENT_END.search(response.content):
+            if until and until.search(response.content):
                 break
             if channel.received:
                 response.absorb(await take_in_turn(loop, channel))

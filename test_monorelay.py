@@ -13894,6 +13894,41 @@ def test_events_that_are_called_something_else_are_read_as_events(upstream, rela
     assert it.logged("path=/v1/messages", " output=")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [b"content-type: application/json", b"x-none: 1", b"content-type: text/event-stream\r\nContent-Encoding: None"],
+    ids=brief,
+)
+@pytest.mark.parametrize("first", [b"", b": PROCESSING\n\n"], ids=brief)
+def test_a_stream_is_translated_as_it_comes_whatever_it_is_called(upstream, relay, fields, first):
+    begun, gate = threading.Event(), threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(STREAM_HEAD.replace(b"content-type: text/event-stream", fields), first and chunk(first))
+        connection.wait(begun)
+        connection.send(chunk(sse_of([delta(content="Hi")], done=False)))
+        connection.wait(gate)
+        connection.send(chunked(sse_of([delta("stop", USAGE)])))
+
+    it = relay({"openai": upstream(script)})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", json.dumps(prompt("gpt-test", stream=True)).encode()))
+        begun.set()
+        assert b"content-type: text/event-stream" in client.until(b'"text":"Hi"')
+        gate.set()
+        client.until(b"message_stop")
+    it.logged("path=/v1/messages", " output=")
+
+
+def test_an_error_in_a_stream_that_is_called_json_is_tried_elsewhere(upstream, relay):
+    head = STREAM_HEAD.replace(b"text/event-stream", b"application/json")
+    refuses = upstream(head + chunked(b": hello\n\n", b'data: {"error":{"message":"Busy","code":503}}\n\n'))
+    it = relay({"openai1": refuses, "openai2": upstream(CHAT_HI_STREAM)})
+    got = it.post("/v1/messages", prompt("gpt-test", stream=True))
+    assert b"message_stop" in got.body and got.get("x-monorelay-attempts") == "2"
+
+
 def test_s17_silence_gets_a_ping(upstream, relay):
     gate, comment, commented, clock = threading.Event(), threading.Event(), threading.Event(), Clock()
 
