@@ -10897,10 +10897,10 @@ class UpstreamResponse:
         self.whole_request = True  # False when it came before the request had been sent
         self.has_body = True  # False for one that must not have any: a provider may send one nevertheless
         self.translated: Optional[Translated] = None  # the request, if it was that
-        # In a compressed body no lines can be seen. An error that is called a stream is mostly JSON: its server would
-        # have begun one.
+        # In a compressed body no lines can be seen; "none" keeps servers such as Next.js from compressing it. An error
+        # that is called a stream is mostly JSON: its server would have begun one.
         is_stream = media_type(head.fields) == "text/event-stream" and head.status < 300
-        self.is_stream = is_stream and head.fields.get("content-encoding", "").lower() in ("", "identity")
+        self.is_stream = is_stream and head.fields.get("content-encoding", "").lower() in ("", "identity", "none")
         # The key that is erased from its body. One made of words is looked for in errors only: a model that explains
         # how to call a local server says it, too.
         secret = candidate.secret

@@ -14481,7 +14481,7 @@ def test_an_openai_stream_that_dies_says_so_in_its_own_format(upstream, relay):
         assert_died(client, after=OPENAI_EVENTS[0], anthropic=False)
 
 
-@pytest.mark.parametrize("coding", ["Identity", "IDENTITY", "identity", ""])
+@pytest.mark.parametrize("coding", ["Identity", "IDENTITY", "identity", "", "None"])
 def test_a_stream_in_no_coding_that_is_cut_ends_in_an_error_event_however_that_is_spelled(upstream, relay, coding):
     head = CLOSE_DELIMITED["events"].replace(b"\r\n\r\n", f"\r\ncontent-encoding: {coding}\r\n\r\n".encode())
     it = relay({"anthropic": upstream(replies_then_closes(head, *ANTHROPIC_EVENTS[:3]))})
