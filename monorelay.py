@@ -10558,12 +10558,17 @@ class UpstreamPool:
         if proxy:
             host, port = proxy.hostname or "", proxy.port or DEFAULT_PORTS["http"]
         addresses = await self._addresses(host, port, deadline)
-        channel = await connect_any(self._loop, addresses, deadline, self._failed)
+
+        async def secure(channel: Channel) -> None:
+            await channel.secure(self._tls_context(), provider.host, deadline)
+
+        is_secure = provider.scheme == "https"
+        prepare = secure if is_secure and not proxy else None
+        channel = await connect_any(self._loop, addresses, deadline, self._failed, prepare)
         try:
-            if provider.scheme == "https":
-                if proxy:
-                    await open_tunnel(self._loop, channel, provider, proxy, deadline)
-                await channel.secure(self._tls_context(), provider.host, deadline)
+            if proxy and is_secure:
+                await open_tunnel(self._loop, channel, provider, proxy, deadline)
+                await secure(channel)
             elif proxy:
                 channel.target_prefix = provider.origin
                 channel.extra_fields = proxy_credential(proxy)
@@ -10625,32 +10630,42 @@ def host_addresses(host: str, port: int) -> list[Any]:
         raise
 
 
-async def connect_any(loop: EventLoop, addresses: Sequence[Any], deadline: float, failed: dict[Any, float]) -> Channel:
-    """A connection to the first address that takes one; each gets an equal share of the time left. Those that have
-    `failed` of late come last, those that did so just now behind all: where IPv6 leads nowhere, only the first
-    connection waits for it, and the first one after IPv4 has failed, too. Raises OSError, Overdue and ClientGone."""
+Preparation = Optional[Callable[[Channel], Coroutine[float, None, None]]]
+
+
+async def connect_any(
+    loop: EventLoop, addresses: Sequence[Any], deadline: float, failed: dict[Any, float], prepare: Preparation
+) -> Channel:
+    """A connection to the first address that takes one, for which each gets an equal share of the time left, and where
+    `prepare` succeeds. Those that have `failed` of late come last, those that did so just now behind all: where IPv6
+    leads nowhere, only the first connection waits for it, and the first one after IPv4 has failed, too. Raises OSError,
+    Overdue and ClientGone."""
     problem: Exception = OSError(errno.EADDRNOTAVAIL, "its host has no address")
     oldest = loop.now - AVOIDED_SECONDS
     addresses = sorted(addresses, key=lambda found: max(oldest, failed.get(found[4], oldest)))
     for index, (family, _, _, _, address) in enumerate(addresses):
         latest = loop.now + (deadline - loop.now) / (len(addresses) - index)
         try:
-            return await connect_one(loop, family, address, latest)
+            return await connect_one(loop, family, address, latest, prepare)
         except (OSError, Overdue) as error:
             problem = error
             if len(failed) >= AVOIDED_ADDRESSES:
                 failed.clear()
             failed[address] = loop.now
+        if loop.now >= deadline:
+            break
     raise problem
 
 
-async def connect_one(loop: EventLoop, family: int, address: Any, deadline: float) -> Channel:
-    """A connection to this address. Raises OSError, Overdue and ClientGone."""
+async def connect_one(loop: EventLoop, family: int, address: Any, deadline: float, prepare: Preparation) -> Channel:
+    """A connection to this address, prepared. Raises OSError, Overdue and ClientGone."""
     sock, channel = socket.socket(family, socket.SOCK_STREAM), None
     try:
         tune(sock)
         channel = Channel(sock, loop)
         await channel.connect(address, deadline)
+        if prepare:
+            await prepare(channel)
         return channel
     except BaseException:
         (channel or sock).close()

@@ -11516,11 +11516,39 @@ def test_an_address_that_takes_no_connection_is_tried_after_the_others_from_then
     assert 0.5 <= took[0] < 0.9 and max(took[1:]) < 0.3
 
 
+@pytest.mark.timed
+@pytest.mark.usefixtures("no_proxy_yet", "trusted")
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_an_address_where_tls_fails_is_tried_after_the_others_from_then_on(
+    upstream, relay, tls, monkeypatch, is_silent
+):
+    """A balancer takes connections when what is behind it is down."""
+    over = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.sock.recv(1)
+        over.wait(TIMEOUT_SECONDS if is_silent else 0)
+        connection.reset()
+
+    sick, provider = upstream(script), upstream(answer(200, b"{}", "connection: close"), tls("provider.example"))
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, port: Any, *rest: Any, **options: Any) -> Any:
+        ports = [sick.port, provider.port] if host == "provider.example" else [port]
+        return [found for one in ports for found in real(host, one, *rest, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    it = relay({"anthropic": {"base_url": "https://provider.example", "connect_timeout": 0.8}})
+    statuses = [it.post("/v1/messages", prompt()).status for _ in range(3)]
+    assert statuses == [502 if is_silent else 200, 200, 200] and len(sick.connections) == 1
+    over.set()
+
+
 def test_an_address_that_failed_just_now_is_tried_after_one_that_failed_before(monkeypatch):
     """Else a provider that is begun anew, whose IPv6 leads nowhere, would be reached by way of that for minutes."""
     down, tried, failed = {"v6"}, [], {}
 
-    async def connect_one(loop, family, address, deadline):
+    async def connect_one(loop, family, address, deadline, prepare):
         tried.append(address)
         if address in down:
             loop.now += 1
@@ -11534,7 +11562,7 @@ def test_an_address_that_failed_just_now_is_tried_after_one_that_failed_before(m
     def connect():
         tried.clear()
         with pytest.raises((StopIteration, ConnectionRefusedError)):
-            monorelay.connect_any(loop, addresses, loop.now + 10, failed).send(None)
+            monorelay.connect_any(loop, addresses, loop.now + 10, failed, None).send(None)
         return [*tried]
 
     assert [connect(), connect()] == [["v6", "v4"], ["v4"]]
