@@ -3515,7 +3515,9 @@ def retry_after_seconds(value: str, now: float) -> Optional[float]:
         seconds = float(value)
     else:
         try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
+            date = email.utils.parsedate_to_datetime(value)
+            # Without a zone (asctime's form) or with -0000 (Python's formatdate()), it is none of this machine's zone.
+            seconds = date.replace(tzinfo=date.tzinfo or datetime.timezone.utc).timestamp() - now
         except (TypeError, ValueError, IndexError, OverflowError):
             return None
     return min(seconds, RETRY_AFTER_LIMIT_SECONDS) if seconds >= 0 else None

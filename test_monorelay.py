@@ -3199,6 +3199,20 @@ def test_retry_after_is_seconds_or_a_date_and_an_hour_at_most(value, seconds):
     assert monorelay.retry_after_seconds(value, UNIX_TIME) == seconds
 
 
+@pytest.mark.parametrize("zone", ["UTC", "EST5", "JST-9"])
+@pytest.mark.parametrize(
+    "date", [email.utils.formatdate(UNIX_TIME + 90), time.asctime(time.gmtime(UNIX_TIME + 90))], ids=brief
+)
+def test_a_date_in_retry_after_without_a_zone_is_that_of_no_machine(monkeypatch, zone, date):
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        assert monorelay.retry_after_seconds(date, UNIX_TIME) == 90
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 def patterns_in_use() -> dict[tuple[Any, int], set[str]]:
     """The source and flags of every regular expression in monorelay.py, and by which methods it is used.
 
