@@ -5594,11 +5594,16 @@ def is_strict(schema: Any) -> bool:
     if not isinstance(schema, dict):
         return True
     if schema.get("type") == "object" or "properties" in schema:
-        given = schema.get("required")
-        required = {name for name in given if isinstance(name, str)} if isinstance(given, list) else set()
+        required = required_in(schema)
         if schema.get("additionalProperties") is not False or not required.issuperset(member(schema, "properties")):
             return False
     return all(map(is_strict, schema.values()))
+
+
+def required_in(schema: JsonDict) -> set[str]:
+    """The parameters that an object must have."""
+    given = schema.get("required")
+    return {name for name in given if isinstance(name, str)} if isinstance(given, list) else set()
 
 
 # Mistral's models, at other providers too: they check requests with its mistral-common, or a template that does.
@@ -6116,6 +6121,7 @@ def message_tools(chat: JsonDict, draft: Draft) -> JsonDict:
         raise draft.refusal("tool_choice", "a call of a tool that isn't offered")
     if not tools:
         return {}
+    keep_strict(tools, draft)
     one_by_one = chat.get("parallel_tool_calls") is False or choice.get("disable_parallel_tool_use") is True
     if one_by_one and written.get("type") != "none":
         written = {"type": "auto", **written, "disable_parallel_tool_use": True}
@@ -6141,6 +6147,71 @@ def message_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
         written["strict"] = True
     cached = cache_mark(tool) or cache_mark(function)
     return {**written, "cache_control": cached} if cached else written
+
+
+# Claude makes one grammar of all strict tools. What it refuses in their schemas, what it knows of formats, and how many
+# tools, optional parameters and parameters of several types it takes in all:
+# https://platform.claude.com/docs/en/build-with-claude/structured-outputs
+STRICT_REFUSED = frozenset({
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "maxItems",
+    "uniqueItems", "prefixItems", "contains", "minProperties", "maxProperties", "patternProperties", "propertyNames",
+    "oneOf", "not", "if",
+})  # fmt: skip
+STRICT_FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid")
+STRICT_LIMITS = (20, 24, 16)
+
+
+def keep_strict(tools: list[JsonDict], draft: Draft) -> None:
+    """Leaves out `strict` where Claude would refuse it with the whole request, and of all tools where they are too much
+    together. openai-agents and LangChain's agents ask for it at each tool, and OpenAI promises more."""
+    loads = [(tool, strict_load(tool["input_schema"])) for tool in tools if "strict" in tool]
+    sums = map(sum, zip(*(load for _, load in loads if load)))
+    are_few = all(number <= most for number, most in zip(sums, STRICT_LIMITS))
+    for tool, load in loads:
+        if not load or not are_few:
+            del tool["strict"]
+            draft.drop("tools.function.strict")
+
+
+def strict_load(schema: JsonDict) -> tuple[int, ...]:
+    """What a strict tool with this schema adds to each of STRICT_LIMITS; empty if Claude refuses it."""
+    optional = unions = 0
+    for part in schema_parts(schema):
+        if not fits_strict(part):
+            return ()
+        optional += optional_in(part)
+        unions += "anyOf" in part or isinstance(part.get("type"), list)
+    return 1, optional, unions
+
+
+def schema_parts(schema: JsonDict) -> Iterator[JsonDict]:
+    """The schema and those within it, each before its own, but for empty ones."""
+    waiting: list[Any] = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting += part
+        elif isinstance(part, dict) and part:
+            yield part
+            waiting += (part[name] for name in ("items", "anyOf", "allOf") if name in part)
+            for name in ("properties", "$defs", "definitions"):
+                if name in part:
+                    waiting += member(part, name).values()
+
+
+def fits_strict(part: JsonDict) -> bool:
+    """Whether Claude takes a part of a strict tool's schema, leaving aside the parts within it, and objects that are
+    open to other parameters: those OpenAI refuses, too."""
+    is_known = part.get("minItems", 0) in (0, 1) and part.get("format", "uri") in STRICT_FORMATS
+    return is_known and STRICT_REFUSED.isdisjoint(part)
+
+
+def optional_in(part: JsonDict) -> int:
+    """How many of an object's parameters may be left out."""
+    if "properties" not in part:
+        return 0
+    required = required_in(part)
+    return sum(name not in required for name in member(part, "properties"))
 
 
 def nested_tool(tool: JsonDict) -> JsonDict:

@@ -5612,6 +5612,66 @@ def test_a_function_may_be_written_as_in_responses():
     assert "of the type custom" in not_translated(lambda: to_messages(tools=[grammar]))
 
 
+def strict_tool(name="look", **schema):
+    """A function as openai-agents offers it: strict, with all parameters required and no others allowed."""
+    fields = {"at": schema}
+    parameters = {"type": "object", "properties": fields, "required": ["at"], "additionalProperties": False}
+    return {"type": "function", "function": {"name": name, "parameters": parameters, "strict": True}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "strict"),
+    [
+        ({"type": "integer"}, True),
+        ({"type": "string", "enum": ["minimum"], "format": "uri"}, True),
+        ({"type": "array", "items": {"type": "string"}, "minItems": 1}, True),
+        ({"type": "integer", "minimum": 1}, False),
+        ({"type": "array", "items": {"type": "string", "maxLength": 9}}, False),
+        ({"type": "array", "items": {"type": "string"}, "minItems": 2}, False),
+        ({"anyOf": [{"type": "null"}, {"type": "number", "multipleOf": 5}]}, False),
+        ({"type": "string", "format": "binary"}, False),
+        ({"type": "object", "properties": {"minimum": {"type": "integer"}}, "additionalProperties": False}, True),
+        ({"type": "object", "properties": {"b": {"type": "integer"}}, "additionalProperties": True}, True),
+        ({"$ref": "#/$defs/x", "$defs": {"minimum": {"type": "string", "maxLength": 3}}}, False),
+        ({"type": ["string", 1], "items": 7, "properties": [], "required": {}, "$defs": None, "format": []}, False),
+        ({"minItems": {}}, False),
+    ],
+    ids=brief,
+)
+def test_a_tool_is_strict_only_where_claude_can_promise_it(schema, strict):
+    """experientiallabs/experiential #804, pi #9953: `For 'integer' type, properties maximum, minimum are not supported`
+    ends each request of a session."""
+    sound = strict_tool("sound", type="string")
+    body, dropped = to_messages(tools=[strict_tool(**schema), sound])
+    assert [tool.get("strict") for tool in body["tools"]] == [strict or None, True]
+    assert body["tools"][0]["input_schema"] == strict_tool(**schema)["function"]["parameters"]
+    assert dropped == (() if strict else ("tools.function.strict",))
+
+
+@pytest.mark.parametrize(
+    ("schema", "most"),
+    [
+        pytest.param({"type": "string"}, 20, id="tools"),
+        pytest.param({"type": ["string", "null"]}, 16, id="types"),
+        pytest.param({"anyOf": [{"type": "string"}, {"type": "null"}]}, 16, id="union"),
+        pytest.param(
+            {"type": "object", "properties": {"b": {}, "c": {}}, "required": [7, []], "additionalProperties": False},
+            12,
+            id="optional",
+        ),
+    ],
+)
+def test_tools_that_claude_refuses_together_are_not_strict(schema, most):
+    """camel-ai/camel #4171: `Too many strict tools`."""
+    tools = [strict_tool(f"look{number}", **schema) for number in range(most)]
+    body, dropped = to_messages(tools=tools)
+    assert all(tool["strict"] for tool in body["tools"]) and dropped == ()
+    unfit = strict_tool("unfit", minimum=1, **schema)
+    assert sum("strict" in tool for tool in to_messages(tools=[*tools, unfit])[0]["tools"]) == most
+    body, dropped = to_messages(tools=[*tools, strict_tool("more", **schema)])
+    assert not any("strict" in tool for tool in body["tools"]) and dropped == ("tools.function.strict",)
+
+
 @pytest.mark.parametrize(
     ("block", "told"),
     [({**tool_use("t"), "input": "{}"}, "input: what is no object"), (tool_use(5), "id: Input should be"),
