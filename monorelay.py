@@ -118,6 +118,7 @@ INTERIM_SECONDS = 60.0  # within so long: some send a 102 every 15 seconds while
 TRAILER_BYTES = 8 * 1024  # of a request's trailer fields, which are checked and dropped: nobody needs them to be long
 CHUNK_LINE_BYTES = 4096  # of a chunk's size and extensions; h11 stops at a line of 20 hex digits and 4 KiB
 EVENT_NAME_BYTES = 256  # of a line that names an event; the usual ones have up to 60
+HELD_BACK_SECONDS = 0.1  # for which the end of a body's piece, which may be a part of a key, waits for what follows
 STREAM_LINE_BYTES = 64 * 1024  # a longer line of a stream goes out in pieces: memory stays bounded whatever arrives
 LABORIOUS_LINES = 2000  # or chunks, in what has come at once: they may take 0.3 ms
 LINES_AT_ONCE = 5000  # of them are decoded at a time, which takes 2 ms where the chunks have one byte each
@@ -10961,6 +10962,7 @@ class ResponseHeads:
 # What the manuals of local servers give for a key, such as lm-studio, not-needed and sk-no-key-required. A random key
 # without any digit would be longer.
 KEY_OF_WORDS = re.compile(rb"(?=.{1,31}\Z)[A-Za-z]+(?:[-_][A-Za-z]+)*")
+KEY_BYTES = bytes(range(0x21, 0x7F))  # of which keys are made
 # Of a header field or a parameter of a base_url's query: Azure's functions take a key in `code`.
 SECRET_NAME = re.compile(r"(?i)code|(?:.*[-_])?(?:authorization|auth|(?:api[-_]?)?key|token|secret)")
 
@@ -11846,7 +11848,8 @@ def model_page(entries: Sequence[JsonDict], query: str, format: str) -> JsonDict
 # What a client is sent goes out in one place, Handler._send, whether all of it is there or a provider is still sending
 # it. A Response says what; an Outgoing makes bytes of it, and decides, in one place, whether the body has a
 # length, is chunked or ends with the connection, what HEAD, 204 and HTTP/1.0 leave out, and whether the connection is
-# kept. It holds back nothing but the beginning of a line, so that an error can be told between two lines.
+# kept. It holds back nothing but the beginning of a line, so that an error can be told between two lines, and for a
+# moment what may be a part of a key.
 
 # What keeps nginx and its like, in front of the relay, from holding a stream back.
 UNBUFFERED = (("x-accel-buffering", "no"), ("cache-control", "no-cache"))
@@ -11892,21 +11895,32 @@ class ResultsUrlRewriter:
 
 
 class KeyEraser:
-    """Erases the relay's key from a body as it streams. Only what may be the key's beginning waits for what follows."""
+    """Erases the relay's key from a body as it streams. What may be a part of a key waits for what follows, whether it
+    fits this one or not: else a client could learn the key from the pieces of what it has stored at the provider."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
         self._held = b""
+        self._released = 0  # bytes of it, which went out since nothing followed
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether something waits for what follows."""
+        return len(self._held) > self._released
 
     def feed(self, data: bytes, is_last: bool) -> bytes:
         """What can be passed on of the body up to here; in all it is as long as it came."""
-        key = self._key
-        data, self._held = (self._held + data).replace(key, b"*" * len(key)), b""
-        at = -1 if is_last else data.find(key[:1], max(0, len(data) - len(key) + 1))
-        while at >= 0 and not key.startswith(data[at:]):
-            at = data.find(key[:1], at + 1)
-        if at >= 0:
-            data, self._held = data[:at], data[at:]
+        data = (self._held + data).replace(self._key, b"*" * len(self._key))
+        end, released = len(data), self._released
+        if not is_last:
+            latest = data[max(0, end + 1 - len(self._key)) :]
+            end -= len(latest) - len(latest.rstrip(KEY_BYTES))
+        self._held, self._released = data[end:], max(0, released - end)
+        return data[released:end]
+
+    def release(self) -> bytes:
+        """What was held back. If it was the beginning of the key, the rest of that will be erased."""
+        data, self._released = self._held[self._released :], len(self._held)
         return data
 
 
@@ -12001,7 +12015,7 @@ class Outgoing:
         self._awaits_end = self._lines is not None and isinstance(self._decoder, CloseDecoder)
         self._sees_end = False
         self._name = b""  # of an event whose data hasn't come yet: its line
-        self._last = b""  # the end of what went out
+        self._last = b""  # the end of what goes out, or will
         self.held_up = 0.0  # seconds for which its client has let it wait
 
     def begin(self, keep_alive: bool, now: float) -> bytes:
@@ -12068,7 +12082,7 @@ class Outgoing:
         self.ended = True
         self.must_reset = self.until_close
         event = self._error_event("timeout_error" if code == "upstream_timeout" else "api_error", message, code)
-        return chunk(event) if event and self._chunked else event
+        return self.release() + (chunk(event) if event and self._chunked else event)
 
     @property
     def _may_be_clients_fault(self) -> bool:
@@ -12158,17 +12172,30 @@ class Outgoing:
             return (content.rstrip() or self._last)[-1:] not in (b"}", b"]")
         return is_cut_off(rest)
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether something has come that may be a part of a key, and waits for what follows."""
+        return self._eraser is not None and self._eraser.holds_back
+
+    def release(self) -> bytes:
+        """What was held back, as it goes out: nothing follows soon."""
+        return self._sized(self._eraser.release()) if self._eraser else b""
+
     def _framed(self, content: bytes) -> bytes:
         """The content, framed, after a look at what it tells."""
-        if self._eraser:
-            content = self._eraser.feed(content, is_last=self._decoder.finished)
         if content:
-            if self._lines and b"error" in content:
-                self._look_for_error(content)
-            self._record.bytes_sent += len(content)
             self._last = (self._last + content if len(content) < EVENT_NAME_BYTES else content)[-EVENT_NAME_BYTES:]
             if self._awaits_end:
                 self._look_for_end(content)
+        if self._eraser:
+            content = self._eraser.feed(content, is_last=self._decoder.finished)
+        if self._lines and b"error" in content:
+            self._look_for_error(content)
+        return self._sized(content)
+
+    def _sized(self, content: bytes) -> bytes:
+        """The content as a part of the body, which is counted."""
+        self._record.bytes_sent += len(content)
         return chunk(content) if self._chunked else content
 
 
@@ -14171,13 +14198,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not relayed:
             return outgoing.rest()
         upstream, timeout = relayed.channel, relayed.candidate.target.provider.timeout
+        holds_back = outgoing.holds_back
         try:
             if outgoing.translation:
                 return await self._next_translated(outgoing, outgoing.translation, upstream, timeout)
             if not upstream.received and not upstream.ended:
-                await upstream.arrival(self.loop.now + timeout)
+                await upstream.arrival(self.loop.now + (HELD_BACK_SECONDS if holds_back else timeout))
             return await self._fed(outgoing, upstream)
         except Overdue:
+            if holds_back:
+                return outgoing.release()
             return outgoing.fail(f"the provider sent nothing for {timeout:g} seconds", "upstream_timeout")
         except Unavailable as error:  # the relay shuts down
             return outgoing.fail(error.message, error.code)

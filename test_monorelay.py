@@ -12573,13 +12573,70 @@ def test_a_key_is_erased_wherever_the_text_is_split(text):
         assert b"".join(passed) == text.replace(b"abab", b"****"), edges
 
 
-def test_only_what_may_begin_the_key_is_held_back():
+def test_only_what_may_be_a_part_of_a_key_is_held_back():
     eraser = monorelay.KeyEraser(b"sk-secret")
-    parts = {b"a: s\n": b"a: s\n", b"is": b"i", b" it sk-sec": b"s it ", b"ond": b"sk-second", b"sk": b""}
+    parts = {b"a: s\n": b"a: s\n", b"is": b"", b" it sk-sec": b"is it ", b"ond": b"s", b"\xff sk": b"k-second\xff "}
     for part, passed in parts.items():
         assert eraser.feed(part, is_last=False) == passed
     assert eraser.feed(b"", is_last=True) == b"sk"
     assert monorelay.KeyEraser(b"").feed(b"all", is_last=False) == b"all"
+
+
+def test_the_pieces_of_a_body_say_nothing_of_the_key(upstream, relay):
+    """A file that a user has stored comes back in pieces; each that ends like the key would show one more letter."""
+    pieces = [b"x" * 90 + b"sk-anthropic-"[:size] + letter for size in range(13) for letter in (b"s", b"z", b"~", b" ")]
+
+    def sizes(key: str) -> list[int]:
+        taken = threading.Semaphore(0)
+
+        def script(connection: Connection) -> None:
+            connection.read_request()
+            connection.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+            for piece in pieces:
+                connection.send(chunk(piece))
+                taken.acquire(timeout=TIMEOUT_SECONDS)
+            connection.send(b"0\r\n\r\n")
+
+        it, found = relay({"openai": {"upstream": upstream(script), "keys": [key]}}, Clock()), []
+        with it.client() as client:
+            client.send(request("GET", "/v1/files/file-1/content"))
+            client.until(b"\r\n\r\n")
+            while not found or found[-1]:
+                found.append(len(client.chunk()))
+                taken.release()
+        return found
+
+    assert sizes("sk-anthropic-00secret") == sizes("gsk-another-key-12345")
+
+
+def test_what_is_held_back_goes_out_soon_and_the_rest_of_a_key_behind_it_is_erased(upstream, relay):
+    gates = [threading.Event() for _ in range(4)]
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        for gate, piece in zip(gates, (b"RIFF", b"data sk-", b"s3c", b"ret-key and sk-s3cret-ke")):
+            connection.send(chunk(piece))
+            connection.wait(gate)
+        connection.reset()
+
+    clock = Clock()
+    it = relay({"openai": {"upstream": upstream(script), "keys": ["sk-s3cret-key"]}}, clock)
+    with it.client() as client:
+        client.send(request("POST", "/v1/audio/speech", json.dumps({"model": "gpt-test"}).encode()))
+        client.until(b"\r\n\r\n")
+        expected = [[b"RIFF"], [b"data ", b"sk-"], [b"s3c"], [b"******* and ", b"sk-s3cret-ke"]]
+        for parts, gate in zip(expected, gates):
+            *sent, held = parts
+            assert [client.chunk() for _ in sent] == sent
+            if gate is not gates[-1]:
+                eventually(lambda: any(handler.task.deadline < clock.now + 1 for handler in it.server.served))
+                assert not client.buffer
+                clock.move(monorelay.HELD_BACK_SECONDS)
+                assert client.chunk() == held
+            gate.set()
+        assert client.chunk() == held, "what has come before a break goes out, too"
+        assert client.ended_within(TIMEOUT_SECONDS)
 
 
 def test_the_code_of_a_401_is_not_told_when_it_is_the_key(upstream, relay):
@@ -14573,6 +14630,31 @@ def test_a_chunked_stream_whose_last_line_only_lacks_its_end_is_whole(upstream, 
     it = relay(both_formats(provider))
     assert it.post(path, STREAMED).body == text
     assert "upstream_broken" not in it.logged(path)
+
+
+@pytest.mark.parametrize("framing", ["chunked", "close-delimited"])
+def test_a_long_last_line_that_only_lacks_its_end_is_whole_when_the_bodys_end_is_late(upstream, relay, framing):
+    """Its last bytes, which may be a part of the relay's key, wait for that."""
+    line = b'data: {"choices":[{"delta":{"content":"%b"},"finish_reason":"stop"}]}' % (b"x" * 100_000)
+    gate = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        is_chunked = framing == "chunked"
+        connection.send(*((STREAM_HEAD, chunk(line)) if is_chunked else (CLOSE_DELIMITED["events"], line)))
+        connection.wait(gate)
+        connection.send(b"0\r\n\r\n" if is_chunked else b"")
+        connection.close()
+
+    key = "sk-0123456789abcdefghijklmnopqrstuvwxyz"
+    it = relay({"openai": {"upstream": upstream(script), "keys": [key]}})
+    with it.client() as client:
+        client.send(request("POST", "/v1/chat/completions", json.dumps(chat(stream=True)).encode()))
+        while len(client.buffer) < 100_000:
+            assert client.fill()
+        gate.set()
+        assert client.answer().body == line
+    assert "upstream_broken" not in it.logged("/v1/chat/completions")
 
 
 def test_an_openai_stream_that_dies_says_so_in_its_own_format(upstream, relay):
