@@ -8427,8 +8427,13 @@ def echo_models(path: str) -> EchoResponse:
 
 def echo_json(document: Any, cut: bool = False) -> EchoResponse:
     """The document as a whole response, or half of it."""
-    body = json.dumps(document).encode("ascii")
+    body = echo_text(document)
     return EchoResponse(200, "application/json", [(0.0, body[: len(body) // 2] if cut else body)], len(body), cut)
+
+
+def echo_text(document: Any) -> bytes:
+    """The document as JSON on one line, in UTF-8: escapes for all but ASCII would make it three times as long."""
+    return on_one_line(json.dumps(document, ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 
 # -- what both formats check and say
@@ -8585,7 +8590,9 @@ def reply_response(request: JsonDict, reply: Reply, whole: JsonDict, events: Ite
     pause = ECHO_WORD_SECONDS if request["model"].startswith("echo-slow") else 0.0
     if cut:
         events = itertools.islice(events, 2 + reply.output_tokens // 2)
-    return EchoResponse(200, "text/event-stream; charset=utf-8", ((pause, event) for event in events), cut=cut)
+    # A generator would keep each event, however long, until the next one is made.
+    parts = map(lambda event: (pause, event), events)
+    return EchoResponse(200, "text/event-stream; charset=utf-8", parts, cut=cut)
 
 
 # -- the Anthropic format: https://docs.anthropic.com/en/api/messages and …/messages-streaming
@@ -8740,7 +8747,7 @@ def anthropic_deltas(block: JsonDict) -> Iterator[JsonDict]:
 
 def named_event(event: str, **fields: Any) -> bytes:
     """One event of a stream, whose name is also the type in its data."""
-    return f"event: {event}\ndata: {json.dumps({'type': event, **fields})}\n\n".encode("ascii")
+    return b"event: %b\ndata: %b\n\n" % (event.encode("ascii"), echo_text({"type": event, **fields}))
 
 
 # -- the OpenAI format: https://platform.openai.com/docs/api-reference
@@ -8765,7 +8772,7 @@ def echo_completion(request: JsonDict, identity: str, now: int) -> EchoResponse:
     def events() -> Iterator[bytes]:
         last = [completion(("", finish)), *([completion(usage=usage)] if asks_usage else [])]
         for document in itertools.chain((completion((word, None)) for word in split_words(reply.text)), last):
-            yield f"data: {json.dumps(document)}\n\n".encode("ascii")
+            yield b"data: %b\n\n" % echo_text(document)
         yield b"data: [DONE]\n\n"
 
     return reply_response(request, reply, completion((reply.text, finish), usage=usage), events())
@@ -10899,7 +10906,9 @@ async def send_echo(loop: EventLoop, channel: Channel, response: EchoResponse, r
         elif loop.clock() - begun > SLOW_EVENT_SECONDS:
             await checkpoint(loop)
             begun = loop.clock()
-        await channel.send(chunk(part) if chunked else part, STALLED_CLIENT_SECONDS)
+        data = chunk(part) if chunked else part
+        del part  # it may be as long as the request, and the client may take its time
+        await channel.send(data, STALLED_CLIENT_SECONDS)
     if chunked and not response.cut:
         await channel.send(LAST_CHUNK, STALLED_CLIENT_SECONDS)
 
@@ -12929,8 +12938,12 @@ class Exchange:
             self._held -= count
 
     def let_go(self) -> None:
-        """Drops the body: nothing of it is sent any more."""
+        """Drops the body, and gives back its room."""
         self.release_room(self._held)
+        self.drop_body()
+
+    def drop_body(self) -> None:
+        """Lets go of the bytes of the body: nothing of it is sent any more."""
         if self._read:
             self._read.drop()
             self._read = None
@@ -13496,7 +13509,9 @@ async def relay(
     """The response of the first candidate that doesn't fail; for what creates something, only one is tried."""
     candidates = candidates[:1] if exchange.endpoint.creates else candidates
     relayed = await exchange.service.relay.obtain(upstream_request(exchange, body, candidates, searches))
-    if relayed.candidate.target.provider.format != "echo":  # which holds as much as long as its response lasts
+    if relayed.candidate.target.provider.format == "echo":  # which holds as much as long as its response lasts
+        exchange.drop_body()
+    else:
         exchange.let_go()
     exchange.record.upstream_id = relayed.request_id[:LOGGED_CHARACTERS]
     if relayed.translated:

@@ -9523,6 +9523,43 @@ def test_echo_reads_no_more_of_a_gzip_body_than_of_a_plain_one(echo):
     eventually(lambda: echo.server.service.bodies.bytes == 0)
 
 
+@pytest.mark.parametrize("text", ["a" * 1_000_000, "ä" * 500_000], ids=["ascii", "umlauts"])
+def test_echo_holds_less_than_three_times_a_request_whose_answer_nobody_takes(echo, text):
+    """It is told in five events, each as long as the request."""
+    body = gzip.compress(json.dumps({"model": "echo", "stream": True, "input": text}, ensure_ascii=False).encode())
+    tracemalloc.start()
+    try:
+        with contextlib.ExitStack() as stack:
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(4):
+                client = stack.enter_context(echo.client(SO_RCVBUF=1 << 12))
+                client.send(request("POST", "/v1/responses", body, "Content-Encoding: gzip"))
+            running, held = echo.server.service.running, []
+
+            def waits() -> bool:
+                held.append(tracemalloc.get_traced_memory()[0] - before)
+                return max(held[-20:]) - min(held[-20:]) < 100_000
+
+            eventually(lambda: len(running) == 4 and all(it.record.first_byte for it in list(running)))
+            eventually(lambda: waits() and len(held) > 20)
+            assert held[-1] < 4 * 3_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("text", ["a ü \u2028 \x85 \x01 c", "\ud83d x", "\U0001f600"], ids=ascii)
+@pytest.mark.parametrize(("path", "name"), [("/v1/responses", "input"), ("/v1/completions", "prompt")])
+def test_echo_streams_each_event_on_one_line(echo, path, name, text):
+    got = echo.post(path, json.dumps({"model": "echo", "stream": True, name: text}).encode())
+    assert got.body.decode("utf-8").splitlines() == got.body.decode("utf-8").split("\n")[:-1]
+    assert b"".join(got.body.split(b"\n")).count(b"\xe2\x80\xa8") == 0
+    events = [json.loads(line[6:]) for line in got.body.split(b"\n") if line.startswith(b"data: {")]
+    if name == "input":
+        assert "".join(it["delta"] for it in events if it["type"].endswith("output_text.delta")) == text
+    else:
+        assert "".join(choice["text"] for it in events for choice in it["choices"]) == text
+
+
 @pytest.mark.once
 def test_echo_cuts_or_refuses_an_answer_far_larger_than_its_request(echo):
     body = {"model": "echo", "input": ["a"] * 50, "dimensions": 4096}
