@@ -127,7 +127,9 @@ USAGE_NAME_BYTES = 64  # of the names before it, or of a service tier that stand
 USAGE_BEGINNING_BYTES = 2048  # of a whole response, in which its usage may stand before what it says
 USAGES_AT_ONCE = 8  # the last ones of what has come at once: some servers send one with each word
 TRANSLATED_AT_ONCE_BYTES = 16 * 1024  # which takes some milliseconds; a longer body is translated in a thread,
-TRANSLATED_SOON_BYTES = 256 * 1024  # and one that is longer than this, which may take seconds, in another
+TRANSLATED_SOON_BYTES = 256 * 1024  # and one that is longer than this, or has more values than the next, in another,
+TRANSLATED_SOON_VALUES = 15_000  # which may take 0.1 s; commas and brackets in strings count, too, if it wasn't walked
+TRANSLATED_LATE_VALUES = 25_000  # one that has more, which may take seconds, waits for its like only
 PING_SECONDS = 15.0  # without an event in a translated stream; Claude Code tells its user of 20
 ENDING_SECONDS = 2.0  # after the finish_reason of a translated stream, for the usage or [DONE] that may follow
 RECEIVE_BYTES = 64 * 1024  # of one recv: a TLS record is 16 KiB, four of them make system calls rare
@@ -4116,6 +4118,11 @@ class ReadBody:
         assert self.facts.span
         return splice_model(self.content, self.facts.span, model), self.sent is not self.content
 
+    @property
+    def most_values(self) -> int:
+        """How many values it has; of one that was read at once no fewer, up to TRANSLATED_LATE_VALUES."""
+        return self.values or min(self._marks(), TRANSLATED_LATE_VALUES)
+
     def drop(self) -> None:
         """Lets go of the bytes: nothing will be sent again."""
         self.sent = self.content = []
@@ -4131,7 +4138,11 @@ class ReadBody:
         """Whether it may have so many values that `json` would take too long."""
         if self.size <= DENSE_JSON_BYTES:
             return False
-        return self.size - sum(len(piece.translate(None, b",[{")) for piece in self.content) > DENSE_JSON_MARKS
+        return self._marks() > DENSE_JSON_MARKS
+
+    def _marks(self) -> int:
+        """How many commas and opening brackets it has, in strings, too."""
+        return self.size - sum(len(piece.translate(None, b",[{")) for piece in self.content)
 
     def _begin_walk(self) -> None:
         self._walk = JsonWalk(self._restricted)
@@ -9489,6 +9500,7 @@ class EventLoop:
         self.outbox: collections.deque[Channel] = collections.deque()  # those with something to send at its end
         self.worker = Worker()  # for calls that are too long for the loop,
         self.long_worker = Worker()  # for those that are too long for others of that worker to wait for,
+        self.late_worker = Worker()  # for those that are too long for others of the long one, too,
         # and for the steps of TLS with providers, by host: they wait for others of the same provider only.
         self.handshakes: collections.defaultdict[str, Worker] = collections.defaultdict(Worker)
         self.make_room: Callable[[], object] = lambda: None  # called when memory is short, or descriptors are
@@ -13639,7 +13651,7 @@ class TranslatedRequest:
         def work() -> Translated:
             return translate_request(content, values, target, asked, exchange.record.request_id, made_at)
 
-        made = await at_leisure(exchange, self._body.size, work)
+        made = await at_leisure(exchange, self._body.size, work, self._body.most_values)
         self._size = sum(map(len, made.body))
         exchange.hold(self._size)
         fields = [pair for pair in request.fields.pairs if pair[0].lower() in TRANSLATED_HEADERS]
@@ -13661,12 +13673,17 @@ def client_credential(request: RequestHead, provider: Provider) -> Pairs:
     return [named, *(("x-monorelay-key", token) for token in request.fields.all("x-monorelay-key"))]
 
 
-async def at_leisure(exchange: Exchange, size: int, work: Callable[[], Result]) -> Result:
-    """What work() returns for a body of this size: called in a thread if that may take long, in the caller's turn."""
+async def at_leisure(exchange: Exchange, size: int, work: Callable[[], Result], values: int = 0) -> Result:
+    """What work() returns for a body of this size, with so many values at most: called in a thread if that may take
+    long, in the caller's turn. Nobody waits for what takes far longer than his own."""
+    loop = exchange.loop
     if size <= TRANSLATED_AT_ONCE_BYTES:
         return work()
-    worker = exchange.loop.worker if size <= TRANSLATED_SOON_BYTES else exchange.loop.long_worker
-    return await in_thread(exchange.loop, work, worker, exchange.record.caller)
+    if size <= TRANSLATED_SOON_BYTES and values <= TRANSLATED_SOON_VALUES:
+        worker = loop.worker
+    else:
+        worker = loop.long_worker if values <= TRANSLATED_LATE_VALUES else loop.late_worker
+    return await in_thread(loop, work, worker, exchange.record.caller)
 
 
 async def estimated_count(exchange: Exchange, body: ReadBody, target: Target) -> Response:
@@ -13681,7 +13698,7 @@ async def estimated_count(exchange: Exchange, body: ReadBody, target: Target) ->
         except RecursionError:
             raise BadRequest("the body is nested too deeply to be counted") from None
 
-    tokens = await at_leisure(exchange, body.size, work)
+    tokens = await at_leisure(exchange, body.size, work, body.most_values)
     fields = [
         ("x-monorelay-provider", header_text(target.provider.name)),
         ("x-monorelay-model", header_text(target.model)),

@@ -14446,6 +14446,27 @@ def test_a_short_translation_waits_for_no_long_one(upstream, relay):
         assert long.answer().status == 200 and len(provider.requests) == 2
 
 
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize(
+    ("worker", "dear", "cheap"),
+    [("long_worker", 2600, "x" * 200_000), ("late_worker", 9000, "x" * 300_000), ("late_worker", 9000, "x, " * 60_000)],
+    ids=["soon", "long", "commas"],
+)
+def test_a_translation_waits_for_none_of_one_with_far_more_values(upstream, relay, worker, dear, cheap, counts):
+    path = "/v1/messages/count_tokens" if counts else "/v1/messages"
+    gate = threading.Event()
+    it = relay({"openai": upstream(json_reply(CHAT_HI))})
+    getattr(it.server.service.loop, worker).call(functools.partial(gate.wait, TIMEOUT_SECONDS))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * dear + prompt()["messages"]
+    with it.client() as long:
+        long.send(request("POST", path, json.dumps(prompt(messages=turns)).encode()))
+        assert long.is_quiet()
+        assert it.post(path, prompt(messages=[{"role": "user", "content": cheap}])).status == 200
+        assert long.is_quiet()
+        gate.set()
+        assert long.answer().status == 200
+
+
 def test_an_alias_goes_by_its_name_in_the_answer_and_by_its_targets_upstream(upstream, relay):
     provider = upstream(json_reply(CHAT_HI))
     it = relay({"openai": provider}, aliases={"claude-mine": "gpt-test@openai"})
