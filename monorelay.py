@@ -13504,8 +13504,10 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
     if names_model:
         may_cost = not path.endswith("/cancel")
         exchange.count(may_cost=may_cost)
-        # Servers have models of their own for such as pictures. What is stored tells its usage once more.
+        # Servers have models of their own for such as pictures, or read one that isn't seen here; the answer tells its
+        # name. What is stored tells its usage once more.
         exchange.may_tell_usage = may_cost and not path.startswith(SEARCHED_PATHS)
+        exchange.record.usage.seeks_model = exchange.may_tell_usage
     searches = method in ("GET", "HEAD", "DELETE") and path.startswith(SEARCHED_PATHS)
     everywhere = [provider]
     if searches and provider.format != "echo":

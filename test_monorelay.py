@@ -18878,6 +18878,26 @@ def test_what_names_no_model_counts_for_a_budget_if_its_answer_tells_tokens(
         assert b'requests_total{user="alice"' not in it.ask("GET", "/metrics").body
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_only_the_answer_names_has_its_price(upstream, relay, tmp_path, stream):
+    """LiteLLM takes `%2F` for a slash, and bytes for JSON."""
+    usage = {"prompt_tokens": 10, "completion_tokens": 10, "total_tokens": 20}
+    told = {**completion(usage=usage), "model": "gpt-5"}
+    events = b"data: %b\n\ndata: [DONE]\n\n" % json.dumps(told).encode()
+    it = relay(
+        {"openai": upstream(STREAM_HEAD + chunked(events) if stream else answer(200, json.dumps(told).encode()))},
+        users={"alice": {"key": ALICE, "usd_per_day": 0.0001}},
+        ledger={"path": str(tmp_path / "u.db")},
+        prices={"gpt-5": {"input": 5, "output": 25}},
+    )
+    body, kind = json.dumps(chat("gpt-5", stream=stream)).encode(), "Content-Type: application/octet-stream"
+    for status in (200, 429):
+        assert it.post("/v1/chat%2Fcompletions", body, kind, token=ALICE).status == status
+        it.logged("path=/v1/chat%2Fcompletions", f"status={status}")
+    rows = eventually(lambda: it.ask("GET", "/api/requests", token=ALICE).json["rows"])
+    assert (rows[-1]["model"], rows[-1]["cost"]) == ("", 300_000)
+
+
 @pytest.mark.parametrize("model", ["", "a" * 300, "a" * 9000, "a\x00b"], ids=brief)
 def test_a_form_with_a_model_behind_its_file_that_is_none_goes_to_the_first_provider(upstream, relay, model):
     provider = upstream(answer())
