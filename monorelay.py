@@ -10741,7 +10741,8 @@ async def connect_any(
         try:
             return await connect_one(loop, family, address, latest, prepare)
         except (OSError, Overdue) as error:
-            problem = error
+            # What TLS says of an address tells more than that another one, of IPv6 for example, leads nowhere.
+            problem = problem if isinstance(problem, ssl.SSLError) else error
             if len(failed) >= AVOIDED_ADDRESSES:
                 failed.clear()
             failed[address] = loop.now

@@ -11655,6 +11655,21 @@ def test_an_address_where_tls_fails_is_tried_after_the_others_from_then_on(
     over.set()
 
 
+@pytest.mark.usefixtures("no_proxy_yet")
+def test_what_tls_says_of_one_address_is_told_though_another_takes_no_connection(upstream, relay, tls, monkeypatch):
+    """A container without authorities often has no IPv6, either, which no setting of its owner's has to do with."""
+    provider, real = upstream(answer(), tls("provider.example")), socket.getaddrinfo
+
+    def getaddrinfo(host: Any, port: Any, *rest: Any, **options: Any) -> Any:
+        ports = [provider.port, unused_port()] if host == "provider.example" else [port]
+        return [found for one in ports for found in real(host, one, *rest, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    it = relay({"anthropic": {"base_url": "https://provider.example"}})
+    for _ in range(3):  # whichever is tried first
+        assert "must trust its authority" in refused(it.post("/v1/messages", prompt()), 502, "api_error")
+
+
 def test_an_address_that_failed_just_now_is_tried_after_one_that_failed_before(monkeypatch):
     """Else a provider that is begun anew, whose IPv6 leads nowhere, would be reached by way of that for minutes."""
     down, tried, failed = {"v6"}, [], {}
