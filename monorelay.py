@@ -11924,25 +11924,25 @@ class KeyEraser:
         self._key = key
         self._held = b""
         self._released = 0  # bytes of it, which went out since nothing followed
-
-    @property
-    def holds_back(self) -> bool:
-        """Whether something waits for what follows."""
-        return len(self._held) > self._released
+        self.holds_back = False  # whether something waits for what follows
 
     def feed(self, data: bytes, is_last: bool) -> bytes:
         """What can be passed on of the body up to here; in all it is as long as it came."""
         data = (self._held + data).replace(self._key, b"*" * len(self._key))
+        if not self._held and data[-1:] not in KEY_BYTES:
+            return data  # such as lines
         end, released = len(data), self._released
         if not is_last:
             latest = data[max(0, end + 1 - len(self._key)) :]
             end -= len(latest) - len(latest.rstrip(KEY_BYTES))
         self._held, self._released = data[end:], max(0, released - end)
+        self.holds_back = len(self._held) > self._released
         return data[released:end]
 
     def release(self) -> bytes:
         """What was held back. If it was the beginning of the key, the rest of that will be erased."""
         data, self._released = self._held[self._released :], len(self._held)
+        self.holds_back = False
         return data
 
 
