@@ -118,7 +118,7 @@ INTERIM_SECONDS = 60.0  # within so long: some send a 102 every 15 seconds while
 TRAILER_BYTES = 8 * 1024  # of a request's trailer fields, which are checked and dropped: nobody needs them to be long
 CHUNK_LINE_BYTES = 4096  # of a chunk's size and extensions; h11 stops at a line of 20 hex digits and 4 KiB
 EVENT_NAME_BYTES = 256  # of a line that names an event; the usual ones have up to 60
-HELD_BACK_SECONDS = 0.1  # for which the end of a body's piece, which may be a part of a key, waits for what follows
+HELD_BACK_SECONDS = 0.1  # for which the end of a piece of a body waits for what follows, if it may belong to a key
 STREAM_LINE_BYTES = 64 * 1024  # a longer line of a stream goes out in pieces: memory stays bounded whatever arrives
 LABORIOUS_LINES = 2000  # or chunks, in what has come at once: they may take 0.3 ms
 LINES_AT_ONCE = 5000  # of them are decoded at a time, which takes 2 ms where the chunks have one byte each
@@ -127,9 +127,9 @@ USAGE_NAME_BYTES = 64  # of the names before it, or of a service tier that stand
 USAGE_BEGINNING_BYTES = 2048  # of a whole response, in which its usage may stand before what it says
 USAGES_AT_ONCE = 8  # the last ones of what has come at once: some servers send one with each word
 TRANSLATED_AT_ONCE_BYTES = 16 * 1024  # which takes some milliseconds; a longer body is translated in a thread,
-TRANSLATED_SOON_BYTES = 256 * 1024  # and one that is longer than this, or has more values than the next, in another,
-TRANSLATED_SOON_VALUES = 15_000  # which may take 0.1 s; commas and brackets in strings count, too, if it wasn't walked
-TRANSLATED_LATE_VALUES = 25_000  # one that has more, which may take seconds, waits for its like only
+TRANSLATED_SOON_BYTES = 256 * 1024  # in another one if it is longer than this,
+TRANSLATED_SOON_VALUES = 15_000  # or has more values, which may take 0.1 s; of a short one, marks in strings count, too
+TRANSLATED_LATE_VALUES = 25_000  # and in a third one if it has more than these, which may take seconds
 PING_SECONDS = 15.0  # without an event in a translated stream; Claude Code tells its user of 20
 ENDING_SECONDS = 2.0  # after the finish_reason of a translated stream, for the usage or [DONE] that may follow
 RECEIVE_BYTES = 64 * 1024  # of one recv: a TLS record is 16 KiB, four of them make system calls rare
@@ -3519,7 +3519,7 @@ def retry_after_seconds(value: str, now: float) -> Optional[float]:
     else:
         try:
             date = email.utils.parsedate_to_datetime(value)
-            # Without a zone (asctime's form) or with -0000 (Python's formatdate()), it is none of this machine's zone.
+            # Without a zone (asctime's form), or with -0000 (Python's formatdate()), the date is one of UTC.
             seconds = date.replace(tzinfo=date.tzinfo or datetime.timezone.utc).timestamp() - now
         except (TypeError, ValueError, IndexError, OverflowError):
             return None
@@ -4368,7 +4368,8 @@ STREAM_ENDS = re.compile(
     rb"|transcript\.text\.done|speech\.audio\.done|image_(?:generation|edit)\.completed))"
     rb'|"finish_reason" ?: ?"'
 )
-END_WORDS = (b"finish_reason", b"DONE]", b"_stop", b"response.", b".done", b".completed", b"error")  # each has one
+# Each of these ends has one of these words.
+END_WORDS = (b"finish_reason", b"DONE]", b"_stop", b"response.", b".done", b".completed", b"error")
 ENDS_IN_NAME = re.compile(rb"(?:^|[\r\n])event:[^\r\n]*(?:\r\n|\n|\r)\Z")  # an event's name without data behind it
 BEGINS_EVENT = re.compile(rb"(?:\xef\xbb\xbf)?[\r\n]*(?:data|event|id|retry)?:")
 # An error stands alone; or, of Responses, in an event that tells of the whole response; or, as OpenRouter sends it, in
@@ -12037,7 +12038,7 @@ class Outgoing:
         self._awaits_end = self._lines is not None and isinstance(self._decoder, CloseDecoder)
         self._sees_end = False
         self._name = b""  # of an event whose data hasn't come yet: its line
-        self._last = b""  # the end of what goes out, or will
+        self._last = b""  # the end of what has been framed, though some of it may be held back
         self.held_up = 0.0  # seconds for which its client has let it wait
 
     def begin(self, keep_alive: bool, now: float) -> bytes:
