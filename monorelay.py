@@ -4371,7 +4371,7 @@ STREAM_ENDS = re.compile(
 # Each of these ends has one of these words.
 END_WORDS = (b"finish_reason", b"DONE]", b"_stop", b"response.", b".done", b".completed", b"error")
 ENDS_IN_NAME = re.compile(rb"(?:^|[\r\n])event:[^\r\n]*(?:\r\n|\n|\r)\Z")  # an event's name without data behind it
-BEGINS_EVENT = re.compile(rb"(?:\xef\xbb\xbf)?[\r\n]*(?:data|event|id|retry)?:")
+BEGINS_EVENT = re.compile(rb"\A(?:\xef\xbb\xbf)?[\r\n]*(?:data|event|id|retry)?:")
 # An error stands alone; or, of Responses, in an event that tells of the whole response; or, as OpenRouter sends it, in
 # a chunk of chat, whose texts can't look like this, since their quotation marks are escaped. What else a chunk holds
 # can: see is_error().
@@ -11175,11 +11175,9 @@ class UpstreamRequest(NamedTuple):
 
 
 LINE_END = re.compile(rb"[\r\n]")
-EVENT_DATA = re.compile(rb"(?:^|[\r\n])data:[^\r\n]*[\r\n]")
+EVENT_DATA = re.compile(rb"(?:^(?:\xef\xbb\xbf)?|[\r\n])data:[^\r\n]*[\r\n]")
 DATA_LINE = re.compile(rb"(?:^|[\r\n])data: ?(\{[^\r\n]*)")
 EVENT_END = re.compile(rb"\n\n|\r\r|\r\n\r\n")
-# The beginning of a stream, with the first data in it.
-EVENTS_BEGUN = re.compile(rb"\A(?:\xef\xbb\xbf)?[\r\n]*(?:(?:event|id|retry)?:[^\r\n]*[\r\n]+)*data:[^\r\n]*[\r\n]")
 
 
 class Attempt:
@@ -11357,22 +11355,30 @@ class Attempt:
         asked for, whatever it is called. Raises BrokenExchange, NoResponse and FramingError."""
         if asked.stream and not response.content and not response.decoder.finished:
             await absorb_more(self._loop, response)
-        await peek(self._loop, response, until=EVENTS_BEGUN if asked.stream else None)
+        await peek(self._loop, response, until=BEGINS_EVENT if asked.stream else None)
         response.is_stream = asked.stream and BEGINS_EVENT.match(response.content) is not None
+        if response.is_stream:
+            await self._read_first_event(response)
 
     async def _read_first_event(self, response: UpstreamResponse) -> None:
         """Waits for the first data of a stream that is translated, but not for long. Raises BrokenExchange and
         FramingError."""
-        deadline = self._loop.now + PEEK_SECONDS
+        deadline, seen = self._loop.now + PEEK_SECONDS, 0
         while (
-            not EVENT_DATA.search(response.content)
+            not EVENT_DATA.search(response.content, seen)
             and not response.decoder.finished
             and len(response.content) <= STREAM_LINE_BYTES
         ):
+            seen = max(0, response.content.rfind(b"\n"), response.content.rfind(b"\r"))  # whole lines
             try:
                 await absorb_more(self._loop, response, deadline)
             except Overdue:
                 return
+            except BrokenExchange:
+                line = response.content[seen:].strip()
+                if isinstance(response.decoder, CloseDecoder) and line.startswith(b"data:") and not is_cut_off(line):
+                    return  # the only data is whole, though its line has no end
+                raise
 
 
 async def take_in_turn(loop: EventLoop, channel: Channel) -> bytes:

@@ -14140,6 +14140,34 @@ def test_an_error_in_a_stream_that_is_called_json_is_tried_elsewhere(upstream, r
     assert b"message_stop" in got.body and got.get("x-monorelay-attempts") == "2"
 
 
+@pytest.mark.parametrize("kind", [b"application/json", b"text/event-stream"], ids=brief)
+def test_an_error_in_a_line_without_an_end_is_told(upstream, relay, kind):
+    head = b"HTTP/1.0 200 OK\r\ncontent-type: %b\r\n\r\n" % kind
+    refuses = replies_then_closes(head + b': hello\n\ndata: {"error":{"message":"Not so","code":400}}')
+    got = relay({"openai": upstream(refuses)}).post("/v1/messages", prompt("gpt-test", stream=True))
+    assert got.status == 400 and got.json["error"]["message"] == "Not so"
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r", b"\r\n"], ids=brief)
+def test_the_first_data_is_sought_only_in_what_is_new(monkeypatch, end):
+    coming = itertools.chain([b":" + end] * 2_000, b": data:", b"x" * 1_000, [end, b"da", b"ta: {}", end])
+    response = types.SimpleNamespace(content=(b":" + end) * 18_000, decoder=types.SimpleNamespace(finished=False))
+
+    async def absorb_more(*_: object) -> None:
+        piece = next(coming)
+        response.content += bytes([piece]) if isinstance(piece, int) else piece
+
+    def wait() -> None:
+        with pytest.raises(StopIteration):
+            attempt._read_first_event(response).send(None)
+
+    monkeypatch.setattr(monorelay, "absorb_more", absorb_more)
+    attempt = monorelay.Attempt(types.SimpleNamespace(now=0.0), None, None)
+    # To look at all of it anew takes about 3 ms each time.
+    assert process_time(wait) < 1
+    assert response.content.endswith(end + b"data: {}" + end) and next(coming, None) is None
+
+
 def test_s17_silence_gets_a_ping(upstream, relay):
     gate, comment, commented, clock = threading.Event(), threading.Event(), threading.Event(), Clock()
 
