@@ -2916,10 +2916,7 @@ class LedgerRow(NamedTuple):
 
 
 OTHER = "(other)"  # in the place of names that can't be told apart, since clients may invent any number of them
-SUMS = (
-    "requests", "errors", "untold", "input", "cache_read", "cache_write", "cache_write_long", "output", "cost", "ttfb",
-    "streamed", "duration",
-)  # fmt: skip
+SUMS = ("requests", "errors", "untold", *KINDS, "cost", "ttfb", "streamed", "duration")
 COST = SUMS.index("cost")
 GROUPS = ("user", "model", "provider", "key")  # by which they are told apart
 USER, PROVIDER, KEY = GROUPS.index("user"), GROUPS.index("provider"), GROUPS.index("key")
