@@ -1121,8 +1121,9 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), "a string" if isinstance(value, str) else "a number")
 
 
-# name: (check, default). Sizes are in MB, times in seconds.
-SERVER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
+Settings = Mapping[str, tuple[Check, Any]]  # name: (check, default); sizes are in MB, times in seconds
+
+SERVER_SETTINGS: Settings = {
     "host": (as_host, "127.0.0.1"),
     "port": (as_whole(0, 65535), 8787),
     "access_key": (as_access_keys, ()),
@@ -1137,7 +1138,7 @@ SERVER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "log": (as_one_of("text", "json", "off"), "text"),
     "dashboard": (as_boolean, True),
 }
-USER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
+USER_SETTINGS: Settings = {
     "password": (as_password_hash, ""),
     "models": (as_texts, None),
     "requests_per_minute": (as_whole(1, 1_000_000), 0),
@@ -1149,11 +1150,8 @@ USER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "tokens_per_day": (as_whole(1, 10**15 - 1), 0),
     "viewer": (as_boolean, False),
 }
-LEDGER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
-    "path": (as_some_text, "usage.db"),
-    "keep_days": (as_whole(1, 36500), 90),
-}
-PROVIDER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
+LEDGER_SETTINGS: Settings = {"path": (as_some_text, "usage.db"), "keep_days": (as_whole(1, 36500), 90)}
+PROVIDER_SETTINGS: Settings = {
     "format": (as_one_of("anthropic", "openai", "echo"), ""),
     "base_url": (as_base_url, ""),
     "keys": (as_list_or_client, None),  # read_keys looks into each
@@ -1168,7 +1166,7 @@ PROVIDER_SETTINGS: Mapping[str, tuple[Check, Any]] = {
     "proxy": (as_proxy_url, ""),
     "translate": (as_object_or_boolean, True),  # read_translation looks into it
 }
-TRANSLATION_SETTINGS: Mapping[str, tuple[Check, Any]] = {
+TRANSLATION_SETTINGS: Settings = {
     "max_tokens_field": (as_one_of("auto", "max_tokens", "max_completion_tokens"), "auto"),
     "reasoning": (as_one_of("none", "effort"), "none"),
     "reasoning_back": (as_one_of("none", "reasoning_content", "reasoning"), ""),
@@ -1247,7 +1245,7 @@ def read_object(value: Any, place: str, problems: Problems) -> JsonDict:
     return {}
 
 
-def read_settings(table: Mapping[str, tuple[Check, Any]], given: Any, place: str, problems: Problems) -> JsonDict:
+def read_settings(table: Settings, given: Any, place: str, problems: Problems) -> JsonDict:
     """The settings of a table as given or by default."""
     section = read_object(given, place, problems)
     for key in section:
@@ -2921,6 +2919,7 @@ COST = SUMS.index("cost")
 GROUPS = ("user", "model", "provider", "key")  # by which they are told apart
 USER, PROVIDER, KEY = GROUPS.index("user"), GROUPS.index("provider"), GROUPS.index("key")
 Sums = list[Optional[int]]
+Groups = list[tuple[JsonDict, Sums]]  # the names of each group, and what it adds up to
 
 
 def figures_of(rows: Iterable[LedgerRow]) -> list[int]:
@@ -2954,7 +2953,10 @@ def hour_sums(
     return sums
 
 
-def spent_sums(rows: Iterable[LedgerRow]) -> dict[tuple[str, str], tuple[int, int]]:
+Spent = dict[tuple[str, str], tuple[int, int]]  # by user and window: 10^-9 USD, tokens
+
+
+def spent_sums(rows: Iterable[LedgerRow]) -> Spent:
     """What the rows add to the table `spent`: cost and tokens by user and window. Tokens read from a cache don't count,
     as in Anthropic's own limits: an agent reads all it has said before with each request."""
     of_days: dict[tuple[str, int], tuple[int, int]] = {}
@@ -2964,13 +2966,13 @@ def spent_sums(rows: Iterable[LedgerRow]) -> dict[tuple[str, str], tuple[int, in
             day = row.user, row.at // 86_400_000
             cost_before, tokens_before = of_days.get(day, (0, 0))
             of_days[day] = cost_before + (row.cost or 0), tokens_before + tokens
-    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    sums: Spent = {}
     for (user, number), spent in of_days.items():
         add_spent(sums, {(user, window): spent for window in windows(number * 86400)})
     return sums
 
 
-def add_spent(sums: dict[tuple[str, str], tuple[int, int]], more: Mapping[tuple[str, str], tuple[int, int]]) -> None:
+def add_spent(sums: Spent, more: Spent) -> None:
     """Adds sums by user and window to others."""
     for key, (cost, tokens) in more.items():
         before = sums.get(key, (0, 0))
@@ -9946,7 +9948,6 @@ SWEEP_REQUESTS = f"""
 DELETE FROM request WHERE id IN (SELECT id FROM request WHERE at < ? ORDER BY at LIMIT {LEDGER_SWEPT_ROWS})"""
 SWEEP_HOURS = "DELETE FROM hour WHERE hour < ? AND hour = (SELECT min(hour) FROM hour)"
 SWEEP_SPENT = "DELETE FROM spent WHERE user = ? AND window < ?"
-Spent = dict[tuple[str, str], tuple[int, int]]  # by user and window: 10^-9 USD, tokens
 
 
 class LedgerWriter:
@@ -10216,7 +10217,7 @@ NO_TEMPORARY_FILE = re.compile("disk I/O error|unable to open|disk is full")
 
 def summed_usage(
     path: str, since_hour: int, until_hour: int, by: Sequence[str], step_day: bool, user: Optional[str]
-) -> list[tuple[JsonDict, Sums]]:
+) -> Groups:
     """What was used from one hour up to another, in hours since 1970, the second not included: the names and the SUMS
     of each group by the columns `by` (some of GROUPS), and by the day if wanted; of one user if named; dear ones first.
     Raises sqlite3.Error, and ValueError for what can't be grouped by."""
@@ -10236,7 +10237,7 @@ def summed_usage(
 
 def daily_usage(
     path: str, since_hour: int, until_hour: int, by: Sequence[str], user: Optional[str]
-) -> Iterator[list[tuple[JsonDict, Sums]]]:
+) -> Iterator[Groups]:
     """The same day by day, each in a query of its own: while one lasts, nobody can write."""
     find_next = "SELECT min(hour) FROM hour WHERE hour >= ? AND hour < ?"
     while True:
@@ -10249,9 +10250,7 @@ def daily_usage(
         yield [({"day": windows(day * 86400)[0], **group}, sums) for group, sums in groups]
 
 
-def usage_body(
-    about: JsonDict, groups: Sequence[tuple[JsonDict, Sums]], total: Sequence[tuple[JsonDict, Sums]]
-) -> bytes:
+def usage_body(about: JsonDict, groups: Groups, total: Groups) -> bytes:
     """What was used by each group, and in all, as JSON: row by row, since nothing else runs while `json` writes one.
     `total`: grouped by nothing, with what LEDGER_GROUPS leave out, which `cut` tells; empty if there is nothing."""
     about = {**about, "cut": True} if len(groups) >= LEDGER_GROUPS else about
@@ -12512,7 +12511,7 @@ class History:
 
         return await self._read(read)
 
-    def _usage_in_memory(self, user: Optional[str], by: Sequence[str]) -> list[tuple[JsonDict, Sums]]:
+    def _usage_in_memory(self, user: Optional[str], by: Sequence[str]) -> Groups:
         series = self._service.workers.tally().by(*(GROUPS.index(name) for name in by), user=user)
         groups = [(dict(zip(by, names)), sums_of(sums)) for names, sums in series.items()]
         return sorted(groups, key=lambda group: [figure or 0 for figure in (group[1][COST], group[1][0])], reverse=True)
@@ -16571,7 +16570,7 @@ def add_usage(groups: dict[tuple[str, ...], Sums], path: str, by: Sequence[str],
     """Adds to the sums of each group what a ledger has from one hour up to another; whether LEDGER_GROUPS leave
     something out. Raises sqlite3.Error."""
     columns, is_cut = [column for column in by if column != "day"], False
-    parts: Iterable[list[tuple[JsonDict, Sums]]]
+    parts: Iterable[Groups]
     if "day" in by:
         parts = daily_usage(path, since, until, columns, None)  # all days together may have too many groups
     else:
