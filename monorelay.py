@@ -3039,8 +3039,8 @@ def spent_over(user: User, spent: Callable[[str], tuple[int, int]], now: float) 
 # backtracks by a single blank at most, so that a line is read in time proportional to its length; more blanks around
 # the value are taken off afterwards. (^ follows LF only, and neither a bare LF nor a bare CR is part of a field, so as
 # many matches as there are LFs prove that every line is one.)
-FIELD_LINE = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+): ?([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
-REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+FIELD_LINE = re.compile(rf"^({TOKEN.pattern}): ?([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
+REQUEST_LINE = re.compile(rf"({TOKEN.pattern}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
 AUTHORITY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = r"(?i)^https?://[^/?]*/?"
