@@ -3424,6 +3424,7 @@ CORS_HEADERS = frozenset(
 RESPONSE_HEADERS_KEPT_BACK = HOP_BY_HOP | CORS_HEADERS | {"set-cookie", "set-cookie2", *OWN_HEADERS}
 # What scripts in a browser may read of a response, besides anthropic-ratelimit-*.
 EXPOSED_HEADERS = ("request-id", "x-request-id", "retry-after", *OWN_HEADERS)
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")  # of requests that are passed on
 
 
 def is_safe_path(path: str) -> bool:
@@ -3625,7 +3626,7 @@ def cors_fields(origins: Sequence[str], request: Headers, response: Iterable[tup
 def preflight_fields(request: Headers) -> Pairs:
     """The fields of a response to a preflight: all methods and the headers asked for, for a day."""
     return [
-        ("access-control-allow-methods", "GET, HEAD, POST, PUT, PATCH, DELETE"),
+        ("access-control-allow-methods", ", ".join(METHODS)),
         ("access-control-allow-headers", request.get("access-control-request-headers") or "*"),
         ("access-control-max-age", "86400"),
     ]
@@ -12660,7 +12661,6 @@ PLAIN_FORM_TYPE = re.compile(r"(?i)multipart/form-data; ?boundary=(?:[a-z0-9'+_.
 PLAIN_JSON_TYPE = re.compile(
     r"(?i)(?:(?:application/(?:[a-z0-9.-]+\+)?|text/)json|text/plain)?(?:; *(?:charset=\"?utf-?8\"?)?)*"
 )
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 Answerer = Callable[["Exchange"], Coroutine[float, None, Response]]
 
 
