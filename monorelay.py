@@ -5320,6 +5320,7 @@ BLOCK_KNOWN = {
     "tool_use": ("id", "name", "input", "caller"),
     "tool_result": ("tool_use_id", "content", "is_error"),
 }
+THINKING_BLOCKS = ("thinking", "redacted_thinking")
 
 
 def drop_from_block(block: JsonDict, draft: Draft) -> None:
@@ -5385,11 +5386,11 @@ def reminder(text: str) -> str:
 
 # Where the answer would be wrong without them.
 MESSAGES_REFUSED = ("container", "mcp_servers", "fallbacks", "inference_geo", "compaction")
-MESSAGES_KNOWN = {
-    *MESSAGES_REFUSED, "model", "messages", "system", "max_tokens", "temperature", "top_p", "stop_sequences", "stream",
-    "tools", "tool_choice", "thinking", "output_config", "output_format", "metadata", "cache_control", "thread",
-}  # fmt: skip
 MESSAGES_OBJECTS = ("thinking", "tool_choice", "output_config", "output_format", "metadata")
+MESSAGES_KNOWN = {
+    *MESSAGES_REFUSED, *MESSAGES_OBJECTS, "model", "messages", "system", "max_tokens", "temperature", "top_p",
+    "stop_sequences", "stream", "tools", "cache_control", "thread",
+}  # fmt: skip
 # OpenAI's models, by host and name, which refuse `max_tokens`. Foundry's other hosts have those of others, too.
 NEW_LIMIT = re.compile(
     r"(([a-z]+\.)?api\.openai\.com|[^/]*\.openai\.azure\.com)/"
@@ -5729,7 +5730,7 @@ class ChatTurns:
                 self._say(self._parts(block, place))
                 for at, change in objects(block.get("tool_changes") or [], f"{place}.tool_changes"):
                     self.changes.append(tool_change(change, at, self._draft))
-            elif kind not in ("text", "tool_use", "thinking", "redacted_thinking"):
+            elif kind not in ("text", "tool_use", *THINKING_BLOCKS):
                 raise self._draft.refusal(place, f"a block of the type {kind}")
 
     def _thinking(self, thought: str) -> JsonDict:
@@ -6009,7 +6010,6 @@ CHAT_KNOWN = {
 }  # fmt: skip
 ANY_OBJECT = "Answer with one JSON object only."
 CACHE_MARKS = ("cache_control", "copilot_cache_control")  # as Anthropic calls it, and as VS Code does
-THINKING_BLOCKS = ("thinking", "redacted_thinking")
 
 
 def messages_request(chat: JsonDict, draft: Draft) -> JsonDict:
@@ -7271,7 +7271,7 @@ class MessageReader:
         kind, self._open = word(block.get("type")), None
         if kind == "tool_use":
             return self._start_call(block, index)
-        self._is_new_thought |= kind in ("thinking", "redacted_thinking")
+        self._is_new_thought |= kind in THINKING_BLOCKS
         if kind == "redacted_thinking" and isinstance(block.get("data"), str):
             return [self._thinking_chunk(type=kind, data=block["data"])]
         names = {"text": ("text",), "thinking": ("thinking", "signature")}.get(kind, ())
