@@ -4136,9 +4136,7 @@ class ReadBody:
 
     def _is_dense(self) -> bool:
         """Whether it may have so many values that `json` would take too long."""
-        if self.size <= DENSE_JSON_BYTES:
-            return False
-        return self._marks() > DENSE_JSON_MARKS
+        return self.size > DENSE_JSON_BYTES and self._marks() > DENSE_JSON_MARKS
 
     def _marks(self) -> int:
         """How many commas and opening brackets it has, in strings, too."""
@@ -4938,7 +4936,7 @@ def json_text(pieces: Iterable[bytes], errors: str = "strict") -> str:
 def json_parts(pieces: Iterable[bytes], errors: str = "strict") -> Iterator[str]:
     """The pieces of a JSON document as parts of narrow text, without the escapes that JSON doesn't need. Raises
     ValueError."""
-    decoder, rest = codecs.getincrementaldecoder("utf-8")(errors), ""
+    decoder, rest = UTF_8(errors), ""
     for piece in pieces:
         for at in range(0, len(piece), WRITTEN_CHARACTERS):
             text = rest + decoder.decode(piece[at : at + WRITTEN_CHARACTERS])
@@ -5762,8 +5760,8 @@ class ChatTurns:
         name = self._draft.tool_name(text_in(block, "name", place))
         id = call_name(block.get("id"), f"{place}.id")
         self.call_ids.add(hash(id))
-        arguments = "".join(json_texts([given]))
-        call = {"id": self._call_id(id), "type": "function", "function": {"name": name, "arguments": arguments}}
+        function = {"name": name, "arguments": dumped_in_parts(given)}
+        call = {"id": self._call_id(id), "type": "function", "function": function}
         _, seal = carried_call(id)
         if seal and not seal.startswith("{") and self._draft.provider.host == GEMINI_HOST:
             call["extra_content"] = {"google": {"thought_signature": seal}}
