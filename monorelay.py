@@ -9744,14 +9744,11 @@ def serve_in_thread(name: str, run: Callable[[], None]) -> threading.Thread:
 
 
 async def in_thread(
-    loop: EventLoop,
-    work: Callable[[], Result],
-    worker: Optional[Worker] = None,
-    caller: str = "",
-    deadline: float = math.inf,
+    loop: EventLoop, work: Callable[[], Result], worker: Optional[Worker], caller: str = "", deadline: float = math.inf
 ) -> Result:
-    """The result of work(), called by a worker, in the turn of a caller, or in a thread of its own; not called if the
-    task waits no more by then. Raises what work() raises, Overdue, and Unavailable when there is no thread."""
+    """The result of work(), called by a worker, in the turn of a caller, or without one in a thread of its own; not
+    called if the task waits no more by then. Raises what work() raises, Overdue, and Unavailable when there is no
+    thread."""
     task = loop.current
     outcome: list[tuple[Any, Optional[Exception]]] = []
     wanted = [work]  # emptied when the task waits no more: run(), which may be queued for long, then holds no body
@@ -10695,7 +10692,7 @@ class UpstreamPool:
     async def _look_up(self, host: str, port: int) -> Union[list[Any], Exception]:
         """The addresses of a name, looked up in a thread, or why there are none."""
         try:
-            return await in_thread(self._loop, lambda: host_addresses(host, port))
+            return await in_thread(self._loop, lambda: host_addresses(host, port), None)
         except (OSError, ValueError, Unavailable) as error:
             return error
 
