@@ -1182,13 +1182,7 @@ TOP_LEVEL = (*SECTIONS, "env_file", "ledger", "prices")
 def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.json") -> Config:
     """The configuration that a relay.json text describes. Raises ConfigError with all problems at once."""
     problems = Problems(name)
-    try:
-        document = parse_json(source)
-    except ValueError as error:
-        raise ConfigError([f"{name}: {error}{json_hint(source)}"]) from None
-    if not isinstance(document, dict):
-        raise ConfigError([f"{name}: must be a JSON object, not {kind_of(document)}"])
-    document = expand(document, "", environ, problems)
+    document = expand(parse_object(source, name), "", environ, problems)
     for key in document:
         if key not in TOP_LEVEL:
             problems.add(key, f"unknown key{suggestion(key, TOP_LEVEL)}")
@@ -1221,6 +1215,17 @@ def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.jso
     if problems.lines:
         raise ConfigError(problems.lines)
     return config
+
+
+def parse_object(source: str, name: str) -> JsonObject:
+    """The JSON object that the text of a configuration is. Raises ConfigError."""
+    try:
+        document = parse_json(source)
+    except ValueError as error:
+        raise ConfigError([f"{name}: {error}{json_hint(source)}"]) from None
+    if not isinstance(document, JsonObject):
+        raise ConfigError([f"{name}: must be a JSON object, not {kind_of(document)}"])
+    return document
 
 
 def json_hint(source: str) -> str:
