@@ -7663,12 +7663,6 @@ def fault_of_status(status: int, content: bytes, provider: str) -> AnswerFault:
     return AnswerFault(words, status, content[:ERROR_BYTES].decode("utf-8", "replace"))
 
 
-def fault_answer(fault: AnswerFault, asked: Asked) -> tuple[int, bytes]:
-    """A provider's error in the client's format; its status stays, but where clients act by another one."""
-    status, kind, message, code = error_terms(asked, fault)
-    return status, error_body(asked.format, kind, message, code, asked.id)
-
-
 def first_fault(content: bytes, is_stream: bool) -> Optional[AnswerFault]:
     """The error with which a stream begins, or that a whole answer is; None where it isn't one. Errors are short."""
     content = content[:PEEKED_BYTES]
@@ -13751,8 +13745,9 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
 
 
 def fault_response(fault: AnswerFault, asked: Asked, fields: Pairs) -> Response:
-    """A provider's error in the client's format, with the status that it has, or should have had."""
-    status, body = fault_answer(fault, asked)
+    """A provider's error in the client's format; its status stays, but where clients act by another one."""
+    status, kind, message, code = error_terms(asked, fault)
+    body = error_body(asked.format, kind, message, code, asked.id)
     return Response(status, reason_of(status), [*fields, ("content-type", "application/json")], body)
 
 

@@ -7932,7 +7932,9 @@ def test_what_is_no_message_of_anthropics_is_a_fault(document):
 
 def error_answer(status: int, content: bytes, asked: Any) -> tuple[int, bytes]:
     """A provider's error as the client gets it."""
-    return monorelay.fault_answer(monorelay.fault_of_status(status, content, asked.provider), asked)
+    fault = monorelay.fault_of_status(status, content, asked.provider)
+    response = monorelay.fault_response(fault, asked, [])
+    return response.status, response.body
 
 
 @pytest.mark.parametrize(
