@@ -5229,10 +5229,10 @@ def objects(value: Any, place: str) -> Iterator[tuple[str, JsonDict]]:
     return ((f"{place}.{index}", item) for index, item in enumerate(checked_objects(value, place)))
 
 
-def taken_objects(value: Any, place: str) -> Iterator[tuple[str, JsonDict]]:
-    """The objects of a list, each with its place. The list is emptied meanwhile: it may be most of a body. Raises
+def taken_messages(value: Any) -> Iterator[tuple[str, JsonDict]]:
+    """A request's messages, each with its place. The list is emptied meanwhile: it may be most of a body. Raises
     BadRequest."""
-    return ((f"{place}.{index}", item) for index, item in enumerate(taken(checked_objects(value, place))))
+    return ((f"messages.{index}", item) for index, item in enumerate(taken(checked_objects(value, "messages"))))
 
 
 def checked_objects(value: Any, place: str) -> list[JsonDict]:
@@ -5351,7 +5351,7 @@ def turns_of(messages: Any, draft: Draft) -> Iterator[Turn]:
     """The turns of the messages, which it takes: text becomes a block. Raises BadRequest."""
     turn: Optional[Turn] = None
     to_come = sum(message.get("role") == "user" for message in checked_objects(messages, "messages"))
-    for place, message in taken_objects(messages, "messages"):
+    for place, message in taken_messages(messages):
         role, content = message.get("role"), message.get("content")
         to_come -= role == "user"
         draft.drop_rest(message, ("role", "content", "clear_at"), "messages")
@@ -6313,7 +6313,7 @@ class MessageTurns:
     def of(self, chat: JsonDict) -> list[JsonDict]:
         """The messages for a request. Raises BadRequest."""
         writers = {"user": self._write_user, "assistant": self._write_assistant, "tool": self._write_result}
-        for place, message in taken_objects(chat.get("messages"), "messages"):
+        for place, message in taken_messages(chat.get("messages")):
             role = word(message.get("role"))
             given = {name: value for name, value in message.items() if value}
             self._draft.refuse_members(given, ("audio", "function_call"), place)
