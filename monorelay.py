@@ -2212,6 +2212,12 @@ OPENAI_SPAN = re.compile(
 )
 
 
+def limit_fields(fields: Pairs) -> Pairs:
+    """What a response says of the provider's rate limits, with names in lower case."""
+    told = [(name.lower(), value[:100]) for name, value in fields if "ratelimit-" in name.lower()]
+    return told[:RATE_LIMIT_FIELDS]
+
+
 def rate_limits(fields: Pairs, now: float) -> dict[str, Limit]:
     """What a response says of the provider's limits for its key, by Anthropic's names in snake case (`requests`,
     `input_tokens`, `unified_5h`). A unified limit tells the fraction that is spent, the others what is left.
@@ -2262,7 +2268,7 @@ class KeyRecord:
         self.hours: dict[int, list[int]] = {}  # clock hour: attempts, and how many of them failed
         self.failed: Optional[tuple[float, str]] = None  # when last, and why
         self.answered = 0.0  # when last, and well
-        self.limits_told = Headers([])  # in which the provider last told its rate limits: read when somebody asks
+        self.limits_told: Pairs = []  # in which the provider last told its rate limits: read when somebody asks
         self.limits_at = 0.0
         self.limits: Optional[list[JsonDict]] = None  # what was read there, once it has been
 
@@ -2404,7 +2410,7 @@ class KeyPool:
         """Notes what a response says of the provider's limits for a key, if it does."""
         if "ratelimit-" in ",".join(fields.names):
             record = self._record(candidate)
-            record.limits_told, record.limits_at, record.limits = fields, clock, None
+            record.limits_told, record.limits_at, record.limits = fields.pairs, clock, None
 
     def _record(self, candidate: Candidate) -> KeyRecord:
         name = (candidate.target.provider.name, candidate.label)
@@ -3529,12 +3535,6 @@ def retry_after_seconds(value: str, now: float) -> Optional[float]:
         except (TypeError, ValueError, IndexError, OverflowError):
             return None
     return min(seconds, RETRY_AFTER_LIMIT_SECONDS) if seconds >= 0 else None
-
-
-def limit_fields(fields: Headers) -> Pairs:
-    """What a response says of the provider's rate limits, with names in lower case."""
-    told = [(name, value[:100]) for name, (_, value) in zip(fields.names, fields.pairs) if "ratelimit-" in name]
-    return told[:RATE_LIMIT_FIELDS]
 
 
 # Responses after which another key or target is tried; 400, 404, 413 and 422 are about the request, and would be the
@@ -11123,6 +11123,21 @@ class UpstreamResponse:
             self.channel.close()
 
 
+DATA_LINE = re.compile(rb"(?:^|[\r\n])data: ?(\{[^\r\n]*)")
+
+
+def is_error(event: re.Match[bytes]) -> bool:
+    """Whether what looks like an error in a stream is one. In a chunk, Azure tells by an `error` within a choice that
+    it has not filtered the text, and a tool of the client's may have a parameter of that name."""
+    if not event[1]:
+        return True
+    line = DATA_LINE.search(event.string, event.start())
+    try:
+        return line is not None and failed_part(read_answer(line[1])) is not None
+    except AnswerFault:
+        return False
+
+
 # Headers by which a client names an account at OpenAI, Google or Anthropic, or brings a key of its own, which LiteLLM
 # and new-api (a WebSocket's, in any request) take rather than the relay's; a 401 or 403 may be about these.
 ACCOUNT_HEADERS = (
@@ -11167,7 +11182,6 @@ class UpstreamRequest(NamedTuple):
 
 LINE_END = re.compile(rb"[\r\n]")
 EVENT_DATA = re.compile(rb"(?:^(?:\xef\xbb\xbf)?|[\r\n])data:[^\r\n]*[\r\n]")
-DATA_LINE = re.compile(rb"(?:^|[\r\n])data: ?(\{[^\r\n]*)")
 EVENT_END = re.compile(rb"\n\n|\r\r|\r\n\r\n")
 
 
@@ -11671,18 +11685,6 @@ def presented_fault(response: UpstreamResponse, fault: AnswerFault) -> AnswerFau
 def upstream_error(content: bytes) -> str:
     """A provider's error as the log has it: `upstream:` and its type, if it has one."""
     return f"upstream:{error_member(content, 'type')}".rstrip(":")
-
-
-def is_error(event: re.Match[bytes]) -> bool:
-    """Whether what looks like an error in a stream is one. In a chunk, Azure tells by an `error` within a choice that
-    it has not filtered the text, and a tool of the client's may have a parameter of that name."""
-    if not event[1]:
-        return True
-    line = DATA_LINE.search(event.string, event.start())
-    try:
-        return line is not None and failed_part(read_answer(line[1])) is not None
-    except AnswerFault:
-        return False
 
 
 def streamed_error(events: bytes) -> str:

@@ -3366,7 +3366,7 @@ def test_chunks_cost_the_same_whether_they_come_whole_or_a_byte_at_a_time(openin
 
 def limits(**fields: str) -> dict[str, Any]:
     """What these headers say of limits, their names with _ for -."""
-    headers = monorelay.Headers([(name.replace("_", "-"), value) for name, value in fields.items()])
+    headers = [(name.replace("_", "-"), value) for name, value in fields.items()]
     return monorelay.rate_limits(monorelay.limit_fields(headers), UNIX_TIME)
 
 
@@ -3480,7 +3480,7 @@ def test_a_reset_that_is_no_time_is_unknown(value):
     )
 )
 def test_no_headers_make_a_fault_or_more_limits_than_a_few(fields):
-    found = monorelay.rate_limits(monorelay.limit_fields(monorelay.Headers([*fields.items()])), UNIX_TIME)
+    found = monorelay.rate_limits(monorelay.limit_fields([*fields.items()]), UNIX_TIME)
     assert len(found) <= monorelay.RATE_LIMIT_FIELDS and all(limit.used >= 0 for limit in found.values())
     json.dumps([limit._asdict() for limit in found.values()], allow_nan=False)
 
