@@ -11871,7 +11871,7 @@ def model_page(entries: Sequence[JsonDict], query: str, format: str) -> JsonDict
 # it. A Response says what; an Outgoing makes bytes of it, and decides, in one place, whether the body has a
 # length, is chunked or ends with the connection, what HEAD, 204 and HTTP/1.0 leave out, and whether the connection is
 # kept. It holds back nothing but the beginning of a line, so that an error can be told between two lines, and for a
-# moment what may be a part of a key.
+# moment what may be a part of a key. Behind its begin(), next_part() waits for what goes out next.
 
 # What keeps nginx and its like, in front of the relay, from holding a stream back.
 UNBUFFERED = (("x-accel-buffering", "no"), ("cache-control", "no-cache"))
@@ -12219,6 +12219,62 @@ class Outgoing:
         """The content as a part of the body, which is counted."""
         self._record.bytes_sent += len(content)
         return chunk(content) if self._chunked else content
+
+
+async def next_part(loop: EventLoop, outgoing: Outgoing, response: Response) -> bytes:
+    """What goes out next: what the relay itself goes on telling, what has come from the provider, or what tells the
+    client why no more will."""
+    relayed = response.relayed
+    if response.live:
+        return outgoing.tell(await response.live.next())
+    if not relayed:
+        return outgoing.rest()
+    upstream, timeout = relayed.channel, relayed.candidate.target.provider.timeout
+    holds_back = outgoing.holds_back
+    try:
+        if outgoing.translation:
+            return await next_translated(loop, outgoing, outgoing.translation, upstream, timeout)
+        if not upstream.received and not upstream.ended:
+            await upstream.arrival(loop.now + (HELD_BACK_SECONDS if holds_back else timeout))
+        return await fed(loop, outgoing, upstream)
+    except Overdue:
+        if holds_back:
+            return outgoing.release()
+        return outgoing.fail(f"the provider sent nothing for {timeout:g} seconds", "upstream_timeout")
+    except Unavailable as error:  # the relay shuts down
+        return outgoing.fail(error.message, error.code)
+
+
+async def fed(loop: EventLoop, outgoing: Outgoing, upstream: Channel) -> bytes:
+    """What goes out for what has come from the provider, or for some of it where that takes long."""
+    data = await take_in_turn(loop, upstream)
+    return outgoing.feed(data, upstream.ended and not upstream.received, upstream.broken)
+
+
+async def next_translated(
+    loop: EventLoop, outgoing: Outgoing, stream: TranslatedStream, upstream: Channel, timeout: float
+) -> bytes:
+    """What goes out next of a translated stream, within PING_SECONDS. Raises Overdue when the provider has been
+    silent for its timeout."""
+    sent_at, sent = loop.now, b""
+    while not sent and not outgoing.ended:
+        if stream.is_behind:
+            await checkpoint(loop)
+            sent = outgoing.translated(stream.go_on())
+            continue
+        pinged_at, silent_at = stream.ping_time(sent_at), stream.heard_at + timeout
+        try:
+            if not upstream.received and not upstream.ended:
+                await upstream.arrival(min(pinged_at, silent_at))
+        except Overdue:
+            if silent_at <= pinged_at:
+                raise
+            return outgoing.translated(stream.translator.ping())
+        if loop.now > pinged_at:
+            return outgoing.translated(stream.translator.ping())
+        stream.heard_at = loop.now
+        sent = await fed(loop, outgoing, upstream)
+    return sent
 
 
 # ==== Service ====================================================================================
@@ -14199,7 +14255,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 outgoing.held_up += self.loop.now - begun
                 if outgoing.ended:
                     break
-                data = await self._next_part(outgoing, response)
+                data = await next_part(self.loop, outgoing, response)
             if outgoing.must_reset:
                 await self.channel.send_rest()
                 self.channel.close()
@@ -14223,59 +14279,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if response.close or not head or not head.keep_alive or self.service.draining or self.over_limit:
             return False
         return exchange.body_ended or (not response.relayed and await exchange.skip_body())
-
-    async def _next_part(self, outgoing: Outgoing, response: Response) -> bytes:
-        """What goes out next: what the relay itself goes on telling, what has come from the provider, or what tells the
-        client why no more will."""
-        relayed = response.relayed
-        if response.live:
-            return outgoing.tell(await response.live.next())
-        if not relayed:
-            return outgoing.rest()
-        upstream, timeout = relayed.channel, relayed.candidate.target.provider.timeout
-        holds_back = outgoing.holds_back
-        try:
-            if outgoing.translation:
-                return await self._next_translated(outgoing, outgoing.translation, upstream, timeout)
-            if not upstream.received and not upstream.ended:
-                await upstream.arrival(self.loop.now + (HELD_BACK_SECONDS if holds_back else timeout))
-            return await self._fed(outgoing, upstream)
-        except Overdue:
-            if holds_back:
-                return outgoing.release()
-            return outgoing.fail(f"the provider sent nothing for {timeout:g} seconds", "upstream_timeout")
-        except Unavailable as error:  # the relay shuts down
-            return outgoing.fail(error.message, error.code)
-
-    async def _fed(self, outgoing: Outgoing, upstream: Channel) -> bytes:
-        """What goes out for what has come from the provider, or for some of it where that takes long."""
-        data = await take_in_turn(self.loop, upstream)
-        return outgoing.feed(data, upstream.ended and not upstream.received, upstream.broken)
-
-    async def _next_translated(
-        self, outgoing: Outgoing, stream: TranslatedStream, upstream: Channel, timeout: float
-    ) -> bytes:
-        """What goes out next of a translated stream, within PING_SECONDS. Raises Overdue when the provider has been
-        silent for its timeout."""
-        sent_at, sent = self.loop.now, b""
-        while not sent and not outgoing.ended:
-            if stream.is_behind:
-                await checkpoint(self.loop)
-                sent = outgoing.translated(stream.go_on())
-                continue
-            pinged_at, silent_at = stream.ping_time(sent_at), stream.heard_at + timeout
-            try:
-                if not upstream.received and not upstream.ended:
-                    await upstream.arrival(min(pinged_at, silent_at))
-            except Overdue:
-                if silent_at <= pinged_at:
-                    raise
-                return outgoing.translated(stream.translator.ping())
-            if self.loop.now > pinged_at:
-                return outgoing.translated(stream.translator.ping())
-            stream.heard_at = self.loop.now
-            sent = await self._fed(outgoing, upstream)
-        return sent
 
     async def _linger(self) -> None:
         """Closes our side at once, the rest when the client has read and closed, too. Closed outright, the
