@@ -10210,17 +10210,12 @@ def select_spent(connection: Any, users: Iterable[str], now: float) -> Spent:
 NO_TEMPORARY_FILE = re.compile("disk I/O error|unable to open|disk is full")
 
 
-def summed_usage(
-    path: str, since_hour: int, until_hour: int, by: Sequence[str], step_day: bool, user: Optional[str]
-) -> Groups:
+def summed_usage(path: str, since_hour: int, until_hour: int, by: Sequence[str], user: Optional[str]) -> Groups:
     """What was used from one hour up to another, in hours since 1970, the second not included: the names and the SUMS
-    of each group by the columns `by` (some of GROUPS), and by the day if wanted; of one user if named; dear ones first.
-    Raises sqlite3.Error, and ValueError for what can't be grouped by."""
+    of each group by the columns `by` (some of GROUPS); of one user if named; dear ones first. Raises sqlite3.Error, and
+    ValueError for what can't be grouped by."""
     if not set(by) <= set(GROUPS):
         raise ValueError(f"it can be grouped by {', '.join(GROUPS)}")
-    if step_day:
-        days = daily_usage(path, since_hour, until_hour, by, user)
-        return list(itertools.islice(itertools.chain.from_iterable(days), LEDGER_GROUPS))
     query = f"SELECT {', '.join([*by, *(f'sum({name})' for name in SUMS)])} FROM hour"
     query += " WHERE hour >= :since AND hour < :until AND (:user IS NULL OR user = :user)"
     query += f" GROUP BY {', '.join(by)}" if by else ""
@@ -10241,7 +10236,7 @@ def daily_usage(
             return
         day = found[0][0] // 24
         since_hour = (day + 1) * 24
-        groups = summed_usage(path, found[0][0], min(since_hour, until_hour), by, False, user)
+        groups = summed_usage(path, found[0][0], min(since_hour, until_hour), by, user)
         yield [({"day": windows(day * 86400)[0], **group}, sums) for group, sums in groups]
 
 
@@ -12559,8 +12554,10 @@ class History:
         hours = int((window_end(first) - 86400) // 3600), int(window_end(last) // 3600)
 
         def read() -> bytes:
-            total = summed_usage(path, *hours, (), False, user)
-            return usage_body(about, summed_usage(path, *hours, by, daily, user), total)
+            total = summed_usage(path, *hours, (), user)
+            parts = daily_usage(path, *hours, by, user) if daily else [summed_usage(path, *hours, by, user)]
+            groups = itertools.islice(itertools.chain.from_iterable(parts), LEDGER_GROUPS)
+            return usage_body(about, list(groups), total)
 
         return await self._read(read)
 
@@ -16574,7 +16571,7 @@ def add_usage(groups: dict[tuple[str, ...], Sums], path: str, by: Sequence[str],
     if "day" in by:
         parts = daily_usage(path, since, until, columns, None)  # all days together may have too many groups
     else:
-        parts = [summed_usage(path, since, until, columns, False, None)]
+        parts = [summed_usage(path, since, until, columns, None)]
     for found in parts:
         is_cut = is_cut or len(found) >= LEDGER_GROUPS
         for group, sums in found:

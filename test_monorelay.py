@@ -19484,7 +19484,9 @@ def test_the_log_names_what_broke_an_answer_without_length(upstream, relay):
 
 def usage_rows(path: str, since: int, until: int, by: Any = (), step_day: bool = False, user: Any = None) -> Any:
     """The sums of a ledger as people get them."""
-    return [monorelay.usage_row(*group) for group in monorelay.summed_usage(path, since, until, by, step_day, user)]
+    days = monorelay.daily_usage(path, since, until, by, user) if step_day else ()
+    parts = days or [monorelay.summed_usage(path, since, until, by, user)]
+    return [monorelay.usage_row(*group) for part in parts for group in part]
 
 
 def row(**columns: Any) -> Any:
@@ -20873,7 +20875,7 @@ def check_memory(week: Week) -> None:
     history, hour = week.relay.server.service.history, int(week.now // 3600)
     for by in [by for by in GROUPINGS if "model" not in by]:  # that of what failed is known here
         in_memory = {tuple(group.values()): sums for group, sums in history._usage_in_memory(None, by)}
-        in_file = monorelay.summed_usage(str(week.path), 0, hour + 1, by, False, None)
+        in_file = monorelay.summed_usage(str(week.path), 0, hour + 1, by, None)
         assert in_memory == {tuple(group.values()): sums for group, sums in in_file}
     for user in (None, *week.tokens):
         sums: dict[int, list[int]] = {}
