@@ -12901,11 +12901,6 @@ class Exchange:
         return int(self.config.server.max_body_mb * MEGABYTE)
 
     @property
-    def upload_limit(self) -> int:
-        """How many bytes a body may have that streams through."""
-        return int(self.config.server.max_upload_mb * MEGABYTE)
-
-    @property
     def body_ended(self) -> bool:
         """Whether nothing of the body is still to come."""
         return self._incoming.finished if self._incoming else self.request.body_length == 0
@@ -12916,6 +12911,10 @@ class Exchange:
         if self.caller is not ANONYMOUS:
             self._incoming.waited = functools.partial(check_again, self.service, self.config, self.caller, self.request)
         return self._incoming
+
+    def open_upload(self) -> RequestBody:
+        """The body, to be passed on as it comes. Raises TooLarge."""
+        return self.open_body(int(self.config.server.max_upload_mb * MEGABYTE), "max_upload_mb")
 
     async def read_body(self, required: bool) -> ReadBody:
         """The body, read for its model, which must be there if it is required. Raises BadRequest, TooLarge,
@@ -13469,7 +13468,7 @@ async def answer_any(exchange: Exchange) -> Response:
 
 async def answer_form(exchange: Exchange) -> Response:
     """Relays a form as it comes: by its model where that stands before its file, else to the first provider."""
-    body = exchange.open_body(exchange.upload_limit, "max_upload_mb")
+    body = exchange.open_upload()
     form = await exchange.read_form(body)
     if not form.model:
         body.watch = functools.partial(note_late_model, exchange, body, exchange.form_walk(anywhere=True))
@@ -13510,7 +13509,7 @@ def note_late_model(exchange: Exchange, body: RequestBody, form: FormWalk, piece
 
 async def answer_first_provider(exchange: Exchange) -> Response:
     """Relays what belongs to one account at a provider: files, batches, the list of models."""
-    return await relay_to_first(exchange, exchange.open_body(exchange.upload_limit, "max_upload_mb"))
+    return await relay_to_first(exchange, exchange.open_upload())
 
 
 # By which Claude Code, Codex and opencode tell their sessions apart.
