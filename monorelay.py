@@ -15091,7 +15091,7 @@ class Operator:
         self._file = file
         self._supervisor = supervisor  # its process id, in a worker
         self._tells = tells  # whether it logs what happens to all workers
-        self._in_terminal = in_terminal()
+        self._in_terminal = not supervisor and in_terminal()
         self._end = ""  # the signal that ends it, once that has come
         self._stopping: Optional[threading.Thread] = None  # in which the server stops
 
@@ -15101,9 +15101,8 @@ class Operator:
         reloads, supervisor = WORKER_RELOADS if self._supervisor else "SIGHUP", self._supervisor
         while True:
             name = self._end or signals.next(1.0)
-            # A SIGHUP asks for a reload, unless it comes since the terminal was closed.
-            left = name == reloads and not supervisor and self._in_terminal and not in_terminal()
-            if name in ("SIGTERM", "SIGINT", WORKER_CUTS) or left or (supervisor and os.getppid() != supervisor):
+            is_orphan = supervisor and os.getppid() != supervisor
+            if name == WORKER_CUTS or is_orphan or asks_for_end(name, self._in_terminal):
                 self._end = name
                 self._drain(signals, name == WORKER_CUTS)
                 return 0
@@ -15173,17 +15172,13 @@ class Supervisor:
         self._log.announce(lines)
         self._log.start()
         name = ""
-        while not self._is_end(name):
+        while not asks_for_end(name, self._in_terminal):
             try:
                 self._look_after(name)
             except Exception as error:  # a defect, or there is no memory; its workers serve meanwhile
                 self._log.warn(f"internal error: {describe(error)}")
             name = outlast_shortage(lambda: signals.next(1.0))
         return self._stop(signals)
-
-    def _is_end(self, name: str) -> bool:
-        """Whether a signal asks for the end."""
-        return name in ("SIGTERM", "SIGINT") or (name == "SIGHUP" and self._in_terminal and not in_terminal())
 
     def _look_after(self, name: str) -> None:
         """Does what a signal asks for, if one has come, and starts the workers that are missing."""
@@ -15286,6 +15281,11 @@ class Supervisor:
 def system_problem(error: OSError) -> str:
     """The message of an OSError: file and reason, without the error number."""
     return f"{error.filename or ''}{': ' if error.filename else ''}{error.strerror or error}"
+
+
+def asks_for_end(name: str, began_in_terminal: bool) -> bool:
+    """Whether a signal asks for the end: a SIGHUP does that comes since the terminal was closed, else for a reload."""
+    return name in ("SIGTERM", "SIGINT") or (name == "SIGHUP" and began_in_terminal and not in_terminal())
 
 
 def in_terminal() -> bool:
