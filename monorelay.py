@@ -15632,7 +15632,7 @@ const LIMITS = {
 const nameOf = ({ limit }) => LIMITS[limit] ?? limit.replaceAll("_", " ");
 const MEANINGS = {
   401: "key refused", 402: "no credit", 403: "forbidden", 404: "not found", 429: "rate limit", 529: "overloaded",
-  unreachable: "no connection", broken: "broken off", silent: "no answer", timeout: "no answer",
+  unreachable: "no connection", broken: "broken off", silent: "no answer",
 };
 const place = ({ provider, key }) => key ? `${provider} / ${key}` : provider || "—";
 const route = ({ model, sent }) => sent && sent !== model ? `${model} → ${sent}` : model || "—";
