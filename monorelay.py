@@ -14393,11 +14393,11 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     def _unproven_longest(self) -> Optional[Handler]:
         """The connection that has been busy for longest without having shown a token, if for over UNPROVEN_SECONDS."""
-        for handler, since in itertools.islice(self.unproven.items(), 1):
-            if since < self.service.loop.now - UNPROVEN_SECONDS:
-                handler.evicted = True
-                return handler
-        return None
+        handler = next(iter(self.unproven), None)
+        if not handler or self.unproven[handler] >= self.service.loop.now - UNPROVEN_SECONDS:
+            return None
+        handler.evicted = True
+        return handler
 
     def exceeds_share(self, origin: str) -> bool:
         """Whether a caller has more than one connection at work, and over three quarters of those that nobody else has:
