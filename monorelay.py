@@ -8317,13 +8317,14 @@ class EchoFault(Exception):
 
 
 class EchoResponse(NamedTuple):
-    """A response in parts, each made and sent after a pause in seconds. A cut one ends too early."""
+    """A response in parts, each made and sent after a pause. A cut one ends too early."""
 
     status: int
     content_type: str
-    parts: Iterable[tuple[float, bytes]]
+    parts: Iterable[bytes]
     size: Optional[int] = None  # of all parts, where it is known beforehand
     cut: bool = False
+    pause: float = 0.0  # seconds
 
 
 class Reply(NamedTuple):
@@ -8393,7 +8394,7 @@ def echo_error(path: str, fault: EchoFault, request_id: str) -> EchoResponse:
     usual = "api_error" if fault.status >= 500 else "invalid_request_error"
     kind = STATUS_KINDS.get(fault.status, usual)
     document = error_body(format, kind, str(fault), kind, request_id)
-    return EchoResponse(fault.status, "application/json", [(0.0, document)], len(document))
+    return EchoResponse(fault.status, "application/json", [document], len(document))
 
 
 def has_beta(request: JsonDict, name: str) -> bool:
@@ -8437,7 +8438,7 @@ def echo_models(path: str) -> EchoResponse:
 def echo_json(document: Any, cut: bool = False) -> EchoResponse:
     """The document as a whole response, or half of it."""
     body = echo_text(document)
-    return EchoResponse(200, "application/json", [(0.0, body[: len(body) // 2] if cut else body)], len(body), cut)
+    return EchoResponse(200, "application/json", [body[: len(body) // 2] if cut else body], len(body), cut)
 
 
 def echo_text(document: Any) -> bytes:
@@ -8599,9 +8600,7 @@ def reply_response(request: JsonDict, reply: Reply, whole: JsonDict, events: Ite
     pause = ECHO_WORD_SECONDS if request["model"].startswith("echo-slow") else 0.0
     if cut:
         events = itertools.islice(events, 2 + reply.output_tokens // 2)
-    # A generator would keep each event, however long, until the next one is made.
-    parts = map(lambda event: (pause, event), events)
-    return EchoResponse(200, "text/event-stream; charset=utf-8", parts, cut=cut)
+    return EchoResponse(200, "text/event-stream; charset=utf-8", events, cut=cut, pause=pause)
 
 
 # -- the Anthropic format: https://docs.anthropic.com/en/api/messages and …/messages-streaming
@@ -8800,15 +8799,15 @@ def echo_embeddings(request: JsonDict, identity: str, now: int) -> EchoResponse:
     rest = {"model": request["model"], "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
     in_base64 = request.get("encoding_format") == "base64"
 
-    def parts() -> Iterator[tuple[float, bytes]]:
+    def parts() -> Iterator[bytes]:
         opening = '{"object": "list", "data": ['
         for index, item in enumerate(inputs):
             document = {"object": "embedding", "index": index, "embedding": embedding(item, size, in_base64)}
             part = f"{opening}{json.dumps(document)}".encode("ascii")
             del document  # thousands of numbers, while the part waits to be sent
-            yield 0.0, part
+            yield part
             opening = ", "
-        yield 0.0, f"], {json.dumps(rest)[1:]}".encode("ascii")
+        yield f"], {json.dumps(rest)[1:]}".encode("ascii")
 
     return EchoResponse(200, "application/json", parts())
 
@@ -10900,9 +10899,9 @@ async def send_echo(loop: EventLoop, channel: Channel, response: EchoResponse, r
     head = head_bytes(f"HTTP/1.1 {response.status} {reason_of(response.status)}", fields)
     await channel.send(head, STALLED_CLIENT_SECONDS)
     begun = loop.clock()
-    for seconds, part in response.parts:
-        if seconds:
-            await sleep(loop, seconds)
+    for part in response.parts:
+        if response.pause:
+            await sleep(loop, response.pause)
         elif loop.clock() - begun > SLOW_EVENT_SECONDS:
             await checkpoint(loop)
             begun = loop.clock()
