@@ -4661,6 +4661,7 @@ IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 # What tools that run at Anthropic have left in the history.
 SERVER_BLOCK = re.compile(r"server_tool_use|mcp_tool_use|mcp_tool_listing|fallback|advisor.*|[a-z_]+_tool_result")
 TEXT_JOINT = "\n\n"  # between blocks that become one text
+BLANK_CHARACTERS = " \t\n\r\x0b\x0c"  # of ASCII
 BILLING_BLOCK = "x-anthropic-billing-header:"  # begins a text for Anthropic alone, which other caches stumble over
 
 
@@ -5006,7 +5007,7 @@ def without_final_blanks(text: str) -> str:
     length = len(text)
     while length:
         start = max(0, length - WRITTEN_CHARACTERS)
-        length = start + len(text[start:length].rstrip(" \t\n\r\v\f"))
+        length = start + len(text[start:length].rstrip(BLANK_CHARACTERS))
         if length > start:
             break
     text = text[:length]
@@ -8299,7 +8300,6 @@ ECHO_WORD_SECONDS = 0.05
 ECHO_STOPS, ECHO_STOP_CHARACTERS = 16, 256
 ECHO_INPUTS = 2048  # OpenAI's limit for embeddings
 ECHO_NUMBERS = 2**18  # in all vectors of a response
-BLANK_CHARACTERS = " \t\n\r\x0b\x0c"
 WORD = re.compile(r"\s*\S+", re.ASCII)
 BLANK = re.compile(r"\s", re.ASCII)
 ECHO_COUNTED_CHARACTERS = 16 * 1024  # at a time, which takes 1 ms
