@@ -2931,6 +2931,8 @@ GROUPS = ("user", "model", "provider", "key")  # by which they are told apart
 USER, PROVIDER, KEY = GROUPS.index("user"), GROUPS.index("provider"), GROUPS.index("key")
 Sums = list[Optional[int]]
 Groups = list[tuple[JsonDict, Sums]]  # the names of each group, and what it adds up to
+HourKey = tuple[int, str, str, str, str]  # hour since 1970, user, model, provider, key
+Spent = dict[tuple[str, str], tuple[int, int]]  # by user and window: 10^-9 USD, tokens
 
 
 def figures_of(rows: Iterable[LedgerRow]) -> list[int]:
@@ -2938,13 +2940,11 @@ def figures_of(rows: Iterable[LedgerRow]) -> list[int]:
     return [*map(sum, zip(*[row.figures for row in rows]))]
 
 
-def hour_sums(
-    rows: Iterable[LedgerRow], find_models: Callable[[int, str], Iterable[str]]
-) -> dict[tuple[int, str, str, str, str], Sums]:
+def hour_sums(rows: Iterable[LedgerRow], find_models: Callable[[int, str], Iterable[str]]) -> dict[HourKey, Sums]:
     """What the rows add to the table `hour`: the columns SUMS by hour, user, model, provider and key. `find_models`:
     the models that it has already of a user in an hour. More than LEDGER_MODELS of them are one: echo answers for any
     name that a client invents, and so do some servers."""
-    alike: dict[tuple[int, str, str, str, str], list[LedgerRow]] = {}
+    alike: dict[HourKey, list[LedgerRow]] = {}
     known: dict[tuple[int, str], set[str]] = {}
     for row in rows:
         # What SQLite doesn't take was made None by storable().
@@ -2956,15 +2956,12 @@ def hour_sums(
         model = model if model in models or len(models) <= LEDGER_MODELS else OTHER
         models.add(model)
         alike.setdefault((hour, row.user, model, row.provider or "", row.key or ""), []).append(row)
-    sums: dict[tuple[int, str, str, str, str], Sums] = {}
+    sums: dict[HourKey, Sums] = {}
     for key, ended in alike.items():
         sums[key] = [*figures_of(ended)]
         if all(row.cost is None for row in ended):
             sums[key][COST] = None
     return sums
-
-
-Spent = dict[tuple[str, str], tuple[int, int]]  # by user and window: 10^-9 USD, tokens
 
 
 def spent_sums(rows: Iterable[LedgerRow]) -> Spent:
