@@ -9787,8 +9787,8 @@ async def in_thread(
 # So has the ledger, an SQLite file: one table with a row for each request, and two with their sums, `hour` for whoever
 # wants to know what was used, and `spent` for budgets. All three are written in one transaction, and rows are forgotten
 # only when that is committed. The file is opened anew each time: nothing is open across a fork, its owner may move it,
-# and other workers and relays may write it, too. It has a rollback journal, and no write-ahead log: of that, SQLite up
-# to 3.51.2 may corrupt a file to which two connections write.
+# and other workers and relays may write it, too. It has a rollback journal, and no write-ahead log, unless another
+# program insists: of that, SQLite up to 3.51.2 may corrupt a file to which two connections write.
 
 
 # For a terminal of the usual width.
@@ -10139,7 +10139,7 @@ def write_ledger(
     rows = [LedgerRow._make(map(storable, row)) for row in rows]
     connection = sqlite3.connect(settings.path, timeout=LEDGER_LOCK_SECONDS, isolation_level=None)
     with contextlib.closing(connection):  # which undoes what isn't committed
-        connection.execute("PRAGMA journal_mode = TRUNCATE")
+        use_rollback_journal(connection)
         connection.execute("BEGIN IMMEDIATE")
         if not ledger_version(connection):
             for statement in LEDGER_SCHEMA.split(";"):
@@ -10157,6 +10157,16 @@ def write_ledger(
         spent = select_spent(connection, users, now)
         connection.execute("COMMIT")
         return spent
+
+
+def use_rollback_journal(connection: Any) -> None:
+    """Has the file written with a rollback journal, but while another program, such as Litestream, holds it in WAL
+    mode: without the write-ahead log no row could be written. Raises sqlite3.Error."""
+    try:
+        connection.execute("PRAGMA journal_mode = TRUNCATE")
+    except sqlite3.OperationalError:
+        if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+            raise
 
 
 def read_ledger(path: str, read: Callable[[Any], Any]) -> Any:

@@ -19756,6 +19756,21 @@ def test_rows_wait_for_a_disk_that_is_full(tmp_path):
     assert_sums_are_exact(tmp_path / "usage.db")
 
 
+def test_a_ledger_that_another_program_holds_in_wal_mode_is_written(tmp_path):
+    path = tmp_path / "usage.db"
+    assert Ledger(path).write(row()) == []
+    backup = sqlite3.connect(path)  # such as Litestream, which keeps this open
+    assert backup.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
+    assert backup.execute("SELECT count(*) FROM request").fetchone() == (1,)
+    assert Ledger(path).write(row()) == []
+    assert backup.execute("SELECT count(*) FROM request").fetchone() == (2,)
+    backup.close()
+    assert Ledger(path).write(row()) == []
+    assert selected(path, "SELECT count(*) FROM request") == [3]
+    assert selected(path, "PRAGMA journal_mode") == ["delete"], "it is in WAL mode no more"
+    assert_sums_are_exact(path)
+
+
 def test_a_ledger_of_a_newer_version_is_left_as_it_is(tmp_path):
     path = tmp_path / "usage.db"
     connection = sqlite3.connect(path)
