@@ -10343,7 +10343,7 @@ def set_aside(path: str, seen: tuple[int, ...]) -> str:
     """Renames a broken file, unless another process has already done that; its new name, or nothing."""
     kept = f"{path}.broken-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     try:
-        if not seen or file_state(path)[2:] != seen[2:]:
+        if not seen or file_state(path)[2:4] != seen[2:4]:
             return ""
         os.replace(path, kept)
         if os.path.exists(f"{path}-journal"):
@@ -10354,13 +10354,13 @@ def set_aside(path: str, seen: tuple[int, ...]) -> str:
 
 
 def file_state(path: str) -> tuple[int, ...]:
-    """Time and size of a file, which change when it is edited, and device and inode, when it is replaced; empty if
-    there is none."""
+    """Time and size of a file, which change when it is edited, device and inode, when it is replaced, and when it was
+    changed at all, which may have made it readable; empty if there is none."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
         return ()
-    return found.st_mtime_ns, found.st_size, found.st_dev, found.st_ino
+    return found.st_mtime_ns, found.st_size, found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 # ==== Request body ==================================================================================

@@ -22491,6 +22491,27 @@ def test_an_env_file_may_come_after_the_relay_json_that_names_it(tmp_path):
     assert file.has_changed() and file.read() and not file.has_changed()
 
 
+@pytest.mark.parametrize("name", ["relay.json", "keys.env", "prices.json"])
+def test_a_file_that_could_not_be_read_is_taken_up_when_its_owner_lets_it_be_read(tmp_path, monkeypatch, name):
+    (tmp_path / "keys.env").write_text("A=b\n")
+    (tmp_path / "prices.json").write_text("{}")
+    file = edited_file(tmp_path, env_file="keys.env", prices="prices.json")
+    opened = monorelay.open_regular
+
+    def open_regular(path: str, flags: int) -> int:
+        if Path(path).name == name:
+            raise OSError(errno.EACCES, "Permission denied")
+        return opened(path, flags)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(monorelay, "open_regular", open_regular)
+        file.read()
+        assert "Permission denied" in file.problem and not file.has_changed(), "it isn't told each second"
+    # The system's clock for files takes steps of some milliseconds.
+    eventually(lambda: (tmp_path / name).chmod(0o644) or file.has_changed())
+    assert file.read() and not file.problem and not file.has_changed()
+
+
 @pytest.mark.parametrize("name", ["relay.json", "keys.env", "owner.key", "prices.json"])
 def test_a_reload_without_a_descriptor_for_one_of_its_files_is_tried_again(tmp_path, monkeypatch, name):
     (tmp_path / "keys.env").write_text("A=b\n")
