@@ -9612,8 +9612,8 @@ class EventLoop:
         self._wakeup_pending = False
 
     def _sweep(self) -> None:
-        """Resumes the tasks that are overdue, for SWEEPING_SECONDS at most, however late the turn is, and those whose
-        client has left unnoticed; decides when to look again."""
+        """Resumes the tasks that are overdue, for SWEEPING_SECONDS at most, however late the turn is; has those resumed
+        in turns whose client has left unnoticed, which may be all; decides when to look again."""
         self.sweep_at = self.now + SWEEP_SECONDS
         due: list[Task] = []
         for task in list(self.tasks):
@@ -9623,7 +9623,7 @@ class EventLoop:
             elif client and client.is_full and not client.closed:
                 self.sweep_at = min(self.sweep_at, self.now + AHEAD_SECONDS)
                 if client.has_hung_up():
-                    task.resume(ClientGone())
+                    self.slow.clients.put(functools.partial(task.resume, ClientGone()), task.origin)
         self._resume_overdue(due)
         waiting = (task.deadline for task in self.tasks if task.deadline > self.now or not task.unseen)
         soonest = min(waiting, default=math.inf)

@@ -10243,6 +10243,23 @@ def test_a_client_that_left_behind_a_full_buffer_is_missed_soon(looping):
     assert told == [looping.clock.now]
 
 
+def test_clients_that_left_behind_full_buffers_at_one_moment_are_missed_in_turns(looping):
+    turns: list[int] = []
+
+    async def waits() -> None:
+        looping.loop.current.client = types.SimpleNamespace(is_full=True, closed=False, has_hung_up=lambda: True)
+        try:
+            await monorelay.until(looping.loop.now + 600.0)
+        except monorelay.ClientGone:
+            turns.append(looping.loop.turn)
+            looping.clock.now += 0.6 * monorelay.PATIENT_SECONDS
+
+    looping.call(lambda: [looping.loop.start(waits()) for _ in range(6)])
+    looping.clock.move(monorelay.SWEEP_SECONDS)
+    eventually(lambda: not looping.loop.tasks)
+    assert sorted(Counter(turns).values()) == [2] * 3
+
+
 def test_a_send_is_overdue_when_nothing_was_taken_for_the_pause(looping):
     near, far = socket.socketpair()
     data, told = bytes(1 << 22), []
