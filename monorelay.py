@@ -135,7 +135,8 @@ ENDING_SECONDS = 2.0  # after the finish_reason of a translated stream, for the 
 RECEIVE_BYTES = 64 * 1024  # of one recv: a TLS record is 16 KiB, four of them make system calls rare
 JSON_VALUES = 1_000_000  # a JSON body of more takes a second to walk; the largest conversations have some 100,000
 TLS_RECEIVE_BYTES = 16 * 1024  # one record's; of the shortest ones, which may cost 10 µs each, it holds some 600
-INFLATED_BYTES = 64 * 1024  # at a time
+INFLATED_BYTES = 64 * 1024  # at a time,
+INFLATED_FROM_BYTES = 16 * 1024  # of so many: blocks that hold nothing but a code take 4 ms
 ZSTD_WINDOW_LOG = 23  # 8 MiB, the largest window that a sender may use (RFC 9659 §3)
 FORM_SEEN_BYTES = 64 * 1024  # of a form are read for its model, which stands before its file
 FORM_FIELD_BYTES = 4096  # of the header of a part in it, and of the model
@@ -4309,7 +4310,11 @@ class Inflater:
     """Decompresses a body in steps: gzip, deflate, and zstd where Python has it. Else raises UnsupportedCoding."""
 
     def __init__(self, pieces: Iterable[bytes], coding: str) -> None:
-        self._pieces = iter(pieces)
+        self._pieces = (
+            piece[start : start + INFLATED_FROM_BYTES]
+            for piece in pieces
+            for start in range(0, len(piece), INFLATED_FROM_BYTES)
+        )
         self._coding = coding
         self._inflater: Any
         if coding == "zstd" and zstd:
@@ -4329,7 +4334,7 @@ class Inflater:
         return bool(self._inflater.eof)
 
     def go_on(self) -> bytes:
-        """The next piece of the content, of INFLATED_BYTES at most. Raises BadRequest."""
+        """The next piece of the content, of INFLATED_BYTES at most; it may be empty. Raises BadRequest."""
         content, goes_on = self._decompress()
         has_trailing_data = self.finished and (self._inflater.unused_data or any(self._pieces))
         if has_trailing_data or not (goes_on or content or self.finished):
