@@ -24073,6 +24073,17 @@ def test_kept_connections_to_providers_make_room_when_descriptors_run_out(progra
     eventually(lambda: accepts(it.url))
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="descriptors are counted in /proc")
+def test_idle_clients_make_room_for_a_request_that_needs_a_descriptor(program, upstream):
+    it = program(settings({"anthropic": upstream(answer())}), preexec_fn=lower_descriptor_limit(64))
+    with contextlib.ExitStack() as stack:
+        while len(os.listdir(f"/proc/{it.process.pid}/fd")) < 63:
+            client = stack.enter_context(Client(it.url))
+            assert client.ask("GET", "/health", token="").status == 200
+        with Client(it.url) as owner:
+            assert owner.ask("POST", "/v1/messages", STREAMED).status == 200
+
+
 def test_without_a_descriptor_left_a_relay_stops_in_time(program):
     it = program(settings({"echo": {}}, server={"drain_seconds": 0.5}), preexec_fn=lower_descriptor_limit(64))
     with contextlib.ExitStack() as stack:
