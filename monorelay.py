@@ -14244,7 +14244,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.user and self.server.exceeds_share(self.loop.current.origin):
             self.server.unproven[self] = self.loop.now
             message = f"the requests of {self.user} have as many connections as they may beside those of others"
-            error = Unavailable(f"{message} (server.max_connections); try again", "too_many_connections")
+            limits = "server.max_connections, and half of `ulimit -n`"
+            error = Unavailable(f"{message} ({limits}); try again", "too_many_connections")
             error.close = True
             raise error
 
@@ -14353,6 +14354,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         # Given up for a moment when there is no other descriptor left, to be able to refuse a connection.
         self._spare = io.FileIO(os.devnull)
         self._spare_lock = threading.Lock()  # guards the spare descriptor
+        self._work_limit = descriptor_limit() // 2  # of connections at work: most need one to a provider as well
         self._accepting = True
         self._acceptors: list[threading.Thread] = []  # for the other addresses than the first
         self._refusal_logged = self._tls_logged = -math.inf
@@ -14415,7 +14417,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Whether a caller has more than one connection at work, and over three quarters of those that nobody else has:
         others must find room."""
         at_work = len(self.served) - len(self.idle) - len(self.unproven)
-        left = self.connection_limit - at_work
+        left = min(self.connection_limit, self._work_limit) - at_work
         if at_work <= 3 * left:  # nor can those of one caller be more
             return False
         own = sum(not it.idle and it.task is not None and it.task.origin == origin for it in self.served)
@@ -14646,6 +14648,16 @@ def listen_at(host: str, port: int) -> socket.socket:
             reason = f"{reason}: another relay may be running there; stop it, or try --port {port % 65535 + 1}"
         raise OSError(error.errno, f"can't listen on {host}:{port}: {reason}") from None
     return listener
+
+
+def descriptor_limit() -> int:
+    """How many files and connections this process may open."""
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return LENGTHS
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return LENGTHS if limit == resource.RLIM_INFINITY else limit
 
 
 def plural(count: int, noun: str) -> str:

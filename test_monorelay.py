@@ -21494,6 +21494,25 @@ def test_no_user_takes_the_connections_that_others_need(relay, kind):
             assert owner.ask("GET", "/api/auth/me").status == 200
 
 
+def test_no_user_takes_the_descriptors_that_others_need(relay, monkeypatch):
+    monkeypatch.setattr(monorelay, "descriptor_limit", lambda: 16)
+    it = relay({"echo": {}}, users={name: {"key": f"{name}-key-0123456789"} for name in ("ann", "bob")})
+    with contextlib.ExitStack() as stack:
+        for number in range(8):
+            client = stack.enter_context(it.client())
+            client.send(request("POST", "/v1/messages", b"{", "Content-Length: 9", token="ann-key-0123456789"))
+            if number < 6:
+                eventually(lambda number=number: len(it.server.service.running) == number + 1)
+            else:
+                got = client.answer()
+                refused(got, 503, "api_error")
+                assert got.get("x-monorelay-error") == "too_many_connections"
+                assert "ulimit" in got.json["error"]["message"]
+        for token in ("bob-key-0123456789", TOKEN):
+            with it.client() as other:
+                assert other.ask("GET", "/api/auth/me", token=token).status == 200
+
+
 def test_no_user_takes_the_connections_that_others_need_by_heads_that_all_begin_at_once(relay):
     users = {name: {"key": f"{name}-key-0123456789"} for name in ("ann", "bob")}
     it = relay({"echo": {}}, server={"max_connections": 8}, users=users)
