@@ -11033,6 +11033,11 @@ class UpstreamResponse:
         )
 
     @property
+    def ends_with_connection(self) -> bool:
+        """Whether its body has ended with the connection, in good order."""
+        return isinstance(self.decoder, CloseDecoder) and self.channel.ended and not self.channel.broken
+
+    @property
     def request_id(self) -> str:
         """The provider's own id of the request, or nothing."""
         id = self.head.fields.get("request-id") or self.head.fields.get("x-request-id", "")
@@ -11794,7 +11799,12 @@ async def read_rest(loop: EventLoop, response: UpstreamResponse) -> bytes:
     long, or that would take `json` long."""
     body = bytearray(response.take_content())
     while not response.decoder.finished:
-        body += await absorb_more(loop, response)
+        try:
+            body += await absorb_more(loop, response)
+        except BrokenExchange:
+            if response.ends_with_connection:
+                break
+            raise
         response.take_content()
         if len(body) > CATALOGUE_BYTES:
             raise FramingError("the list of models is too long")
@@ -13869,7 +13879,7 @@ async def whole_body(exchange: Exchange, relayed: UpstreamResponse) -> bytes:
     except NoResponse as error:
         raise UpstreamSilent(str(error)) from None
     except (BrokenExchange, FramingError):
-        if isinstance(relayed.decoder, CloseDecoder) and not relayed.channel.broken:
+        if relayed.ends_with_connection:
             return bytes(body)
         raise UpstreamFailed(f"the provider {provider} broke off its answer", "upstream_broken") from None
 

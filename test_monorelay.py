@@ -16456,6 +16456,19 @@ def test_models_are_listed_with_the_next_key_when_the_first_one_fails(upstream, 
     assert [asked.get("x-api-key") for asked in provider.requests] == [key["key"] for key in KEYS[:2]]
 
 
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_list_that_ends_with_the_connection_is_read_unless_that_breaks(upstream, relay, reset):
+    def script(connection: Connection) -> None:  # as mlx_lm.server answers
+        connection.read_request()
+        connection.send(b"HTTP/1.0 200 OK\r\ncontent-type: application/json\r\n\r\n", b'{"data": [{"id": "claude-a"}]}')
+        if reset:
+            connection.reset()
+
+    it = relay({"anthropic": upstream(script)})
+    listed = [model["id"] for model in it.ask("GET", "/v1/models").json["data"]]
+    assert listed == ([] if reset else ["claude-a"])
+
+
 def test_a_list_with_an_endless_integer_is_none(upstream, relay):
     it = relay({"anthropic": upstream(answer(200, b'{"data":[{"id":"claude-a","n":%s}]}' % (b"9" * 4000)))})
     assert it.ask("GET", "/v1/models").json["data"] == []
