@@ -11566,13 +11566,15 @@ class Relay:
         return attempt
 
     def _note_break(self, request: UpstreamRequest, attempt: Attempt, waiting: list[Candidate]) -> None:
-        """Cools down a provider that could not be reached, whose other keys wait behind those of others then, or the
-        key with the model where the connection broke; not one that gave up on a slow upload. Echo never cools."""
+        """Cools down a provider that could not be reached, or the key with the model where the connection broke; not
+        one that gave up on a slow upload. Echo never cools. Of the other keys for a provider that isn't there, one more
+        is tried, behind those of others: with each of them, the client may have to wait as long again."""
         candidate, met = attempt.candidate, attempt.code.partition("_")[2]
         record_failure(request.record, candidate, met)
         self.keys.note(candidate, met, time.time())
         if not attempt.reached:
             waiting.sort(key=lambda other: other.target.provider is candidate.target.provider)
+            del waiting[1 + sum(other.target.provider is not candidate.target.provider for other in waiting) :]
         if candidate.target.provider.format == "echo" or not request.cools_down:
             return
         if not attempt.reached:

@@ -12779,6 +12779,14 @@ def test_the_other_keys_of_a_provider_that_is_not_there_come_last(upstream, rela
     )
 
 
+def test_a_provider_that_is_not_there_is_tried_with_two_of_its_keys(upstream, relay):
+    """With a connect timeout of ten seconds and a hundred keys, a client would wait for a quarter of an hour."""
+    keys = [f"sk-key-{number}" for number in range(20)]
+    nowhere = {"base_url": f"http://127.0.0.1:{unused_port()}", "keys": keys, "key_strategy": "fill-first"}
+    it = relay({"anthropic": nowhere, "anthropic2": {**nowhere, "keys": keys[:1]}})
+    assert it.post("/v1/messages", prompt()).get("x-monorelay-attempts") == "3"
+
+
 @pytest.mark.parametrize("status", [301, 307])
 def test_a_redirect_ends_no_cooling(upstream, relay, status):
     moved = answer(status, b"{}", "location: http://elsewhere.example/")
