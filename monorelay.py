@@ -2146,6 +2146,7 @@ def not_usable(provider: Provider) -> Unavailable:
 # Nor do 401, 402 and 403 for a request that isn't routed by its model: it may be the path that the key can't use.
 # A success proves the connection, and the key for its own model: it ends what these had, but no retry-after
 # before its time. What a request without a model proves of a key is not enough to end the pause after a 401 or 402.
+# When the pause of a provider is over that took no connection, one request tries it, and the others still go elsewhere.
 
 
 class Candidate(NamedTuple):
@@ -2168,7 +2169,7 @@ class Candidate(NamedTuple):
 class Cooling:
     """Until when something is avoided and why, how often in a row it failed, and whether a success ends that."""
 
-    __slots__ = ("changed", "failures", "fixed", "known_until", "until", "why")
+    __slots__ = ("changed", "failures", "fixed", "known_until", "tried_until", "until", "why")
 
     def __init__(self) -> None:
         self.until = 0.0
@@ -2177,12 +2178,18 @@ class Cooling:
         self.why = ""  # a status, or what stood in the way of a connection
         self.changed = 0.0  # when it last failed or recovered; of two workers' views the later one holds
         self.known_until = 0.0  # how long others may take it for cooling who don't know that it has recovered
+        self.tried_until = 0.0  # the same as `until` while it is over, and one request tries whether it works again
+
+    def cools(self, now: float) -> bool:
+        """Whether it is avoided since it failed."""
+        return self.until > max(now, self.tried_until)
 
     def back_off(self, cooldown: float, now: float) -> None:
         """Doubles the pause; failures of requests that were under way together count once."""
-        if self.until <= now:
+        if not self.cools(now):
             self.failures += 1
             self.until, self.fixed = now + min(cooldown, 2.0 ** min(self.failures - 1, 20)), False
+            self.tried_until = 0.0
 
     def recover(self, now: float) -> bool:
         """Ends the pause; whether there was one."""
@@ -2378,9 +2385,26 @@ class KeyPool:
         """Notes a connection that failed."""
         name, _, _ = cooldown_keys(candidate)
         entry = self._entry(name)
-        was_cooling = entry.until > now
+        was_cooling = entry.cools(now)
         entry.back_off(candidate.target.provider.cooldown, now)
         self._note_cooling(candidate, name, "no connection", was_cooling, now)
+
+    def connecting(self, candidate: Candidate, now: float) -> None:
+        """Notes that a connection is tried. Where the last one failed, other requests go elsewhere meanwhile: else all
+        of them would wait for a provider that takes none, whenever its pause is over."""
+        entry = self._cooling.get(cooldown_keys(candidate)[0])
+        if entry and entry.failures and entry.until <= now:
+            entry.until = entry.tried_until = now + candidate.target.provider.connect_timeout
+            entry.changed = now
+            self.changed()
+
+    def connected(self, candidate: Candidate, now: float) -> None:
+        """Notes that there is a connection."""
+        entry = self._cooling.get(cooldown_keys(candidate)[0])
+        if entry and entry.tried_until > now:
+            entry.known_until = entry.until
+            entry.until = entry.tried_until = entry.changed = now
+            self.changed()
 
     def _note_cooling(
         self, candidate: Candidate, name: tuple[str, ...], why: str, was_cooling: bool, now: float
@@ -2453,7 +2477,7 @@ class KeyPool:
             if own is None or own.changed < changed:
                 entry = self._entry(name)
                 entry.until, entry.failures, entry.fixed, entry.why = until, failures, fixed, why
-                entry.changed, entry.known_until = changed, known_until
+                entry.changed, entry.known_until, entry.tried_until = changed, known_until, 0.0
 
     def forget(self, now: float) -> None:
         """Forgets what has recovered, once nobody takes it for cooling any more."""
@@ -11556,7 +11580,7 @@ class Relay:
             if kept:
                 await attempt.run(kept, kept=True)
             if not attempt.has_begun and not (attempt.may_be_at_work and self._loop.now - begun > STALE_SECONDS):
-                await attempt.run(await self.connections.connect(provider))
+                await attempt.run(await self._connect(candidate))
         except Unreachable as error:
             attempt.problem, attempt.code, attempt.reached = str(error), "upstream_unreachable", False
         except NoResponse as error:
@@ -11564,6 +11588,13 @@ class Relay:
             self.keys.failed(candidate, 504, None, self._loop.now)
             raise UpstreamSilent(str(error)) from None
         return attempt
+
+    async def _connect(self, candidate: Candidate) -> Channel:
+        """A new connection. Raises Unreachable, ClientGone and Unavailable."""
+        self.keys.connecting(candidate, self._loop.now)
+        channel = await self.connections.connect(candidate.target.provider)
+        self.keys.connected(candidate, self._loop.now)
+        return channel
 
     def _note_break(self, request: UpstreamRequest, attempt: Attempt, waiting: list[Candidate]) -> None:
         """Cools down a provider that could not be reached, or the key with the model where the connection broke; not

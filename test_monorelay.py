@@ -1789,6 +1789,32 @@ def test_an_unreachable_provider_lets_the_next_target_go_first():
     assert pool.labels(0.5, name="claude-a") == "k0 k1 k2 other"
 
 
+def test_while_one_request_tries_an_unreachable_provider_again_the_others_go_elsewhere():
+    it = Pool()
+
+    def is_first(now: float) -> bool:
+        return it.labels(now, name="claude-a") == "k0 k1 k2 other"
+
+    dead = it.first(name="claude-a")
+    it.pool.connecting(dead, 0)
+    assert is_first(0)
+    it.pool.unreachable(dead, 0)
+    assert not is_first(0.9) and is_first(1)
+    it.pool.connecting(dead, 1)
+    assert not is_first(10.9) and is_first(11), "a client may leave, and nobody tells then"
+    it.pool.unreachable(dead, 2)
+    assert not is_first(3.9) and is_first(4), "it failed the second time in a row"
+    it.pool.connecting(dead, 4)
+    other_worker = others_view(it, 4.1)
+    it.pool.connected(dead, 4.2)
+    assert is_first(4.2)
+    assert not other_worker.labels(4.2, name="claude-a").startswith("k0")
+    other_worker.pool.adopt(it.pool.shared(4.2))
+    assert other_worker.labels(4.2, name="claude-a").startswith("k0")
+    it.pool.unreachable(dead, 5)
+    assert not is_first(8.9) and is_first(9), "it never answered in between"
+
+
 def test_a_429_leaves_the_key_to_other_models_and_waits_for_its_own_time():
     pool = Pool()
     candidate = pool.first()
@@ -13337,6 +13363,31 @@ def test_a_connect_timeout_moves_on(upstream, relay):
         it = relay({"anthropic": blocked, "anthropic2": upstream(answer())})
         assert it.post("/v1/messages", prompt()).get("x-monorelay-provider") == "anthropic2"
         refused(relay({"anthropic": blocked}).post("/v1/messages", prompt()), 502, "api_error")
+
+
+def test_only_one_request_waits_for_a_provider_that_still_takes_no_connection(upstream, relay):
+    with socket.socket() as full, contextlib.ExitStack() as stack:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(2):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        clock, blocked = Clock(), {"base_url": f"http://127.0.0.1:{full.getsockname()[1]}", "connect_timeout": 5}
+        it = relay({"anthropic": blocked, "anthropic2": upstream(answer())}, clock)
+        keys = it.server.service.relay.keys
+        with it.client() as first, it.client() as second:
+            first.send(request("POST", "/v1/messages", json.dumps(prompt()).encode()))
+            eventually(lambda: it.server.service.running)
+            clock.move(5)
+            assert first.answer().get("x-monorelay-attempts") == "2" and keys.cooling(clock.now)
+            clock.move(1)
+            first.send(request("POST", "/v1/messages", json.dumps(prompt()).encode()))
+            eventually(lambda: keys.cooling(clock.now))
+            got = second.ask("POST", "/v1/messages", json.dumps(prompt()).encode())
+            assert (got.status, got.get("x-monorelay-attempts")) == (200, "1")
+            clock.move(5)
+            assert first.answer().get("x-monorelay-attempts") == "2"
 
 
 @pytest.mark.parametrize(
