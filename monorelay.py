@@ -11032,10 +11032,12 @@ class UpstreamResponse:
         self.whole_request = True  # False when it came before the request had been sent
         self.has_body = True  # False for one that must not have any: a provider may send one nevertheless
         self.translated: Optional[Translated] = None  # the request, if it was that
-        # In a compressed body no lines can be seen; "none" keeps servers such as Next.js from compressing it. An error
-        # that is called a stream is mostly JSON: its server would have begun one.
-        is_stream = media_type(head.fields) == "text/event-stream" and head.status < 300
-        self.is_stream = is_stream and head.fields.get("content-encoding", "").lower() in ("", "identity", "none")
+        # Some gateways compress whatever they are asked; "none" keeps servers such as Next.js from doing so.
+        coding = head.fields.get("content-encoding", "").lower()
+        self.coding = "" if coding in ("identity", "none") else coding
+        # In a compressed body no lines can be seen. An error that is called a stream is mostly JSON: its server would
+        # have begun one.
+        self.is_stream = media_type(head.fields) == "text/event-stream" and head.status < 300 and not self.coding
         # The key that is erased from its body. One made of words is looked for in errors only: a model that explains
         # how to call a local server says it, too.
         secret = candidate.secret
@@ -11108,7 +11110,7 @@ class UpstreamResponse:
     def told(self) -> str:
         """The head, and what has come of the content."""
         fields = itertools.chain.from_iterable(self.head.fields.pairs)
-        return "\n".join([self._readable().decode("latin-1"), self.head.reason, *fields])
+        return "\n".join([self.readable.decode("latin-1"), self.head.reason, *fields])
 
     def quotes_key(self, text: str) -> bool:
         """Whether the key that was sent, or another secret in the provider's headers or its base_url's query, stands in
@@ -11124,9 +11126,10 @@ class UpstreamResponse:
         plain = unescaped(text[: 2 * PEEKED_BYTES]) if secrets else ""
         return any(secret in text or secret in plain for secret in secrets)
 
-    def _readable(self) -> bytes:
+    @property
+    def readable(self) -> bytes:
         """The beginning of what has come of the content, decompressed where the provider has compressed it unasked."""
-        if self.head.fields.get("content-encoding", "").lower() not in ("gzip", "x-gzip", "deflate"):
+        if self.coding not in ("gzip", "x-gzip", "deflate"):
             return self.content
         try:
             return zlib.decompressobj(32 + zlib.MAX_WBITS).decompress(self.content, PEEKED_BYTES)
@@ -11142,7 +11145,7 @@ class UpstreamResponse:
     @property
     def beginning(self) -> bytes:
         """The part of the content by which an error is judged, as far as it has come."""
-        return self.content[:PEEKED_BYTES]
+        return self.readable[:PEEKED_BYTES]
 
     def take_content(self) -> bytes:
         """What has come of the content."""
@@ -11701,7 +11704,7 @@ def problem_of(request: UpstreamRequest, response: UpstreamResponse) -> tuple[st
         return f"{name} answered with a redirect ({status}): correct its base_url in relay.json", "upstream_redirect"
     is_about_account = request.names_account and ABOUT_ACCOUNT.search(response.beginning)
     is_clients = not response.translated and bool(is_about_account or is_about_request(status, response.beginning))
-    code = error_member(response.content, "code") or error_member(response.content, "type")
+    code = error_member(response.readable, "code") or error_member(response.readable, "type")
     return key_problem(response, status, response.told, code, is_clients)
 
 
@@ -13638,7 +13641,7 @@ async def relay(
     if relayed.translated:
         return await translated_response(exchange, relayed, relayed.translated)
     if relayed.head.status >= 400:
-        exchange.record.error = upstream_error(relayed.content)
+        exchange.record.error = upstream_error(relayed.readable)
     try:
         fields, rewriter = relayed_fields(exchange, relayed), results_url_rewriter(exchange, relayed)
         return Response(relayed.head.status, relayed.reason, fields, relayed=relayed, rewriter=rewriter)
@@ -13829,10 +13832,13 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
         return Response(200, reason_of(200), fields, relayed=relayed, translator=translator)
     try:
         if is_error:
-            record.error = upstream_error(relayed.content)
-            fault = relayed.first_fault or fault_of_status(relayed.head.status, relayed.content, asked.provider)
+            record.error = upstream_error(relayed.readable)
+            fault = relayed.first_fault or fault_of_status(relayed.head.status, relayed.readable, asked.provider)
             return fault_response(fault, asked, fields)
-        body = KeyEraser(relayed.erased).feed(await whole_body(exchange, relayed), is_last=True)
+        body = await whole_body(exchange, relayed)
+        if relayed.coding:
+            body = await decompressed(exchange, body, relayed.coding, asked.provider)
+        body = KeyEraser(relayed.erased).feed(body, is_last=True)
         # Some servers call a stream JSON, or plain text.
         is_stream = relayed.is_stream or BEGINS_EVENT.match(body, 0, PEEKED_BYTES) is not None
         await read_usage(exchange, body, is_stream)
@@ -13915,6 +13921,25 @@ async def whole_body(exchange: Exchange, relayed: UpstreamResponse) -> bytes:
         if relayed.ends_with_connection:
             return bytes(body)
         raise UpstreamFailed(f"the provider {provider} broke off its answer", "upstream_broken") from None
+
+
+async def decompressed(exchange: Exchange, body: bytes, coding: str, provider: str) -> bytes:
+    """A whole body without the coding that its provider wasn't asked for. Raises AnswerFault, and Unavailable."""
+    content, before = bytearray(), 0
+    pieces = (body[at : at + RECEIVE_BYTES] for at in range(0, len(body), RECEIVE_BYTES))
+    try:
+        inflater = Inflater(pieces, coding)
+        while not inflater.finished and len(content) <= TRANSLATED_ANSWER_BYTES:
+            content += inflater.go_on()
+            exchange.hold(len(content) - before)
+            before = len(content)
+            await checkpoint(exchange.loop)
+    except (BadRequest, UnsupportedCoding):
+        coding = header_text(coding[:100])
+        raise AnswerFault(f"the provider {provider} sent its answer as {coding} unasked; it can't be read") from None
+    if not inflater.finished:
+        raise UnfitAnswer(f"the answer of the provider {provider} is over {TRANSLATED_ANSWER_BYTES} bytes")
+    return bytes(content)
 
 
 # -- what stands where

@@ -12395,6 +12395,51 @@ def test_gzip_that_nobody_asked_for_passes_with_its_true_name(upstream, relay):
     assert (got.get("content-encoding"), got.body) == ("gzip", body)
 
 
+WHOLE_CHAT = json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": "Hi " * 50_000},
+                         "finish_reason": "stop"}], "usage": {"prompt_tokens": 7, "completion_tokens": 9}})  # fmt: skip
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "Gzip"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_is_compressed_unasked_is_translated(upstream, relay, coding, stream):
+    body = b"".join(OPENAI_EVENTS) if stream else WHOLE_CHAT.encode()
+    packed = zlib.compress(body) if coding == "deflate" else gzip.compress(body)
+    kind = "text/event-stream" if stream else "application/json"
+    sent = answer(200, packed, f"content-encoding: {coding}").replace(b"application/json", kind.encode())
+    got = relay({"openai": upstream(sent)}).post("/v1/messages", prompt(stream=stream))
+    assert (got.status, got.get("content-type"), got.get("content-encoding")) == (200, kind, None)
+    if stream:
+        assert got.body.endswith(sse("message_stop").replace(b'": "', b'":"')) and b'"text":"Hi"' in got.body
+    else:
+        assert got.json["content"][0]["text"] == "Hi " * 50_000 and got.json["usage"]["output_tokens"] == 9
+
+
+@pytest.mark.parametrize(
+    ("coding", "body"),
+    [
+        ("br", b"\x0b\x02\x80{}\x03"),
+        ("gzip", gzip.compress(WHOLE_CHAT.encode())[:-20]),
+        ("gzip", WHOLE_CHAT.encode()),
+        ("gzip", gzip.compress(b" " * 9_000_000)),
+    ],
+    ids=brief,
+)
+def test_a_compressed_answer_that_cannot_be_read_is_an_error_that_says_so(upstream, relay, coding, body):
+    sent = answer(200, body, f"content-encoding: {coding}")
+    told = refused(relay({"openai": upstream(sent)}).post("/v1/messages", prompt()), 502, "api_error")
+    assert f"as {coding} unasked" in told or "is over" in told
+
+
+def test_an_error_that_is_compressed_unasked_is_judged_and_told_in_its_words(upstream, relay):
+    bad = b'{"error": {"message": "it is too hot", "type": "invalid_request_error"}}'
+    broke = b'{"error": {"message": "your credit balance is too low", "type": "invalid_request_error"}}'
+    packed = [answer(400, gzip.compress(body), "content-encoding: gzip") for body in (bad, broke)]
+    it = relay({"openai": upstream(replies(*packed)), "openai2": upstream(answer(200, WHOLE_CHAT.encode()))})
+    got = it.post("/v1/messages", prompt())
+    assert (got.status, got.json["error"]["message"]) == (400, "it is too hot")
+    assert it.post("/v1/chat/completions", chat()).get("x-monorelay-provider") == "openai2"
+
+
 @pytest.mark.parametrize(
     ("url", "rewritten"), [("{upstream}/v1/messages/batches/b/results", True), ("https://evil.example/v1/x",
      False),
