@@ -11393,6 +11393,14 @@ class Attempt:
                 if isinstance(response.decoder, CloseDecoder) and STREAM_ENDS.search(response.content):
                     break  # the only line is the end of the stream, though it has none itself
                 raise
+        self._refuse_empty(response)
+
+    def _refuse_empty(self, response: UpstreamResponse) -> None:
+        """Raises BrokenExchange for a model's stream that is over without an event: gateways end it so, in good order,
+        when what is behind them fails."""
+        is_over = response.decoder.finished and response.has_body
+        if is_over and self._request.by_model and not response.content.strip():
+            raise BrokenExchange(f"{named_with_way(self.candidate.target.provider)} sent a stream without an event")
 
     async def _read_beginning(self, response: UpstreamResponse, asked: Asked) -> None:
         """Waits for so much of an answer that is translated as shows whether it is an error, or the stream that was
@@ -11423,6 +11431,7 @@ class Attempt:
                 if isinstance(response.decoder, CloseDecoder) and line.startswith(b"data:") and not is_cut_off(line):
                     return  # the only data is whole, though its line has no end
                 raise
+        self._refuse_empty(response)
 
 
 async def take_in_turn(loop: EventLoop, channel: Channel) -> bytes:

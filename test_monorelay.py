@@ -12850,6 +12850,24 @@ def test_the_other_keys_of_a_provider_that_is_not_there_come_last(upstream, rela
     )
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions"], ids=["native", "translated"])
+@pytest.mark.parametrize("stream", [STREAM_HEAD + chunked(), STREAM_HEAD + chunked(b"\n\n"),
+                                    answer(200, b"").replace(b"application/json", b"text/event-stream")])  # fmt: skip
+def test_a_stream_without_an_event_is_a_failure_and_no_answer(upstream, relay, path, stream):
+    it = relay({"anthropic": upstream(stream), "anthropic2": upstream(ANTHROPIC_STREAM)})
+    first, second = (it.post(path, prompt(stream=True)) for _ in range(2))
+    assert (first.status, first.get("x-monorelay-attempts")) == (200, "2") and b"world" in first.body
+    assert second.get("x-monorelay-attempts") == "1", "it comes last for a while"
+    alone = relay({"anthropic": upstream(stream)}).post(path, prompt(stream=True))
+    assert "stream without an event" in refused(alone, 502, "api_error", openai_shape="chat" in path)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_stream_that_is_taken_up_at_its_end_has_no_event(upstream, relay, method):
+    it = relay({"openai": upstream(STREAM_HEAD + (chunked() if method == "GET" else b""))})
+    assert it.ask(method, "/v1/responses/resp_1?stream=true&starting_after=9").status == 200
+
+
 def test_a_provider_that_is_not_there_is_tried_with_two_of_its_keys(upstream, relay):
     """With a connect timeout of ten seconds and a hundred keys, a client would wait for a quarter of an hour."""
     keys = [f"sk-key-{number}" for number in range(20)]
