@@ -16570,6 +16570,18 @@ def test_a_provider_that_lists_no_models_serves_on(upstream, relay, fault):
     assert it.post("/v1/messages", prompt()).get("x-monorelay-provider") == "anthropic"
 
 
+@pytest.mark.parametrize("own", [{}, {"user-agent": "curl/8"}])
+def test_a_provider_that_refuses_whom_it_knows_no_name_of_lists_its_models(upstream, relay, own):
+    def firewall(connection: Connection) -> None:
+        while asked := connection.read_request():
+            connection.send(catalogue_answer("gpt-a") if asked.get("user-agent") else answer(403, b"error code: 1010"))
+
+    provider = upstream(firewall)
+    it = relay({"openai": {"upstream": provider, "headers": own}})
+    assert [model["id"] for model in it.ask("GET", "/v1/models").json["data"]] == ["gpt-a"]
+    assert provider.requests[0].all("user-agent") == [own.get("user-agent", f"MonoRelay/{monorelay.__version__}")]
+
+
 @pytest.mark.parametrize("fault", [answer(401), answer(403), answer(429)], ids=brief)
 def test_models_are_listed_with_the_next_key_when_the_first_one_fails(upstream, relay, fault):
     provider = upstream(replies(fault, catalogue_answer("claude-a")))
