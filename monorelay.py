@@ -13665,7 +13665,7 @@ def upstream_request(
 ) -> UpstreamRequest:
     """The request as it is relayed. Raises Unauthenticated."""
     request, endpoint = exchange.request, exchange.endpoint
-    if "x-monorelay-key" not in request.fields:
+    if "x-monorelay-key" not in request.fields or shows_token_twice(request.fields):
         candidates = without_client_keys(candidates)
     is_aside = endpoint.path in COUNTING_PATHS or endpoint.answer is answer_catalogue
     translate = None
@@ -13675,6 +13675,12 @@ def upstream_request(
         request, endpoint.target(request.query), endpoint.by_model, body, candidates, exchange.record,
         searches=searches, translate=translate, is_aside=is_aside,
     )  # fmt: skip
+
+
+def shows_token_twice(fields: Headers) -> bool:
+    """Whether the relay's token stands in the place of the client's own credential, too: SDKs don't go without one."""
+    credentials = fields.all("authorization") + fields.all("x-api-key")
+    return any(value.rpartition(" ")[2] in fields.all("x-monorelay-key") for value in credentials)
 
 
 def without_client_keys(candidates: Sequence[Candidate]) -> Sequence[Candidate]:

@@ -11917,6 +11917,22 @@ def test_a_client_brings_its_own_credential_where_the_provider_takes_that(upstre
     assert len(theirs.requests) == 2
 
 
+@pytest.mark.parametrize("format", ["anthropic", "openai"])
+@pytest.mark.parametrize("shown", [f"x-api-key: {TOKEN}", f"Authorization: Bearer {TOKEN}", f"authorization: {TOKEN}"])
+def test_the_relays_token_goes_nowhere_in_the_place_of_a_clients_own_credential(upstream, relay, format, shown):
+    """An SDK wants one, and was given this, since all other providers need none."""
+    theirs, ours = upstream(answer()), upstream(answer())
+    it = relay(
+        {"theirs": {"upstream": theirs, "format": format, "keys": "client"}, "anthropic": ours},
+        routes={"claude-a": "theirs", "claude-b": "anthropic"},
+    )
+    both = (f"x-monorelay-key: {TOKEN}", shown)
+    got = it.post("/v1/messages", prompt("claude-a"), *both, token="")
+    assert (got.status, got.get("x-monorelay-error"), theirs.connections) == (401, "client_key_needed", [])
+    assert it.post("/v1/messages", prompt("claude-b"), *both, token="").status == 200
+    assert not [value for _, value in ours.requests[0].headers if TOKEN in value]
+
+
 def test_a_clients_own_credential_is_shown_to_one_place_only(upstream, relay):
     """Also while that cools, and not where it is searched for what one of the providers may know."""
     first = upstream(replies(*4 * [answer(529)], answer(404)))
