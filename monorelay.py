@@ -3455,6 +3455,11 @@ CORS_HEADERS = frozenset(
 )
 # A cookie of the provider is of no use to a client of the relay; its x-monorelay-* would be mistaken for ours.
 RESPONSE_HEADERS_KEPT_BACK = HOP_BY_HOP | CORS_HEADERS | {"set-cookie", "set-cookie2", *OWN_HEADERS}
+# What a browser takes for the word of the host that it asked, which is the relay's: that all there be HTTPS for a year
+# (RFC 6797), where else it is served (RFC 7838), what to report and to forget. Other clients get it as it came.
+HOST_HEADERS = frozenset(
+    {"strict-transport-security", "alt-svc", "nel", "report-to", "reporting-endpoints", "clear-site-data"}
+)
 # What scripts in a browser may read of a response, besides anthropic-ratelimit-*.
 EXPOSED_HEADERS = ("request-id", "x-request-id", "retry-after", *OWN_HEADERS)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")  # of requests that are passed on
@@ -13697,8 +13702,9 @@ def without_client_keys(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
 
 def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
     """The header fields of a provider's response that are passed on, and those that the relay adds."""
-    target = relayed.candidate.target
-    fields = end_to_end(relayed.head.fields, RESPONSE_HEADERS_KEPT_BACK)
+    target, cors = relayed.candidate.target, exchange.cors(relayed.head.fields.pairs)
+    kept_back = RESPONSE_HEADERS_KEPT_BACK | HOST_HEADERS if cors else RESPONSE_HEADERS_KEPT_BACK
+    fields = end_to_end(relayed.head.fields, kept_back)
     if relayed.shows_key("\n".join(itertools.chain.from_iterable(fields))):
         fields = [pair for pair in fields if not relayed.shows_key(": ".join(pair))]
     fields.append(("x-monorelay-provider", header_text(target.provider.name)))
@@ -13706,7 +13712,7 @@ def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
         fields.append(("x-monorelay-model", header_text(target.model)))
     fields.append(("x-monorelay-attempts", str(exchange.record.attempts)))
     fields.append(("x-monorelay-request-id", exchange.record.request_id))
-    return fields + exchange.cors(relayed.head.fields.pairs)
+    return fields + cors
 
 
 def results_url_rewriter(exchange: Exchange, relayed: UpstreamResponse) -> Optional[ResultsUrlRewriter]:

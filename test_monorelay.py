@@ -12371,6 +12371,20 @@ def test_response_comes_back_as_the_provider_sent_it(upstream, relay):
     assert got.get("x-monorelay-request-id").startswith("req_"), "the relay's own, and not theirs"
 
 
+@pytest.mark.parametrize("by_browser", [False, True])
+def test_only_a_browser_takes_no_providers_word_for_that_of_the_relays_host(upstream, relay, by_browser):
+    told = {
+        "strict-transport-security": "max-age=31536000; includeSubDomains; preload", "alt-svc": 'h3=":443"; ma=86400',
+        "nel": '{"report_to":"cf-nel","max_age":604800}', "report-to": '{"group":"cf-nel"}',
+        "reporting-endpoints": 'a="https://a.example"', "clear-site-data": '"*"',
+    }  # fmt: skip
+    provider = upstream(answer(200, b"{}", *map(": ".join, told.items()), "x-content-type-options: nosniff"))
+    it = relay({"anthropic": provider}, server={"cors_origins": ["*"]})
+    got = it.post("/v1/messages", prompt(), *[ORIGIN] * by_browser)
+    assert got.status == 200 and got.get("x-content-type-options") == "nosniff"
+    assert {name: got.get(name) for name in told} == (dict.fromkeys(told) if by_browser else told)
+
+
 @pytest.mark.parametrize("status", [400, 404, 408, 409, 413, 422, 501])
 def test_an_error_about_the_request_comes_back_at_once_and_unchanged(upstream, relay, status):
     provider = upstream(answer(status, b'{"odd" : 1.0}', "location: /elsewhere"))
