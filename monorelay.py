@@ -3448,6 +3448,11 @@ BROWSER_HEADERS = frozenset({
     "origin", "access-control-request-method", "access-control-request-headers",
     "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest", "sec-fetch-user", "sec-fetch-storage-access",
 })  # fmt: skip
+# What Cloudflare tells of a client where it is in front of the relay. A provider that is behind Cloudflare, too, as
+# OpenAI and Anthropic are, would refuse the request for it with 403 ("error 1000",
+# https://developers.cloudflare.com/support/troubleshooting/http-status-codes/cloudflare-1xxx-errors/error-1000/).
+# `cf-aig-` is what clients tell Cloudflare's AI gateway.
+CLOUDFLARE_HEADER = re.compile(r"cf-(?!aig-).*|cdn-loop|true-client-ip")
 # What the relay sets itself, or keeps to itself.
 REQUEST_HEADERS_KEPT_BACK = GUARDED_HEADERS | BROWSER_HEADERS | {"accept-encoding"}
 CORS_HEADERS = frozenset(
@@ -3492,6 +3497,8 @@ def upstream_fields(
 
     `body_length` is None for a body whose length isn't known; a `recoded` body has lost its content-encoding."""
     kept_back = REQUEST_HEADERS_KEPT_BACK | {"content-encoding"} if recoded else REQUEST_HEADERS_KEPT_BACK
+    if "cf-ray" in head.fields:
+        kept_back = kept_back.union(filter(CLOUDFLARE_HEADER.fullmatch, head.fields.names))
     passed_on = end_to_end(head.fields, kept_back)
     fields = [("Host", provider.authority), *passed_on, ("Accept-Encoding", "identity")]
     version = "anthropic-version"

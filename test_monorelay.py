@@ -16986,6 +16986,29 @@ def test_that_a_browser_calls_from_another_origin_is_told_to_no_provider(upstrea
     assert set(others) <= set(sent), "they are about the client"
 
 
+@pytest.mark.parametrize("is_behind", [False, True])
+@pytest.mark.parametrize("coding", ["", "gzip"])
+def test_what_cloudflare_tells_of_a_client_is_told_to_no_provider(upstream, relay, is_behind, coding):
+    """Cloudflare, behind which providers are, refuses what has come through Cloudflare before."""
+    provider = upstream(answer())
+    front = (
+        "cf-connecting-ip: 203.0.113.1", 'cf-visitor: {"scheme":"https"}', "cf-ipcountry: NZ",
+        "cdn-loop: cloudflare; loops=1", "cf-warp-tag-id: 1f", "true-client-ip: 203.0.113.1",
+        "cf-access-jwt-assertion: a.b.c", "cf-access-authenticated-user-email: alice@example.com",
+    )  # fmt: skip
+    others = (
+        "x-request-id: r-1", "traceparent: 00-1-2-01", "x-forwarded-for: 203.0.113.1", "via: 1.1 a",
+        "cf-aig-cache-ttl: 60", "user-agent: a", "anthropic-beta: a",
+    )  # fmt: skip
+    body = json.dumps(prompt()).encode()
+    encoded = (gzip.compress(body), "Content-Encoding: gzip") if coding else (body,)
+    ray = ["cf-ray: 230b0300-SJC"] * is_behind
+    assert relay({"anthropic": provider}).post("/v1/messages", *encoded, *front, *others, *ray).status == 200
+    sent = {f"{name}: {value}" for name, value in provider.requests[0].headers}
+    assert set(others) <= sent and not sent.intersection(ray)
+    assert sent.intersection(front) == set() if is_behind else set(front) <= sent, "without a ray they are the client's"
+
+
 @pytest.mark.parametrize(("origins", "origin", "allowed"), [
     (["https://app.example"], ORIGIN, True), (["*"], ORIGIN, True), (["https://app.example"],
      "Origin: https://evil.example", False),
