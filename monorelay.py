@@ -13000,7 +13000,7 @@ class Exchange:
         """The body, read for its model, which must be there if it is required. Raises BadRequest, TooLarge,
         UnsupportedCoding and Unavailable."""
         fields, user = self.request.fields, self.caller.user
-        coding = fields.get("content-encoding", "identity").lower()
+        coding = (fields.get("content-encoding") or "identity").lower()
         incoming = self.open_body(self.body_limit, "max_body_mb")
         body = ReadBody(user is not None and user.models is not None)
         encoded: list[bytes] = []

@@ -18866,6 +18866,10 @@ def test_bodies_may_be_chunked_and_encoded(upstream, relay, coding, alias):
     assert len(sent.all("content-length")) + len(sent.all("transfer-encoding")) == 1
 
 
+def test_an_empty_encoding_is_none(relay):
+    assert relay({"echo": {}}).post("/v1/messages", prompt("echo"), "Content-Encoding:").status == 200
+
+
 @pytest.mark.parametrize(
     "raw", [b"not gzip", gzip.compress(b'{"model":"a"}')[:-9], gzip.compress(b"{") + b"junk"]
 )
