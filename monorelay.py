@@ -13681,7 +13681,7 @@ def upstream_request(
         candidates = without_client_keys(candidates)
     is_aside = endpoint.path in COUNTING_PATHS or endpoint.answer is answer_catalogue
     translate = None
-    if isinstance(body, ReadBody) and endpoint.path in TRANSLATED_PATHS:
+    if isinstance(body, ReadBody) and request.method == "POST" and endpoint.path in TRANSLATED_PATHS:
         translate = TranslatedRequest(exchange, body).to
     return UpstreamRequest(
         request, endpoint.target(request.query), endpoint.by_model, body, candidates, exchange.record,

@@ -12371,6 +12371,11 @@ def test_response_comes_back_as_the_provider_sent_it(upstream, relay):
     assert got.get("x-monorelay-request-id").startswith("req_"), "the relay's own, and not theirs"
 
 
+def test_what_is_asked_of_stored_chats_is_not_translated(relay):
+    got = relay({"echo": {}}).ask("GET", "/v1/chat/completions")
+    assert got.status == 404 and "has no GET /v1/chat/completions" in got.json["error"]["message"]
+
+
 @pytest.mark.parametrize("by_browser", [False, True])
 def test_only_a_browser_takes_no_providers_word_for_that_of_the_relays_host(upstream, relay, by_browser):
     told = {
