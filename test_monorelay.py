@@ -18221,9 +18221,9 @@ def test_a_page_that_was_slow_to_read_has_missed_nothing(relay, quick, monkeypat
 
 
 @pytest.mark.timed
-def test_a_page_is_told_in_milliseconds_which_of_many_budgets_have_changed(relay, monkeypatch):
+def test_a_page_is_told_in_milliseconds_which_of_many_budgets_have_changed(relay, tmp_path, monkeypatch):
     users = {f"user{n}": {"key": f"a-key-of-user-{n:04}", "usd_per_day": 1, "tokens_per_day": 1} for n in range(1500)}
-    it = relay({"echo": {}}, users=users, ledger={"path": "usage.db"})
+    it = relay({"echo": {}}, users=users, ledger={"path": str(tmp_path / "usage.db")})
     with live(it) as client:
         live_head(client)
         state = next_event(client)[2]
@@ -20530,9 +20530,10 @@ def test_a_relay_begins_its_ledger_with_its_start_and_ends_it_with_its_end(relay
     assert sum(found) == 2
 
 
-@pytest.mark.parametrize("sections", [{}, {"ledger": {"path": "usage.db"}}], ids=["without", "with"])
-def test_a_relay_has_a_thread_for_its_ledger_only_if_there_is_one(relay, tmp_path, monkeypatch, sections):
+@pytest.mark.parametrize("has_ledger", [False, True], ids=["without", "with"])
+def test_a_relay_has_a_thread_for_its_ledger_only_if_there_is_one(relay, tmp_path, monkeypatch, has_ledger):
     monkeypatch.chdir(tmp_path)
+    sections = {"ledger": {"path": str(tmp_path / "usage.db")}} if has_ledger else {}
     it = relay({"echo": {}}, **sections)
     assert (it.server.service.ledger._thread is not None) == bool(sections)
     assert it.post("/v1/messages", prompt()).status == 200 and (sections or not list(tmp_path.iterdir()))
