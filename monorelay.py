@@ -11044,9 +11044,6 @@ class UpstreamResponse:
         self.whole_request = True  # False when it came before the request had been sent
         self.has_body = True  # False for one that must not have any: a provider may send one nevertheless
         self.translated: Optional[Translated] = None  # the request, if it was that
-        # Some gateways compress whatever they are asked; "none" keeps servers such as Next.js from doing so.
-        coding = head.fields.get("content-encoding", "").lower()
-        self.coding = "" if coding in ("identity", "none") else coding
         # In a compressed body no lines can be seen. An error that is called a stream is mostly JSON: its server would
         # have begun one.
         self.is_stream = media_type(head.fields) == "text/event-stream" and head.status < 300 and not self.coding
@@ -11054,6 +11051,13 @@ class UpstreamResponse:
         # how to call a local server says it, too.
         secret = candidate.secret
         self.erased = b"" if head.status < 300 and KEY_OF_WORDS.fullmatch(secret) else secret
+
+    @property
+    def coding(self) -> str:
+        """How its body is compressed, as some gateways do whatever they are asked; empty if it isn't."""
+        coding = self.head.fields.get("content-encoding", "").lower()
+        # "none" keeps servers such as Next.js from compressing it.
+        return "" if coding in ("identity", "none") else coding
 
     @property
     def reusable(self) -> bool:
