@@ -11530,6 +11530,7 @@ class Relay:
         refusal: Optional[BadRequest] = None  # what the first target said that the request can't be translated to
         last_try = False
         waiting = list(request.candidates)
+        missed: set[str] = set()  # names of the providers that took no connection
         try:
             while waiting:
                 candidate = waiting.pop(0)
@@ -11547,7 +11548,7 @@ class Relay:
                         break
                 else:
                     broken = attempt
-                    self._note_break(request, attempt, waiting)
+                    self._note_break(request, attempt, waiting, missed)
                     if attempt.reached and (last_try or request.only_once):
                         break
                     last_try = last_try or attempt.may_be_at_work
@@ -11624,17 +11625,23 @@ class Relay:
         self.keys.connected(candidate, self._loop.now)
         return channel
 
-    def _note_break(self, request: UpstreamRequest, attempt: Attempt, waiting: list[Candidate]) -> None:
+    def _note_break(
+        self, request: UpstreamRequest, attempt: Attempt, waiting: list[Candidate], missed: set[str]
+    ) -> None:
         """Cools down a provider that could not be reached, or the key with the model where the connection broke; not
-        one that gave up on a slow upload. Echo never cools. Of the other keys for a provider that isn't there, one more
-        is tried, behind those of others: with each of them, the client may have to wait as long again."""
+        one that gave up on a slow upload. Echo never cools. The other keys for a provider that took no connection are
+        tried behind those of others, until one more can't reach it: with each of them, the client may have to wait as
+        long again."""
         candidate, met = attempt.candidate, attempt.code.partition("_")[2]
+        provider = candidate.target.provider
         record_failure(request.record, candidate, met)
         self.keys.note(candidate, met, time.time())
         if not attempt.reached:
-            waiting.sort(key=lambda other: other.target.provider is candidate.target.provider)
-            del waiting[1 + sum(other.target.provider is not candidate.target.provider for other in waiting) :]
-        if candidate.target.provider.format == "echo" or not request.cools_down:
+            waiting.sort(key=lambda other: other.target.provider is provider)
+            if provider.name in missed:
+                del waiting[sum(other.target.provider is not provider for other in waiting) :]
+            missed.add(provider.name)
+        if provider.format == "echo" or not request.cools_down:
             return
         if not attempt.reached:
             self.keys.unreachable(candidate, self._loop.now)

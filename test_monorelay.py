@@ -12911,6 +12911,24 @@ def test_a_provider_that_is_not_there_is_tried_with_two_of_its_keys(upstream, re
     assert it.post("/v1/messages", prompt()).get("x-monorelay-attempts") == "3"
 
 
+@pytest.mark.parametrize("refused", [429, 404])
+def test_a_provider_that_failed_to_connect_once_is_tried_with_all_keys_that_reach_it(
+    upstream, relay, monkeypatch, refused
+):
+    dial, faults = monorelay.UpstreamPool._dial, [ConnectionRefusedError(errno.ECONNREFUSED, "refused")]
+
+    async def fail_once(pool: monorelay.UpstreamPool, provider: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return await dial(pool, provider)
+
+    monkeypatch.setattr(monorelay.UpstreamPool, "_dial", fail_once)
+    provider = {"upstream": upstream(replies(answer(refused), answer())), "format": "openai"}
+    it = relay({"a": {**provider, "keys": ["sk-a", "sk-b", "sk-c"], "key_strategy": "fill-first"}})
+    got = it.ask("GET", "/v1/responses/resp_1") if refused == 404 else it.post("/v1/responses", prompt())
+    assert (got.status, got.get("x-monorelay-attempts")) == (200, "3")
+
+
 @pytest.mark.parametrize("status", [301, 307])
 def test_a_redirect_ends_no_cooling(upstream, relay, status):
     moved = answer(status, b"{}", "location: http://elsewhere.example/")
