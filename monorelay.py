@@ -2195,7 +2195,7 @@ class Cooling:
         """Ends the pause; whether there was one."""
         failed = self.failures > 0 or self.until > 0.0
         if failed:
-            self.known_until, self.changed = self.until, now
+            self.known_until, self.changed = max(self.until, self.known_until), now
             self.until, self.failures, self.fixed = 0.0, 0, False
         return failed
 

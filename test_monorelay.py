@@ -1813,6 +1813,12 @@ def test_while_one_request_tries_an_unreachable_provider_again_the_others_go_els
     assert other_worker.labels(4.2, name="claude-a").startswith("k0")
     it.pool.unreachable(dead, 5)
     assert not is_first(8.9) and is_first(9), "it never answered in between"
+    it.pool.connecting(dead, 9)
+    other_worker.pool.adopt(it.pool.shared(9))
+    it.pool.connected(dead, 9.1)
+    it.pool.succeeded(dead, 9.2)
+    other_worker.pool.adopt(it.pool.shared(9.2))
+    assert other_worker.labels(9.2, name="claude-a").startswith("k0"), "it missed that there was a connection"
 
 
 def test_a_429_leaves_the_key_to_other_models_and_waits_for_its_own_time():
