@@ -11041,6 +11041,7 @@ class UpstreamResponse:
         self.head = head
         self.decoder = decoder
         self.content = b""  # of the body, decoded and not passed on yet
+        self._inflated = (0, b"")  # of how much of a compressed one, and how it begins
         self.whole_request = True  # False when it came before the request had been sent
         self.has_body = True  # False for one that must not have any: a provider may send one nevertheless
         self.translated: Optional[Translated] = None  # the request, if it was that
@@ -11147,10 +11148,14 @@ class UpstreamResponse:
         """The beginning of what has come of the content, decompressed where the provider has compressed it unasked."""
         if self.coding not in ("gzip", "x-gzip", "deflate"):
             return self.content
-        try:
-            return zlib.decompressobj(32 + zlib.MAX_WBITS).decompress(self.content, PEEKED_BYTES)
-        except zlib.error:
-            return b""
+        length, beginning = self._inflated
+        if length != len(self.content):  # it is asked for several times, and may take 9 ms
+            try:
+                beginning = zlib.decompressobj(32 + zlib.MAX_WBITS).decompress(self.content, PEEKED_BYTES)
+            except zlib.error:
+                beginning = b""
+            self._inflated = len(self.content), beginning
+        return beginning
 
     def absorb(self, data: bytes) -> bytes:
         """Decodes the next bytes from upstream into `content`, and returns what they add. Raises FramingError."""

@@ -12471,6 +12471,13 @@ def test_a_compressed_answer_that_cannot_be_read_is_an_error_that_says_so(upstre
     assert f"as {coding} unasked" in told or "is over" in told
 
 
+def test_a_compressed_error_is_inflated_once(upstream, relay, monkeypatch):
+    inflated, made = [], zlib.decompressobj
+    monkeypatch.setattr(zlib, "decompressobj", lambda wbits: inflated.append(wbits) or made(wbits))
+    bad = answer(400, gzip.compress(b'{"error": {"message": "it is too hot"}}'), "content-encoding: gzip")
+    assert relay({"openai": upstream(bad)}).post("/v1/messages", prompt()).status == 400 and len(inflated) == 1
+
+
 def test_an_error_that_is_compressed_unasked_is_judged_and_told_in_its_words(upstream, relay):
     bad = b'{"error": {"message": "it is too hot", "type": "invalid_request_error"}}'
     broke = b'{"error": {"message": "your credit balance is too low", "type": "invalid_request_error"}}'
