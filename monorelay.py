@@ -14763,6 +14763,17 @@ def listen_at(host: str, port: int) -> socket.socket:
     return listener
 
 
+def raise_descriptor_limit() -> None:
+    """Lets this process open as many files and connections as the system's hard limit allows."""
+    try:
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ImportError, ValueError, OSError):
+        pass  # Windows has none, and macOS refuses an unlimited one
+
+
 def descriptor_limit() -> int:
     """How many files and connections this process may open."""
     try:
@@ -15005,17 +15016,6 @@ def enlarge_stacks() -> None:
             threading.stack_size(STACK_BYTES)
     except (ValueError, RuntimeError):
         pass  # this system has no say in it
-
-
-def raise_descriptor_limit() -> None:
-    """Lets this process open as many files and connections as the system's hard limit allows."""
-    try:
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ImportError, ValueError, OSError):
-        pass  # Windows has none, and macOS refuses an unlimited one
 
 
 class Board:
