@@ -2178,10 +2178,10 @@ class Cooling:
         self.why = ""  # a status, or what stood in the way of a connection
         self.changed = 0.0  # when it last failed or recovered; of two workers' views the later one holds
         self.known_until = 0.0  # how long others may take it for cooling who don't know that it has recovered
-        self.tried_until = 0.0  # the same as `until` while it is over, and one request tries whether it works again
+        self.tried_until = 0.0  # while one request tries whether it works again: the same as `until`
 
     def cools(self, now: float) -> bool:
-        """Whether it is avoided since it failed."""
+        """Whether it is avoided because it failed, and not because a request tries it just now."""
         return self.until > max(now, self.tried_until)
 
     def back_off(self, cooldown: float, now: float) -> None:
