@@ -11840,11 +11840,12 @@ class Catalogue:
 
     async def _fetch(self, provider: Provider) -> None:
         """Asks a provider for its list, and remembers it; one that fails lists nothing for CATALOGUE_RETRY_SECONDS."""
-        hasty = provider._replace(timeout=CATALOGUE_WAIT_SECONDS, connect_timeout=CATALOGUE_WAIT_SECONDS)
+        patience = min(provider.timeout, CATALOGUE_RETRY_SECONDS)  # clients wait less for it
+        patient = provider._replace(timeout=patience, connect_timeout=CATALOGUE_WAIT_SECONDS)
         target = "/models?limit=1000" if provider.format == "anthropic" else "/models"
         # Cloudflare, and other firewalls of providers, answer 403 to whom has no name.
         head = RequestHead("GET", "/v1/models", "", 1, Headers([("User-Agent", f"MonoRelay/{__version__}")]), 0)
-        candidates = [Candidate(Target(hasty, ""), key) for key in provider.keys or (None,)]
+        candidates = [Candidate(Target(patient, ""), key) for key in provider.keys or (None,)]
         record = AccessRecord(time.time(), self._loop.now)
         request = UpstreamRequest(head, target, False, ReadBody(), candidates, record, cools_down=False)
         entries: list[JsonDict] = []

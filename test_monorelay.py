@@ -16586,6 +16586,29 @@ def test_clients_that_ask_for_the_catalogue_together_have_the_provider_asked_onc
     assert {answer.json["data"][0]["id"] for answer in answers} == {"claude-a"} and len(provider.requests) == 1
 
 
+def test_a_list_that_comes_late_is_told_from_then_on(upstream, relay):
+    gate, clock = threading.Event(), Clock()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.wait(gate)
+        connection.send(catalogue_answer("claude-a"))
+
+    provider = upstream(script)
+    it = relay({"anthropic": provider}, clock)
+    with it.client() as client:
+        client.send(request("GET", "/v1/models"))
+        assert provider.called.wait(TIMEOUT_SECONDS)
+        clock.move(monorelay.CATALOGUE_WAIT_SECONDS)
+        assert client.answer().json["data"] == []
+        clock.move(monorelay.CATALOGUE_RETRY_SECONDS - 2 * monorelay.CATALOGUE_WAIT_SECONDS)
+        assert client.ask("GET", "/v1/models").json["data"] == []  # nobody waits for it again
+        gate.set()
+        eventually(lambda: any(listed for _, listed in it.server.service.catalogue._lists.values()))
+        assert [model["id"] for model in client.ask("GET", "/v1/models").json["data"]] == ["claude-a"]
+    assert len(provider.requests) == 1
+
+
 def test_others_are_served_while_targets_are_looked_for_that_take_long_to_find(upstream, relay, monkeypatch):
     begun, asked, served = threading.Event(), threading.Event(), threading.Event()
     callable_targets = monorelay.callable_targets
