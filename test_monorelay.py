@@ -23531,13 +23531,14 @@ def test_the_directory_that_a_relay_was_started_in_may_be_replaced(program, tmp_
     config = settings({"echo": {}}, server={"workers": workers}, prices="prices.json")
     (tmp_path / "prices.json").write_text("{}")
     it = program(config)
-    shutil.rmtree(tmp_path)
-    eventually(lambda: "not reloaded" in it.text())
 
     def status(key: str) -> int:
         with Client(it.url) as client:
             return client.ask("POST", "/v1/messages", json.dumps(prompt("echo")).encode(), token=key).status
 
+    assert status(TOKEN) == 200  # so the first worker, which tells of reloads, has begun
+    shutil.rmtree(tmp_path)
+    eventually(lambda: "not reloaded" in it.text())
     assert status(TOKEN) == 200
     tmp_path.mkdir()
     (tmp_path / "prices.json").write_text("{}")
