@@ -2398,8 +2398,8 @@ class KeyPool:
             entry.changed = now
             self.changed()
 
-    def connected(self, candidate: Candidate, now: float) -> None:
-        """Notes that there is a connection."""
+    def has_tried(self, candidate: Candidate, now: float) -> None:
+        """Notes that the try is over, whether there is a connection or its client has left."""
         entry = self._cooling.get(cooldown_keys(candidate)[0])
         if entry and entry.tried_until > now:
             entry.known_until = entry.until
@@ -11626,9 +11626,10 @@ class Relay:
     async def _connect(self, candidate: Candidate) -> Channel:
         """A new connection. Raises Unreachable, ClientGone and Unavailable."""
         self.keys.connecting(candidate, self._loop.now)
-        channel = await self.connections.connect(candidate.target.provider)
-        self.keys.connected(candidate, self._loop.now)
-        return channel
+        try:
+            return await self.connections.connect(candidate.target.provider)
+        finally:
+            self.keys.has_tried(candidate, self._loop.now)
 
     def _note_break(
         self, request: UpstreamRequest, attempt: Attempt, waiting: list[Candidate], missed: set[str]

@@ -1801,12 +1801,12 @@ def test_while_one_request_tries_an_unreachable_provider_again_the_others_go_els
     it.pool.unreachable(dead, 0)
     assert not is_first(0.9) and is_first(1)
     it.pool.connecting(dead, 1)
-    assert not is_first(10.9) and is_first(11), "a client may leave, and nobody tells then"
+    assert not is_first(10.9) and is_first(11), "the worker that tried it may have died"
     it.pool.unreachable(dead, 2)
     assert not is_first(3.9) and is_first(4), "it failed the second time in a row"
     it.pool.connecting(dead, 4)
     other_worker = others_view(it, 4.1)
-    it.pool.connected(dead, 4.2)
+    it.pool.has_tried(dead, 4.2)
     assert is_first(4.2)
     assert not other_worker.labels(4.2, name="claude-a").startswith("k0")
     other_worker.pool.adopt(it.pool.shared(4.2))
@@ -1815,7 +1815,7 @@ def test_while_one_request_tries_an_unreachable_provider_again_the_others_go_els
     assert not is_first(8.9) and is_first(9), "it never answered in between"
     it.pool.connecting(dead, 9)
     other_worker.pool.adopt(it.pool.shared(9))
-    it.pool.connected(dead, 9.1)
+    it.pool.has_tried(dead, 9.1)
     it.pool.succeeded(dead, 9.2)
     other_worker.pool.adopt(it.pool.shared(9.2))
     assert other_worker.labels(9.2, name="claude-a").startswith("k0"), "it missed that there was a connection"
@@ -13517,6 +13517,10 @@ def test_only_one_request_waits_for_a_provider_that_still_takes_no_connection(up
             assert (got.status, got.get("x-monorelay-attempts")) == (200, "1")
             clock.move(5)
             assert first.answer().get("x-monorelay-attempts") == "2"
+            clock.move(2)
+            first.send(request("POST", "/v1/messages", json.dumps(prompt()).encode()))
+            eventually(lambda: keys.cooling(clock.now))
+        eventually(lambda: not keys.cooling(clock.now))  # its client has left, so the next request tries it
 
 
 @pytest.mark.parametrize(
