@@ -41,6 +41,7 @@ import email.utils
 import errno
 import fnmatch
 import functools
+import gc
 import getopt
 import hashlib
 import hmac
@@ -147,6 +148,10 @@ UNKNOWN_HELD_BYTES = 16 * 1024  # the same of a client that hasn't shown a token
 # Free memory goes back to the system when bodies have released so much, else now and then: it takes some milliseconds.
 TRIMMED_BYTES = 16 * 1024 * 1024
 TRIM_SECONDS = 30.0
+# To find objects that only hold each other, Python looks at all of them, which takes up to 40 µs for each connection,
+# and holds up all threads. There are hardly any, so that this waits for a time with no more connections, or for so long.
+COLLECTED_CONNECTIONS = 500
+COLLECTED_SECONDS = 3600.0
 AHEAD_SECONDS = 0.5  # between two checks whether a client with a full buffer has left
 # Between two sweeps over the deadlines of all tasks, at most and at least. A sweep takes time in proportion to the
 # tasks, which is little up to some 10,000; for many more, a heap of deadlines would be due.
@@ -12405,7 +12410,7 @@ class Service:
         self.history = History(self)
         self.use(config)
         self.return_memory = find_malloc_trim()
-        self._trimmed_at = self.loop.now
+        self._trimmed_at = self._collected_at = self.loop.now
         self.loop.post(lambda: self.loop.start(repeat(self.loop, self._tidy, SWEEP_SECONDS)))
 
     def use(self, config: Config) -> None:
@@ -12491,6 +12496,10 @@ class Service:
         it, else now and then."""
         self.relay.connections.drop_stale()
         self.relay.keys.forget(self.loop.now)
+        is_quiet = len(self.connections) <= COLLECTED_CONNECTIONS
+        if self.loop.now - self._collected_at > (TRIM_SECONDS if is_quiet else COLLECTED_SECONDS):
+            self._collected_at = self.loop.now
+            collect()
         much = self.bodies.released > max(TRIMMED_BYTES, self.bodies.bytes)
         if much or self.loop.now - self._trimmed_at > TRIM_SECONDS:
             self.bodies.released, self._trimmed_at = 0, self.loop.now
@@ -12754,6 +12763,22 @@ class LoginGate:
 
 M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3  # mallopt(3)
 MMAP_THRESHOLD_BYTES = 128 * 1024  # glibc's own at the start
+
+
+NEVER_COLLECTED = 10**9  # passes over younger objects, before Python looks at all of them by itself
+
+
+def collect_rarely() -> None:
+    """Leaves it to collect() when Python looks at all objects for those that only hold each other; at those that are
+    here from the start it never does. From Python 3.14 on it does so in small steps, and goes on with that."""
+    gc.freeze()
+    gc.set_threshold(*gc.get_threshold()[:2], NEVER_COLLECTED)
+
+
+def collect() -> None:
+    """Frees objects that only hold each other, where that is left to this function."""
+    if gc.get_threshold()[2] == NEVER_COLLECTED:
+        gc.collect()
 
 
 def find_malloc_trim() -> Callable[[int], object]:
@@ -16796,6 +16821,7 @@ def run_serve(options: JsonDict) -> int:
     file = ConfigFile(config, path, options, seen)
     raise_descriptor_limit()
     enlarge_stacks()
+    collect_rarely()
     supervised = config.server.workers > 1
     # Whoever can connect must be able to count on an end in good order.
     signals = Signals(*OPERATOR_SIGNALS, "SIGCHLD") if supervised else Signals(*OPERATOR_SIGNALS)

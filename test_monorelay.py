@@ -10523,6 +10523,67 @@ def test_idle_connections_make_room_where_there_is_no_memory_to_look_at_them(rel
     assert it.ask("GET", "/health").status == 200
 
 
+class Collector:
+    """Stands for the module `gc` of a Python with these thresholds."""
+
+    def __init__(self, *thresholds: int) -> None:
+        self.thresholds = thresholds
+        self.collections = 0
+
+    def freeze(self) -> None:
+        pass
+
+    def collect(self) -> None:
+        self.collections += 1
+
+    def get_threshold(self) -> tuple[int, ...]:
+        return self.thresholds
+
+    def set_threshold(self, *thresholds: int) -> None:
+        self.thresholds = (*thresholds[:2], thresholds[2] if self.thresholds[2] else 0)  # Python 3.14 takes no third
+
+
+def test_all_objects_are_looked_at_for_garbage_only_while_few_connections_wait_for_it(relay, monkeypatch):
+    service = relay({"echo": {}}).server.service
+    collector = Collector(700, 10, 10)
+    monkeypatch.setattr(monorelay, "gc", collector)
+
+    def collected(connections: int, after_seconds: float) -> int:
+        collector.collections = 0
+        service.connections = range(connections)
+        service._collected_at = service.loop.now - after_seconds
+        service._tidy()
+        return collector.collections
+
+    assert collected(1, 4000) == 0  # unless it is left to the relay, as where it is but a part of a program
+    monorelay.collect_rarely()
+    assert collector.thresholds[:2] == (700, 10) and collector.thresholds[2] > 10**6
+    assert [collected(1, 20), collected(1, 40), collected(500, 40)] == [0, 1, 1]
+    assert [collected(501, 40), collected(4096, 3500), collected(4096, 3700)] == [0, 0, 1]
+
+
+def test_where_python_looks_for_garbage_in_small_steps_it_goes_on_with_that(relay, monkeypatch):
+    service = relay({"echo": {}}).server.service
+    collector = Collector(2000, 10, 0)
+    monkeypatch.setattr(monorelay, "gc", collector)
+    monorelay.collect_rarely()
+    service._collected_at = service.loop.now - 4000
+    service._tidy()
+    assert collector.thresholds == (2000, 10, 0) and collector.collections == 0
+
+
+def test_a_relay_that_serves_looks_rarely_at_all_objects(tmp_path, monkeypatch):
+    collector = Collector(700, 10, 10)
+    monkeypatch.setattr(monorelay, "gc", collector)
+    for name in ("raise_descriptor_limit", "enlarge_stacks"):
+        monkeypatch.setattr(monorelay, name, lambda: None)
+    monkeypatch.setattr(monorelay, "listen", lambda server: 1 / 0)
+    (tmp_path / "relay.json").write_text('{"providers": {"echo": {"format": "echo"}}}')
+    with pytest.raises(ZeroDivisionError):
+        monorelay.run_serve({"config": str(tmp_path / "relay.json")})
+    assert collector.thresholds[2] > 10**6
+
+
 def test_a_task_that_gives_way_goes_on_in_its_turn_whatever_happens_meanwhile(looping):
     told: list[str] = []
 
