@@ -5434,6 +5434,12 @@ def test_many_blanks_at_the_end_of_such_an_answer_hold_up_nobody():
     assert longest_hold(lambda: monorelay.without_final_blanks(text)) < 0.02
 
 
+@pytest.mark.timed
+def test_counting_the_values_of_a_long_text_holds_up_nobody():
+    text = "a" * (30 << 20)
+    assert longest_hold(lambda: monorelay.values_in(text)) < 0.01
+
+
 def test_t1_the_systems_words_lead():
     body, _ = to_messages(messages=[{"role": "system", "content": "You"}, HELLO])
     assert body["system"] == "You" and body["messages"] == [user(said("Hello there"))]
