@@ -161,6 +161,7 @@ PATIENT_SECONDS = 0.005  # of a turn of the event loop, for work that is done in
 QUEUE_SECONDS = 0.002  # for one of several queues, before the next one has its turn
 POSTED_SECONDS = 0.005  # of a turn, for new connections and for results of threads
 SWEEPING_SECONDS = 0.005  # of a turn, for tasks whose deadline has passed
+SENDING_SECONDS = 0.015  # of a turn, for what was put off in it; the rest goes out in the next one
 # Of each thread, as glibc has it by default. With musl's 1 MB, or under a low `ulimit -s`, nested JSON that `json` of
 # CPython 3.13 still reads would overflow it, which ends the process.
 STACK_BYTES = 8 * 1024 * 1024
@@ -9642,13 +9643,15 @@ class EventLoop:
                         break
 
     def _end_turn(self) -> None:
-        """Sends what was put off in this turn."""
-        while self.outbox:
+        """Sends what was put off in this turn, for SENDING_SECONDS at most: who turns out to have left is let go, too."""
+        deadline = self.clock() + SENDING_SECONDS
+        while self.outbox and self.clock() <= deadline:
             self.outbox.popleft().end_turn()
 
     def stop(self) -> None:
         """Ends all tasks, and the loop."""
-        self._end_turn()
+        while self.outbox:
+            self._end_turn()
         for task in list(self.tasks):
             task.cancel()
         self._stopped = True

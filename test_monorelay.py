@@ -10298,6 +10298,18 @@ def test_clients_that_left_behind_full_buffers_at_one_moment_are_missed_in_turns
     assert sorted(Counter(turns).values()) == [2] * 3
 
 
+def test_what_is_put_off_is_sent_in_several_turns_where_that_takes_long(looping):
+    turns: list[int] = []
+
+    def send() -> None:
+        turns.append(looping.loop.turn)
+        looping.clock.now += 0.01
+
+    looping.call(lambda: looping.loop.outbox.extend(types.SimpleNamespace(end_turn=send) for _ in range(6)))
+    eventually(lambda: len(turns) == 6)
+    assert sorted(Counter(turns).values()) == [2] * 3
+
+
 def test_a_send_is_overdue_when_nothing_was_taken_for_the_pause(looping):
     near, far = socket.socketpair()
     data, told = bytes(1 << 22), []
