@@ -10298,6 +10298,26 @@ def test_clients_that_left_behind_full_buffers_at_one_moment_are_missed_in_turns
     assert sorted(Counter(turns).values()) == [2] * 3
 
 
+def test_full_buffers_are_looked_at_now_and_then_however_many_deadlines_pass(looping):
+    looks: list[float] = []
+
+    async def waits() -> None:
+        looping.loop.current.client = types.SimpleNamespace(
+            is_full=True, closed=False, has_hung_up=lambda: looks.append(looping.clock.now)
+        )
+        await monorelay.until(looping.loop.now + 600.0)
+
+    async def ticks() -> None:
+        for _ in range(200):
+            await monorelay.sleep(looping.loop, 0.01)
+
+    looping.call(lambda: [looping.loop.start(waits()) for _ in range(3)])
+    ticking = looping.start(ticks())
+    while not ticking.done:
+        looping.clock.move(0.01)
+    assert 9 <= len(looks) <= 15
+
+
 def test_what_is_put_off_is_sent_in_several_turns_where_that_takes_long(looping):
     turns: list[int] = []
 
