@@ -149,7 +149,7 @@ UNKNOWN_HELD_BYTES = 16 * 1024  # the same of a client that hasn't shown a token
 TRIMMED_BYTES = 16 * 1024 * 1024
 TRIM_SECONDS = 30.0
 # To find objects that only hold each other, Python looks at all of them, which takes up to 40 µs for each connection,
-# and holds up all threads. There are hardly any, so that this waits for a time with no more connections, or for so long.
+# and holds up all threads. There are hardly any: this waits for a time with no more connections, or for so long.
 COLLECTED_CONNECTIONS = 500
 COLLECTED_SECONDS = 3600.0
 AHEAD_SECONDS = 0.5  # between two checks whether a client with a full buffer has left
@@ -9645,7 +9645,7 @@ class EventLoop:
                         break
 
     def _end_turn(self) -> None:
-        """Sends what was put off in this turn, for SENDING_SECONDS at most: who turns out to have left is let go, too."""
+        """Sends what was put off, for SENDING_SECONDS at most: who turns out to have left is let go, too."""
         deadline = self.clock() + SENDING_SECONDS
         while self.outbox and self.clock() <= deadline:
             self.outbox.popleft().end_turn()
