@@ -12263,7 +12263,7 @@ class Outgoing:
             is_cut = broken if isinstance(self._decoder, CloseDecoder) else not self._decoder.finished
             return self.translated(self.translation.feed(b"", True, is_cut))
         if self._lines and self._lines.held and not is_cut_off(self._lines.held):
-            self._look_for_end(self._lines.held)
+            self._look_for_end(self._lines.held + b"\n")  # a name that has no end has no data, either
         if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not (self._awaits_end or broken)):
             self._decoder.finished = True
             return self._passed(b"")

@@ -15314,6 +15314,16 @@ def test_a_stream_without_length_cut_anywhere_in_its_last_data_line_is_never_who
             assert_died(client, after=text[:cut], anthropic=path == "/v1/messages")
 
 
+@pytest.mark.parametrize("name", ["message_stop", "response.completed"])
+def test_a_stream_without_length_cut_right_behind_the_name_of_its_last_event_is_never_whole(upstream, relay, name):
+    path, text = LAST_EVENTS[name]
+    cut = text[: text.rindex(b"\ndata: ")]
+    it = relay(both_formats(upstream(replies_then_closes(CLOSE_DELIMITED["events"], cut))))
+    with it.client() as client:
+        client.send(request("POST", path, STREAMED))
+        assert_died(client, after=cut, anthropic=path == "/v1/messages")
+
+
 def test_a_stream_without_length_cut_in_a_last_line_over_64_kib_is_never_whole(upstream, relay):
     text = sse("response.created") + sse("response.completed", response={"text": "x" * 100_000})[:-20]
     it = relay({"openai": upstream(replies_then_closes(CLOSE_DELIMITED["events"], text))})
