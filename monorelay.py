@@ -11594,7 +11594,8 @@ class Relay:
                     self._note_break(request, attempt, waiting, missed)
                     if attempt.reached and (last_try or request.only_once):
                         break
-                    last_try = last_try or attempt.may_be_at_work
+                    # A look-up may be sent to all: it begins no work that would be done twice.
+                    last_try = last_try or (attempt.may_be_at_work and not request.searches)
         except BaseException:
             if last:
                 last.release(self.connections)

@@ -13083,6 +13083,17 @@ def test_what_one_who_gave_no_answer_may_keep_is_not_said_to_be_nowhere(upstream
     assert it.post("/v1/responses", {"model": "gpt-5", "input": "hi"}).status == 404, "and what asks for nothing kept"
 
 
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_what_is_looked_up_is_found_behind_connections_that_break(upstream, relay, method):
+    breaks, found = upstream(lambda connection: connection.read_request()), upstream(answer())
+    it = relay({"a": {"upstream": breaks, "format": "openai", "keys": ["sk-a", "sk-b"]},
+                "b": {"upstream": found, "format": "openai", "keys": ["sk-c"]}})  # fmt: skip
+    assert it.ask(method, "/v1/responses/resp_1", None).status == 200
+    breaks.requests.clear()
+    assert it.post("/v1/responses", {"model": "gpt-5", "input": "hi"}).status == 502
+    assert len(breaks.requests) == 2, "what works is sent elsewhere once"
+
+
 @pytest.mark.parametrize("code", ["previous_response_not_found", "invalid_encrypted_content"])
 def test_what_goes_on_with_another_keys_response_goes_to_that_key(upstream, relay, code):
     elsewhere = answer(400, json.dumps({"error": {"message": "not here", "code": code}}).encode())
