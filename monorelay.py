@@ -6737,6 +6737,7 @@ class ChatReader:
         self._may_go_on = False  # whether the answer has said so in a chunk that adds to it, as some do in each
         self.finishes_early = False  # whether it has gone on behind that
         self._refused = False
+        self._words = ""  # of a chunk without a choice, unless the answer has gone on since
         self._usage: JsonDict = {}
         self.write: Callable[[Any], str] = dump  # makes text of arguments that come as a value
 
@@ -6762,6 +6763,7 @@ class ChatReader:
         usage, choice = member(chunk, "usage"), first_choice(chunk)
         if choice is None and self._is_fault(chunk):
             raise fault_of(chunk)
+        self._words = (words_of(chunk)[:ERROR_CHARACTERS] or self._words) if choice is None else ""
         tokens = tokens_of(usage) if usage else NO_TOKENS  # LiteLLM may send an empty one in each chunk
         goes_on = choice is not None and self.may_end and self._goes_on(choice)
         self.finishes_early = self.finishes_early or goes_on
@@ -6799,6 +6801,8 @@ class ChatReader:
 
     def end(self) -> list[JsonDict]:
         """The events that end the message. Raises AnswerFault."""
+        if self._words and not self._finish:  # SiliconFlow's errors have a code of their own and a message
+            raise AnswerFault(widened(self._words), text=widened(self._words))
         events, self._over = self.begin(), True
         self._advance(is_followed=True)
         if not (self._writer.blocks or self._blanks or self._finish):

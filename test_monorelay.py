@@ -6618,6 +6618,15 @@ def test_an_error_in_the_midst_by_another_name_is_no_end(chunk, kind):
         assert b"message_stop" in sent and not broken
 
 
+def test_words_in_the_place_of_an_end_are_an_error():
+    told = {"code": 50505, "message": "Model service overloaded.", "data": None}  # SiliconFlow's form
+    hi = delta(content="Hi")
+    assert ended_with(asked_of(), sse_of([hi, told])) == ("api_error", told["message"])
+    for going_on in ([hi, told, hi], [hi, told, delta("stop")], [hi, delta("stop"), told]):
+        sent, broken = streamed(asked_of(), sse_of(going_on))
+        assert b"message_stop" in sent and not broken
+
+
 OTHER_ERRORS = {
     "alibaba": (
         b'id:1\nevent:error\n:HTTP_STATUS/429\ndata:{"code":"Throttling.AllocationQuota","message":"slow"}\n\n',
