@@ -6839,7 +6839,8 @@ class ChatReader:
         if finish:
             self._finish, self._may_go_on = finish, adds_to_answer(choice)
             self._usage = member(choice, "usage") or self._usage  # where Moonshot tells it
-            self.finishes_early = self.finishes_early or bool(thought and not (said or entries))
+            says_nothing = not (self._said or self._count)  # so far: the first of such chunks may have the role alone
+            self.finishes_early = self.finishes_early or says_nothing or bool(thought and not (said or entries))
             sequence = choice.get("stop_reason")
             self._sequence = sequence if isinstance(sequence, str) else ""
 

@@ -7053,6 +7053,11 @@ STREAMS: dict[str, tuple[list[dict[str, Any]], list[Any], str]] = {
         [said("Hi"), LOOK],
         "tool_use",
     ),
+    "finish-beside-the-role": (
+        [delta("stop", role="assistant", content=""), delta("stop", content="Hi"), delta("stop", USAGE, content="!")],
+        [said("Hi!")],
+        "end_turn",
+    ),
     "finish-before-cut": (
         [delta("stop", content="Hi"), delta("stop", content="!"), delta("length", USAGE)],
         [said("Hi!")],
@@ -7160,6 +7165,7 @@ def test_s_streams_of_chat_become_messages(name):
     ("chunks", "may_end"),
     [
         ([delta("stop", reasoning="a")], False),
+        ([delta("stop", role="assistant", content="")], False),
         ([delta("stop", content="Hi"), delta("stop", content="!")], False),
         ([delta(content="Hi"), delta("stop")], True),
         ([delta("stop", content="Hi")], True),
