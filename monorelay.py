@@ -9534,8 +9534,8 @@ class EventLoop:
         self.running: Optional[Task] = None
         self.tasks: set[Task] = set()
         self.sweep_at = 0.0
-        self._look_at = 0.0  # from when on clients with full buffers are looked at again
-        self._unlooked = 0  # the origins with some that have yet to be looked at
+        self._look_at = 0.0  # when clients with full buffers are looked at again
+        self._unlooked = 0  # of how many origins some have yet to be
         self.turn = 1
         # What is called in a later turn: events of sockets that came late, tasks that gave way, events that may take
         # long, and tasks that have had their turn and want another one at once.
@@ -9670,7 +9670,6 @@ class EventLoop:
     def _sweep(self) -> None:
         """Resumes the tasks that are overdue, for SWEEPING_SECONDS at most, however late the turn is; has clients with
         full buffers looked at; decides when to look again."""
-        self.sweep_at = self.now + SWEEP_SECONDS
         due: list[Task] = []
         full: list[Task] = []
         for task in list(self.tasks):
@@ -9678,21 +9677,21 @@ class EventLoop:
             if task.deadline <= self.now and not task.unseen:
                 due.append(task)
             elif client and client.is_full and not client.closed:
-                self.sweep_at = min(self.sweep_at, self.now + AHEAD_SECONDS)
                 full.append(task)
         self._look_for_departed(full)
         self._resume_overdue(due)
         waiting = (task.deadline for task in self.tasks if task.deadline > self.now or not task.unseen)
-        soonest = min(waiting, default=math.inf)
-        self.sweep_at = max(self.now + TICK_SECONDS, min(self.sweep_at, soonest))
+        soonest = min(min(waiting, default=math.inf), self._look_at if full else math.inf)
+        self.sweep_at = max(self.now + TICK_SECONDS, min(self.now + SWEEP_SECONDS, soonest))
 
     def _look_for_departed(self, full: Sequence[Task]) -> None:
-        """Has these tasks looked at now and then, those of each origin in its turns; not again before all were."""
-        if self._unlooked or self.now < self._look_at:
+        """Has these tasks looked at every AHEAD_SECONDS, those of each origin in its turns, and all before any again:
+        their clients may have left unnoticed, which may be all."""
+        if self.now < self._look_at:
             return
         self._look_at = self.now + AHEAD_SECONDS
         by_origin: collections.defaultdict[str, list[Task]] = collections.defaultdict(list)
-        for task in full:
+        for task in () if self._unlooked else full:
             by_origin[task.origin].append(task)
         for tasks in by_origin.values():
             self._look_in_turn(tasks)
@@ -9702,7 +9701,7 @@ class EventLoop:
         self.slow.clients.put(lambda: self._resume_departed(tasks), tasks[0].origin)
 
     def _resume_departed(self, tasks: list[Task]) -> None:
-        """Resumes those tasks of an origin whose client has left unnoticed, for SLOW_EVENT_SECONDS at a time."""
+        """Resumes those tasks of an origin whose client has left, for SLOW_EVENT_SECONDS at a time."""
         self._unlooked -= 1
         latest = self.clock() + SLOW_EVENT_SECONDS
         while tasks and self.clock() <= latest:
