@@ -16786,9 +16786,11 @@ def print_csv(rows: Sequence[JsonDict], by: Sequence[str]) -> None:
     """The rows as CSV (RFC 4180) with a head."""
     import csv
 
-    writer = csv.DictWriter(sys.stdout, list(usage_row(dict.fromkeys(by, ""), [0] * len(SUMS))))
+    text = io.StringIO()  # sys.stdout may be closed, which print() takes for nowhere
+    writer = csv.DictWriter(text, list(usage_row(dict.fromkeys(by, ""), [0] * len(SUMS))))
     writer.writeheader()
     writer.writerows(rows)
+    print(text.getvalue(), end="")
 
 
 def usage_table(rows: Sequence[JsonDict], total: JsonDict, by: Sequence[str], period: str) -> Iterator[str]:

@@ -23210,6 +23210,13 @@ def test_usage_is_a_table_of_the_ledger_that_relay_json_names(tmp_path):
     assert len({len(line) for line in done.stdout.splitlines()[:7]}) == 1, "the columns are aligned"
 
 
+@pytest.mark.parametrize("form", [(), ("--csv",), ("--json",)])
+def test_usage_without_a_stdout_goes_nowhere(some_days, tmp_path, form):
+    command = ["bash", "-c", 'exec "$@" >&-', "bash", *PROGRAM, "usage", some_days, *form]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_usage_as_csv_and_json_and_of_several_files(some_days, tmp_path):
     other = tmp_path / "other.db"
     shutil.copy(some_days, other)
