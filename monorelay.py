@@ -15513,10 +15513,14 @@ def outlast_script(serve: Callable[[], int]) -> int:
             # Python's own way out would wait for a thread that writes to a log which nobody reads.
             os._exit(status)
 
-    if sys.version_info[:3] in ((3, 12, 0), (3, 12, 1)):
-        os._exit(serve())  # these start no thread any more when the script has ended (CPython issue 113964)
-    threading.Thread(target=run, name="operator").start()
-    return 0
+    # Python 3.12.0 and 3.12.1 start no thread any more when the script has ended (CPython issue 113964).
+    if sys.version_info[:3] not in ((3, 12, 0), (3, 12, 1)):
+        try:
+            threading.Thread(target=run, name="operator").start()
+            return 0
+        except RuntimeError:
+            pass  # the system gives out no more threads
+    os._exit(serve())
 
 
 # ==== Page =======================================================================================
@@ -16875,7 +16879,10 @@ def run_serve(options: JsonDict) -> int:
     server = RelayServer(config, None, listeners)
     operator = Operator(server, file)
     server.log.announce(lines)
-    server.start()
+    try:
+        server.start()
+    except RuntimeError:
+        raise OSError(errno.EAGAIN, "the system gives out too few threads; raise `ulimit -u`") from None
     return outlast_script(lambda: outlast_shortage(lambda: operator.run(signals)))
 
 

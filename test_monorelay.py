@@ -24305,6 +24305,39 @@ def test_a_relay_without_room_on_its_board_serves_on(upstream, program, monkeypa
     assert "internal error" not in it.text()
 
 
+WITHOUT_THREAD = """
+import sys, threading
+sys.path.insert(0, sys.argv.pop(1))
+missing, start = sys.argv.pop(1), threading.Thread.start
+import monorelay
+
+def start_most(thread):
+    if thread.name == missing:
+        raise RuntimeError("can't start new thread")
+    start(thread)
+
+threading.Thread.start = start_most
+sys.exit(monorelay.main())
+"""
+
+
+@pytest.mark.parametrize("missing", ["accept", "operator"])
+def test_a_relay_that_gets_too_few_threads_at_its_start_says_so_or_serves(tmp_path, missing):
+    port = unused_port()
+    (tmp_path / "relay.json").write_text(json.dumps(settings({"echo": {}}, server={"port": port})))
+    command = [sys.executable, "-c", WITHOUT_THREAD, str(Path(monorelay.__file__).parent), missing]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        if missing == "operator":
+            assert eventually(lambda: accepts(f"http://127.0.0.1:{port}"))
+            process.terminate()
+        told = process.communicate(timeout=TIMEOUT_SECONDS)[1]
+    finally:
+        process.kill()
+    assert process.returncode == (1 if missing == "accept" else 0), told
+    assert "Traceback" not in told and ("too few threads" in told) == (missing == "accept")
+
+
 @pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/full", ">&- 2>&-"])
 def test_a_closed_or_full_stderr_stops_nothing(tmp_path, redirect):
     port = unused_port()
