@@ -16793,8 +16793,18 @@ def print_csv(rows: Sequence[JsonDict], by: Sequence[str]) -> None:
     text = io.StringIO()  # sys.stdout may be closed, which print() takes for nowhere
     writer = csv.DictWriter(text, list(usage_row(dict.fromkeys(by, ""), [0] * len(SUMS))))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({**row, **{name: csv_text(row[name]) for name in by}} for row in rows)
     print(text.getvalue(), end="")
+
+
+# What spreadsheets compute; Cloudflare's models, such as @cf/meta/llama-3, are no formulas.
+FORMULA = re.compile(r"[=+-]|@[^(]*\(")
+
+
+def csv_text(name: str) -> str:
+    """A name, which a client may have chosen, as a cell that no spreadsheet computes, and no terminal obeys."""
+    text = name if name.isprintable() else log_text(name)
+    return f"'{text}" if FORMULA.match(text) else text
 
 
 def usage_table(rows: Sequence[JsonDict], total: JsonDict, by: Sequence[str], period: str) -> Iterator[str]:

@@ -23234,6 +23234,18 @@ def test_usage_as_csv_and_json_and_of_several_files(some_days, tmp_path):
         assert told["total"]["usd"] == 3.000000001 * times and told["total"]["ttfb"] == 0.55
 
 
+def test_names_in_csv_are_no_formulas_and_no_escapes_of_a_terminal(tmp_path, capsys):
+    names = ["=1+1", "+1", "-1", "@SUM(1)", "\x1b[2J", "\t=1", "a\r\nb", "\x9b1m", "@cf/meta/llama-3", "é=1"]
+    Ledger(tmp_path / "usage.db").write(*(row(sent=name) for name in names))
+    assert monorelay.run_usage({"csv": True, "by": ("user", "model")}, str(tmp_path / "usage.db")) == 0
+    text = capsys.readouterr().out
+    assert text.replace("\r\n", "").isprintable()
+    assert {line["model"] for line in csv.DictReader(io.StringIO(text))} == {
+        "'=1+1", "'+1", "'-1", "'@SUM(1)", '"\\u001b[2J"', '"\\t=1"', '"a\\r\\nb"', '"\\u009b1m"',
+        "@cf/meta/llama-3", "é=1",
+    }  # fmt: skip
+
+
 def test_usage_of_an_idle_week_is_nothing(tmp_path):
     Ledger(tmp_path / "usage.db", keep_days=4000).write(row(at=int(time.time() * 1000) - 20 * 24 * HOUR))
     assert run("usage", "usage.db", cwd=tmp_path).stdout.startswith("nothing was used from ")
