@@ -4518,6 +4518,7 @@ class Usage:
         self.seeks_model = False  # whether another model than the request's own may answer
         self.models: list[bytes] = []  # those that may be the one that has, if that is sought
         self._is_beginning = True  # whether no more than that of a whole response has come
+        self._is_unnamed = False  # whether it is a stream that isn't called one
         self._is_first = False  # whether its usage stands before all that may have another
         self._held = b""  # a line of a stream, an object, or the name before it, whose rest hasn't come yet
         self._kind: Optional[bytes] = None  # of the event of a long line whose beginning isn't held any more
@@ -4539,6 +4540,8 @@ class Usage:
         """Looks through the next bytes of a response."""
         if self._held:
             data, self._held = self._held + data, b""
+        if not is_stream:
+            is_stream = self._begins_stream(data)
         if b'"service_tier"' in data and (is_stream or not self._tier):
             self._note_tier(data, 0)
         if self.seeks_model and b'"model"' in data:
@@ -4561,6 +4564,12 @@ class Usage:
             self._is_beginning = len(data) < USAGE_BEGINNING_BYTES
             held = 0 if self._is_beginning else held
         self._held = data[held:]
+
+    def _begins_stream(self, data: bytes) -> bool:
+        """Whether the response is a stream all the same: some servers call theirs JSON, or plain text."""
+        if self._is_beginning and BEGINS_EVENT.match(data, 0, USAGE_BEGINNING_BYTES):
+            self._is_beginning, self._is_unnamed = False, True
+        return self._is_unnamed
 
     def _look(self, data: bytes, is_stream: bool) -> int:
         """Reads the first and the last usage objects in the data; from where on it is needed once more has come."""

@@ -4133,6 +4133,25 @@ def test_what_message_start_says_of_the_output_is_no_figure(upstream, relay):
     assert " input=25" in line and "output=" not in line
 
 
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf\n", b": comment\n\n"])
+def test_a_stream_that_is_called_json_or_text_tells_its_usage_as_others_do(before):
+    """Its last event tells of the output alone."""
+    text = {"type": "text", "text": ""}
+    body = before + message_stream({**CACHED, "input_tokens": 3000}, {"output_tokens": 50}, text)
+    expected = told_in_pieces(body, True, [])
+    assert (expected.input, expected.cache_read, expected.output) == (3000, 500, 50)
+    for cuts in [[], range(1, len(body)), *([cut] for cut in range(1, len(body), 7))]:
+        assert told_in_pieces(body, False, [*cuts]) == expected
+
+
+def test_a_native_stream_that_is_called_json_is_charged_for_its_prompt(upstream, relay):
+    body = message_stream({"input_tokens": 1000, "output_tokens": 1}, {"output_tokens": 50})
+    it = relay({"anthropic": upstream(answer(200, body))}, prices={"*": {"input": 2, "output": 8}})
+    assert it.post("/v1/messages", prompt(stream=True)).body == body
+    row = eventually(lambda: it.server.service.tally.ended)[0]
+    assert (row.input, row.output, row.cost) == (1000, 50, (1000 * 2 + 50 * 8) * 1000)
+
+
 def test_counting_tokens_is_no_use_of_a_model(upstream, relay):
     it = relay({"anthropic": upstream(answer(200, b'{"input_tokens":9,"usage":{"input_tokens":9,"output_tokens":1}}'))})
     assert it.post("/v1/messages/count_tokens", prompt()).status == 200
