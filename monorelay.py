@@ -178,7 +178,8 @@ DISCARDED_BODY_BYTES = 64 * 1024
 DISCARD_SECONDS = 0.5  # a short body that was sent has arrived by then
 
 SHARES_AT_ONCE = 32  # users' shares of connections that are counted to make room; each takes 0.3 ms for 4,096 of them
-UNPROVEN_SECONDS = 1.0  # a client that is busy for longer without a token may be closed to make room for others
+# A client that is busy for longer without a token may be closed to make room for others; first those idle for longer.
+UNPROVEN_SECONDS = 1.0
 HEAD_SECONDS = 20.0  # Apache's RequestReadTimeout header=20
 BODY_PAUSE_SECONDS = 60.0  # nginx's client_body_timeout
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout
@@ -14327,7 +14328,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.idle = True
         self.server.unproven.pop(self, None)
         if not self.over_limit:
-            self.server.idle[self] = None
+            self.server.idle[self] = self.loop.now
 
     def be_busy(self) -> None:
         """Notes that a request has begun to come, or that the last response isn't taken."""
@@ -14535,8 +14536,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self.service.loop.make_room = lambda: self.service.relay.connections.close() or self.make_room()
         self.served: set[Handler] = set()  # those that max_connections admits
         # Of these, those between two requests or behind the last one; and those that are busy and haven't shown a
-        # token, or are refused since their user has too many, and since when. Those for longest come first.
-        self.idle: dict[Handler, None] = {}
+        # token, or are refused since their user has too many; each since when. Those for longest come first.
+        self.idle: dict[Handler, float] = {}
         self.unproven: dict[Handler, float] = {}
         # Given up for a moment when there is no other descriptor left, to be able to refuse a connection.
         self._spare = io.FileIO(os.devnull)
@@ -14568,18 +14569,22 @@ class RelayServer(http.server.ThreadingHTTPServer):
         return True
 
     def make_room(self) -> bool:
-        """Closes the connection that has the least to lose; whether there was one that may be closed."""
-        handler = self._idle_longest() or self._unproven_longest()
+        """Closes the connection that has the least to lose; whether there was one that may be closed. One that has been
+        idle for a moment only may be new, and its first request on the way."""
+        now = self.service.loop.now
+        handler = self._idle_longest(now - UNPROVEN_SECONDS) or self._unproven_longest() or self._idle_longest(now)
         if not handler or not handler.task:
             return False
         handler.task.cancel()
         return True
 
-    def _idle_longest(self) -> Optional[Handler]:
-        """The connection that has been idle for longest, or whose client takes no response where its user has too
-        many."""
+    def _idle_longest(self, latest: float) -> Optional[Handler]:
+        """The connection that has been idle for longest, from `latest` on at the latest, or whose client takes no
+        response where its user has too many."""
         while self.idle:
-            handler = next(iter(self.idle))
+            handler, since = next(iter(self.idle.items()))
+            if since > latest:
+                break
             if handler.may_be_closed():
                 return handler
             handler.be_busy()  # its last response isn't taken, or a request has just come: it isn't looked at again

@@ -22069,6 +22069,21 @@ def test_connections_whose_last_response_is_stuck_make_room(relay, small_buffers
         assert it.ask("GET", "/api/auth/me").status == 200
 
 
+def test_a_new_connection_whose_request_is_on_the_way_is_not_closed_before_old_half_heads(relay):
+    clock = Clock()
+    it = relay({"echo": {}}, clock, server={"max_connections": 3})
+    with contextlib.ExitStack() as stack:
+        first, second = (stack.enter_context(it.client()) for _ in range(2))
+        for client in (first, second):
+            client.send(b"G")
+            eventually(lambda client=client: len(it.server.unproven) == (1 if client is first else 2))
+        clock.move(2 * monorelay.UNPROVEN_SECONDS)
+        new = stack.enter_context(it.client())
+        eventually(lambda: len(it.server.idle) == 1)
+        assert it.ask("GET", "/health").status == 200 and first.ended_within(TIMEOUT_SECONDS)
+        assert new.ask("GET", "/health").status == 200
+
+
 @pytest.mark.timed
 def test_idle_connections_make_room_behind_any_number_of_stuck_ones(relay, small_buffers):
     count = 16
@@ -22109,7 +22124,7 @@ def test_making_room_looks_at_each_stuck_connection_once(relay, count):
     now = server.service.loop.now
     kinds = {name: [Stub(server) for _ in range(count)] for name in ("idle", "unproven")}
     try:
-        server.idle.update(dict.fromkeys(kinds["idle"]))
+        server.idle.update(dict.fromkeys(kinds["idle"], now))
         server.unproven.update({stub: now for stub in kinds["unproven"]})
         Stub.looks = 0
         assert [server.make_room() for _ in range(10)] == [False] * 10
@@ -22119,7 +22134,7 @@ def test_making_room_looks_at_each_stuck_connection_once(relay, count):
         assert server.make_room()
         assert [stub.closed for stub in kinds["unproven"]] == [True] + [False] * (count - 1)
         kinds["idle"][3].closes = True
-        server.idle.update(dict.fromkeys(kinds["idle"]))
+        server.idle.update(dict.fromkeys(kinds["idle"], now - monorelay.UNPROVEN_SECONDS))
         assert server.make_room() and kinds["idle"][3].closed and not kinds["unproven"][1].closed
     finally:
         server.idle.clear()
@@ -22135,7 +22150,7 @@ def test_few_shares_of_connections_are_counted_to_make_room(relay, monkeypatch):
             stub: Any = Stub(server)
             stub.user = stub.origin = str(number)
             stub.answering = True
-            server.idle[stub] = None
+            server.idle[stub] = server.service.loop.now
         assert not server.make_room() and counted == [str(number) for number in range(500)][-monorelay.SHARES_AT_ONCE :]
     finally:
         server.idle.clear()
