@@ -5659,17 +5659,51 @@ def chat_output(request: JsonDict, draft: Draft) -> JsonDict:
     return {"response_format": {"type": "json_schema", "json_schema": json_schema}}
 
 
-def is_strict(schema: Any) -> bool:
-    """Whether OpenAI can promise to follow the schema: each object names all that it may hold, and requires it."""
-    if isinstance(schema, list):
-        return all(map(is_strict, schema))
-    if not isinstance(schema, dict):
-        return True
-    if schema.get("type") == "object" or "properties" in schema:
-        required = required_in(schema)
-        if schema.get("additionalProperties") is not False or not required.issuperset(member(schema, "properties")):
-            return False
-    return all(map(is_strict, schema.values()))
+# What OpenAI refuses wherever it stands in a strict schema, and the formats that it knows:
+# https://developers.openai.com/api/docs/guides/structured-outputs#supported-schemas
+OPENAI_REFUSED = frozenset({
+    "allOf", "oneOf", "not", "if", "dependentRequired", "dependentSchemas", "patternProperties", "propertyNames",
+    "minProperties", "maxProperties", "prefixItems", "contains", "uniqueItems",
+})  # fmt: skip
+OPENAI_FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid")
+
+
+def is_strict(schema: JsonDict) -> bool:
+    """Whether OpenAI can promise to follow the schema: asked to, it refuses any other."""
+    return all(map(fits_promise, schema_parts(schema)))
+
+
+def fits_promise(part: JsonDict) -> bool:
+    """Whether OpenAI takes a part of a strict schema, leaving aside the parts within it: an object names all that it
+    may hold, and requires it; and each tells its type, which Anthropic's SDK leaves out beside an `enum` or `const`."""
+    is_object = part.get("type") == "object" or "properties" in part
+    if is_object and (part.get("additionalProperties") is not False or optional_in(part)):
+        return False
+    is_typed = "type" in part or "anyOf" in part or part.keys() == {"$ref"}  # nothing may stand beside that
+    return is_typed and part.get("format", "date") in OPENAI_FORMATS and OPENAI_REFUSED.isdisjoint(part)
+
+
+def schema_parts(schema: JsonDict) -> Iterator[JsonDict]:
+    """The schema and those within it, each before its own, but for empty ones."""
+    waiting: list[Any] = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting += part
+        elif isinstance(part, dict) and part:
+            yield part
+            waiting += (part[name] for name in ("items", "anyOf", "allOf") if name in part)
+            for name in ("properties", "$defs", "definitions"):
+                if name in part:
+                    waiting += member(part, name).values()
+
+
+def optional_in(part: JsonDict) -> int:
+    """How many of an object's parameters may be left out."""
+    if "properties" not in part:
+        return 0
+    required = required_in(part)
+    return sum(name not in required for name in member(part, "properties"))
 
 
 def required_in(schema: JsonDict) -> set[str]:
@@ -6228,7 +6262,7 @@ STRICT_REFUSED = frozenset({
     "uniqueItems", "prefixItems", "contains", "minProperties", "maxProperties", "patternProperties", "propertyNames",
     "oneOf", "not", "if",
 })  # fmt: skip
-STRICT_FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid")
+STRICT_FORMATS = (*OPENAI_FORMATS, "uri")
 STRICT_LIMITS = (20, 24, 16)
 
 
@@ -6255,34 +6289,11 @@ def strict_load(schema: JsonDict) -> tuple[int, ...]:
     return 1, optional, unions
 
 
-def schema_parts(schema: JsonDict) -> Iterator[JsonDict]:
-    """The schema and those within it, each before its own, but for empty ones."""
-    waiting: list[Any] = [schema]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, list):
-            waiting += part
-        elif isinstance(part, dict) and part:
-            yield part
-            waiting += (part[name] for name in ("items", "anyOf", "allOf") if name in part)
-            for name in ("properties", "$defs", "definitions"):
-                if name in part:
-                    waiting += member(part, name).values()
-
-
 def fits_strict(part: JsonDict) -> bool:
     """Whether Claude takes a part of a strict tool's schema, leaving aside the parts within it, and objects that are
     open to other parameters: those OpenAI refuses, too."""
     is_known = part.get("minItems", 0) in (0, 1) and part.get("format", "uri") in STRICT_FORMATS
     return is_known and STRICT_REFUSED.isdisjoint(part)
-
-
-def optional_in(part: JsonDict) -> int:
-    """How many of an object's parameters may be left out."""
-    if "properties" not in part:
-        return 0
-    required = required_in(part)
-    return sum(name not in required for name in member(part, "properties"))
 
 
 def nested_tool(tool: JsonDict) -> JsonDict:

@@ -4915,6 +4915,38 @@ def test_the_form_of_the_answer_is_strict_where_the_schema_is(strict):
         assert form == {"type": "json_schema", "json_schema": {"name": "output", "schema": schema, "strict": strict}}
 
 
+@pytest.mark.parametrize(
+    ("part", "strict"),
+    [
+        ({"type": "string", "format": "date"}, True),
+        ({"type": "object", "properties": {}, "additionalProperties": False}, True),
+        ({"type": "array", "items": {"type": "object", "properties": {}, "additionalProperties": False}}, True),
+        ({"anyOf": [{"$ref": "#/$defs/a"}, {"type": "null"}]}, True),
+        ({"type": "string", "enum": ["allOf"]}, True),
+        ({"enum": ["a", "b"]}, False),
+        ({"const": "a"}, False),
+        ({"$ref": "#/$defs/a", "description": "one of them"}, False),
+        ({"description": "anything"}, False),
+        ({"type": "string", "format": "uri"}, False),
+        ({"allOf": [{"type": "string"}], "type": "string"}, False),
+        ({"anyOf": [{"enum": ["a"]}, {"type": "null"}]}, False),
+        ({"type": "array", "items": {"const": 1}}, False),
+        ({"type": "array", "items": {"type": "string"}, "uniqueItems": True}, False),
+        ({"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": False}, False),
+    ],
+    ids=brief,
+)
+def test_the_form_of_the_answer_is_strict_only_where_openai_can_promise_it(part, strict):
+    """openclaw/clawpatch #60: `schema must have a 'type' key`; cyanheads/git-mcp-server #47: `'uri' is not a valid
+    format`. Anthropic's SDK sends the first for a Literal or an Enum, the second for a URL."""
+    names = ["allOf", "format", "part", *["properties"] * strict]  # the answer's own
+    members = {**{name: {"type": "string"} for name in names}, "part": {"$ref": "#/$defs/part"}}
+    schema = {"type": "object", "properties": members, "required": names, "additionalProperties": False}
+    schema["$defs"] = {"a": {"type": "string"}, "part": part}
+    form = to_chat(output_config={"format": {"type": "json_schema", "schema": schema}})[0]["response_format"]
+    assert form["json_schema"] == {"name": "output", "schema": schema, "strict": strict}
+
+
 def test_a_schema_of_many_members_takes_no_long_look():
     names = [f"k{number:05d}" for number in range(30_000)]
     schema = {"type": "object", "additionalProperties": False, "properties": {name: {} for name in names}}
