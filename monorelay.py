@@ -5716,12 +5716,19 @@ def required_in(schema: JsonDict) -> set[str]:
 MISTRAL_MODEL = re.compile("mistral|ministral|magistral|devstral|codestral|mixtral|pixtral|voxtral", re.IGNORECASE)
 
 
+# Gemini's models from 3 on refuse a turn whose first call lacks its signature. For one that another model has made,
+# Google has this instead: https://ai.google.dev/gemini-api/docs/thought-signatures#faqs
+SEALING_MODEL = re.compile(r"gemini-(?![12]\b)")
+FOREIGN_SEAL = "skip_thought_signature_validator"
+
+
 class ChatTurns:
     """Writes the messages of a chat request: what answers calls directly behind them, then what a user says."""
 
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
         self._is_mistral = draft.provider.host == "api.mistral.ai" or MISTRAL_MODEL.search(draft.model) is not None
+        self._wants_seals = draft.provider.host == GEMINI_HOST and SEALING_MODEL.search(draft.model) is not None
         # Where the system's later words go. Mistral takes them first of all, or behind a user's, and never as the last.
         self._system_turns = draft.settings.system_turns
         if self._is_mistral and self._system_turns == "keep":
@@ -5811,6 +5818,8 @@ class ChatTurns:
         message.update(self._sealed_details(turn))
         if calls:
             message["tool_calls"] = calls
+        if calls and self._wants_seals:
+            calls[0].setdefault("extra_content", google_seal(FOREIGN_SEAL))
         self._messages.append(message)
         self._calls = [call["id"] for call in calls]
 
@@ -5836,8 +5845,11 @@ class ChatTurns:
         """What OpenRouter, and who does as it does, has to get back with calls of Gemini's."""
         if self._draft.settings.reasoning_back != "reasoning" and self._draft.provider.host != "openrouter.ai":
             return {}
-        seals = [carried_call(call_name(block.get("id"), place))[1] for place, block in turn.of("tool_use")]
-        details = [detail for seal in seals for detail in self._sealed_detail(seal)]
+        calls = [carried_call(call_name(block.get("id"), place)) for place, block in turn.of("tool_use")]
+        details = [detail for _, seal in calls for detail in self._sealed_detail(seal)]
+        if calls and not details and SEALING_MODEL.search(self._draft.model):
+            kind = {"type": "reasoning.encrypted", "format": "google-gemini-v1"}
+            details = [{**kind, "data": FOREIGN_SEAL, "id": calls[0][0], "index": 0}]
         return {"reasoning_details": details} if details else {}
 
     def _sealed_detail(self, seal: str) -> list[JsonDict]:
@@ -5858,7 +5870,7 @@ class ChatTurns:
         call = {"id": self._call_id(id), "type": "function", "function": function}
         _, seal = carried_call(id)
         if seal and not seal.startswith("{") and self._draft.provider.host == GEMINI_HOST:
-            call["extra_content"] = {"google": {"thought_signature": seal}}
+            call["extra_content"] = google_seal(seal)
         return call
 
     def _call_id(self, name: str) -> str:
@@ -5983,6 +5995,11 @@ def system_texts(value: Any, place: str) -> list[str]:
 def text_part(said: str) -> JsonDict:
     """Text as a part of a message, the same in both formats."""
     return {"type": "text", "text": said}
+
+
+def google_seal(seal: str) -> JsonDict:
+    """What Gemini has to get back with a call, as it tells it."""
+    return {"google": {"thought_signature": seal}}
 
 
 def content_of(parts: list[JsonDict]) -> Union[str, list[JsonDict]]:

@@ -5051,6 +5051,40 @@ def test_g2_geminis_signature_goes_with_its_call_and_comes_back_to_gemini_alone(
         assert [one["id"] for one in turn["tool_calls"]] == [one["tool_call_id"] for one in results] == ids
 
 
+def test_g2_gemini_takes_calls_that_another_model_has_made():
+    """vercel/ai #15550: `Function call is missing a thought_signature in functionCall parts` for each that has none."""
+    gemini = "generativelanguage.googleapis.com"
+    own = tool_use(monorelay.carrying_id("c1", "sig"))
+    routed = tool_use(monorelay.carrying_id("c1", '{"data": "sig"}'))  # as OpenRouter has it
+    skipped = sealed("skip_thought_signature_validator")["extra_content"]
+    for host, model, first, sent in (
+        (gemini, "gemini-3-pro-preview", tool_use("toolu_1"), [skipped, None]),
+        (gemini, "models/gemini-flash-latest", routed, [skipped, None]),
+        (gemini, "gemini-3-pro-preview", own, [sealed("sig")["extra_content"], None]),
+        (gemini, "gemini-2.5-flash", tool_use("toolu_1"), [None, None]),
+        ("127.0.0.1", "gemini-3-pro-preview", tool_use("toolu_1"), [None, None]),
+    ):
+        blocks = [first, tool_use("toolu_2")]
+        turn = [assistant(*blocks), user(*(tool_result(block["id"], "x") for block in blocks))]
+        body, _ = to_chat(target_of(host=host)._replace(model=model), messages=[HELLO, *turn, *turn])
+        for message in body["messages"]:
+            if message["role"] == "assistant":
+                assert [one.get("extra_content") for one in message["tool_calls"]] == sent
+
+
+@pytest.mark.parametrize("model", ["google/gemini-3-pro-preview", "google/gemini-2.5-pro", "openai/gpt-5"])
+def test_g2_gemini_takes_calls_that_another_model_has_made_through_openrouter(model):
+    """RooCodeInc/Roo-Code #10759 sends the same."""
+    detail = {"type": "reasoning.encrypted", "data": "sig", "id": "c1", "format": "google-gemini-v1", "index": 1}
+    skipped = {**detail, "data": "skip_thought_signature_validator", "index": 0}
+    for id, made in (("c1", [skipped]), (monorelay.carrying_id("c1", json.dumps(detail)), [detail])):
+        turn = [assistant(tool_use(id), tool_use("c2")), user(tool_result(id, "x"), tool_result("c2", "x"))]
+        target = target_of(host="openrouter.ai")._replace(model=model)
+        _, told, *_, last, _ = to_chat(target, messages=[HELLO, *turn, assistant(said("a")), HELLO])[0]["messages"]
+        assert told.get("reasoning_details") == (made if "gemini-3" in model or made == [detail] else None)
+        assert "reasoning_details" not in last
+
+
 @pytest.mark.parametrize("shape", ["whole", "before", "together", "unnamed"])
 def test_g2_geminis_signature_goes_back_through_openrouter(shape):
     # "Gemini models require OpenRouter reasoning details to be preserved in each request": a 400 for each turn behind
