@@ -5714,8 +5714,6 @@ def required_in(schema: JsonDict) -> set[str]:
 
 # Mistral's models, at other providers too: they check requests with its mistral-common, or a template that does.
 MISTRAL_MODEL = re.compile("mistral|ministral|magistral|devstral|codestral|mixtral|pixtral|voxtral", re.IGNORECASE)
-
-
 # Gemini's models from 3 on refuse a turn whose first call lacks its signature. For one that another model has made,
 # Google has this instead: https://ai.google.dev/gemini-api/docs/thought-signatures#faqs
 SEALING_MODEL = re.compile(r"gemini-(?![12]\b)")
