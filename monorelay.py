@@ -1461,11 +1461,10 @@ def parse_prices(document: Any) -> Prices:
 
 def litellm_price(name: str, given: JsonDict) -> Price:
     """One entry of LiteLLM's list; fields that say nothing of tokens of text are ignored. Raises ValueError."""
-    rates = {}
-    for field, value in given.items():
-        rate = litellm_rate(field)
-        if rate and value is not None:
-            rates[rate] = price_number(value, f"{name}.{field}")
+    rates = litellm_rates(name, given)
+    for above, level in litellm_levels(given.get("tiered_pricing")):
+        for (kind, tier, _), rate in litellm_rates(f"{name}.tiered_pricing", level).items():
+            rates[kind, tier, above] = rate
     pictures = {("output", tier, above): rate for (kind, tier, above), rate in rates.items() if kind == "pictures"}
     if pictures and (given.get("mode") == "image_generation" or ("output", "", 0) not in rates):
         # What such a model writes beside its pictures, if anything, is little.
@@ -1474,6 +1473,28 @@ def litellm_price(name: str, given: JsonDict) -> Price:
     factors = factors if isinstance(factors, dict) else {}
     numbers = {word: factor for word, factor in factors.items() if type(factor) in (int, float) and 0 < factor < 1000}
     return Price(rates, {word: exact(factor) for word, factor in numbers.items()})
+
+
+def litellm_rates(place: str, given: JsonDict) -> dict[tuple[str, str, int], int]:
+    """The rates that the fields of an entry give. Raises ValueError."""
+    rates = {}
+    for field, value in given.items():
+        rate = litellm_rate(field)
+        if rate and value is not None:
+            rates[rate] = price_number(value, f"{place}.{field}")
+    return rates
+
+
+def litellm_levels(listed: Any) -> list[tuple[int, JsonDict]]:
+    """The prices of Alibaba's models, each with the size of the prompt, in thousands, beyond which it holds; none where
+    one doesn't tell that."""
+    levels = []
+    for level in listed if isinstance(listed, list) else []:
+        sizes = level.get("range") if isinstance(level, dict) else None
+        if not isinstance(sizes, list) or not sizes or type(sizes[0]) not in (int, float) or not 0 <= sizes[0] < 1e9:
+            return []
+        levels.append((int(sizes[0] // 1000), level))
+    return levels
 
 
 # The list has 300 names, and each some thousand times: without the memory, it takes twice as long.

@@ -2380,6 +2380,26 @@ def test_pictures_cost_what_a_list_of_litellms_form_says_of_their_tokens():
     assert cost("openai", "both", used(1, output=10, tier="flex"), prices) == 2500 + 300_000
 
 
+def test_a_list_of_litellms_form_may_tell_prices_by_the_size_of_the_prompt():
+    levels = [
+        {"input_cost_per_token": 1e-6, "output_cost_per_token": 5e-6, "range": [0, 32000.0]},
+        {"input_cost_per_token": 6e-6, "output_cost_per_token": 6e-5, "range": [256000.0, 1e6],
+         "cache_read_input_token_cost": 6e-7},
+        {"input_cost_per_token": 2e-6, "range": [32000.0, 256000.0]},
+    ]  # fmt: skip
+    prices = {"openai/qwen3-max": {"litellm_provider": "dashscope", "tiered_pricing": levels}}
+    for tokens, nano_usd in (
+        (used(32_000, output=1), 32_000_000 + 5000), (used(32_001, output=1), 64_002_000 + 10_000),
+        (used(1, read=256_000, output=1), 6000 + 256_000 * 600 + 60_000),
+    ):  # fmt: skip
+        assert cost("openai", "qwen3-max", tokens, prices) == nano_usd, tokens
+    for odd in ({}, "0", [{}], [7], [*levels, {"range": [-1]}], [*levels, {"range": ["1"]}], [{"range": []}]):
+        assert cost("openai", "m", used(1), {"m": {"litellm_provider": "x", "tiered_pricing": odd}}) is None, odd
+    levels[1]["input_cost_per_token"] = "6e-6"
+    with pytest.raises(ValueError, match="^openai/qwen3-max.tiered_pricing.input_cost_per_token: must be a number"):
+        monorelay.parse_prices(prices)
+
+
 def test_prices_by_pattern_are_usd_per_million_and_the_first_match_counts():
     prices = {"//": "mine", "claude-opus-4-1*": {"input": 15, "output": 75}, "claude-*": {"input": 3, "output": 15,
               "cache_read": 0, "cache_write": 3.75}, "second/llama*": {"input": 0.1, "output": 0.3, "//": "guessed"},
