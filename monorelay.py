@@ -1429,13 +1429,14 @@ PRICE_UNIT = 10**30
 KINDS = ("input", "cache_read", "cache_write", "cache_write_long", "output")
 # Fields of LiteLLM's list, such as cache_creation_input_token_cost_above_1hr_above_200k_tokens_batches.
 LITELLM_RATE = re.compile(
-    r"(input_cost_per_token|output_cost_per(?:_image)?_token|cache_read_input_token_cost|cache_creation_input_token_cost)"
+    r"(input_cost_per_token|output_cost_per(?:_image|_reasoning)?_token|cache_read_input_token_cost|cache_creation_input_token_cost)"
     r"(_above_(?:1|12)hr)?(?:_above_([0-9]{1,6})k_tokens)?(?:_([a-z]+))?"
 )
 LITELLM_KINDS = {
     "input_cost_per_token": "input",
     "output_cost_per_token": "output",
     "output_cost_per_image_token": "pictures",
+    "output_cost_per_reasoning_token": "thinking",
     "cache_read_input_token_cost": "cache_read",
     "cache_creation_input_token_cost": "cache_write",
 }
@@ -2645,6 +2646,7 @@ class Used(NamedTuple):
     speed: str = ""  # empty for the usual one
     geo: str = ""  # where it was computed
     web_searches: int = 0
+    thinks: bool = False  # whether some of the output was thought: Alibaba charges more for all of it then
     # Model, empty for the response's own, and what it used. Where there are any, the cost is the sum over them: some
     # are another model's, and some aren't in the totals (a compaction).
     iterations: tuple[tuple[str, "Used"], ...] = ()
@@ -2659,12 +2661,14 @@ def used_of(usage: Any, service_tier: str = "") -> Used:
     if not isinstance(usage, dict):
         return NOTHING_TOLD
     tier, speed = usage.get("service_tier") or service_tier, usage.get("speed")
+    details = usage.get("completion_tokens_details") or usage.get("output_tokens_details")
     used = Used(
         *tokens_of(usage),
         "" if tier in ("standard", "default") else word_of(tier),
         "" if speed in ("standard", None) else word_of(speed),
         word_of(usage.get("inference_geo")),
         searches_of(usage),
+        isinstance(details, dict) and bool(details.get("reasoning_tokens")),
     )
     return used._replace(iterations=tuple(iterations_of(usage["iterations"], used))) if "iterations" in usage else used
 
@@ -2867,6 +2871,8 @@ def charge_of(prices: Prices, provider: Provider, model: str, used: Used) -> Opt
             rate = rate_of(price.rates, kind, level, provider.format)
             if rate is None:
                 return None
+            if kind == "output" and used.thinks:
+                rate = max(rate, rate_of(price.rates, "thinking", level, provider.format) or 0)
             total += count * rate
     return total * price.factors.get(used.speed, PRICE_UNIT) * price.factors.get(used.geo, PRICE_UNIT)
 

@@ -2400,6 +2400,19 @@ def test_a_list_of_litellms_form_may_tell_prices_by_the_size_of_the_prompt():
         monorelay.parse_prices(prices)
 
 
+def test_an_answer_with_thinking_costs_what_a_list_says_of_that():
+    rates = {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "output_cost_per_reasoning_token": 8e-6}
+    large = {"input_cost_per_token": 2e-6, "output_cost_per_token": 4e-6, "range": [256000.0, 1e6]}
+    cheap = {**rates, "output_cost_per_reasoning_token": 1e-6}
+    prices = {"plus": {**rates, "litellm_provider": "dashscope", "tiered_pricing": [large]}, "cheap": cheap}
+    usage = {"prompt_tokens": 0, "completion_tokens": 10, "completion_tokens_details": {"reasoning_tokens": 7}}
+    thought, plain = monorelay.used_of(usage), monorelay.used_of({**usage, "completion_tokens_details": {}})
+    assert [cost("openai", "plus", tokens, prices) for tokens in (thought, plain)] == [80_000, 20_000]
+    assert cost("openai", "plus", thought._replace(input=300_000), prices) == 600_000_000 + 160_000
+    assert [cost("openai", name, thought, prices) for name in ("cheap", "plain")] == [20_000, None]
+    assert cost("openai", "m", thought, {"m": {"input": 1, "output": 2}}) == 20_000
+
+
 def test_prices_by_pattern_are_usd_per_million_and_the_first_match_counts():
     prices = {"//": "mine", "claude-opus-4-1*": {"input": 15, "output": 75}, "claude-*": {"input": 3, "output": 15,
               "cache_read": 0, "cache_write": 3.75}, "second/llama*": {"input": 0.1, "output": 0.3, "//": "guessed"},
