@@ -2396,7 +2396,7 @@ def test_a_list_of_litellms_form_may_tell_prices_by_the_size_of_the_prompt():
     for odd in ({}, "0", [{}], [7], [*levels, {"range": [-1]}], [*levels, {"range": ["1"]}], [{"range": []}]):
         assert cost("openai", "m", used(1), {"m": {"litellm_provider": "x", "tiered_pricing": odd}}) is None, odd
     levels[1]["input_cost_per_token"] = "6e-6"
-    with pytest.raises(ValueError, match="^openai/qwen3-max.tiered_pricing.input_cost_per_token: must be a number"):
+    with pytest.raises(ValueError, match=r"^openai/qwen3-max\.tiered_pricing\.input_cost_per_token: must be a number"):
         monorelay.parse_prices(prices)
 
 
