@@ -280,6 +280,8 @@ DESCRIPTOR_WARNING_SECONDS = 10.0  # between two warnings that no file descripto
 DESCRIPTOR_PAUSE_SECONDS = 0.05  # before the next connection is looked at then
 TLS_WARNING_SECONDS = 60.0  # between two warnings of clients that take the port for one of HTTPS
 LOG_VALUE_CHARACTERS = 200
+LOG_LINE_BYTES = 4096  # which Linux writes to a pipe in one piece
+LOG_VALUE_BYTES = 240  # of each of 13 values in a line that would be longer
 LOGGED_CHARACTERS = LOG_VALUE_CHARACTERS + 1  # of a text from outside so much is kept, which shows that it was longer
 # What waits for a stderr that is blocked; lines beyond either are dropped, and counted.
 LOG_BACKLOG_LINES = 4000
@@ -7979,19 +7981,26 @@ class AccessRecord:
             used.output, used.tier or None, self.cost, int(self.complete), self.error or None, self.tried or None,
         )  # fmt: skip
 
-    def line(self, now: float, style: str) -> str:
-        """The record as a line of the log, key=value or JSON; what isn't known is left out. Times are in seconds."""
+    def line(self, now: float, style: str, is_brief: bool = False) -> str:
+        """The record as a line of the log, key=value or JSON; what isn't known is left out. Times are in seconds. It
+        has less than LOG_LINE_BYTES: within a longer one, another worker's line might come to stand."""
         whole = int(self.when)
         clock = f"{utc_time(whole)}.{int((self.when - whole) * 1000):03}Z"
-        names = (self.client, self.caller, self.method, self.path, self.model, self.sent_model, self.provider, self.key)
-        last = (self.upstream_id, self.translated, self.dropped, self.tried, self.error)
+        names: Sequence[str] = (
+            self.client, self.caller, self.method, self.path, self.model, self.sent_model, self.provider, self.key,
+        )  # fmt: skip
+        last: Sequence[str] = (self.upstream_id, self.translated, self.dropped, self.tried, self.error)
+        if is_brief:
+            names, last = [*map(brief, names)], [*map(brief, last)]
         figures = self._figures(now)
         if style == "json":
             numbers = {name: json.loads(figure) for name, figure in (pair.split("=") for pair in figures.split())}
             opening = {"time": clock, "level": "info", "id": self.request_id}
-            return log_json({**opening, **dict(zip(NAMED, names)), **numbers, **dict(zip(TOLD_LAST, last))})
-        told = "".join([f" {name}={log_text(value)}" for name, value in zip(TOLD_LAST, last) if value])
-        return f"time={clock} id={self.request_id}{log_names(*names)}{figures}{told}"
+            line = log_json({**opening, **dict(zip(NAMED, names)), **numbers, **dict(zip(TOLD_LAST, last))})
+        else:
+            told = "".join([f" {name}={log_text(value)}" for name, value in zip(TOLD_LAST, last) if value])
+            line = f"time={clock} id={self.request_id}{log_names(*names)}{figures}{told}"
+        return line if is_brief or len(line) < LOG_LINE_BYTES else self.line(now, style, is_brief=True)
 
     def _figures(self, now: float) -> str:
         """The numbers that are known, as they stand in a line."""
@@ -8053,6 +8062,12 @@ def shortened(value: str) -> str:
     if len(value) > LOG_VALUE_CHARACTERS:
         value = f"{value[:LOG_VALUE_CHARACTERS]}..."
     return value.replace("\x7f", "\\x7f")
+
+
+def brief(value: str) -> str:
+    """Text cut when it takes long to write, since most of it is escaped: a character may take 12 bytes."""
+    value = shortened(value)
+    return value if len(json.dumps(value)) <= LOG_VALUE_BYTES else f"{value[: LOG_VALUE_BYTES // 12]}..."
 
 
 # -- what is counted

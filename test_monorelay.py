@@ -19954,6 +19954,20 @@ def test_lines_of_several_workers_stay_whole_in_a_pipe_that_is_full():
     assert sorted(lines) == sorted("".join(texts).encode().splitlines(keepends=True))
 
 
+@pytest.mark.parametrize("style", ["text", "json"])
+@pytest.mark.parametrize("letter", ["\U0001f600", "\n", "\x7f", '"', "x"], ids=ascii)
+def test_a_line_of_the_log_is_short_enough_for_a_pipe_whatever_its_names(style, letter):
+    record = monorelay.AccessRecord(UNIX_TIME, 0.0)
+    for name in vars(record):
+        if getattr(record, name) == "":
+            setattr(record, name, letter * 201)
+    record.first_byte, record.attempts, record.bytes_sent, record.cost = 1.0, 2, 10**12, 10**15
+    record.used = monorelay.Used(*[10**12] * 5)
+    line = record.line(2.0, style)
+    assert len(line) < 4096 and line.isascii() and line.isprintable()
+    assert line.count("...") == 13 and (style == "text" or json.loads(line)["output"] == 10**12)
+
+
 def test_a_log_that_another_program_has_set_not_to_block_gets_every_line():
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
