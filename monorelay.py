@@ -9917,6 +9917,8 @@ async def in_thread(
         except Exception as fault:
             outcome.append((None, fault))
         loop.post(task.resume)
+        if not wanted:
+            outcome.clear()  # else an error, its traceback and this frame would keep each other, and a body
 
     try:
         if worker:
@@ -9925,13 +9927,14 @@ async def in_thread(
             threading.Thread(target=run, name="worker", daemon=True).start()
     except RuntimeError:
         raise Unavailable("this relay has no thread left for this", "no_threads") from None
+    result: Result
     try:
         while not outcome:
             await until(deadline)
+        result, fault = outcome.pop()
     finally:
         wanted.clear()
-    result: Result
-    result, fault = outcome.pop()
+        outcome.clear()
     if fault:
         try:
             raise fault

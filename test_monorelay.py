@@ -10991,6 +10991,38 @@ def test_a_call_that_nobody_waits_for_any_more_holds_nothing_in_its_queue(loopin
     queue[0]()
 
 
+@pytest.mark.parametrize("leaves_first", [True, False])
+def test_a_call_that_fails_when_nobody_waits_for_it_any_more_keeps_nothing(looping, leaves_first):
+    """Else the error would keep all that the call has used until the garbage collector comes to it."""
+    queue: list[Callable[[], None]] = []
+    tasks: list[monorelay.Task] = []
+    kept: list[weakref.ref[monorelay.Turns]] = []
+
+    async def begins() -> None:
+        worker = types.SimpleNamespace(call=lambda run, caller: queue.append(run))
+        await monorelay.in_thread(looping.loop, fails, worker)
+
+    def fails() -> None:
+        held = monorelay.Turns()
+        kept.append(weakref.ref(held))
+        if leaves_first:
+            looping.call(lambda: tasks.pop().cancel())
+        raise monorelay.BadRequest("no")
+
+    def runs() -> None:
+        queue.pop()()
+        if not leaves_first:
+            tasks.pop().cancel()
+
+    gc.disable()
+    try:
+        looping.call(lambda: tasks.append(looping.loop.start(begins())))
+        runs() if leaves_first else looping.call(runs)
+        eventually(lambda: kept[0]() is None)
+    finally:
+        gc.enable()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Upstream: connections, TLS, proxies
 # ------------------------------------------------------------------------------------------------------------
