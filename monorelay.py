@@ -6801,6 +6801,7 @@ class ChatReader:
         self._finish = self._sequence = ""
         self._may_go_on = False  # whether the answer has said so in a chunk that adds to it, as some do in each
         self.finishes_early = False  # whether it has gone on behind that
+        self._is_first = True  # whether no chunk with a choice has come before
         self._refused = False
         self._words = ""  # of a chunk without a choice, unless the answer has gone on since
         self._usage: JsonDict = {}
@@ -6904,10 +6905,11 @@ class ChatReader:
         if finish:
             self._finish, self._may_go_on = finish, adds_to_answer(choice)
             self._usage = member(choice, "usage") or self._usage  # where Moonshot tells it
-            says_nothing = not (self._said or self._count)  # so far: the first of such chunks may have the role alone
+            says_nothing = self._is_first and not (self._said or self._count)  # it may have the role alone
             self.finishes_early = self.finishes_early or says_nothing or bool(thought and not (said or entries))
             sequence = choice.get("stop_reason")
             self._sequence = sequence if isinstance(sequence, str) else ""
+        self._is_first = False
 
     def _part_of(self, choice: JsonDict) -> JsonDict:
         """What a choice adds. Of a whole message that is what no part has told: MiniMax sends one behind its parts.

@@ -7284,6 +7284,7 @@ def test_s_streams_of_chat_become_messages(name):
     [
         ([delta("stop", reasoning="a")], False),
         ([delta("stop", role="assistant", content="")], False),
+        ([delta(role="assistant", content=""), delta("content_filter")], True),
         ([delta("stop", content="Hi"), delta("stop", content="!")], False),
         ([delta(content="Hi"), delta("stop")], True),
         ([delta("stop", content="Hi")], True),
