@@ -9777,8 +9777,8 @@ class EventLoop:
             self._look_in_turn(tasks)
 
     def _look_in_turn(self, tasks: list[Task]) -> None:
-        self._unlooked += 1
         self.slow.clients.put(lambda: self._resume_departed(tasks), tasks[0].origin)
+        self._unlooked += 1  # once they wait: there may be no memory for that
 
     def _resume_departed(self, tasks: list[Task]) -> None:
         """Resumes those tasks of an origin whose client has left, for SLOW_EVENT_SECONDS at a time."""

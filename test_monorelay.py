@@ -10432,6 +10432,30 @@ def test_clients_that_left_behind_full_buffers_at_one_moment_are_missed_in_turns
     assert sorted(Counter(turns).values()) == [2] * 3
 
 
+def test_full_buffers_are_looked_at_again_after_a_lack_of_memory(looping, monkeypatch):
+    put, failed, left = monorelay.Turns.put, [], []
+
+    def fails_once(turns: monorelay.Turns, action: Callable[[], object], origin: str = "") -> None:
+        if turns is looping.loop.slow.clients and not failed:
+            failed.append(True)
+            raise MemoryError
+        put(turns, action, origin)
+
+    async def waits() -> None:
+        looping.loop.current.client = types.SimpleNamespace(is_full=True, closed=False, has_hung_up=lambda: True)
+        with pytest.raises(monorelay.ClientGone):
+            await monorelay.until(looping.loop.now + 600.0)
+        left.append(True)
+
+    looping.loop.warn = lambda message: None
+    monkeypatch.setattr(monorelay.Turns, "put", fails_once)
+    looping.start(waits())
+    looping.clock.move(monorelay.SWEEP_SECONDS)
+    eventually(lambda: failed)
+    looping.clock.move(monorelay.SWEEP_SECONDS)
+    eventually(lambda: left)
+
+
 def test_full_buffers_are_looked_at_now_and_then_however_many_deadlines_pass(looping):
     looks: list[float] = []
 
