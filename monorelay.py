@@ -6803,7 +6803,7 @@ class ChatReader:
         self.finishes_early = False  # whether it has gone on behind that
         self._is_first = True  # whether no chunk with a choice has come before
         self._refused = False
-        self._words = ""  # of a chunk without a choice, unless the answer has gone on since
+        self._words = ""  # of a chunk without a choice or usage, unless the answer has gone on since
         self._usage: JsonDict = {}
         self.write: Callable[[Any], str] = dump  # makes text of arguments that come as a value
 
@@ -6829,7 +6829,10 @@ class ChatReader:
         usage, choice = member(chunk, "usage"), first_choice(chunk)
         if choice is None and self._is_fault(chunk):
             raise fault_of(chunk)
-        self._words = (words_of(chunk)[:ERROR_CHARACTERS] or self._words) if choice is None else ""
+        if choice is not None:
+            self._words = ""
+        elif not usage:
+            self._words = words_of(chunk)[:ERROR_CHARACTERS] or self._words
         tokens = tokens_of(usage) if usage else NO_TOKENS  # LiteLLM may send an empty one in each chunk
         goes_on = choice is not None and self.may_end and self._goes_on(choice)
         self.finishes_early = self.finishes_early or goes_on

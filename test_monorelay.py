@@ -6740,7 +6740,9 @@ def test_words_in_the_place_of_an_end_are_an_error():
     told = {"code": 50505, "message": "Model service overloaded.", "data": None}  # SiliconFlow's form
     hi = delta(content="Hi")
     assert ended_with(asked_of(), sse_of([hi, told])) == ("api_error", told["message"])
-    for going_on in ([hi, told, hi], [hi, told, delta("stop")], [hi, delta("stop"), told]):
+    for going_on in (
+        [hi, told, hi], [hi, told, delta("stop")], [hi, delta("stop"), told], [hi, {"message": "ok", "usage": USAGE}]
+    ):  # fmt: skip
         sent, broken = streamed(asked_of(), sse_of(going_on))
         assert b"message_stop" in sent and not broken
 
