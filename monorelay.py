@@ -9907,9 +9907,8 @@ def serve_in_thread(name: str, run: Callable[[], None]) -> threading.Thread:
 async def in_thread(
     loop: EventLoop, work: Callable[[], Result], worker: Optional[Worker], caller: str = "", deadline: float = math.inf
 ) -> Result:
-    """The result of work(), called by a worker, in the turn of a caller, or without one in a thread of its own; not
-    called if the task waits no more by then. Raises what work() raises, Overdue, and Unavailable when there is no
-    thread."""
+    """The result of work(), called by a worker in the turn of a caller, else in a thread of its own; not called if the
+    task waits no more by then. Raises what work() raises, Overdue, and Unavailable when there is no thread."""
     task = loop.current
     outcome: list[tuple[Any, Optional[Exception]]] = []
     wanted = [work]  # emptied when the task waits no more: run(), which may be queued for long, then holds no body
@@ -9933,19 +9932,18 @@ async def in_thread(
     except RuntimeError:
         raise Unavailable("this relay has no thread left for this", "no_threads") from None
     result: Result
+    fault: Optional[Exception] = None
     try:
         while not outcome:
             await until(deadline)
         result, fault = outcome.pop()
+        if fault:
+            raise fault
+        return result
     finally:
         wanted.clear()
         outcome.clear()
-    if fault:
-        try:
-            raise fault
-        finally:
-            del fault  # else its traceback and this frame would keep each other, and all that work() has used
-    return result
+        fault = None  # else its traceback and this frame would keep each other, and all that work() has used
 
 
 # ==== Writers =======================================================================================
