@@ -1431,7 +1431,8 @@ PRICE_UNIT = 10**30
 KINDS = ("input", "cache_read", "cache_write", "cache_write_long", "output")
 # Fields of LiteLLM's list, such as cache_creation_input_token_cost_above_1hr_above_200k_tokens_batches.
 LITELLM_RATE = re.compile(
-    r"(input_cost_per_token|output_cost_per(?:_image|_reasoning)?_token|cache_read_input_token_cost|cache_creation_input_token_cost)"
+    r"(input_cost_per_token|output_cost_per(?:_image|_reasoning)?_token"
+    r"|cache_read_input_token_cost|cache_creation_input_token_cost)"
     r"(_above_(?:1|12)hr)?(?:_above_([0-9]{1,6})k_tokens)?(?:_([a-z]+))?"
 )
 LITELLM_KINDS = {
