@@ -9754,6 +9754,7 @@ class EventLoop:
     def _sweep(self) -> None:
         """Resumes the tasks that are overdue, for SWEEPING_SECONDS at most, however late the turn is; has clients with
         full buffers looked at; decides when to look again."""
+        self.sweep_at = self.now + SWEEP_SECONDS
         due: list[Task] = []
         full: list[Task] = []
         for task in list(self.tasks):
@@ -9765,8 +9766,8 @@ class EventLoop:
         self._look_for_departed(full)
         self._resume_overdue(due)
         waiting = (task.deadline for task in self.tasks if task.deadline > self.now or not task.unseen)
-        soonest = min(min(waiting, default=math.inf), self._look_at if full else math.inf)
-        self.sweep_at = max(self.now + TICK_SECONDS, min(self.now + SWEEP_SECONDS, soonest))
+        soonest = min(self.sweep_at, min(waiting, default=math.inf), self._look_at if full else math.inf)
+        self.sweep_at = max(self.now + TICK_SECONDS, soonest)
 
     def _look_for_departed(self, full: Sequence[Task]) -> None:
         """Has these tasks looked at every AHEAD_SECONDS, those of each origin in its turns, and all before any again:
