@@ -149,7 +149,7 @@ UNKNOWN_HELD_BYTES = 16 * 1024  # the same of a client that hasn't shown a token
 TRIMMED_BYTES = 16 * 1024 * 1024
 TRIM_SECONDS = 30.0
 # To find objects that only hold each other, Python looks at all of them, which takes up to 40 µs for each connection,
-# and holds up all threads. There are hardly any: this waits for a time with no more connections, or for so long.
+# and holds up all threads. There are hardly any: it is done while there are no more connections, else once an hour.
 COLLECTED_CONNECTIONS = 500
 COLLECTED_SECONDS = 3600.0
 AHEAD_SECONDS = 0.5  # between two checks whether a client with a full buffer has left
@@ -280,7 +280,7 @@ DESCRIPTOR_WARNING_SECONDS = 10.0  # between two warnings that no file descripto
 DESCRIPTOR_PAUSE_SECONDS = 0.05  # before the next connection is looked at then
 TLS_WARNING_SECONDS = 60.0  # between two warnings of clients that take the port for one of HTTPS
 LOG_VALUE_CHARACTERS = 200
-LOG_LINE_BYTES = 4096  # which Linux writes to a pipe in one piece
+LOG_LINE_BYTES = 4096  # PIPE_BYTES of Linux
 LOG_VALUE_BYTES = 240  # of each of 13 values in a line that would be longer
 LOGGED_CHARACTERS = LOG_VALUE_CHARACTERS + 1  # of a text from outside so much is kept, which shows that it was longer
 # What waits for a stderr that is blocked; lines beyond either are dropped, and counted.
@@ -2430,8 +2430,8 @@ class KeyPool:
             entry.changed = now
             self.changed()
 
-    def has_tried(self, candidate: Candidate, now: float) -> None:
-        """Notes that the try is over, whether there is a connection or its client has left."""
+    def end_try(self, candidate: Candidate, now: float) -> None:
+        """Notes that a try is over, however it ended: its client may have left."""
         entry = self._cooling.get(cooldown_keys(candidate)[0])
         if entry and entry.tried_until > now:
             entry.known_until = entry.until
@@ -4549,7 +4549,7 @@ class Usage:
         self.seeks_model = False  # whether another model than the request's own may answer
         self.models: list[bytes] = []  # those that may be the one that has, if that is sought
         self._is_beginning = True  # whether no more than that of a whole response has come
-        self._is_unnamed = False  # whether it is a stream that isn't called one
+        self._is_undeclared = False  # whether it is a stream that isn't called one
         self._is_first = False  # whether its usage stands before all that may have another
         self._held = b""  # a line of a stream, an object, or the name before it, whose rest hasn't come yet
         self._kind: Optional[bytes] = None  # of the event of a long line whose beginning isn't held any more
@@ -4599,8 +4599,8 @@ class Usage:
     def _begins_stream(self, data: bytes) -> bool:
         """Whether the response is a stream all the same: some servers call theirs JSON, or plain text."""
         if self._is_beginning and BEGINS_EVENT.match(data, 0, USAGE_BEGINNING_BYTES):
-            self._is_beginning, self._is_unnamed = False, True
-        return self._is_unnamed
+            self._is_beginning, self._is_undeclared = False, True
+        return self._is_undeclared
 
     def _look(self, data: bytes, is_stream: bool) -> int:
         """Reads the first and the last usage objects in the data; from where on it is needed once more has come."""
@@ -5714,13 +5714,13 @@ def fits_promise(part: JsonDict) -> bool:
 
 
 def schema_parts(schema: JsonDict) -> Iterator[JsonDict]:
-    """The schema and those within it, each before its own, but for empty ones."""
+    """The schema and those within it, each before its own."""
     waiting: list[Any] = [schema]
     while waiting:
         part = waiting.pop()
         if isinstance(part, list):
             waiting += part
-        elif isinstance(part, dict) and part:
+        elif isinstance(part, dict):
             yield part
             waiting += (part[name] for name in ("items", "anyOf", "allOf") if name in part)
             for name in ("properties", "$defs", "definitions"):
@@ -5746,7 +5746,7 @@ def required_in(schema: JsonDict) -> set[str]:
 MISTRAL_MODEL = re.compile("mistral|ministral|magistral|devstral|codestral|mixtral|pixtral|voxtral", re.IGNORECASE)
 # Gemini's models from 3 on refuse a turn whose first call lacks its signature. For one that another model has made,
 # Google has this instead: https://ai.google.dev/gemini-api/docs/thought-signatures#faqs
-SEALING_MODEL = re.compile(r"gemini-(?![12]\b)")
+SEALING_MODEL = re.compile(r"gemini-(?![12]\b)", re.IGNORECASE)
 FOREIGN_SEAL = "skip_thought_signature_validator"
 
 
@@ -6802,7 +6802,7 @@ class ChatReader:
         self._finish = self._sequence = ""
         self._may_go_on = False  # whether the answer has said so in a chunk that adds to it, as some do in each
         self.finishes_early = False  # whether it has gone on behind that
-        self._is_first = True  # whether no chunk with a choice has come before
+        self._has_begun = False  # whether a chunk with a choice has come before
         self._refused = False
         self._words = ""  # of a chunk without a choice or usage, unless the answer has gone on since
         self._usage: JsonDict = {}
@@ -6909,11 +6909,11 @@ class ChatReader:
         if finish:
             self._finish, self._may_go_on = finish, adds_to_answer(choice)
             self._usage = member(choice, "usage") or self._usage  # where Moonshot tells it
-            says_nothing = self._is_first and not (self._said or self._count)  # it may have the role alone
+            says_nothing = not (self._has_begun or self._said or self._count)  # it may have the role alone
             self.finishes_early = self.finishes_early or says_nothing or bool(thought and not (said or entries))
             sequence = choice.get("stop_reason")
             self._sequence = sequence if isinstance(sequence, str) else ""
-        self._is_first = False
+        self._has_begun = True
 
     def _part_of(self, choice: JsonDict) -> JsonDict:
         """What a choice adds. Of a whole message that is what no part has told: MiniMax sends one behind its parts.
@@ -8071,7 +8071,7 @@ def shortened(value: str) -> str:
 
 
 def brief(value: str) -> str:
-    """Text cut when it takes long to write, since most of it is escaped: a character may take 12 bytes."""
+    """Text that is cut short where its JSON would be long: an escaped character may take 12 bytes."""
     value = shortened(value)
     return value if len(json.dumps(value)) <= LOG_VALUE_BYTES else f"{value[: LOG_VALUE_BYTES // 12]}..."
 
@@ -9211,7 +9211,7 @@ class Channel:
         self.kept_in_turn = 0  # in which turn of the loop it came into a pool; 0 once it is used again
         self.target_prefix = ""  # what an HTTP proxy wants before the path
         self.extra_fields: Pairs = []  # and the credential it wants
-        self._outgoing = b""  # put off until the end of the loop's turn, or until there is room
+        self._outgoing = b""  # put off until the end of a turn of the loop, or until there is room
         self._blocked = False  # whether it took less than was to be sent
         self._slow = False  # whether the last event took long
         self._queued = False  # whether the next one waits for its turn
@@ -9270,7 +9270,7 @@ class Channel:
         return sent
 
     async def send(self, data: bytes, pause_seconds: float, has_responded: Optional[Callable[[], bool]] = None) -> None:
-        """Sends all of the data. A short message may be queued until the end of the turn; if that fails, `send_failed`
+        """Sends all of the data. A short message may be queued until the end of a turn; if that fails, `send_failed`
         is set and the task is woken. Raises Overdue when nothing was taken for the pause, OSError, and EarlyResponse
         with the rest as soon as `has_responded` says that the provider speaks meanwhile."""
         if self._loop.crowded and len(data) < RECEIVE_BYTES and not self._outgoing:
@@ -9619,7 +9619,7 @@ class EventLoop:
         self.tasks: set[Task] = set()
         self.sweep_at = 0.0
         self._look_at = 0.0  # when clients with full buffers are looked at again
-        self._unlooked = 0  # of how many origins some have yet to be
+        self._unlooked = 0  # how many origins wait for that
         self.turn = 1
         # What is called in a later turn: events of sockets that came late, tasks that gave way, events that may take
         # long, and tasks that have had their turn and want another one at once.
@@ -9734,7 +9734,7 @@ class EventLoop:
                         break
 
     def _end_turn(self) -> None:
-        """Sends what was put off, for SENDING_SECONDS at most: who turns out to have left is let go, too."""
+        """Sends what was put off, for SENDING_SECONDS at most: to find that a client has left takes long."""
         deadline = self.clock() + SENDING_SECONDS
         while self.outbox and self.clock() <= deadline:
             self.outbox.popleft().end_turn()
@@ -9763,8 +9763,8 @@ class EventLoop:
                 due.append(task)
             elif client and client.is_full and not client.closed:
                 full.append(task)
-        self._look_for_departed(full)
         self._resume_overdue(due)
+        self._look_for_departed(full)
         waiting = (task.deadline for task in self.tasks if task.deadline > self.now or not task.unseen)
         soonest = min(self.sweep_at, min(waiting, default=math.inf), self._look_at if full else math.inf)
         self.sweep_at = max(self.now + TICK_SECONDS, soonest)
@@ -11758,7 +11758,7 @@ class Relay:
         try:
             return await self.connections.connect(candidate.target.provider)
         finally:
-            self.keys.has_tried(candidate, self._loop.now)
+            self.keys.end_try(candidate, self._loop.now)
 
     def _note_break(
         self, request: UpstreamRequest, attempt: Attempt, waiting: list[Candidate], missed: set[str]
@@ -11970,7 +11970,7 @@ class Catalogue:
 
     async def _fetch(self, provider: Provider) -> None:
         """Asks a provider for its list, and remembers it; one that fails lists nothing for CATALOGUE_RETRY_SECONDS."""
-        patience = min(provider.timeout, CATALOGUE_RETRY_SECONDS)  # clients wait less for it
+        patience = min(provider.timeout, CATALOGUE_RETRY_SECONDS)  # what comes late is for who asks next
         patient = provider._replace(timeout=patience, connect_timeout=CATALOGUE_WAIT_SECONDS)
         target = "/models?limit=1000" if provider.format == "anthropic" else "/models"
         # Cloudflare, and other firewalls of providers, answer 403 to whom has no name.
@@ -11995,7 +11995,10 @@ class Catalogue:
             if provider.name not in self._warned:
                 self._warned.add(provider.name)
                 self._loop.warn(f"the provider {provider.name} gives no list of models that can be read")
-        self._lists = {other: listed for other, listed in self._lists.items() if other.name != provider.name}
+        latest = asked_at + CATALOGUE_FRESH_SECONDS  # what was asked for later, by another relay.json, stays
+        self._lists = {
+            other: listed for other, listed in self._lists.items() if other.name != provider.name or listed[0] > latest
+        }
         self._lists[provider] = asked_at + fresh_seconds, entries
 
 
@@ -12889,22 +12892,6 @@ M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3  # mallopt(3)
 MMAP_THRESHOLD_BYTES = 128 * 1024  # glibc's own at the start
 
 
-NEVER_COLLECTED = 10**9  # passes over younger objects, before Python looks at all of them by itself
-
-
-def collect_rarely() -> None:
-    """Leaves it to collect() when Python looks at all objects for those that only hold each other; at those that are
-    here from the start it never does. From Python 3.14 on it does so in small steps, and goes on with that."""
-    gc.freeze()
-    gc.set_threshold(*gc.get_threshold()[:2], NEVER_COLLECTED)
-
-
-def collect() -> None:
-    """Frees objects that only hold each other, where that is left to this function."""
-    if gc.get_threshold()[2] == NEVER_COLLECTED:
-        gc.collect()
-
-
 def find_malloc_trim() -> Callable[[int], object]:
     """glibc's malloc_trim(), which returns free memory to the system, or a function that does nothing. To be called
     before other threads begin."""
@@ -12919,6 +12906,22 @@ def find_malloc_trim() -> Callable[[int], object]:
         return c_library.malloc_trim
     except (ImportError, OSError, AttributeError, TypeError):
         return lambda kept: None
+
+
+NEVER_COLLECTED = 10**9  # passes over younger objects, before Python looks at all of them by itself
+
+
+def collect_rarely() -> None:
+    """Leaves it to collect() when Python looks at all objects for those that only hold each other; at those that are
+    here from the start it never does. From Python 3.14 on it does so in small steps, and goes on with that."""
+    gc.freeze()
+    gc.set_threshold(*gc.get_threshold()[:2], NEVER_COLLECTED)
+
+
+def collect() -> None:
+    """Frees objects that only hold each other, where that is left to this function."""
+    if gc.get_threshold()[2] == NEVER_COLLECTED:
+        gc.collect()
 
 
 # ==== Endpoints ==================================================================================
@@ -14404,7 +14407,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.idle = True
         self.server.unproven.pop(self, None)
         if not self.over_limit:
-            self.server.idle[self] = self.loop.now
+            self.server.idle.setdefault(self, self.loop.now)  # a wake for nothing changes no order
 
     def be_busy(self) -> None:
         """Notes that a request has begun to come, or that the last response isn't taken."""
@@ -14667,7 +14670,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
             takes_nothing = len(self.idle) < SHARES_AT_ONCE and handler.user and handler.answering
             if takes_nothing and handler.task and self.exceeds_share(handler.task.origin):
                 try:
-                    handler.channel.flush()  # it may be put off until the end of this turn only
+                    handler.channel.flush()  # it may only be put off until the end of a turn
                 except OSError:
                     pass
                 return handler

@@ -1806,7 +1806,7 @@ def test_while_one_request_tries_an_unreachable_provider_again_the_others_go_els
     assert not is_first(3.9) and is_first(4), "it failed the second time in a row"
     it.pool.connecting(dead, 4)
     other_worker = others_view(it, 4.1)
-    it.pool.has_tried(dead, 4.2)
+    it.pool.end_try(dead, 4.2)
     assert is_first(4.2)
     assert not other_worker.labels(4.2, name="claude-a").startswith("k0")
     other_worker.pool.adopt(it.pool.shared(4.2))
@@ -1815,7 +1815,7 @@ def test_while_one_request_tries_an_unreachable_provider_again_the_others_go_els
     assert not is_first(8.9) and is_first(9), "it never answered in between"
     it.pool.connecting(dead, 9)
     other_worker.pool.adopt(it.pool.shared(9))
-    it.pool.has_tried(dead, 9.1)
+    it.pool.end_try(dead, 9.1)
     it.pool.succeeded(dead, 9.2)
     other_worker.pool.adopt(it.pool.shared(9.2))
     assert other_worker.labels(9.2, name="claude-a").startswith("k0"), "it missed that there was a connection"
@@ -4960,6 +4960,8 @@ def test_the_form_of_the_answer_is_strict_where_the_schema_is(strict):
         ({"const": "a"}, False),
         ({"$ref": "#/$defs/a", "description": "one of them"}, False),
         ({"description": "anything"}, False),
+        ({}, False),
+        ({"type": "array", "items": {}}, False),
         ({"type": "string", "format": "uri"}, False),
         ({"allOf": [{"type": "string"}], "type": "string"}, False),
         ({"anyOf": [{"enum": ["a"]}, {"type": "null"}]}, False),
@@ -4982,7 +4984,8 @@ def test_the_form_of_the_answer_is_strict_only_where_openai_can_promise_it(part,
 
 def test_a_schema_of_many_members_takes_no_long_look():
     names = [f"k{number:05d}" for number in range(30_000)]
-    schema = {"type": "object", "additionalProperties": False, "properties": {name: {} for name in names}}
+    properties = {name: {"type": "string"} for name in names}
+    schema = {"type": "object", "additionalProperties": False, "properties": properties}
     schema["required"] = names[::-1]
     began = time.thread_time()
     assert monorelay.is_strict(schema) and not monorelay.is_strict({**schema, "required": [*names[1:], [], 7]})
@@ -16925,6 +16928,27 @@ def test_a_list_that_comes_late_is_told_from_then_on(upstream, relay):
     assert len(provider.requests) == 1
 
 
+def test_a_list_that_comes_late_does_not_push_out_one_that_was_asked_for_since_a_reload(upstream, relay):
+    gate = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.wait(gate)
+        connection.send(catalogue_answer("claude-old"))
+
+    slow, quick = upstream(script), upstream(catalogue_answer("claude-new"))
+    it = relay({"anthropic": slow})
+    with it.client() as client:
+        client.send(request("GET", "/v1/models"))
+        assert slow.called.wait(TIMEOUT_SECONDS)
+        it.server.reload(parse({"anthropic": quick}))
+        assert [model["id"] for model in it.ask("GET", "/v1/models").json["data"]] == ["claude-new"]
+        gate.set()
+        assert client.answer().status == 200
+    assert [model["id"] for model in it.ask("GET", "/v1/models").json["data"]] == ["claude-new"]
+    assert len(quick.requests) == 1
+
+
 def test_others_are_served_while_targets_are_looked_for_that_take_long_to_find(upstream, relay, monkeypatch):
     begun, asked, served = threading.Event(), threading.Event(), threading.Event()
     callable_targets = monorelay.callable_targets
@@ -22254,6 +22278,21 @@ def test_a_new_connection_whose_request_is_on_the_way_is_not_closed_before_old_h
         eventually(lambda: len(it.server.idle) == 1)
         assert it.ask("GET", "/health").status == 200 and first.ended_within(TIMEOUT_SECONDS)
         assert new.ask("GET", "/health").status == 200
+
+
+def test_a_wake_for_nothing_leaves_idle_connections_in_their_order(relay):
+    clock = Clock()
+    it = relay({"echo": {}}, clock)
+    with it.client() as first, it.client() as second:
+        for client in (first, second):
+            assert client.ask("GET", "/health").status == 200
+            clock.move(2.0)
+        idle, loop = it.server.idle, it.server.service.loop
+        eventually(lambda: len(idle) == 2)
+        before, woken = dict(idle), threading.Event()
+        loop.post(next(iter(before)).task.resume)
+        loop.post(woken.set)
+        assert woken.wait(TIMEOUT_SECONDS) and dict(idle) == before
 
 
 @pytest.mark.timed
