@@ -5689,12 +5689,13 @@ def chat_output(request: JsonDict, draft: Draft) -> JsonDict:
     return {"response_format": {"type": "json_schema", "json_schema": json_schema}}
 
 
-# What OpenAI refuses wherever it stands in a strict schema, and the formats that it knows:
+# What neither OpenAI nor Claude takes in a strict schema, what OpenAI refuses besides, and the formats that it knows:
 # https://developers.openai.com/api/docs/guides/structured-outputs#supported-schemas
-OPENAI_REFUSED = frozenset({
-    "allOf", "oneOf", "not", "if", "dependentRequired", "dependentSchemas", "patternProperties", "propertyNames",
-    "minProperties", "maxProperties", "prefixItems", "contains", "uniqueItems",
+NEVER_STRICT = frozenset({
+    "uniqueItems", "prefixItems", "contains", "minProperties", "maxProperties", "patternProperties", "propertyNames",
+    "oneOf", "not", "if",
 })  # fmt: skip
+OPENAI_REFUSED = NEVER_STRICT | {"allOf", "dependentRequired", "dependentSchemas"}
 OPENAI_FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid")
 
 
@@ -6299,14 +6300,12 @@ def message_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
     return {**written, "cache_control": cached} if cached else written
 
 
-# Claude makes one grammar of all strict tools. What it refuses in their schemas, what it knows of formats, and how many
+# Claude makes one grammar of all strict tools. What it refuses in their schemas, the formats that it knows, and how many
 # tools, optional parameters and parameters of several types it takes in all:
 # https://platform.claude.com/docs/en/build-with-claude/structured-outputs
-STRICT_REFUSED = frozenset({
+STRICT_REFUSED = NEVER_STRICT | {
     "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "maxItems",
-    "uniqueItems", "prefixItems", "contains", "minProperties", "maxProperties", "patternProperties", "propertyNames",
-    "oneOf", "not", "if",
-})  # fmt: skip
+}  # fmt: skip
 STRICT_FORMATS = (*OPENAI_FORMATS, "uri")
 STRICT_LIMITS = (20, 24, 16)
 
