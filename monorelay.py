@@ -178,7 +178,7 @@ DISCARDED_BODY_BYTES = 64 * 1024
 DISCARD_SECONDS = 0.5  # a short body that was sent has arrived by then
 
 SHARES_AT_ONCE = 32  # users' shares of connections that are counted to make room; each takes 0.3 ms for 4,096 of them
-# A client that is busy for longer without a token may be closed to make room for others; first those idle for longer.
+# To make room for others, clients that are idle for longer are closed first, then those busy for longer without a token.
 UNPROVEN_SECONDS = 1.0
 HEAD_SECONDS = 20.0  # Apache's RequestReadTimeout header=20
 BODY_PAUSE_SECONDS = 60.0  # nginx's client_body_timeout
