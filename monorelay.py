@@ -178,7 +178,7 @@ DISCARDED_BODY_BYTES = 64 * 1024
 DISCARD_SECONDS = 0.5  # a short body that was sent has arrived by then
 
 SHARES_AT_ONCE = 32  # users' shares of connections that are counted to make room; each takes 0.3 ms for 4,096 of them
-# To make room for others, clients that are idle for longer are closed first, then those busy for longer without a token.
+# To make room for others, those idle for longer are closed first, then those busy for longer without a token.
 UNPROVEN_SECONDS = 1.0
 HEAD_SECONDS = 20.0  # Apache's RequestReadTimeout header=20
 BODY_PAUSE_SECONDS = 60.0  # nginx's client_body_timeout
@@ -6300,7 +6300,7 @@ def message_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
     return {**written, "cache_control": cached} if cached else written
 
 
-# Claude makes one grammar of all strict tools. What it refuses in their schemas, the formats that it knows, and how many
+# Claude makes one grammar of all strict tools. What it refuses in their schemas, which formats it knows, and how many
 # tools, optional parameters and parameters of several types it takes in all:
 # https://platform.claude.com/docs/en/build-with-claude/structured-outputs
 STRICT_REFUSED = NEVER_STRICT | {
