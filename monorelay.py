@@ -9558,13 +9558,13 @@ class Task:
         return self._result
 
     def _end(self) -> None:
-        """Marks the task as done, and wakes the tasks that wait for it."""
+        """Marks the task as done, and wakes the tasks that wait for it, in turns: there may be thousands."""
         self.done = True
         self.client = None
         self.deadline = math.inf
         self._loop.tasks.discard(self)
         for task in self._waiting:
-            self._loop.post(task.resume)
+            self._loop.patient.put(task.resume, task.origin)
 
 
 Action = Callable[[], object]

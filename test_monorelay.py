@@ -10401,6 +10401,29 @@ def test_tasks_that_give_way_share_a_few_milliseconds_of_a_turn(looping):
     assert sorted(Counter(turns).values()) == [2] * 6
 
 
+def test_tasks_that_wait_for_another_one_go_on_in_several_turns_where_that_takes_long(looping):
+    turns: list[int] = []
+
+    async def is_awaited() -> str:
+        await monorelay.sleep(looping.loop, 1.0)
+        return "its result"
+
+    async def waits(task: monorelay.Task) -> None:
+        assert await task.finished(math.inf) == "its result"
+        turns.append(looping.loop.turn)
+        looping.clock.now += 0.6 * monorelay.PATIENT_SECONDS
+
+    def begin() -> None:
+        task = looping.loop.start(is_awaited())
+        for _ in range(6):
+            looping.loop.start(waits(task))
+
+    looping.call(begin)
+    looping.clock.move(1.0)
+    eventually(lambda: not looping.loop.tasks)
+    assert sorted(Counter(turns).values()) == [2] * 3
+
+
 def test_a_client_that_left_behind_a_full_buffer_is_missed_soon(looping):
     told, left = [], []
 
