@@ -12644,6 +12644,7 @@ class Workers:
         self._shown_at = self._looked_at = -math.inf
         self._seen: dict[int, int] = {}  # how often each of the others has shown that
         self._known: dict[str, tuple[float, Any]] = {}  # what was found of late, and when
+        self._writing: Optional[Task] = None  # what writes the metrics, for all who wait for them
         if place:
             service.relay.keys.changed = self.show_soon
             service.ledger.changed = lambda: service.loop.post(self.show_soon)
@@ -12755,6 +12756,21 @@ class Workers:
         for figures in self._other_figures():
             sums.update(figures["gauges"])
         return dict(sums)
+
+    async def metrics(self) -> bytes:
+        """All that is counted, for Prometheus; who asks while that is being written gets the same text."""
+        if not self._writing or self._writing.done:
+            self._writing = self._service.loop.start(self._write_metrics())
+        return bytes(await self._writing.finished(math.inf))
+
+    async def _write_metrics(self) -> bytes:
+        tally, gauges = self.tally(), self.gauges()
+        gauges["process_start_time_seconds"] = tally.since
+        pieces = []
+        for piece in metrics_text(tally, self.keys(self._service.config), gauges):
+            pieces.append(piece.encode("utf-8"))
+            await checkpoint(self._service.loop)
+        return b"".join(pieces)
 
 
 def running_row(exchange: "Exchange") -> list[Any]:
@@ -13601,14 +13617,8 @@ async def answer_metrics(exchange: Exchange) -> Response:
     """All that is counted, for Prometheus."""
     if not exchange.caller.sees_all:
         raise Forbidden("the metrics are for access keys, and for users with `viewer`")
-    workers = exchange.service.workers
-    tally, gauges = workers.tally(), workers.gauges()
-    gauges["process_start_time_seconds"] = tally.since
-    pieces = []
-    for piece in metrics_text(tally, workers.keys(exchange.config), gauges):
-        pieces.append(piece.encode("utf-8"))
-        await checkpoint(exchange.loop)
-    return exchange.respond_with(b"".join(pieces), [("content-type", "text/plain; version=0.0.4; charset=utf-8")])
+    text = await exchange.service.workers.metrics()
+    return exchange.respond_with(text, [("content-type", "text/plain; version=0.0.4; charset=utf-8")])
 
 
 async def answer_dashboard(exchange: Exchange) -> Response:

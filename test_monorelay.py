@@ -18353,6 +18353,29 @@ def test_metrics_are_for_access_keys_and_viewers(relay, token, status):
         refused(got, status, {401: "authentication_error", 403: "permission_error"}[status], openai_shape=True)
 
 
+def test_metrics_that_many_ask_for_together_are_written_once(relay, monkeypatch):
+    gate, begun, metrics_text = threading.Event(), [], monorelay.metrics_text
+
+    def gated(*what: Any) -> Iterator[str]:
+        begun.append(what)
+        while not gate.is_set():
+            yield ""
+        yield from metrics_text(*what)
+
+    monkeypatch.setattr(monorelay, "metrics_text", gated)
+    it = relay({"echo": {}}, users=OWNERS)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(it.client()) for _ in range(9)]
+        for client in clients[1:]:
+            client.send(request("GET", "/metrics"))
+        eventually(lambda: len(it.server.service.running) == 8)
+        assert clients[0].ask("GET", "/health").status == 200
+        gate.set()
+        bodies = {client.answer().body for client in clients[1:]}
+    assert len(bodies) == len(begun) == 1 and b"monorelay_build_info" in bodies.pop()
+    assert it.ask("GET", "/metrics").status == 200 and len(begun) == 2
+
+
 @hypothesis.given(
     st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**5) | st.none(), st.booleans()), max_size=30)
 )
