@@ -224,6 +224,7 @@ INTEGER_DIGITS = 64  # of an integer that is read: long ones take time in propor
 LISTED_MODELS = 1000  # of a provider; the longest known list has some 500
 LISTED_ENTRY_CHARACTERS = 2048  # in its strings; the usual ones have 100 to 1,000
 LISTED_ENTRY_VALUES = 128  # the usual ones have up to 80
+LISTED_ENTRY_BYTES = 20  # that an entry takes while somebody's list is made, until it is written
 CATALOGUE_WAIT_SECONDS = 2.0  # Claude Code gives up after 3
 CATALOGUE_FRESH_SECONDS = 300.0
 CATALOGUE_RETRY_SECONDS = 30.0  # until a provider that didn't list its models is asked again
@@ -11936,16 +11937,16 @@ class Catalogue:
         self._lists: dict[Provider, tuple[float, list[JsonDict]]] = {}  # fresh until when, and what
         self._fetches: dict[Provider, Task] = {}  # those that run, each for all who wait for it
         self._warned: set[str] = set()  # the providers whose lists can't be read
+        self._named: tuple[Optional[Config], list[JsonDict]] = (None, [])  # what a relay.json names, for all who ask
 
     async def entries(self, config: Config) -> list[JsonDict]:
         """One entry a name, as the provider describes it; those that relay.json names and echo's come first."""
         usable = [provider for provider in config.providers.values() if provider.usable]
-        echoes = ECHO_MODELS if any(provider.format == "echo" for provider in usable) else ()
-        written = itertools.chain(config.aliases, config.routes, *(provider.models for provider in usable), echoes)
-        entries: list[JsonDict] = [{"id": name} for name in written if not PATTERN.search(name)]
         asked = [provider for provider in usable if provider.format != "echo" and not provider.client_keys]
-        for listed in await self._listed(asked):
-            entries += listed
+        listed = await self._listed(asked)
+        if self._named[0] is not config:
+            self._named = config, named_entries(config, usable)
+        entries = [*self._named[1], *itertools.chain.from_iterable(listed)]
         return list({entry["id"]: entry for entry in reversed(entries)}.values())[::-1]
 
     async def _listed(self, providers: Sequence[Provider]) -> list[list[JsonDict]]:
@@ -11999,6 +12000,13 @@ class Catalogue:
             other: listed for other, listed in self._lists.items() if other.name != provider.name or listed[0] > latest
         }
         self._lists[provider] = asked_at + fresh_seconds, entries
+
+
+def named_entries(config: Config, usable: Sequence[Provider]) -> list[JsonDict]:
+    """An entry for each name that a relay.json has for one model, and for echo's."""
+    echoes = ECHO_MODELS if any(provider.format == "echo" for provider in usable) else ()
+    names = itertools.chain(config.aliases, config.routes, *(provider.models for provider in usable), echoes)
+    return [{"id": name} for name in names if not PATTERN.search(name)]
 
 
 async def read_rest(loop: EventLoop, response: UpstreamResponse) -> bytes:
@@ -12067,7 +12075,8 @@ def model_entry(entry: JsonDict, format: str) -> JsonDict:
 
 
 def model_page(entries: Sequence[JsonDict], query: str, format: str) -> JsonDict:
-    """The page of the list that a query asks for with limit, after_id and before_id. Raises BadRequest."""
+    """The page of the list that a query asks for with limit, after_id and before_id; its entries are to be put into the
+    shape of the format when they are written. Raises BadRequest."""
     asked = dict(parse_qsl(query))
     names = [entry["id"] for entry in entries]
     limit = asked.get("limit", "20" if format == "anthropic" else "100000")
@@ -12081,7 +12090,7 @@ def model_page(entries: Sequence[JsonDict], query: str, format: str) -> JsonDict
     backwards = "before_id" in asked and "after_id" not in asked
     page = entries[max(start, end - int(limit)) : end] if backwards else entries[start : min(end, start + int(limit))]
     shown = {
-        "data": [model_entry(entry, format) for entry in page],
+        "data": page,
         "has_more": len(page) < end - start,
         "first_id": page[0]["id"] if page else None,
         "last_id": page[-1]["id"] if page else None,
@@ -13404,6 +13413,7 @@ async def answer_me(exchange: Exchange) -> Response:
 async def answer_catalogue(exchange: Exchange) -> Response:
     """The relay's models, or one of them."""
     listed = await exchange.service.catalogue.entries(exchange.config)
+    exchange.hold(len(listed) * LISTED_ENTRY_BYTES)
     await checkpoint(exchange.loop)  # to make a long page takes some milliseconds
     entries, begun = [], exchange.loop.clock()
     for entry in listed:
@@ -13415,7 +13425,7 @@ async def answer_catalogue(exchange: Exchange) -> Response:
     wanted = unquote(exchange.endpoint.path[len("/models/") :])
     if not wanted:
         page = model_page(entries, exchange.request.query, exchange.format)
-        return exchange.respond_with(await written_page(exchange.loop, page), ())
+        return exchange.respond_with(await written_page(exchange, page), ())
     for entry in entries:
         if entry["id"] == wanted:
             return exchange.respond(200, model_entry(entry, exchange.format))
@@ -13429,14 +13439,18 @@ async def answer_catalogue(exchange: Exchange) -> Response:
     raise NotFound(f"there is no model {wanted[:MODEL_CHARACTERS]!r}{meant}")
 
 
-async def written_page(loop: EventLoop, page: JsonDict) -> bytes:
-    """A page of the list as JSON, written entry by entry: one full of numbers with a fraction takes 0.2 s."""
-    written, begun = [], loop.clock()
+async def written_page(exchange: Exchange, page: JsonDict) -> bytes:
+    """A page of the list as JSON, written entry by entry: one full of numbers with a fraction takes 0.2 s. Raises
+    Unavailable where many are being written, and there is no room for one more."""
+    written, size, begun = [], 0, exchange.loop.clock()
     for entry in page["data"]:
-        written.append(json.dumps(entry))
-        if loop.clock() - begun > SLOW_EVENT_SECONDS:
-            await checkpoint(loop)
-            begun = loop.clock()
+        written.append(json.dumps(model_entry(entry, exchange.format)))
+        exchange.hold(len(written[-1]))
+        size += len(written[-1])
+        if exchange.loop.clock() - begun > SLOW_EVENT_SECONDS:
+            await checkpoint(exchange.loop)
+            begun = exchange.loop.clock()
+    exchange.release_room(size)  # the response takes it anew
     return json.dumps({**page, "data": []}).replace("[]", f"[{', '.join(written)}]", 1).encode("ascii")
 
 

@@ -16928,6 +16928,20 @@ def test_clients_that_ask_for_the_catalogue_together_have_the_provider_asked_onc
     assert {answer.json["data"][0]["id"] for answer in answers} == {"claude-a"} and len(provider.requests) == 1
 
 
+def test_a_list_of_models_takes_room_while_it_is_written(upstream, relay, monkeypatch):
+    it = relay({"openai": upstream(catalogue_answer(*(f"{number}-{'x' * 200}" for number in range(300))))})
+    bodies, held, model_entry = it.server.service.bodies, [], monorelay.model_entry
+
+    def spied(entry: monorelay.JsonDict, format: str) -> monorelay.JsonDict:
+        held.append(bodies.bytes)
+        return model_entry(entry, format)
+
+    monkeypatch.setattr(monorelay, "model_entry", spied)
+    got = it.ask("GET", "/v1/models")
+    assert got.status == 200 and held == sorted(held) and held[-1] > 0.9 * len(got.body)
+    eventually(lambda: not bodies.bytes)
+
+
 def test_a_list_that_comes_late_is_told_from_then_on(upstream, relay):
     gate, clock = threading.Event(), Clock()
 
