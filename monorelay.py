@@ -728,6 +728,7 @@ class Config(NamedTuple):
     prices: Optional[Prices] = None
     prices_file: str = ""  # as written: relative to the folder of relay.json
     beside_seen: Sequence[tuple[int, ...]] = ()  # the states of these two files before they were read
+    wide_aliases: Sequence[str] = ()  # those with a *, each of which a name is compared with
 
 
 DEFAULT_PORTS = {"http": 80, "https": 443, "echo": 0}
@@ -1206,16 +1207,18 @@ def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.jso
     server = read_settings(SERVER_SETTINGS, sections["server"], "server", problems)
     server["access_keys"] = server.pop("access_key")
     users = {user: read_user(user, given, problems) for user, given in sections["users"].items()}
+    aliases = read_lists(sections["aliases"], "aliases", problems)
     config = Config(
         ServerSettings(**server),
         users,
         "users" not in document,
         read_user_keys(users, problems),
         {provider: read_provider(provider, given, problems) for provider, given in sections["providers"].items()},
-        read_lists(sections["aliases"], "aliases", problems),
+        aliases,
         read_lists(sections["routes"], "routes", problems),
         str(document.get("env_file", "")),
         ledger=read_ledger_settings(document, users, problems),
+        wide_aliases=[alias for alias in aliases if "*" in alias],
     )
     config = read_prices(config, document.get("prices"), problems)
     shared = shared_key(config.server.access_keys, config.user_keys)
@@ -1593,11 +1596,12 @@ def find_alias(config: Config, name: str, passed: Sequence[str]) -> tuple[str, S
     stands for, with the `*` filled in. Nothing if there is none."""
     if name in config.aliases:
         return name, config.aliases[name]
-    for alias, names in config.aliases.items():
-        before, star, behind = alias.partition("*")
-        fits = star and name.startswith(before) and name.endswith(behind) and len(name) >= len(alias) - 1
+    for alias in config.wide_aliases:
+        before, _, behind = alias.partition("*")
+        fits = name.startswith(before) and name.endswith(behind) and len(name) >= len(alias) - 1
         if fits and alias not in passed:
-            return alias, [other.replace("*", name[len(before) : len(name) - len(behind)]) for other in names]
+            filled = name[len(before) : len(name) - len(behind)]
+            return alias, [other.replace("*", filled) for other in config.aliases[alias]]
     return "", ()
 
 
@@ -2078,11 +2082,11 @@ def find_targets(config: Config, name: str) -> list[Target]:
 def meant_name(config: Config, name: str) -> str:
     """What a name that leads nowhere as it stands means: Claude Code leaves `[1m]` on some, and `provider/name` is how
     other gateways say `name@provider`. The name itself where it means no other."""
-    if name.endswith(LONG_CONTEXT):
-        shorter = name[: -len(LONG_CONTEXT)]
-        return shorter if follow(config, shorter, ()) else meant_name(config, shorter)
-    provider, _, model = name.partition("/")
-    return f"{model}@{provider}" if model and provider in config.providers else name
+    shorter = name.removesuffix(LONG_CONTEXT)  # once: to follow a name may take as long as there are routes
+    if shorter != name and follow(config, shorter, ()):
+        return shorter
+    provider, _, model = shorter.partition("/")
+    return f"{model}@{provider}" if model and provider in config.providers else shorter
 
 
 def admits(config: Config, patterns: Sequence[str], name: str) -> bool:

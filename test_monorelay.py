@@ -1514,6 +1514,8 @@ def test_a_shared_throttle_forgets_the_names_that_were_asked_for_the_longest_ago
         ("openai/", None),
         ("nobody/gpt-x", None),
         ("one[1m]", ["gpt-5@openai"]),
+        ("one[1m][1m]", None),
+        ("openai/gpt-x[1m][1m]", ["gpt-x[1m]@openai"]),
         ("router/a[1m]", ["a[1m]@openai"]),
         ("loop-a", ["gpt-a@openai"]),
         ("Claude-a", None),
@@ -1543,6 +1545,24 @@ def test_model_becomes_its_targets_in_order_of_preference(name, expected):
             monorelay.resolve(config, name)
     else:
         assert [f"{it.model}@{it.provider.name}" for it in monorelay.resolve(config, name)] == expected
+
+
+@pytest.mark.parametrize("name", ["nobody", "nobody/" + 60 * "[1m]"])
+def test_a_name_that_leads_nowhere_is_compared_with_each_pattern_a_few_times(name, monkeypatch):
+    aliases = {"wide-*": "*@openai", **{f"alias-{number}": "gpt-5" for number in range(100)}}
+    config = parse({"openai": {"base_url": "http://127.0.0.1:9"}}, routes={"gpt-*": "openai"}, aliases=aliases)
+    compared: list[str] = []
+
+    class Spied(str):
+        def partition(self, mark: str) -> tuple[str, str, str]:
+            compared.append(self)
+            return super().partition(mark)
+
+    matches = monorelay.matches
+    monkeypatch.setattr(monorelay, "matches", lambda *both: compared.append(both[1]) or matches(*both))
+    config = config._replace(wide_aliases=[*map(Spied, config.wide_aliases)])
+    assert not monorelay.find_targets(config, name)
+    assert set(compared) == {"wide-*", "gpt-*"} and len(compared) <= 6
 
 
 @pytest.mark.parametrize(("name", "sent"), [("gpt-5[1m]", "gpt-5"), ("[1m]", "[1m]")])
