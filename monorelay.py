@@ -4718,6 +4718,9 @@ TRANSLATED_ANSWER_BYTES = 8 * 1024 * 1024  # of a whole one; the longest that mo
 WHOLE_EVENTS = 150_000
 WHOLE_LINES = 8 * WHOLE_EVENTS
 WHOLE_BLOCKS = 10_000  # with citations, a message has a block for each sentence
+# Of an event of a stream, while whose translation nothing else runs: values, and blocks of a message that is one event.
+EVENT_VALUES = 100_000
+EVENT_BLOCKS = 1000
 TOOL_CALLS = 128  # in an answer: as many tools as OpenAI allows in a request
 TOOL_NAME_CHARACTERS = 256  # Anthropic allows 128, OpenAI 64
 RENAMED_TOOLS = 1000  # in a request: they are remembered until the answer is over
@@ -7655,7 +7658,7 @@ class AnswerTranslator:
                 return
             is_last = data.strip() == b"[DONE]"
             if not is_last:
-                found, is_last = self._reader.read(read_answer(data))
+                found, is_last = self._reader.read(read_event(data))
                 yield from found
             if is_last:
                 self.ended = True
@@ -7703,6 +7706,16 @@ def read_answer(data: bytes) -> JsonDict:
         raise UnfitAnswer("the provider's answer is nested too deeply to be translated") from None
     except BadRequest:
         raise AnswerFault("the provider sent what is no JSON object, or one of too many values") from None
+
+
+def read_event(data: bytes) -> JsonDict:
+    """The document of an event of a stream. Raises AnswerFault for what is none, or would take long."""
+    if data.count(b",") > EVENT_VALUES:
+        raise UnfitAnswer(f"the provider sent an event of more than {EVENT_VALUES} values")
+    event = read_answer(data)
+    if len(listed_objects(event.get("content"))) > EVENT_BLOCKS:
+        raise UnfitAnswer(f"the provider sent a message of more than {EVENT_BLOCKS} blocks in one event")
+    return event
 
 
 # -- errors

@@ -7552,6 +7552,23 @@ def test_a_chunk_has_as_many_parts_of_calls_as_an_answer_has_calls():
     assert time.thread_time() - began < 0.1
 
 
+@pytest.mark.parametrize(("count", "fits"), [(1000, True), (1001, False)])
+def test_a_message_that_is_one_event_has_so_many_blocks(count, fits):
+    block = {"type": "thinking", "thinking": "a", "signature": "b"}
+    message = {**ANTHROPIC_HI, "content": [block] * count}
+    it = monorelay.AnswerTranslator(asked_of("openai", stream=True))
+    sent = it.feed(b"data: %b\n\n" % json.dumps(message).encode())
+    assert it.ended and it.failed is not fits and (sent.count(b'"signature":"b"') == count) is fits
+    assert fits or b"a message of more than 1000 blocks in one event" in sent
+
+
+@pytest.mark.parametrize(("count", "fits"), [(99_999, True), (100_001, False)])
+def test_an_event_has_so_many_values(count, fits):
+    it = monorelay.AnswerTranslator(asked_of(stream=True))
+    sent = it.feed(b'data: {"choices":[{"delta":{"content":[%b1]}}]}\n\n' % (b"1," * count))
+    assert (b"an event of more than 100000 values" in sent) is it.failed is not fits
+
+
 def test_blank_lines_of_a_stream_take_next_to_no_time():
     it = monorelay.AnswerTranslator(asked_of(stream=True))
     it.feed(sse_of([delta(content="Hi")], done=False))
