@@ -9582,7 +9582,7 @@ class Task:
         self.deadline = math.inf
         self._loop.tasks.discard(self)
         for task in self._waiting:
-            self._loop.patient.put(task.resume, task.origin)
+            self._loop.resume_in_turn(task)
 
 
 Action = Callable[[], object]
@@ -9823,6 +9823,17 @@ class EventLoop:
         while turns and self.clock() <= latest:
             turns.take()()
 
+    def resume_in_turn(self, task: Task) -> None:
+        """Resumes a task for which something has come, in the turns of its origin: it may go on for long, and new
+        connections don't wait for that. Its deadline isn't told before."""
+
+        def go_on() -> None:
+            task.unseen -= 1
+            task.resume()
+
+        task.unseen += 1
+        self.patient.put(go_on, task.origin)
+
     def resume_if_overdue(self, task: Task) -> None:
         """Raises Overdue in a task, unless one that was resumed before has done something for it, or what it waits for
         may have come, and only the loop is late with it: no provider is to blame for that."""
@@ -9939,7 +9950,7 @@ async def in_thread(
             outcome.append((wanted[0](), None))
         except Exception as fault:
             outcome.append((None, fault))
-        loop.post(task.resume)
+        loop.post(functools.partial(loop.resume_in_turn, task))
         if not wanted:
             outcome.clear()  # else an error, its traceback and this frame would keep each other, and a body
 

@@ -11023,6 +11023,26 @@ def test_new_connections_are_served_together_however_late_the_turns_are(looping,
     assert len(set(turns)) == 1
 
 
+def test_a_new_connection_does_not_wait_for_all_whose_results_have_come_from_a_thread(looping):
+    loop, worker, order = looping.loop, monorelay.Worker(), []
+
+    async def works() -> None:
+        await monorelay.in_thread(loop, lambda: None, worker, "", loop.now + 1.0)
+        looping.clock.now += monorelay.POSTED_SECONDS + monorelay.PATIENT_SECONDS
+        order.append("result")
+
+    def begin() -> None:
+        for _ in range(10):
+            loop.start(works())
+        eventually(lambda: len(loop._posted) == 10)
+        loop.post(lambda: order.append("connection"))
+        looping.clock.now += 2.0  # results that have come in time aren't overdue, either
+
+    looping.call(begin)
+    eventually(lambda: not loop.tasks)
+    assert order == ["connection", *["result"] * 10]
+
+
 def test_a_worker_serves_its_callers_in_turns():
     worker, gate, called = monorelay.Worker(), threading.Event(), []
     worker.call(functools.partial(gate.wait, TIMEOUT_SECONDS))
