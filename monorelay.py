@@ -14385,15 +14385,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return True
         if not self.idle or self.channel.received or self.channel.is_sending:
             return False
-        self.channel.receive()
-        if self.channel.received and self.task:
-            self.loop.post(self.task.resume)
-        return not self.channel.received
+        try:  # what has come stays there for its own event, which waits for its turn
+            return not self.request.recv(1, socket.MSG_PEEK)
+        except (OSError, MemoryError):
+            return True
 
     def close_if_idle(self) -> None:
         """Closes the connection unless a request has come, which then gets its response."""
-        if self.task and self.idle and self.may_be_closed():
+        if not self.task or not self.idle:
+            return
+        if self.may_be_closed():
             self.task.cancel()
+        else:
+            self.channel.receive()
+            self.loop.post(self.task.resume)  # before the end, which may follow at once
 
     async def _serve(self) -> None:
         """Serves request after request, and closes the connection in the end."""

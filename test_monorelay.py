@@ -22087,6 +22087,20 @@ def test_connections_at_work_make_no_room(upstream, relay):
         assert head.answer().status == 200
 
 
+@pytest.mark.parametrize(("sent", "leaves", "may_be"), [(b"", False, True), (b"G", False, False), (b"", True, True)])
+def test_who_looks_whether_a_request_has_come_leaves_it_to_its_own_event(sent, leaves, may_be):
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    channel = types.SimpleNamespace(received=b"", is_sending=False)
+    handler = types.SimpleNamespace(lingering=False, idle=True, request=near, channel=channel)
+    with near, far:
+        far.sendall(sent)
+        if leaves:
+            far.close()
+        assert monorelay.Handler.may_be_closed(handler) is may_be
+        assert not sent or near.recv(9) == sent
+
+
 def test_all_addresses_of_an_ipv6_network_share_their_turns(relay):
     it = relay({"echo": {}})
     addresses = ["2001:db8::1", "2001:db8::ffff:2", "2001:db8:0:1::1", "::ffff:192.0.2.1", "192.0.2.1"]
