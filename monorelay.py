@@ -2843,6 +2843,7 @@ UNPRICED_PART = re.compile(
     r"^models/|[-@](?:20[0-9]{6}|20[0-9]{2}-[0-9]{2}-[0-9]{2})$|(?<=^ft:)([^:]+):.*"
     r"|:(?:nitro|floor|exacto|online)$|\[1m\]$"
 )
+UNPRICED_PARTS = 4  # behind each other, that are looked for
 
 
 def cost_of(prices: Optional[Prices], provider: Provider, model: str, used: Used) -> Optional[int]:
@@ -2885,11 +2886,23 @@ def charge_of(prices: Prices, provider: Provider, model: str, used: Used) -> Opt
     return total * price.factors.get(used.speed, PRICE_UNIT) * price.factors.get(used.geo, PRICE_UNIT)
 
 
+def plain_names(model: str) -> list[str]:
+    """The name of a model, and what is left of it without one UNPRICED_PART after the other: a date may stand before
+    OpenRouter's choice, of which there may be two."""
+    names = [model]
+    for _ in range(UNPRICED_PARTS):
+        plain = UNPRICED_PART.sub(r"\1", names[-1])
+        if plain == names[-1]:
+            break
+        names.append(plain)
+    return names
+
+
 def find_price(prices: Prices, provider: Provider, model: str) -> Optional[Price]:
-    """The price of a model by its name, by that without UNPRICED_PART, or by the provider's name before it; exact names
-    go before patterns, of which the first counts that matches one of these."""
-    plain = UNPRICED_PART.sub(r"\1", model)
-    names = dict.fromkeys((model, plain, f"{provider.name}/{model}", f"{provider.name}/{plain}"))
+    """The price of a model by one of its plain_names(), or by the provider's name before one; exact names go before
+    patterns, of which the first counts that matches one of these."""
+    names = plain_names(model)
+    names += [f"{provider.name}/{name}" for name in names]
     for name in names:
         if name in prices.by_name:
             return prices.by_name[name]
@@ -17318,8 +17331,7 @@ def may_have_price(prices: Prices, known: Sequence[str], provider: Provider, pat
     """Whether there is a price for some model that matches the pattern. `known`: the names of all, sorted."""
     if find_price(prices, provider, pattern):
         return True
-    names = {pattern, UNPRICED_PART.sub(r"\1", pattern)}
-    return any(some_match(known, asked) for name in names for asked in (name, f"{provider.name}/{name}"))
+    return any(some_match(known, asked) for name in plain_names(pattern) for asked in (name, f"{provider.name}/{name}"))
 
 
 def some_match(names: Sequence[str], pattern: str) -> bool:
