@@ -14516,7 +14516,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             try:
                 if request.method == "OPTIONS" and exchange.cors():
                     return exchange.respond(204, fields=preflight_fields(request.fields))
-                if asks_for_websocket(request.fields):
+                if request.method in METHODS and asks_for_websocket(request.fields):
                     raise NoWebSocket
                 endpoint = exchange.endpoint = find_endpoint(request.method, request.path, exchange.format)
                 if endpoint.answer not in OPEN_ENDPOINTS:

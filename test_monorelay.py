@@ -20024,11 +20024,12 @@ def test_a_head_or_body_that_ends_early_is_no_request(upstream, relay):
     assert not provider.requests
 
 
+@pytest.mark.parametrize("field", [b"x-a: b", b"Upgrade: websocket"])
 @pytest.mark.parametrize("line", [b"CONNECT elsewhere.example:443", b"TRACE /v1/messages"])
-def test_a_method_behind_which_no_request_may_come_is_a_405_and_the_end(upstream, relay, line):
+def test_a_method_behind_which_no_request_may_come_is_a_405_and_the_end(upstream, relay, line, field):
     provider = upstream(answer())
     with relay({"anthropic": provider}).client() as client:
-        client.send(line, b" HTTP/1.1\r\nHost: a\r\nx-api-key: %s\r\n\r\n" % TOKEN.encode(), SMUGGLED)
+        client.send(line, b" HTTP/1.1\r\nHost: a\r\nx-api-key: %s\r\n%s\r\n\r\n" % (TOKEN.encode(), field), SMUGGLED)
         assert_turned_away(client, 405)
     assert not provider.connections
 
