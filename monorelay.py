@@ -13025,6 +13025,10 @@ PLAIN_FORM_TYPE = re.compile(r"(?i)multipart/form-data; ?boundary=(?:[a-z0-9'+_.
 PLAIN_JSON_TYPE = re.compile(
     r"(?i)(?:(?:application/(?:[a-z0-9.-]+\+)?|text/)json|text/plain)?(?:; *(?:charset=\"?utf-?8\"?)?)*"
 )
+# In a name, what some servers read as more than one, or as another: a list with commas; the end of it at a control
+# character, such as a NUL; and, where the name becomes a part of a URL (by LiteLLM, in front of Gemini), what ends or
+# turns the path there. OpenRouter's `@preset/` is `preset`, see MODEL_NAMES.
+ODD_MODEL = re.compile(r"[,\x00-\x1f\x7f?#%;]|(?:^|[/\\])\.\.(?:[/\\@[]|\Z)|@preset/")
 Answerer = Callable[["Exchange"], Coroutine[float, None, Response]]
 
 
@@ -13175,11 +13179,11 @@ class Exchange:
         is_plain = plain_type.fullmatch(fields.get("content-type", "")) and not any(
             len(fields.all(name)) > 1 for name in ("content-type", "content-encoding")
         )
-        # Some servers take a list with commas, and what the query says, as well.
+        # Some servers take what the query says, as well.
         in_query = any(name in query for name in ("model", "engine", "deployment", "_method"))
-        # Some end a name at a control character, such as a NUL.
-        named_elsewhere = facts.lookalike or re.search(r"[,\x00-\x1f\x7f]", facts.model) is not None or in_query
-        return named_elsewhere or not decides or not is_plain
+        listed = self.caller.user.models if self.caller.user else None
+        is_odd = ODD_MODEL.search(facts.model) is not None and facts.model not in (listed or ())
+        return facts.lookalike or is_odd or in_query or not decides or not is_plain
 
     def targets_of(self, model: str) -> list[Target]:
         """The targets of a model. Raises NotFound, which tells only who may use all of them what other models there

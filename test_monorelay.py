@@ -16662,14 +16662,28 @@ NAMED_ELSEWHERE = {
     "a router of LiteLLM's": ("/v1/chat/completions", '"model":"claude-a","user_config":{"model_list":[]}'),
     "its settings": ("/v1/chat/completions", '"router_settings_override":{"fallbacks":[]},"model":"claude-a"'),
     "a preset": ("/v1/chat/completions", '"model":"claude-a","preset":"dear"'),
+    "a preset in the name": ("/v1/chat/completions", '"model":"claude-a@preset/dear"'),
     "a gateway's options": ("/v1/chat/completions", '"model":"claude-a","providerOptions":{"x":{"models":["b"]}}'),
     "fallbacks, a list of names": ("/v1/chat/completions", '"model":"claude-a","fallbacks":["claude-opus"]'),
     "fallback models": ("/v1/chat/completions", '"model":"claude-a","fallback_models":["claude-opus"]'),
     "extra_body": ("/v1/chat/completions", '"model":"claude-a","extra_body":{"model":"claude-opus"}'),
     "a list of models": ("/v1/chat/completions", '"model":"claude-a,claude-opus"'),
     "a model that ends at a NUL": ("/v1/chat/completions", r'"model":"claude-a\u0000-b"'),
+    "a model behind a path's parent": ("/v1/chat/completions", '"model":"claude-a/../claude-opus"'),
+    "a parent as Windows writes it": ("/v1/embeddings", r'"model":"claude-a\\..\\claude-opus"'),
+    "a path's parent at its end": ("/v1/messages", '"model":"claude-a/..@anthropic"'),
+    "a model before a query": ("/v1/embeddings", '"model":"claude-opus?a"'),
+    "a model before a fragment": ("/v1/responses", '"model":"claude-opus#a"'),
+    "a parent that is escaped": ("/v1/messages", '"model":"claude-a%2f..%2fclaude-opus"'),
     "a name too long to be read": ("/v1/chat/completions", f'"{"n" * 2000}":"claude-opus","model":"claude-a"'),
 }
+
+
+@pytest.mark.parametrize("model", ["claude-a/..b", "claude-4.5:free", "claude-\\a", "claude-x#deployment"])
+def test_a_name_that_may_lead_elsewhere_may_be_used_if_it_is_listed_as_such(upstream, relay, model):
+    users = {"alice": {"models": ["claude-[!x]*", "claude-x#deployment"]}}
+    it = relay({"anthropic": upstream(answer())}, **{**GUARDED, "users": users})
+    assert it.post("/v1/messages", prompt(model), token=bearer()).status == 200
 
 
 def padded(members: str, size: int) -> bytes:
