@@ -3814,8 +3814,8 @@ def model_name(value: Any) -> str:
 MODEL_NAMES = frozenset({
     "model", "models", "model_name", "model_id", "modelid", "model_list", "fallback_model", "fallback_models",
     "fallbacks", "context_window_fallbacks", "content_policy_fallbacks", "user_config", "router_settings_override",
-    "engine", "deployment", "deployment_id", "preset", "plugins", "provideroptions", "api_base", "base_url",
-    "extra_body",
+    "engine", "deployment", "deployment_id", "preset", "prompt_id", "plugins", "provideroptions", "api_base",
+    "base_url", "extra_body",
 })  # fmt: skip
 OTHER_MODEL_NAMES = MODEL_NAMES - {"model"}
 

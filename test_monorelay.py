@@ -16662,6 +16662,7 @@ NAMED_ELSEWHERE = {
     "a router of LiteLLM's": ("/v1/chat/completions", '"model":"claude-a","user_config":{"model_list":[]}'),
     "its settings": ("/v1/chat/completions", '"router_settings_override":{"fallbacks":[]},"model":"claude-a"'),
     "a preset": ("/v1/chat/completions", '"model":"claude-a","preset":"dear"'),
+    "a prompt of LiteLLM's": ("/v1/chat/completions", '"prompt_id":"dear","model":"claude-a"'),
     "a preset in the name": ("/v1/chat/completions", '"model":"claude-a@preset/dear"'),
     "a gateway's options": ("/v1/chat/completions", '"model":"claude-a","providerOptions":{"x":{"models":["b"]}}'),
     "fallbacks, a list of names": ("/v1/chat/completions", '"model":"claude-a","fallbacks":["claude-opus"]'),
