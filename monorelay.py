@@ -11367,14 +11367,15 @@ def is_error(event: re.Match[bytes]) -> bool:
         return False
 
 
-# Headers by which a client names an account at OpenAI, Google or Anthropic, or brings a key of its own, which LiteLLM
-# and new-api (a WebSocket's, in any request) take rather than the relay's; a 401 or 403 may be about these.
-ACCOUNT_HEADERS = (
-    "openai-organization", "openai-project", "x-goog-user-project", "anthropic-workspace-id",
-    "anthropic-user-profile-id", "x-litellm-api-key", "sec-websocket-protocol",
-)  # fmt: skip
-# Parameters of a query by which providers take a key; Google's take `access_token`.
-KEY_IN_QUERY = re.compile(r"(?i)(?:key|token)=")
+# Headers by which a client names an account at OpenAI, Google or Anthropic, or brings a key of its own, which LiteLLM,
+# Cloud Run, Bifrost and new-api (a WebSocket's, in any request) take rather than the relay's; a 401 or 403 may be about
+# these.
+ACCOUNT_HEADER = re.compile(
+    r"openai-organization|openai-project|x-goog-user-project|anthropic-workspace-id|anthropic-user-profile-id"
+    r"|sec-websocket-protocol|(?!idempotency-)(?:.*[-_])?(?:authorization|auth|(?:api)?key|token|vk)"
+)
+# Parameters of a query by which providers take a key; Google's take `access_token`, Azure's functions `code`.
+KEY_IN_QUERY = re.compile(r"(?i)(?:key|token|[?&]code)=")
 
 
 class UpstreamRequest(NamedTuple):
@@ -11406,7 +11407,7 @@ class UpstreamRequest(NamedTuple):
     def names_account(self) -> bool:
         """Whether a provider's 401 or 403 may be about a header of the client, or a key in its query."""
         in_query = KEY_IN_QUERY.search(unquote(self.target)) is not None
-        return in_query or any(name in self.head.fields for name in ACCOUNT_HEADERS)
+        return in_query or any(map(ACCOUNT_HEADER.fullmatch, self.head.fields.keys() - GUARDED_HEADERS))
 
 
 LINE_END = re.compile(rb"[\r\n]")

@@ -14069,7 +14069,8 @@ def test_a_provider_that_answers_early_and_takes_no_more_is_heard(upstream, rela
 @pytest.mark.parametrize(
     "name",
     ["OpenAI-Organization", "openai-project", "x-goog-user-project", "anthropic-workspace-id",
-     "anthropic-user-profile-id", "x-litellm-api-key", "Sec-WebSocket-Protocol"],
+     "anthropic-user-profile-id", "x-litellm-api-key", "Sec-WebSocket-Protocol", "X-Serverless-Authorization",
+     "Helicone-Auth", "apikey", "x-bf-vk"],
 )  # fmt: skip
 def test_what_is_said_about_the_clients_own_organization_or_key_cools_nothing(upstream, relay, name, status):
     def script(connection: Connection) -> None:
@@ -14090,7 +14091,7 @@ def test_what_is_said_about_the_clients_own_organization_or_key_cools_nothing(up
 
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("query", ["?api-key=bogus", "?subscription-Key=bogus", "?%6Bey=bogus",
-                                   "?access_token=bogus"])  # fmt: skip
+                                   "?access_token=bogus", "?code=bogus"])  # fmt: skip
 def test_what_is_said_about_a_key_in_the_clients_query_cools_nothing(upstream, relay, query, status):
     it = relay({"openai": two_keys(upstream(answer(status)))})
     got = it.post(f"/v1/chat/completions{query}", chat())
