@@ -197,7 +197,9 @@ STALE_SECONDS = 1.0  # within which a kept connection shows that it was closed: 
 LOST_SECONDS = 5.0  # after which a kept connection is looked at on which no answer comes,
 LOST_RESENDS = 5  # and is given up if this system has sent so often what nobody acknowledges: for some 6 s
 UNTAKEN_SECONDS = 20.0  # for which a kept connection takes nothing of a request, until another one gets it
-UNWANTED_SECONDS = 3.0  # for which a provider that has begun a good response takes nothing of the request's rest
+# For which a provider that has begun a good response takes nothing of the request's rest, until no more is sent: some
+# begin at once and are busy then, and a lossy network may pause for as long.
+UNWANTED_SECONDS = 20.0
 CONNECTED_ADDRESSES = 16  # of a host that has more, these are tried
 AVOIDED_SECONDS = 600.0  # for which an address that took no connection is tried after the others of its host
 AVOIDED_ADDRESSES = 1024  # beyond so many, all are taken for good again

@@ -14032,6 +14032,29 @@ def test_a_provider_that_begins_its_answer_early_gets_the_rest_of_the_request(up
     assert got == [body]
 
 
+def test_a_provider_that_begins_its_answer_early_may_pause_before_it_takes_the_rest(upstream, relay):
+    body, clock, goes_on = json.dumps(prompt(text="x" * (16 << 20))).encode(), Clock(), threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.until(b"\r\n\r\n")
+        connection.send(STREAM_HEAD)
+        connection.wait(goes_on)
+        connection.take(len(body))
+        connection.send(chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n")
+
+    def is_stuck() -> bool:
+        latest = clock.now + monorelay.UNWANTED_SECONDS
+        return any(task.deadline == latest for task in list(it.server.service.loop.tasks))
+
+    it = relay({"anthropic": upstream(script)}, clock)
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", body))
+        assert eventually(is_stuck)
+        clock.move(15.0)
+        goes_on.set()
+        assert client.answer().body == b"data: [DONE]\n\n"
+
+
 @pytest.mark.parametrize("framing", ["Content-Length: 9", "Transfer-Encoding: chunked"])
 def test_a_provider_that_begins_its_answer_early_gets_the_rest_of_an_upload(upstream, relay, framing):
     begun = threading.Event()
