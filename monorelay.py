@@ -17052,13 +17052,13 @@ def run_serve(options: JsonDict) -> int:
     host, port = listeners[0].getsockname()[:2]
     made_up = config.server.access_keys != given.server.access_keys
     lines = list(banner(config, path, relay_url(host, port), made_up))
-    if supervised:
-        # Python's own way out would wait for a log that nobody reads.
-        os._exit(Supervisor(file, listeners).run(signals, lines))
-    server = RelayServer(config, None, listeners)
-    operator = Operator(server, file)
-    server.log.announce(lines)
     try:
+        if supervised:
+            # Python's own way out would wait for a log that nobody reads.
+            os._exit(Supervisor(file, listeners).run(signals, lines))
+        server = RelayServer(config, None, listeners)
+        operator = Operator(server, file)
+        server.log.announce(lines)
         server.start()
     except RuntimeError:
         raise OSError(errno.EAGAIN, "the system gives out too few threads; raise `ulimit -u`") from None

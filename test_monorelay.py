@@ -24749,10 +24749,11 @@ sys.exit(monorelay.main())
 """
 
 
-@pytest.mark.parametrize("missing", ["accept", "operator"])
-def test_a_relay_that_gets_too_few_threads_at_its_start_says_so_or_serves(tmp_path, missing):
+@pytest.mark.parametrize("missing, workers", [("accept", 1), ("operator", 1), ("log", 2)])
+def test_a_relay_that_gets_too_few_threads_at_its_start_says_so_or_serves(tmp_path, missing, workers):
     port = unused_port()
-    (tmp_path / "relay.json").write_text(json.dumps(settings({"echo": {}}, server={"port": port})))
+    server = {"port": port, "workers": workers}
+    (tmp_path / "relay.json").write_text(json.dumps(settings({"echo": {}}, server=server)))
     command = [sys.executable, "-c", WITHOUT_THREAD, str(Path(monorelay.__file__).parent), missing]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     try:
@@ -24762,8 +24763,9 @@ def test_a_relay_that_gets_too_few_threads_at_its_start_says_so_or_serves(tmp_pa
         told = process.communicate(timeout=TIMEOUT_SECONDS)[1]
     finally:
         process.kill()
-    assert process.returncode == (1 if missing == "accept" else 0), told
-    assert "Traceback" not in told and ("too few threads" in told) == (missing == "accept")
+    serves = missing == "operator"
+    assert process.returncode == (0 if serves else 1), told
+    assert "Traceback" not in told and ("too few threads" in told) != serves
 
 
 @pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/full", ">&- 2>&-"])
