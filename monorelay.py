@@ -4459,12 +4459,13 @@ class Inflater:
 # forwarded whole, so that an error can be told at the end of a stream that broke within a line.
 
 # A line that says that the stream is over: an event's name, or its data where there are no names; an error; the
-# last chunk of OpenAI's chat format, which some servers follow up by [DONE] and some don't.
+# last chunk of OpenAI's chat format, which some servers follow up by [DONE] and some don't. Some write an empty reason,
+# or "null", in all before it.
 STREAM_ENDS = re.compile(
     rb'(?:^|[\r\n])(?:data: ?(?:\[DONE\]|\{ ?"error" ?: ?[{"])|(?:event: ?|data: ?\{ ?"type" ?: ?")'
     rb"(?:message_stop|error|response\.(?:completed|incomplete|failed|done)"
     rb"|transcript\.text\.done|speech\.audio\.done|image_(?:generation|edit)\.completed))"
-    rb'|"finish_reason" ?: ?"'
+    rb'|"finish_reason" ?: ?"(?!null")[^"]'
 )
 # Each of these ends has one of these words.
 END_WORDS = (b"finish_reason", b"DONE]", b"_stop", b"response.", b".done", b".completed", b"error")

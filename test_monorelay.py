@@ -15729,6 +15729,8 @@ def test_an_error_that_is_null_is_none(upstream, relay):
         ("/v1/chat/completions", b'data: {"error":null,"choices":[]}\n\n'),
         ("/v1/chat/completions", OPENAI_EVENTS[1] + b'data: {"choices":[{"index":1'),
         ("/v1/chat/completions", OPENAI_EVENTS[0]),
+        ("/v1/chat/completions", b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":""}]}\n\n'),
+        ("/v1/chat/completions", b'data: {"choices":[{"delta":{"content":"a"},"finish_reason": "null"}]}\n\n'),
         (
             "/v1/chat/completions",
             b'data: {"choices":[{"delta":{"content":"\\"finish_reason\\":\\"stop\\""}}]}\n\n',
