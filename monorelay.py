@@ -5719,7 +5719,9 @@ NEVER_STRICT = frozenset({
     "uniqueItems", "prefixItems", "contains", "minProperties", "maxProperties", "patternProperties", "propertyNames",
     "oneOf", "not", "if",
 })  # fmt: skip
-OPENAI_REFUSED = NEVER_STRICT | {"allOf", "dependentRequired", "dependentSchemas"}
+OPENAI_REFUSED = NEVER_STRICT | {
+    "allOf", "dependentRequired", "dependentSchemas", "default", "minLength", "maxLength",
+}  # fmt: skip
 OPENAI_FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid")
 
 

@@ -4987,14 +4987,18 @@ def test_the_form_of_the_answer_is_strict_where_the_schema_is(strict):
         ({"anyOf": [{"enum": ["a"]}, {"type": "null"}]}, False),
         ({"type": "array", "items": {"const": 1}}, False),
         ({"type": "array", "items": {"type": "string"}, "uniqueItems": True}, False),
+        ({"type": "string", "default": "a"}, False),
+        ({"type": "string", "minLength": 1}, False),
+        ({"type": "string", "maxLength": 9}, False),
         ({"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": False}, False),
     ],
     ids=brief,
 )
 def test_the_form_of_the_answer_is_strict_only_where_openai_can_promise_it(part, strict):
     """openclaw/clawpatch #60: `schema must have a 'type' key`; cyanheads/git-mcp-server #47: `'uri' is not a valid
-    format`. Anthropic's SDK sends the first for a Literal or an Enum, the second for a URL."""
-    names = ["allOf", "format", "part", *["properties"] * strict]  # the answer's own
+    format`. Anthropic's SDK sends the first for a Literal or an Enum, the second for a URL. dottxt-ai/outlines #1254:
+    `'default' is not permitted`; openai/openai-node #1988 names lengths, too."""
+    names = ["allOf", "format", "default", "part", *["properties"] * strict]  # the answer's own
     members = {**{name: {"type": "string"} for name in names}, "part": {"$ref": "#/$defs/part"}}
     schema = {"type": "object", "properties": members, "required": names, "additionalProperties": False}
     schema["$defs"] = {"a": {"type": "string"}, "part": part}
