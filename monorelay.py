@@ -13007,6 +13007,12 @@ STORED_PATHS = ("/v1/messages/batches", "/v1/files")
 SEARCHED_PATHS = (
     "/responses/", "/conversations/", "/chat/completions/", "/videos/", "/containers/", "/fine_tuning/jobs/",
 )  # fmt: skip
+# What is made here for a model, at Mistral too, belongs to an account, as do the files and agents that it is made from:
+# to that of the first key, by which all of these go.
+MAKING_PATHS = (
+    "/agents", "/assistants", "/audio/agents", "/batch/jobs", "/conversations", "/dreams", "/fine_tuning/jobs",
+    "/realtime", "/threads",
+)  # fmt: skip
 # What counts tokens, and uses none; the first may be translated.
 COUNTING_PATH = "/messages/count_tokens"
 COUNTING_PATHS = (COUNTING_PATH, "/responses/input_tokens")
@@ -13860,6 +13866,8 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
     session = named or body.facts.session or exchange.record.caller
     is_aside = exchange.endpoint.path in COUNTING_PATHS
     candidates = exchange.service.relay.keys.order(targets, session, exchange.loop.now, is_aside)
+    if any(is_within(exchange.endpoint.path, place) for place in MAKING_PATHS):
+        candidates = as_listed(targets)[:1]
     if exchange.endpoint.path == COUNTING_PATH:
         if candidates[0].target.provider.chat_format != format:
             return await estimated_count(exchange, body, candidates[0].target)
@@ -13888,9 +13896,13 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
     everywhere = [provider]
     if searches and provider.format != "echo":
         everywhere = [other for other in exchange.config.providers.values() if other.format == provider.format]
-    targets = for_one_credential([Target(other, "") for other in everywhere if other.usable])
-    candidates = [Candidate(target, key) for target in targets for key in target.provider.keys or (None,)]
+    candidates = as_listed(for_one_credential([Target(other, "") for other in everywhere if other.usable]))
     return await relay(exchange, body, candidates if searches else candidates[:1], searches)
+
+
+def as_listed(targets: Iterable[Target]) -> list[Candidate]:
+    """The candidates of the targets with their keys in the file's order, whatever cools."""
+    return [Candidate(target, key) for target in targets for key in target.provider.keys or (None,)]
 
 
 async def relay(

@@ -11170,6 +11170,18 @@ def test_a_stale_upstream_connection_is_replaced_unnoticed_and_cools_no_key(upst
     assert [message.get("x-api-key") for message in provider.requests] == ["sk-a"] * 3
 
 
+@pytest.mark.parametrize("path", ["agents", "agents/agent_1", "batch/jobs", "conversations", "fine_tuning/jobs"])
+def test_what_is_made_for_a_model_goes_to_the_first_key_as_the_files_do(upstream, relay, path):
+    provider = upstream(replies(answer(), answer(429)))
+    it = relay({"anthropic": {"upstream": provider, "keys": ["sk-a", "sk-b"], "key_strategy": "round-robin"}})
+    it.post("/v1/messages", prompt())
+    got = [it.post(f"/v1/{path}", prompt(), ANTHROPIC_VERSION).status for _ in range(3)]
+    assert got == [429] * 3, "another account knows nothing of what it is made from"
+    assert [message.get("x-api-key") for message in provider.requests] == ["sk-a"] * 4
+    it.post("/v1/messages", prompt())
+    assert provider.requests[4].get("x-api-key") == "sk-b", "requests to models take turns as before"
+
+
 def test_a_connection_that_is_always_in_use_is_renewed_now_and_then(upstream, relay):
     """By its name, a provider may be elsewhere by then."""
 
