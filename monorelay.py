@@ -3654,10 +3654,11 @@ MEANT_STATUSES = {
         rb'|Your organization must be verified to stream this model\. Please go to: )(?:https://|[^":\\])*"'
     ),
 }
-# OpenAI's 400, and Anthropic's 404 of threads, where a request goes on with what another account keeps, or has
-# encrypted.
+# OpenAI's 400 and 404, and Anthropic's 404 of threads and files, where a request goes on with what another account
+# keeps, or has encrypted.
 KEPT_ELSEWHERE = re.compile(
     rb'"(?:error_)?code" ?: ?"(?:previous_response_not_found|invalid_encrypted_content|thread_not_found)"'
+    rb'|"message" ?: ?"(?:File not found: file_|(?:Container|Conversation|Item|Prompt) with id \'[a-z]{1,20}_)'
 )
 # Whether these are about the key or about what was asked, only their bodies tell.
 TELLING_STATUSES = frozenset({400, 401, 402, 403, 404, 412, 429})

@@ -13412,6 +13412,30 @@ def test_what_goes_on_with_another_keys_thread_goes_to_that_key(upstream, relay)
     assert [sent.get("x-api-key")[-1] for sent in provider.requests] == list("abaab"), "and no other 404"
 
 
+def test_a_message_about_another_keys_file_goes_to_that_key(upstream, relay):
+    """https://platform.claude.com/docs/en/build-with-claude/files#error-handling: the first key uploads them."""
+    told = {"type": "error", "error": {"type": "not_found_error", "message": "File not found: file_011CNha8iCJ"}}
+    elsewhere = answer(404, json.dumps(told).encode())
+    provider = upstream(replies(elsewhere, answer(), elsewhere, elsewhere))
+    it = relay({"anthropic": two_keys(provider)})
+    source = {"type": "file", "file_id": "file_011CNha8iCJ"}
+    asked = prompt(messages=[{"role": "user", "content": [{"type": "document", "source": source}]}])
+    assert it.post("/v1/messages", asked).status == 200
+    got = it.post("/v1/messages", asked)
+    assert got.status == 404 and got.json == told
+    assert [sent.get("x-api-key")[-1] for sent in provider.requests] == list("abab"), "and nothing cools"
+
+
+@pytest.mark.parametrize("kept", ["Container with id 'c_1'", "Conversation with id 'conv_1'", "Prompt with id 'p_1'"])
+def test_a_response_about_what_another_key_keeps_is_asked_of_that_key(upstream, relay, kept):
+    """Each of them comes with `code: null`. Conversations are made with the first key."""
+    told = {"error": {"message": f"{kept} not found.", "type": "invalid_request_error", "param": None, "code": None}}
+    provider = upstream(replies(answer(404, json.dumps(told).encode()), answer()))
+    it = relay({"a": {"upstream": provider, "format": "openai", "keys": ["sk-a", "sk-b"]}})
+    assert it.post("/v1/responses", {"model": "gpt-5", "input": "and?", "conversation": "conv_1"}).status == 200
+    assert {sent.get("authorization")[-1] for sent in provider.requests} == {"a", "b"}
+
+
 @pytest.mark.parametrize("path", ["videos/v_1/content", "containers/c_1/files/f_1/content", "fine_tuning/jobs/j_1"])
 def test_what_a_model_has_left_with_a_key_is_asked_for_with_each(upstream, relay, path):
     provider = upstream(replies(answer(404, b"{}"), answer()))
