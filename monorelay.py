@@ -7759,25 +7759,29 @@ OVERFLOW = re.compile(
     | too\ large\ for\ model\ with | greater\ than\ the\ context\ length | exceeded\ model\ token\ limit
     | longer\ than\ the\ (?:model's\ context|maximum\ model)\ length | prompt\ (?:is\ )?too\ long
     | input\ is\ too\ long\ for | prompt\ exceeds\ max\ length | range\ of\ input\ length | too\ many\ tokens:
-    | exceed\ max\ message\ tokens | context\ size\ has\ been\ exceeded"""
+    | exceed\ max\ message\ tokens | context\ size\ has\ been\ exceeded | `inputs`\ (?:tokens\ \+|must\ have\ less)
+    | input\ token\ count\ is\ [0-9]"""
 )
-# A limit of tokens a minute that one request alone is over: no waiting helps.
+# A limit of tokens a minute that one request alone is over: no waiting helps. Groq tells it with a 413, or a 429.
 NEVER_FITS = re.compile(r"(?i)request too large for model.{0,300}limit ([0-9,]{1,15}), requested ([0-9,]{1,15})")
 OVERFLOW_LIMIT = re.compile(
     r"""(?ix) (?: maximum\ (?:context|prompt)\ length\ (?:is|of) | context\ length\ (?:is|of)\ only
     | number\ of\ tokens\ allowed | too\ large\ for\ model\ with | exceeds\ the\ limit\ of | available\ context\ size
     | model\ token\ limit | model's\ (?:maximum\ )?context\ length | maximum\ (?:model|allowed\ input)\ length\ of
-    | configured\ context\ size\ is | max_seq_len | n_ctx"? | > ) [:\ (]* ([0-9,]{1,15})"""
+    | configured\ context\ size\ is | max_seq_len | n_ctx"? | must\ be\ <= | must\ have\ less\ than | supports\ up\ to
+    | > ) [:\ (]* ([0-9,]{1,15})"""
 )
 OVERFLOW_INPUT = re.compile(
     r"""(?ix) ([0-9,]{1,15}) (?: \ in\ the\ messages | \ input\ tokens | \ tokens\ from\ the\ input | \ tokens\ >
     | \ tokens\)\ is\ longer | \ of\ text\ input (?: ,\ ([0-9,]{1,15})\ of\ tool\ input)?)
     | (?: resulted\ in | token\ count \ ?\( | count\ of | contains(?:\ at\ least)? | request\ \( | requested:
-    | prompt\ \(length | prompt\ has | input\ length\ \(? | keep\ the\ first | prompt_tokens\ \( | n_prompt_tokens"?:)
+    | prompt\ \(length | prompt\ has | input\ length\ \(? | keep\ the\ first | prompt_tokens\ \( | n_prompt_tokens"?:
+    | given: | token\ count\ is)
     \ ? ([0-9,]{1,15})"""
 )
 OVERFLOW_OUTPUT = re.compile(
-    r"""(?ix) ([0-9,]{1,15}) \ (?: in\ the\ (?:completion|output) | (?:tokens\ )?for\ the\ completion | output\ tokens)
+    r"""(?ix) ([0-9,]{1,15}) \ (?: in\ the\ (?:completion|output) | (?:tokens\ )?for\ the\ completion | output\ tokens
+      | `max_new_tokens`)
     | is\ too\ large: \ ? ([0-9,]{1,15})"""
 )
 # How providers name the longest answer that a model gives, to a request for a longer one: OpenAI; Alibaba, DeepSeek,
@@ -7847,7 +7851,8 @@ def error_terms(asked: Asked, fault: AnswerFault) -> tuple[int, str, str, str]:
     """Status, type, message and code by which the client acts rightly."""
     format, status, message, text = asked.format, fault.status, fault.message, fault.text
     refused = refused_part(asked, fault)
-    overflows = OVERFLOW.search(text) if status in (400, 413, 422) else status == 429 and NEVER_FITS.search(text)
+    overflows = OVERFLOW.search(text) if status in (400, 413, 422) else None
+    overflows = overflows or (NEVER_FITS.search(text) if status in (413, 429) else None)
     longest = figure_in(OUTPUT_LIMIT, message) if asked.max_tokens and status in (400, 422) else 0
     if overflows or (status == 413 and not text):  # Cerebras says nothing
         status, code = 400, "context_length_exceeded"

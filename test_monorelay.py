@@ -8255,6 +8255,15 @@ OVERFLOWS = {
     "Total tokens of image and text exceed max message tokens.": "",  # Volcengine
     "too many tokens: size limit exceeded by 904 tokens.": "",  # Cohere
     "The estimated number of input and maximum output tokens exceeded this model context window limit (4096).": "",
+    (  # Hugging Face's TGI, Together
+        "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096. Given: 3000 `inputs` tokens and "
+        "2000 `max_new_tokens`"
+    ): "3000 + 2000 > 4096",
+    "Input validation error: `inputs` must have less than 4096 tokens. Given: 5000": "5000 tokens > 4096",
+    (  # Vertex
+        "Unable to submit request because the input token count is 5000 but model only supports up to 4096. Reduce the "
+        "input token count and try again."
+    ): "5000 tokens > 4096",
 }
 
 
@@ -8457,7 +8466,8 @@ def test_e2_overflows_that_say_it_in_other_ways():
     assert told(413, b"")[0] == 400 and told(400, b"")[1]["message"] == "HTTP 400 from the provider acme"
     groq = b'{"error":{"message":"Request too large for model `m` on TPM: Limit 6000, Requested 9000, please"}}'
     for words in (groq, groq.replace(b"6000", b"6,000").replace(b"9000", b"9,000")):
-        assert told(429, words)[0] == 400 and "9000 tokens > 6000" in told(429, words)[1]["message"]
+        for status in (413, 429):
+            assert told(status, words)[0] == 400 and "9000 tokens > 6000" in told(status, words)[1]["message"]
     assert told(429, b'{"error":{"message":"maximum context length"}}')[0] == 429
     for words in (  # of Ollama and Bedrock
         "prompt too long; exceeded max context length by 904 tokens",
