@@ -5776,6 +5776,7 @@ MISTRAL_MODEL = re.compile("mistral|ministral|magistral|devstral|codestral|mixtr
 # Google has this instead: https://ai.google.dev/gemini-api/docs/thought-signatures#faqs
 SEALING_MODEL = re.compile(r"gemini-(?![12]\b)", re.IGNORECASE)
 FOREIGN_SEAL = "skip_thought_signature_validator"
+GOOGLE_HOST = re.compile(r"generativelanguage\.googleapis\.com|([a-z0-9-]+-)?aiplatform\.googleapis\.com")  # and Vertex
 
 
 class ChatTurns:
@@ -5784,7 +5785,10 @@ class ChatTurns:
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
         self._is_mistral = draft.provider.host == "api.mistral.ai" or MISTRAL_MODEL.search(draft.model) is not None
-        self._wants_seals = draft.provider.host == GEMINI_HOST and SEALING_MODEL.search(draft.model) is not None
+        host, is_sealing = draft.provider.host, SEALING_MODEL.search(draft.model) is not None
+        self._wants_seals = is_sealing and GOOGLE_HOST.fullmatch(host) is not None
+        # Gateways before Gemini want back what they have passed on; OpenRouter has another place for it.
+        self._takes_seals = host == GEMINI_HOST or (is_sealing and host != "openrouter.ai")
         # Where the system's later words go. Mistral takes them first of all, or behind a user's, and never as the last.
         self._system_turns = draft.settings.system_turns
         if self._is_mistral and self._system_turns == "keep":
@@ -5925,7 +5929,7 @@ class ChatTurns:
         function = {"name": name, "arguments": dumped_in_parts(given)}
         call = {"id": self._call_id(id), "type": "function", "function": function}
         _, seal = carried_call(id)
-        if seal and not seal.startswith("{") and self._draft.provider.host == GEMINI_HOST:
+        if seal and not seal.startswith("{") and self._takes_seals:
             call["extra_content"] = google_seal(seal)
         return call
 

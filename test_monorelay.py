@@ -5112,7 +5112,8 @@ def test_g2_geminis_signature_goes_with_its_call_and_comes_back_to_gemini_alone(
 
 
 def test_g2_gemini_takes_calls_that_another_model_has_made():
-    """vercel/ai #15550: `Function call is missing a thought_signature in functionCall parts` for each that has none."""
+    """vercel/ai #15550: `Function call is missing a thought_signature in functionCall parts` for each that has none;
+    pydantic/pydantic-ai #3881 of Vertex; earendil-works/pi #6733 of a gateway."""
     gemini = "generativelanguage.googleapis.com"
     own = tool_use(monorelay.carrying_id("c1", "sig"))
     routed = tool_use(monorelay.carrying_id("c1", '{"data": "sig"}'))  # as OpenRouter has it
@@ -5123,6 +5124,10 @@ def test_g2_gemini_takes_calls_that_another_model_has_made():
         (gemini, "gemini-3-pro-preview", own, [sealed("sig")["extra_content"], None]),
         (gemini, "gemini-2.5-flash", tool_use("toolu_1"), [None, None]),
         ("127.0.0.1", "gemini-3-pro-preview", tool_use("toolu_1"), [None, None]),
+        ("127.0.0.1", "google/gemini-3-flash", own, [sealed("sig")["extra_content"], None]),
+        ("openrouter.ai", "google/gemini-3-flash", own, [None, None]),
+        ("aiplatform.googleapis.com", "google/gemini-3-flash", own, [sealed("sig")["extra_content"], None]),
+        ("us-central1-aiplatform.googleapis.com", "google/gemini-3-flash", tool_use("toolu_1"), [skipped, None]),
     ):
         blocks = [first, tool_use("toolu_2")]
         turn = [assistant(*blocks), user(*(tool_result(block["id"], "x") for block in blocks))]
