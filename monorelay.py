@@ -13977,6 +13977,8 @@ def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
     """The header fields of a provider's response that are passed on, and those that the relay adds."""
     target, cors = relayed.candidate.target, exchange.cors(relayed.head.fields.pairs)
     kept_back = RESPONSE_HEADERS_KEPT_BACK | HOST_HEADERS if cors else RESPONSE_HEADERS_KEPT_BACK
+    if relayed.head.status == 304:  # curl follows a location there, too, and shows it the relay's token
+        kept_back = kept_back | {"location"}
     fields = end_to_end(relayed.head.fields, kept_back)
     if relayed.shows_key("\n".join(itertools.chain.from_iterable(fields))):
         fields = [pair for pair in fields if not relayed.shows_key(": ".join(pair))]

@@ -12951,6 +12951,13 @@ def test_a_3xx_that_leads_nowhere_passes(upstream, relay, raw):
     assert got.status == int(raw[9:12]) and got.get("x-monorelay-error") is None
 
 
+@pytest.mark.parametrize("name", ["location", "Location"])
+def test_the_location_of_a_304_which_some_clients_follow_reaches_nobody(upstream, relay, name):
+    raw = b"HTTP/1.1 304 Not Modified\r\netag: x\r\n%s: http://elsewhere.example/\r\n\r\n" % name.encode()
+    got = relay({"anthropic": upstream(raw)}).ask("GET", "/v1/files/f", None, ANTHROPIC_VERSION)
+    assert (got.status, got.get("etag"), got.get("location")) == (304, "x", None)
+
+
 @pytest.mark.parametrize("status", [400, 403, 404, 422, 429])
 @pytest.mark.parametrize("place", ["body", "header", "name", "reason", "far in the body", "chunks", "close"])
 def test_an_answer_that_quotes_the_providers_key_is_a_502(upstream, relay, status, place):
