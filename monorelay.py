@@ -1867,7 +1867,10 @@ def identify(tokens: Sequence[str], config: Config, now: float) -> Caller:
             return Caller(name, False, config.users.get(name), claims["exp"])
         except TokenError as error:
             problem = error
-    raise problem or Unauthenticated("a token is needed: send `Authorization: Bearer TOKEN` or `x-api-key: TOKEN`")
+    try:
+        raise problem or Unauthenticated("a token is needed: send `Authorization: Bearer TOKEN` or `x-api-key: TOKEN`")
+    finally:
+        problem = None  # else its traceback and this frame would keep each other, and the request
 
 
 def is_access_key(token: str, keys: Sequence[Secret]) -> bool:
@@ -4311,7 +4314,8 @@ class FormWalk:
         self._mark = b"--" + boundary.encode("latin-1")
         self._held = b"\r\n"  # what isn't done with: the first delimiter begins a line, too
         self._at = -2  # how many bytes are
-        self._go_on: Callable[[], bool] = self._pass_content  # False when more has to come first
+        # What goes on, a function and not a method, which would keep this object; False when more has to come first.
+        self._go_on: Callable[[FormWalk], bool] = FormWalk._pass_content
         self._in_model = False
         self._lengths: set[bytes] = set()  # that its part has told
         self._parts = 0
@@ -4324,13 +4328,13 @@ class FormWalk:
     def feed(self, piece: bytes) -> None:
         """Takes the next piece. Raises BadRequest for a second `model`, and for one that can't be one."""
         self._held += piece
-        while self._go_on():
+        while self._go_on(self):
             pass
 
     def finish(self) -> None:
         """Takes note that nothing follows. Some servers take an LF alone for the end of a line, and so find one more
         field in a header that doesn't end."""
-        if self._go_on == self._read_header:
+        if self._go_on == FormWalk._read_header:
             self._give_up()
 
     def _use(self, count: int) -> None:
@@ -4357,7 +4361,7 @@ class FormWalk:
             self.model = model_name(held[: start - 2].decode("utf-8", "replace"))
             self.span, self._in_model = (self._at, self._at + start - 2), False
             self.is_ambiguous |= not self._lengths <= {b"%d" % (start - 2)}
-        self._go_on = self._read_header if follows == b"\r\n" else self._pass_rest
+        self._go_on = FormWalk._read_header if follows == b"\r\n" else FormWalk._pass_rest
         self._use(end if follows == b"\r\n" else end + 2)
         return True
 
@@ -4381,7 +4385,7 @@ class FormWalk:
         self.is_ambiguous |= PART_CHARSET.search(header) is not None
         self.settled |= bool(file) and not self._anywhere
         self._use(end)
-        self._go_on = self._pass_content
+        self._go_on = FormWalk._pass_content
         return True
 
     def _pass_rest(self) -> bool:
@@ -4392,7 +4396,7 @@ class FormWalk:
     def _give_up(self) -> bool:
         """Looks at nothing more: it is no form that all read in the same way."""
         self.is_ambiguous = self.settled = True
-        self._go_on = self._ignore
+        self._go_on = FormWalk._ignore
         return True
 
     def _ignore(self) -> bool:
@@ -4413,10 +4417,10 @@ class Inflater:
         self._inflater: Any
         if coding == "zstd" and zstd:
             limit = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
-            self._inflater, self._decompress = zstd.ZstdDecompressor(options=limit), self._decompress_zstd
+            self._inflater = zstd.ZstdDecompressor(options=limit)
         elif coding in ("gzip", "x-gzip", "deflate"):
             # 32 lets zlib tell gzip and zlib headers apart (zlib manual, inflateInit2).
-            self._inflater, self._decompress = zlib.decompressobj(32 + zlib.MAX_WBITS), self._decompress_zlib
+            self._inflater = zlib.decompressobj(32 + zlib.MAX_WBITS)
         else:
             hint = "; for Codex, set features.enable_request_compression=false" if coding == "zstd" else ""
             name = header_text(coding[:100])
@@ -4429,7 +4433,8 @@ class Inflater:
 
     def go_on(self) -> bytes:
         """The next piece of the content, of INFLATED_BYTES at most; it may be empty. Raises BadRequest."""
-        content, goes_on = self._decompress()
+        # Not a member of its own: that would keep this object, and so all that isn't decompressed yet.
+        content, goes_on = self._decompress_zstd() if self._coding == "zstd" else self._decompress_zlib()
         has_trailing_data = self.finished and (self._inflater.unused_data or any(self._pieces))
         if has_trailing_data or not (goes_on or content or self.finished):
             raise BadRequest(f"the body is not what its content-encoding {self._coding} says")
@@ -7650,7 +7655,9 @@ class AnswerTranslator:
                 sent.append(self._bytes_of(event))
             return b"".join(sent) + (self._last_line() if self.ended else b"")
         except (AnswerFault, RecursionError) as error:
-            fault = self.fault = self._fault_of(error)
+            # With the tracebacks of what led to it, it and this frame would keep each other.
+            fault = self.fault = self._fault_of(error).with_traceback(None)
+            fault.__context__ = None
             _, kind, message, code = error_terms(self._asked, fault)
             return b"".join(sent) + self.fail(message, kind, code if fault.text else fault.code)
 
@@ -10909,18 +10916,22 @@ class UpstreamPool:
         lookup = self._lookups.get((host, port))
         if not lookup or lookup.done:
             lookup = self._lookups[host, port] = self._loop.start(self._look_up(host, port))
-        found = await lookup.finished(deadline)
-        self._lookups.pop((host, port), None)  # an error that is raised keeps the frames of all who have waited
-        if isinstance(found, Exception):
-            raise found
-        return found or []
+        found: Union[list[Any], Exception, None] = None
+        try:
+            found = await lookup.finished(deadline)
+            self._lookups.pop((host, port), None)  # an error that is raised keeps the frames of all who have waited
+            if isinstance(found, Exception):
+                raise found
+            return found or []
+        finally:
+            found = lookup = None  # else its traceback and this frame would keep each other
 
     async def _look_up(self, host: str, port: int) -> Union[list[Any], Exception]:
         """The addresses of a name, looked up in a thread, or why there are none."""
         try:
             return await in_thread(self._loop, lambda: host_addresses(host, port), None)
         except (OSError, ValueError, Unavailable) as error:
-            return error
+            return error.with_traceback(None)  # which holds this task
 
 
 def pool_key(provider: Provider) -> tuple[str, str, int, str]:
@@ -10967,7 +10978,10 @@ async def connect_any(
             failed[address] = loop.now
         if loop.now >= deadline:
             break
-    raise problem
+    try:
+        raise problem
+    finally:
+        del problem  # else its traceback and this frame would keep each other
 
 
 async def connect_one(loop: EventLoop, family: int, address: Any, deadline: float, prepare: Preparation) -> Channel:
@@ -13346,6 +13360,8 @@ class Exchange:
         """Drops the body, and gives back its room."""
         self.release_room(self._held)
         self.drop_body()
+        if self._incoming:
+            self._incoming.watch = None  # which knows this exchange, and would keep it
 
     def drop_body(self) -> None:
         """Lets go of the bytes of the body: nothing of it is sent any more."""

@@ -11152,6 +11152,67 @@ def test_a_call_that_fails_when_nobody_waits_for_it_any_more_keeps_nothing(loopi
         gc.enable()
 
 
+def left_to_the_collector(it: Relay, work: Callable[[], object]) -> list[str]:
+    """What only the garbage collector frees after some work, which may be an hour later: the types of the relay's
+    objects, and the functions whose frames are left."""
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        work()
+        eventually(lambda: not it.server.handlers)
+        gc.collect()
+        codes = [kept.f_code for kept in gc.garbage if isinstance(kept, types.FrameType)]
+        kinds = {type(kept).__name__ for kept in gc.garbage if type(kept).__module__ == "monorelay"}
+        return sorted(kinds.union(code.co_name for code in codes if code.co_filename == monorelay.__file__))
+    finally:
+        gc.set_debug(0)
+        gc.enable()
+        gc.garbage.clear()
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "token"),
+    [
+        ("/v1/messages", [], "a.b.c"),
+        ("/v1/messages", ["Content-Encoding: gzip"], TOKEN),
+        ("/v1/files", ["Content-Type: multipart/form-data; boundary=b0undary"], TOKEN),
+    ],
+    ids=["token", "compressed", "form"],
+)
+def test_nothing_of_a_request_is_left_to_the_garbage_collector(upstream, relay, path, headers, token):
+    it = relay({"openai": upstream(answer())}, server={"jwt_secret": JWT_SECRET, "max_body_mb": 1})
+    body = form(("purpose", "x")) if path == "/v1/files" else gzip.compress(bytes(2 << 20))
+    assert left_to_the_collector(it, lambda: it.ask("POST", path, body, *headers, token=token)) == []
+
+
+@pytest.mark.parametrize("events", [[{"error": {"message": "no"}}], ["none"], []], ids=["error", "unfit", "cut"])
+def test_nothing_of_a_stream_that_fails_is_left_to_the_garbage_collector(upstream, relay, events):
+    stream = b"content-type: text/event-stream\r\n\r\n" + sse_of([delta(content="Hi"), *events], done=False)
+    it = relay({"openai": upstream(replies_then_closes(b"HTTP/1.1 200 OK\r\n" + stream))})
+
+    def work() -> None:
+        with it.client() as client:
+            client.send(request("POST", "/v1/messages", json.dumps(prompt(stream=True)).encode()))
+            assert b"event: error" in client.rest()
+
+    assert left_to_the_collector(it, work) == []
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.example"])
+def test_nothing_of_a_connection_that_fails_is_left_to_the_garbage_collector(relay, monkeypatch, host):
+    def unknown(host: str, port: int) -> list[Any]:
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    monkeypatch.setattr(monorelay, "host_addresses", unknown)
+    it = relay({"anthropic": {"base_url": f"http://{host}:{unused_port()}"}})
+
+    def work() -> None:
+        assert it.post("/v1/messages", prompt()).get("x-monorelay-error") == "upstream_unreachable"
+
+    assert left_to_the_collector(it, work) == []
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Upstream: connections, TLS, proxies
 # ------------------------------------------------------------------------------------------------------------
