@@ -9571,7 +9571,7 @@ class Task:
         self.client: Optional[Channel] = None
         self.origin = origin
         self.deadline = math.inf
-        self.unseen = 0  # events on its channels that wait for their turn
+        self.unseen = 0  # events on its channels, and results, that wait for their turn
         self.done = False
         self._loop = loop
         self._coroutine = coroutine
@@ -9673,8 +9673,8 @@ class EventLoop:
         self._look_at = 0.0  # when clients with full buffers are looked at again
         self._unlooked = 0  # how many origins wait for that
         self.turn = 1
-        # What is called in a later turn: events of sockets that came late, tasks that gave way, events that may take
-        # long, and tasks that have had their turn and want another one at once.
+        # What is called in a later turn: events of sockets that came late; tasks that gave way, or have a result that they
+        # waited for; events that may take long; and tasks that have had their turn and want another one at once.
         self.late = Sides(Turns(), Turns())
         self.patient = Turns()
         self.slow = Sides(Turns(), Turns())
