@@ -9866,8 +9866,8 @@ class EventLoop:
             task.unseen -= 1
             task.resume()
 
-        task.unseen += 1
         self.patient.put(go_on, task.origin)
+        task.unseen += 1  # once it waits: there may be no memory for that
 
     def resume_if_overdue(self, task: Task) -> None:
         """Raises Overdue in a task, unless one that was resumed before has done something for it, or what it waits for

@@ -10480,6 +10480,18 @@ def test_tasks_that_wait_for_another_one_go_on_in_several_turns_where_that_takes
     assert sorted(Counter(turns).values()) == [2] * 3
 
 
+def test_a_result_that_cannot_wait_for_its_turn_keeps_no_deadline_from_being_told(looping, monkeypatch):
+    def put(action: Any, origin: str) -> None:
+        raise MemoryError
+
+    task = looping.start(monorelay.sleep(looping.loop, 1.0))
+    monkeypatch.setattr(looping.loop.patient, "put", put)
+    with pytest.raises(MemoryError):
+        looping.call(lambda: looping.loop.resume_in_turn(task))
+    looping.clock.move(1.0)
+    eventually(lambda: task.done)
+
+
 def test_a_client_that_left_behind_a_full_buffer_is_missed_soon(looping):
     told, left = [], []
 
