@@ -9621,6 +9621,7 @@ class Task:
 
 
 Action = Callable[[], object]
+FOR_ALL = "all"  # the origin of a task that many may wait for: they don't wait behind all that the first of them wants
 
 
 class Turns:
@@ -9673,8 +9674,8 @@ class EventLoop:
         self._look_at = 0.0  # when clients with full buffers are looked at again
         self._unlooked = 0  # how many origins wait for that
         self.turn = 1
-        # What is called in a later turn: events of sockets that came late; tasks that gave way, or have a result that they
-        # waited for; events that may take long; and tasks that have had their turn and want another one at once.
+        # What is called in a later turn: events of sockets that came late; tasks that gave way, or have a result that
+        # they waited for; events that may take long; and tasks that have had their turn and want another one at once.
         self.late = Sides(Turns(), Turns())
         self.patient = Turns()
         self.slow = Sides(Turns(), Turns())
@@ -10915,7 +10916,7 @@ class UpstreamPool:
             pass  # it is a name
         lookup = self._lookups.get((host, port))
         if not lookup or lookup.done:
-            lookup = self._lookups[host, port] = self._loop.start(self._look_up(host, port))
+            lookup = self._lookups[host, port] = self._loop.start(self._look_up(host, port), FOR_ALL)
         found: Union[list[Any], Exception, None] = None
         try:
             found = await lookup.finished(deadline)
@@ -12026,7 +12027,9 @@ class Catalogue:
         nothing: tuple[float, list[JsonDict]] = (-math.inf, [])
         stale = [provider for provider in providers if self._lists.get(provider, nothing)[0] < now]
         self._fetches = {provider: fetch for provider, fetch in self._fetches.items() if not fetch.done}
-        fetches = [self._fetches.get(provider) or self._loop.start(self._fetch(provider)) for provider in stale]
+        fetches = [
+            self._fetches.get(provider) or self._loop.start(self._fetch(provider), FOR_ALL) for provider in stale
+        ]
         self._fetches.update(zip(stale, fetches))
         try:
             for fetch in fetches:
@@ -12840,7 +12843,7 @@ class Workers:
     async def metrics(self) -> bytes:
         """All that is counted, for Prometheus; who asks while that is being written gets the same text."""
         if not self._writing or self._writing.done:
-            self._writing = self._service.loop.start(self._write_metrics())
+            self._writing = self._service.loop.start(self._write_metrics(), FOR_ALL)
         return bytes(await self._writing.finished(math.inf))
 
     async def _write_metrics(self) -> bytes:

@@ -10492,6 +10492,34 @@ def test_a_result_that_cannot_wait_for_its_turn_keeps_no_deadline_from_being_tol
     eventually(lambda: task.done)
 
 
+def test_who_waits_for_a_look_up_does_not_wait_for_all_that_its_first_asker_does(looping, monkeypatch):
+    gate = threading.Event()
+    monkeypatch.setattr(monorelay, "host_addresses", lambda host, port: [gate.wait(TIMEOUT_SECONDS)])
+    pool, others = monorelay.UpstreamPool(looping.loop), []
+
+    async def goes_on() -> None:
+        while len(others) < 99:
+            others.append("step")
+            looping.clock.now += 0.6 * monorelay.PATIENT_SECONDS
+            await monorelay.checkpoint(looping.loop)
+
+    async def asks() -> None:
+        await pool._addresses("provider.test", 443, math.inf)
+        others.append(looping.loop.current.origin)
+
+    def begin() -> None:
+        looping.loop.start(asks(), "busy")
+        looping.loop.start(asks(), "modest")
+        gate.set()
+        eventually(lambda: len(looping.loop._posted) == 1)
+        for _ in range(50):
+            looping.loop.start(goes_on(), "busy")
+
+    looping.call(begin)
+    eventually(lambda: not looping.loop.tasks)
+    assert others.index("modest") < 60 < others.index("busy")
+
+
 def test_a_client_that_left_behind_a_full_buffer_is_missed_soon(looping):
     told, left = [], []
 
