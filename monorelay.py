@@ -13066,8 +13066,9 @@ PLAIN_JSON_TYPE = re.compile(
 )
 # In a name, what some servers read as more than one, or as another: a list with commas; the end of it at a control
 # character, such as a NUL; and, where the name becomes a part of a URL (by LiteLLM, in front of Gemini), what ends or
-# turns the path there. OpenRouter's `@preset/` is `preset`, see MODEL_NAMES.
-ODD_MODEL = re.compile(r"[,\x00-\x1f\x7f?#%;]|(?:^|[/\\])\.\.(?:[/\\@[]|\Z)|@preset/")
+# turns the path there, to which an alias with a * may add the slash. OpenRouter's `@preset/` is `preset`, see
+# MODEL_NAMES.
+ODD_MODEL = re.compile(r"[,\x00-\x1f\x7f?#%;]|\.\.|@preset/")
 Answerer = Callable[["Exchange"], Coroutine[float, None, Response]]
 
 

@@ -16861,6 +16861,8 @@ NAMED_ELSEWHERE = {
     "a model that ends at a NUL": ("/v1/chat/completions", r'"model":"claude-a\u0000-b"'),
     "a model behind a path's parent": ("/v1/chat/completions", '"model":"claude-a/../claude-opus"'),
     "a parent as Windows writes it": ("/v1/embeddings", r'"model":"claude-a\\..\\claude-opus"'),
+    "a parent that an alias for *b may end": ("/v1/messages", '"model":"claude-a/..b"'),
+    "a parent before which an alias may end a part": ("/v1/messages", '"model":"claude-../claude-opus"'),
     "a path's parent at its end": ("/v1/messages", '"model":"claude-a/..@anthropic"'),
     "a model before a query": ("/v1/embeddings", '"model":"claude-opus?a"'),
     "a model before a fragment": ("/v1/responses", '"model":"claude-opus#a"'),
@@ -16871,7 +16873,7 @@ NAMED_ELSEWHERE = {
 
 @pytest.mark.parametrize("model", ["claude-a/..b", "claude-4.5:free", "claude-\\a", "claude-x#deployment"])
 def test_a_name_that_may_lead_elsewhere_may_be_used_if_it_is_listed_as_such(upstream, relay, model):
-    users = {"alice": {"models": ["claude-[!x]*", "claude-x#deployment"]}}
+    users = {"alice": {"models": ["claude-[!x]*", "claude-x#deployment", "claude-a/..b"]}}
     it = relay({"anthropic": upstream(answer())}, **{**GUARDED, "users": users})
     assert it.post("/v1/messages", prompt(model), token=bearer()).status == 200
 
