@@ -13194,8 +13194,10 @@ class Exchange:
             allowed = self.caller.user.models if self.caller.user and self.caller.user.models else ()
             only = f"only {listing(allowed)}" if allowed else "nor any other"
             raise Forbidden(f"{self.record.caller} may not use the model {facts.model!r}, {only}")
-        if self.is_restricted() and self._is_ambiguous(facts):
-            raise hidden_model(self.caller)
+        if self.is_restricted():
+            self._check_name(facts.model)
+            if self._is_ambiguous(facts):
+                raise hidden_model(self.caller)
 
     def is_restricted(self) -> bool:
         """Whether the caller may use some models only. Raises Forbidden for such a one who names another method or
@@ -13209,6 +13211,15 @@ class Exchange:
             raise Forbidden(f"{self.caller.name} may use some models only, and no header that names another {what}")
         return True
 
+    def _check_name(self, model: str) -> None:
+        """Raises Forbidden for the name of a model in which a server behind may read another one."""
+        listed = self.caller.user.models if self.caller.user else None
+        if ODD_MODEL.search(model) and model not in (listed or ()):
+            raise Forbidden(
+                f"{self.record.caller} may use some models only, and another may be read in the name {model!r}; "
+                "it has to stand in the user's `models` as it is"
+            )
+
     def _is_ambiguous(self, facts: BodyFacts) -> bool:
         """Whether a server behind may take another model from the request than the relay does."""
         fields, query = self.request.fields, unquote(self.request.query).casefold()
@@ -13221,9 +13232,7 @@ class Exchange:
         )
         # Some servers take what the query says, as well.
         in_query = any(name in query for name in ("model", "engine", "deployment", "_method"))
-        listed = self.caller.user.models if self.caller.user else None
-        is_odd = ODD_MODEL.search(facts.model) is not None and facts.model not in (listed or ())
-        return facts.lookalike or is_odd or in_query or not decides or not is_plain
+        return facts.lookalike or in_query or not decides or not is_plain
 
     def targets_of(self, model: str) -> list[Target]:
         """The targets of a model. Raises NotFound, which tells only who may use all of them what other models there
