@@ -11399,10 +11399,11 @@ def is_error(event: re.Match[bytes]) -> bool:
 
 # Headers by which a client names an account at OpenAI, Google or Anthropic, or brings a key of its own, which LiteLLM,
 # Cloud Run, Bifrost and new-api (a WebSocket's, in any request) take rather than the relay's; a 401 or 403 may be about
-# these.
+# these. What oauth2-proxy, in front of the relay, adds to each request is no such key.
 ACCOUNT_HEADER = re.compile(
     r"openai-organization|openai-project|x-goog-user-project|anthropic-workspace-id|anthropic-user-profile-id"
-    r"|sec-websocket-protocol|(?!idempotency-)(?:.*[-_])?(?:authorization|auth|(?:api)?key|token|vk)"
+    r"|sec-websocket-protocol"
+    r"|(?!(?:x-)?idempotency-|x-forwarded-access-token)(?:.*[-_])?(?:authorization|auth|(?:api)?key|token|vk)"
 )
 # Parameters of a query by which providers take a key; Google's take `access_token`, Azure's functions `code`.
 KEY_IN_QUERY = re.compile(r"(?i)(?:key|token|[?&]code)=")

@@ -14287,6 +14287,13 @@ def test_what_is_said_about_a_key_in_the_clients_query_cools_nothing(upstream, r
     assert "comes last" not in it.log.getvalue()
 
 
+@pytest.mark.parametrize("name", ["Idempotency-Key", "X-Idempotency-Key", "X-Forwarded-Access-Token"])
+def test_a_refused_key_cools_whatever_key_that_is_none_for_the_provider_comes_with_the_request(upstream, relay, name):
+    it = relay({"openai": two_keys(upstream(replies(answer(401), answer())))})
+    assert it.post("/v1/chat/completions", chat(), f"{name}: mine").status == 200
+    it.logged("warning", "the provider openai, key", "comes last for", ": 401")
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_key_that_lacks_a_scope_for_one_path_goes_on_serving_others(upstream, relay, status):
     message = "You have insufficient permissions for this operation. Missing scopes: api.responses.write. Check that"
