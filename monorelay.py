@@ -13904,10 +13904,11 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
     fields = exchange.request.fields
     named = next((fields.get(name) for name in SESSION_HEADERS if name in fields), "")
     session = named or body.facts.session or exchange.record.caller
-    is_aside = exchange.endpoint.path in COUNTING_PATHS
-    candidates = exchange.service.relay.keys.order(targets, session, exchange.loop.now, is_aside)
     if any(is_within(exchange.endpoint.path, place) for place in MAKING_PATHS):
         candidates = as_listed(targets)[:1]
+    else:
+        is_aside = exchange.endpoint.path in COUNTING_PATHS
+        candidates = exchange.service.relay.keys.order(targets, session, exchange.loop.now, is_aside)
     if exchange.endpoint.path == COUNTING_PATH:
         if candidates[0].target.provider.chat_format != format:
             return await estimated_count(exchange, body, candidates[0].target)

@@ -11298,6 +11298,14 @@ def test_what_is_made_for_a_model_goes_to_the_first_key_as_the_files_do(upstream
     assert provider.requests[4].get("x-api-key") == "sk-b", "requests to models take turns as before"
 
 
+def test_what_is_made_for_a_model_takes_no_turn_of_the_keys(upstream, relay):
+    provider = upstream(answer())
+    it = relay({"anthropic": {"upstream": provider, "keys": ["sk-a", "sk-b"], "key_strategy": "round-robin"}})
+    for path in ("messages", "agents", "messages"):
+        it.post(f"/v1/{path}", prompt(), ANTHROPIC_VERSION)
+    assert [message.get("x-api-key") for message in provider.requests] == ["sk-a", "sk-a", "sk-b"]
+
+
 def test_a_connection_that_is_always_in_use_is_renewed_now_and_then(upstream, relay):
     """By its name, a provider may be elsewhere by then."""
 
