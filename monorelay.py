@@ -157,9 +157,9 @@ AHEAD_SECONDS = 0.5  # between two checks whether a client with a full buffer ha
 # tasks, which is little up to some 10,000; for many more, a heap of deadlines would be due.
 SWEEP_SECONDS = 5.0
 TICK_SECONDS = 0.005
-PATIENT_SECONDS = 0.005  # of a turn of the event loop, for work that is done in steps
+PATIENT_SECONDS = 0.005  # of a turn of the event loop, for work that is done in steps, and behind results of threads
 QUEUE_SECONDS = 0.002  # for one of several queues, before the next one has its turn
-POSTED_SECONDS = 0.005  # of a turn, for new connections and for results of threads
+POSTED_SECONDS = 0.005  # of a turn, for new connections, and to queue results of threads
 SWEEPING_SECONDS = 0.005  # of a turn, for tasks whose deadline has passed
 SENDING_SECONDS = 0.015  # of a turn, for what was put off in it; the rest goes out in the next one
 # Of each thread, as glibc has it by default. With musl's 1 MB, or under a low `ulimit -s`, nested JSON that `json` of
@@ -9099,12 +9099,12 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoResponse]] = {
 #
 # The loop runs in turns: it waits for sockets, receives on their channels, resumes their tasks, and in the end sends
 # what was put off in that turn. Work that would take long is done in steps of a few milliseconds, after each of
-# which its task gives way: all tasks that do so share PATIENT_SECONDS of a turn. Beyond LATE_SECONDS, the sockets that
-# are left wait for the next one, and those that come meanwhile queue behind them. What waits so stands in queues that
-# are served one by one in turns: a client that asks for little waits for one of those that are dear to serve, however
-# many there are. In each queue, the callers and addresses have turns, too: nobody waits for thousands of requests of
-# another. A deadline that passes while an event of the task waits there is told behind the event: it was the loop that
-# was late.
+# which its task gives way: all tasks that do so share PATIENT_SECONDS of a turn, with those that go on with the result
+# of a thread or of another task. Beyond LATE_SECONDS, the sockets that are left wait for the next one, and those that
+# come meanwhile queue behind them. What waits so stands in queues that are served one by one in turns: a client that
+# asks for little waits for one of those that are dear to serve, however many there are. In each queue, the callers and
+# addresses have turns, too: nobody waits for thousands of requests of another. A deadline that passes while an event of
+# the task, or a result for it, waits there is told behind that: it was the loop that was late.
 #
 # Why the loop is this file's own, and not asyncio's: a stream costs no transport, protocol, future and callback for
 # each event; a client's departure is seen while nothing is read from it; and a deadline is a number, not a timer.
@@ -10599,11 +10599,12 @@ def file_state(path: str) -> tuple[int, ...]:
 # ==== Request body ==================================================================================
 #
 # The body of a client's request, read as it comes. What all of them hold together is bounded: the bytes are counted as
-# they arrive, decompressed ones too, and given back when the response has begun.
+# they arrive, decompressed ones too, and given back when the response has begun. Long answers that are made here, such
+# as the list of models, are counted with them until they are sent.
 
 
 class HeldBodies:
-    """How many bytes of request bodies are held to be sent: all together, and each user's."""
+    """How many bytes of bodies are held to be sent: all together, and each user's."""
 
     def __init__(self) -> None:
         self.limit = 0
