@@ -10618,7 +10618,7 @@ class HeldBodies:
         Raises Unavailable."""
         left = self.limit - self.bytes - count
         if left < 0:
-            raise bodies_full("this relay holds as many bytes of request bodies as it may")
+            raise bodies_full("this relay holds as many bytes of bodies as it may")
         if user:
             before = self._by_user.get(user, 0)
             if before > own and before + count > 3 * left:
