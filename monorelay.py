@@ -14477,7 +14477,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.task.cancel()
         else:
             self.channel.receive()
-            self.loop.post(self.task.resume)  # before the end, which may follow at once
+            self.loop.post(self.task.resume)  # not in its turn: the loop may end before that
 
     async def _serve(self) -> None:
         """Serves request after request, and closes the connection in the end."""
