@@ -7862,8 +7862,9 @@ def error_terms(asked: Asked, fault: AnswerFault) -> tuple[int, str, str, str]:
     """Status, type, message and code by which the client acts rightly."""
     format, status, message, text = asked.format, fault.status, fault.message, fault.text
     refused = refused_part(asked, fault)
-    overflows = OVERFLOW.search(text) if status in (400, 413, 422) else None
-    overflows = overflows or (NEVER_FITS.search(text) if status in (413, 429) else None)
+    overflows = (status in (400, 413, 422) and OVERFLOW.search(text)) or (
+        status in (413, 429) and NEVER_FITS.search(text)
+    )
     longest = figure_in(OUTPUT_LIMIT, message) if asked.max_tokens and status in (400, 422) else 0
     if overflows or (status == 413 and not text):  # Cerebras says nothing
         status, code = 400, "context_length_exceeded"
