@@ -2848,7 +2848,7 @@ UNPRICED_PART = re.compile(
     r"^models/|[-@](?:20[0-9]{6}|20[0-9]{2}-[0-9]{2}-[0-9]{2})$|(?<=^ft:)([^:]+):.*"
     r"|:(?:nitro|floor|exacto|online)$|\[1m\]$"
 )
-UNPRICED_PARTS = 4  # behind each other, that are looked for
+UNPRICED_PARTS = 4  # so many are left out, one after the other
 
 
 def cost_of(prices: Optional[Prices], provider: Provider, model: str, used: Used) -> Optional[int]:
