@@ -10922,7 +10922,8 @@ class UpstreamPool:
         found: Union[list[Any], Exception, None] = None
         try:
             found = await lookup.finished(deadline)
-            self._lookups.pop((host, port), None)  # an error that is raised keeps the frames of all who have waited
+            if self._lookups.get((host, port)) is lookup:  # others may have begun the next one meanwhile
+                del self._lookups[host, port]  # an error that is raised keeps the frames of all who have waited
             if isinstance(found, Exception):
                 raise found
             return found or []

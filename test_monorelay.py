@@ -10520,6 +10520,30 @@ def test_who_waits_for_a_look_up_does_not_wait_for_all_that_its_first_asker_does
     assert others.index("modest") < 60 < others.index("busy")
 
 
+def test_who_has_waited_for_a_look_up_leaves_the_next_one_to_all_who_ask(looping, monkeypatch):
+    gates, asked = [threading.Event(), threading.Event()], []
+
+    def host_addresses(host: str, port: int) -> list[Any]:
+        asked.append(host)
+        gates[min(len(asked), 2) - 1].wait(TIMEOUT_SECONDS)
+        return []
+
+    monkeypatch.setattr(monorelay, "host_addresses", host_addresses)
+    pool = monorelay.UpstreamPool(looping.loop)
+
+    async def asks(again: bool) -> None:
+        await pool._addresses("provider.test", 443, math.inf)
+        if again:
+            looping.loop.start(asks(False))
+
+    looping.call(lambda: [looping.loop.start(asks(True)) for _ in range(9)])
+    gates[0].set()
+    eventually(lambda: len(asked) > 1 and len(looping.loop.tasks) == 10)
+    gates[1].set()
+    eventually(lambda: not looping.loop.tasks)
+    assert len(asked) == 2
+
+
 def test_a_client_that_left_behind_a_full_buffer_is_missed_soon(looping):
     told, left = [], []
 
