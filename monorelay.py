@@ -12731,6 +12731,11 @@ class Workers:
         self._shown_at = self._looked_at = -math.inf
         self._seen: dict[int, int] = {}  # how often each of the others has shown that
         self._known: dict[str, tuple[float, Any]] = {}  # what was found of late, and when
+        self._others: list[JsonDict] = []  # what the others, and those that have ended, have counted,
+        self._read_at = -math.inf  # when that was read,
+        self._summed: Optional[Tally] = None  # what all have, where there are others,
+        self._summed_at = -math.inf  # when that was summed up,
+        self._gathering: Optional[Task] = None  # and what does so, for all who wait for it
         self._writing: Optional[Task] = None  # what writes the metrics, for all who wait for them
         if place:
             service.relay.keys.changed = self.show_soon
@@ -12790,29 +12795,41 @@ class Workers:
             spent = {tuple(key): tuple(sums) for key, sums in document.get("spent", ())}
             self._service.ledger.elsewhere[place] = spent
 
-    def _other_figures(self) -> list[JsonDict]:
-        """What the other workers, and those that have ended, have counted; looked at once a second."""
-        return self._lately("others", self._place.other_figures, SHARED_SECONDS) if self._place else []
+    async def gather(self) -> None:
+        """Takes over what the others have counted, for who asks below. Each of them may take 20 ms: it is done step by
+        step, once for all who ask meanwhile."""
+        if self._place and self._service.loop.now >= self._summed_at + SUMMED_SECONDS:
+            if not self._gathering or self._gathering.done:
+                self._gathering = self._service.loop.start(self._gather(self._place), "workers")
+            await self._gathering.finished(math.inf)
 
-    def _lately(self, name: str, find: Callable[[], Result], seconds: float = SUMMED_SECONDS) -> Result:
-        """What find() has found in the last seconds, else what it finds now: many pages ask for the same."""
+    async def _gather(self, place: "PlaceOnBoard") -> None:
+        loop = self._service.loop
+        if loop.now >= self._read_at + SHARED_SECONDS:
+            others = []
+            for figures in place.other_figures():
+                others.append(figures)
+                await checkpoint(loop)
+            self._others, self._read_at = others, loop.now
+        own = self._service.tally
+        tally = Tally(own.since)
+        for shared in (own.shared(), *(figures["tally"] for figures in self._others)):
+            tally.include(shared)
+            await checkpoint(loop)
+        self._summed, self._summed_at = tally if self._others else None, loop.now
+
+    def _lately(self, name: str, find: Callable[[], Result]) -> Result:
+        """What find() has found in the last SUMMED_SECONDS, else what it finds now: many pages ask for the same."""
         now = self._service.loop.now
         found_at, found = self._known.get(name, (-math.inf, None))
-        if now >= found_at + seconds:
+        if now >= found_at + SUMMED_SECONDS:
             found = find()
             self._known[name] = now, found
         return found  # type: ignore[no-any-return]
 
     def tally(self) -> Tally:
         """What all workers have counted."""
-        others = self._other_figures()
-        return self._lately("tally", lambda: self._sum(others)) if others else self._service.tally
-
-    def _sum(self, others: Sequence[JsonDict]) -> Tally:
-        tally = Tally(self._service.tally.since)
-        for shared in (self._service.tally.shared(), *(figures["tally"] for figures in others)):
-            tally.include(shared)
-        return tally
+        return self._summed or self._service.tally
 
     def running(self) -> list[list[Any]]:
         """The running requests of all workers, oldest first."""
@@ -12820,7 +12837,7 @@ class Workers:
 
     def _find_running(self) -> list[list[Any]]:
         own = [running_row(exchange) for exchange in self._service.running]
-        rows = itertools.chain(own, *(figures["running"] for figures in self._other_figures()))
+        rows = itertools.chain(own, *(figures["running"] for figures in self._others))
         return sorted((row for row in rows if row[RUNNING_USER]), key=lambda row: float(row[RUNNING_SINCE]))
 
     def keys(self, config: Config) -> list[JsonDict]:
@@ -12828,7 +12845,7 @@ class Workers:
         self.look()
         pool, now = self._service.relay.keys, self._service.loop.now
         own = [[*name, record_document(record)] for name, record in pool.records.items()]
-        records = records_by_key([own, *(figures["keys"] for figures in self._other_figures())])
+        records = records_by_key([own, *(figures["keys"] for figures in self._others)])
         return key_states(config.providers.values(), pool, records, now, time.time())
 
     def shown(self, name: str, config: Config, find: Callable[[], list[JsonDict]]) -> list[JsonDict]:
@@ -12840,7 +12857,7 @@ class Workers:
     def gauges(self) -> dict[str, float]:
         """The gauges of all workers, summed up."""
         sums = collections.Counter(self._gauges())
-        for figures in self._other_figures():
+        for figures in self._others:
             sums.update(figures["gauges"])
         return dict(sums)
 
@@ -12851,6 +12868,7 @@ class Workers:
         return bytes(await self._writing.finished(math.inf))
 
     async def _write_metrics(self) -> bytes:
+        await self.gather()
         tally, gauges = self.tally(), self.gauges()
         gauges["process_start_time_seconds"] = tally.since
         pieces = []
@@ -12911,6 +12929,7 @@ class History:
         if path:
             rows, following = await self._read(lambda: request_page(path, before, limit, errors=errors, **names))
         else:
+            await self._service.workers.gather()
             rows = self._requests_in_memory(before, limit, names, errors)
             following = rows[-1]["id"] if rows and len(rows) == limit else None
         return {"rows": rows, "next": following}
@@ -12927,6 +12946,7 @@ class History:
         if path:
             rows = await self._read(lambda: hour_rows(path, since, user))
         else:
+            await self._service.workers.gather()
             sums: dict[int, list[int]] = {}
             for (hour, owner), figures in self._service.workers.tally().hours.items():
                 if user in (None, owner) and hour >= since:
@@ -13646,6 +13666,7 @@ class LivePage:
                 self._hours = await service.history.hours(own)
             except Unavailable:
                 pass  # what happens now is told all the same
+        await service.workers.gather()
         keys, budgets = await self._keys_and_budgets(config)
         tally = service.workers.tally()
         since = self._hours[0][0] * 3600 if config.ledger and self._hours else math.inf
@@ -13777,6 +13798,8 @@ async def answer_usage(exchange: Exchange) -> Response:
     """What was used and what it cost, summed up."""
     query = exchange.read_query("from", "to", "by", "step")
     today, has_ledger = windows(time.time())[0], bool(exchange.service.ledger.file)
+    if not has_ledger:
+        await exchange.service.workers.gather()
     start = today if has_ledger else windows(exchange.service.workers.tally().since)[0]
     first, last = query_date(query, "from", start), query_date(query, "to", today)
     by = list(dict.fromkeys(query.get("by", "user,model").split(",")))
@@ -15396,10 +15419,10 @@ class PlaceOnBoard(NamedTuple):
                 changed[place] = self.board.read(place) or {}
         return changed
 
-    def other_figures(self) -> list[JsonDict]:
-        """The figures of all others, and of those that have ended."""
+    def other_figures(self) -> Iterator[JsonDict]:
+        """The figures of all others, and of those that have ended, each read when it is asked for."""
         places = [*range(1, self.board.places - 1, 2), self.board.places - 1]
-        return list(filter(None, (self.board.read(place) for place in places if place != 2 * self.worker + 1)))
+        return filter(None, (self.board.read(place) for place in places if place != 2 * self.worker + 1))
 
     def keep_figures(self) -> None:
         """Adds the figures of this worker, which has ended, to those of the others that have."""

@@ -24869,16 +24869,46 @@ def test_figures_are_shown_with_fewer_rows_where_there_is_no_room_for_all():
     running = [["req", "u" * 200, "\U0001f600" * 256, "\U0001f600" * 256, "p", "k", "waiting", 1.0, None, 0, 1]] * 200
     figures = {"tally": tally.shared(), "running": running, "keys": [], "gauges": {"x_total": 3}}
     place.show_figures(figures)
-    found = monorelay.PlaceOnBoard(place.board, 1).other_figures()[0]
+    found = next(monorelay.PlaceOnBoard(place.board, 1).other_figures())
     assert found["tally"]["series"] == json.loads(json.dumps(figures["tally"]["series"]))
     assert found["tally"]["ended"][-1][1] == "req_499" and 10 <= len(found["tally"]["ended"]) < 500
     place.keep_figures()
-    kept = monorelay.PlaceOnBoard(place.board, 1).other_figures()
+    kept = [*monorelay.PlaceOnBoard(place.board, 1).other_figures()]
     assert (
         len(kept) == 1
         and kept[0]["gauges"] == {"x_total": 3}
         and kept[0]["tally"]["series"] == found["tally"]["series"]
     )
+
+
+def test_what_many_workers_have_counted_is_gathered_in_steps_and_once_for_all(looping, monkeypatch):
+    board, steps, reads = monorelay.Board(17), [], monorelay.Board.read
+    tally = monorelay.Tally(UNIX_TIME)
+    tally.add(row())
+    for worker in range(1, 8):
+        figures = {"tally": tally.shared(), "running": [], "keys": [], "gauges": {"x": 1}}
+        monorelay.PlaceOnBoard(board, worker).show_figures(figures)
+    monkeypatch.setattr(monorelay.Board, "read", lambda board, place: steps.append("read") or reads(board, place))
+    include = monorelay.Tally.include
+    monkeypatch.setattr(monorelay.Tally, "include", lambda tally, it: steps.append("sum") or include(tally, it))
+    service = monorelay.Service(parse({"echo": {}}), monorelay.LogWriter(None), monorelay.PlaceOnBoard(board, 0))
+    service.loop = looping.loop
+
+    async def other() -> None:
+        while steps.count("sum") < 8:
+            steps.append("other")
+            await monorelay.checkpoint(looping.loop)
+
+    def begin() -> None:
+        for _ in range(3):
+            looping.loop.start(service.workers.gather())
+        looping.loop.start(other(), "other")
+
+    looping.call(begin)
+    eventually(lambda: not looping.loop.tasks)
+    assert steps.count("read") == 8 and steps.count("sum") == 8, "the last place is of those that have ended"
+    assert not any(step == following != "other" for step, following in zip(steps, steps[1:]))
+    assert service.workers.tally().of_users[row().user][0] == 7 and service.workers.gauges()["x"] == 7
 
 
 def test_nothing_cools_in_other_workers_where_there_is_no_room_to_show_it():
