@@ -9893,9 +9893,9 @@ def until(deadline: float = math.inf) -> Generator[float, None, None]:
     yield deadline
 
 
-async def checkpoint(loop: EventLoop, greedy: bool = False) -> None:
-    """Lets all other tasks that can run do so first. Events on this task's channels don't end the wait. `greedy`:
-    before the next of several requests that were sent at once, or of many parts of a body."""
+async def checkpoint(loop: EventLoop, queue: Optional[Turns] = None) -> None:
+    """Lets all other tasks that can run do so first, or those in a queue of the loop. Events on this task's channels
+    don't end the wait."""
     task, its_turn = loop.current, False
 
     def go_on() -> None:
@@ -9903,7 +9903,7 @@ async def checkpoint(loop: EventLoop, greedy: bool = False) -> None:
         its_turn = True
         task.resume()
 
-    (loop.greedy if greedy else loop.patient).put(go_on, task.origin)
+    (loop.patient if queue is None else queue).put(go_on, task.origin)
     while not its_turn:
         await until()
 
@@ -10691,7 +10691,7 @@ class RequestBody:
         MalformedRequest, and EarlyResponse when `has_responded` says that the provider speaks before there is one."""
         while True:
             if self._chunks and is_laborious(self._channel.received):
-                await checkpoint(self._loop, greedy=True)
+                await checkpoint(self._loop, self._loop.greedy)
             piece = self._next_piece()
             if piece or self.finished:
                 return piece
@@ -11663,7 +11663,7 @@ async def take_in_turn(loop: EventLoop, channel: Channel) -> bytes:
     """Takes what has arrived; where it takes long to decode, some of it, when others had their turn."""
     if not is_laborious(channel.received):
         return channel.take_all()
-    await checkpoint(loop, greedy=True)
+    await checkpoint(loop, loop.greedy)
     return channel.take(decoded_at_once(channel.received))
 
 
@@ -13443,6 +13443,11 @@ def shutting_down() -> Unavailable:
 # -- the relay's own endpoints
 
 
+async def answer_preflight(exchange: Exchange) -> Response:
+    """Tells a browser what a script of another origin may send."""
+    return exchange.respond(204, fields=preflight_fields(exchange.request.fields))
+
+
 async def answer_alive(exchange: Exchange) -> Response:
     """Responds without a body, as Claude Code's probes expect."""
     return exchange.respond(200)
@@ -14521,7 +14526,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     await self._linger()
                     break
                 if self.channel.received:  # one who sends many requests at once waits for the others' turn
-                    await checkpoint(self.loop, greedy=True)
+                    await checkpoint(self.loop, self.loop.greedy)
         except ClientGone:
             pass
         finally:
@@ -14603,18 +14608,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 await checkpoint(self.loop)  # many clients may complete long heads at one moment
             self._read_head(exchange)
             self._admit()
-            request = exchange.request
+            origin = self.loop.current.origin
             try:
-                if request.method == "OPTIONS" and exchange.cors():
-                    return exchange.respond(204, fields=preflight_fields(request.fields))
-                if request.method in METHODS and asks_for_websocket(request.fields):
-                    raise NoWebSocket
-                endpoint = exchange.endpoint = find_endpoint(request.method, request.path, exchange.format)
-                if endpoint.answer not in OPEN_ENDPOINTS:
-                    self._authenticate(exchange)
-            finally:  # its client may not take what refuses the request, either
+                answer = self._find_answer(exchange)
+            except RelayError:  # its client may not take what refuses the request, either
                 self._check_share()
-            return await endpoint.answer(exchange)
+                raise
+            if self.loop.current.origin != origin and any(self.loop.late):  # a caller may come from many addresses
+                await checkpoint(self.loop, self.loop.late.clients)
+            self._check_share()
+            return await answer(exchange)
         except RelayError as error:
             # An error that is kept to be raised again would keep, by its traceback, all frames that led to it.
             return exchange.error_response(error.with_traceback(None))
@@ -14623,6 +14626,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception as error:
             self._warn_of_defect(error, exchange)
             return exchange.error_response(RelayError("an internal error; the relay's log has its place"))
+
+    def _find_answer(self, exchange: Exchange) -> Answerer:
+        """What answers the request, for the caller that may have to be known for that."""
+        request = exchange.request
+        if request.method == "OPTIONS" and exchange.cors():
+            return answer_preflight
+        if request.method in METHODS and asks_for_websocket(request.fields):
+            raise NoWebSocket
+        endpoint = exchange.endpoint = find_endpoint(request.method, request.path, exchange.format)
+        if endpoint.answer not in OPEN_ENDPOINTS:
+            self._authenticate(exchange)
+        return endpoint.answer
 
     def _warn_of_defect(self, error: Exception, exchange: Exchange) -> None:
         self.service.log.warn(f"internal error: {describe(error)}, request {exchange.record.request_id}")

@@ -10934,7 +10934,7 @@ def test_a_task_that_gives_way_goes_on_in_its_turn_whatever_happens_meanwhile(lo
     async def counts(name: str, pipelined: bool) -> None:
         for number in range(3):
             told.append(f"{name}{number}")
-            await monorelay.checkpoint(looping.loop, pipelined)
+            await monorelay.checkpoint(looping.loop, looping.loop.greedy if pipelined else None)
         told.append(f"{name} ends")
 
     def begin() -> None:
@@ -22369,6 +22369,32 @@ def test_all_addresses_of_an_ipv6_network_share_their_turns(relay):
             assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
         first, second, other, mapped, plain = origins()
         assert first == second and mapped == plain and len({first, other, plain}) == 3
+
+
+def test_nobody_waits_for_all_that_a_user_asks_for_from_many_addresses(relay, monkeypatch):
+    it = relay({"echo": {}}, users={"alice": {"key": "alices-own-key-16"}})
+    answered, concluded, ready = [], it.server.service.conclude, threading.Event()
+
+    def conclude(exchange: monorelay.Exchange) -> None:
+        answered.append(exchange.record.path)
+        concluded(exchange)
+
+    monkeypatch.setattr(it.server.service, "conclude", conclude)
+    monkeypatch.setattr(monorelay, "LATE_SECONDS", 0.0)
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for number in range(21):
+            ours, theirs = map(stack.enter_context, socket.socketpair())
+            it.server.process_request(theirs, (f"192.0.2.{number}", 1))
+            clients.append(ours)
+        eventually(lambda: len(it.server.handlers) == 21 and all(one.task for one in list(it.server.handlers)))
+        it.server.service.loop.post(functools.partial(ready.wait, TIMEOUT_SECONDS))
+        for client in clients[:20]:
+            client.sendall(request("GET", "/api/auth/me", token="alices-own-key-16"))
+        clients[20].sendall(request("GET", "/health", token=""))
+        ready.set()
+        eventually(lambda: len(answered) == 21)
+    assert answered.index("/health") < 5
 
 
 def floods(client: Client, asked: bytes) -> None:
