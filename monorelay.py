@@ -12800,7 +12800,7 @@ class Workers:
         step, once for all who ask meanwhile."""
         if self._place and self._service.loop.now >= self._summed_at + SUMMED_SECONDS:
             if not self._gathering or self._gathering.done:
-                self._gathering = self._service.loop.start(self._gather(self._place), "workers")
+                self._gathering = self._service.loop.start(self._gather(self._place), FOR_ALL)
             await self._gathering.finished(math.inf)
 
     async def _gather(self, place: "PlaceOnBoard") -> None:
