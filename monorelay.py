@@ -5142,9 +5142,10 @@ def values_in(text: str) -> int:
 
 def finite(digits: str) -> float:
     """The number. Raises ValueError for one that is too large."""
-    if math.isinf(float(digits)):
+    number = float(digits)
+    if math.isinf(number):
         raise ValueError("a number is too large")
-    return float(digits)
+    return number
 
 
 # Made once: `json` takes as long to make them as to read an event. What is read can be written again: 1e400 isn't read.
@@ -6827,6 +6828,7 @@ class ChatReader:
         self._seals: dict[str, str] = {}  # of calls that are still to come, by their id, if it was told
         self._count = 0  # of calls that have come,
         self._closed = 0  # and of those written
+        self._parts = 0  # of calls, in the chunk that is being read
         self._held = 0  # bytes that are kept
         self._values = 0  # in the arguments of all calls
         self._later: list[tuple[str, str]] = []  # what was said while a call was open
@@ -6876,7 +6878,7 @@ class ChatReader:
         if any(tokens) or (tokens is not NO_TOKENS and not self._usage):
             self._usage = usage
         if choice is not None and (self.finishes_early or not self.may_end):
-            choices = first_choices(chunk) if "message" in choice else [choice]
+            choices, self._parts = first_choices(chunk) if "message" in choice else [choice], 0
             for each in choices:
                 self._read_choice(each)
         return self._writer.take(), ended
@@ -6994,7 +6996,8 @@ class ChatReader:
 
     def _read_calls(self, entries: list[JsonDict], are_whole: bool) -> None:
         """Takes parts of calls, or all of them. Raises AnswerFault."""
-        if len(entries) > TOOL_CALLS:
+        self._parts += len(entries)
+        if self._parts > TOOL_CALLS:
             raise too_many_calls()
         are_apart = are_whole or (len(entries) > 1 and not any("index" in one or one.get("id") for one in entries))
         for position, entry in enumerate(entries):

@@ -7553,6 +7553,14 @@ def test_an_answer_that_is_translated_as_a_whole_has_so_many_events_and_blocks(m
                 it.whole(message, is_stream=False)
 
 
+def test_the_choices_of_a_chunk_have_together_as_many_parts_of_calls_as_an_answer_has_calls():
+    for counts, fits in (((64, 64), True), ((64, 65), False), ((128,) * 129, False)):
+        choices = [{"message": {"tool_calls": [{}] * count}} for count in counts]
+        it = monorelay.AnswerTranslator(asked_of(stream=True))
+        sent = it.feed(sse_of([{"choices": choices}] * 2 if fits else [{"choices": choices}], done=False))
+        assert (b"calls more than 128 tools" in sent) is it.failed is not fits
+
+
 def test_a_chunk_has_as_many_parts_of_calls_as_an_answer_has_calls():
     chunk = b'data:{"choices":[{"delta":{"tool_calls":[%s]}}]}\n\n' % b",".join([b"{}"] * 100_000)
     it = monorelay.AnswerTranslator(asked_of(stream=True))
