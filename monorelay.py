@@ -4740,6 +4740,7 @@ TRANSLATED_ANSWER_BYTES = 8 * 1024 * 1024  # of a whole one; the longest that mo
 WHOLE_EVENTS = 150_000
 WHOLE_LINES = 8 * WHOLE_EVENTS
 WHOLE_BLOCKS = 10_000  # with citations, a message has a block for each sentence
+WRITTEN_ANSWER_BYTES = 3 * TRANSLATED_ANSWER_BYTES  # of it in events for the client, each of which tells the model
 # Of an event of a stream, while whose translation nothing else runs: values, and blocks of a message that is one event.
 EVENT_VALUES = 100_000
 EVENT_BLOCKS = 1000
@@ -7643,12 +7644,22 @@ class AnswerTranslator:
         events = read if is_stream else self._read_whole(body)
         try:
             if self._asked.stream:
-                pieces = [piece for event in events for piece in self._pieces_of(event, is_short=is_stream)]
-                return b"".join([*pieces, self._last_line()])
+                return self._in_events(events, is_stream)
             pieces = json_pieces(whole_message(events) if self._asked.format == "anthropic" else whole_chat(events))
         except (AnswerFault, RecursionError) as error:
             raise self._fault_of(error) from None
         return b"".join(pieces)
+
+    def _in_events(self, events: Iterable[JsonDict], are_short: bool) -> bytes:
+        """The events of an answer that has come as a whole, as they go out. Raises AnswerFault."""
+        pieces, size = [], 0
+        for event in events:
+            for piece in self._pieces_of(event, are_short):
+                pieces.append(piece)
+                size += len(piece)
+            if size > WRITTEN_ANSWER_BYTES:
+                raise UnfitAnswer(f"the provider's answer is over {WRITTEN_ANSWER_BYTES} bytes in events of the client's")
+        return b"".join([*pieces, self._last_line()])
 
     def _bytes_of_all(self, events: Iterable[JsonDict]) -> bytes:
         """The events as they go out, with what tells of a fault among them."""

@@ -7553,6 +7553,17 @@ def test_an_answer_that_is_translated_as_a_whole_has_so_many_events_and_blocks(m
                 it.whole(message, is_stream=False)
 
 
+def test_an_answer_that_came_as_a_whole_is_so_long_in_events(monkeypatch):
+    stream = sse_of([ANTHROPIC_HI], done=False)
+    it = monorelay.AnswerTranslator(asked_of("openai", stream=True, model="m" * 256))
+    length = len(it.whole(stream, is_stream=True))
+    for longest, fits in ((length, True), (256, False)):
+        monkeypatch.setattr(monorelay, "WRITTEN_ANSWER_BYTES", longest)
+        it = monorelay.AnswerTranslator(asked_of("openai", stream=True, model="m" * 256))
+        with contextlib.nullcontext() if fits else pytest.raises(monorelay.UnfitAnswer, match="over 256 bytes in"):
+            assert len(it.whole(stream, is_stream=True)) == length
+
+
 def test_the_choices_of_a_chunk_have_together_as_many_parts_of_calls_as_an_answer_has_calls():
     for counts, fits in (((64, 64), True), ((64, 65), False), ((128,) * 129, False)):
         choices = [{"message": {"tool_calls": [{}] * count}} for count in counts]
