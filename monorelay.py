@@ -124,6 +124,7 @@ STREAM_LINE_BYTES = 64 * 1024  # a longer line of a stream goes out in pieces: m
 LABORIOUS_LINES = 2000  # or chunks, in what has come at once: they may take 0.3 ms
 LINES_AT_ONCE = 5000  # of them are decoded at a time, which takes 2 ms where the chunks have one byte each
 USAGE_BYTES = 16 * 1024  # of a response's usage object; some have 1,500
+USAGE_USUAL_BYTES = 2 * 1024  # of one that is kept as it was read
 USAGE_NAME_BYTES = 64  # of the names before it, or of a service tier that stands beside it
 USAGE_BEGINNING_BYTES = 2048  # of a whole response, in which its usage may stand before what it says
 USAGES_AT_ONCE = 8  # the last ones of what has come at once: some servers send one with each word
@@ -4560,6 +4561,26 @@ def event_kind(data: bytes, start: int, end: int) -> bytes:
     return event[1] if event else b""
 
 
+def packed(usage: JsonDict, size: int) -> tuple[Union[JsonDict, bytes], int]:
+    """A usage object of at most this size as it is kept: as text if it is long, since its values may take 30 times as
+    much; and its size."""
+    if size <= USAGE_USUAL_BYTES:
+        return usage, size
+    try:
+        text = json.dumps(usage).encode("ascii")
+    except RecursionError:
+        return {}, 0  # no usage is nested so deeply
+    return (text if len(text) > USAGE_USUAL_BYTES else usage), len(text)
+
+
+def unpacked(kept: Union[JsonDict, bytes]) -> JsonDict:
+    """The usage object that packed() has made this of."""
+    try:
+        return json.loads(kept) if isinstance(kept, bytes) else kept
+    except RecursionError:
+        return {}
+
+
 class Usage:
     """What a response says was used, read from a copy of its bytes as they pass.
 
@@ -4568,8 +4589,11 @@ class Usage:
     so it is merged over message_start, where the output is a placeholder; so is what LiteLLM adds to message_stop."""
 
     def __init__(self) -> None:
-        self._found: JsonDict = {}  # the usage, as far as it is told
-        self._author: JsonDict = {}  # what the model used that has written a picture as SVG, or drawn for a response
+        # The usage, as far as it is told, and what the model used that has written a picture as SVG, or drawn for a
+        # response. Both are kept by packed() until the response is over.
+        self._found: Union[JsonDict, bytes] = {}
+        self._size = 0  # of that
+        self._author: Union[JsonDict, bytes] = {}
         self._searches = 0  # of the web, as OpenAI tells it
         self._is_placeholder = False  # what it says of the output
         self._tier = ""  # OpenAI's service tier, which stands beside it
@@ -4588,10 +4612,12 @@ class Usage:
         if not self._found:
             return NOTHING_TOLD
         # Anthropic has its tier within, and beside it raw input of tools, whose members may have any name.
-        is_openai = not OPENAI_NAMES.isdisjoint(self._found)
-        used = used_of(self._found, self._tier if is_openai else "")
+        found = unpacked(self._found)
+        is_openai = not OPENAI_NAMES.isdisjoint(found)
+        used = used_of(found, self._tier if is_openai else "")
         if is_openai and (self._author or self._searches):
-            used = with_author(used, self._author)._replace(web_searches=max(used.web_searches, self._searches))
+            used = with_author(used, unpacked(self._author))
+            used = used._replace(web_searches=max(used.web_searches, self._searches))
         return used._replace(output=None) if self._is_placeholder else used
 
     def read(self, data: bytes, is_stream: bool) -> None:
@@ -4639,18 +4665,18 @@ class Usage:
                 continue
             begin = name.end() - 1
             try:
-                usage, _ = USAGE_DECODER.raw_decode(data[begin : begin + USAGE_BYTES].decode("utf-8", "replace"))
+                usage, size = USAGE_DECODER.raw_decode(data[begin : begin + USAGE_BYTES].decode("utf-8", "replace"))
             except (ValueError, RecursionError):
                 held = min(held, max(name.start(), len(data) - USAGE_BYTES))
             else:
                 if name[1]:
-                    self._take_besides(name[1], usage, is_stream)
+                    self._take_besides(name[1], usage, size, is_stream)
                 else:
-                    self._take(usage, data, name.start(), is_stream)
+                    self._take(usage, size, data, name.start(), is_stream)
         return held
 
-    def _take(self, usage: JsonDict, data: bytes, at: int, is_stream: bool) -> None:
-        """Takes what a usage object tells, if it does; it stands there in the data."""
+    def _take(self, usage: JsonDict, size: int, data: bytes, at: int, is_stream: bool) -> None:
+        """Takes what a usage object of this size tells, if it does; it stands there in the data."""
         if self._is_first or USAGE_NAMES.isdisjoint(usage):
             return
         if is_stream:
@@ -4662,23 +4688,24 @@ class Usage:
                 return  # a tool's input may have a `usage` of its own; of a whole answer it stands before the real one
             self._is_placeholder = kind == b"message_start"
             if kind in (b"message_delta", b"message_stop"):
-                usage = {**self._found, **told_anew(usage, USAGE_NAMES)}
+                size += self._size
+                usage = {**unpacked(self._found), **told_anew(usage, USAGE_NAMES)}
             elif not self._is_placeholder:
                 self._note_tier(data, start)
         if not self._found or any(tokens_of(usage)):  # some have nothing but zeros in all chunks but one
-            self._found = usage
+            self._found, self._size = packed(usage, size)
             self._is_first = not is_stream and self._is_beginning and bool(BEFORE_USAGE.fullmatch(data, 0, at))
 
-    def _take_besides(self, kind: bytes, usage: JsonDict, is_stream: bool) -> None:
+    def _take_besides(self, kind: bytes, usage: JsonDict, size: int, is_stream: bool) -> None:
         """Takes what OpenAI tells apart from the usage."""
         if kind == b"tool_":  # a tool's schema, which comes back, may have such a name, too
             self._searches = max(self._searches, counts_of(usage.get("web_search")).get("num_requests", 0))
             # The model that draws isn't named, so what it used has the price of the response's own.
             drawn = counts_of(usage.get("image_gen")).get("output_tokens", 0)
-            if drawn > counts_of(self._author).get("output_tokens", 0):
-                self._author = usage["image_gen"]
+            if drawn > counts_of(unpacked(self._author)).get("output_tokens", 0):
+                self._author, _ = packed(usage["image_gen"], size)
         elif not is_stream:  # in which there is no SVG
-            self._author = usage
+            self._author, _ = packed(usage, size)
 
     def _note_models(self, data: bytes) -> None:
         """Notes which models the data name, the first ones and the last. Some stand in what a client has sent, which
@@ -6843,7 +6870,7 @@ class ChatReader:
         self._has_begun = False  # whether a chunk with a choice has come before
         self._refused = False
         self._words = ""  # of a chunk without a choice or usage, unless the answer has gone on since
-        self._usage: JsonDict = {}
+        self._tokens = NO_TOKENS  # that it has used, as far as it is told
         self.write: Callable[[Any], str] = dump  # makes text of arguments that come as a value
 
     @property
@@ -6876,8 +6903,8 @@ class ChatReader:
         goes_on = choice is not None and self.may_end and self._goes_on(choice)
         self.finishes_early = self.finishes_early or goes_on
         ended = self.may_end and not goes_on and tokens is not NO_TOKENS
-        if any(tokens) or (tokens is not NO_TOKENS and not self._usage):
-            self._usage = usage
+        if any(tokens) or (tokens is not NO_TOKENS and self._tokens is NO_TOKENS):
+            self._tokens = tokens
         if choice is not None and (self.finishes_early or not self.may_end):
             choices, self._parts = first_choices(chunk) if "message" in choice else [choice], 0
             for each in choices:
@@ -6946,7 +6973,8 @@ class ChatReader:
         finish = ending_of(choice)
         if finish:
             self._finish, self._may_go_on = finish, adds_to_answer(choice)
-            self._usage = member(choice, "usage") or self._usage  # where Moonshot tells it
+            told = tokens_of(member(choice, "usage"))  # where Moonshot tells it
+            self._tokens = self._tokens if told is NO_TOKENS else told
             says_nothing = not (self._has_begun or self._said or self._count)  # it may have the role alone
             self.finishes_early = self.finishes_early or says_nothing or bool(thought and not (said or entries))
             sequence = choice.get("stop_reason")
@@ -7131,10 +7159,10 @@ class ChatReader:
     def _final_usage(self) -> JsonDict:
         """The usage in the terms of Messages, whose input leaves out what was read from a cache or written to it; an
         estimate where the provider tells none, since clients compact a conversation by it."""
-        if not self._usage:
+        if self._tokens is NO_TOKENS:
             written = math.ceil(self._said * TOKENS_PER_CHARACTER)
             return message_usage(self._asked.input_tokens, 0, 0, written)
-        fresh, read, brief, lasting, output = (count or 0 for count in tokens_of(self._usage))
+        fresh, read, brief, lasting, output = (count or 0 for count in self._tokens)
         stored = brief + lasting
         # Claude Code takes 0 for not told, and would count the cached part twice.
         return message_usage(fresh or min(1, read + stored), stored, read, output)
@@ -7320,6 +7348,7 @@ DELTAS = {
     "text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature",
     "input_json_delta": "partial_json",
 }  # fmt: skip
+FIGURES_WITHIN = 32  # one of these are told on; some have six
 CHAT_TIERS = {"standard": "default", "priority": "priority"}
 PING: JsonDict = {"type": "ping"}
 
@@ -7428,7 +7457,11 @@ class MessageReader:
         usage = member(event, "usage")
         tier = CHAT_TIERS.get(word(usage.get("service_tier")))
         self._tier = {"service_tier": tier} if tier else self._tier
-        self._usage.update(told_anew(usage, MESSAGE_FIGURES))
+        for name, figure in told_anew(usage, MESSAGE_FIGURES).items():
+            if isinstance(figure, dict):  # which may be large, and is kept until the answer is over
+                self._usage[name] = dict(itertools.islice(counts_of(figure).items(), FIGURES_WITHIN))
+            elif isinstance(figure, (int, float)):
+                self._usage[name] = figure
 
     def _start(self, block: JsonDict, index: Optional[int] = None) -> list[JsonDict]:
         kind, self._open = word(block.get("type")), None
@@ -7658,7 +7691,9 @@ class AnswerTranslator:
                 pieces.append(piece)
                 size += len(piece)
             if size > WRITTEN_ANSWER_BYTES:
-                raise UnfitAnswer(f"the provider's answer is over {WRITTEN_ANSWER_BYTES} bytes in events of the client's")
+                raise UnfitAnswer(
+                    f"the provider's answer is over {WRITTEN_ANSWER_BYTES} bytes in events of the client's"
+                )
         return b"".join([*pieces, self._last_line()])
 
     def _bytes_of_all(self, events: Iterable[JsonDict]) -> bytes:

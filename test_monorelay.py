@@ -7572,6 +7572,45 @@ def test_the_choices_of_a_chunk_have_together_as_many_parts_of_calls_as_an_answe
         assert (b"calls more than 128 tools" in sent) is it.failed is not fits
 
 
+def test_a_large_usage_takes_no_more_than_three_times_what_was_sent():
+    ballast = b"[%b{}]" % (b'{"":0},' * 2000)
+    chat = b'data: {"choices":[],"usage":{"prompt_tokens":7,"x":%b}}\n\n' % ballast
+    message = b'data: {"type":"message_delta","usage":{"input_tokens":7,"output_tokens_details":{"x":%b}}}\n\n'
+    reading = [
+        lambda: monorelay.AnswerTranslator(asked_of(stream=True)).feed,
+        lambda: monorelay.AnswerTranslator(asked_of("openai", stream=True)).feed,
+        lambda: functools.partial(monorelay.Usage().read, is_stream=True),
+        lambda: functools.partial(monorelay.Usage().read, is_stream=True),
+    ]
+    event = b'data: {"type":"message_delta","usage":{"output_tokens":7,"%b":[%b{}]}}\n\n'
+    names = sorted(monorelay.USAGE_NAMES - {"output_tokens"})
+    in_parts = b"".join(event % (name.encode(), b'{"":0},' * 200) for name in names)
+    for begin, data in zip(reading, (chat, message % ballast, chat * 2, in_parts)):
+        tracemalloc.start()
+        try:
+            readers = [begin() for _ in range(10)]
+            for read in readers:
+                read(data)
+            assert tracemalloc.get_traced_memory()[0] < 10 * 3 * len(data)
+        finally:
+            tracemalloc.stop()
+
+
+def test_a_large_usage_counts_like_a_small_one():
+    small = {"input_tokens": 7, "cache_creation": {"ephemeral_1h_input_tokens": 3}, "cache_creation_input_tokens": 5}
+    told = []
+    for ballast in ({}, {"x": ["y" * 3000]}):
+        events = [
+            {"type": "message_start", "message": {"usage": {**small, "output_tokens": 1, **ballast}}},
+            {"type": "message_delta", "usage": {"output_tokens": 9, **ballast}},
+        ]
+        usage = monorelay.Usage()
+        for event in events:
+            usage.read(b"data: %b\n\n" % json.dumps(event).encode(), True)
+        told.append(usage.used)
+    assert told[0] == told[1] == monorelay.Used(7, 0, 2, 3, 9)
+
+
 def test_a_chunk_has_as_many_parts_of_calls_as_an_answer_has_calls():
     chunk = b'data:{"choices":[{"delta":{"tool_calls":[%s]}}]}\n\n' % b",".join([b"{}"] * 100_000)
     it = monorelay.AnswerTranslator(asked_of(stream=True))
