@@ -114,6 +114,7 @@ REQUEST_HEAD_FIELDS = 200
 # Providers are trusted more than clients: http.client allows 100 lines of 64 KiB, curl 300 KiB.
 RESPONSE_HEAD_BYTES = 256 * 1024
 RESPONSE_HEAD_FIELDS = 1000
+KEPT_FIELDS = 64  # of them while the body comes, since each may take 240 bytes; most have some 30
 INTERIM_RESPONSES = 20  # a 103 or a 102 now and then is normal; an endless row of them is not
 INTERIM_SECONDS = 60.0  # in which so many may come: some providers send a 102 every 15 seconds while they work
 TRAILER_BYTES = 8 * 1024  # of a request's trailer fields, which are checked and dropped: nobody needs them to be long
@@ -11326,6 +11327,12 @@ class UpstreamResponse:
             and "close" not in self.head.fields.connection
         )
 
+    def let_go_of_fields(self) -> None:
+        """Lets go of a long head that has been passed on, but for what is asked for later."""
+        if len(self.head.fields.pairs) > KEPT_FIELDS:
+            asked = [pair for pair in self.head.fields.pairs if pair[0].lower() in ("connection", "content-encoding")]
+            self.head = self.head._replace(fields=Headers(asked))
+
     @property
     def ends_with_connection(self) -> bool:
         """Whether its body has ended with the connection, in good order."""
@@ -12427,6 +12434,8 @@ class Outgoing:
         if self.translation:
             self.translation.heard_at = now
         if relayed:
+            response.fields.clear()
+            relayed.let_go_of_fields()
             begun = head + self._passed(relayed.take_content())
             if self.translation and not record.bytes_sent:
                 begun += self.translated(self.translation.translator.ping())

@@ -16374,6 +16374,18 @@ def test_the_end_of_a_stream_is_seen_behind_a_line_that_is_long(line):
         assert passed_on(head, [b"", body]).whole == passed_on(head, [b"", text, last]).whole == whole
 
 
+def test_a_head_of_many_fields_is_not_kept_while_the_body_comes():
+    lines = ["HTTP/1.1 200 OK", f"content-type: {STREAM_TYPE}", *(f"x-{number}: a" for number in range(990))]
+    parsed = monorelay.parse_response_head("\r\n".join([*lines, "connection: close", "", ""]).encode())
+    decoder = monorelay.response_decoder(parsed, "POST")
+    came = monorelay.UpstreamResponse(monorelay.Candidate(None, None), None, parsed, decoder)
+    made = monorelay.Response(200, "OK", [*parsed.fields.pairs], relayed=came)
+    head = outgoing(made).begin(True, 0.0)
+    assert all(f"\r\nx-{number}: a\r\n".encode() in head for number in range(990))
+    assert [*came.head.fields.pairs] == [("connection", "close")] and "close" in came.head.fields.connection
+    assert made.fields == [] and came.is_stream
+
+
 @pytest.mark.timed
 def test_a_picture_in_a_stream_that_ends_with_its_connection_takes_little_time():
     head, _ = framed(b"", "close", STREAM_TYPE)
