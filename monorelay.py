@@ -29,6 +29,7 @@ The way of a request:
     Service.conclude              a line in the log, whatever has happened; a row in the ledger; what is counted
 """
 
+import array
 import base64
 import bisect
 import codecs
@@ -4773,6 +4774,7 @@ WRITTEN_ANSWER_BYTES = 3 * TRANSLATED_ANSWER_BYTES  # of it in events for the cl
 EVENT_VALUES = 100_000
 EVENT_BLOCKS = 1000
 TOOL_CALLS = 128  # in an answer: as many tools as OpenAI allows in a request
+SOUGHT_CALLS = 1000  # in a conversation, whose ids take 100 bytes each; each call of an answer is looked for among them
 TOOL_NAME_CHARACTERS = 256  # Anthropic allows 128, OpenAI 64
 RENAMED_TOOLS = 1000  # in a request: they are remembered until the answer is over
 TOOL_ID_CHARACTERS = 16 * 1024  # in an answer: LiteLLM puts what Gemini has to get back into it
@@ -5581,7 +5583,8 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
         "thinking_returns": draft.settings.reasoning_back != "none",
         "input_tokens": input_tokens,
         "max_tokens": request["max_tokens"],
-        "call_ids": turns.call_ids,
+        # As long as the answer comes, they are held: of so many, in a tenth of the room.
+        "call_ids": array.array("q", turns.call_ids) if len(turns.call_ids) > SOUGHT_CALLS else turns.call_ids,
         "system_speaks": turns.system_speaks,
         "refusable": [name for name in REFUSALS if name in turns.media or REFUSED_MEMBERS.get(name) in chat],
     }

@@ -7368,6 +7368,17 @@ def test_a_call_under_another_id_that_comes_once_more_behind_the_end_is_known():
     assert len(ids) == 2 and ids[0] != "call_0" and ids[1] == "call_1"
 
 
+def test_the_ids_of_a_long_conversation_take_little_room_while_its_answer_comes():
+    ids = [f"call_{number}" for number in range(2000)]
+    blocks = [{"type": "tool_use", "id": id, "name": "look", "input": {}} for id in ids]
+    messages = [HELLO, assistant(*blocks), user(*(tool_result(id, "ok") for id in ids))]
+    asked = translated({**prompt(messages=messages), "max_tokens": 5})[1].asked
+    assert len(asked.call_ids) == 2000 and sys.getsizeof(asked.call_ids) < 20_000
+    answer = completion(calls=[call(0, "call_7", "look", "{}"), call(1, "call_2000", "look", "{}")])
+    found = [block["id"] for block in whole_answer(asked, answer)["content"]]
+    assert found[0] != "call_7" and found[0].startswith("call_7_") and found[1] == "call_2000"
+
+
 def test_answers_have_ids_of_their_own_whatever_the_provider_calls_them():
     """Claude Code takes messages of one id for parts of one message; some servers have few ids."""
     anonymous = completion(calls=[call(0, None, "look", "{}")])
