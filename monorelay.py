@@ -4772,6 +4772,7 @@ WHOLE_BLOCKS = 10_000  # with citations, a message has a block for each sentence
 WRITTEN_ANSWER_BYTES = 3 * TRANSLATED_ANSWER_BYTES  # of it in events for the client, each of which tells the model
 # Of an event of a stream, while whose translation nothing else runs: values, and blocks of a message that is one event.
 EVENT_VALUES = 100_000
+EVENT_FRACTIONS = 20_000  # numbers with a fraction among them, which take several times as long as others
 EVENT_BLOCKS = 1000
 TOOL_CALLS = 128  # in an answer: as many tools as OpenAI allows in a request
 SOUGHT_CALLS = 1000  # in a conversation, whose ids take 100 bytes each; each call of an answer is looked for among them
@@ -4968,15 +4969,17 @@ def translate_request(
     return Translated(path, written, tuple(draft.dropped), asked)
 
 
-def read_document(pieces: Sequence[bytes], values: int, errors: str = "strict") -> JsonDict:
-    """The JSON object in the pieces, which have so many values. Raises BadRequest for what is none, or would take
-    `json` too long."""
+def read_document(
+    pieces: Sequence[bytes], values: int, errors: str = "strict", reader: Optional[json.JSONDecoder] = None
+) -> JsonDict:
+    """The JSON object in the pieces, which have so many values; a reader of their own is for short ones. Raises
+    BadRequest for what is none, or would take `json` too long."""
     check_weight(values, sum(piece.count(b"\\") for piece in pieces))
     is_short = len(pieces) == 1 and len(pieces[0]) <= WRITTEN_CHARACTERS
     try:
         if sum(map(len, pieces)) > READ_AT_ONCE_BYTES:
             return DocumentReader(json_parts(pieces, errors)).read()
-        document = READER.decode(
+        document = (reader or READER).decode(
             narrow(without_escapes(pieces[0].decode("utf-8", errors))) if is_short else json_text(pieces, errors)
         )
     except ValueError as error:
@@ -7779,23 +7782,36 @@ def is_unfinished(answer: JsonDict) -> bool:
     return choice.get("finish_reason", "") is None and not (message.get("tool_calls") or message.get("function_call"))
 
 
-def read_answer(data: bytes) -> JsonDict:
+def read_answer(data: bytes, reader: Optional[json.JSONDecoder] = None) -> JsonDict:
     """A document of an answer. Raises AnswerFault for what is none, or would take `json` too long."""
     try:
         may_be_many = len(data) > TRANSLATED_VALUES
         values = sum(map(data.count, (b",", b"[", b"{"))) if may_be_many else 0
-        return read_document([data], values, errors="replace")
+        return read_document([data], values, "replace", reader)
     except RecursionError:
         raise UnfitAnswer("the provider's answer is nested too deeply to be translated") from None
     except BadRequest:
         raise AnswerFault("the provider sent what is no JSON object, or one of too many values") from None
 
 
+def event_reader() -> json.JSONDecoder:
+    """A reader for one event. It raises UnfitAnswer for more than EVENT_FRACTIONS numbers."""
+    numbers = itertools.count(1)
+
+    def read(digits: str) -> float:
+        if next(numbers) > EVENT_FRACTIONS:
+            raise UnfitAnswer(f"the provider sent an event of more than {EVENT_FRACTIONS} numbers with a fraction")
+        return finite(digits)
+
+    return json.JSONDecoder(parse_int=short_integer, parse_float=read, parse_constant=refuse_constant)
+
+
 def read_event(data: bytes) -> JsonDict:
     """The document of an event of a stream. Raises AnswerFault for what is none, or would take long."""
-    if data.count(b",") > EVENT_VALUES:
+    values = data.count(b",")
+    if values > EVENT_VALUES:
         raise UnfitAnswer(f"the provider sent an event of more than {EVENT_VALUES} values")
-    event = read_answer(data)
+    event = read_answer(data, event_reader() if values > EVENT_FRACTIONS else None)
     if len(listed_objects(event.get("content"))) > EVENT_BLOCKS:
         raise UnfitAnswer(f"the provider sent a message of more than {EVENT_BLOCKS} blocks in one event")
     return event

@@ -7647,6 +7647,13 @@ def test_an_event_has_so_many_values(count, fits):
     assert (b"an event of more than 100000 values" in sent) is it.failed is not fits
 
 
+@pytest.mark.parametrize(("count", "fits"), [(20_000, True), (20_001, False)])
+def test_an_event_has_so_many_numbers_with_a_fraction(count, fits):
+    it = monorelay.AnswerTranslator(asked_of(stream=True))
+    sent = it.feed(b'data: {"choices":[{"delta":{"content":[%b1,2]}}]}\n\n' % (b"7e-290," * count))
+    assert (b"an event of more than 20000 numbers with a fraction" in sent) is it.failed is not fits
+
+
 def test_blank_lines_of_a_stream_take_next_to_no_time():
     it = monorelay.AnswerTranslator(asked_of(stream=True))
     it.feed(sse_of([delta(content="Hi")], done=False))
