@@ -4775,7 +4775,7 @@ EVENT_VALUES = 100_000
 EVENT_FRACTIONS = 20_000  # numbers with a fraction among them, which take several times as long as others
 EVENT_BLOCKS = 1000
 TOOL_CALLS = 128  # in an answer: as many tools as OpenAI allows in a request
-SOUGHT_CALLS = 1000  # in a conversation, whose ids take 100 bytes each; each call of an answer is looked for among them
+SOUGHT_CALLS = 1000  # in a conversation: of more, the hashes of their ids, 100 bytes each in a set, go into an array
 TOOL_NAME_CHARACTERS = 256  # Anthropic allows 128, OpenAI 64
 RENAMED_TOOLS = 1000  # in a request: they are remembered until the answer is over
 TOOL_ID_CHARACTERS = 16 * 1024  # in an answer: LiteLLM puts what Gemini has to get back into it
@@ -5586,8 +5586,7 @@ def chat_request(request: JsonDict, draft: Draft) -> JsonDict:
         "thinking_returns": draft.settings.reasoning_back != "none",
         "input_tokens": input_tokens,
         "max_tokens": request["max_tokens"],
-        # As long as the answer comes, they are held: of so many, in a tenth of the room.
-        "call_ids": array.array("q", turns.call_ids) if len(turns.call_ids) > SOUGHT_CALLS else turns.call_ids,
+        "call_ids": turns.call_ids,
         "system_speaks": turns.system_speaks,
         "refusable": [name for name in REFUSALS if name in turns.media or REFUSED_MEMBERS.get(name) in chat],
     }
@@ -5839,9 +5838,15 @@ class ChatTurns:
         self._lead: list[str] = []  # what the system says at the beginning
         self._reminders: list[str] = []  # what it says later, and waits for the next place where it may stand
         self.changes: list[ToolChange] = []  # of tools, in their order
-        self.call_ids: set[int] = set()  # hashes of all of the client's
+        self._call_ids: set[int] = set()  # hashes of all of the client's
         self.system_speaks = False  # later than at the beginning
         self.media: set[str] = set()  # what there is that models of text refuse, by its name in REFUSALS
+
+    @property
+    def call_ids(self) -> Collection[int]:
+        """Hashes of the ids of all calls, as they are held while the answer comes: many take a tenth of the room in an
+        array."""
+        return array.array("q", self._call_ids) if len(self._call_ids) > SOUGHT_CALLS else self._call_ids
 
     def of(self, request: JsonDict) -> list[JsonDict]:
         """The messages for a request. Raises BadRequest."""
@@ -5966,7 +5971,7 @@ class ChatTurns:
             raise self._draft.refusal(f"{place}.input", "what is no object")
         name = self._draft.tool_name(text_in(block, "name", place))
         id = call_name(block.get("id"), f"{place}.id")
-        self.call_ids.add(hash(id))
+        self._call_ids.add(hash(id))
         function = {"name": name, "arguments": dumped_in_parts(given)}
         call = {"id": self._call_id(id), "type": "function", "function": function}
         _, seal = carried_call(id)
