@@ -9691,8 +9691,8 @@ class Task:
         self.client = None
         self.deadline = math.inf
         self._loop.tasks.discard(self)
-        for task in self._waiting:
-            self._loop.resume_in_turn(task)
+        while self._waiting:  # emptied, since a task that is done may be kept for long
+            self._loop.resume_in_turn(self._waiting.pop())
 
 
 Action = Callable[[], object]
@@ -13461,8 +13461,9 @@ class Exchange:
 
     def hold(self, count: int) -> None:
         """Takes room for so many bytes. Raises Unavailable."""
-        self.service.bodies.claim(count, self._user_name, self._held)
-        self._held += count
+        if count:
+            self.service.bodies.claim(count, self._user_name, self._held)
+            self._held += count
 
     @property
     def _user_name(self) -> str:
