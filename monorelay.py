@@ -4690,8 +4690,10 @@ class Usage:
                 return  # a tool's input may have a `usage` of its own; of a whole answer it stands before the real one
             self._is_placeholder = kind == b"message_start"
             if kind in (b"message_delta", b"message_stop"):
-                size += self._size
-                usage = {**unpacked(self._found), **told_anew(usage, USAGE_NAMES)}
+                found, size = unpacked(self._found), size + self._size
+                if size > 2 * USAGE_BYTES:  # to read and write all of it once more with each event would take long
+                    found = {name: told for name, told in found.items() if not isinstance(told, (dict, list))}
+                usage = {**found, **told_anew(usage, USAGE_NAMES)}
             elif not self._is_placeholder:
                 self._note_tier(data, start)
         if not self._found or any(tokens_of(usage)):  # some have nothing but zeros in all chunks but one

@@ -7607,6 +7607,19 @@ def test_a_large_usage_takes_no_more_than_three_times_what_was_sent():
             tracemalloc.stop()
 
 
+def test_a_usage_that_grows_with_each_event_is_read_again_only_while_it_is_short(monkeypatch):
+    event = b'data: {"type":"message_delta","usage":{"output_tokens":%d,"%b":[%b{}]}}\n\n'
+    read, unpacked = [], monorelay.unpacked
+    monkeypatch.setattr(monorelay, "unpacked", lambda kept: read.append(len(kept)) or unpacked(kept))
+    usage = monorelay.Usage()
+    usage.read(b'data: {"type":"message_start","message":{"usage":{"input_tokens":5,"output_tokens":1}}}\n\n', True)
+    names = monorelay.USAGE_NAMES - monorelay.OPENAI_NAMES - {*monorelay.ANTHROPIC_NAMES}
+    for number, name in enumerate(sorted(names)):
+        usage.read(event % (number, name.encode(), b'{"":0},' * 2000), True)
+    usage.read(b'data: {"type":"message_delta","usage":{"output_tokens":99}}\n\n' * 9, True)
+    assert max(read) < 3 * monorelay.USAGE_BYTES and usage.used[:5] == (5, 0, 0, 0, 99)
+
+
 def test_a_large_usage_counts_like_a_small_one():
     small = {"input_tokens": 7, "cache_creation": {"ephemeral_1h_input_tokens": 3}, "cache_creation_input_tokens": 5}
     told = []
