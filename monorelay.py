@@ -4777,7 +4777,6 @@ EVENT_VALUES = 100_000
 EVENT_FRACTIONS = 20_000  # numbers with a fraction among them, which take several times as long as others
 EVENT_BLOCKS = 1000
 TOOL_CALLS = 128  # in an answer: as many tools as OpenAI allows in a request
-SOUGHT_CALLS = 1000  # in a conversation: of more, the hashes of their ids, 100 bytes each in a set, go into an array
 TOOL_NAME_CHARACTERS = 256  # Anthropic allows 128, OpenAI 64
 RENAMED_TOOLS = 1000  # in a request: they are remembered until the answer is over
 TOOL_ID_CHARACTERS = 16 * 1024  # in an answer: LiteLLM puts what Gemini has to get back into it
@@ -4863,7 +4862,7 @@ class Asked(NamedTuple):
     thinking_returns: bool = False  # whether the provider wants its thinking back
     input_tokens: int = 0  # by estimate
     max_tokens: int = 0  # that a message may have
-    call_ids: Collection[int] = ()  # hashes of the ids of calls in the conversation, as the client knows them
+    call_ids: Sequence[int] = ()  # hashes of the ids of calls in the conversation, as the client knows them, sorted
     system_speaks: bool = False  # later in the conversation than at its beginning, as it was sent
     refusable: Collection[str] = ()  # which of REFUSALS the request may meet
 
@@ -5845,10 +5844,10 @@ class ChatTurns:
         self.media: set[str] = set()  # what there is that models of text refuse, by its name in REFUSALS
 
     @property
-    def call_ids(self) -> Collection[int]:
-        """Hashes of the ids of all calls, as they are held while the answer comes: many take a tenth of the room in an
-        array."""
-        return array.array("q", self._call_ids) if len(self._call_ids) > SOUGHT_CALLS else self._call_ids
+    def call_ids(self) -> Sequence[int]:
+        """Hashes of the ids of all calls, sorted, as they are held while the answer comes: in an array, where they take
+        a tenth of the room."""
+        return array.array("q", sorted(self._call_ids))
 
     def of(self, request: JsonDict) -> list[JsonDict]:
         """The messages for a request. Raises BadRequest."""
@@ -7145,7 +7144,7 @@ class ChatReader:
             return True  # nobody may execute it, and nothing of it was written
         id = call.id or made_up_id(self._asked, self._closed)
         # Some servers count anew in each answer, and Claude Code takes a call for the earlier one of its id.
-        if hash(carrying_id(id, call.seal)) in self._asked.call_ids:
+        if is_among(self._asked.call_ids, hash(carrying_id(id, call.seal))):
             id += f"_{made_up_id(self._asked, self._closed)[-8:]}"
         while id in self._ids:
             id += "_2"
@@ -7187,6 +7186,12 @@ def first_of_arguments(part: str) -> str:
     a tool without parameters."""
     part = part.lstrip(JSON_BLANKS)
     return "" if part.rstrip(JSON_BLANKS) == "null" else part
+
+
+def is_among(numbers: Sequence[int], number: int) -> bool:
+    """Whether it is one of these numbers, which are sorted."""
+    place = bisect.bisect_left(numbers, number)
+    return place < len(numbers) and numbers[place] == number
 
 
 def is_another(call: Call, id: str, name: str, part: str) -> bool:

@@ -7361,7 +7361,7 @@ def test_a_call_gets_another_id_where_one_before_in_the_conversation_has_its_own
 
 
 def test_a_call_under_another_id_that_comes_once_more_behind_the_end_is_known():
-    asked = asked_of(call_ids={hash("call_0")})
+    asked = asked_of(call_ids=[hash("call_0")])
     first, second = (delta(calls=[call(number, f"call_{number}", "look", "{}")]) for number in (0, 1))
     stream = sse_of([first, second, delta("tool_calls"), first, delta("tool_calls")])
     ids = [block["id"] for block in accumulated(asked, stream)["content"]]
@@ -7377,6 +7377,26 @@ def test_the_ids_of_a_long_conversation_take_little_room_while_its_answer_comes(
     answer = completion(calls=[call(0, "call_7", "look", "{}"), call(1, "call_2000", "look", "{}")])
     found = [block["id"] for block in whole_answer(asked, answer)["content"]]
     assert found[0] != "call_7" and found[0].startswith("call_7_") and found[1] == "call_2000"
+
+
+def test_the_ids_of_a_long_conversation_are_not_looked_at_one_by_one():
+    looked_at = []
+
+    class Ids(list):
+        def __getitem__(self, place: int) -> int:
+            looked_at.append(place)
+            return super().__getitem__(place)
+
+        def __iter__(self) -> Iterator[int]:
+            looked_at.extend(range(len(self)))
+            return super().__iter__()
+
+    known = [f"call_{number}" for number in range(40_000)]
+    for id, is_known in (("call_39999", True), ("call_0", True), ("call_40000", False)):
+        asked = asked_of(call_ids=Ids(sorted(map(hash, known))))
+        found = whole_answer(asked, completion(calls=[call(0, id, "look", "{}")]))["content"][0]["id"]
+        assert (found != id) is is_known
+    assert len(looked_at) < 100
 
 
 def test_answers_have_ids_of_their_own_whatever_the_provider_calls_them():
