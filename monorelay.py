@@ -14698,14 +14698,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 await checkpoint(self.loop)  # many clients may complete long heads at one moment
             self._read_head(exchange)
             self._admit()
-            origin = self.loop.current.origin
             try:
-                answer = self._find_answer(exchange)
+                answer = await self._find_answer(exchange)
             except RelayError:  # its client may not take what refuses the request, either
                 self._check_share()
                 raise
-            if self.loop.current.origin != origin and any(self.loop.late):  # a caller may come from many addresses
-                await checkpoint(self.loop, self.loop.late.clients)
             self._check_share()
             return await answer(exchange)
         except RelayError as error:
@@ -14717,7 +14714,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._warn_of_defect(error, exchange)
             return exchange.error_response(RelayError("an internal error; the relay's log has its place"))
 
-    def _find_answer(self, exchange: Exchange) -> Answerer:
+    async def _find_answer(self, exchange: Exchange) -> Answerer:
         """What answers the request, for the caller that may have to be known for that."""
         request = exchange.request
         if request.method == "OPTIONS" and exchange.cors():
@@ -14726,7 +14723,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise NoWebSocket
         endpoint = exchange.endpoint = find_endpoint(request.method, request.path, exchange.format)
         if endpoint.answer not in OPEN_ENDPOINTS:
-            self._authenticate(exchange)
+            await self._authenticate(exchange)
         return endpoint.answer
 
     def _warn_of_defect(self, error: Exception, exchange: Exchange) -> None:
@@ -14758,13 +14755,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.service.draining:
             raise shutting_down()
 
-    def _authenticate(self, exchange: Exchange) -> None:
-        """Finds out who calls. Raises Unauthenticated."""
-        record = exchange.record
+    async def _authenticate(self, exchange: Exchange) -> None:
+        """Finds out who calls, and goes on in the turns of that caller. Raises Unauthenticated."""
+        record, task = exchange.record, self.loop.current
         exchange.caller = identify(shown_tokens(exchange.request.fields), exchange.config, record.when)
         record.caller = exchange.caller.name[:LOGGED_CHARACTERS]
-        self.loop.current.origin = origin_of(exchange.caller, self.network)
-        if not self.known:
+        before, task.origin = task.origin, origin_of(exchange.caller, self.network)
+        if task.origin != before and any(self.loop.late):  # a caller may come from many addresses
+            await checkpoint(self.loop, self.loop.late.clients)
+        if not self.known:  # only now: one that waits for its turn may make room for others
             self.known = True
             self.server.unproven.pop(self, None)
             self.channel.set_window(HELD_BYTES)
