@@ -11359,10 +11359,10 @@ class UpstreamResponse:
         )
 
     def let_go_of_fields(self) -> None:
-        """Lets go of a long head that has been passed on, but for what is asked for later."""
+        """Lets go of a long head that has been passed on, but for what is asked for later: whether it closes."""
         if len(self.head.fields.pairs) > KEPT_FIELDS:
-            asked = [pair for pair in self.head.fields.pairs if pair[0].lower() in ("connection", "content-encoding")]
-            self.head = self.head._replace(fields=Headers(asked))
+            closing = [("connection", "close")] if "close" in self.head.fields.connection else []
+            self.head = self.head._replace(fields=Headers(closing))
 
     @property
     def ends_with_connection(self) -> bool:
