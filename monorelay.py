@@ -6919,8 +6919,8 @@ class ChatReader:
         if any(tokens) or (tokens is not NO_TOKENS and self._tokens is NO_TOKENS):
             self._tokens = tokens
         if choice is not None and (self.finishes_early or not self.may_end):
-            choices, self._parts = first_choices(chunk) if "message" in choice else [choice], 0
-            for each in choices:
+            self._parts = 0
+            for each in first_choices(chunk) if "message" in choice else [choice]:
                 self._read_choice(each)
         return self._writer.take(), ended
 
@@ -7363,11 +7363,11 @@ FINISH_REASONS = {
 }  # fmt: skip
 # Alibaba's server has OpenAI's names beside its own: by these its input includes what was read from the cache.
 MESSAGE_FIGURES = (*ANTHROPIC_NAMES, *OPENAI_NAMES, "output_tokens_details")
+FIGURES_WITHIN = 32  # counts that are kept of one of these that is an object; some have six
 DELTAS = {
     "text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature",
     "input_json_delta": "partial_json",
 }  # fmt: skip
-FIGURES_WITHIN = 32  # one of these are told on; some have six
 CHAT_TIERS = {"standard": "default", "priority": "priority"}
 PING: JsonDict = {"type": "ping"}
 
