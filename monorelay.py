@@ -4570,9 +4570,15 @@ def packed(usage: JsonDict, size: int) -> tuple[Union[JsonDict, bytes], int]:
         return usage, size
     try:
         text = json.dumps(usage).encode("ascii")
-    except RecursionError:
-        return {}, 0  # no usage is nested so deeply
+    except RecursionError:  # no real one is nested so deeply
+        usage = plain_members(usage)
+        text = json.dumps(usage).encode("ascii")
     return (text if len(text) > USAGE_USUAL_BYTES else usage), len(text)
+
+
+def plain_members(usage: JsonDict) -> JsonDict:
+    """What a usage object tells in numbers and words: its members without lists and objects."""
+    return {name: told for name, told in usage.items() if not isinstance(told, (dict, list))}
 
 
 def unpacked(kept: Union[JsonDict, bytes]) -> JsonDict:
@@ -4692,7 +4698,7 @@ class Usage:
             if kind in (b"message_delta", b"message_stop"):
                 found, size = unpacked(self._found), size + self._size
                 if size > 2 * USAGE_BYTES:  # to read and write all of it once more with each event would take long
-                    found = {name: told for name, told in found.items() if not isinstance(told, (dict, list))}
+                    found = plain_members(found)
                 usage = {**found, **told_anew(usage, USAGE_NAMES)}
             elif not self._is_placeholder:
                 self._note_tier(data, start)

@@ -7640,6 +7640,23 @@ def test_a_usage_that_grows_with_each_event_is_read_again_only_while_it_is_short
     assert max(read) < 3 * monorelay.USAGE_BYTES and usage.used[:5] == (5, 0, 0, 0, 99)
 
 
+def test_a_large_usage_that_is_nested_too_deeply_to_be_kept_counts_by_its_plain_members(monkeypatch):
+    told = {"message": {"usage": {"input_tokens": 7, "output_tokens": 1, "x": ["y" * 3000]}}}
+    events = [b"data: %b\n\n" % json.dumps({"type": "message_start", **told}).encode()]
+    events.append(b'data: {"type":"message_delta","usage":{"output_tokens":9}}\n\n')
+    dumps, usage = json.dumps, monorelay.Usage()
+
+    def dumped(value: Any) -> str:
+        if "x" in value:
+            raise RecursionError
+        return dumps(value)
+
+    monkeypatch.setattr(monorelay.json, "dumps", dumped)
+    for event in events:
+        usage.read(event, True)
+    assert usage.used[:5] == (7, 0, 0, 0, 9)
+
+
 def test_a_large_usage_counts_like_a_small_one():
     small = {"input_tokens": 7, "cache_creation": {"ephemeral_1h_input_tokens": 3}, "cache_creation_input_tokens": 5}
     told = []
