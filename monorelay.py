@@ -5823,7 +5823,7 @@ MISTRAL_MODEL = re.compile("mistral|ministral|magistral|devstral|codestral|mixtr
 # Google has this instead: https://ai.google.dev/gemini-api/docs/thought-signatures#faqs
 SEALING_MODEL = re.compile(r"gemini-(?![12]\b)", re.IGNORECASE)
 FOREIGN_SEAL = "skip_thought_signature_validator"
-GOOGLE_HOST = re.compile(r"generativelanguage\.googleapis\.com|([a-z0-9-]+-)?aiplatform\.googleapis\.com")  # and Vertex
+GOOGLE_HOST = re.compile(rf"{re.escape(GEMINI_HOST)}|([a-z0-9-]+-)?aiplatform\.googleapis\.com")  # and Vertex
 
 
 class ChatTurns:
