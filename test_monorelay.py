@@ -21551,7 +21551,9 @@ def test_a_ledger_that_comes_with_a_reload_imports_nothing(program, tmp_path, wo
     # This is the last that each of them imports when it starts.
     eventually(lambda: (tmp_path / "imports.txt").read_text().split().count("ctypes._endian") == workers)
     imported = (tmp_path / "imports.txt").read_text()
-    assert "sqlite3" in imported.split() and not (tmp_path / "usage.db").exists()
+    # Python 3.15 tells of no import of a module that sys.modules says there is none of.
+    assert "sqlite3" in imported.split() or not has_sqlite
+    assert not (tmp_path / "usage.db").exists()
     it.write({**config, "ledger": {"path": "usage.db"}})
     eventually(lambda: "was reloaded" in it.text())
     eventually(lambda: first_state(it)["ledger"] == has_sqlite)
