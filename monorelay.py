@@ -105,7 +105,7 @@ JsonDict = dict[str, Any]
 
 # nginx's large_client_header_buffers allows 8 KiB a line; long ids and queries get twice that.
 REQUEST_LINE_BYTES = 16 * 1024
-CONNECTION_CHARACTERS = 512  # of the Connection fields, whose options are kept one by one; most have some 30
+CONNECTION_CHARACTERS = 512  # of the Connection fields; most have some 30
 PATH_ESCAPES = 512  # percent-encoded characters in a path: each is looked at several times
 # Tomcat and gunicorn stop at 8 KiB, h11 at 16; a cookie-laden browser and long beta lists need more.
 REQUEST_HEAD_BYTES = 64 * 1024
@@ -115,7 +115,7 @@ REQUEST_HEAD_FIELDS = 200
 # Providers are trusted more than clients: http.client allows 100 lines of 64 KiB, curl 300 KiB.
 RESPONSE_HEAD_BYTES = 256 * 1024
 RESPONSE_HEAD_FIELDS = 1000
-KEPT_FIELDS = 64  # of them while the body comes, since each may take 240 bytes; most have some 30
+KEPT_FIELDS = 48  # of a head, and as many options of its Connection, are kept one by one; most have some 30 and one
 INTERIM_RESPONSES = 20  # a 103 or a 102 now and then is normal; an endless row of them is not
 INTERIM_SECONDS = 60.0  # in which so many may come: some providers send a 102 every 15 seconds while they work
 TRAILER_BYTES = 8 * 1024  # of a request's trailer fields, which are checked and dropped: nobody needs them to be long
@@ -2480,7 +2480,9 @@ class KeyPool:
         """Notes what a response says of the provider's limits for a key, if it does."""
         if "ratelimit-" in ",".join(fields.names):
             record = self._record(candidate)
-            record.limits_told, record.limits_at, record.limits = fields.pairs, clock, None
+            is_long = len(fields.names) > KEPT_FIELDS  # else those that matter are sought when somebody asks
+            record.limits_told = limit_fields(fields.pairs) if is_long else fields.pairs
+            record.limits_at, record.limits = clock, None
 
     def _record(self, candidate: Candidate) -> KeyRecord:
         name = (candidate.target.provider.name, candidate.label)
@@ -3185,6 +3187,48 @@ class Headers(dict[str, str]):
         return [pair[1] for known, pair in zip(self.names, self.pairs) if known == name]
 
 
+class LongHeaders(Headers):
+    """Those of a head with many fields, kept as text: one by one, a field of eight bytes would take 270, maybe for as
+    long as a body takes to come. What isn't found in the text is made of it anew each time."""
+
+    __slots__ = ("_folded", "_lines")
+
+    def __init__(self, pairs: Pairs) -> None:
+        self._lines = "\n".join(["", *map(":".join, pairs), ""])
+        self._folded = self._lines.lower()  # of as many characters, since they are those of Latin-1
+
+    def __getattr__(self, name: str) -> Any:
+        """One of its attributes `connection`, `names` and `pairs`."""
+        lines = (line.partition(":") for line in self._lines[1:-1].split("\n"))
+        return getattr(Headers([(field, value) for field, _, value in lines]), name)
+
+    def __contains__(self, name: object) -> bool:
+        return f"\n{name}:" in self._folded
+
+    def __getitem__(self, name: str) -> str:
+        return self.all(name)[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(self.names))
+
+    def keys(self) -> Any:
+        return dict.fromkeys(self.names).keys()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return next(iter(self.all(name)), default)
+
+    def all(self, name: str) -> list[str]:
+        """Every value of a field."""
+        found = re.finditer(f"\n{re.escape(name)}:", self._folded)
+        return [self._lines[it.end() : self._lines.index("\n", it.end())] for it in found]
+
+
+def to_keep(fields: Headers) -> Headers:
+    """The fields of a head as they are kept."""
+    is_long = len(fields.pairs) > KEPT_FIELDS or len(fields.connection) > KEPT_FIELDS
+    return LongHeaders(fields.pairs) if is_long else fields
+
+
 def elements_of(value: str) -> list[str]:
     """The comma-separated elements of a value, in lower case."""
     return list(filter(None, map(str.strip, value.lower().split(","))))
@@ -3257,7 +3301,7 @@ def parse_request_head(data: bytes) -> RequestHead:
     check_host(fields, version)
     check_spellings(fields)
     path, query = split_target(method, target)
-    return RequestHead(method, path, query, version, fields, request_body_length(fields, version))
+    return RequestHead(method, path, query, version, to_keep(fields), request_body_length(fields, version))
 
 
 def parse_fields(block: str) -> Optional[Pairs]:
@@ -3326,7 +3370,7 @@ def parse_response_head(data: bytes) -> ResponseHead:
     pairs = parse_fields(block[:-2]) if block.count("\n") <= RESPONSE_HEAD_FIELDS else None
     if pairs is None:
         raise FramingError("a header line is malformed, or there are too many")
-    return ResponseHead(int(match[2]), match[3] or "", int(match[1]), Headers(pairs))
+    return ResponseHead(int(match[2]), match[3] or "", int(match[1]), to_keep(Headers(pairs)))
 
 
 class LengthDecoder:
@@ -3547,8 +3591,9 @@ def is_safe_path(path: str) -> bool:
 
 def end_to_end(fields: Headers, kept_back: frozenset[str]) -> Pairs:
     """The fields to pass on: neither kept back, nor declared hop-by-hop by Connection."""
-    if not kept_back.issuperset(fields.connection):
-        kept_back = kept_back.union(fields.connection)
+    declared = fields.connection
+    if not kept_back.issuperset(declared):
+        kept_back = kept_back.union(declared)
     passed_on = map(operator.not_, map(kept_back.__contains__, fields.names))
     return list(itertools.compress(fields.pairs, passed_on))
 
@@ -14279,17 +14324,18 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
     record, asked = exchange.record, translated.asked
     record.translated = f"{asked.format}>{relayed.candidate.target.provider.chat_format}"
     record.dropped = ", ".join(translated.dropped)
-    fields, failed = translated_fields(exchange, relayed), False
+    failed = False
+    told = functools.partial(translated_fields, exchange, relayed)  # not before the body is there: they may be many
     is_error = relayed.head.status >= 400 or relayed.begins_with_error
     translator = AnswerTranslator(asked, functools.partial(presented_fault, relayed))
     if asked.stream and relayed.is_stream and not is_error:
-        fields.append(("content-type", "text/event-stream"))
+        fields = [*told(), ("content-type", "text/event-stream")]
         return Response(200, reason_of(200), fields, relayed=relayed, translator=translator)
     try:
         if is_error:
             record.error = upstream_error(relayed.readable)
             fault = relayed.first_fault or fault_of_status(relayed.head.status, relayed.readable, asked.provider)
-            return fault_response(fault, asked, fields)
+            return fault_response(fault, asked, told())
         body = await whole_body(exchange, relayed)
         if relayed.coding:
             body = await decompressed(exchange, body, relayed.coding, asked.provider)
@@ -14299,14 +14345,14 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
         await read_usage(exchange, body, is_stream)
         answer = await at_leisure(exchange, len(body), functools.partial(translator.whole, body, is_stream))
         exchange.hold(len(answer))
-        fields.append(("content-type", "text/event-stream" if asked.stream else "application/json"))
+        fields = [*told(), ("content-type", "text/event-stream" if asked.stream else "application/json")]
         return Response(200, reason_of(200), fields, answer)
     except AnswerFault as fault:
         failed = not fault.is_about_request
         if not fault.text:
             return untold_answer(exchange, UpstreamFailed(fault.message, fault.code))
         record.error = "upstream:error"
-        return fault_response(fault, asked, fields)
+        return fault_response(fault, asked, told())
     except (UpstreamFailed, UpstreamSilent) as error:
         failed = True
         return untold_answer(exchange, error)

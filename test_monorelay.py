@@ -2665,6 +2665,35 @@ def test_request_head_keeps_order_repetition_and_case_of_values():
     assert (head.path, head.query, head.method) == ("/v1/models", "limit=1", "GET")
 
 
+MANY_LINES = ["Host: a", *(f"X{number}:{number}" for number in range(90)), "Via: caf\xe9:b", "via:", "VIA: \xc0"]
+
+
+def test_a_head_of_many_fields_reads_as_any_other():
+    lines = [*MANY_LINES, "Connection: close, X1", "x-api-key: k"]
+    kept = monorelay.parse_request_head("\r\n".join(["GET / HTTP/1.1", *lines, "", ""]).encode("latin-1")).fields
+    plain = monorelay.Headers([tuple(re.split(": ?", line, maxsplit=1)) for line in lines])
+    assert type(kept) is monorelay.LongHeaders
+    for name in ("names", "pairs", "connection"):
+        assert getattr(kept, name) == getattr(plain, name)
+    assert [*kept] == sorted(plain, key=plain.names.index) and kept.keys() == plain.keys()
+    for name in (*plain.names, "x", "1", "Via", "a", "caf\xe9", "b", "", "x-api-ke", "pi-key"):
+        assert (name in kept, kept.all(name)) == (name in plain, plain.all(name))
+        assert kept.get(name) == plain.get(name) and kept.get(name, "other") == plain.get(name, "other")
+    assert kept["via"] == "caf\xe9:b" and monorelay.shown_tokens(kept) == ["k"]
+
+
+@pytest.mark.parametrize("lines", [MANY_LINES, ["Host: a", f"Connection: {','.join(map(str, range(150)))}"]])
+def test_a_head_takes_no_more_than_three_times_what_was_sent(lines):
+    data = "\r\n".join(["GET / HTTP/1.1", *lines, "", ""]).encode("latin-1")
+    monorelay.parse_request_head(data)
+    tracemalloc.start()
+    try:
+        kept = [monorelay.parse_request_head(data) for _ in range(10)]
+        assert tracemalloc.get_traced_memory()[0] < len(kept) * (3 * len(data) + 1000)
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("name", BAD_HEADS)
 def test_request_head_is_refused(name):
     with pytest.raises(monorelay.MalformedRequest) as caught:
@@ -25247,6 +25276,27 @@ def test_a_head_whose_body_is_still_to_come_is_held_once(program):
             with Client(it.url) as other:  # by its answer, what was sent before is read
                 assert other.ask("GET", "/health").status == 200
         assert it.resident_bytes() - before < 300 * 1.5 * len(began)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_providers_head_of_many_fields_is_held_as_text_while_its_body_is_translated(program, upstream):
+    head = "".join(f"x{number}: a\r\n" for number in range(990)).encode()
+
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n{")
+        connection.sock.recv(1)
+
+    provider = upstream(script)
+    it = program(settings({"openai": provider}))
+    with contextlib.ExitStack() as stack:
+        before = it.resident_bytes()
+        for _ in range(100):
+            client = stack.enter_context(Client(it.url))
+            client.send(request("POST", "/v1/messages", json.dumps(prompt("gpt-x")).encode()))
+        eventually(lambda: len(provider.requests) == 100)
+        time.sleep(0.2)
+        assert it.resident_bytes() - before < 3 * 100 * len(head) + (4 << 20)
 
 
 class Silenced:
