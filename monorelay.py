@@ -11561,8 +11561,9 @@ class UpstreamRequest(NamedTuple):
     record: AccessRecord
     cools_down: bool = True  # whether its failures cool keys and providers down, and its success ends that
     searches: bool = False  # whether it asks for something that another key may know when one doesn't
-    # Makes of it what a target of the other format gets, and None for one of its own; None where that can't be.
-    translate: Optional[Callable[[Target], Coroutine[float, None, Optional["UpstreamRequest"]]]] = None
+    # Makes of it what a target of the other format gets, and None for one of its own; None where that can't be. It is
+    # told whether this is the last target.
+    translate: Optional[Callable[[Target, bool], Coroutine[float, None, Optional["UpstreamRequest"]]]] = None
     translated: Optional[Translated] = None  # what was made of it
     # Whether it only asks about a model. Other limits, and perhaps other rights, hold for that than for its work.
     is_aside: bool = False
@@ -11882,7 +11883,8 @@ class Relay:
             while waiting:
                 candidate = waiting.pop(0)
                 try:
-                    wanted = (request.translate and await request.translate(candidate.target)) or request
+                    is_last = all(other.target == candidate.target for other in waiting)
+                    wanted = (request.translate and await request.translate(candidate.target, is_last)) or request
                 except BadRequest as error:
                     refusal = refusal or error.with_traceback(None)
                     continue
@@ -13534,9 +13536,9 @@ class Exchange:
             self.service.bodies.release(count, self._user_name)
             self._held -= count
 
-    def let_go(self) -> None:
-        """Drops the body, and gives back its room."""
-        self.release_room(self._held)
+    def let_go(self, but: int = 0) -> None:
+        """Drops the body, and gives back its room, `but` what something else takes."""
+        self.release_room(self._held - but)
         self.drop_body()
         if self._incoming:
             self._incoming.watch = None  # which knows this exchange, and would keep it
@@ -14236,9 +14238,9 @@ class TranslatedRequest:
         self._made: Union[UpstreamRequest, BadRequest, None] = None  # and what came of it
         self._size = 0
 
-    async def to(self, target: Target) -> Optional[UpstreamRequest]:
-        """The request for a target; None for one of the client's own format. Raises BadRequest, and Unavailable when
-        there is no room for it."""
+    async def to(self, target: Target, is_last: bool) -> Optional[UpstreamRequest]:
+        """The request for a target, of which the body as it came is let go if this is the last one; None for one of the
+        client's own format. Raises BadRequest, and Unavailable when there is no room for it."""
         if target.provider.chat_format == self._exchange.format:
             return None
         if target != self._target:
@@ -14250,6 +14252,8 @@ class TranslatedRequest:
                 self._made = await self._make(target)
             except BadRequest as error:
                 self._made = error
+            if is_last:
+                self._exchange.let_go(but=self._size)
         if not isinstance(self._made, UpstreamRequest):
             assert self._made
             raise self._made

@@ -18413,6 +18413,27 @@ def test_a_gzip_body_is_held_as_it_is_sent_while_a_provider_takes_its_time(upstr
             assert got.body == plain.replace(b'"%s"' % model.encode(), b'"%s"' % name.encode())
 
 
+@pytest.mark.parametrize(
+    "targets", [["a@openai"], ["a@openai", "b@openai"], ["a@openai", "c@anthropic"], ["c@anthropic", "a@openai"]]
+)
+def test_a_translated_body_is_held_as_it_came_for_as_long_as_another_target_may_need_it(upstream, relay, targets):
+    gate = threading.Event()
+    providers = {"openai": upstream(waits_for(gate, answer(500))), "anthropic": upstream(answer(500))}
+    keys = {"keys": ["sk-first-of-two", "sk-second-of-two"]}
+    it = relay({name: {"upstream": it, **keys} for name, it in providers.items()}, aliases={"fast": targets})
+    plain = json.dumps(prompt("fast", messages=[{"role": "user", "content": "x" * 100_000}])).encode()
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", plain))
+        assert providers["openai"].called.wait(TIMEOUT_SECONDS)
+        made = len(providers["openai"].requests[0].body)
+        assert held_bytes(it) == made + (len(plain) if targets[0] == "a@openai" and len(targets) > 1 else 0)
+        gate.set()
+        assert client.answer().status == 500
+        eventually(lambda: held_bytes(it) == 0)
+    sent = [message.body for provider in providers.values() for message in provider.requests]
+    assert len(sent) == 2 * len(targets) and all(body.count(b"x") >= 100_000 for body in sent)
+
+
 @pytest.mark.parametrize("model", ["claude-test", "fast"])
 @pytest.mark.parametrize("resets", [False, True])
 def test_a_gzip_body_is_let_go_when_its_client_leaves(upstream, relay, model, resets):
