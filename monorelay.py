@@ -130,6 +130,7 @@ USAGE_USUAL_BYTES = 2 * 1024  # of one that is kept as it was read
 USAGE_NAME_BYTES = 64  # of the names before it, or of a service tier that stands beside it
 USAGE_BEGINNING_BYTES = 2048  # of a whole response, in which its usage may stand before what it says
 USAGES_AT_ONCE = 8  # the last ones of what has come at once: some servers send one with each word
+TRANSLATED_FIRST_BYTES = 1024  # of a stream, until it is known how long its events are for the client
 TRANSLATED_AT_ONCE_BYTES = 16 * 1024  # which takes some milliseconds; a longer body is translated in a thread,
 TRANSLATED_SOON_BYTES = 256 * 1024  # in another one if it is longer than this,
 TRANSLATED_SOON_VALUES = 15_000  # or has more values, which may take 0.1 s; of a short one, marks in strings count, too
@@ -12428,6 +12429,7 @@ class TranslatedStream:
     def __init__(self, translator: AnswerTranslator) -> None:
         self.translator = translator
         self._untranslated = b""  # what has come, and waits until others had their turn
+        self._at_once = TRANSLATED_FIRST_BYTES  # so much of that is translated next
         self._source_ended = False  # whether nothing more will come
         self._is_cut = False  # whether that is so since the provider broke off
         self.heard_at = 0.0  # when the provider last sent something
@@ -12455,9 +12457,12 @@ class TranslatedStream:
 
     def go_on(self) -> bytes:
         """The events for the next part of what waits to be translated, and at its end."""
-        waiting, size = self._untranslated, TRANSLATED_AT_ONCE_BYTES
+        waiting, size = self._untranslated, self._at_once
         part, self._untranslated = waiting[:size], waiting[size:]
         events = self.translator.feed(part)
+        # Each event for the client may be far longer than the provider's, and all wait for a client that takes nothing.
+        growth = len(events) / max(1, len(part))
+        self._at_once = int(max(TRANSLATED_FIRST_BYTES, TRANSLATED_AT_ONCE_BYTES / max(1, growth)))
         if self._source_ended and not self._untranslated and not self.translator.ended:
             events += self.translator.close(self._is_cut)
         return events

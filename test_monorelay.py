@@ -7853,6 +7853,21 @@ def test_what_is_held_of_an_answer_is_bounded_and_costs_no_more_the_longer_it_ge
     assert more < 8 * some
 
 
+@pytest.mark.parametrize("format", ["anthropic", "openai"])
+def test_what_waits_for_the_client_of_a_stream_is_short_however_long_its_events_get(format):
+    asked = asked_of(format, stream=True, model="\U0001f600" * monorelay.MODEL_CHARACTERS)
+    text = sse("content_block_delta", index=0, delta={"type": "text_delta", "text": "a"})
+    begun = b"".join([*ANTHROPIC_EVENTS[:2], *[text] * 1000, *ANTHROPIC_EVENTS[5:]])
+    if format == "anthropic":
+        begun = sse_of([*[delta(content="a")] * 1000, delta("stop", USAGE)])
+    it = monorelay.TranslatedStream(monorelay.AnswerTranslator(asked))
+    parts = [it.feed(begun, is_last=True)]
+    while it.is_behind:
+        parts.append(it.go_on())
+    assert max(map(len, parts)) < 32 << 10 and len(parts) < sum(map(len, parts)) / (4 << 10)
+    assert (b"".join(parts), False) == streamed(asked, begun)
+
+
 ANSWER_PART = "\u20ac" * 60_000  # 180 kB in memory, 360 as an escape
 ANSWERS_WITHOUT_END: dict[str, tuple[str, Callable[[int], bytes]]] = {
     "text": ("anthropic", lambda number: sse_of([delta(content=ANSWER_PART)], done=False)),
