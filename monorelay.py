@@ -4808,6 +4808,7 @@ class Usage:
 
 TRANSLATED_VALUES = 250_000  # in a body: `json` takes up to 50 ms for as many
 TRANSLATED_ESCAPES = 2_000_000  # in its strings, and 0.2 s for these, in small steps: many clients escape all but ASCII
+TRANSLATED_GROWTH = 3  # of a body, and some bytes: only one of a great many things that say nothing grows so
 TRANSLATED_HELD_BYTES = 512 * 1024  # of an event, and of what waits for its turn in a streamed answer
 WRITTEN_CHARACTERS = 64 * 1024  # of a string at a time
 TAKEN_OUT_CHARACTERS = 2 * 1024  # of a string that is let go as soon as it is written
@@ -5016,6 +5017,9 @@ def translate_request(
         written = json_pieces(draft.finished(made))
     except RecursionError:
         raise BadRequest("the body is nested too deeply to be translated") from None
+    limit = TRANSLATED_GROWTH * sum(map(len, pieces)) + WRITTEN_CHARACTERS + len(draft.settings.extra)
+    if sum(map(len, written)) > limit:
+        raise BadRequest(f"the body would become {TRANSLATED_GROWTH} times as long for the provider")
     asked = Asked(
         format, asked_model, target.provider.name, stream, request_id, int(now), draft.names, **draft.about_answer
     )

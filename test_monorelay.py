@@ -5455,6 +5455,13 @@ def test_a_translation_holds_as_much_as_the_body_and_little_more_while_it_is_mad
         tracemalloc.stop()
 
 
+def test_a_body_that_would_become_many_times_as_long_is_not_translated():
+    tools, extra = [{"name": "a"}] * 1500, {"a": "x" * 200_000}
+    assert not_translated(lambda: to_chat(tools=tools)) == "the body would become 3 times as long for the provider"
+    assert len(to_chat(tools=tools[:500])[0]["tools"]) == 500
+    assert to_chat(target_of(extra=extra))[0]["a"] == extra["a"]
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("format", ["openai", "anthropic"])
 def test_a_conversation_is_read_and_written_message_by_message(format):
