@@ -138,6 +138,7 @@ TRANSLATED_LATE_VALUES = 25_000  # and in a third one if it has more than these,
 PING_SECONDS = 15.0  # without an event in a translated stream; Claude Code tells its user of 20
 ENDING_SECONDS = 2.0  # after the finish_reason of a translated stream, for the usage or [DONE] that may follow
 RECEIVE_BYTES = 64 * 1024  # of one recv: a TLS record is 16 KiB, four of them make system calls rare
+COPIED_BYTES = 16 * 1024  # of a message that is copied if that makes a system call less
 JSON_VALUES = 1_000_000  # a JSON body of more takes a second to walk; the largest conversations have some 100,000
 TLS_RECEIVE_BYTES = 16 * 1024  # one record's; of the shortest ones, which may cost 10 µs each, it holds some 600
 INFLATED_BYTES = 64 * 1024  # at a time,
@@ -9463,7 +9464,7 @@ class Channel:
         """Sends all of the data. A short message may be queued until the end of a turn; if that fails, `send_failed`
         is set and the task is woken. Raises Overdue when nothing was taken for the pause, OSError, and EarlyResponse
         with the rest as soon as `has_responded` says that the provider speaks meanwhile."""
-        if self._loop.crowded and len(data) < RECEIVE_BYTES and not self._outgoing:
+        if self._loop.crowded and len(data) < COPIED_BYTES and not self._outgoing:
             # Sent one right after the other, messages wake those who wait for them less often: a fifth of the CPU
             # time of a request at 32 clients.
             self._outgoing = data
@@ -12534,7 +12535,7 @@ class Outgoing:
                 begun += self.translated(self.translation.translator.ping())
             return begun
         self.ended = record.complete = bodyless
-        is_long = len(response.body) > RECEIVE_BYTES  # it goes out behind the head, without being copied
+        is_long = len(response.body) > COPIED_BYTES  # it goes out behind the head
         return head if bodyless or response.live or is_long else head + self.rest()
 
     def rest(self) -> bytes:
@@ -13918,7 +13919,7 @@ async def answer_dashboard(exchange: Exchange) -> Response:
     if not exchange.config.server.dashboard:
         raise NotFound("there is no page here: server.dashboard is false")
     fields = [("content-type", "text/html; charset=utf-8"), ("content-security-policy", dashboard_policy())]
-    return exchange.respond_with(PAGE.encode("utf-8"), [*fields, *PAGE_FIELDS])
+    return exchange.respond_with(page_body(), [*fields, *PAGE_FIELDS])
 
 
 async def answer_root(exchange: Exchange) -> Response:
@@ -16949,6 +16950,12 @@ PAGE_FIELDS = (
     ("cross-origin-opener-policy", "same-origin"),
     ("cross-origin-resource-policy", "same-origin"),
 )
+
+
+@functools.lru_cache(maxsize=1)
+def page_body() -> bytes:
+    """PAGE as it is sent, the same object to all: they need no token, and may take their time."""
+    return PAGE.encode("utf-8")
 
 
 def dashboard_policy() -> str:

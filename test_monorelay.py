@@ -19322,6 +19322,25 @@ def test_no_more_pages_than_fifty_and_each_that_leaves_makes_room(relay, quick):
     assert eventually(lambda: not it.server.service.pages)
 
 
+def test_the_page_is_held_once_for_all_who_take_their_time(relay):
+    it = relay({"echo": {}})
+    with it.client() as client:
+        size = len(client.ask("GET", "/dashboard", token="").body)
+    with contextlib.ExitStack() as stack:
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        for _ in range(50):
+            sock = stack.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)  # by which the kernel's own buffers are short
+            sock.connect(("127.0.0.1", it.server.server_address[1]))
+            sock.sendall(request("GET", "/dashboard", token=""))
+        eventually(lambda: len(it.server.served) == 50)
+        time.sleep(0.1)
+        assert all(handler.answering for handler in it.server.served), "none has got all of it"
+        assert tracemalloc.get_traced_memory()[0] < 50 * size / 2
+
+
 def test_who_has_most_pages_makes_room_for_another_ones(relay, quick):
     it = relay({"echo": {}}, users=OWNERS)
     with contextlib.ExitStack() as stack:
