@@ -8625,6 +8625,7 @@ ECHO_STOPS, ECHO_STOP_CHARACTERS = 16, 256
 ECHO_INPUTS = 2048  # OpenAI's limit for embeddings
 ECHO_NUMBERS = 2**18  # in all vectors of a response
 WORD = re.compile(r"\s*\S+", re.ASCII)
+WORD_IN_UTF_8 = re.compile(rb"\s*\S+")
 BLANK = re.compile(r"\s", re.ASCII)
 ECHO_COUNTED_CHARACTERS = 16 * 1024  # at a time, which takes 1 ms
 WORD_MARKS = bytes(ord(" ") if chr(byte) in BLANK_CHARACTERS else ord("w") for byte in range(256))
@@ -8809,13 +8810,20 @@ def object_entries(values: Iterable[Any], place: str) -> Iterator[tuple[str, Jso
 
 
 def split_words(text: str) -> Iterator[str]:
-    """The words of a text, each with the white space before it, the last with that behind it, too: joined, the text."""
+    """The words of a text, each with the white space before it, the last with that behind it, too: joined, the text. It
+    may take long until all are sent: the text is held in UTF-8, since in a string with an emoji each character takes
+    four bytes."""
+    return words_in(text.encode("utf-8", "surrogatepass"))
+
+
+def words_in(data: bytes) -> Iterator[str]:
+    """The same of a text in UTF-8."""
     # Without rstrip() the expression would try in vain from every blank behind the last word.
-    end = len(text.rstrip(BLANK_CHARACTERS))
-    for match in WORD.finditer(text, 0, end):
-        yield text[match.start() :] if match.end() == end else match[0]
-    if text and not end:
-        yield text
+    end = len(data.rstrip(BLANK_CHARACTERS.encode("ascii")))
+    for match in WORD_IN_UTF_8.finditer(data, 0, end):
+        yield (data[match.start() :] if match.end() == end else match[0]).decode("utf-8", "surrogatepass")
+    if data and not end:
+        yield data.decode("ascii")
 
 
 def count_words(value: Any) -> int:
@@ -9071,7 +9079,7 @@ def anthropic_deltas(block: JsonDict) -> Iterator[JsonDict]:
     if kind == "tool_use":
         yield {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
         return
-    for word in split_words(block[kind]):
+    for word in split_words(block.pop(kind)):
         yield {"type": f"{kind}_delta", kind: word}
     if kind == "thinking":
         yield {"type": "signature_delta", "signature": block["signature"]}
@@ -9101,13 +9109,16 @@ def echo_completion(request: JsonDict, identity: str, now: int) -> EchoResponse:
 
     asks_usage = request.get("stream") and (request.get("stream_options") or {}).get("include_usage")
 
-    def events() -> Iterator[bytes]:
+    def events(words: Iterator[str]) -> Iterator[bytes]:
         last = [completion(("", finish)), *([completion(usage=usage)] if asks_usage else [])]
-        for document in itertools.chain((completion((word, None)) for word in split_words(reply.text)), last):
+        for document in itertools.chain((completion((word, None)) for word in words), last):
             yield b"data: %b\n\n" % echo_text(document)
         yield b"data: [DONE]\n\n"
 
-    return reply_response(request, reply, completion((reply.text, finish), usage=usage), events())
+    whole = completion((reply.text, finish), usage=usage)
+    response = reply_response(request, reply, whole, events(split_words(reply.text)))
+    reply = reply._replace(text="")  # the events hold it, too
+    return response
 
 
 def echo_embeddings(request: JsonDict, identity: str, now: int) -> EchoResponse:
@@ -9196,9 +9207,13 @@ def response_events(reply: Reply, whole: JsonDict) -> Iterator[tuple[str, JsonDi
     else:
         part, place = item["content"][0], {**place, "content_index": 0}
         yield "content_part.added", {**place, "part": {**part, "text": ""}}
-        for word in split_words(reply.text):
-            yield "output_text.delta", {**place, "delta": word, "logprobs": []}
-        yield "output_text.done", {**place, "text": reply.text, "logprobs": []}
+        # Until all words are sent, the text is held in UTF-8 alone.
+        said, part["text"], reply = reply.text.encode("utf-8", "surrogatepass"), "", reply._replace(text="")
+        # No name stands for the word that is being sent, which may be all of the text.
+        yield from map(lambda word: ("output_text.delta", {**place, "delta": word, "logprobs": []}), words_in(said))
+        part["text"] = said.decode("utf-8", "surrogatepass")
+        del said
+        yield "output_text.done", {**place, "text": part["text"], "logprobs": []}
         yield "content_part.done", {**place, "part": part}
     yield "output_item.done", {"output_index": 0, "item": item}
     yield whole["status"], {"response": whole}

@@ -9678,6 +9678,30 @@ def test_echo_calls_functions_and_no_tools_of_other_kinds(echo):
         assert got.status == 200 and got.json["output"][0].get("name") == (None if model == "echo" else "look")
 
 
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [("/v1/messages", {"messages": [user({"type": "text", "text": "TEXT"})]}), ("/v1/completions", {"prompt": "TEXT"}),
+     ("/v1/responses", {"input": "TEXT"})],
+)  # fmt: skip
+def test_a_text_that_echo_streams_takes_no_more_for_one_wide_character(path, asked):
+    text = "\U0001f600" + " a" * 50_000 + "\ud83d\n"
+    plain = json.dumps({"model": "echo", "max_tokens": 10**6, "stream": True, **asked})
+    body = plain.replace("TEXT", json.dumps(text)[1:-1]).encode()
+    tracemalloc.start()
+    try:
+        it = iter(monorelay.echo_response("POST", path, body, 7.0, "req_1").parts)
+        begun = b"".join(itertools.islice(it, 10))
+        assert tracemalloc.get_traced_memory()[0] < 2.5 * len(body)
+    finally:
+        tracemalloc.stop()
+    events = [json.loads(data) for data in re.findall(rb"(?m)^data: ([{].*)$", begun + b"".join(it))]
+    words = [it.get("delta") if path == "/v1/responses" else it["choices"][0]["text"] if "choices" in it
+             else it.get("delta", {}).get("text") for it in events]  # fmt: skip
+    assert "".join(filter(None, words)) == text
+    if path == "/v1/responses":
+        assert events[-1]["response"]["output"][0]["content"][0]["text"] == text
+
+
 def test_echo_speaks_openai(echo):
     got = echo.post("/v1/chat/completions", chat("echo")).json
     assert (got["object"], got["choices"][0]["message"]["content"]) == ("chat.completion", "Hello there")
