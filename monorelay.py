@@ -3213,6 +3213,9 @@ class LongHeaders(Headers):
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys(self.names))
 
+    def __len__(self) -> int:
+        return len(self.keys())
+
     def keys(self) -> Any:
         return dict.fromkeys(self.names).keys()
 
