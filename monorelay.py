@@ -11502,8 +11502,8 @@ class UpstreamResponse:
         given += [(name, unquote(value)) for name, _, value in in_query]
         secrets = [secret for name, secret in given if len(secret) >= SECRET_CHARACTERS and SECRET_NAME.fullmatch(name)]
         own = key.secret.reveal() if key else ""
-        # Local servers are given such words as ollama, none or EMPTY, which any error may hold.
-        secrets += [own] if len(own) >= SECRET_CHARACTERS or (own and not own.isalpha()) else []
+        # Local servers are given such words as ollama, none or EMPTY, or 1 or 123, which any error may hold.
+        secrets += [own] if len(own) >= SECRET_CHARACTERS or (len(own) > 3 and not own.isalpha()) else []
         plain = unescaped(text[: 2 * PEEKED_BYTES]) if secrets else ""
         return any(secret in text or secret in plain for secret in secrets)
 

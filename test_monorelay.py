@@ -13398,12 +13398,11 @@ def test_an_error_that_quotes_the_key_where_few_would_look_is_a_502(upstream, re
     assert got.get("x-monorelay-error") == "upstream_quoted_key" and b"very-secret" not in got.head + got.body
 
 
-def test_a_key_that_is_a_short_word_is_quoted_by_no_error(upstream, relay):
-    """Local servers are given such ones: ollama, none, EMPTY."""
-    told = b'{"error":{"message":"model not found, try: ollama pull llama3.3"}}'
-    got = relay({"anthropic": {"upstream": upstream(answer(404, told)), "keys": ["ollama"]}}).post(
-        "/v1/messages", prompt()
-    )
+@pytest.mark.parametrize("key", ["ollama", "3", "123"])
+def test_a_key_that_is_a_short_word_or_number_is_quoted_by_no_error(upstream, relay, key):
+    """Local servers are given such ones: ollama, none, EMPTY, 123."""
+    told = b'{"error":{"message":"model 123 not found, try: ollama pull llama3.3"}}'
+    got = relay({"anthropic": {"upstream": upstream(answer(404, told)), "keys": [key]}}).post("/v1/messages", prompt())
     assert (got.status, got.body) == (404, told)
 
 
