@@ -9335,7 +9335,10 @@ class TlsSocket:
                     break
                 pieces.append(piece)
         except ssl.SSLWantReadError:
-            if not self._flush() and len(self._unsent) > 2 * RECEIVE_BYTES:
+            # One that takes nothing any more may have responded before, as to a request that is too long for it.
+            with contextlib.suppress(OSError):
+                self._flush()
+            if len(self._unsent) > 2 * RECEIVE_BYTES:
                 raise ConnectionAbortedError("it wants answers and doesn't take them") from None
             if not pieces:
                 raise BlockingIOError from None

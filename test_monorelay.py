@@ -11835,6 +11835,25 @@ def test_a_blocked_tls_send_goes_on_where_it_was(tls_pair):
     assert blocked > 3
 
 
+def test_what_came_over_tls_is_read_though_nothing_can_be_sent_any_more(tls_pair):
+    """Such as the refusal of a request that is too long, by a provider that has closed without reading the rest."""
+    tickets = threading.Thread(target=tls_pair.wire.sendall, args=(tls_pair.records(),))
+    tickets.start()
+    while tickets.is_alive() or tls_pair.readable():
+        with contextlib.suppress(BlockingIOError):
+            tls_pair.ours.recv(65536)
+    with pytest.raises(BlockingIOError):
+        while True:
+            tls_pair.ours.send(b"x" * 65536)
+    tls_pair.theirs.write(b"too long")
+    tls_pair.wire.sendall(tls_pair.records())
+    tls_pair.wire.close()
+    assert tls_pair.ours.recv(65536) == b"too long"
+    with pytest.raises(OSError) as caught:
+        tls_pair.ours.recv(65536)
+    assert not isinstance(caught.value, BlockingIOError)
+
+
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/files"])
 def test_a_tls_ticket_is_no_answer_to_a_large_body(upstream, relay, tls, trusted, path):
     paused = threading.Event()
