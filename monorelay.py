@@ -14135,8 +14135,9 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
         may_cost = not path.endswith("/cancel")
         exchange.count(may_cost=may_cost)
         # Servers have models of their own for such as pictures, or read one that isn't seen here; the answer tells its
-        # name. What is stored tells its usage once more.
-        exchange.may_tell_usage = may_cost and not path.startswith(SEARCHED_PATHS)
+        # name. What is stored tells its usage once more, but for conversations, which go on here at Mistral.
+        is_told_again = path.startswith(SEARCHED_PATHS) and not path.startswith("/conversations/")
+        exchange.may_tell_usage = may_cost and not is_told_again
         exchange.record.usage.seeks_model = exchange.may_tell_usage
     searches = method in ("GET", "HEAD", "DELETE") and path.startswith(SEARCHED_PATHS)
     everywhere = [provider]
