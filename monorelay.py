@@ -2710,13 +2710,16 @@ def iterations_of(listed: Any, used: Used) -> Iterator[tuple[str, Used]]:
 
 
 def searches_of(usage: JsonDict) -> int:
-    """How often the web was searched: as Anthropic and OpenRouter tell it; xAI; LiteLLM; and Perplexity, which searches
-    for each answer, and tells how often only where that is more than once."""
+    """How often the web was searched: as Anthropic and OpenRouter tell it; xAI; Mistral; LiteLLM; and Perplexity, which
+    searches for each answer, and tells how often only where that is more than once."""
     if usage.get("server_tool_use"):
         return counts_of(usage["server_tool_use"]).get("web_search_requests", 0)
     if "server_side_tool_usage_details" in usage:
         counts = counts_of(usage["server_side_tool_usage_details"])
         return counts.get("web_search_calls", 0) + counts.get("x_search_calls", 0)
+    if usage.get("connectors"):
+        counts = counts_of(usage["connectors"])
+        return counts.get("web_search", 0) + counts.get("web_search_premium", 0)
     if usage.get("search_context_size") or usage.get("num_search_queries"):
         return counts_of(usage).get("num_search_queries", 1)
     return counts_of(usage.get("prompt_tokens_details")).get("web_search_requests", 0)
@@ -2749,6 +2752,8 @@ def tokens_of(usage: JsonDict) -> Tokens:
         given = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
         details = counts_of(given)
         total = counts.get("prompt_tokens", counts.get("input_tokens"))
+        if counts.get("connector_tokens"):  # what Mistral's tools have read
+            total = (total or 0) + counts["connector_tokens"]
         output = counts.get("completion_tokens", counts.get("output_tokens"))
         cached = details.get("cached_read_tokens", details.get("cached_tokens"))
         written = max([details[name] for name in WRITTEN_NAMES if name in details], default=None)

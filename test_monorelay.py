@@ -2177,6 +2177,10 @@ def used(input: int, read: int = 0, write: int = 0, long: int = 0, output: int |
         ({"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cache_creation_tokens": 5}},
          (4, 0, 5, 0, 1)),
         ({"prompt_tokens": 9, "completion_tokens": 1, "num_cached_tokens": 5}, (4, 5, 0, 0, 1)),
+        # A conversation of Mistral's, whose tools have read the most.
+        ({"prompt_tokens": 188, "completion_tokens": 55, "total_tokens": 7355, "connector_tokens": 7112,
+          "connectors": {"web_search": 1}}, (7300, 0, 0, 0, 55)),
+        ({"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10, "connector_tokens": None}, (9, 0, 0, 0, 1)),
         # OpenAI, Responses.
         ({"input_tokens": 100, "input_tokens_details": {"cached_tokens": 60}, "output_tokens": 7,
           "output_tokens_details": {"reasoning_tokens": 5}, "total_tokens": 107}, (40, 60, 0, 0, 7)),
@@ -2211,6 +2215,7 @@ def test_the_kinds_of_tokens_are_disjoint_in_either_format(usage, expected):
         # xAI; Perplexity, which tells the number only of several; and LiteLLM in front of such.
         ({"server_side_tool_usage_details": {"web_search_calls": 2, "x_search_calls": 1, "mcp_calls": 9}}, "",
          ("", "", "", 3)),
+        ({"connectors": {"web_search": 1, "code_interpreter": 5}}, "", ("", "", "", 1)),
         ({"search_context_size": "low"}, "", ("", "", "", 1)),
         ({"search_context_size": "high", "num_search_queries": 74}, "", ("", "", "", 74)),
         ({"search_context_size": None, "num_search_queries": None}, "", ("", "", "", 0)),
