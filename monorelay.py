@@ -2746,7 +2746,7 @@ def tokens_of(usage: JsonDict) -> Tokens:
     includes = False  # whether the total has what was read and written in it
     if OPENAI_NAMES.isdisjoint(usage):
         total, read, write, output = map(counts.get, ANTHROPIC_NAMES)
-        if usage.keys() == {"total_tokens"}:  # Voyage's embeddings, and documents that are ranked: there is no output
+        if usage.keys().isdisjoint(ANTHROPIC_NAMES):  # Voyage's embeddings, and documents that are ranked: no output
             total = counts.get("total_tokens") or None
     else:
         given = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
