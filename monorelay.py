@@ -11571,11 +11571,13 @@ def is_error(event: re.Match[bytes]) -> bool:
 
 
 # Headers by which a client names an account at OpenAI, Google or Anthropic, or brings a key of its own, which LiteLLM,
-# Cloud Run, Bifrost and new-api (a WebSocket's, in any request) take rather than the relay's; a 401 or 403 may be about
-# these. What oauth2-proxy, in front of the relay, adds to each request is no such key.
+# Cloud Run, Bifrost and new-api (a WebSocket's, in any request) take rather than the relay's, or tells Portkey,
+# Helicone or Cloudflare which of the kept ones to take; a 401 or 403 may be about these. What oauth2-proxy, in front of
+# the relay, adds to each request is no such key.
 ACCOUNT_HEADER = re.compile(
     r"openai-organization|openai-project|x-goog-user-project|anthropic-workspace-id|anthropic-user-profile-id"
-    r"|sec-websocket-protocol"
+    r"|sec-websocket-protocol|x-portkey-(?:config|provider|custom-host)|helicone-(?:target-url|openai-api-base)"
+    r"|cf-aig-byok-alias"
     r"|(?!(?:x-)?idempotency-|x-forwarded-access-token)(?:.*[-_])?(?:authorization|auth|(?:api)?key|token|vk)"
 )
 # Parameters of a query by which providers take a key; Google's take `access_token`, Azure's functions `code`.

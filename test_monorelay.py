@@ -14513,7 +14513,7 @@ def test_a_provider_that_answers_early_and_takes_no_more_is_heard(upstream, rela
     "name",
     ["OpenAI-Organization", "openai-project", "x-goog-user-project", "anthropic-workspace-id",
      "anthropic-user-profile-id", "x-litellm-api-key", "Sec-WebSocket-Protocol", "X-Serverless-Authorization",
-     "Helicone-Auth", "apikey", "x-bf-vk"],
+     "Helicone-Auth", "apikey", "x-bf-vk", "x-portkey-provider", "Helicone-Target-URL", "cf-aig-byok-alias"],
 )  # fmt: skip
 def test_what_is_said_about_the_clients_own_organization_or_key_cools_nothing(upstream, relay, name, status):
     def script(connection: Connection) -> None:
