@@ -297,6 +297,7 @@ LOG_BACKLOG_CHARACTERS = 4 * 1024 * 1024
 
 USAGE_COUNT = 10**12  # tokens: nothing that is larger can be true
 USAGE_ITERATIONS = 100  # of one response; server-side loops end after some ten
+ITERATED_MODELS = 8  # of these: the price of each may have to be sought among thousands of patterns
 ANSWERING_MODELS = 8  # the first ones and the last that a response names
 USAGE_WORD_CHARACTERS = 32  # of a service tier and the like
 COST_NANO_USD = 10**15  # a million USD: no response costs more, and sums of such fit into SQLite's 64 bits
@@ -2690,7 +2691,8 @@ def used_of(usage: Any, service_tier: str = "") -> Used:
         searches_of(usage),
         isinstance(details, dict) and bool(details.get("reasoning_tokens")),
     )
-    return used._replace(iterations=tuple(iterations_of(usage["iterations"], used))) if "iterations" in usage else used
+    steps = tuple(iterations_of(usage["iterations"], used)) if "iterations" in usage else ()
+    return used._replace(iterations=steps) if 0 < len(dict(steps)) <= ITERATED_MODELS else used
 
 
 def iterations_of(listed: Any, used: Used) -> Iterator[tuple[str, Used]]:
@@ -2868,7 +2870,9 @@ def cost_of(prices: Optional[Prices], provider: Provider, model: str, used: Used
     without tokens."""
     if not prices or (used.input is None and used.output is None):
         return None
-    charges = [charge_of(prices, provider, name or model, step) for name, step in used.iterations or (("", used),)]
+    steps = used.iterations or (("", used),)
+    found = {name: find_price(prices, provider, name or model) for name in dict(steps)}
+    charges = [charge_of(found[name], provider.format, step) for name, step in steps]
     total = used.web_searches * exact(WEB_SEARCH_USD) * PRICE_UNIT**2
     for charge in charges:
         if charge is None:
@@ -2883,9 +2887,8 @@ def dearer(one: Optional[int], other: Optional[int]) -> Optional[int]:
     return other if one is None else one if other is None else max(one, other)
 
 
-def charge_of(prices: Prices, provider: Provider, model: str, used: Used) -> Optional[int]:
+def charge_of(price: Optional[Price], format: str, used: Used) -> Optional[int]:
     """What the tokens cost, in PRICE_UNIT times two factors of that unit; None without a price."""
-    price = find_price(prices, provider, model)
     if not price:
         return None
     counts = {kind: getattr(used, kind) or 0 for kind in KINDS}
@@ -2894,11 +2897,11 @@ def charge_of(prices: Prices, provider: Provider, model: str, used: Used) -> Opt
     total = 0
     for kind, count in counts.items():
         if count:
-            rate = rate_of(price.rates, kind, level, provider.format)
+            rate = rate_of(price.rates, kind, level, format)
             if rate is None:
                 return None
             if kind == "output" and used.thinks:
-                rate = max(rate, rate_of(price.rates, "thinking", level, provider.format) or 0)
+                rate = max(rate, rate_of(price.rates, "thinking", level, format) or 0)
             total += count * rate
     return total * price.factors.get(used.speed, PRICE_UNIT) * price.factors.get(used.geo, PRICE_UNIT)
 
@@ -2923,8 +2926,9 @@ def find_price(prices: Prices, provider: Provider, model: str) -> Optional[Price
     for name in names:
         if name in prices.by_name:
             return prices.by_name[name]
-    for pattern, price in prices.by_pattern:
-        if any(matches(name, pattern) for name in names):
+    for pattern, price in prices.by_pattern:  # of relay.json's own prices these are all, also those without a mark
+        expression = shell_pattern(pattern)
+        if pattern in names or (expression and any(map(expression.match, names))):
             return price
     return None
 

@@ -2246,6 +2246,18 @@ def test_iterations_are_kept_with_their_models_beside_the_totals():
         ("", (4, 0, 0, 0, 6), "priority"),
     ]  # fmt: skip
     assert monorelay.used_of({**usage, "iterations": usage["iterations"] * 21}).iterations == ()
+    steps = [{"model": f"m{number}", "input_tokens": 1, "output_tokens": 1} for number in range(9)]
+    told = [len(monorelay.used_of({**usage, "iterations": listed}).iterations) for listed in (steps[:8] * 9, steps)]
+    assert told == [72, 0]
+
+
+def test_the_price_of_a_model_that_many_steps_name_is_sought_once(monkeypatch):
+    sought, find = [], monorelay.find_price
+    monkeypatch.setattr(monorelay, "find_price", lambda *given: sought.append(given[2]) or find(*given))
+    steps = (("", used(1)), ("claude-opus", used(0, output=1)))
+    several = cost("anthropic", "claude-sonnet", used(50, output=50, iterations=steps * 50))
+    assert sought == ["claude-sonnet", "claude-opus"]
+    assert several == 50 * cost("anthropic", "claude-sonnet", used(1, output=0, iterations=steps))
 
 
 def test_a_model_that_declined_before_it_said_anything_is_not_billed_beside_the_one_that_answered():
