@@ -1614,6 +1614,22 @@ def test_each_pattern_is_compiled_once_however_many_there_are(monkeypatch):
     assert monorelay.matches_any("family-999-x", patterns) and compiled == patterns
 
 
+def test_all_patterns_are_compiled_before_they_are_served_by(relay, monkeypatch):
+    it, compiled, translate = relay({"echo": {}}), [], fnmatch.translate
+    monkeypatch.setattr(fnmatch, "translate", lambda pattern: compiled.append(pattern) or translate(pattern))
+    monorelay.shell_pattern.cache_clear()
+    users = {"alice": {"key": "a" * 16, "models": ["of-a-user*"]}}
+    prices = {"priced-*": {"input": 1, "output": 1}}
+    changed = parse(
+        {"echo": {"models": ["of-a-provider*"]}}, server={"cors_origins": ["http://*"]}, users=users, prices=prices,
+        routes={"routed-*": "echo"},
+    )  # fmt: skip
+    compiled.clear()
+    monorelay.shell_pattern.cache_clear()
+    it.server.reload(changed)
+    assert {"of-a-user*", "of-a-provider*", "http://*", "priced-*", "routed-*"} <= {*compiled}
+
+
 def test_a_pattern_with_brackets_goes_on_to_be_a_pattern():
     assert monorelay.matches_any("opus-4-8m", ["opus-4-8[1m]"])
     assert not monorelay.matches_any("opus-4-8x", ["opus-4-8[1m]"])
