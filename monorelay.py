@@ -4846,7 +4846,8 @@ WHOLE_EVENTS = 150_000
 WHOLE_LINES = 8 * WHOLE_EVENTS
 WHOLE_BLOCKS = 10_000  # with citations, a message has a block for each sentence
 WRITTEN_ANSWER_BYTES = 3 * TRANSLATED_ANSWER_BYTES  # of it in events for the client, each of which tells the model
-# Of an event of a stream, while whose translation nothing else runs: values, and blocks of a message that is one event.
+# Of an event of a stream, while whose translation nothing else runs: values, and blocks of a message that is one event,
+# or that an event lets go out at once.
 EVENT_VALUES = 100_000
 EVENT_FRACTIONS = 20_000  # numbers with a fraction among them, which take several times as long as others
 EVENT_BLOCKS = 1000
@@ -6949,7 +6950,7 @@ class ChatReader:
         self._parts = 0  # of calls, in the chunk that is being read
         self._held = 0  # bytes that are kept
         self._values = 0  # in the arguments of all calls
-        self._later: list[tuple[str, str]] = []  # what was said while a call was open
+        self._later: list[tuple[str, list[str]]] = []  # what was said while a call was open, block by block
         self._blanks: list[str] = []  # text without a character so far, which may stand before nothing
         self._told: set[str] = set()  # the members of which parts have come
         self._said = 0  # characters, of all kinds
@@ -7092,14 +7093,22 @@ class ChatReader:
             self._advance(is_followed=True)
         if self._calls:
             if not is_blank(said):
-                self._hold(len(said) + WAITING_BYTES)
-                self._later.append((kind, said))
+                self._say_later(kind, said)
         elif kind == "text" and self._writer.open != "text" and is_blank(said):
             self._hold(len(said) + WAITING_BYTES)
             self._blanks.append(said)
         else:
             blanks = self._take_blanks()
             self._writer.write(kind, "".join([*blanks, said] if kind == "text" else [said]))
+
+    def _say_later(self, kind: str, said: str) -> None:
+        """Keeps text or thinking that was said while a call is open. Raises AnswerFault."""
+        self._hold(len(said) + WAITING_BYTES)
+        if not self._later or self._later[-1][0] != kind:
+            if len(self._later) >= EVENT_BLOCKS:  # all of them are written at once
+                raise UnfitAnswer(f"more than {EVENT_BLOCKS} blocks of the provider's answer wait for their turn")
+            self._later.append((kind, []))
+        self._later[-1][1].append(said)
 
     def _take_blanks(self) -> list[str]:
         """The blank text that was kept, which is so no longer."""
@@ -7237,9 +7246,9 @@ class ChatReader:
         if not call.is_sound and not self._is_cut_off:
             raise UnfitAnswer("the provider sent malformed tool arguments")
         self._writer.close()
-        for kind, said in self._later:
-            self._writer.write(kind, said)
-            self._held -= len(said) + WAITING_BYTES
+        for kind, parts in self._later:
+            self._writer.write(kind, "".join(parts))
+            self._held -= sum(len(part) + WAITING_BYTES for part in parts)
         self._later = []
         self._calls.pop(0)
         self._closed += call.is_open

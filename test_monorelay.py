@@ -7760,6 +7760,23 @@ def test_a_message_that_is_one_event_has_so_many_blocks(count, fits):
     assert fits or b"a message of more than 1000 blocks in one event" in sent
 
 
+@pytest.mark.parametrize(("count", "fits"), [(1000, True), (1001, False)])
+def test_so_many_blocks_wait_for_a_call_to_end_since_they_go_out_at_once(count, fits):
+    it = monorelay.AnswerTranslator(asked_of(stream=True, thinking="shown"))
+    it.feed(sse_of([delta(calls=[call(0, "c", "f", "{")])], done=False))
+    said = [delta(content="a") if number % 2 else delta(reasoning_content="a") for number in range(count)]
+    it.feed(sse_of(said, done=False))
+    sent = it.feed(sse_of([delta(calls=[call(0, arguments="}")]), delta(content="end")], done=False))
+    assert it.failed is not fits and (sent.count(b"event: content_block_start") == count) is fits
+
+
+def test_what_is_said_in_one_kind_while_a_call_is_open_is_one_block_in_one_part():
+    it = monorelay.AnswerTranslator(asked_of(stream=True))
+    it.feed(sse_of([delta(calls=[call(0, "c", "f", "{")])] + [delta(content="a")] * 3000, done=False))
+    sent = it.feed(sse_of([delta(calls=[call(0, arguments="}")]), delta(content="end")], done=False))
+    assert not it.failed and b'"text":"%b"' % (b"a" * 3000) in sent
+
+
 @pytest.mark.parametrize(("count", "fits"), [(99_999, True), (100_001, False)])
 def test_an_event_has_so_many_values(count, fits):
     it = monorelay.AnswerTranslator(asked_of(stream=True))
