@@ -10796,6 +10796,33 @@ def test_who_has_waited_for_a_look_up_leaves_the_next_one_to_all_who_ask(looping
     assert len(asked) == 2
 
 
+def test_connections_that_were_idle_for_too_long_are_closed_in_steps_but_one_that_is_taken_meanwhile(looping):
+    pool, closed = monorelay.UpstreamPool(looping.loop), []
+    provider = parse({"openai": {"base_url": "http://127.0.0.1:9"}}).providers["openai"]
+
+    def close(channel: Any) -> None:
+        closed.append(looping.loop.turn)
+        channel.closed = True
+        looping.clock.now += 0.6 * monorelay.PATIENT_SECONDS
+
+    def keep() -> Any:
+        channel = types.SimpleNamespace(ended=False, closed=False, opened_at=looping.clock.now)
+        channel.close = functools.partial(close, channel)
+        pool.keep(provider, channel)
+        return channel
+
+    def begin() -> None:
+        looping.loop.start(pool.drop_stale())
+        assert len(closed) == 1
+        kept[-1].task = object()  # as of one that is in use
+
+    kept = looping.call(lambda: [keep() for _ in range(40)])
+    looping.clock.now += monorelay.UPSTREAM_KEPT_SECONDS + 1.0
+    looping.call(begin)
+    eventually(lambda: not looping.loop.tasks)
+    assert len(closed) == 39 and not kept[-1].closed and len({*closed}) > 9
+
+
 def test_a_client_that_left_behind_a_full_buffer_is_missed_soon(looping):
     told, left = [], []
 
