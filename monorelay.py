@@ -4849,6 +4849,7 @@ WRITTEN_ANSWER_BYTES = 3 * TRANSLATED_ANSWER_BYTES  # of it in events for the cl
 # Of an event of a stream, while whose translation nothing else runs: values, and blocks of a message that is one event,
 # or that an event lets go out at once.
 EVENT_VALUES = 100_000
+EVENT_PARTS = 60_000  # lists, objects, and twice the strings among them, of which few commas part those within others
 EVENT_FRACTIONS = 20_000  # numbers with a fraction among them, which take several times as long as others
 EVENT_BLOCKS = 1000
 TOOL_CALLS = 128  # in an answer: as many tools as OpenAI allows in a request
@@ -6783,13 +6784,15 @@ class Call:
         self.sent = 0  # how much of it is written
         self.is_open = self.closed = False
         self._is_unsound = False  # whether nothing that may follow makes an object of the arguments
+        self._is_object = False  # whether they have come as one, and not as text
         self._told = b""  # a digest of the arguments, when they are let go
         self._depth = 0  # how many brackets are open
         self._in_string = False
         self._rest = ""  # a backslash, if it came last
 
-    def add(self, part: str) -> None:
-        """Takes what comes next of the arguments."""
+    def add(self, part: str, is_object: bool = False) -> None:
+        """Takes what comes next of the arguments; `is_object`: as an object of which this is the text."""
+        self._is_object = is_object and not self.arguments
         self.arguments += part.encode("latin-1")
         text = (self._rest + part).replace(r"\\", "")
         self._rest = "\\" if text.endswith("\\") else ""
@@ -6818,6 +6821,8 @@ class Call:
     def is_sound(self) -> bool:
         """Whether its arguments are a JSON object; none at all stand for an empty one. They are read only when they may
         be one: of an answer that was cut off and goes on, this is asked for each part of a call."""
+        if self._is_object:
+            return True
         if self._is_unsound or self._depth > 0 or self._in_string:
             return False
         try:
@@ -7152,8 +7157,8 @@ class ChatReader:
         """Takes a part of a call. Raises AnswerFault."""
         function = member(entry, "function")
         id, name = (value if isinstance(value, str) else "" for value in (entry.get("id"), function.get("name")))
-        part = function.get("arguments")
-        part = part if isinstance(part, str) else "" if part is None else self.write(part)
+        given = function.get("arguments")
+        part = given if isinstance(given, str) else "" if given is None else self.write(given)
         seal = member(member(entry, "extra_content"), "google").get("thought_signature")
         seal = seal if isinstance(seal, str) else self._take_seal(id) if id and self._seals else ""
         if len(id) > TOOL_ID_CHARACTERS or len(seal) > SEAL_CHARACTERS:
@@ -7174,7 +7179,7 @@ class ChatReader:
             raise UnfitAnswer(f"the provider's answer calls tools with more than {TRANSLATED_VALUES} values")
         self._said += characters(part)
         self._hold(len(part) + len(call.id) + len(call.seal) - known_before)
-        call.add(part)
+        call.add(part, isinstance(given, dict))
         self._advance(is_followed=False)
 
     def _call_of(self, index: Any, id: str, name: str, part: str) -> Call:
@@ -7904,11 +7909,20 @@ def event_reader() -> json.JSONDecoder:
     return json.JSONDecoder(parse_int=short_integer, parse_float=read, parse_constant=refuse_constant)
 
 
+def parts_in(data: bytes) -> int:
+    """How many lists and objects a JSON text has, and twice its strings: what a string says counts for its brackets
+    only, since its own quotation marks are escaped."""
+    quotes = data.count(b'"') - data.count(b'\\"') + data.count(b'\\\\"')  # a backslash may be escaped itself
+    return data.count(b"[") + data.count(b"{") + quotes
+
+
 def read_event(data: bytes) -> JsonDict:
     """The document of an event of a stream. Raises AnswerFault for what is none, or would take long."""
     values = data.count(b",")
     if values > EVENT_VALUES:
         raise UnfitAnswer(f"the provider sent an event of more than {EVENT_VALUES} values")
+    if len(data) > EVENT_PARTS and parts_in(data) > EVENT_PARTS:
+        raise UnfitAnswer(f"the provider sent an event of more than {EVENT_PARTS} lists, objects and strings")
     event = read_answer(data, event_reader() if values > EVENT_FRACTIONS else None)
     if len(listed_objects(event.get("content"))) > EVENT_BLOCKS:
         raise UnfitAnswer(f"the provider sent a message of more than {EVENT_BLOCKS} blocks in one event")

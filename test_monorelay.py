@@ -7743,7 +7743,7 @@ def test_a_large_usage_counts_like_a_small_one():
 
 
 def test_a_chunk_has_as_many_parts_of_calls_as_an_answer_has_calls():
-    chunk = b'data:{"choices":[{"delta":{"tool_calls":[%s]}}]}\n\n' % b",".join([b"{}"] * 100_000)
+    chunk = b'data:{"choices":[{"delta":{"tool_calls":[%s]}}]}\n\n' % b",".join([b"{}"] * 59_000)
     it = monorelay.AnswerTranslator(asked_of(stream=True))
     began = time.thread_time()
     assert b"calls more than 128 tools" in it.feed(chunk) and it.failed
@@ -7782,6 +7782,29 @@ def test_an_event_has_so_many_values(count, fits):
     it = monorelay.AnswerTranslator(asked_of(stream=True))
     sent = it.feed(b'data: {"choices":[{"delta":{"content":[%b1]}}]}\n\n' % (b"1," * count))
     assert (b"an event of more than 100000 values" in sent) is it.failed is not fits
+
+
+@pytest.mark.parametrize(
+    ("part", "count", "fits"),
+    [(b"[" * 100 + b"]" * 100 + b",", 599, True), (b"[" * 100 + b"]" * 100 + b",", 601, False),
+     (b'{"a":0},', 19_990, True), (b'{"a":0},', 20_001, False), (b'"\\\\",', 29_990, True), (b'"\\\\",', 30_001, False),
+     (b'"' + b'\\"{' * 50_000 + b'",', 1, True), (b'"' + b"[" * 60_001 + b'",', 1, False)],
+    ids=brief,
+)  # fmt: skip
+def test_an_event_has_so_many_lists_objects_and_strings(part, count, fits):
+    it = monorelay.AnswerTranslator(asked_of(stream=True))
+    sent = it.feed(b'data: {"choices":[{"delta":{"content":"Hi"}}],"more":[%b1]}\n\n' % (part * count))
+    assert (b"an event of more than 60000 lists, objects and strings" in sent) is it.failed is not fits
+
+
+@pytest.mark.parametrize("kind", ["anthropic", "openai"])
+def test_an_event_of_nested_lists_in_the_input_of_a_call_takes_no_time_of_others(kind):
+    given = b'{"a":[%b1]}' % ((b"[" * 150 + b"]" * 150 + b",") * 390)
+    block = b'{"type":"content_block_start","index":0,"content_block":{"type":"tool_use","id":"c","name":"f","input":%b}}'
+    chunk = b'{"choices":[{"delta":{"tool_calls":[{"index":0,"id":"c","function":{"name":"f","arguments":%b}}]}}]}'
+    it, began = monorelay.AnswerTranslator(asked_of(kind, stream=True)), time.thread_time()
+    it.feed(b"data: %b\n\n" % ((chunk if kind == "anthropic" else block) % given))
+    assert not it.failed and time.thread_time() - began < 0.1
 
 
 @pytest.mark.parametrize(("count", "fits"), [(20_000, True), (20_001, False)])
