@@ -265,6 +265,7 @@ TALLIED_MODELS_OF_ONE = 50  # of them, for which one user was the first to ask
 TALLIED_USERS = 100  # the same of users who aren't in relay.json
 TALLIED_NAME_BYTES = 200  # of either, as JSON; the longest known names of models have some 120
 TALLIED_SERIES = 1000  # users with their models, providers and keys; besides, users, and models with their providers
+METRIC_LINES = 1000  # that are written at a time, which takes 3 ms
 TALLIED_HOURS = 48
 RUNNING_ROWS = 200  # running requests that a page is told of
 ROWS_AT_ONCE = 1000  # in one response of /api/requests
@@ -8544,15 +8545,18 @@ def row_number(row: LedgerRow) -> int:
 # -- the metrics
 
 Sample = tuple[str, Mapping[str, str], float]  # what stands behind the name of its family, labels, value
-Family = tuple[str, str, str, Sequence[Sample]]  # name, type, meaning
+Family = tuple[str, str, str, Iterable[Sample]]  # name, type, meaning
 
 
 def metrics_text(tally: Tally, keys: Sequence[JsonDict], gauges: Mapping[str, float]) -> Iterator[str]:
-    """All that is counted in Prometheus' text format 0.0.4, family by family: one of many models takes 50 ms
-    (https://prometheus.io/docs/instrumenting/exposition_formats/). `keys`: as the page has them."""
+    """All that is counted in Prometheus' text format 0.0.4, in pieces of METRIC_LINES lines at most: a family of many
+    models takes 50 ms (https://prometheus.io/docs/instrumenting/exposition_formats/). `keys`: as the page has them."""
     for name, kind, meaning, samples in metric_families(tally, keys, gauges):
         lines = [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
         for suffix, labels, value in samples:
+            if len(lines) >= METRIC_LINES:
+                yield "\n".join([*lines, ""])
+                lines = []
             pairs = ",".join([f'{label}="{label_text(text)}"' for label, text in labels.items()])
             lines.append(f"{name}{suffix}{{{pairs}}} {value!r}" if pairs else f"{name}{suffix} {value!r}")
         yield "\n".join([*lines, ""])
@@ -8632,16 +8636,18 @@ def cost_samples(series: Iterable[tuple[dict[str, str], list[int]]]) -> list[Sam
     return [("", labels, sums[COST] / 10**9) for labels, sums in series]
 
 
-def histogram(series: Iterable[tuple[dict[str, str], list[int]]], start: int, limits: Sequence[float]) -> list[Sample]:
-    """The samples of a histogram whose counts begin at `start`; their sum in seconds stands among the SUMS."""
-    samples: list[Sample] = []
+def histogram(
+    series: Iterable[tuple[dict[str, str], list[int]]], start: int, limits: Sequence[float]
+) -> Iterator[Sample]:
+    """The samples of a histogram whose counts begin at `start`; their sum in seconds stands among the SUMS. Those of
+    one series are of one moment, however slowly they are taken."""
     total = SUMS.index("duration") if start == DURATION_AT else SUMS.index("ttfb")
     for labels, sums in series:
-        counts = list(itertools.accumulate(sums[start : start + len(limits)]))
+        counts, seconds = list(itertools.accumulate(sums[start : start + len(limits)])), sums[total] / 1000
         for limit, count in zip(limits, counts):
-            samples.append(("_bucket", {**labels, "le": "+Inf" if limit == math.inf else f"{limit:g}"}, count))
-        samples += [("_sum", labels, sums[total] / 1000), ("_count", labels, counts[-1])]
-    return samples
+            yield "_bucket", {**labels, "le": "+Inf" if limit == math.inf else f"{limit:g}"}, count
+        yield "_sum", labels, seconds
+        yield "_count", labels, counts[-1]
 
 
 def label_text(text: str) -> str:

@@ -18980,6 +18980,25 @@ def test_series_are_bounded_and_nothing_is_lost_beyond():
     assert len("".join(monorelay.metrics_text(tally, [], {}))) < 3_000_000
 
 
+def test_metrics_of_many_models_are_written_in_pieces_of_which_each_series_is_of_one_moment(monkeypatch):
+    monkeypatch.setattr(monorelay, "METRIC_LINES", 10)
+    tally = monorelay.Tally(0.0)
+    tally.models = {f"m-{number}": None for number in range(50)}
+    for number in range(50):
+        tally.add(row(sent=f"m-{number}", duration=1000))
+    pieces = []
+    for piece in monorelay.metrics_text(tally, [], {}):
+        pieces.append(piece)
+        tally.add(row(sent=f"m-{len(pieces) % 50}", duration=1000))
+    assert max(piece.count("\n") for piece in pieces) == 10
+    told = Metrics("".join(pieces))
+    for number in range(50):
+        count, seconds = (
+            told.value(f"monorelay_request_duration_seconds_{part}", model=f"m-{number}") for part in ("count", "sum")
+        )
+        assert count == seconds
+
+
 def test_users_and_models_are_told_apart_however_many_they_are_together_with_keys():
     first, second = monorelay.Tally(0.0), monorelay.Tally(0.0)
     first.users = second.users = {f"user-{number}": None for number in range(30)}
