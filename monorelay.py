@@ -11452,6 +11452,8 @@ class UpstreamResponse:
         self.decoder = decoder
         self.content = b""  # of the body, decoded and not passed on yet
         self._inflated = (0, b"")  # of how much of a compressed one, and how it begins
+        # Of how much of it, as what, it was judged last whether it begins with an error, and the outcome.
+        self._judged: tuple[tuple[int, bool], bool, Optional[AnswerFault]] = ((-1, False), False, None)
         self.whole_request = True  # False when it came before the request had been sent
         self.has_body = True  # False for one that must not have any: a provider may send one nevertheless
         self.translated: Optional[Translated] = None  # the request, if it was that
@@ -11519,15 +11521,25 @@ class UpstreamResponse:
     @property
     def begins_with_error(self) -> bool:
         """Whether it is a stream whose first event is an error, or a translated answer of 200 that is one."""
-        if self.translated:
-            return self.first_fault is not None
-        event = FIRST_EVENT_IS_ERROR.match(self.content) if self.is_stream else None
-        return event is not None and is_error(event)
+        return self._judge()[1]
 
     @property
     def first_fault(self) -> Optional[AnswerFault]:
         """The error with which a translated response of 200 begins, if it does."""
-        return first_fault(self.content, self.is_stream) if self.translated and self.head.status < 300 else None
+        return self._judge()[2]
+
+    def _judge(self) -> tuple[tuple[int, bool], bool, Optional[AnswerFault]]:
+        """Reads the error with which it begins, if it does: once, since it is asked for several times, and 64 KB of it
+        take 13 ms."""
+        judged = len(self.content), self.is_stream
+        if self._judged[0] != judged:
+            fault, event = None, None
+            if not self.translated:
+                event = FIRST_EVENT_IS_ERROR.match(self.content) if self.is_stream else None
+            elif self.head.status < 300:
+                fault = first_fault(self.content, self.is_stream)
+            self._judged = judged, fault is not None or (event is not None and is_error(event)), fault
+        return self._judged
 
     @property
     def status(self) -> int:

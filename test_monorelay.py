@@ -15282,6 +15282,20 @@ def test_an_error_in_a_stream_that_is_called_json_is_tried_elsewhere(upstream, r
     assert b"message_stop" in got.body and got.get("x-monorelay-attempts") == "2"
 
 
+@pytest.mark.parametrize(
+    ("path", "reader", "times"), [("/v1/messages", "first_fault", 1), ("/v1/chat/completions", "is_error", 2)], ids=brief
+)
+def test_an_error_with_which_a_stream_begins_is_read_once_for_all_who_ask(
+    upstream, relay, monkeypatch, path, reader, times
+):
+    """One that passes as it came is looked at once more on its way."""
+    it = relay({"openai": upstream(STREAM_HEAD + chunked(b'data: {"error":{"message":"Not so","code":400}}\n\n'))})
+    asked, read = [], vars(monorelay)[reader]
+    monkeypatch.setattr(monorelay, reader, lambda *given: asked.append(1) or read(*given))
+    assert b"Not so" in it.post(path, prompt("gpt-test", stream=True)).body
+    assert len(asked) == times
+
+
 @pytest.mark.parametrize("kind", [b"application/json", b"text/event-stream"], ids=brief)
 def test_an_error_in_a_line_without_an_end_is_told(upstream, relay, kind):
     head = b"HTTP/1.0 200 OK\r\ncontent-type: %b\r\n\r\n" % kind
