@@ -2491,10 +2491,10 @@ class KeyPool:
     def note_limits(self, candidate: Candidate, fields: "Headers", clock: float) -> None:
         """Notes what a response says of the provider's limits for a key, if it does."""
         if "ratelimit-" in ",".join(fields.names):
-            record = self._record(candidate)
-            is_long = len(fields.names) > KEPT_FIELDS  # else those that matter are sought when somebody asks
-            record.limits_told = limit_fields(fields.pairs) if is_long else fields.pairs
-            record.limits_at, record.limits = clock, None
+            record, told = self._record(candidate), fields.pairs
+            if len(told) > KEPT_FIELDS or sum(map(len, itertools.chain.from_iterable(told))) > LONG_HEAD_BYTES:
+                told = limit_fields(told)  # else a long head would be held for each key
+            record.limits_told, record.limits_at, record.limits = told, clock, None
 
     def _record(self, candidate: Candidate) -> KeyRecord:
         name = (candidate.target.provider.name, candidate.label)

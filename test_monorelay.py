@@ -2067,6 +2067,10 @@ def test_what_is_remembered_of_a_key_is_bounded_whatever_its_provider_tells():
     record = it.pool.records["anthropic", "k0"]
     assert len(monorelay.limit_fields(record.limits_told)) == monorelay.RATE_LIMIT_FIELDS and len(record.hours) == 2
     assert record.limits_at == UNIX_TIME + 99
+    for fields in ([("x", "y")] * 900, [("x", "y" * 9000)]):
+        limit = [("Anthropic-RateLimit-Requests-Limit", "1" * 9000), ("anthropic-ratelimit-requests-remaining", "1")]
+        it.pool.note_limits(candidate, monorelay.Headers([*fields, *limit]), UNIX_TIME)
+        assert sum(len(name) + len(value) for name, value in record.limits_told) < 200
 
 
 # ------------------------------------------------------------------------------------------------------------
