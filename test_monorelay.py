@@ -18987,6 +18987,21 @@ def test_pages_of_the_owner_share_what_is_found_of_keys_until_the_configuration_
     assert workers.shown("keys", second, find) == [{"number": 2}]
 
 
+def test_the_budgets_of_many_users_are_looked_up_in_steps_once_for_all_who_ask(relay, monkeypatch):
+    users = {f"u{number}": {"key": f"the-key-of-a-user-{number}", "requests_per_minute": 5} for number in range(120)}
+    service, sizes, found = relay({"echo": {}}, users=users).server.service, [], []
+    look_up = service.budgets
+    monkeypatch.setattr(service, "budgets", lambda owners: sizes.append(len(owners)) or look_up(owners))
+
+    async def asks() -> None:
+        found.append(await service.workers.budgets(service.config))
+
+    service.loop.post(lambda: [service.loop.start(asks()) for _ in range(3)])
+    eventually(lambda: len(found) == 3)
+    assert sizes == [50, 50, 20]
+    assert all([budget["user"] for budget in budgets] == [*users] for budgets in found)
+
+
 def test_series_are_bounded_and_nothing_is_lost_beyond():
     tally = monorelay.Tally(0.0)
     tally.users = {f"user-{number}": None for number in range(100)}
