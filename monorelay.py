@@ -299,7 +299,7 @@ LOG_BACKLOG_CHARACTERS = 4 * 1024 * 1024
 
 USAGE_COUNT = 10**12  # tokens: nothing that is larger can be true
 USAGE_ITERATIONS = 100  # of one response; server-side loops end after some ten
-ITERATED_MODELS = 8  # of these: the price of each may have to be sought among thousands of patterns
+ITERATED_MODELS = 32  # in these; the price of each may have to be sought among thousands of patterns
 ANSWERING_MODELS = 8  # the first ones and the last that a response names
 USAGE_WORD_CHARACTERS = 32  # of a service tier and the like
 COST_NANO_USD = 10**15  # a million USD: no response costs more, and sums of such fit into SQLite's 64 bits

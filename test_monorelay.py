@@ -2266,9 +2266,9 @@ def test_iterations_are_kept_with_their_models_beside_the_totals():
         ("", (4, 0, 0, 0, 6), "priority"),
     ]  # fmt: skip
     assert monorelay.used_of({**usage, "iterations": usage["iterations"] * 21}).iterations == ()
-    steps = [{"model": f"m{number}", "input_tokens": 1, "output_tokens": 1} for number in range(9)]
-    told = [len(monorelay.used_of({**usage, "iterations": listed}).iterations) for listed in (steps[:8] * 9, steps)]
-    assert told == [72, 0]
+    steps = [{"model": f"m{number}", "input_tokens": 1, "output_tokens": 1} for number in range(33)]
+    told = [len(monorelay.used_of({**usage, "iterations": listed}).iterations) for listed in (steps[:32] * 3, steps)]
+    assert told == [96, 0]
 
 
 def test_the_price_of_a_model_that_many_steps_name_is_sought_once(monkeypatch):
