@@ -164,7 +164,7 @@ SWEEP_SECONDS = 5.0
 TICK_SECONDS = 0.005
 PATIENT_SECONDS = 0.005  # of a turn of the event loop, for work that is done in steps, and behind results of threads
 QUEUE_SECONDS = 0.002  # for one of several queues, before the next one has its turn
-POSTED_SECONDS = 0.005  # of a turn, for new connections, and to queue results of threads
+POSTED_SECONDS = 0.005  # of a turn, to queue new connections and results of threads, and as much for the former
 SWEEPING_SECONDS = 0.005  # of a turn, for tasks whose deadline has passed
 SENDING_SECONDS = 0.015  # of a turn, for what was put off in it; the rest goes out in the next one
 # Of each thread, as glibc has it by default. With musl's 1 MB, or under a low `ulimit -s`, nested JSON that `json` of
@@ -9843,6 +9843,10 @@ class Turns:
         """How many wait."""
         return self._count
 
+    def of(self, origin: str) -> int:
+        """How many of an origin wait. Any thread may ask."""
+        return len(self._waiting.get(origin, ()))
+
     def put(self, action: Action, origin: str = "") -> None:
         """Adds one behind the others of its origin."""
         self._waiting.setdefault(origin, collections.deque()).append(action)
@@ -9898,6 +9902,7 @@ class EventLoop:
         self.make_room: Callable[[], object] = lambda: None  # called when memory is short, or descriptors are
         self._stopped = False
         self._posted: collections.deque[Action] = collections.deque()
+        self.arrived = Turns()  # new connections, by the address that they come from
         self._wakeup_reader, self._wakeup_writer = socket.socketpair()
         self._wakeup_reader.setblocking(False)
         self._wakeup_writer.setblocking(False)
@@ -9947,7 +9952,7 @@ class EventLoop:
     def _turn(self) -> None:
         """Waits until there is something to do, and does it."""
         is_behind = any(self.late)
-        waiting = is_behind or self._posted or self.outbox or any(self._unhurried)
+        waiting = is_behind or self._posted or self.arrived or self.outbox or any(self._unhurried)
         ready = self.selector.select(0 if waiting else max(0.0, self.sweep_at - self.clock()))
         if not ready and self.clock() > self.sweep_at:
             # The stop of a process (SIGSTOP) interrupts the wait, which then has found nothing of what came.
@@ -9963,6 +9968,8 @@ class EventLoop:
             self._serve(self.late, LATE_SECONDS)
         if self._posted:
             self._serve_posted()
+        if self.arrived:
+            self._serve((self.arrived,), POSTED_SECONDS)
         if self.now >= self.sweep_at:
             self._sweep()
         if any(self._unhurried):
@@ -9973,7 +9980,7 @@ class EventLoop:
         self._end_turn()
 
     def _serve_posted(self) -> None:
-        """Calls what was posted, for POSTED_SECONDS at most, however late the turn is: new connections are among it."""
+        """Calls what was posted, for POSTED_SECONDS at most, however late the turn is."""
         deadline = self.clock() + POSTED_SECONDS
         for _ in range(len(self._posted)):
             self._posted.popleft()()
@@ -14733,8 +14740,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.task: Optional[Task] = None
 
     def handle(self) -> None:
-        """Posts the connection's task to the event loop."""
-        self.loop.post(self._begin)
+        """Has the event loop begin the connection's task."""
+        self.loop.post(self._arrive)
+
+    def _arrive(self) -> None:
+        """Queues it: nobody waits for thousands of new connections of another."""
+        try:
+            self.loop.arrived.put(self._begin, self.network)
+        except MemoryError:  # nobody else would close it
+            self._give_up()
 
     def _begin(self) -> None:
         try:
@@ -15238,6 +15252,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def _begin_draining(self) -> None:
         """Has new requests refused from now on, and closes the connections on which none has come."""
         self.service.draining = True
+        while self.service.loop.arrived:  # who was connected before the end is answered
+            self.service.loop.arrived.take()()
         for handler in list(self.handlers):
             handler.close_if_idle()
         for page in list(self.service.pages):
@@ -15288,11 +15304,23 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Makes the Handler of a new connection; far beyond max_connections, refuses it."""
-        if len(self.handlers) >= self.connection_limit + OVER_LIMIT_CONNECTIONS:
-            self.service.loop.post(self.make_room)
+        if len(self.handlers) >= self.connection_limit + OVER_LIMIT_CONNECTIONS and self._refuses(client_address):
             refuse(request)
         else:
             self.finish_request(request, client_address)
+
+    def _refuses(self, client_address: Any) -> bool:
+        """Whether there is no place left for a new connection, not even to be told so. Of those that wait to be begun,
+        for which others may make room, only those of its own address go before it. If there are none, which would have
+        room made themselves, has that done for the next one."""
+        loop, network = self.service.loop, network_of(str(client_address[0]))
+        most = self.connection_limit + OVER_LIMIT_CONNECTIONS
+        waiting, own = len(loop.arrived), loop.arrived.of(network)
+        if len(self.handlers) - waiting + own < most and len(self.handlers) < most + OVER_LIMIT_CONNECTIONS:
+            return False
+        if not own:
+            loop.post(lambda: loop.arrived.put(self.make_room, network))
+        return True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Notes a defect that came through to here; socketserver would print a traceback."""
@@ -15308,7 +15336,9 @@ class RelayServer(http.server.ThreadingHTTPServer):
         if now - self._refusal_logged > DESCRIPTOR_WARNING_SECONDS:
             self._refusal_logged = now
             self.log.warn("no file descriptor is left for another connection; raise `ulimit -n`")
-        self.service.loop.post(self.service.loop.make_room)
+        loop = self.service.loop
+        if not loop.arrived.of(""):
+            loop.post(lambda: loop.arrived.put(loop.make_room))
         try:
             self._spare.close()
             try:

@@ -22827,6 +22827,41 @@ def test_nobody_waits_for_all_that_a_user_asks_for_from_many_addresses(relay, mo
     assert closable[answered.index("/health")] > 10, "those that wait can make room for others"
 
 
+def test_a_new_connection_does_not_wait_for_many_of_another_address(relay, monkeypatch):
+    it, begin, begun = relay({"echo": {}}), monorelay.Handler._begin, []
+    busy, ready = threading.Event(), threading.Event()
+    monkeypatch.setattr(monorelay, "POSTED_SECONDS", TIMEOUT_SECONDS)
+    monkeypatch.setattr(monorelay.Handler, "_begin", lambda one: (begun.append(one.network), begin(one)))
+    it.server.service.loop.post(lambda: (busy.set(), ready.wait(TIMEOUT_SECONDS)))
+    assert busy.wait(TIMEOUT_SECONDS)
+    with contextlib.ExitStack() as stack:
+        for number in [1] * 20 + [2]:
+            _, theirs = map(stack.enter_context, socket.socketpair())
+            it.server.process_request(theirs, (f"192.0.2.{number}", 1))
+        ready.set()
+        eventually(lambda: len(begun) == 21)
+    assert begun.index("192.0.2.2") == 1
+
+
+def test_many_new_connections_of_one_address_leave_another_its_place(monkeypatch):
+    monkeypatch.setattr(monorelay, "OVER_LIMIT_CONNECTIONS", 2)
+    server = monorelay.RelayServer(parse({"echo": {}}, server={"max_connections": 3}), log=io.StringIO())
+    loop, taken = server.service.loop, []
+    with contextlib.ExitStack() as stack:
+        for number in (1, 1, 1, 1, 1, 1, 2, 1, 3, 4):
+            _, theirs = map(stack.enter_context, socket.socketpair())
+            server.process_request(theirs, (f"192.0.2.{number}", 1))
+            loop._serve_posted()
+            if theirs.fileno() >= 0:
+                taken.append(number)
+        assert taken == [1] * 5 + [2, 3], "another one finds room, and those of any number are bounded"
+        assert len(loop.arrived) == 8, "one that is refused has room made, in its turn, if none of its address waits"
+        for _ in range(6):
+            loop.arrived.take()()
+        assert len(server.served) == 3
+    server.stop()
+
+
 def floods(client: Client, asked: bytes) -> None:
     """Sends as much as the relay takes, and reads nothing."""
     client.sock.setblocking(False)
