@@ -3979,8 +3979,10 @@ def read_at_once(body: bytes, restricted: bool = True) -> BodyFacts:
         if body.startswith(codecs.BOM_UTF8):
             raise not_json("it begins with a byte order mark") from None
         raise not_json(f"line {error.lineno} column {error.colno}: {error.msg}") from None
-    except (ValueError, RecursionError):
+    except (UnicodeDecodeError, RecursionError):
         raise not_json("it is not in UTF-8, or nested too deeply") from None
+    except ValueError as error:
+        raise not_json(str(error)) from None
     if not isinstance(document, tuple):
         raise BadRequest("the body must be a JSON object", "not_json")
     members = dict(document)

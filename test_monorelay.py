@@ -3149,6 +3149,12 @@ def test_body_without_one_clear_model_is_a_bad_request(name):
     assert caught.value.status == 400
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_a_short_body_with_what_is_no_json_number_is_refused_by_its_name(number):
+    with pytest.raises(monorelay.BadRequest, match=f"the body is not valid JSON: {number} is not JSON"):
+        monorelay.read_at_once(b'{"model":"a","temperature":%s}' % number.encode())
+
+
 @pytest.mark.parametrize(
     ("tools", "is_seen"),
     [
