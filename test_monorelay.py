@@ -22710,6 +22710,41 @@ def test_a_client_that_takes_nothing_for_its_time_is_cut(upstream, relay):
         assert cut.wait(TIMEOUT_SECONDS)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="others don't tell what was taken")
+def test_a_client_that_takes_little_is_cut_when_it_takes_nothing(upstream, relay):
+    """So little that the system doesn't tell of room for more."""
+    cut, clock, sent = threading.Event(), Clock(), 0
+
+    def script(connection: Connection) -> None:
+        nonlocal sent
+        connection.read_request()
+        try:
+            connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 99999999\r\n\r\n")
+            while True:
+                connection.send(b"x" * 60_000)
+                sent += 1
+        except ConnectionError:
+            cut.set()
+
+    def is_stuck() -> bool:
+        before = sent
+        threading.Event().wait(0.1)
+        return sent == before and any(handler.channel._blocked for handler in list(it.server.served))
+
+    it = relay({"anthropic": upstream(script)}, clock)
+    with it.client(SO_RCVBUF=1 << 16) as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        for _ in range(5):
+            eventually(is_stuck)
+            assert sum(len(client.sock.recv(50_000)) for _ in range(8)) > 200_000
+            clock.move(monorelay.STALLED_CLIENT_SECONDS / 2)
+        assert not cut.is_set()
+        eventually(is_stuck)
+        for _ in range(4):
+            clock.move(monorelay.STALLED_CLIENT_SECONDS / 2)
+        assert cut.wait(TIMEOUT_SECONDS)
+
+
 def test_what_has_come_before_a_stop_is_answered(relay):
     it = relay({"echo": {}})
     with it.client() as kept, it.client() as late:
