@@ -9543,19 +9543,19 @@ class Channel:
         sent = self.send_now(data)
         rest = memoryview(data)[sent:] if sent < len(data) else b""
         while rest:
-            deadline, taken = self._loop.now + pause_seconds, -1
+            deadline, taken = self._loop.now + pause_seconds / 2, -1  # by then, what was on its way has arrived
             sent = 0
             while not sent:
                 if has_responded and has_responded():
                     raise EarlyResponse(rest)
                 try:
-                    await until(deadline if taken >= 0 else deadline - pause_seconds / 2)
+                    await until(deadline)
                     sent = self.send_now(rest)
                 except Overdue:
                     before, taken = taken, self.taken()
                     if before == taken:
                         raise
-                    deadline += pause_seconds if before >= 0 else 0.0
+                    deadline += pause_seconds / 2 if before < 0 else pause_seconds
             rest = rest[sent:]
 
     async def arrival(self, deadline: float) -> bool:
