@@ -5026,11 +5026,12 @@ class Draft:
 
 
 def translate_request(
-    pieces: Sequence[bytes], values: int, target: Target, asked_model: str, request_id: str, now: float
+    pieces: list[bytes], values: int, target: Target, asked_model: str, request_id: str, now: float
 ) -> Translated:
     """The request in a body in pieces, which has so many JSON values, in the format of the target. Raises BadRequest,
-    Untranslatable for a sound one. What isn't needed any more is let go at once: it may be as large as the body."""
-    draft = Draft(target)
+    Untranslatable for a sound one. What isn't needed any more is let go at once: it may be as large as the body, whose
+    pieces are taken out of the list, too."""
+    draft, size = Draft(target), sum(map(len, pieces))
     try:
         request = read_document(pieces, values)
         stream = request.get("stream") or False
@@ -5044,7 +5045,7 @@ def translate_request(
         written = json_pieces(draft.finished(made))
     except RecursionError:
         raise BadRequest("the body is nested too deeply to be translated") from None
-    limit = TRANSLATED_GROWTH * sum(map(len, pieces)) + WRITTEN_CHARACTERS + len(draft.settings.extra)
+    limit = TRANSLATED_GROWTH * size + WRITTEN_CHARACTERS + len(draft.settings.extra)
     if sum(map(len, written)) > limit:
         raise BadRequest(f"the body would become {TRANSLATED_GROWTH} times as long for the provider")
     asked = Asked(
@@ -5054,15 +5055,15 @@ def translate_request(
 
 
 def read_document(
-    pieces: Sequence[bytes], values: int, errors: str = "strict", reader: Optional[json.JSONDecoder] = None
+    pieces: list[bytes], values: int, errors: str = "strict", reader: Optional[json.JSONDecoder] = None
 ) -> JsonDict:
-    """The JSON object in the pieces, which have so many values; a reader of their own is for short ones. Raises
-    BadRequest for what is none, or would take `json` too long."""
+    """The JSON object in the pieces, which have so many values, and are taken out of the list if they are many; a
+    reader of their own is for short ones. Raises BadRequest for what is none, or would take `json` too long."""
     check_weight(values, sum(piece.count(b"\\") for piece in pieces))
     is_short = len(pieces) == 1 and len(pieces[0]) <= WRITTEN_CHARACTERS
     try:
         if sum(map(len, pieces)) > READ_AT_ONCE_BYTES:
-            return DocumentReader(json_parts(pieces, errors)).read()
+            return DocumentReader(json_parts(taken(pieces), errors)).read()
         document = (reader or READER).decode(
             narrow(without_escapes(pieces[0].decode("utf-8", errors))) if is_short else json_text(pieces, errors)
         )
@@ -14393,7 +14394,7 @@ class TranslatedRequest:
             self._exchange.release_room(self._size)
             self._target, self._made, self._size = target, None, 0
             try:
-                self._made = await self._make(target)
+                self._made = await self._make(target, is_last)
             except BadRequest as error:
                 self._made = error
             if is_last:
@@ -14403,10 +14404,11 @@ class TranslatedRequest:
             raise self._made
         return self._made
 
-    async def _make(self, target: Target) -> UpstreamRequest:
+    async def _make(self, target: Target, is_last: bool) -> UpstreamRequest:
         exchange = self._exchange
         asked, request = exchange.record.model, exchange.request
         content, values, made_at = self._body.content, self._body.values, time.time()
+        content = content if is_last else [*content]  # of which the pieces are taken
 
         def work() -> Translated:
             return translate_request(content, values, target, asked, exchange.record.request_id, made_at)

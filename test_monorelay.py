@@ -5473,7 +5473,7 @@ def test_a_body_reads_the_same_in_pieces_of_any_size(size, count):
     body = text.encode()
     size *= count // 1000 + 1
     pieces = [body[at : at + size] for at in range(0, len(body), size)]
-    read = monorelay.read_document(pieces, 0)
+    read = monorelay.read_document([*pieces], 0)
     assert json.loads(b"".join(monorelay.json_pieces(read))) == document
     wrong = body.replace(b'"x"', "\"\\é\"".encode())  # no escape
     wrongs = [wrong[at : at + size] for at in range(0, len(wrong), size)]
@@ -5484,17 +5484,17 @@ def test_a_body_reads_the_same_in_pieces_of_any_size(size, count):
 @pytest.mark.parametrize("text", ["x", "é", "\U0001f600"])
 @pytest.mark.parametrize("format", ["openai", "anthropic"])
 def test_a_translation_holds_as_much_as_the_body_and_little_more_while_it_is_made(format, text):
-    data = "A" * 4_000_000
+    target, data = target_of(format), "A" * 4_000_000
     picture = {**IMAGE, "source": {**IMAGE["source"], "data": data}} if format == "openai" else image_part(data)
     body = json.dumps(prompt(messages=[user(said(text), picture)]), ensure_ascii=False).encode()
-    pieces, target = [body[at : at + 65536] for at in range(0, len(body), 65536)], target_of(format)
-    del body, picture, data
     tracemalloc.start()
     try:
+        pieces = [body[at : at + 65536] for at in range(0, len(body), 65536)]
+        del body, picture, data
         made = monorelay.translate_request(pieces, 0, target, "m", "req_1", 0.0)
         held, peak = tracemalloc.get_traced_memory()
         size = sum(map(len, made.body))
-        assert held < 1.1 * size and peak < 2.2 * size, "beside the body itself"
+        assert held < 1.1 * size and peak < 2.2 * size, "with the body itself, which goes meanwhile"
     finally:
         tracemalloc.stop()
 
