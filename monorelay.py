@@ -3220,8 +3220,13 @@ class LongHeaders(Headers):
 
     def __getattr__(self, name: str) -> Any:
         """One of its attributes `connection`, `names` and `pairs`."""
-        lines = (line.partition(":") for line in self._lines[1:-1].split("\n"))
-        return getattr(Headers([(field, value) for field, _, value in lines]), name)
+        if name == "connection":
+            return Headers([(name, value) for value in self.all(name)]).connection
+        if name == "names":
+            return re.findall("\n([^:]*):", self._folded)
+        if name == "pairs":
+            return re.findall("\n([^:]*):(.*)", self._lines)
+        raise AttributeError(name)
 
     def __contains__(self, name: object) -> bool:
         return f"\n{name}:" in self._folded
