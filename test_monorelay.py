@@ -7810,7 +7810,7 @@ def test_an_event_has_so_many_lists_objects_and_strings(part, count, fits):
 @pytest.mark.parametrize("kind", ["anthropic", "openai"])
 def test_an_event_of_nested_lists_in_the_input_of_a_call_takes_no_time_of_others(kind):
     given = b'{"a":[%b1]}' % ((b"[" * 150 + b"]" * 150 + b",") * 390)
-    block = b'{"type":"content_block_start","index":0,"content_block":{"type":"tool_use","id":"c","name":"f","input":%b}}'
+    block = b'{"type":"content_block_start","content_block":{"type":"tool_use","id":"c","name":"f","input":%b}}'
     chunk = b'{"choices":[{"delta":{"tool_calls":[{"index":0,"id":"c","function":{"name":"f","arguments":%b}}]}}]}'
     it, began = monorelay.AnswerTranslator(asked_of(kind, stream=True)), time.thread_time()
     it.feed(b"data: %b\n\n" % ((chunk if kind == "anthropic" else block) % given))
@@ -15293,7 +15293,9 @@ def test_an_error_in_a_stream_that_is_called_json_is_tried_elsewhere(upstream, r
 
 
 @pytest.mark.parametrize(
-    ("path", "reader", "times"), [("/v1/messages", "first_fault", 1), ("/v1/chat/completions", "is_error", 2)], ids=brief
+    ("path", "reader", "times"),
+    [("/v1/messages", "first_fault", 1), ("/v1/chat/completions", "is_error", 2)],
+    ids=brief,
 )
 def test_an_error_with_which_a_stream_begins_is_read_once_for_all_who_ask(
     upstream, relay, monkeypatch, path, reader, times
