@@ -7922,8 +7922,8 @@ def event_reader() -> json.JSONDecoder:
 def parts_in(data: bytes) -> int:
     """How many lists and objects a JSON text has, and twice its strings: what a string says counts for its brackets
     only, since its own quotation marks are escaped."""
-    quotes = data.count(b'"') - data.count(b'\\"') + data.count(b'\\\\"')  # a backslash may be escaped itself
-    return data.count(b"[") + data.count(b"{") + quotes
+    plain = data.replace(b"\\\\", b"")  # a backslash may be escaped itself
+    return data.count(b"[") + data.count(b"{") + plain.count(b'"') - plain.count(b'\\"')
 
 
 def read_event(data: bytes) -> JsonDict:
