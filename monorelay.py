@@ -12580,9 +12580,10 @@ class TranslatedStream:
         waiting, size = self._untranslated, self._at_once
         part, self._untranslated = waiting[:size], waiting[size:]
         events = self.translator.feed(part)
-        # Each event for the client may be far longer than the provider's, and all wait for a client that takes nothing.
-        growth = len(events) / max(1, len(part))
-        self._at_once = int(max(TRANSLATED_FIRST_BYTES, TRANSLATED_AT_ONCE_BYTES / max(1, growth)))
+        if self._untranslated:
+            # Each event for the client may be far longer than the provider's; all wait for one that takes nothing.
+            growth = max(1, len(events) / len(part))
+            self._at_once = max(TRANSLATED_FIRST_BYTES, int(TRANSLATED_AT_ONCE_BYTES / growth))
         if self._source_ended and not self._untranslated and not self.translator.ended:
             events += self.translator.close(self._is_cut)
         return events
