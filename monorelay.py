@@ -3210,7 +3210,8 @@ class Headers(dict[str, str]):
 
 class LongHeaders(Headers):
     """Those of a head with many fields, kept as text: one by one, a field of eight bytes would take 270, maybe for as
-    long as a body takes to come. What isn't found in the text is made of it anew each time."""
+    long as a body takes to come. What isn't found in the text is made of it anew each time. Of the methods of a dict it
+    has those that are used here."""
 
     __slots__ = ("_folded", "_lines")
 
