@@ -14751,7 +14751,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Prepares to serve a connection that was just accepted; called in the thread that accepts."""
         self.service = self.server.service
         self.loop = self.service.loop
-        self.server.handlers.add(self)
         self.network = network_of(str(self.client_address[0]))  # of the client, see origin_of()
         self.over_limit = False  # beyond max_connections: it gets one response, which says so
         self.known = False  # whether it has shown a valid token
@@ -14764,6 +14763,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.unread = b""  # the head that has come, until it is read: its body may take long, and needs no copy
         self.fault: Optional[RelayError] = None  # why no head can come any more
         self.task: Optional[Task] = None
+        self.server.handlers.add(self)  # once it has all that other threads ask it for
 
     def handle(self) -> None:
         """Has the event loop begin the connection's task."""

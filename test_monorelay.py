@@ -22637,6 +22637,12 @@ def test_stopping_lets_a_running_stream_finish(upstream, relay):
         assert not stopping.is_alive()
 
 
+def test_a_signal_may_ask_what_runs_while_a_connection_is_accepted(relay, monkeypatch):
+    it, find, told = relay({"echo": {}}), monorelay.network_of, []
+    monkeypatch.setattr(monorelay, "network_of", lambda address: told.append(it.server.running()) or find(address))
+    assert it.ask("GET", "/health").status == 200 and told[0] == []
+
+
 def accepts(url: str) -> bool:
     """Whether a connection is taken and a request on it answered with anything but 503."""
     try:
