@@ -13997,7 +13997,8 @@ class LivePage:
         """Those that the caller may see. There may be thousands: between the steps, others have their turn."""
         service, own = self._service, self._exchange.own_name()
         if own is not None:
-            return [], service.budgets([user for user in (config.users.get(own),) if user])
+            user = config.users.get(own)
+            return [], service.budgets([user] if user else [])
         keys = service.workers.shown("keys", config, lambda: service.workers.keys(config))
         await checkpoint(self._loop)
         return keys, await service.workers.budgets(config)
