@@ -15337,9 +15337,9 @@ class RelayServer(http.server.ThreadingHTTPServer):
             self.finish_request(request, client_address)
 
     def _refuses(self, client_address: Any) -> bool:
-        """Whether there is no place left for a new connection, not even to be told so. Of those that wait to be begun,
-        for which others may make room, only those of its own address go before it. If there are none, which would have
-        room made themselves, has that done for the next one."""
+        """Whether there is no place left for a new connection, not even to be told so. Of the connections that wait to
+        be begun, only those from its own address count: they go before it. Each of them makes room when it is begun; if
+        none waits, room is made for the next one."""
         loop, network = self.service.loop, network_of(str(client_address[0]))
         most = self.connection_limit + OVER_LIMIT_CONNECTIONS
         waiting, own = len(loop.arrived), loop.arrived.of(network)
