@@ -164,7 +164,7 @@ SWEEP_SECONDS = 5.0
 TICK_SECONDS = 0.005
 PATIENT_SECONDS = 0.005  # of a turn of the event loop, for work that is done in steps, and behind results of threads
 QUEUE_SECONDS = 0.002  # for one of several queues, before the next one has its turn
-POSTED_SECONDS = 0.005  # of a turn, to queue new connections and results of threads, and as much for the former
+POSTED_SECONDS = 0.005  # of a turn, to queue new connections and results of threads; as much to begin the former
 SWEEPING_SECONDS = 0.005  # of a turn, for tasks whose deadline has passed
 SENDING_SECONDS = 0.015  # of a turn, for what was put off in it; the rest goes out in the next one
 # Of each thread, as glibc has it by default. With musl's 1 MB, or under a low `ulimit -s`, nested JSON that `json` of
@@ -4859,7 +4859,7 @@ WRITTEN_ANSWER_BYTES = 3 * TRANSLATED_ANSWER_BYTES  # of it in events for the cl
 # Of an event of a stream, while whose translation nothing else runs: values, and blocks of a message that is one event,
 # or that an event lets go out at once.
 EVENT_VALUES = 100_000
-EVENT_PARTS = 60_000  # lists, objects, and twice the strings among them, of which few commas part those within others
+EVENT_PARTS = 60_000  # lists, objects, and twice the strings among them: nested ones have few commas between them
 EVENT_FRACTIONS = 20_000  # numbers with a fraction among them, which take several times as long as others
 EVENT_BLOCKS = 1000
 TOOL_CALLS = 128  # in an answer: as many tools as OpenAI allows in a request
@@ -11484,8 +11484,8 @@ class UpstreamResponse:
         self.decoder = decoder
         self.content = b""  # of the body, decoded and not passed on yet
         self._inflated = (0, b"")  # of how much of a compressed one, and how it begins
-        # Of how much of it, as what, it was judged last whether it begins with an error, and the outcome.
-        self._judged: tuple[tuple[int, bool], bool, Optional[AnswerFault]] = ((-1, False), False, None)
+        self._judged = -1, False  # how much of it was looked at for an error at its beginning, and whether as a stream
+        self._error: tuple[bool, Optional[AnswerFault]] = False, None  # what came of that, see _judge()
         self.whole_request = True  # False when it came before the request had been sent
         self.has_body = True  # False for one that must not have any: a provider may send one nevertheless
         self.translated: Optional[Translated] = None  # the request, if it was that
@@ -11553,25 +11553,26 @@ class UpstreamResponse:
     @property
     def begins_with_error(self) -> bool:
         """Whether it is a stream whose first event is an error, or a translated answer of 200 that is one."""
-        return self._judge()[1]
+        return self._judge()[0]
 
     @property
     def first_fault(self) -> Optional[AnswerFault]:
         """The error with which a translated response of 200 begins, if it does."""
-        return self._judge()[2]
+        return self._judge()[1]
 
-    def _judge(self) -> tuple[tuple[int, bool], bool, Optional[AnswerFault]]:
-        """Reads the error with which it begins, if it does: once, since it is asked for several times, and 64 KB of it
-        take 13 ms."""
+    def _judge(self) -> tuple[bool, Optional[AnswerFault]]:
+        """Whether it begins with an error, and which one if it is translated. The same beginning is read once: it is
+        asked for several times, and 64 KB of it take 13 ms."""
         judged = len(self.content), self.is_stream
-        if self._judged[0] != judged:
-            fault, event = None, None
+        if (self.is_stream or self.translated) and self._judged != judged:
+            self._judged = judged
             if not self.translated:
-                event = FIRST_EVENT_IS_ERROR.match(self.content) if self.is_stream else None
+                event = FIRST_EVENT_IS_ERROR.match(self.content)
+                self._error = event is not None and is_error(event), None
             elif self.head.status < 300:
                 fault = first_fault(self.content, self.is_stream)
-            self._judged = judged, fault is not None or (event is not None and is_error(event)), fault
-        return self._judged
+                self._error = fault is not None, fault
+        return self._error
 
     @property
     def status(self) -> int:
@@ -14771,7 +14772,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.loop.post(self._arrive)
 
     def _arrive(self) -> None:
-        """Queues it: nobody waits for thousands of new connections of another."""
+        """Queues it: nobody waits for thousands of new connections of another address."""
         try:
             self.loop.arrived.put(self._begin, self.network)
         except MemoryError:  # nobody else would close it
