@@ -15273,7 +15273,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
                     self.process_request(*self._accept(listener))
                 except BlockingIOError:
                     break  # there is nobody left
-                except OSError:  # it has left already, or there is no descriptor for it
+                except (OSError, *NO_MEMORY):  # it has left already, or there is no descriptor or memory for it
                     if self._spare.closed:
                         break  # nor one to refuse it with
 

@@ -24811,12 +24811,18 @@ def test_a_relay_that_gets_no_thread_any_more_drains_all_the_same(upstream, rela
         client.until(b"message_stop")
 
 
-@pytest.mark.parametrize("at", ["the thread", "a wait"])
+@pytest.mark.parametrize("at", ["the thread", "a wait", "a connection"])
 def test_a_relay_drains_after_a_moment_without_memory_too(upstream, relay, monkeypatch, at):
     gate = threading.Event()
     it = relay({"anthropic": upstream(gated_stream(gate))})
     operator = monorelay.Operator(it.server, monorelay.ConfigFile(it.server.service.config, "", {}, ()))
-    start, failures, signals = threading.Thread.start, [MemoryError], ["SIGTERM"]
+    start, accept = threading.Thread.start, monorelay.RelayServer._accept
+    failures, signals = [MemoryError], ["SIGTERM"]
+
+    def accept_or_fail(*arguments: Any) -> Any:
+        if at == "a connection" and failures:
+            raise failures.pop()
+        return accept(*arguments)
 
     def start_or_fail(thread: threading.Thread) -> None:
         if thread._target == it.server.stop and at == "the thread" and failures:
@@ -24827,7 +24833,7 @@ def test_a_relay_drains_after_a_moment_without_memory_too(upstream, relay, monke
         if signals:
             return signals.pop()
         assert seconds < 1, "the signal is forgotten"
-        if failures:
+        if failures and at != "a connection":
             raise failures.pop()
         gate.set()
         time.sleep(seconds)
@@ -24838,8 +24844,10 @@ def test_a_relay_drains_after_a_moment_without_memory_too(upstream, relay, monke
         client.until(b"message_start")
         with monkeypatch.context() as patched:
             patched.setattr(threading.Thread, "start", start_or_fail)
+            patched.setattr(monorelay.RelayServer, "_accept", accept_or_fail)
             run = functools.partial(operator.run, types.SimpleNamespace(next=wait_or_fail))
             assert monorelay.outlast_shortage(run) == 0 and not failures
+        assert it.server.service.draining
         client.until(b"message_stop")
 
 
