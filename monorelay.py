@@ -115,7 +115,7 @@ REQUEST_HEAD_FIELDS = 200
 # Providers are trusted more than clients: http.client allows 100 lines of 64 KiB, curl 300 KiB.
 RESPONSE_HEAD_BYTES = 256 * 1024
 RESPONSE_HEAD_FIELDS = 1000
-KEPT_FIELDS = 48  # of a head, and as many options of its Connection, are kept one by one; most have some 30 and one
+KEPT_FIELDS = 64  # of a head, and as many options of its Connection, are kept one by one; most have some 30 and one
 INTERIM_RESPONSES = 20  # a 103 or a 102 now and then is normal; an endless row of them is not
 INTERIM_SECONDS = 60.0  # in which so many may come: some providers send a 102 every 15 seconds while they work
 TRAILER_BYTES = 8 * 1024  # of a request's trailer fields, which are checked and dropped: nobody needs them to be long
