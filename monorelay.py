@@ -11485,7 +11485,7 @@ class UpstreamResponse:
         self.content = b""  # of the body, decoded and not passed on yet
         self._inflated = (0, b"")  # of how much of a compressed one, and how it begins
         self._judged = -1, False  # how much of it was looked at for an error at its beginning, and whether as a stream
-        self._error: tuple[bool, Optional[AnswerFault]] = False, None  # what came of that, see _judge()
+        self._error: tuple[bool, Optional[AnswerFault]] = (False, None)  # what came of that, see _judge()
         self.whole_request = True  # False when it came before the request had been sent
         self.has_body = True  # False for one that must not have any: a provider may send one nevertheless
         self.translated: Optional[Translated] = None  # the request, if it was that
