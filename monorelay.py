@@ -9702,10 +9702,11 @@ class Channel:
         if not self._slow and loop.moment <= loop.late_at:
             self._serve(events)
         elif not self._queued:
-            self._queued, task = True, self.task
+            task = self.task
             sides = loop.slow if self._slow else loop.late
             turns = sides.clients if task and self is task.client else sides.providers
             turns.put(lambda: self._serve_late(events, task), task.origin if task else "")
+            self._queued = True  # once it waits: there may be no memory for that
             if task:
                 task.unseen += 1
 
@@ -9807,7 +9808,7 @@ class Task:
         self._loop = loop
         self._coroutine = coroutine
         self._result: Any = None
-        self._waiting: set[Task] = set()  # those to resume when this one is done
+        self._waiting: dict[Task, None] = {}  # those to resume when this one is done
 
     def resume(self, error: Optional[Exception] = None) -> None:
         """Runs it until it waits again; an error is raised in it. A defect ends this task only."""
@@ -9837,7 +9838,7 @@ class Task:
     async def finished(self, deadline: float) -> Any:
         """What its coroutine returns, None after a defect; waits until it is done. Raises Overdue and ClientGone."""
         while not self.done:
-            self._waiting.add(self._loop.current)
+            self._waiting[self._loop.current] = None
             await until(deadline)
         return self._result
 
@@ -9846,9 +9847,9 @@ class Task:
         self.done = True
         self.client = None
         self.deadline = math.inf
-        self._loop.tasks.discard(self)
+        self._loop.tasks.pop(self, None)
         while self._waiting:  # emptied, since a task that is done may be kept for long
-            self._loop.resume_in_turn(self._waiting.pop())
+            self._loop.resume_in_turn(self._waiting.popitem()[0])
 
 
 Action = Callable[[], object]
@@ -9873,16 +9874,22 @@ class Turns:
 
     def put(self, action: Action, origin: str = "") -> None:
         """Adds one behind the others of its origin."""
-        self._waiting.setdefault(origin, collections.deque()).append(action)
-        self._count += 1
+        count, actions = self._count + 1, self._waiting.get(origin)  # first what there may be no memory for
+        if actions is None:
+            self._waiting[origin] = collections.deque((action,))
+        else:
+            actions.append(action)
+        self._count = count
 
     def take(self) -> Action:
         """Takes the next one; the others of its origin go behind those of everybody else."""
-        origin, actions = self._waiting.popitem(last=False)
+        count, origin = self._count - 1, next(iter(self._waiting))
+        self._waiting.move_to_end(origin)  # before anything is taken: there may be no memory for that
+        actions = self._waiting[origin]
         action = actions.popleft()
-        if actions:
-            self._waiting[origin] = actions
-        self._count -= 1
+        if not actions:
+            del self._waiting[origin]
+        self._count = count
         return action
 
 
@@ -9904,7 +9911,9 @@ class EventLoop:
         self.moment = self.now  # the same, or when one of its events was dealt with
         self.late_at = self.now  # from when on the turn is late
         self.running: Optional[Task] = None
-        self.tasks: set[Task] = set()
+        # No set, which keeps what is added without memory for more room, though it says that it can't, and which hangs
+        # when it is full of such.
+        self.tasks: dict[Task, None] = {}
         self.sweep_at = 0.0
         self._look_at = 0.0  # when clients with full buffers are looked at again
         self._unlooked = 0  # how many origins wait for that
@@ -9953,7 +9962,7 @@ class EventLoop:
         """Begins a task, and runs it until it waits for the first time. It has the origin of the one that begins it
         unless another is given."""
         task = Task(coroutine, self, origin or (self.running.origin if self.running else ""))
-        self.tasks.add(task)
+        self.tasks[task] = None
         task.resume()
         return task
 
@@ -14765,11 +14774,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.unread = b""  # the head that has come, until it is read: its body may take long, and needs no copy
         self.fault: Optional[RelayError] = None  # why no head can come any more
         self.task: Optional[Task] = None
-        self.server.handlers.add(self)  # once it has all that other threads ask it for
+        self.server.handlers[self] = None  # once it has all that other threads ask it for
 
     def handle(self) -> None:
         """Has the event loop begin the connection's task."""
-        self.loop.post(self._arrive)
+        try:
+            self.loop.post(self._arrive)
+        except MemoryError:  # nobody else would close it
+            self._give_up()
 
     def _arrive(self) -> None:
         """Queues it: nobody waits for thousands of new connections of another address."""
@@ -14826,8 +14838,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.task = self.loop.current
         self.task.client = self.channel
-        self.over_limit = not self.server.admit(self)
         try:
+            self.over_limit = not self.server.admit(self)
             while True:
                 self.unread = await self._next_head()
                 if not self.unread or not await self._serve_request():
@@ -15092,10 +15104,10 @@ class RelayServer(http.server.ThreadingHTTPServer):
         config = with_run_secrets(config, None)
         self.log = LogWriter(sys.stderr if log is None else log, config.server.log)
         self.service = Service(config, self.log, place, clock)
-        self.handlers: set[Handler] = set()  # of all connections; the thread that accepts adds to it
+        self.handlers: dict[Handler, None] = {}  # of all connections; the thread that accepts adds to it
         self.service.connections = self.handlers
         self.service.loop.make_room = lambda: self.service.relay.connections.close() or self.make_room()
-        self.served: set[Handler] = set()  # those that max_connections admits
+        self.served: dict[Handler, None] = {}  # those that max_connections admits
         # Of these, those between two requests or behind the last one; and those that are busy and haven't shown a
         # token, or are refused since their user has too many; each since when. Those for longest come first.
         self.idle: dict[Handler, float] = {}
@@ -15126,7 +15138,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Whether a new connection is served: beyond max_connections another one has to make room."""
         if len(self.served) >= self.connection_limit and not self.make_room():
             return False
-        self.served.add(handler)
+        self.served[handler] = None
         return True
 
     def make_room(self) -> bool:
@@ -15178,8 +15190,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     def release(self, handler: Handler) -> None:
         """Forgets a connection that is closed."""
-        self.handlers.discard(handler)
-        self.served.discard(handler)
+        self.handlers.pop(handler, None)
+        self.served.pop(handler, None)
         self.idle.pop(handler, None)
         self.unproven.pop(handler, None)
 

@@ -11161,6 +11161,71 @@ def test_connections_are_accepted_after_a_moment_without_memory(relay, monkeypat
     assert it.ask("GET", "/health").status == 200
 
 
+@pytest.mark.parametrize("at", ["network_of", "post", "admit"])
+def test_a_connection_that_there_is_no_memory_for_is_closed_and_leaves_no_place_taken(relay, monkeypatch, at):
+    it, failures = relay({"echo": {}}), [MemoryError]
+    owner = {"network_of": monorelay, "post": it.server.service.loop, "admit": it.server}[at]
+    serve = getattr(owner, at)
+
+    def serve_or_fail(argument: Any) -> Any:
+        if failures and (at != "post" or argument.__name__ == "_arrive"):
+            raise failures.pop()
+        return serve(argument)
+
+    monkeypatch.setattr(owner, at, serve_or_fail)
+    with it.client() as client:
+        assert client.rest() == b"" and not failures
+        assert not it.server.handlers and not it.server.served
+    assert it.ask("GET", "/health").status == 200
+
+
+NO_ROOM = """
+import sys, _testcapi, monorelay
+
+def attempt(failing, run):
+    _testcapi.set_nomemory(failing, failing + 1)
+    try:
+        return run(), True
+    except monorelay.NO_MEMORY:
+        return None, False
+    finally:
+        _testcapi.remove_mem_hooks()
+
+async def forever():
+    await monorelay.until()
+
+origins, actions = [f"origin {number}" for number in range(100)], [f"action {number}" for number in range(600)]
+for failing in range(1, 16):
+    turns, kept = monorelay.Turns(), []
+    for number, action in enumerate(actions):
+        if attempt(failing, lambda: turns.put(action, origins[number % 100]))[1]:
+            kept.append(action)
+        assert len(turns) == len(kept)
+    for number in range(300):
+        taken, is_done = attempt(failing, turns.take)
+        if is_done:
+            kept.remove(taken)
+        assert len(turns) == len(kept)
+    assert sorted(turns.take() for _ in range(len(turns))) == sorted(kept)
+    loop, begun = monorelay.EventLoop(print), []
+    for number in range(200):
+        task = forever()
+        begun += [task] if attempt(failing, lambda: loop.start(task))[1] else []
+        assert len(loop.tasks) <= len(begun)  # some end at once
+    loop.stop()
+"""
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="an OrderedDict of these may lose one itself")
+def test_nothing_is_lost_or_kept_half_wherever_there_is_no_memory(tmp_path):
+    pytest.importorskip("_testcapi")
+    environ = {**os.environ, "PYTHONPATH": str(HERE)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", NO_ROOM], cwd=tmp_path, env=environ, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_idle_connections_make_room_where_there_is_no_memory_to_look_at_them(relay, monkeypatch):
     it = relay({"echo": {}})
     loop, select = it.server.service.loop, it.server.service.loop.selector.select
