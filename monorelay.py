@@ -12632,6 +12632,7 @@ class Outgoing:
         """The head, and what there is of the body, of a translated stream at least a ping. `keep_alive`: the connection
         may be kept."""
         response, request, record = self._response, self._request, self._record
+        self._request = None  # its head may be long, and nobody asks for it any more
         status, fields, relayed = response.status, [*response.fields], response.relayed
         version = request.version if request else 1
         bodyless = status in (204, 304) or (request is not None and request.method == "HEAD")
@@ -13477,6 +13478,12 @@ class Exchange:
         if not origins or not head or known_form(head.path[:TELLING_PATH_CHARACTERS]) in PAGE_PATHS:
             return []
         return cors_fields(origins, head.fields, relayed)
+
+    def let_go_of_head(self) -> None:
+        """Lets go of the request's fields where no token is among them: for its response they are needed no more, and
+        may be long."""
+        if self.head and self.caller is ANONYMOUS:
+            self.head = self.request = self.head._replace(fields=Headers([]))
 
     # -- its query
 
@@ -14856,8 +14863,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     async def _next_head(self) -> bytes:
         """The head of the next request, or what can't become one; empty when none has come for too long."""
         channel = self.channel
-        if not self.known:
-            channel.set_window(UNKNOWN_HELD_BYTES)
         deadline = self.loop.now + (OVER_LIMIT_SECONDS if self.over_limit else IDLE_SECONDS)
         seen, begun = 0, False
         try:
@@ -14868,6 +14873,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                         seen = 0
                     size = head_length(channel.received, seen)
                     if size:
+                        if not self.known:  # what comes behind a long head gets no more room for that
+                            channel.set_window(UNKNOWN_HELD_BYTES)
                         return channel.take(size)
                     seen = len(channel.received)
                     if seen and not begun:
@@ -15017,6 +15024,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             keep_alive = await self._may_be_kept(exchange, response)
             data = outgoing.begin(keep_alive, self.loop.now)
+            exchange.let_go_of_head()
             if outgoing.until_close:  # whatever happens, but for its proper end, must look like a break
                 self.channel.abort_on_close(True)
             while True:

@@ -20638,6 +20638,22 @@ def test_what_is_held_of_pipelined_requests_is_bounded(relay):
     assert most <= monorelay.HELD_BYTES + monorelay.RECEIVE_BYTES
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("fields", [1, 190])
+def test_of_who_shows_no_token_and_takes_nothing_no_long_head_is_kept(relay, small_buffers, fields):
+    it = relay({"echo": {}}, server={"log": "off"})
+    long = [f"x-{number}: {'x' * (50_000 // fields)}" for number in range(fields)]
+
+    def is_held_up() -> bool:
+        handler, exchange = next(iter(it.server.handlers)), next(iter(it.server.service.running))
+        held = len(handler.channel.received)
+        return handler.channel.is_full and held <= monorelay.UNKNOWN_HELD_BYTES and not exchange.request.fields
+
+    with it.client(SO_RCVBUF=1 << 12) as client:
+        floods(client, request("GET", "/dashboard", None, *long, token="") * 20)
+        eventually(is_held_up)
+
+
 INVENTED = {
     "paths": lambda n: (f"/v1/files/{n}-" + "x" * 15_000, None, []),
     "escaped paths": lambda n: (f"/v1/files/{n}-" + "%41" * 500 + "x" * 13_500, None, []),
