@@ -15359,12 +15359,12 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     def _refuses(self, client_address: Any) -> bool:
         """Whether there is no place left for a new connection, not even to be told so. Of the connections that wait to
-        be begun, only those from its own address count: they go before it. Each of them makes room when it is begun; if
-        none waits, room is made for the next one."""
+        be begun, only those from its own address count: they go before it, and the fewer they are, the longer there is
+        a place. Each of them makes room when it is begun; if none waits, room is made for the next one."""
         loop, network = self.service.loop, network_of(str(client_address[0]))
         most = self.connection_limit + OVER_LIMIT_CONNECTIONS
         waiting, own = len(loop.arrived), loop.arrived.of(network)
-        if len(self.handlers) - waiting + own < most and len(self.handlers) < most + OVER_LIMIT_CONNECTIONS:
+        if len(self.handlers) - waiting + own < most and own < most + OVER_LIMIT_CONNECTIONS - len(self.handlers):
             return False
         if not own:
             loop.post(lambda: loop.arrived.put(self.make_room, network))

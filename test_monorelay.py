@@ -22975,18 +22975,19 @@ def test_a_new_connection_does_not_wait_for_many_of_another_address(relay, monke
     assert begun.index("192.0.2.2") == 1
 
 
-def test_many_new_connections_of_one_address_leave_another_its_place(monkeypatch):
+@pytest.mark.parametrize("crowd", [(1, 1, 1, 1, 1, 1), (1, 5, 1, 5, 1, 5)])
+def test_many_new_connections_of_one_or_two_addresses_leave_others_their_place(monkeypatch, crowd):
     monkeypatch.setattr(monorelay, "OVER_LIMIT_CONNECTIONS", 2)
     server = monorelay.RelayServer(parse({"echo": {}}, server={"max_connections": 3}), log=io.StringIO())
     loop, taken = server.service.loop, []
     with contextlib.ExitStack() as stack:
-        for number in (1, 1, 1, 1, 1, 1, 2, 1, 3, 4):
+        for number in (*crowd, 2, 1, 3, 4):
             _, theirs = map(stack.enter_context, socket.socketpair())
             server.process_request(theirs, (f"192.0.2.{number}", 1))
             loop._serve_posted()
             if theirs.fileno() >= 0:
                 taken.append(number)
-        assert taken == [1] * 5 + [2, 3], "another one finds room, and those of any number are bounded"
+        assert taken == [*crowd[:5], 2, 3], "another one finds room, and those of any number are bounded"
         assert len(loop.arrived) == 8, "one that is refused has room made, in its turn, if none of its address waits"
         for _ in range(6):
             loop.arrived.take()()
