@@ -185,6 +185,7 @@ DISCARD_SECONDS = 0.5  # a short body that was sent has arrived by then
 SHARES_AT_ONCE = 32  # users' shares of connections that are counted to make room; each takes 0.3 ms for 4,096 of them
 # To make room for others, those idle for longer are closed first, then those busy for longer without a token.
 UNPROVEN_SECONDS = 1.0
+UNPROVEN_LEAST_SECONDS = 0.25  # the same if there are none: thousands of heads may begin within a second
 HEAD_SECONDS = 20.0  # Apache's RequestReadTimeout header=20
 BODY_PAUSE_SECONDS = 60.0  # nginx's client_body_timeout
 IDLE_SECONDS = 75.0  # nginx's keepalive_timeout
@@ -15157,7 +15158,9 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Closes the connection that has the least to lose; whether there was one that may be closed. One that has been
         idle for a moment only may be new, and its first request on the way."""
         now = self.service.loop.now
-        handler = self._idle_longest(now - UNPROVEN_SECONDS) or self._unproven_longest() or self._idle_longest(now)
+        times = now - UNPROVEN_SECONDS, now - UNPROVEN_LEAST_SECONDS
+        found = (find(latest) for latest in times for find in (self._idle_longest, self._unproven_longest))
+        handler = next(filter(None, found), None) or self._idle_longest(now)
         if not handler or not handler.task:
             return False
         handler.task.cancel()
@@ -15182,10 +15185,10 @@ class RelayServer(http.server.ThreadingHTTPServer):
                 return handler
         return None
 
-    def _unproven_longest(self) -> Optional[Handler]:
-        """The connection that has been busy for longest without having shown a token, if for over UNPROVEN_SECONDS."""
+    def _unproven_longest(self, latest: float) -> Optional[Handler]:
+        """The connection that has been busy for longest without having shown a token, from before `latest` on."""
         handler = next(iter(self.unproven), None)
-        if not handler or self.unproven[handler] >= self.service.loop.now - UNPROVEN_SECONDS:
+        if not handler or self.unproven[handler] >= latest:
             return None
         handler.evicted = True
         return handler

@@ -23362,6 +23362,23 @@ def test_where_few_descriptors_are_left_each_new_connection_makes_room_for_the_n
         assert clients[0].ended_within(TIMEOUT_SECONDS) and len(it.server.served) <= 5
 
 
+@pytest.mark.parametrize(
+    ("idle", "unproven", "goes"),
+    [(2, 3, "idle"), (0.5, 2, "unproven"), (0.5, 0.75, "idle"), (0.125, 0.5, "unproven"), (0.125, 0.125, "idle")],
+)
+def test_heads_that_thousands_have_begun_within_a_second_make_room(relay, idle, unproven, goes):
+    server = relay({"echo": {}}).server
+    now, stubs = server.service.loop.now, {name: Stub(server) for name in ("idle", "unproven")}
+    stubs["idle"].closes = True
+    try:
+        server.idle[stubs["idle"]], server.unproven[stubs["unproven"]] = now - idle, now - unproven
+        assert server.make_room()
+        assert [name for name in stubs if stubs[name].closed] == [goes]
+    finally:
+        server.idle.clear()
+        server.unproven.clear()
+
+
 def test_few_shares_of_connections_are_counted_to_make_room(relay, monkeypatch):
     counted: list[str] = []
     server = relay({"echo": {}}).server
