@@ -5054,7 +5054,8 @@ def translate_request(
         raise BadRequest("the body is nested too deeply to be translated") from None
     limit = TRANSLATED_GROWTH * size + WRITTEN_CHARACTERS + len(draft.settings.extra)
     if sum(map(len, written)) > limit:
-        raise BadRequest(f"the body would become {TRANSLATED_GROWTH} times as long for the provider")
+        longer = f"the body would become over {TRANSLATED_GROWTH} times as long in the provider's format"
+        raise BadRequest(f"{longer}; send fewer tools or messages that are nearly empty")
     asked = Asked(
         format, asked_model, target.provider.name, stream, request_id, int(now), draft.names, **draft.about_answer
     )

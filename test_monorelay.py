@@ -5501,7 +5501,8 @@ def test_a_translation_holds_as_much_as_the_body_and_little_more_while_it_is_mad
 
 def test_a_body_that_would_become_many_times_as_long_is_not_translated():
     tools, extra = [{"name": "a"}] * 1500, {"a": "x" * 200_000}
-    assert not_translated(lambda: to_chat(tools=tools)) == "the body would become 3 times as long for the provider"
+    refused = "the body would become over 3 times as long in the provider's format; send fewer tools or messages that"
+    assert not_translated(lambda: to_chat(tools=tools)).startswith(refused)
     assert len(to_chat(tools=tools[:500])[0]["tools"]) == 500
     assert to_chat(target_of(extra=extra))[0]["a"] == extra["a"]
 
