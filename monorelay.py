@@ -3225,9 +3225,9 @@ class LongHeaders(Headers):
         if name == "connection":
             return Headers([(name, value) for value in self.all(name)]).connection
         if name == "names":
-            return re.findall("\n([^:]*):", self._folded)
+            return re.findall("\n([^:\n]*):", self._folded)
         if name == "pairs":
-            return re.findall("\n([^:]*):(.*)", self._lines)
+            return re.findall("\n([^:\n]*):(.*)", self._lines)
         raise AttributeError(name)
 
     def __contains__(self, name: object) -> bool:
@@ -9851,7 +9851,9 @@ class Task:
         self.deadline = math.inf
         self._loop.tasks.pop(self, None)
         while self._waiting:  # emptied, since a task that is done may be kept for long
-            self._loop.resume_in_turn(self._waiting.popitem()[0])
+            waiting = next(iter(self._waiting))
+            self._loop.resume_in_turn(waiting)
+            del self._waiting[waiting]
 
 
 Action = Callable[[], object]
