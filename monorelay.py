@@ -15128,7 +15128,6 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self._spare = io.FileIO(os.devnull)
         self._spare_lock = threading.Lock()  # guards the spare descriptor
         self._work_limit = descriptor_limit() // 2  # of connections at work: most need one to a provider as well
-        self._socket_limit = descriptor_limit() * 15 // 16  # beyond so many, few descriptors are left
         self._accepting = True
         self._acceptors: list[threading.Thread] = []  # for the other addresses than the first
         self._refusal_logged = self._tls_logged = -math.inf
@@ -15148,10 +15147,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         return min(limit, 150) if os.name == "nt" else limit
 
     def admit(self, handler: Handler) -> bool:
-        """Whether a new connection is served: beyond max_connections another one has to make room. So it has where few
-        descriptors are left: without any, the next connection would be refused before room is made."""
-        if len(self.service.loop.selector.get_map()) > self._socket_limit:
-            self.service.loop.make_room()
+        """Whether a new connection is served: beyond max_connections another one has to make room."""
         if len(self.served) >= self.connection_limit and not self.make_room():
             return False
         self.served[handler] = None

@@ -23354,15 +23354,6 @@ def test_making_room_looks_at_each_stuck_connection_once(relay, count):
         server.unproven.clear()
 
 
-def test_where_few_descriptors_are_left_each_new_connection_makes_room_for_the_next(relay):
-    it = relay({"echo": {}})
-    it.server._socket_limit = 5
-    with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(it.client()) for _ in range(12)]
-        assert [client.ask("GET", "/health").status for client in clients[-3:]] == [200] * 3
-        assert clients[0].ended_within(TIMEOUT_SECONDS) and len(it.server.served) <= 5
-
-
 @pytest.mark.parametrize(
     ("idle", "unproven", "goes"),
     [(2, 3, "idle"), (0.5, 2, "unproven"), (0.5, 0.75, "idle"), (0.125, 0.5, "unproven"), (0.125, 0.125, "idle")],
