@@ -11998,6 +11998,15 @@ async def peek(loop: EventLoop, response: UpstreamResponse, until: Optional[re.P
 ABOUT_ACCOUNT = re.compile(rb"(?i)organization|project|workspace|profile")
 
 
+async def as_wanted(request: UpstreamRequest, target: Target, waiting: Sequence[Candidate]) -> UpstreamRequest:
+    """The request as the target gets it, translated or not, before the candidates that wait. Raises BadRequest, and
+    Unavailable when there is no room for it."""
+    if not request.translate:
+        return request
+    is_last = all(other.target == target for other in waiting)
+    return await request.translate(target, is_last) or request
+
+
 class Relay:
     """Gets responses from upstream. Outlives a reload."""
 
@@ -12019,8 +12028,7 @@ class Relay:
             while waiting:
                 candidate = waiting.pop(0)
                 try:
-                    is_last = all(other.target == candidate.target for other in waiting)
-                    wanted = (request.translate and await request.translate(candidate.target, is_last)) or request
+                    wanted = await as_wanted(request, candidate.target, waiting)
                 except BadRequest as error:
                     refusal = refusal or error.with_traceback(None)
                     continue
