@@ -15264,6 +15264,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         for listener in self._listeners:
             listener.close()
         self._run_in_loop(self._begin_draining)
+        self._run_in_loop(lambda: None)  # behind all that it has posted
         while any(handler.answering for handler in list(self.handlers)) and clock() < deadline:
             time.sleep(0.02)
         self._run_in_loop(self._cut_all)
@@ -15312,12 +15313,14 @@ class RelayServer(http.server.ThreadingHTTPServer):
                         break  # nor one to refuse it with
 
     def _begin_draining(self) -> None:
-        """Has new requests refused from now on, and closes the connections on which none has come."""
+        """Has new requests refused from now on. Posts what closes the connections on which none has come: of thousands,
+        each takes 30 µs."""
+        loop = self.service.loop
         self.service.draining = True
-        while self.service.loop.arrived:  # who was connected before the end is answered
-            self.service.loop.arrived.take()()
+        while loop.arrived:  # who was connected before the end is answered
+            loop.post(loop.arrived.take())
         for handler in list(self.handlers):
-            handler.close_if_idle()
+            loop.post(handler.close_if_idle)
         for page in list(self.service.pages):
             page.end()
 

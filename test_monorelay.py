@@ -24911,6 +24911,25 @@ def test_a_relay_that_gets_no_thread_any_more_drains_all_the_same(upstream, rela
         client.until(b"message_stop")
 
 
+def test_idle_connections_are_closed_in_steps_at_the_end(relay, monkeypatch):
+    it, turns = relay({"echo": {}}), collections.Counter()
+    close, loop = monorelay.Handler.close_if_idle, it.server.service.loop
+
+    def close_slowly(handler: Any) -> None:
+        turns[loop.turn] += 1
+        time.sleep(0.001)
+        close(handler)
+
+    monkeypatch.setattr(monorelay.Handler, "close_if_idle", close_slowly)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(it.client()) for _ in range(40)]
+        assert {client.ask("GET", "/health").status for client in clients} == {200}
+        it.server.stop(20.0)
+        assert all(client.ended_within(1) for client in clients)
+    assert sum(turns.values()) == 40
+    assert max(turns.values()) <= 1000 * monorelay.POSTED_SECONDS + 1
+
+
 @pytest.mark.parametrize("at", ["the thread", "a wait", "a connection"])
 def test_a_relay_drains_after_a_moment_without_memory_too(upstream, relay, monkeypatch, at):
     gate = threading.Event()
