@@ -9552,19 +9552,12 @@ class Channel:
         sent = self.send_now(data)
         rest = memoryview(data)[sent:] if sent < len(data) else b""
         while rest:
-            deadline, taken = self._loop.now + pause_seconds / 2, -1  # by then, what was on its way has arrived
-            sent = 0
+            patience, sent = Patience(self, self._loop.now, pause_seconds), 0
             while not sent:
                 if has_responded and has_responded():
                     raise EarlyResponse(rest)
-                try:
-                    await until(deadline)
-                    sent = self.send_now(rest)
-                except Overdue:
-                    before, taken = taken, self.taken()
-                    if before == taken:
-                        raise
-                    deadline += pause_seconds / 2 if before < 0 else pause_seconds
+                await patience.wait()
+                sent = self.send_now(rest)
             rest = rest[sent:]
 
     async def arrival(self, deadline: float) -> bool:
@@ -9581,10 +9574,10 @@ class Channel:
             await until(deadline)
 
     async def send_rest(self) -> None:
-        """Sends what was put off, within STALLED_CLIENT_SECONDS. Raises Overdue and OSError."""
-        deadline = self._loop.now + STALLED_CLIENT_SECONDS
+        """Sends what was put off. Raises Overdue when nothing was taken for STALLED_CLIENT_SECONDS, and OSError."""
+        patience = Patience(self, self._loop.now, STALLED_CLIENT_SECONDS)
         while not self.flush():
-            await until(deadline)
+            await patience.wait()
 
     async def finish_sending(self) -> None:
         """Sends what was put off, and closes this side. Raises Overdue and OSError."""
@@ -9793,6 +9786,29 @@ class Channel:
         else:
             selector.modify(self.sock, wanted, self._ready)
         self._watched = wanted
+
+
+class Patience:
+    """The time for which the peer of a channel may take nothing of what is to be sent."""
+
+    def __init__(self, channel: Channel, begun: float, seconds: float) -> None:
+        self._channel = channel
+        self._seconds = seconds
+        self._deadline = begun + seconds / 2  # by then, what was on its way has arrived
+        self._taken = -1
+
+    async def wait(self) -> None:
+        """Waits until something may have happened. Raises Overdue when the peer has taken nothing for so long, and
+        ClientGone."""
+        while True:
+            try:
+                await until(self._deadline)
+                return
+            except Overdue:
+                before, self._taken = self._taken, self._channel.taken()
+                if before == self._taken:
+                    raise
+                self._deadline += self._seconds / 2 if before < 0 else self._seconds
 
 
 class Task:

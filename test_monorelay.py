@@ -10950,6 +10950,28 @@ def test_what_is_put_off_is_sent_in_several_turns_where_that_takes_long(looping)
     assert sorted(Counter(turns).values()) == [2] * 3
 
 
+def test_what_was_put_off_is_sent_for_as_long_as_some_of_what_went_before_is_taken(looping, monkeypatch):
+    near, far = socket.socketpair()
+    taken = iter((1, 2, 3, 3))
+    monkeypatch.setattr(monorelay.Channel, "taken", lambda channel: next(taken))
+
+    async def sends() -> None:
+        channel = monorelay.Channel(near, looping.loop)
+        near.send(bytes(1 << 22))
+        channel._outgoing = b"the end"
+        with contextlib.suppress(monorelay.Overdue):
+            await channel.send_rest()
+        channel.close()
+
+    with near, far:
+        task = looping.start(sends())
+        for seconds in (30.0, 30.0, 60.0, 59.0):
+            looping.clock.move(seconds)
+            assert not task.done
+        looping.clock.move(1.0)
+        assert task.done and next(taken, "all asked for") == "all asked for"
+
+
 def test_a_send_is_overdue_when_nothing_was_taken_for_the_pause(looping):
     near, far = socket.socketpair()
     data, told = bytes(1 << 22), []
