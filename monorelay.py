@@ -1941,12 +1941,12 @@ def check_password(password: str, hashed: str) -> bool:
 
 def network_of(address: str) -> str:
     """As whom an address counts: an IPv6 one as its /64, which is the least that one customer gets (RFC 6177)."""
+    if ":" not in address:
+        return address
     try:
-        found = ipaddress.ip_address(address.partition("%")[0])
+        found = ipaddress.IPv6Address(address.partition("%")[0])
     except ValueError:
         return address
-    if isinstance(found, ipaddress.IPv4Address):
-        return str(found)
     return str(found.ipv4_mapped or ipaddress.IPv6Network((int(found) >> 64 << 64, 64)))
 
 
