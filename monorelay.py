@@ -9355,6 +9355,15 @@ def tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, option, seconds)
 
 
+def tcp_info(sock: socket.socket, size: int) -> bytes:
+    """The first bytes of what Linux tells of a TCP connection; zeros where it, or another system, doesn't."""
+    try:
+        told = sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, size) if TCP_INFO else b""
+    except OSError:
+        told = b""
+    return told.ljust(size, b"\0")
+
+
 class TlsSocket:
     """TLS on a connected socket that doesn't block. It gives OpenSSL one piece of what has arrived at a time: an
     OpenSSL that reads the socket itself doesn't return while records without content come, maybe without end."""
@@ -9646,31 +9655,20 @@ class Channel:
         raise ConnectionResetError(errno.ECONNRESET, "the kept connection was closed, or spoke unasked")
 
     def has_hung_up(self) -> bool:
-        """Whether the peer has closed while its bytes still wait in the kernel. TCP_INFO tells on Linux; elsewhere the
-        next send fails."""
-        try:
-            state = self.sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 1)[0] if TCP_INFO else 0
-        except OSError:
-            return False
-        return state in (TCP_CLOSE, TCP_CLOSE_WAIT)
+        """Whether the peer has closed while its bytes still wait in the kernel. Where that isn't told, the next send
+        fails."""
+        return tcp_info(self.sock, 1)[0] in (TCP_CLOSE, TCP_CLOSE_WAIT)
 
     def is_lost(self) -> Optional[bool]:
         """Whether so much had to be sent again without an acknowledgement that the peer isn't there any more: its
         network, this one or a NAT between them has changed. None if nothing had to, or the system doesn't tell."""
-        try:
-            resent, probes = self.sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 4)[2:4] if TCP_INFO else (0, 0)
-        except OSError:
-            return None
+        resent, probes = tcp_info(self.sock, 4)[2:]
         return resent + probes >= LOST_RESENDS if resent + probes else None
 
     def taken(self) -> int:
         """How many bytes the peer's system has taken so far; 0 where this one doesn't tell. It tells of room to send
         when a third of its buffer, of up to 4 MB, is free: minutes later for a peer that takes 10 kB/s."""
-        try:
-            told = self.sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 128) if TCP_INFO else b""
-        except OSError:
-            return 0
-        return int.from_bytes(told[120:128], sys.byteorder)
+        return int.from_bytes(tcp_info(self.sock, 128)[120:], sys.byteorder)
 
     def abort_on_close(self, abort: bool) -> None:
         """Sets whether close() resets the connection: a reset can't be taken for the end of a response."""
