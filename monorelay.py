@@ -74,7 +74,7 @@ import time
 import types
 import warnings
 import zlib
-from collections.abc import Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, Callable, NamedTuple, NoReturn, Optional, TypeVar, Union
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
@@ -9813,11 +9813,16 @@ class Task:
     """A coroutine that the loop runs; `client` is the channel of the client that it serves, and `origin` says whose it
     is, where it has to wait for its turn."""
 
-    __slots__ = ("_coroutine", "_loop", "_result", "_waiting", "client", "deadline", "done", "origin", "unseen")
+    __slots__ = (
+        "_coroutine", "_loop", "_name", "_result", "_waiting", "client", "deadline", "done", "origin", "unseen",
+    )  # fmt: skip
 
-    def __init__(self, coroutine: Coroutine[float, None, Any], loop: "EventLoop", origin: str) -> None:
+    def __init__(
+        self, coroutine: Coroutine[float, None, Any], loop: "EventLoop", origin: str, name: Hashable = None
+    ) -> None:
         self.client: Optional[Channel] = None
         self.origin = origin
+        self._name = name  # by which others find it, see start_for_all()
         self.deadline = math.inf
         self.unseen = 0  # events on its channels, and results, that wait for their turn
         self.done = False
@@ -9851,7 +9856,7 @@ class Task:
         self._end()
         self._coroutine.close()
 
-    async def finished(self, deadline: float) -> Any:
+    async def finished(self, deadline: float = math.inf) -> Any:
         """What its coroutine returns, None after a defect; waits until it is done. Raises Overdue and ClientGone."""
         while not self.done:
             self._waiting[self._loop.current] = None
@@ -9864,6 +9869,7 @@ class Task:
         self.client = None
         self.deadline = math.inf
         self._loop.tasks.pop(self, None)
+        self._loop.for_all.pop(self._name, None)
         while self._waiting:  # emptied, since a task that is done may be kept for long
             waiting = next(iter(self._waiting))
             self._loop.resume_in_turn(waiting)
@@ -9932,6 +9938,7 @@ class EventLoop:
         # No set, which keeps what is added without memory for more room, though it says that it can't, and which hangs
         # when it is full of such.
         self.tasks: dict[Task, None] = {}
+        self.for_all: dict[Hashable, Task] = {}  # those that any number may wait for
         self.sweep_at = 0.0
         self._look_at = 0.0  # when clients with full buffers are looked at again
         self._unlooked = 0  # how many origins wait for that
@@ -9976,13 +9983,19 @@ class EventLoop:
             except OSError:
                 self._wakeup_pending = False  # the loop has just ended, or the system has no memory for a moment
 
-    def start(self, coroutine: Coroutine[float, None, Any], origin: str = "") -> Task:
+    def start(self, coroutine: Coroutine[float, None, Any], origin: str = "", name: Hashable = None) -> Task:
         """Begins a task, and runs it until it waits for the first time. It has the origin of the one that begins it
         unless another is given."""
-        task = Task(coroutine, self, origin or (self.running.origin if self.running else ""))
+        task = Task(coroutine, self, origin or (self.running.origin if self.running else ""), name)
         self.tasks[task] = None
+        if name is not None:
+            self.for_all[name] = task
         task.resume()
         return task
+
+    def start_for_all(self, name: Hashable, work: Callable[[], Coroutine[float, None, Any]]) -> Task:
+        """The task that does some work, once for all who ask for it by this name until it is done."""
+        return self.for_all.get(name) or self.start(work(), FOR_ALL, name)
 
     def run(self) -> None:
         """Serves until it is stopped."""
@@ -11058,7 +11071,6 @@ class UpstreamPool:
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
         self._idle: dict[tuple[str, str, int, str], list[Channel]] = {}
-        self._lookups: dict[tuple[str, int], Task] = {}  # those that run, each for all who wait for it
         self._failed: dict[Any, float] = {}  # addresses that took no connection, and when
         self._tls: Optional[ssl.SSLContext] = None
 
@@ -11183,19 +11195,15 @@ class UpstreamPool:
             return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         except socket.gaierror:
             pass  # it is a name
-        lookup = self._lookups.get((host, port))
-        if not lookup or lookup.done:
-            lookup = self._lookups[host, port] = self._loop.start(self._look_up(host, port), FOR_ALL)
+        look_up = functools.partial(self._look_up, host, port)
         found: Union[list[Any], Exception, None] = None
         try:
-            found = await lookup.finished(deadline)
-            if self._lookups.get((host, port)) is lookup:  # others may have begun the next one meanwhile
-                del self._lookups[host, port]  # an error that is raised keeps the frames of all who have waited
+            found = await self._loop.start_for_all((host, port), look_up).finished(deadline)
             if isinstance(found, Exception):
                 raise found
             return found or []
         finally:
-            found = lookup = None  # else its traceback and this frame would keep each other
+            found = None  # else its traceback and this frame would keep each other
 
     async def _look_up(self, host: str, port: int) -> Union[list[Any], Exception]:
         """The addresses of a name, looked up in a thread, or why there are none."""
@@ -12309,7 +12317,6 @@ class Catalogue:
         self._relay = relay
         self._loop = loop
         self._lists: dict[Provider, tuple[float, list[JsonDict]]] = {}  # fresh until when, and what
-        self._fetches: dict[Provider, Task] = {}  # those that run, each for all who wait for it
         self._warned: set[str] = set()  # the providers whose lists can't be read
         self._named: tuple[Optional[Config], list[JsonDict]] = (None, [])  # what a relay.json names, for all who ask
 
@@ -12328,11 +12335,7 @@ class Catalogue:
         now = self._loop.now
         nothing: tuple[float, list[JsonDict]] = (-math.inf, [])
         stale = [provider for provider in providers if self._lists.get(provider, nothing)[0] < now]
-        self._fetches = {provider: fetch for provider, fetch in self._fetches.items() if not fetch.done}
-        fetches = [
-            self._fetches.get(provider) or self._loop.start(self._fetch(provider), FOR_ALL) for provider in stale
-        ]
-        self._fetches.update(zip(stale, fetches))
+        fetches = [self._loop.start_for_all(it, functools.partial(self._fetch, it)) for it in stale]
         try:
             for fetch in fetches:
                 await fetch.finished(now + CATALOGUE_WAIT_SECONDS)
@@ -13042,12 +13045,9 @@ class Workers:
         self._others: list[JsonDict] = []  # what the others, and those that have ended, have counted,
         self._read_at = -math.inf  # when that was read,
         self._summed: Optional[Tally] = None  # what all have, where there are others,
-        self._summed_at = -math.inf  # when that was summed up,
-        self._gathering: Optional[Task] = None  # and what does so, for all who wait for it
-        self._writing: Optional[Task] = None  # what writes the metrics, for all who wait for them
-        # The budgets of all, of which configuration and when they were looked up; and what does so.
+        self._summed_at = -math.inf  # and when that was summed up
+        # The budgets of all: of which configuration, and when they were looked up.
         self._budgets: tuple[Optional[Config], float, list[JsonDict]] = (None, -math.inf, [])
-        self._listing: Optional[Task] = None
         if place:
             service.relay.keys.changed = self.show_soon
             service.ledger.changed = lambda: service.loop.post(self.show_soon)
@@ -13110,9 +13110,7 @@ class Workers:
         """Takes over what the others have counted, for who asks below. Each of them may take 20 ms: it is done step by
         step, once for all who ask meanwhile."""
         if self._place and self._service.loop.now >= self._summed_at + SUMMED_SECONDS:
-            if not self._gathering or self._gathering.done:
-                self._gathering = self._service.loop.start(self._gather(self._place), FOR_ALL)
-            await self._gathering.finished(math.inf)
+            await self._service.loop.start_for_all("sums", functools.partial(self._gather, self._place)).finished()
 
     async def _gather(self, place: "PlaceOnBoard") -> None:
         loop = self._service.loop
@@ -13166,9 +13164,8 @@ class Workers:
             listed, listed_at, _ = self._budgets
             if listed is config and self._service.loop.now < listed_at + SUMMED_SECONDS:
                 break
-            if not self._listing or self._listing.done:
-                self._listing = self._service.loop.start(self._list_budgets(config), FOR_ALL)
-            await self._listing.finished(math.inf)
+            list_budgets = functools.partial(self._list_budgets, config)
+            await self._service.loop.start_for_all("budgets", list_budgets).finished()
         return self._budgets[2]
 
     async def _list_budgets(self, config: Config) -> None:
@@ -13193,9 +13190,7 @@ class Workers:
 
     async def metrics(self) -> bytes:
         """All that is counted, for Prometheus; who asks while that is being written gets the same text."""
-        if not self._writing or self._writing.done:
-            self._writing = self._service.loop.start(self._write_metrics(), FOR_ALL)
-        return bytes(await self._writing.finished(math.inf))
+        return bytes(await self._service.loop.start_for_all("metrics", self._write_metrics).finished())
 
     async def _write_metrics(self) -> bytes:
         await self.gather()
