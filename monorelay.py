@@ -20,7 +20,8 @@ The way of a request:
 
     RelayServer.process_request   a connection is accepted; a Handler serves it as a task of the EventLoop
     Handler._next_head            waits for a whole head
-    Handler._respond              makes an Exchange, reads the head strictly, finds the endpoint, asks who calls
+    Handler._serve_request        makes an Exchange, in which all stands that is known of the request
+    Handler._respond              reads the head strictly, finds the endpoint, asks who calls
     answer_by_model               an endpoint: reads the body for its model
     relay_by_model                turns the model into targets, then candidates: a target with a key
     Relay.obtain                  takes candidate after candidate, until one's response isn't a failure
@@ -3573,7 +3574,8 @@ LAST_CHUNK = b"0\r\n\r\n"
 # ==== Headers passed on =============================================================================
 #
 # All that a message says end to end is passed on as it came, in its order and with its repetitions; what is not:
-# hop-by-hop fields, credentials, and what the relay itself says. Also here: CORS, retry-after, paths.
+# hop-by-hop fields, credentials, and what the relay itself says. Also here: CORS, retry-after, paths, and what an
+# error's status and body say: about the key, or about what was asked.
 
 # What the relay tells of a response.
 OWN_HEADERS = (
@@ -12038,8 +12040,9 @@ class Relay:
         self._loop = loop
 
     async def obtain(self, request: UpstreamRequest) -> UpstreamResponse:
-        """The response to deliver: the first that isn't a failure, else the last one there was. Raises
-        UpstreamFailed, UpstreamSilent, Unavailable, ClientGone, and what reading the body raises."""
+        """The response to deliver: the first that isn't a failure, else the last one there was. Raises UpstreamFailed,
+        UpstreamSilent, Unavailable, BadRequest where it can't be translated, ClientGone, and what reading the body
+        raises."""
         last: Optional[UpstreamResponse] = None
         broken: Optional[Attempt] = None  # the last try that brought none
         refusal: Optional[BadRequest] = None  # what the first target said that the request can't be translated to
@@ -15101,7 +15104,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 #   accept         one thread for each address: it makes a Handler, which posts its task to the loop
 #   event loop     serves; all else belongs to it
 #   log, ledger    write; what they are given waits in a deque, which several threads may use
-#   worker         four kinds: names; echo and translations; passwords; queries of the ledger. Each posts its result
+#   worker         five kinds: names; steps of TLS; echo, translations and long errors; passwords; queries of the
+#                  ledger. Each posts its result
 #   operator       waits for signals and edits, replaces `service.routing` as a whole, and stops the server
 #
 # `handlers` is added to by the thread that accepts, and else belongs to the loop; whoever else reads it takes a copy.
