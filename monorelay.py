@@ -8522,8 +8522,7 @@ class Tally:
         for names, sums in self._narrowest({*columns} if user is None else {*columns, USER}):
             if user not in (None, names[USER]):
                 continue
-            name = tuple(names[column] for column in columns)
-            found[name] = [a + b for a, b in zip(found[name], sums)] if name in found else sums[:TTFB_AT]
+            add_to(found.setdefault(tuple(names[column] for column in columns), [0] * TTFB_AT), sums)
         return found
 
     def _narrowest(self, columns: set[int]) -> Iterator[tuple[tuple[str, str, str, str], list[int]]]:
@@ -13278,7 +13277,7 @@ class History:
             sums: dict[int, list[int]] = {}
             for (hour, owner), figures in self._service.workers.tally().hours.items():
                 if user in (None, owner) and hour >= since:
-                    sums[hour] = [a + b for a, b in zip(sums.get(hour, [0] * len(figures)), figures)]
+                    add_to(sums.setdefault(hour, [0] * len(SUMS)), figures)
             rows = [[hour, *sums[hour]] for hour in sorted(sums)]
         named = (dict(zip(("hour", *SUMS), row)) for row in rows)
         return [
