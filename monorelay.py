@@ -9416,7 +9416,8 @@ class TlsSocket:
                 raise
         # Behind these bytes comes the end or an error: shut down, the socket is reported by the selector again.
         if pieces:
-            self._end_reading()
+            with contextlib.suppress(OSError):  # it is closed already
+                self._sock.shutdown(socket.SHUT_RD)
         return b"".join(pieces)
 
     def send(self, data: Union[bytes, memoryview]) -> int:
@@ -9441,12 +9442,6 @@ class TlsSocket:
             self._arrived.write(data)
         else:
             self._arrived.write_eof()
-
-    def _end_reading(self) -> None:
-        try:
-            self._sock.shutdown(socket.SHUT_RD)
-        except OSError:
-            pass  # it is closed already
 
     def _flush(self) -> bool:
         """Sends the records that were made; whether all of them were sent. Raises OSError."""
