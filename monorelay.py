@@ -223,8 +223,7 @@ JWT_SECRET_BYTES = 32  # RFC 7518 §3.2: a key at least as long as the hash
 JWT_BYTES = 8 * 1024  # as long as a header line may be for nginx; an access key isn't longer either
 JWT_HEADER_BYTES = 512  # of it, which is read before anybody is known; the usual ones have 36
 SHOWN_TOKENS = 2  # one in `Authorization`, one in `x-api-key`
-USER_KEY_CHARACTERS = 16
-OPEN_ACCESS_KEY_CHARACTERS = 16  # the least for a relay that listens beyond this machine
+KEY_CHARACTERS = 16  # the least of a user's key, and of the owner's where the relay listens beyond this machine
 CATALOGUE_BYTES = 2 * 1024 * 1024  # of a provider's list; the longest known has 1 MB
 ECHO_VALUES = 50_000  # in a request to echo, which take up to 5 MB
 ECHO_FRACTIONS = 5000  # numbers with a fraction among them, which `json` writes in up to 5 ms
@@ -244,7 +243,6 @@ SECRET_FILE_CHARACTERS = 64 * 1024
 SECRET_CHARACTERS = 8  # of one that is looked for in errors; shorter ones may be words that stand anywhere
 RATE_LIMIT_FIELDS = 40  # of a response that are remembered; Anthropic sends some 20
 LOGIN_BODY_BYTES = 16 * 1024  # who logs in hasn't shown a token yet
-LOGIN_BODY_SECONDS = 20.0  # as for a head
 TRUSTED_ADDRESSES = 1000
 THROTTLED_NAMES = 4096
 THROTTLED_PROBES = 64  # rows in which a name may be counted: to look into each of thousands takes milliseconds
@@ -288,9 +286,8 @@ STUCK_SECONDS = 5.0  # after which the end doesn't wait for the event loop; a wh
 CUT_SECONDS = 2 * LOG_LAST_SECONDS  # within which a worker must have logged what it cuts, and ended
 CUT_NAMED = 5  # requests whose ids one line of the log has room for
 CUT_LINES = 1000  # requests that are logged when they are cut at the end
-DESCRIPTOR_WARNING_SECONDS = 10.0  # between two warnings that no file descriptor is left for a connection
+WARNING_SECONDS = 60.0  # between two warnings of one kind, where each connection or write may bring one
 DESCRIPTOR_PAUSE_SECONDS = 0.05  # before the next connection is looked at then
-TLS_WARNING_SECONDS = 60.0  # between two warnings of clients that take the port for one of HTTPS
 LOG_VALUE_CHARACTERS = 200
 LOG_LINE_BYTES = 4096  # PIPE_BYTES of Linux
 LOG_VALUE_BYTES = 240  # of each of 13 values in a line that would be longer
@@ -312,7 +309,6 @@ LEDGER_BATCH_ROWS = 1000  # in a transaction; takes some 15 ms
 LEDGER_BACKLOG_ROWS = 10_000  # more than that waiting for a file that can't be written is dropped, and counted
 LEDGER_SWEPT_ROWS = 5000  # that are too old, in a transaction; takes some 5 ms
 LEDGER_SUMS_DAYS = 400  # for which the sums are kept: a year, and the month to compare it with
-LEDGER_WARNING_SECONDS = 60.0
 LEDGER_JUMP_SECONDS = 60.0  # that the clock is ahead of what it was: it was set, or the machine has slept
 LEDGER_BELIEVED_SECONDS = 86400.0  # for which it must stay ahead before the rows are deleted that are too old by it
 LEDGER_SEARCHED_ROWS = 200_000  # for those that are wanted; takes some 0.1 s, for which nobody can write
@@ -1029,8 +1025,8 @@ def header_secret(value: str) -> str:
 def as_user_keys(value: Any) -> tuple[Secret, ...]:
     """The keys of a user that aren't empty, of one or of a list, long enough not to be guessed."""
     keys = as_access_keys(value)
-    if any(len(key.reveal()) < USER_KEY_CHARACTERS for key in keys):
-        raise ValueError(f"must have at least {USER_KEY_CHARACTERS} characters each")
+    if any(len(key.reveal()) < KEY_CHARACTERS for key in keys):
+        raise ValueError(f"must have at least {KEY_CHARACTERS} characters each")
     return keys
 
 
@@ -1664,12 +1660,12 @@ def start_obstacle(config: Config) -> str:
     if is_loopback(config.server.host):
         return ""
     keys = config.server.access_keys
-    strong = all(len(key.reveal()) >= OPEN_ACCESS_KEY_CHARACTERS for key in keys)
+    strong = all(len(key.reveal()) >= KEY_CHARACTERS for key in keys)
     if strong and (keys or config.server.jwt_secret or config.user_keys):
         return ""
     return (
         f"server.host: {config.server.host} is open to others: set server.access_key "
-        f"({OPEN_ACCESS_KEY_CHARACTERS} characters or more) or server.jwt_secret, or use 127.0.0.1"
+        f"({KEY_CHARACTERS} characters or more) or server.jwt_secret, or use 127.0.0.1"
     )
 
 
@@ -10627,7 +10623,7 @@ class LedgerWriter:
                 self._warn(f"the ledger {path} is broken ({error}); it is kept as {kept}, and a new one is begun")
                 return
         now = self._clock()
-        if now - self._warned_at >= LEDGER_WARNING_SECONDS:
+        if now - self._warned_at >= WARNING_SECONDS:
             self._warned_at = now
             self._warn(f"the ledger {path} can't be written: {error}; {len(self._rows)} rows wait for it")
 
@@ -13834,7 +13830,7 @@ def token_response(exchange: Exchange, username: str, config: Config, secret: Se
 async def read_login(exchange: Exchange, *names: str) -> dict[str, str]:
     """The strings of a small JSON object. Raises BadRequest."""
     body = exchange.open_body(LOGIN_BODY_BYTES)
-    body.must_come_within(LOGIN_BODY_SECONDS)
+    body.must_come_within(HEAD_SECONDS)
     content = await body.read_all()
     await checkpoint(exchange.loop)
     try:
@@ -15227,7 +15223,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def warn_of_tls(self, address: str) -> None:
         """Logs now and then that somebody speaks TLS to this port."""
         now = self.service.loop.now
-        if now - self._tls_logged > TLS_WARNING_SECONDS:
+        if now - self._tls_logged > WARNING_SECONDS:
             self._tls_logged = now
             self.log.warn(
                 f"{address} speaks TLS to this port, which is plain HTTP: its base_url must begin with http://"
@@ -15405,7 +15401,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         spinning, and its client waiting. Raises BlockingIOError where none is waiting: the system looks for a
         descriptor first."""
         now = time.monotonic()
-        if now - self._refusal_logged > DESCRIPTOR_WARNING_SECONDS:
+        if now - self._refusal_logged > WARNING_SECONDS:
             self._refusal_logged = now
             self.log.warn("no file descriptor is left for another connection; raise `ulimit -n`")
         loop = self.service.loop
