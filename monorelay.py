@@ -13150,6 +13150,11 @@ class Workers:
         records = records_by_key([own, *(figures["keys"] for figures in self._others)])
         return key_states(config.providers.values(), pool, records, now, time.time())
 
+    def keys_of_late(self, config: Config) -> list[JsonDict]:
+        """The same, or as it was of late: it may take 20 ms, and all pages of the owner show the same."""
+        known, found = self._lately("keys", lambda: (config, self.keys(config)))
+        return found if known is config else self.keys(config)
+
     async def budgets(self, config: Config) -> list[JsonDict]:
         """Those of all users, looked up in steps, once for all who ask meanwhile: of 2,000, with eight workers, it
         takes 80 ms."""
@@ -13167,12 +13172,6 @@ class Workers:
             budgets += self._service.budgets(owners[at : at + BUDGETS_AT_ONCE])
             await checkpoint(self._service.loop)
         self._budgets = config, self._service.loop.now, budgets
-
-    def shown(self, name: str, config: Config, find: Callable[[], list[JsonDict]]) -> list[JsonDict]:
-        """What find() finds, or has found of late, of all the keys of a configuration: it may take 20 ms, and all pages
-        of the owner show the same."""
-        known, found = self._lately(name, lambda: (config, find()))
-        return found if known is config else find()
 
     def gauges(self) -> dict[str, float]:
         """The gauges of all workers, summed up."""
@@ -14030,7 +14029,7 @@ class LivePage:
         if own is not None:
             user = config.users.get(own)
             return [], service.budgets([user] if user else [])
-        keys = service.workers.shown("keys", config, lambda: service.workers.keys(config))
+        keys = service.workers.keys_of_late(config)
         await checkpoint(self._loop)
         return keys, await service.workers.budgets(config)
 

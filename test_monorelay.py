@@ -19072,17 +19072,18 @@ def test_of_many_users_the_latest_hours_are_those_that_are_told_apart():
     assert in_all == dict.fromkeys(range(first, first + hours), 40)
 
 
-def test_pages_of_the_owner_share_what_is_found_of_keys_until_the_configuration_is_another(relay):
+def test_pages_of_the_owner_share_what_is_found_of_keys_until_the_configuration_is_another(relay, monkeypatch):
     workers = relay({"echo": {}}).server.service.workers
     first, second = parse({"echo": {}}), parse({"echo": {}})
     found: list[int] = []
 
-    def find() -> list[dict[str, Any]]:
+    def find(config: Any) -> list[dict[str, Any]]:
         found.append(1)
         return [{"number": len(found)}]
 
-    assert [workers.shown("keys", first, find)[0]["number"] for _ in range(3)] == [1, 1, 1]
-    assert workers.shown("keys", second, find) == [{"number": 2}]
+    monkeypatch.setattr(workers, "keys", find)
+    assert [workers.keys_of_late(first)[0]["number"] for _ in range(3)] == [1, 1, 1]
+    assert workers.keys_of_late(second) == [{"number": 2}]
 
 
 def test_the_budgets_of_many_users_are_looked_up_in_steps_once_for_all_who_ask(relay, monkeypatch):
