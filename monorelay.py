@@ -75,7 +75,7 @@ import time
 import types
 import warnings
 import zlib
-from collections.abc import Collection, Coroutine, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, Callable, NamedTuple, NoReturn, Optional, TypeVar, Union
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
@@ -9322,6 +9322,7 @@ ECHO_ENDPOINTS: Mapping[str, Callable[[JsonDict, str, int], EchoResponse]] = {
 # each event; a client's departure is seen while nothing is read from it; and a deadline is a number, not a timer.
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)  # is left for this process, or in the whole system
@@ -9810,7 +9811,7 @@ class Task:
     )  # fmt: skip
 
     def __init__(
-        self, coroutine: Coroutine[float, None, Any], loop: "EventLoop", origin: str, name: Hashable = None
+        self, coroutine: Coroutine[float, None, Any], loop: "EventLoop", origin: str, name: Any = None
     ) -> None:
         self.client: Optional[Channel] = None
         self.origin = origin
@@ -9930,7 +9931,7 @@ class EventLoop:
         # No set, which keeps what is added without memory for more room, though it says that it can't, and which hangs
         # when it is full of such.
         self.tasks: dict[Task, None] = {}
-        self.for_all: dict[Hashable, Task] = {}  # those that any number may wait for
+        self.for_all: dict[Any, Task] = {}  # those that any number may wait for
         self.sweep_at = 0.0
         self._look_at = 0.0  # when clients with full buffers are looked at again
         self._unlooked = 0  # how many origins wait for that
@@ -9975,7 +9976,7 @@ class EventLoop:
             except OSError:
                 self._wakeup_pending = False  # the loop has just ended, or the system has no memory for a moment
 
-    def start(self, coroutine: Coroutine[float, None, Any], origin: str = "", name: Hashable = None) -> Task:
+    def start(self, coroutine: Coroutine[float, None, Any], origin: str = "", name: Any = None) -> Task:
         """Begins a task, and runs it until it waits for the first time. It has the origin of the one that begins it
         unless another is given."""
         task = Task(coroutine, self, origin or (self.running.origin if self.running else ""), name)
@@ -9985,7 +9986,7 @@ class EventLoop:
         task.resume()
         return task
 
-    def start_for_all(self, name: Hashable, work: Callable[[], Coroutine[float, None, Any]]) -> Task:
+    def start_for_all(self, name: Any, work: Callable[[], Coroutine[float, None, Any]]) -> Task:
         """The task that does some work, once for all who ask for it by this name until it is done."""
         return self.for_all.get(name) or self.start(work(), FOR_ALL, name)
 
@@ -10175,6 +10176,16 @@ async def checkpoint(loop: EventLoop, queue: Optional[Turns] = None) -> None:
     (loop.patient if queue is None else queue).put(go_on, task.origin)
     while not its_turn:
         await until()
+
+
+async def in_steps(loop: EventLoop, items: Iterable[Item]) -> AsyncIterator[Item]:
+    """The items; what is done with them lets all other tasks go on whenever it has taken SLOW_EVENT_SECONDS."""
+    begun = loop.clock()
+    for item in items:
+        if loop.clock() - begun > SLOW_EVENT_SECONDS:
+            await checkpoint(loop)
+            begun = loop.clock()
+        yield item
 
 
 async def sleep(loop: EventLoop, seconds: float) -> None:
@@ -11126,11 +11137,7 @@ class UpstreamPool:
     async def drop_stale(self) -> None:
         """Closes what is idle for too long, and what is idle and old: else one that is always in use would lead to the
         addresses of long ago. In steps: of thousands that were used at one moment, each takes 25 µs."""
-        begun = self._loop.clock()
-        for channel in [*itertools.chain.from_iterable(self._idle.values())]:
-            if self._loop.clock() - begun > SLOW_EVENT_SECONDS:
-                await checkpoint(self._loop)
-                begun = self._loop.clock()
+        async for channel in in_steps(self._loop, [*itertools.chain.from_iterable(self._idle.values())]):
             is_old = channel.opened_at < self._loop.now - UPSTREAM_KEPT_SECONDS
             if not channel.task and (is_old or not self._is_good(channel)):  # one that has been taken is in use
                 channel.close()
@@ -13866,13 +13873,10 @@ async def answer_catalogue(exchange: Exchange) -> Response:
     listed = await exchange.service.catalogue.entries(exchange.config)
     exchange.hold(len(listed) * LISTED_ENTRY_BYTES)
     await checkpoint(exchange.loop)  # to make a long page takes some milliseconds
-    entries, begun = [], exchange.loop.clock()
-    for entry in listed:
+    entries = []
+    async for entry in in_steps(exchange.loop, listed):  # of many routes, each may have to be looked at
         if exchange.may_use(entry["id"]) and callable_targets(exchange.config, entry["id"], exchange.format):
             entries.append(entry)
-        if exchange.loop.clock() - begun > SLOW_EVENT_SECONDS:  # of many routes, each may have to be looked at
-            await checkpoint(exchange.loop)
-            begun = exchange.loop.clock()
     wanted = unquote(exchange.endpoint.path[len("/models/") :])
     if not wanted:
         page = model_page(entries, exchange.request.query, exchange.format)
@@ -13893,14 +13897,11 @@ async def answer_catalogue(exchange: Exchange) -> Response:
 async def written_page(exchange: Exchange, page: JsonDict) -> bytes:
     """A page of the list as JSON, written entry by entry: one full of numbers with a fraction takes 0.2 s. Raises
     Unavailable where many are being written, and there is no room for one more."""
-    written, size, begun = [], 0, exchange.loop.clock()
-    for entry in page["data"]:
+    written, size = [], 0
+    async for entry in in_steps(exchange.loop, page["data"]):
         written.append(json.dumps(model_entry(entry, exchange.format)))
         exchange.hold(len(written[-1]))
         size += len(written[-1])
-        if exchange.loop.clock() - begun > SLOW_EVENT_SECONDS:
-            await checkpoint(exchange.loop)
-            begun = exchange.loop.clock()
     exchange.release_room(size)  # the response takes it anew
     return json.dumps({**page, "data": []}).replace("[]", f"[{', '.join(written)}]", 1).encode("ascii")
 
