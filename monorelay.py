@@ -299,7 +299,7 @@ LOG_BACKLOG_CHARACTERS = 4 * 1024 * 1024
 USAGE_COUNT = 10**12  # tokens: nothing that is larger can be true
 USAGE_ITERATIONS = 100  # of one response; server-side loops end after some ten
 ITERATED_MODELS = 32  # in these; the price of each may have to be sought among thousands of patterns
-ANSWERING_MODELS = 8  # the first ones and the last that a response names
+ANSWERING_MODELS = ANSWERING_TIERS = 8  # the first ones and the last that a response names
 USAGE_WORD_CHARACTERS = 32  # of a service tier and the like
 COST_NANO_USD = 10**15  # a million USD: no response costs more, and sums of such fit into SQLite's 64 bits
 LEDGER_PAUSE_SECONDS = 1.0  # rows are written together: so much is lost by a crash, and other workers learn so late
@@ -2672,6 +2672,7 @@ class Used(NamedTuple):
     cache_write_long: Optional[int] = None
     output: Optional[int] = None
     tier: str = ""  # the service tier; empty for the standard one
+    other_tiers: tuple[str, ...] = ()  # those that are told beside it: one of all these is what a client has sent
     speed: str = ""  # empty for the usual one
     geo: str = ""  # where it was computed
     web_searches: int = 0
@@ -2684,9 +2685,9 @@ class Used(NamedTuple):
 NOTHING_TOLD = Used()
 
 
-def used_of(usage: Any, service_tier: str = "") -> Used:
+def used_of(usage: Any, service_tier: str = "", other_tiers: Sequence[str] = ()) -> Used:
     """What the usage object of a response tells, in either format; of a stream, its objects merged into one. Where the
-    object has no service tier, the one given beside it counts. What is no sound count is as if not named."""
+    object has no service tier, those given beside it count. What is no sound count is as if not named."""
     if not isinstance(usage, dict):
         return NOTHING_TOLD
     tier, speed = usage.get("service_tier") or service_tier, usage.get("speed")
@@ -2694,6 +2695,7 @@ def used_of(usage: Any, service_tier: str = "") -> Used:
     used = Used(
         *tokens_of(usage),
         "" if tier in ("standard", "default") else word_of(tier),
+        () if usage.get("service_tier") else tuple(other_tiers),
         "" if speed in ("standard", None) else word_of(speed),
         word_of(usage.get("inference_geo")),
         searches_of(usage),
@@ -2716,7 +2718,7 @@ def iterations_of(listed: Any, used: Used) -> Iterator[tuple[str, Used]]:
         if tokens is not NO_TOKENS and not (is_fallback and entry.get("type") == "message" and not tokens[-1]):
             model = entry.get("model")
             name = model if isinstance(model, str) and len(model) <= MODEL_CHARACTERS else ""
-            yield name, Used(*tokens, used.tier, used.speed, used.geo)
+            yield name, Used(*tokens, used.tier, used.other_tiers, used.speed, used.geo)
 
 
 def searches_of(usage: JsonDict) -> int:
@@ -2901,7 +2903,8 @@ def charge_of(price: Optional[Price], format: str, used: Used) -> Optional[int]:
         return None
     counts = {kind: getattr(used, kind) or 0 for kind in KINDS}
     prompt = sum(counts.values()) - counts["output"]
-    level = level_of(price.rates, SERVICE_TIERS.get(used.tier, used.tier), prompt)
+    tiers = [SERVICE_TIERS.get(tier, tier) for tier in (used.tier, *used.other_tiers)]
+    level = dearest_level(price.rates, [level_of(price.rates, tier, prompt) for tier in tiers])
     total = 0
     for kind, count in counts.items():
         if count:
@@ -2948,8 +2951,16 @@ def level_of(rates: Mapping[tuple[str, str, int], int], tier: str, prompt: int) 
     above = max(sizes, default=0)
     if ("input", tier, above) in rates:
         return tier, above
-    known = [level for level in ((tier, 0), ("", above)) if ("input", *level) in rates]
-    return max(known, key=lambda level: [rates.get((kind, *level), 0) for kind in ("input", "output")], default=("", 0))
+    return dearest_level(rates, [level for level in ((tier, 0), ("", above)) if ("input", *level) in rates])
+
+
+def dearest_level(rates: Mapping[tuple[str, str, int], int], levels: Sequence[tuple[str, int]]) -> tuple[str, int]:
+    """The one of these levels that has the highest rates."""
+    if len(levels) == 1:
+        return levels[0]
+    return max(
+        levels, key=lambda level: [rates.get((kind, *level), 0) for kind in ("input", "output")], default=("", 0)
+    )
 
 
 def rate_of(rates: Mapping[tuple[str, str, int], int], kind: str, level: tuple[str, int], format: str) -> Optional[int]:
@@ -4680,7 +4691,7 @@ class Usage:
         self._author: Union[JsonDict, bytes] = {}
         self._searches = 0  # of the web, as OpenAI tells it
         self._is_placeholder = False  # what it says of the output
-        self._tier = ""  # OpenAI's service tier, which stands beside it
+        self._tiers: list[bytes] = []  # OpenAI's service tier, which stands beside it, and what may be that
         self.seeks_model = False  # whether another model than the request's own may answer
         self.models: list[bytes] = []  # those that may be the one that has, if that is sought
         self._is_beginning = True  # whether no more than that of a whole response has come
@@ -4698,7 +4709,8 @@ class Usage:
         # Anthropic has its tier within, and beside it raw input of tools, whose members may have any name.
         found = unpacked(self._found)
         is_openai = not OPENAI_NAMES.isdisjoint(found)
-        used = used_of(found, self._tier if is_openai else "")
+        tier, *others = [tier.decode("ascii") for tier in self._tiers] if is_openai and self._tiers else [""]
+        used = used_of(found, tier, others)
         if is_openai and (self._author or self._searches):
             used = with_author(used, unpacked(self._author))
             used = used._replace(web_searches=max(used.web_searches, self._searches))
@@ -4710,8 +4722,8 @@ class Usage:
             data, self._held = self._held + data, b""
         if not is_stream:
             is_stream = self._begins_stream(data)
-        if b'"service_tier"' in data and (is_stream or not self._tier):
-            self._note_tier(data, 0)
+        if b'"service_tier"' in data:
+            self._note_tiers(data, 0, is_stream)
         if self.seeks_model and b'"model"' in data:
             self._note_models(data)
         if b'usage"' in data or (not is_stream and b"usage_breakdown" in data):
@@ -4726,7 +4738,7 @@ class Usage:
             is_long = len(data) - line > USAGE_BYTES
             if line or (is_long and self._kind is None):
                 self._kind = event_kind(data, line, len(data)) if is_long else None
-            self._has_tier = (self._has_tier and not line) or (is_long and self._note_tier(data, line))
+            self._has_tier = (self._has_tier and not line) or (is_long and self._note_tiers(data, line))
             held = held if is_long else line
         elif self._is_beginning:
             self._is_beginning = len(data) < USAGE_BEGINNING_BYTES
@@ -4777,7 +4789,7 @@ class Usage:
                     found = plain_members(found)
                 usage = {**found, **told_anew(usage, USAGE_NAMES)}
             elif not self._is_placeholder:
-                self._note_tier(data, start)
+                self._note_tiers(data, start)
         if not self._found or any(tokens_of(usage)):  # some have nothing but zeros in all chunks but one
             self._found, self._size = packed(usage, size)
             self._is_first = not is_stream and self._is_beginning and bool(BEFORE_USAGE.fullmatch(data, 0, at))
@@ -4801,17 +4813,20 @@ class Usage:
                 self.models.append(found[1])
                 del self.models[ANSWERING_MODELS:-ANSWERING_MODELS]
 
-    def _note_tier(self, data: bytes, start: int) -> bool:
-        """Notes the first service tier from there on; whether there is one. Those behind, in the same line, may stand
-        in what a client has sent, which comes back in the answer."""
-        if self._has_tier and not start:  # the line that goes on there has told its own
-            start = data.find(b"\n")
-            if start < 0:
-                return False
-        tier = OPENAI_TIER.search(data, start)
-        if tier:
-            self._tier = tier[1].decode("ascii")
-        return tier is not None
+    def _note_tiers(self, data: bytes, start: int, is_stream: bool = True) -> bool:
+        """Notes the service tiers in the first line from there on that has any, of a whole response in all of it;
+        whether there are any. Where there are several, some stand in what a client has sent, or its tools tell, which
+        comes back in the answer before or behind the response's own: by the dearest of them it is charged."""
+        first = OPENAI_TIER.search(data, start)
+        if not first:
+            return False
+        end = data.find(b"\n", first.end()) if is_stream else -1
+        told = OPENAI_TIER.findall(data, first.start(), end if end >= 0 else len(data))
+        if not is_stream or (self._has_tier and data.find(b"\n", 0, first.start()) < 0):
+            told = self._tiers + told  # that has told some before
+        self._tiers = told if len(told) == 1 else list(dict.fromkeys(told))
+        del self._tiers[ANSWERING_TIERS:-ANSWERING_TIERS]
+        return True
 
 
 # ==== Formats =======================================================================================

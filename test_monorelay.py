@@ -4192,6 +4192,28 @@ def test_a_long_usage_before_a_messages_content_is_its_own_wherever_it_is_cut():
         assert told_in_pieces(body, False, [at])[:5] == (5, 0, 0, 0, 3)
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("size", [10, 60_000])
+def test_no_service_tier_that_a_client_may_have_sent_makes_a_response_cheaper(is_stream, size):
+    """Metadata, which LiteLLM tells before the response's own tier, and the schemas of an MCP server's tools."""
+    schema = {"name": "f", "input_schema": {"type": "object", "service_tier": "flex"}}
+    sent: list[Any] = [{"metadata": {"service_tier": "flex"}}, {"output": [{"tools": [schema] * 20}]}, {}]
+    usage = {"input_tokens": 1000, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 0}
+    rates = {"default": 2, "priority": 4, "flex": 1}
+    prices = {"m": {f"input_cost_per_token_{tier}": rate / 1e9 for tier, rate in rates.items()}}
+    prices["m"]["input_cost_per_token"] = 2e-9
+    for (before, behind), (tier, rate) in itertools.product(itertools.permutations(sent, 2), rates.items()):
+        text = {"text": "x" * size}
+        response = {"id": "r", **text, **before, "service_tier": tier, "usage": usage, **behind, "user": "x" * size}
+        body = json.dumps(response).encode()
+        if is_stream:
+            began = sse("response.created", response={"service_tier": "auto", "usage": None})
+            body = began + sse("response.completed", response=response)
+        for step in (len(body), 20_000, 1000):
+            told = told_in_pieces(body, is_stream, [*range(step, len(body), step)])
+            assert cost("openai", "m", told, prices) == 1000 * rate, (before, tier, step)
+
+
 @pytest.mark.parametrize("name", USAGE_TOLD)
 def test_what_an_answer_says_was_used_is_told_as_it_says(upstream, relay, name):
     path, said, tokens, tier = USAGE_TOLD[name]
