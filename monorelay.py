@@ -2722,8 +2722,9 @@ def iterations_of(listed: Any, used: Used) -> Iterator[tuple[str, Used]]:
 
 
 def searches_of(usage: JsonDict) -> int:
-    """How often the web was searched: as Anthropic and OpenRouter tell it; xAI; Mistral; LiteLLM; and Perplexity, which
-    searches for each answer, and tells how often only where that is more than once."""
+    """How often the web was searched: as Anthropic and OpenRouter tell it; xAI; Mistral; Perplexity's agent; Alibaba;
+    LiteLLM; and Perplexity's chat, which searches for each answer, and tells how often only where that is more than
+    once."""
     if usage.get("server_tool_use"):
         return counts_of(usage["server_tool_use"]).get("web_search_requests", 0)
     if "server_side_tool_usage_details" in usage:
@@ -2732,6 +2733,10 @@ def searches_of(usage: JsonDict) -> int:
     if usage.get("connectors"):
         counts = counts_of(usage["connectors"])
         return counts.get("web_search", 0) + counts.get("web_search_premium", 0)
+    tools = usage.get("tool_calls_details") or usage.get("x_tools")
+    if isinstance(tools, dict):
+        told = [counts_of(tool) for name, tool in tools.items() if "search" in name]
+        return sum(counts.get("invocation", counts.get("count", 0)) for counts in told)
     if usage.get("search_context_size") or usage.get("num_search_queries"):
         return counts_of(usage).get("num_search_queries", 1)
     return counts_of(usage.get("prompt_tokens_details")).get("web_search_requests", 0)
