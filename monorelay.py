@@ -3912,9 +3912,9 @@ def model_name(value: Any) -> str:
 # `model`, and what gateways take beside it or in its place.
 MODEL_NAMES = frozenset({
     "model", "models", "model_name", "model_id", "modelid", "model_list", "fallback_model", "fallback_models",
-    "fallbacks", "context_window_fallbacks", "content_policy_fallbacks", "user_config", "router_settings_override",
-    "engine", "deployment", "deployment_id", "preset", "prompt_id", "plugins", "provideroptions", "api_base",
-    "base_url", "extra_body",
+    "fallbacks", "context_window_fallbacks", "context_window_fallback_dict", "content_policy_fallbacks", "user_config",
+    "router_settings_override", "engine", "deployment", "deployment_id", "preset", "prompt_id", "plugins",
+    "provideroptions", "api_base", "base_url", "extra_body",
 })  # fmt: skip
 OTHER_MODEL_NAMES = MODEL_NAMES - {"model"}
 

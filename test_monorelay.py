@@ -17362,6 +17362,9 @@ NAMED_ELSEWHERE = {
     "a fallback of LiteLLM's": ("/v1/chat/completions", '"model":"claude-a","context_window_fallbacks":[{"a":["b"]}]'),
     "another of LiteLLM's": ("/v1/chat/completions", '"model":"claude-a","content_policy_fallbacks":[{"a":["b"]}]'),
     "a router of LiteLLM's": ("/v1/chat/completions", '"model":"claude-a","user_config":{"model_list":[]}'),
+    "a dictionary of these": (
+        "/v1/chat/completions", '"model":"claude-a","context_window_fallback_dict":{"claude-a":"b"}'
+    ),
     "its settings": ("/v1/chat/completions", '"router_settings_override":{"fallbacks":[]},"model":"claude-a"'),
     "a preset": ("/v1/chat/completions", '"model":"claude-a","preset":"dear"'),
     "a prompt of LiteLLM's": ("/v1/chat/completions", '"prompt_id":"dear","model":"claude-a"'),
