@@ -17792,6 +17792,23 @@ def test_others_are_served_while_targets_are_looked_for_that_take_long_to_find(u
         assert len(client.answer().json["data"]) == 9
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions"], ids=["native", "translated"])
+def test_others_are_served_while_a_large_body_is_sent_to_a_provider_that_takes_all(upstream, relay, monkeypatch, path):
+    it = relay({"anthropic": upstream(answer())})
+    turns, send = [], monorelay.Attempt._send_piece
+
+    def send_piece(attempt: Any, *details: Any) -> Any:
+        turns.append(it.server.service.loop.turn)
+        return send(attempt, *details)
+
+    monkeypatch.setattr(monorelay.Attempt, "_send_piece", send_piece)
+    # As where a thread computes: each piece has to wait for it.
+    monkeypatch.setattr(monorelay, "SLOW_EVENT_SECONDS", -1)
+    monkeypatch.setattr(monorelay, "PATIENT_SECONDS", 0)
+    it.post(path, prompt(max_tokens=9, messages=[{"role": "user", "content": "x" * 1_000_000}]))
+    assert len(set(turns)) == len(turns) > 15
+
+
 @pytest.mark.timed
 @pytest.mark.parametrize("headers", [(), (ANTHROPIC_VERSION,)], ids=["openai", "anthropic"])
 def test_a_list_full_of_numbers_is_told_step_by_step(upstream, relay, headers):
