@@ -4714,7 +4714,7 @@ class Usage:
         # Anthropic has its tier within, and beside it raw input of tools, whose members may have any name.
         found = unpacked(self._found)
         is_openai = not OPENAI_NAMES.isdisjoint(found)
-        tier, *others = [tier.decode("ascii") for tier in self._tiers] if is_openai and self._tiers else [""]
+        tier, *others = [name.decode("ascii") for name in self._tiers] if is_openai and self._tiers else [""]
         used = used_of(found, tier, others)
         if is_openai and (self._author or self._searches):
             used = with_author(used, unpacked(self._author))
@@ -11844,7 +11844,8 @@ class Attempt:
         if (length or 0) < RECEIVE_BYTES:
             parts = [b"".join(parts)]
         try:
-            await self._send_pieces(parts, provider.timeout)
+            async for data in in_steps(self._loop, parts):  # to send, CPython's lock may have to be waited for
+                await self._send_piece(data, UNTAKEN_SECONDS if self._may_be_lost else provider.timeout)
             if isinstance(body, RequestBody):
                 await self._stream_body(body, provider.timeout)
         except Overdue:
@@ -11855,16 +11856,6 @@ class Attempt:
             # It may have answered before it closed; reading will tell.
             return False
         return True
-
-    async def _send_pieces(self, pieces: Iterable[bytes], timeout: float) -> None:
-        """Sends pieces of the request, in steps: to each of them, CPython's lock may have to be waited for. Raises what
-        _send_piece() does."""
-        begun = self._loop.clock()
-        for data in pieces:
-            if self._loop.clock() - begun > SLOW_EVENT_SECONDS:
-                await checkpoint(self._loop)
-                begun = self._loop.clock()
-            await self._send_piece(data, UNTAKEN_SECONDS if self._may_be_lost else timeout)
 
     async def _send_piece(self, data: bytes, timeout: float) -> None:
         """Sends a piece of the request, all of it also behind the beginning of a good response, which may go on only
