@@ -15870,10 +15870,6 @@ class Signals:
         self._received = rest.lstrip(first) if name in ("SIGHUP", WORKER_RELOADS) else rest
         return name
 
-    def close(self) -> None:
-        """Ends the queue: from now on signals only run their handlers."""
-        signal.set_wakeup_fd(-1)
-
 
 class ConfigFile:
     """relay.json and the files that it names, as they are edited: the last configuration that could be read of them. A
@@ -16126,7 +16122,6 @@ class Supervisor:
                 self._pass_on(signal.SIGKILL)
             for _ in self._reap():
                 pass
-        signals.close()
         self._log.finish()
         return status
 
