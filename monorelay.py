@@ -15389,6 +15389,10 @@ class RelayServer(http.server.ThreadingHTTPServer):
                         self.process_request(*self._accept(listener))
                 except OSError:
                     pass  # it has left already, or there is no descriptor for it
+                except NO_MEMORY:
+                    raise  # see outlast_shortage()
+                except Exception:  # a defect ends that connection only
+                    self.handle_error(listener, None)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Makes the Handler of a new connection; far beyond max_connections, refuses it."""

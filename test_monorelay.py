@@ -24806,6 +24806,25 @@ def test_who_is_accepted_at_the_second_address_right_before_the_end_is_served(mo
         assert client.answer().status in (200, 503)
 
 
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+@pytest.mark.parametrize("address", ["127.0.0.1", "[::1]"])
+def test_a_defect_in_a_new_connection_ends_no_other(relay, monkeypatch, address):
+    it, find, defects = relay({"echo": {}}, server={"host": "localhost"}), monorelay.network_of, [ZeroDivisionError]
+
+    def find_or_fail(*of: Any) -> str:
+        if defects:
+            raise defects.pop()
+        return find(*of)
+
+    monkeypatch.setattr(monorelay, "network_of", find_or_fail)
+    url = it.url.replace("127.0.0.1", address).replace("localhost", address)
+    with Client(url) as client:
+        assert client.rest() == b""
+    with Client(url) as client:
+        assert client.ask("GET", "/health").status == 200
+    assert it.logged("internal error: ZeroDivisionError")
+
+
 def test_who_waits_at_the_end_behind_one_that_has_left_is_served(relay, monkeypatch):
     it = relay({"echo": {}})
     it.server.shutdown()  # accepts nobody any more
