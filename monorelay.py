@@ -4867,6 +4867,7 @@ VALUE_CHARACTERS = 5  # of a number or a word, with the comma behind it
 FRACTION_CHARACTERS = 100  # that take as long to write as a number with a fraction: up to 1 µs, for its last digits
 WRITTEN_AT_ONCE_CHARACTERS = 512 * 1024  # which `json` writes within 3 ms, and nothing else runs meanwhile
 READ_AT_ONCE_BYTES = 1024 * 1024  # of a body: reading it in parts costs a fifth more
+READ_LEVELS = 8  # of lists and objects in each other that are read in parts
 WAITING_BYTES = 128  # that each piece of what waits takes besides
 # Of an answer that is translated as a whole. The longest ones have some 130,000 tokens, each in an event of its own;
 # as many take a second.
@@ -5101,8 +5102,8 @@ def read_document(
 
 
 class DocumentReader:
-    """Reads a JSON object whose narrow text comes in parts. Of that it holds what it is reading: a member, or an
-    element of a list that is one. The whole text and all its values together would take twice as much."""
+    """Reads a JSON object whose narrow text comes in parts. Of that it holds little more than what it is reading: the
+    whole text and all its values together would take twice as much, and hold up other threads while `json` reads it."""
 
     def __init__(self, parts: Iterator[str]) -> None:
         self._parts = parts
@@ -5111,27 +5112,28 @@ class DocumentReader:
 
     def read(self) -> JsonDict:
         """The object. Raises ValueError for what is none."""
-        found: JsonDict = {}
-        mark = self._begin("{", "}")
-        while mark != "}":
-            name, mark = self._value()
-            if mark != ":" or not isinstance(name, str):
-                raise ValueError("a name in quotes and a colon must come before a value")
-            if self._next() == "[":
-                found[name], mark = self._list(), self._take(",}")
-            else:
-                found[name], mark = self._value()
-            if mark not in ",}":
-                raise ValueError("a comma or } must follow a member")
+        found = self._object(1)
         if self._next():
             raise ValueError("something follows the object")
         return found
 
-    def _list(self) -> list[Any]:
+    def _object(self, level: int) -> JsonDict:
+        found: JsonDict = {}
+        mark = self._begin("{", "}")
+        while mark != "}":
+            name, mark = self._value(level)
+            if mark != ":" or not isinstance(name, str):
+                raise ValueError("a name in quotes and a colon must come before a value")
+            found[name], mark = self._value(level)
+            if mark not in ",}":
+                raise ValueError("a comma or } must follow a member")
+        return found
+
+    def _list(self, level: int) -> list[Any]:
         elements: list[Any] = []
         mark = self._begin("[", "]")
         while mark != "]":
-            element, mark = self._value()
+            element, mark = self._value(level)
             elements.append(element)
             if mark not in ",]":
                 raise ValueError("a comma or ] must follow an element")
@@ -5157,10 +5159,10 @@ class DocumentReader:
             if found or not self._read_on():
                 return found[0] if found else ""
 
-    def _value(self) -> tuple[Any, str]:
-        """The value that follows, and the mark behind it, without which it may go on: the beginning of a number is one,
-        too."""
-        self._next()
+    def _value(self, level: int) -> tuple[Any, str]:
+        """The value that follows, of an object or a list on that level, and the mark behind it, without which it may go
+        on: the beginning of a number is one, too."""
+        first = self._next()
         while True:
             try:
                 value, end = READER.raw_decode(self._text, self._at)
@@ -5170,10 +5172,28 @@ class DocumentReader:
                     return value, mark[0]
                 if not mark:
                     self._text, self._at = self._text[self._at : end + 1], 0  # one blank is as good as many
-            except json.JSONDecodeError:
-                pass  # it isn't here as a whole, or is malformed
+            except json.JSONDecodeError:  # it isn't here as a whole, or is malformed
+                if first == '"':
+                    return self._string(), self._take(",:]}")
+                if first in ("[", "{") and level < READ_LEVELS:
+                    return (self._list if first == "[" else self._object)(level + 1), self._take(",]}")
             if not self._read_on():
                 raise ValueError("a value is malformed, or cut off")
+
+    def _string(self) -> str:
+        """The string that begins here, read part by part."""
+        said: list[str] = []
+        rest = self._text[self._at + 1 :]
+        for part in itertools.chain(("",), self._parts):
+            text = rest + part
+            cut = end_of_escapes(text)
+            told, end = READER.raw_decode(f'"{text[:cut]}"')
+            said.append(told)
+            if end < cut + len('""'):  # by a quotation mark of its own
+                self._text, self._at = text, end - 1
+                return "".join(said)
+            rest = text[cut:]
+        raise ValueError("a string is cut off")
 
     def _read_on(self) -> bool:
         """Adds at least as much text as is left unread, so that what is read once more is no more than that; False at

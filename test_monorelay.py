@@ -5550,11 +5550,14 @@ def test_a_conversation_is_read_and_written_message_by_message(format):
 DOCUMENTS = [
     "{}", '{"a":[]}', '{"a":{},"b":[[]]}', ' {"a" : [1 , {"b":[2]},-3.5e1 ] , "c":"]},:" }', '{"a":1,"a":[2]}',
     '{"a":[true,false,null,"\\u0041\\"]"]}', '{"a":-1,"b":[12,1E2]}', '{"a":12   ,"b" :[1   ,2   ]   }   ',
+    '{"a":[{"b":{"c":["d\\\\","\\n\\ud83d\\ude00e",{"f":[[[[[{"g":[1]}]]]]]}]} } , 2]}',
+    '{"a":{"b":[{"c" :[ ],"d":{ }},""]}}',
     # and what is none
     "", " ", "{", "[]", "1", '"a"', "{}1", '{"a"}', '{"a":}', '{"a":1,}', "{,}", '{"a":[1,]}', '{"a":[,1]}',
     '{"a":[1 2]}', '{"a":1 "b":2}', '{a:1}', "{1:2}", '{"a":[1}', '{"a":[1]]', '{"a":"', '{"a":[1', '{"a":[nul]}',
     '{"a":1.}', '{"a":-}', '{"a":[1]:2}', '{"a":[1]}}', '{"a",1}', '{"a":01}', '{"a":"\n"}', '{"a":[[1]}',
-    '{"a":Infinity}', '{"a":[NaN]}', '{"a":1   2}', '{"a":[1  2]}', '{"a":1   ', '{"a"  1}',
+    '{"a":Infinity}', '{"a":[NaN]}', '{"a":1   2}', '{"a":[1  2]}', '{"a":1   ', '{"a"  1}', '{"a":{"b":[{"c":"d}]}}',
+    '{"a":{"b":[{"c":"d"]}}}', '{"a":[[1}]}', '{"a":[{"b":[1]:2}]}', '{"a":["\\', '{"a":["b"\\]}', '{"a":"\\ud83d\\u"}',
 ]  # fmt: skip
 
 
@@ -5572,6 +5575,28 @@ def test_a_document_in_parts_is_read_as_json_reads_it(text):
         else:
             with pytest.raises(ValueError):
                 reader.read()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "x" * 2_000_000, ["\\\n"] * 200_000, [{"text": "x" * 500}] * 4000,
+        {"a": {f"{n}": ["x" * 99] for n in range(12000)}},
+    ],
+    ids=["a string", "strings", "objects", "members"],
+)
+def test_what_is_long_within_a_document_is_read_in_parts(monkeypatch, content):
+    raw_decode, lengths = monorelay.READER.raw_decode, []
+
+    def read(text: str, at: int = 0) -> Any:
+        lengths.append(len(text))
+        return raw_decode(text, at)
+
+    monkeypatch.setattr(monorelay.READER, "raw_decode", read)
+    body = json.dumps({"a": [{"b": [1, {"content": content}]}]}).encode()
+    pieces = [body[at : at + 65536] for at in range(0, len(body), 65536)]
+    assert monorelay.read_document(pieces, 0)["a"][0]["b"][1]["content"] == content
+    assert max(lengths) < 3 * monorelay.WRITTEN_CHARACTERS
 
 
 @pytest.mark.parametrize("escaped", [False, True])
