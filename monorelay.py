@@ -11860,12 +11860,13 @@ class Attempt:
         if provider.query:
             target += f"{'&' if '?' in target else '?'}{provider.query}"
         parts = [head_bytes(f"{request.head.method} {target} HTTP/1.1", fields), *pieces]
-        # A large body is cheaper to send in pieces than to copy, a small one cheaper to copy.
-        if (length or 0) < RECEIVE_BYTES:
-            parts = [b"".join(parts)]
+        patience = UNTAKEN_SECONDS if self._may_be_lost else provider.timeout
         try:
-            async for data in in_steps(self._loop, parts):  # to send, CPython's lock may have to be waited for
-                await self._send_piece(data, UNTAKEN_SECONDS if self._may_be_lost else provider.timeout)
+            if (length or 0) < RECEIVE_BYTES:  # it is cheaper to copy than to send in pieces
+                await self._send_piece(b"".join(parts), patience)
+            else:
+                async for part in in_steps(self._loop, parts):  # for each, CPython's lock may have to be waited for
+                    await self._send_piece(part, patience)
             if isinstance(body, RequestBody):
                 await self._stream_body(body, provider.timeout)
         except Overdue:
