@@ -4594,6 +4594,10 @@ BEFORE_USAGE = re.compile(
     rb'\s*\{(?:\s*"(?:id|type|role|model|stop_reason|stop_sequence)"\s*:\s*(?:"[^"\\]{0,256}"|null)\s*,){1,8}\s*'
 )
 EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_(?:start|delta|stop)|content_block_[a-z]+|response\.[a-z_]+)"')
+# The same in a line in which no more than numbers and words stand before it.
+FIRST_EVENT_TYPE = re.compile(
+    rb'(?:data: ?)?\{ ?(?:"[a-z_]{1,32}" ?: ?(?:[0-9]{1,20}|"[^"\\]{0,256}"|null) ?, ?){0,8}' + EVENT_TYPE.pattern
+)
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
 ANSWERING_MODEL = re.compile(rb'"model" ?: ?"([^"\\]{1,%d})"' % MODEL_CHARACTERS)
 # What a usage object tells, in Anthropic's words and in OpenAI's two sets of them.
@@ -4648,10 +4652,19 @@ class LineSplitter:
         return held
 
 
+def first_kind(data: bytes, start: int, end: int) -> bytes:
+    """The type of the event whose line begins there, where it matters for its usage, and stands before all that a
+    client has sent."""
+    event = FIRST_EVENT_TYPE.match(data, start, end)
+    return event[1] if event else b""
+
+
 def event_kind(data: bytes, start: int, end: int) -> bytes:
-    """The type of the event whose line begins there, where it matters for its usage: the first one in the line is the
-    event's own, and what a client has sent stands behind it."""
-    event = EVENT_TYPE.search(data, start, end)
+    """The same of a whole line. In one of vLLM's, which are in the order of OpenAI's Python types, it is the last."""
+    kind, last = first_kind(data, start, end), data.rfind(b'"type"', start, end)
+    if kind or last < 0:
+        return kind
+    event = EVENT_TYPE.match(data, last, end) or EVENT_TYPE.search(data, start, end)
     return event[1] if event else b""
 
 
@@ -4742,7 +4755,7 @@ class Usage:
             line = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1  # an event's type stands at its beginning
             is_long = len(data) - line > USAGE_BYTES
             if line or (is_long and self._kind is None):
-                self._kind = event_kind(data, line, len(data)) if is_long else None
+                self._kind = first_kind(data, line, len(data)) if is_long else None
             self._has_tier = (self._has_tier and not line) or (is_long and self._note_tiers(data, line))
             held = held if is_long else line
         elif self._is_beginning:
@@ -4784,7 +4797,8 @@ class Usage:
             start = max(data.rfind(b"\n", 0, at), data.rfind(b"\r", 0, at)) + 1
             kind = self._kind if not start else None
             if kind is None:
-                kind = event_kind(data, start, max(at, data.find(b"\n", at)))
+                end = data.find(b"\n", at)
+                kind = event_kind(data, start, end if end >= 0 else len(data))
             if kind.startswith(b"content_block"):
                 return  # a tool's input may have a `usage` of its own; of a whole answer it stands before the real one
             self._is_placeholder = kind == b"message_start"

@@ -4195,6 +4195,22 @@ def test_a_long_usage_before_a_messages_content_is_its_own_wherever_it_is_cut():
         assert told_in_pieces(body, False, [at])[:5] == (5, 0, 0, 0, 3)
 
 
+@pytest.mark.parametrize("size", [10, 60_000])
+@pytest.mark.parametrize("decoy", ["content_block_delta", "message_start", "message_delta", "object"])
+def test_no_type_that_a_client_has_sent_is_taken_for_the_events_own(decoy, size):
+    """Of the servers that are made with OpenAI's Python types, such as vLLM, each event tells its type last."""
+    schema = {"type": "function", "name": "f", "parameters": {"type": "object", "x": {"type": decoy}}}
+    usage = {"input_tokens": 1000, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 500}
+    sent: dict[str, Any] = {"instructions": "x" * size, "metadata": {"type": decoy}, "tools": [schema]}
+    kind, response = {"type": "response.completed"}, {"response": {"id": "r", **sent, "usage": usage, "user": None}}
+    number = {"sequence_number": 3}
+    for order in ({**kind, **response}, {**response, **number, **kind}, {**number, **kind, **response}):
+        body = f"event: response.completed\ndata: {json.dumps(order)}\n\n".encode()
+        for step in (len(body), 20_000, 1000):
+            told = told_in_pieces(body, True, [*range(step, len(body), step)])
+            assert told[:5] == (1000, 0, 0, 0, 500), (order.keys(), step)
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("size", [10, 60_000])
 def test_no_service_tier_that_a_client_may_have_sent_makes_a_response_cheaper(is_stream, size):
