@@ -214,6 +214,9 @@ LOOKUP_DESCRIPTORS = 8  # if there are fewer, a name that isn't found may be the
 UPSTREAM_IDLE_CONNECTIONS = 512  # to a provider, that wait for their next use; nginx needs as many for the same load
 OVER_LIMIT_CONNECTIONS = 256  # accepted beyond max_connections, only to answer 503 in the client's format
 OVER_LIMIT_SECONDS = 2.0  # for which the request of such a connection is waited for, and then its end
+# Of an IPv6 address, that say whose turn it is. A customer may have a /48, with 65,536 networks of 64 bits: if each had
+# turns, others would wait for thousands of connections of one. It has 256 of these, as large as most homes get.
+TURN_BITS = 56
 LISTEN_BACKLOG = 4096  # connections that wait for accept(); the system caps it (net.core.somaxconn)
 RETRY_AFTER_LIMIT_SECONDS = 3600.0
 LEEWAY_SECONDS = 60.0  # clocks of token issuers differ; RFC 7519 §4.1.4 allows a few minutes
@@ -1936,15 +1939,17 @@ def check_password(password: str, hashed: str) -> bool:
     return hmac.compare_digest(found, digest)
 
 
-def network_of(address: str) -> str:
-    """As whom an address counts: an IPv6 one as its /64, which is the least that one customer gets (RFC 6177)."""
+def network_of(address: str, bits: int = 64) -> str:
+    """As whom an address counts: an IPv6 one as its network of so many bits, of which 64 are the least that one
+    customer gets (RFC 6177)."""
     if ":" not in address:
         return address
     try:
         found = ipaddress.IPv6Address(address.partition("%")[0])
     except ValueError:
         return address
-    return str(found.ipv4_mapped or ipaddress.IPv6Network((int(found) >> 64 << 64, 64)))
+    rest = 128 - bits
+    return str(found.ipv4_mapped or ipaddress.IPv6Network((int(found) >> rest << rest, bits)))
 
 
 class Throttle:
@@ -14838,7 +14843,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Prepares to serve a connection that was just accepted; called in the thread that accepts."""
         self.service = self.server.service
         self.loop = self.service.loop
-        self.network = network_of(str(self.client_address[0]))  # of the client, see origin_of()
+        self.network = network_of(str(self.client_address[0]), TURN_BITS)  # of the client, see origin_of()
         self.over_limit = False  # beyond max_connections: it gets one response, which says so
         self.known = False  # whether it has shown a valid token
         self.user = ""  # who has shown the last one; empty for the owner
@@ -15440,7 +15445,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Whether there is no place left for a new connection, not even to be told so. Of the connections that wait to
         be begun, only those from its own address count: they go before it, and the fewer they are, the longer there is
         a place. Each of them makes room when it is begun; if none waits, room is made for the next one."""
-        loop, network = self.service.loop, network_of(str(client_address[0]))
+        loop, network = self.service.loop, network_of(str(client_address[0]), TURN_BITS)
         most = self.connection_limit + OVER_LIMIT_CONNECTIONS
         waiting, own = len(loop.arrived), loop.arrived.of(network)
         if len(self.handlers) - waiting + own < most and own < most + OVER_LIMIT_CONNECTIONS - len(self.handlers):
