@@ -241,11 +241,12 @@ CATALOGUE_FRESH_SECONDS = 300.0
 CATALOGUE_RETRY_SECONDS = 30.0  # until a provider that didn't list its models is asked again
 LOGINS_PER_USER = 10  # a minute, for each address: nobody can lock a user out from elsewhere
 LOGINS_PER_ADDRESS = 30  # a minute
-LOGINS_WAITING = 8  # for their password to be hashed, which takes 50 ms each
+LOGINS_WAITING = 16  # for their password to be hashed, which takes 50 ms each; half of them from one address
 SECRET_FILE_CHARACTERS = 64 * 1024
 SECRET_CHARACTERS = 8  # of one that is looked for in errors; shorter ones may be words that stand anywhere
 RATE_LIMIT_FIELDS = 40  # of a response that are remembered; Anthropic sends some 20
 LOGIN_BODY_BYTES = 16 * 1024  # who logs in hasn't shown a token yet
+SITE_BITS = 48  # of an IPv6 address: the most that one customer gets (RFC 6177)
 TRUSTED_ADDRESSES = 1000
 THROTTLED_NAMES = 4096
 THROTTLED_PROBES = 64  # rows in which a name may be counted: to look into each of thousands takes milliseconds
@@ -13364,7 +13365,7 @@ class LoginGate:
         self._loop = loop
         self._attempts = Throttle()
         self._worker = Worker()
-        self._waiting = 0
+        self._waiting: collections.Counter[str] = collections.Counter()  # by site: its address, or SITE_BITS of it
         # Addresses from which somebody has logged in have places that others can't take from them.
         self._trusted: collections.OrderedDict[str, None] = collections.OrderedDict()
 
@@ -13377,15 +13378,18 @@ class LoginGate:
                 raise RateLimited(f"too many logins; again in {math.ceil(wait)} s", wait)
 
     async def check(self, given: str, hashed: str, address: str) -> bool:
-        """Whether the hash is that of the password. Raises RateLimited while too many wait for that."""
-        network = network_of(address)
-        if self._waiting >= LOGINS_WAITING * (2 if network in self._trusted else 1):
+        """Whether the hash is that of the password. Raises RateLimited while too many wait for that, or as many from
+        the same site as it leaves places for others."""
+        network, site = network_of(address), network_of(address, SITE_BITS)
+        left = LOGINS_WAITING * (2 if network in self._trusted else 1) - sum(self._waiting.values())
+        if self._waiting[site] >= left:
             raise RateLimited("too many logins at a time; try again in a moment", 1)
-        self._waiting += 1
+        self._waiting[site] += 1
         try:
-            right = await in_thread(self._loop, lambda: check_password(given, hashed), self._worker)
+            right = await in_thread(self._loop, lambda: check_password(given, hashed), self._worker, site)
         finally:
-            self._waiting -= 1
+            self._waiting[site] -= 1
+            self._waiting += collections.Counter()  # forgets those that have none
         if right:
             self._trusted[network] = None
             self._trusted.move_to_end(network)

@@ -17194,6 +17194,31 @@ def test_few_passwords_wait_to_be_hashed_and_the_others_are_told_so_at_once(rela
     assert log_in(it, source="127.0.2.99").status == 200
 
 
+def test_one_site_leaves_others_places_to_log_in(relay, monkeypatch):
+    it, ready, check = relay({"echo": {}}, **GUARDED), threading.Event(), monorelay.check_password
+    monkeypatch.setattr(monorelay, "check_password", lambda *of: ready.wait(TIMEOUT_SECONDS) and check(*of))
+    waiting = it.server.service.logins._waiting
+    body = json.dumps({"username": "alice", "password": PASSWORD}).encode()
+    with contextlib.ExitStack() as stack:
+        stack.callback(ready.set)
+
+        def ask(address: str) -> socket.socket:
+            ours, theirs = map(stack.enter_context, socket.socketpair())
+            ours.settimeout(TIMEOUT_SECONDS)
+            it.server.process_request(theirs, (address, 1))
+            ours.sendall(request("POST", "/api/auth/login", body, "Connection: close", token=""))
+            return ours
+
+        clients = [ask(f"2001:db8:1:{number:x}::1") for number in range(monorelay.LOGINS_WAITING // 2)]
+        eventually(lambda: sum(waiting.values()) == len(clients))
+        assert ask("2001:db8:1:ffff::1").recv(1 << 16).startswith(b"HTTP/1.1 429 ")
+        clients += [ask("192.0.2.1"), ask("2001:db8:2::1")]
+        eventually(lambda: sum(waiting.values()) == len(clients))
+        ready.set()
+        assert all(client.recv(1 << 16).startswith(b"HTTP/1.1 200 ") for client in clients)
+    eventually(lambda: not it.server.service.logins._waiting)
+
+
 def test_an_empty_section_of_users_lets_no_token_in_and_a_missing_one_any(relay):
     server = {"jwt_secret": JWT_SECRET}
     assert is_let_in(relay({"echo": {}}, server=server), bearer(sub="anyone"))
