@@ -15199,6 +15199,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         # token, or are refused since their user has too many; each since when. Those for longest come first.
         self.idle: dict[Handler, float] = {}
         self.unproven: dict[Handler, float] = {}
+        self.over_limit: dict[Handler, float] = {}  # those that aren't admitted, and are told so; each since when
         # Given up for a moment when there is no other descriptor left, to be able to refuse a connection.
         self._spare = io.FileIO(os.devnull)
         self._spare_lock = threading.Lock()  # guards the spare descriptor
@@ -15224,6 +15225,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def admit(self, handler: Handler) -> bool:
         """Whether a new connection is served: beyond max_connections another one has to make room."""
         if len(self.served) >= self.connection_limit and not self.make_room():
+            self.over_limit[handler] = self.service.loop.now
             return False
         self.served[handler] = None
         return True
@@ -15233,6 +15235,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         idle for a moment only may be new, and its first request on the way."""
         now = self.service.loop.now
         times = now - UNPROVEN_SECONDS, now - UNPROVEN_LEAST_SECONDS
+        self._end_refused(times[1])
         found = (find(latest) for latest in times for find in (self._idle_longest, self._unproven_longest))
         handler = next(filter(None, found), None) or self._idle_longest(now)
         if not handler or not handler.task:
@@ -15267,6 +15270,14 @@ class RelayServer(http.server.ThreadingHTTPServer):
         handler.evicted = True
         return handler
 
+    def _end_refused(self, latest: float) -> None:
+        """Closes one that was refused before `latest`, where too many wait for their requests, to be told so: others
+        couldn't come in, whom room may be made for."""
+        handler = next(iter(self.over_limit)) if len(self.over_limit) >= OVER_LIMIT_CONNECTIONS else None
+        if handler and handler.task and self.over_limit[handler] < latest:
+            handler.evicted = True
+            handler.task.cancel()
+
     def exceeds_share(self, origin: str) -> bool:
         """Whether a caller has more than one connection at work, and over three quarters of those that nobody else has:
         others must find room."""
@@ -15281,6 +15292,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Forgets a connection that is closed."""
         self.handlers.pop(handler, None)
         self.served.pop(handler, None)
+        self.over_limit.pop(handler, None)
         self.idle.pop(handler, None)
         self.unproven.pop(handler, None)
 
@@ -15450,9 +15462,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
         be begun, only those from its own address count: they go before it, and the fewer they are, the longer there is
         a place. Each of them makes room when it is begun; if none waits, room is made for the next one."""
         loop, network = self.service.loop, network_of(str(client_address[0]), TURN_BITS)
-        most = self.connection_limit + OVER_LIMIT_CONNECTIONS
-        waiting, own = len(loop.arrived), loop.arrived.of(network)
-        if len(self.handlers) - waiting + own < most and own < most + OVER_LIMIT_CONNECTIONS - len(self.handlers):
+        own, most = loop.arrived.of(network), self.connection_limit + 2 * OVER_LIMIT_CONNECTIONS
+        if own < most - len(self.handlers):
             return False
         if not own:
             loop.post(lambda: loop.arrived.put(self.make_room, network))

@@ -23130,6 +23130,19 @@ def test_many_new_connections_of_one_or_two_addresses_leave_others_their_place(m
     server.stop()
 
 
+def test_those_who_wait_to_be_refused_keep_nobody_from_the_place_that_is_made_for_him(relay, monkeypatch):
+    monkeypatch.setattr(monorelay, "OVER_LIMIT_CONNECTIONS", 2)
+    it = relay({"echo": {}}, server={"max_connections": 1})
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(it.client("127.0.0.2")).send(b"G")
+        eventually(lambda: len(it.server.served) == 1 and len(it.server.over_limit) == 2)
+        time.sleep(monorelay.UNPROVEN_LEAST_SECONDS)
+        assert it.ask("GET", "/health").status == 200
+        assert len(it.server.over_limit) == 1, "the one that waited for longest"
+    eventually(lambda: not it.server.handlers and not it.server.over_limit)
+
+
 def floods(client: Client, asked: bytes) -> None:
     """Sends as much as the relay takes, and reads nothing."""
     client.sock.setblocking(False)
