@@ -15087,7 +15087,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _check_share(self) -> None:
         """Raises Unavailable for a user who has too many of the connections. Its client may not take the response: the
         connection may be closed to make room."""
-        if self.user and self.server.exceeds_share(self.loop.current.origin):
+        if self.user and self.server.exceeds_share(self.user):
             self.server.unproven[self] = self.loop.now
             message = f"the requests of {self.user} have as many connections as they may beside those of others"
             limits = "server.max_connections, and half of `ulimit -n`"
@@ -15254,7 +15254,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
                 return handler
             handler.be_busy()  # its last response isn't taken, or a request has just come: it isn't looked at again
             takes_nothing = len(self.idle) < SHARES_AT_ONCE and handler.user and handler.answering
-            if takes_nothing and handler.task and self.exceeds_share(handler.task.origin):
+            if takes_nothing and self.exceeds_share(handler.user):
                 try:
                     handler.channel.flush()  # it may only be put off until the end of a turn
                 except OSError:
@@ -15278,14 +15278,14 @@ class RelayServer(http.server.ThreadingHTTPServer):
             handler.evicted = True
             handler.task.cancel()
 
-    def exceeds_share(self, origin: str) -> bool:
-        """Whether a caller has more than one connection at work, and over three quarters of those that nobody else has:
-        others must find room."""
+    def exceeds_share(self, user: str) -> bool:
+        """Whether a user, from wherever, has more than one connection at work, and over three quarters of those that
+        nobody else has: others must find room."""
         at_work = len(self.served) - len(self.idle) - len(self.unproven)
         left = min(self.connection_limit, self._work_limit) - at_work
-        if at_work <= 3 * left:  # nor can those of one caller be more
+        if at_work <= 3 * left:  # nor can those of one user be more
             return False
-        own = sum(not it.idle and it.task is not None and it.task.origin == origin for it in self.served)
+        own = sum(it.user == user and not it.idle for it in self.served)
         return own > max(1, 3 * left)
 
     def release(self, handler: Handler) -> None:

@@ -23261,6 +23261,21 @@ def test_no_user_takes_the_connections_that_others_need(relay, kind):
             assert owner.ask("GET", "/api/auth/me").status == 200
 
 
+def test_nobody_takes_the_connections_that_others_need_from_many_addresses_without_being_in_the_file(relay):
+    it = relay({"echo": {}}, server={"max_connections": 8, "jwt_secret": JWT_SECRET})
+    with contextlib.ExitStack() as stack:
+        for number in range(8):
+            client = stack.enter_context(it.client(f"127.0.0.{number + 2}"))
+            client.send(request("POST", "/v1/messages", b"{", "Content-Length: 9", token=bearer(sub="ann")))
+            if number < 6:
+                eventually(lambda number=number: len(it.server.service.running) == number + 1)
+            else:
+                refused(client.answer(), 503, "api_error")
+        for token in (bearer(sub="bob"), TOKEN):
+            with it.client() as other:
+                assert other.ask("GET", "/api/auth/me", token=token).status == 200
+
+
 def test_no_user_takes_the_descriptors_that_others_need(relay, monkeypatch):
     monkeypatch.setattr(monorelay, "descriptor_limit", lambda: 16)
     it = relay({"echo": {}}, users={name: {"key": f"{name}-key-0123456789"} for name in ("ann", "bob")})
