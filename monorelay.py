@@ -15199,7 +15199,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         # token, or are refused since their user has too many; each since when. Those for longest come first.
         self.idle: dict[Handler, float] = {}
         self.unproven: dict[Handler, float] = {}
-        self.over_limit: dict[Handler, float] = {}  # those that aren't admitted, and are told so; each since when
+        self.refused: dict[Handler, float] = {}  # those that aren't admitted, and are told so; each since when
         # Given up for a moment when there is no other descriptor left, to be able to refuse a connection.
         self._spare = io.FileIO(os.devnull)
         self._spare_lock = threading.Lock()  # guards the spare descriptor
@@ -15225,7 +15225,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def admit(self, handler: Handler) -> bool:
         """Whether a new connection is served: beyond max_connections another one has to make room."""
         if len(self.served) >= self.connection_limit and not self.make_room():
-            self.over_limit[handler] = self.service.loop.now
+            self.refused[handler] = self.service.loop.now
             return False
         self.served[handler] = None
         return True
@@ -15273,8 +15273,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
     def _end_refused(self, latest: float) -> None:
         """Closes one that was refused before `latest`, where too many wait for their requests, to be told so: others
         couldn't come in, whom room may be made for."""
-        handler = next(iter(self.over_limit)) if len(self.over_limit) >= OVER_LIMIT_CONNECTIONS else None
-        if handler and handler.task and self.over_limit[handler] < latest:
+        handler = next(iter(self.refused)) if len(self.refused) >= OVER_LIMIT_CONNECTIONS else None
+        if handler and handler.task and self.refused[handler] < latest:
             handler.evicted = True
             handler.task.cancel()
 
@@ -15292,7 +15292,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Forgets a connection that is closed."""
         self.handlers.pop(handler, None)
         self.served.pop(handler, None)
-        self.over_limit.pop(handler, None)
+        self.refused.pop(handler, None)
         self.idle.pop(handler, None)
         self.unproven.pop(handler, None)
 

@@ -23136,11 +23136,11 @@ def test_those_who_wait_to_be_refused_keep_nobody_from_the_place_that_is_made_fo
     with contextlib.ExitStack() as stack:
         for _ in range(3):
             stack.enter_context(it.client("127.0.0.2")).send(b"G")
-        eventually(lambda: len(it.server.served) == 1 and len(it.server.over_limit) == 2)
+        eventually(lambda: len(it.server.served) == 1 and len(it.server.refused) == 2)
         time.sleep(monorelay.UNPROVEN_LEAST_SECONDS)
         assert it.ask("GET", "/health").status == 200
-        assert len(it.server.over_limit) == 1, "the one that waited for longest"
-    eventually(lambda: not it.server.handlers and not it.server.over_limit)
+        assert len(it.server.refused) == 1, "the one that waited for longest"
+    eventually(lambda: not it.server.handlers and not it.server.refused)
 
 
 def floods(client: Client, asked: bytes) -> None:
