@@ -9750,8 +9750,8 @@ class Channel:
         elif not self._queued:
             task = self.task
             sides = loop.slow if self._slow else loop.late
-            turns = sides.clients if task and self is task.client else sides.providers
-            turns.put(lambda: self._serve_late(events, task), task.origin if task else "")
+            queue = sides.clients if task and self is task.client else sides.providers
+            queue.put(lambda: self._serve_late(events, task), task.origin if task else "")
             self._queued = True  # once it waits: there may be no memory for that
             if task:
                 task.unseen += 1
@@ -9933,7 +9933,7 @@ Action = Callable[[], object]
 FOR_ALL = "all"  # the origin of a task that many may wait for: they don't wait behind all that the first of them wants
 
 
-class Turns:
+class FairQueue:
     """Actions that wait. Their origins have turns, so that nobody waits for many of another; those of one origin keep
     their order."""
 
@@ -9973,8 +9973,8 @@ class Turns:
 class Sides(NamedTuple):
     """What is called later for clients, and for providers: neither side waits for many of the other."""
 
-    clients: Turns
-    providers: Turns
+    clients: FairQueue
+    providers: FairQueue
 
 
 class EventLoop:
@@ -9998,10 +9998,10 @@ class EventLoop:
         self.turn = 1
         # What is called in a later turn: events of sockets that came late; tasks that gave way, or have a result that
         # they waited for; events that may take long; and tasks that have had their turn and want another one at once.
-        self.late = Sides(Turns(), Turns())
-        self.patient = Turns()
-        self.slow = Sides(Turns(), Turns())
-        self.greedy = Turns()
+        self.late = Sides(FairQueue(), FairQueue())
+        self.patient = FairQueue()
+        self.slow = Sides(FairQueue(), FairQueue())
+        self.greedy = FairQueue()
         self._unhurried = (self.patient, *self.slow, self.greedy)
         self.crowded = False  # whether there is more than one to serve in this turn
         self.outbox: collections.deque[Channel] = collections.deque()  # those with something to send at its end
@@ -10013,7 +10013,7 @@ class EventLoop:
         self.make_room: Callable[[], object] = lambda: None  # called when memory is short, or descriptors are
         self._stopped = False
         self._posted: collections.deque[Action] = collections.deque()
-        self.arrived = Turns()  # new connections, by the address that they come from
+        self.arrived = FairQueue()  # new connections, by the address that they come from
         self._wakeup_reader, self._wakeup_writer = socket.socketpair()
         self._wakeup_reader.setblocking(False)
         self._wakeup_writer.setblocking(False)
@@ -10104,7 +10104,7 @@ class EventLoop:
             if self.clock() > deadline:
                 break
 
-    def _serve(self, queues: Sequence[Turns], seconds: float) -> None:
+    def _serve(self, queues: Sequence[FairQueue], seconds: float) -> None:
         """Calls what waits, for so many seconds in all, and QUEUE_SECONDS of each queue: cheap calls don't wait for as
         many dear ones."""
         begun = self.moment = self.clock()
@@ -10184,11 +10184,11 @@ class EventLoop:
     def _resume_overdue(self, due: list[Task]) -> None:
         """Raises Overdue in these tasks, in turns, the longest overdue ones of an origin first; those that
         SWEEPING_SECONDS don't suffice for are due in the next turn, too."""
-        turns, latest = Turns(), self.clock() + SWEEPING_SECONDS
+        queue, latest = FairQueue(), self.clock() + SWEEPING_SECONDS
         for task in sorted(due, key=lambda task: task.deadline):
-            turns.put(functools.partial(self.resume_if_overdue, task), task.origin)
-        while turns and self.clock() <= latest:
-            turns.take()()
+            queue.put(functools.partial(self.resume_if_overdue, task), task.origin)
+        while queue and self.clock() <= latest:
+            queue.take()()
 
     def resume_in_turn(self, task: Task) -> None:
         """Resumes a task for which something has come, in the turns of its origin: it may go on for long, and new
@@ -10223,7 +10223,7 @@ def until(deadline: float = math.inf) -> Generator[float, None, None]:
     yield deadline
 
 
-async def checkpoint(loop: EventLoop, queue: Optional[Turns] = None) -> None:
+async def checkpoint(loop: EventLoop, queue: Optional[FairQueue] = None) -> None:
     """Lets all other tasks that can run do so first, or those in a queue of the loop. Events on this task's channels
     don't end the wait."""
     task, its_turn = loop.current, False
@@ -10273,7 +10273,7 @@ class Worker:
     """A thread that runs calls one by one, those of different callers in turns. It starts with the first call."""
 
     def __init__(self) -> None:
-        self._waiting = Turns()
+        self._waiting = FairQueue()
         self._queued = threading.Condition()  # guards what waits, and tells of more
         self._begun = False
 
@@ -13827,8 +13827,8 @@ def hidden_model(caller: Caller) -> Forbidden:
 
 
 def origin_of(caller: Caller, network: str) -> str:
-    """The origin of a caller's tasks, see Turns. A user is one origin, whatever the address. The owner's access key may
-    be shared, and a proxy's address too: for other callers it is network and name together."""
+    """The origin of a caller's tasks, see FairQueue. A user is one origin, whatever the address. The owner's access key
+    may be shared, and a proxy's address too: for other callers it is network and name together."""
     return f"user {caller.user.name}" if caller.user else f"{network} {caller.name[:LOGGED_CHARACTERS]}"
 
 

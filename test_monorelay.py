@@ -10961,9 +10961,9 @@ def test_clients_that_left_behind_full_buffers_at_one_moment_are_missed_in_turns
 
 
 def test_full_buffers_are_looked_at_again_after_a_lack_of_memory(looping, monkeypatch):
-    put, failed, left = monorelay.Turns.put, [], []
+    put, failed, left = monorelay.FairQueue.put, [], []
 
-    def fails_once(turns: monorelay.Turns, action: Callable[[], object], origin: str = "") -> None:
+    def fails_once(turns: monorelay.FairQueue, action: Callable[[], object], origin: str = "") -> None:
         if turns is looping.loop.slow.clients and not failed:
             failed.append(True)
             raise MemoryError
@@ -10976,7 +10976,7 @@ def test_full_buffers_are_looked_at_again_after_a_lack_of_memory(looping, monkey
         left.append(True)
 
     looping.loop.warn = lambda message: None
-    monkeypatch.setattr(monorelay.Turns, "put", fails_once)
+    monkeypatch.setattr(monorelay.FairQueue, "put", fails_once)
     looping.start(waits())
     looping.clock.move(monorelay.SWEEP_SECONDS)
     eventually(lambda: failed)
@@ -11285,7 +11285,7 @@ async def forever():
 
 origins, actions = [f"origin {number}" for number in range(100)], [f"action {number}" for number in range(600)]
 for failing in range(1, 16):
-    turns, kept = monorelay.Turns(), []
+    turns, kept = monorelay.FairQueue(), []
     for number, action in enumerate(actions):
         if attempt(failing, lambda: turns.put(action, origins[number % 100]))[1]:
             kept.append(action)
@@ -11604,7 +11604,7 @@ def test_a_worker_serves_its_callers_in_turns():
 
 
 def test_a_worker_keeps_nothing_of_a_call_that_is_done():
-    worker, held = monorelay.Worker(), monorelay.Turns()
+    worker, held = monorelay.Worker(), monorelay.FairQueue()
     kept = weakref.ref(held)
     worker.call(functools.partial(bool, held))
     del held
@@ -11613,10 +11613,10 @@ def test_a_worker_keeps_nothing_of_a_call_that_is_done():
 
 def test_a_task_whose_client_leaves_keeps_nothing_of_what_it_was_doing(looping):
     """Else the body of its request would stay until the garbage collector comes to it, maybe for hours."""
-    held, tasks = [monorelay.Turns()], []
+    held, tasks = [monorelay.FairQueue()], []
     kept = weakref.ref(held[0])
 
-    async def serve(body: monorelay.Turns) -> None:
+    async def serve(body: monorelay.FairQueue) -> None:
         await monorelay.until()
         assert not body
 
@@ -11636,7 +11636,7 @@ def test_a_task_whose_client_leaves_keeps_nothing_of_what_it_was_doing(looping):
 
 def test_a_call_that_nobody_waits_for_any_more_holds_nothing_in_its_queue(looping):
     queue: list[Callable[[], None]] = []
-    held, tasks = [monorelay.Turns()], []
+    held, tasks = [monorelay.FairQueue()], []
     kept = weakref.ref(held[0])
 
     async def begins(work: Callable[[], int]) -> None:
@@ -11656,14 +11656,14 @@ def test_a_call_that_fails_when_nobody_waits_for_it_any_more_keeps_nothing(loopi
     """Else the error would keep all that the call has used until the garbage collector comes to it."""
     queue: list[Callable[[], None]] = []
     tasks: list[monorelay.Task] = []
-    kept: list[weakref.ref[monorelay.Turns]] = []
+    kept: list[weakref.ref[monorelay.FairQueue]] = []
 
     async def begins() -> None:
         worker = types.SimpleNamespace(call=lambda run, caller: queue.append(run))
         await monorelay.in_thread(looping.loop, fails, worker)
 
     def fails() -> None:
-        held = monorelay.Turns()
+        held = monorelay.FairQueue()
         kept.append(weakref.ref(held))
         if leaves_first:
             looping.call(lambda: tasks.pop().cancel())
