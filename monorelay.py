@@ -303,7 +303,8 @@ LOG_BACKLOG_CHARACTERS = 4 * 1024 * 1024
 USAGE_COUNT = 10**12  # tokens: nothing that is larger can be true
 USAGE_ITERATIONS = 100  # of one response; server-side loops end after some ten
 ITERATED_MODELS = 32  # in these; the price of each may have to be sought among thousands of patterns
-ANSWERING_MODELS = ANSWERING_TIERS = 8  # the first ones and the last that a response names
+ANSWERING_MODELS = 8  # the first ones and the last that a response names
+ANSWERING_TIERS = 8  # that a response names: where there are more, it may have been served by any
 USAGE_WORD_CHARACTERS = 32  # of a service tier and the like
 COST_NANO_USD = 10**15  # a million USD: no response costs more, and sums of such fit into SQLite's 64 bits
 LEDGER_PAUSE_SECONDS = 1.0  # rows are written together: so much is lost by a crash, and other workers learn so late
@@ -2870,6 +2871,7 @@ def word_of(value: Any) -> str:
 
 WEB_SEARCH_USD = 0.01  # what both APIs charge for each
 SERVICE_TIERS = {"batch": "batches"}  # how LiteLLM's list calls them where it isn't as the APIs do
+ANY_TIER = "*"  # stands for those that aren't kept of a response that names very many
 # What a rate that isn't given is, as a part of the input's. OpenAI bills writes so since GPT-5.6; of earlier models,
 # and of others that speak its format, it is rather dearer than true.
 RATE_FACTORS = {
@@ -2915,6 +2917,8 @@ def charge_of(price: Optional[Price], format: str, used: Used) -> Optional[int]:
     counts = {kind: getattr(used, kind) or 0 for kind in KINDS}
     prompt = sum(counts.values()) - counts["output"]
     tiers = [SERVICE_TIERS.get(tier, tier) for tier in (used.tier, *used.other_tiers)]
+    if ANY_TIER in tiers:
+        tiers = [tier for kind, tier, _ in price.rates if kind == "input"]
     level = dearest_level(price.rates, [level_of(price.rates, tier, prompt) for tier in tiers])
     total = 0
     for kind, count in counts.items():
@@ -4849,8 +4853,11 @@ class Usage:
         told = OPENAI_TIER.findall(data, first.start(), end if end >= 0 else len(data))
         if not is_stream or (self._has_tier and data.find(b"\n", 0, first.start()) < 0):
             told = self._tiers + told  # that has told some before
-        self._tiers = told if len(told) == 1 else list(dict.fromkeys(told))
-        del self._tiers[ANSWERING_TIERS:-ANSWERING_TIERS]
+        if len(told) > 1:
+            told = list(dict.fromkeys(told))
+            if len(told) > ANSWERING_TIERS:
+                told[ANSWERING_TIERS:] = [ANY_TIER.encode("ascii")]
+        self._tiers = told
         return True
 
 

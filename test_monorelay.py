@@ -4233,6 +4233,22 @@ def test_no_service_tier_that_a_client_may_have_sent_makes_a_response_cheaper(is
             assert cost("openai", "m", told, prices) == 1000 * rate, (before, tier, step)
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("size", [10, 60_000])
+def test_a_response_that_names_very_many_service_tiers_is_charged_by_the_dearest_there_is(is_stream, size):
+    """The client's MCP server tells some in the schemas of its tools, before its own, and the client others behind."""
+    usage = {"input_tokens": 1000, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 0}
+    prices = {"m": {"input_cost_per_token": 2e-9, "input_cost_per_token_priority": 4e-9}}
+    before, behind = ([{f"x{it}": {"service_tier": f"{side}_{it}"} for it in string.ascii_lowercase} for side in "pq"])
+    sent, rest = {"output": [{"tools": [before]}, "x" * size]}, {"text": "x" * size, "tools": [behind]}
+    response = {"id": "r", **sent, "service_tier": "priority", **rest, "usage": usage}
+    body = sse("response.completed", response=response) if is_stream else json.dumps(response).encode()
+    for step in (len(body), 20_000, 1000):
+        told = told_in_pieces(body, is_stream, [*range(step, len(body), step)])
+        assert cost("openai", "m", told, prices) == 4000, step
+        assert len(told.other_tiers) <= monorelay.ANSWERING_TIERS
+
+
 @pytest.mark.parametrize("name", USAGE_TOLD)
 def test_what_an_answer_says_was_used_is_told_as_it_says(upstream, relay, name):
     path, said, tokens, tier = USAGE_TOLD[name]
