@@ -4671,11 +4671,12 @@ def first_kind(data: bytes, start: int, end: int) -> bytes:
 
 def event_kind(data: bytes, start: int, end: int) -> bytes:
     """The same of a whole line. In one of vLLM's, which are in the order of OpenAI's Python types, it is the last."""
-    kind, last = first_kind(data, start, end), data.rfind(b'"type"', start, end)
-    if kind or last < 0:
-        return kind
-    event = EVENT_TYPE.match(data, last, end) or EVENT_TYPE.search(data, start, end)
-    return event[1] if event else b""
+    last = data.rfind(b'"type"', start, end)
+    if last < 0:  # as in each event of a chat
+        return b""
+    kind = first_kind(data, start, end)
+    event = None if kind else EVENT_TYPE.match(data, last, end) or EVENT_TYPE.search(data, start, end)
+    return event[1] if event else kind
 
 
 def packed(usage: JsonDict, size: int) -> tuple[Union[JsonDict, bytes], int]:
