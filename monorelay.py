@@ -5200,11 +5200,13 @@ class DocumentReader:
                     return value, mark[0]
                 if not mark:
                     self._text, self._at = self._text[self._at : end + 1], 0  # one blank is as good as many
-            except json.JSONDecodeError:  # it isn't here as a whole, or is malformed
-                if first == '"':
-                    return self._string(), self._take(",:]}")
-                if first in ("[", "{") and level < READ_LEVELS:
-                    return (self._list if first == "[" else self._object)(level + 1), self._take(",]}")
+                is_whole = True
+            except json.JSONDecodeError:  # which would keep the text while the rest is read
+                is_whole = False  # or it is malformed
+            if not is_whole and first == '"':
+                return self._string(), self._take(",:]}")
+            if not is_whole and first in ("[", "{") and level < READ_LEVELS:
+                return (self._list if first == "[" else self._object)(level + 1), self._take(",]}")
             if not self._read_on():
                 raise ValueError("a value is malformed, or cut off")
 

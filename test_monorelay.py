@@ -5631,6 +5631,22 @@ def test_what_is_long_within_a_document_is_read_in_parts(monkeypatch, content):
     assert max(lengths) < 3 * monorelay.WRITTEN_CHARACTERS
 
 
+def test_what_was_read_of_a_document_isnt_held_while_the_next_string_is_read():
+    nested: Any = "x" * 2_000_000
+    for _ in range(monorelay.READ_LEVELS):  # so deep that it is read as a whole
+        nested = [nested]
+    body = json.dumps({"a": [nested, {"b": "y" * 2_000_000}]}).encode()
+    pieces = [body[at : at + 65536] for at in range(0, len(body), 65536)]
+    del nested
+    tracemalloc.start()
+    try:
+        document = monorelay.read_document(pieces, 0)
+        assert tracemalloc.get_traced_memory()[1] < 1.8 * len(body)
+    finally:
+        tracemalloc.stop()
+    assert len(document["a"][1]["b"]) == 2_000_000
+
+
 @pytest.mark.parametrize("escaped", [False, True])
 def test_characters_beyond_ascii_stay_what_they_are_in_names_and_in_what_is_told(escaped):
     known = target_of(extra={"ü": "é"}, drop=["ö"]).provider
