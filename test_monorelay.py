@@ -4201,14 +4201,14 @@ def test_no_type_that_a_client_has_sent_is_taken_for_the_events_own(decoy, size)
     """Of the servers that are made with OpenAI's Python types, such as vLLM, each event tells its type last."""
     schema = {"type": "function", "name": "f", "parameters": {"type": "object", "x": {"type": decoy}}}
     usage = {"input_tokens": 1000, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 500}
-    sent: dict[str, Any] = {"instructions": "x" * size, "metadata": {"type": decoy}, "tools": [schema]}
+    sent: dict[str, Any] = {"metadata": {"type": decoy}, "instructions": "x" * size, "tools": [schema]}
     kind, response = {"type": "response.completed"}, {"response": {"id": "r", **sent, "usage": usage, "user": None}}
     number = {"sequence_number": 3}
     for order in ({**kind, **response}, {**response, **number, **kind}, {**number, **kind, **response}):
         body = f"event: response.completed\ndata: {json.dumps(order)}\n\n".encode()
-        for step in (len(body), 20_000, 1000):
-            told = told_in_pieces(body, True, [*range(step, len(body), step)])
-            assert told[:5] == (1000, 0, 0, 0, 500), (order.keys(), step)
+        for step, by_line in itertools.product((len(body), 20_000, 1000), (True, False)):
+            told = told_in_pieces(body, True, [*range(step, len(body), step)], by_line)
+            assert told[:5] == (1000, 0, 0, 0, 500), (order.keys(), step, by_line)
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -4223,14 +4223,15 @@ def test_no_service_tier_that_a_client_may_have_sent_makes_a_response_cheaper(is
     prices["m"]["input_cost_per_token"] = 2e-9
     for (before, behind), (tier, rate) in itertools.product(itertools.permutations(sent, 2), rates.items()):
         text = {"text": "x" * size}
-        response = {"id": "r", **text, **before, "service_tier": tier, "usage": usage, **behind, "user": "x" * size}
+        told_of_tier = {"service_tier": tier, "usage": usage, "prompt_cache_key": "x" * size}
+        response = {"id": "r", **text, **before, "model": "x" * size, **told_of_tier, **behind, "user": "x" * size}
         body = json.dumps(response).encode()
         if is_stream:
             began = sse("response.created", response={"service_tier": "auto", "usage": None})
             body = began + sse("response.completed", response=response)
-        for step in (len(body), 20_000, 1000):
-            told = told_in_pieces(body, is_stream, [*range(step, len(body), step)])
-            assert cost("openai", "m", told, prices) == 1000 * rate, (before, tier, step)
+        for step, by_line in itertools.product((len(body), 20_000, 1000), (True, False)):
+            told = told_in_pieces(body, is_stream, [*range(step, len(body), step)], by_line)
+            assert cost("openai", "m", told, prices) == 1000 * rate, (before, tier, step, by_line)
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -4243,9 +4244,9 @@ def test_a_response_that_names_very_many_service_tiers_is_charged_by_the_dearest
     sent, rest = {"output": [{"tools": [before]}, "x" * size]}, {"text": "x" * size, "tools": [behind]}
     response = {"id": "r", **sent, "service_tier": "priority", **rest, "usage": usage}
     body = sse("response.completed", response=response) if is_stream else json.dumps(response).encode()
-    for step in (len(body), 20_000, 1000):
-        told = told_in_pieces(body, is_stream, [*range(step, len(body), step)])
-        assert cost("openai", "m", told, prices) == 4000, step
+    for step, by_line in itertools.product((len(body), 20_000, 1000), (True, False)):
+        told = told_in_pieces(body, is_stream, [*range(step, len(body), step)], by_line)
+        assert cost("openai", "m", told, prices) == 4000, (step, by_line)
         assert len(told.other_tiers) <= monorelay.ANSWERING_TIERS
 
 
