@@ -241,7 +241,7 @@ CATALOGUE_FRESH_SECONDS = 300.0
 CATALOGUE_RETRY_SECONDS = 30.0  # until a provider that didn't list its models is asked again
 LOGINS_PER_USER = 10  # a minute, for each address: nobody can lock a user out from elsewhere
 LOGINS_PER_ADDRESS = 30  # a minute
-LOGINS_WAITING = 16  # for their password to be hashed, which takes 50 ms each; half of them from one address
+LOGINS_WAITING = 16  # for their password to be hashed, which takes 50 ms each; half of them from one site
 SECRET_FILE_CHARACTERS = 64 * 1024
 SECRET_CHARACTERS = 8  # of one that is looked for in errors; shorter ones may be words that stand anywhere
 RATE_LIMIT_FIELDS = 40  # of a response that are remembered; Anthropic sends some 20
@@ -2679,7 +2679,7 @@ class Used(NamedTuple):
     cache_write_long: Optional[int] = None
     output: Optional[int] = None
     tier: str = ""  # the service tier; empty for the standard one
-    other_tiers: tuple[str, ...] = ()  # those that are told beside it: one of all these is what a client has sent
+    other_tiers: tuple[str, ...] = ()  # told beside it: all of these but one are what a client has sent
     speed: str = ""  # empty for the usual one
     geo: str = ""  # where it was computed
     web_searches: int = 0
