@@ -4809,7 +4809,8 @@ class Usage:
             kind = self._kind if not start else None
             if kind is None:
                 end = data.find(b"\n", at)
-                kind = event_kind(data, start, end if end >= 0 else len(data))
+                is_cut = end < 0 and len(data) - start > USAGE_BYTES  # so what would tell its type last hasn't come
+                kind = (first_kind if is_cut else event_kind)(data, start, end if end >= 0 else len(data))
             if kind.startswith(b"content_block"):
                 return  # a tool's input may have a `usage` of its own; of a whole answer it stands before the real one
             self._is_placeholder = kind == b"message_start"

@@ -4202,13 +4202,14 @@ def test_no_type_that_a_client_has_sent_is_taken_for_the_events_own(decoy, size)
     schema = {"type": "function", "name": "f", "parameters": {"type": "object", "x": {"type": decoy}}}
     usage = {"input_tokens": 1000, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 500}
     sent: dict[str, Any] = {"metadata": {"type": decoy}, "instructions": "x" * size, "tools": [schema]}
-    kind, response = {"type": "response.completed"}, {"response": {"id": "r", **sent, "usage": usage, "user": None}}
-    number = {"sequence_number": 3}
-    for order in ({**kind, **response}, {**response, **number, **kind}, {**number, **kind, **response}):
-        body = f"event: response.completed\ndata: {json.dumps(order)}\n\n".encode()
+    kind, number = {"type": "response.completed"}, {"sequence_number": 3}
+    for user, order in itertools.product((None, "u" * 70_000), range(3)):
+        response = {"response": {"id": "r", **sent, "usage": usage, "user": user}}
+        event = ({**kind, **response}, {**response, **number, **kind}, {**number, **kind, **response})[order]
+        body = f"event: response.completed\ndata: {json.dumps(event)}\n\n".encode()
         for step, by_line in itertools.product((len(body), 20_000, 1000), (True, False)):
             told = told_in_pieces(body, True, [*range(step, len(body), step)], by_line)
-            assert told[:5] == (1000, 0, 0, 0, 500), (order.keys(), step, by_line)
+            assert told[:5] == (1000, 0, 0, 0, 500), (order, step, by_line)
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
