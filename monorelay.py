@@ -4598,11 +4598,7 @@ USAGE_OBJECT = re.compile(
     rb'"(?:usage|(svg_|tool_)usage)" {0,4}:? {0,4}(?:\{|\Z)'
     rb'|"usage_breakdown"\s{0,4}:\s{0,4}\{\s{0,8}"models"\s{0,4}:\s{0,4}\[[^]]{0,%d}(?P<models>\]?)' % USAGE_BYTES
 )
-# What LiteLLM writes before the usage of a message. The content follows it, and the input of a tool there may hold a
-# `usage` that a client chose.
-BEFORE_USAGE = re.compile(
-    rb'\s*\{(?:\s*"(?:id|type|role|model|stop_reason|stop_sequence)"\s*:\s*(?:"[^"\\]{0,256}"|null)\s*,){1,8}\s*'
-)
+ESCAPED = re.compile(rb"\\.", re.DOTALL)
 EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_(?:start|delta|stop)|content_block_[a-z]+|response\.[a-z_]+)"')
 # The same in a line in which no more than numbers and words stand before it.
 FIRST_EVENT_TYPE = re.compile(
@@ -4705,12 +4701,32 @@ def unpacked(kept: Union[JsonDict, bytes]) -> JsonDict:
         return {}
 
 
+class Nesting:
+    """How much deeper within JSON than where it began, which isn't in a string, is what comes next."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self._in_string = 0  # 1 if what comes next is in one
+        self._rest = b""  # a backslash, whose character hasn't come yet
+
+    def feed(self, data: bytes) -> None:
+        """Goes on behind these."""
+        data = self._rest + data
+        self._rest = b"\\" * ((len(data) - len(data.rstrip(b"\\"))) % 2)
+        parts = ESCAPED.sub(b"", data[: len(data) - len(self._rest)]).split(b'"')
+        bare = b"".join(parts[self._in_string :: 2])
+        self.depth += bare.count(b"{") + bare.count(b"[") - bare.count(b"}") - bare.count(b"]")
+        self._in_string = (self._in_string + len(parts) - 1) % 2
+
+
 class Usage:
     """What a response says was used, read from a copy of its bytes as they pass.
 
-    Only the objects behind "usage" are parsed. The last that tells something is the valid one: those before may stand
-    in a tool's schema, which comes back in the answer. Anthropic's message_delta has the totals without their details,
-    so it is merged over message_start, where the output is a placeholder; so is what LiteLLM adds to message_stop."""
+    Only the objects behind "usage" are parsed. The last that tells something is the valid one, unless it stands deeper
+    than one before it: others may be in a tool's schema or metadata, which come back in the answer, or in the input of
+    a tool, and some servers tell their own before these. Anthropic's message_delta has the totals without their
+    details, so it is merged over message_start, where the output is a placeholder; so is what LiteLLM adds to
+    message_stop."""
 
     def __init__(self) -> None:
         # The usage, as far as it is told, and what the model used that has written a picture as SVG, or drawn for a
@@ -4725,7 +4741,10 @@ class Usage:
         self.models: list[bytes] = []  # those that may be the one that has, if that is sought
         self._is_beginning = True  # whether no more than that of a whole response has come
         self._is_undeclared = False  # whether it is a stream that isn't called one
-        self._is_first = False  # whether its usage stands before all that may have another
+        # How deep it is behind the usage that was found, in the same response or line of a stream.
+        self._behind: Optional[Nesting] = None
+        self._followed = 0  # up to where in the data
+        self._found_at = 0  # where that usage stands in the data; -1 if it is in them no more
         self._held = b""  # a line of a stream, an object, or the name before it, whose rest hasn't come yet
         self._kind: Optional[bytes] = None  # of the event of a long line whose beginning isn't held any more
         self._has_tier = False  # whether that line has told the tier
@@ -4759,9 +4778,10 @@ class Usage:
             held = self._look(data, is_stream)
         else:
             held = max(0, len(data) - USAGE_NAME_BYTES)
+        line = 0
         if is_stream:
             if data.endswith(b"\n"):
-                self._kind, self._has_tier = None, False
+                self._kind, self._has_tier, self._behind = None, False, None
                 return
             line = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1  # an event's type stands at its beginning
             is_long = len(data) - line > USAGE_BYTES
@@ -4772,6 +4792,7 @@ class Usage:
         elif self._is_beginning:
             self._is_beginning = len(data) < USAGE_BEGINNING_BYTES
             held = 0 if self._is_beginning else held
+        self._follow(data, line, held)
         self._held = data[held:]
 
     def _begins_stream(self, data: bytes) -> bool:
@@ -4802,10 +4823,10 @@ class Usage:
 
     def _take(self, usage: JsonDict, size: int, data: bytes, at: int, is_stream: bool) -> None:
         """Takes what a usage object of this size tells, if it does; it stands there in the data."""
-        if self._is_first or USAGE_NAMES.isdisjoint(usage):
+        start = max(data.rfind(b"\n", 0, at), data.rfind(b"\r", 0, at)) + 1 if is_stream else 0
+        if USAGE_NAMES.isdisjoint(usage) or self._is_deeper(data, start, at):
             return
         if is_stream:
-            start = max(data.rfind(b"\n", 0, at), data.rfind(b"\r", 0, at)) + 1
             kind = self._kind if not start else None
             if kind is None:
                 end = data.find(b"\n", at)
@@ -4821,9 +4842,31 @@ class Usage:
                 usage = {**found, **told_anew(usage, USAGE_NAMES)}
             elif not self._is_placeholder:
                 self._note_tiers(data, start)
-        if not self._found or any(tokens_of(usage)):  # some have nothing but zeros in all chunks but one
+        tokens = tokens_of(usage)
+        if not self._found or any(tokens):  # some have nothing but zeros in all chunks but one
+            self._behind = Nesting() if any(tokens) else None
+            self._found_at = self._followed = at
             self._found, self._size = packed(usage, size)
-            self._is_first = not is_stream and self._is_beginning and bool(BEFORE_USAGE.fullmatch(data, 0, at))
+
+    def _is_deeper(self, data: bytes, line: int, at: int) -> bool:
+        """Whether what stands there, in the line that begins there, is deeper than the usage that was found before it
+        in the same one."""
+        if not self._behind or line > self._followed:
+            return False
+        self._behind.feed(data[self._followed : at])
+        self._followed = max(self._followed, at)
+        return self._behind.depth > 0
+
+    def _follow(self, data: bytes, line: int, held: int) -> None:
+        """Goes on to where the data begin next time, if what was found stands before that, and in the line that begins
+        there."""
+        if not self._behind:
+            return
+        if self._found_at >= held or line > max(0, self._found_at):
+            self._behind = None
+            return
+        self._behind.feed(data[self._followed : held])
+        self._followed, self._found_at = max(0, self._followed - held), -1
 
     def _take_besides(self, kind: bytes, usage: JsonDict, size: int, is_stream: bool) -> None:
         """Takes what OpenAI tells apart from the usage."""

@@ -4214,6 +4214,27 @@ def test_no_type_that_a_client_has_sent_is_taken_for_the_events_own(decoy, size)
 
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("size", [10, 60_000])
+def test_no_usage_that_a_client_has_sent_is_taken_for_the_responses_own(is_stream, size):
+    """Fireworks tells its own before `text`, `tools` and `metadata` (https://docs.fireworks.ai/responses.openapi.yaml),
+    OpenAI behind them."""
+    said = 'x\\"{[' * (size // 5)
+    decoy = {"usage": {"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": 1}, "completion_tokens": 0}}
+    schema = {"type": "object", "description": said, "properties": decoy}
+    sent = {"text": {"format": {"schema": schema}}, "tools": [{"parameters": schema}], "metadata": decoy}
+    usage = {"usage": {"prompt_tokens": 1000, "completion_tokens": 500, "total_tokens": 1500}}
+    for response in ({"created_at": 1, **usage, **sent}, {"created_at": 1, **sent, **usage}):
+        body = json.dumps(response).encode()
+        if is_stream:
+            began = sse("response.created", response={"usage": None, **sent})
+            body = began + sse("response.completed", response=response)
+        for step in (len(body), 20_000, 1000, 37) if size < 100 else (len(body), 20_000, 1001):
+            for by_line in (True, False):
+                told = told_in_pieces(body, is_stream, [*range(step, len(body), step)], by_line)
+                assert told[:5] == (1000, 0, 0, 0, 500), (response.keys(), step)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("size", [10, 60_000])
 def test_no_service_tier_that_a_client_may_have_sent_makes_a_response_cheaper(is_stream, size):
     """Metadata, which LiteLLM tells before the response's own tier, and the schemas of an MCP server's tools."""
     schema = {"name": "f", "input_schema": {"type": "object", "service_tier": "flex"}}
