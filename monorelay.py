@@ -4802,10 +4802,13 @@ class Usage:
         return self._is_undeclared
 
     def _look(self, data: bytes, is_stream: bool) -> int:
-        """Reads the first and the last usage objects in the data; from where on it is needed once more has come."""
+        """Reads the first and the last usage objects in the data, and the first in the last line that has any; from
+        where on it is needed once more has come."""
         held, names = max(0, len(data) - USAGE_NAME_BYTES), [*USAGE_OBJECT.finditer(data)]
-        # The first may be message_start's.
-        for name in [*names[:1], *names[1:][-USAGES_AT_ONCE:]]:
+        before, last = names[:-USAGES_AT_ONCE], names[-USAGES_AT_ONCE:]
+        # The first may be message_start's; the first in the line a response's, before others that a client has sent.
+        line = data.rfind(b"\n", 0, last[-1].start()) if before else 0
+        for name in [*before[:1], *[name for name in before[1:] if name.start() > line][:1], *last]:
             if name["models"] is not None:
                 held = held if name["models"] else min(held, max(name.start(), len(data) - USAGE_BYTES))
                 continue

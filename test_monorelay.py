@@ -4220,7 +4220,7 @@ def test_no_usage_that_a_client_has_sent_is_taken_for_the_responses_own(is_strea
     said = 'x\\"{[' * (size // 5)
     decoy = {"usage": {"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": 1}, "completion_tokens": 0}}
     schema = {"type": "object", "description": said, "properties": decoy}
-    sent = {"text": {"format": {"schema": schema}}, "tools": [{"parameters": schema}], "metadata": decoy}
+    sent = {"text": {"format": {"schema": schema}}, "tools": [{"parameters": schema}], "metadata": [decoy] * 9}
     usage = {"usage": {"prompt_tokens": 1000, "completion_tokens": 500, "total_tokens": 1500}}
     for response in ({"created_at": 1, **usage, **sent}, {"created_at": 1, **sent, **usage}):
         body = json.dumps(response).encode()
