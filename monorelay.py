@@ -130,6 +130,7 @@ USAGE_BYTES = 16 * 1024  # of a response's usage object; some have 1,500
 USAGE_USUAL_BYTES = 2 * 1024  # of one that is kept as it was read
 USAGE_NAME_BYTES = 64  # of the names before it, or of a service tier that stands beside it
 USAGE_BEGINNING_BYTES = 2048  # of a whole response, in which its usage may stand before what it says
+BESIDES_AT_ONCE = 32  # of those beside it that tools and authors of pictures have
 USAGES_AT_ONCE = 8  # the last ones of what has come at once: some servers send one with each word
 TRANSLATED_FIRST_BYTES = 1024  # of a stream, until it is known how long its events are for the client
 TRANSLATED_AT_ONCE_BYTES = 16 * 1024  # which takes some milliseconds; a longer body is translated in a thread,
@@ -2749,14 +2750,15 @@ def searches_of(usage: JsonDict) -> int:
     return counts_of(usage.get("prompt_tokens_details")).get("web_search_requests", 0)
 
 
-def with_author(used: Used, author: JsonDict) -> Used:
-    """What a picture used, together with the model that has written it as SVG, by the price of that model. Or what a
-    response used, together with the model that has drawn for it."""
-    step = next(iterations_of([author], used), None)
-    if not step:
+def with_others(used: Used, others: Sequence[JsonDict]) -> Used:
+    """What a picture or a response used, together with the models that have drawn for it, or written pictures as SVG,
+    by the prices of these."""
+    steps = tuple(iterations_of(others, used))
+    if not steps:
         return used
-    counts: JsonDict = {kind: (getattr(used, kind) or 0) + (getattr(step[1], kind) or 0) for kind in KINDS}
-    return used._replace(**counts, iterations=(("", used), step))
+    all_used = [used, *(step for _, step in steps)]
+    counts: JsonDict = {kind: sum(getattr(one, kind) or 0 for one in all_used) for kind in KINDS}
+    return used._replace(**counts, iterations=(("", used), *steps))
 
 
 Tokens = tuple[Optional[int], Optional[int], Optional[int], Optional[int], Optional[int]]  # by KINDS
@@ -4729,11 +4731,15 @@ class Usage:
     message_stop."""
 
     def __init__(self) -> None:
-        # The usage, as far as it is told, and what the model used that has written a picture as SVG, or drawn for a
-        # response. Both are kept by packed() until the response is over.
+        # The usage, as far as it is told, and what the model used that has drawn for a response. Both are kept by
+        # packed() until the response is over.
         self._found: Union[JsonDict, bytes] = {}
         self._size = 0  # of that
-        self._author: Union[JsonDict, bytes] = {}
+        self._drawn: Union[JsonDict, bytes] = {}
+        self._authors: dict[str, collections.Counter[str]] = {}  # what models used that have written pictures as SVG
+        self._author_at = -1  # where in the response the last one of these was told,
+        self._is_in_line = False  # and whether the line of a stream that goes on is that one
+        self._offset = 0  # where what is held begins in the response
         self._searches = 0  # of the web, as OpenAI tells it
         self._is_placeholder = False  # what it says of the output
         self._tiers: list[bytes] = []  # OpenAI's service tier, which stands beside it, and what may be that
@@ -4759,8 +4765,9 @@ class Usage:
         is_openai = not OPENAI_NAMES.isdisjoint(found)
         tier, *others = [name.decode("ascii") for name in self._tiers] if is_openai and self._tiers else [""]
         used = used_of(found, tier, others)
-        if is_openai and (self._author or self._searches):
-            used = with_author(used, unpacked(self._author))
+        if is_openai and (self._drawn or self._authors or self._searches):
+            authors = [{"model": model, **counts} for model, counts in self._authors.items()]
+            used = with_others(used, [unpacked(self._drawn), *authors])
             used = used._replace(web_searches=max(used.web_searches, self._searches))
         return used._replace(output=None) if self._is_placeholder else used
 
@@ -4781,7 +4788,8 @@ class Usage:
         line = 0
         if is_stream:
             if data.endswith(b"\n"):
-                self._kind, self._has_tier, self._behind = None, False, None
+                self._kind, self._has_tier, self._behind, self._is_in_line = None, False, None, False
+                self._offset += len(data)
                 return
             line = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1  # an event's type stands at its beginning
             is_long = len(data) - line > USAGE_BYTES
@@ -4793,6 +4801,8 @@ class Usage:
             self._is_beginning = len(data) < USAGE_BEGINNING_BYTES
             held = 0 if self._is_beginning else held
         self._follow(data, line, held)
+        self._is_in_line = self._is_in_line and (not line or self._author_at >= self._offset + line)
+        self._offset += held
         self._held = data[held:]
 
     def _begins_stream(self, data: bytes) -> bool:
@@ -4808,7 +4818,9 @@ class Usage:
         before, last = names[:-USAGES_AT_ONCE], names[-USAGES_AT_ONCE:]
         # The first may be message_start's; the first in the line a response's, before others that a client has sent.
         line = data.rfind(b"\n", 0, last[-1].start()) if before else 0
-        for name in [*before[:1], *[name for name in before[1:] if name.start() > line][:1], *last]:
+        early = {*before[:1], *[name for name in before if name.start() > line][:1]}
+        early.update([name for name in before if name[1]][:BESIDES_AT_ONCE])
+        for name in [name for name in before if name in early] + last:
             if name["models"] is not None:
                 held = held if name["models"] else min(held, max(name.start(), len(data) - USAGE_BYTES))
                 continue
@@ -4818,8 +4830,10 @@ class Usage:
             except (ValueError, RecursionError):
                 held = min(held, max(name.start(), len(data) - USAGE_BYTES))
             else:
-                if name[1]:
-                    self._take_besides(name[1], usage, size, is_stream)
+                if name[1] == b"svg_":
+                    self._take_author(usage, data, name.start(), is_stream)
+                elif name[1]:
+                    self._take_besides(usage, size)
                 else:
                     self._take(usage, size, data, name.start(), is_stream)
         return held
@@ -4871,16 +4885,29 @@ class Usage:
         self._behind.feed(data[self._followed : held])
         self._followed, self._found_at = max(0, self._followed - held), -1
 
-    def _take_besides(self, kind: bytes, usage: JsonDict, size: int, is_stream: bool) -> None:
-        """Takes what OpenAI tells apart from the usage."""
-        if kind == b"tool_":  # a tool's schema, which comes back, may have such a name, too
-            self._searches = max(self._searches, counts_of(usage.get("web_search")).get("num_requests", 0))
-            # The model that draws isn't named, so what it used has the price of the response's own.
-            drawn = counts_of(usage.get("image_gen")).get("output_tokens", 0)
-            if drawn > counts_of(unpacked(self._author)).get("output_tokens", 0):
-                self._author, _ = packed(usage["image_gen"], size)
-        elif not is_stream:  # in which there is no SVG
-            self._author, _ = packed(usage, size)
+    def _take_besides(self, usage: JsonDict, size: int) -> None:
+        """Takes what OpenAI tells of a response's tools. A tool's schema may have such a name, too, and comes back."""
+        self._searches = max(self._searches, counts_of(usage.get("web_search")).get("num_requests", 0))
+        # The model that draws isn't named, so what it used has the price of the response's own.
+        drawn = counts_of(usage.get("image_gen")).get("output_tokens", 0)
+        if drawn > counts_of(unpacked(self._drawn)).get("output_tokens", 0):
+            self._drawn, _ = packed(usage["image_gen"], size)
+
+    def _take_author(self, usage: JsonDict, data: bytes, at: int, is_stream: bool) -> None:
+        """Adds what OpenAI tells of who has written a picture as SVG; a response may have several, and of a stream, the
+        last event tells of all of them once more."""
+        if self._offset + at <= self._author_at:
+            return
+        last = max(0, self._author_at - self._offset)
+        if is_stream and (not self._is_in_line or data.find(b"\n", last, at) >= 0):
+            self._authors.clear()
+        self._author_at, self._is_in_line = self._offset + at, True
+        author = usage["model"] if isinstance(usage.get("model"), str) else ""
+        if len({*self._authors, author}) > ANSWERING_MODELS:
+            author = ""  # so that it has the price of the response's own model
+        counts = counts_of(usage)
+        told = {kind: counts.get(kind, 0) for kind in ("input_tokens", "output_tokens")}
+        self._authors.setdefault(author, collections.Counter()).update(told)
 
     def _note_models(self, data: bytes) -> None:
         """Notes which models the data name, the first ones and the last. Some stand in what a client has sent, which

@@ -20279,6 +20279,28 @@ def test_the_author_of_a_picture_in_svg_is_charged_by_the_price_of_that_model(up
     assert row.cost == (50 * 5 + 100 * 40 + 7 * 10 + 1000 * 50) * 1000
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("size", [10, 60_000])
+def test_each_author_of_a_responses_pictures_is_charged_once_beside_who_draws(is_stream, size):
+    """The events of a stream that tell of an item are followed by one of the whole response."""
+    written = {"type": "image_generation_call", "result": "A" * size, "svg_usage": SVG_USAGE}
+    items = [{**written, "id": f"ig_{number}"} for number in range(3)]
+    items[2]["svg_usage"] = {**SVG_USAGE, "model": "another"}
+    tools = [{"parameters": {"usage": {"input_tokens": number}}} for number in range(20)]
+    drawn = {"image_gen": PICTURE_USAGE, "web_search": {"num_requests": 0}}
+    response = {"id": "r", "output": items, "tools": tools, "tool_usage": drawn, "usage": RESPONSES_USAGE}
+    body = json.dumps(response).encode()
+    if is_stream:
+        done = b"".join(sse("response.output_item.done", item=item) for item in items)
+        body = sse("response.created", response={"tools": tools}) + done + sse("response.completed", response=response)
+    for step in (len(body), 20_000, 1000, 37) if size < 100 else (len(body), 20_000, 1001):
+        for by_line in (True, False):
+            used = told_in_pieces(body, is_stream, [*range(step, len(body), step)], by_line)
+            assert [(name, step.input, step.output) for name, step in used.iterations[1:]] == [
+                ("", 50, 100), ("author", 14, 2000), ("another", 7, 1000)
+            ], step  # fmt: skip
+
+
 def test_budgets_do_not_count_cache_reads_nor_what_has_no_price(upstream, relay, tmp_path):
     it = budgeted(relay, upstream(spending(9, cache_read_input_tokens=10**6)), tmp_path)
     for _ in range(11):
