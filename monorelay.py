@@ -3926,7 +3926,8 @@ MODEL_NAMES = frozenset({
     "model", "models", "model_name", "model_id", "modelid", "model_list", "fallback_model", "fallback_models",
     "fallbacks", "context_window_fallbacks", "context_window_fallback_dict", "content_policy_fallbacks", "user_config",
     "router_settings_override", "engine", "deployment", "deployment_id", "preset", "prompt_id", "plugins",
-    "provideroptions", "api_base", "base_url", "extra_body",
+    "provideroptions", "api_base", "base_url", "extra_body", "tensorzero::variant_name", "tensorzero::extra_body",
+    "tensorzero::internal_dynamic_variant_config", "answering_model", "reasoning_model",
 })  # fmt: skip
 OTHER_MODEL_NAMES = MODEL_NAMES - {"model"}
 
@@ -3955,13 +3956,14 @@ def tells_of_model(name: str, value: str) -> bool:
 
 
 # Where objects stand that may name a model of their own; `*` is each item of a list. These are tools, which OpenAI
-# takes in the input, too, and Anthropic in a turn and in what is left of turns that were compacted; and who draws an
-# SVG.
+# takes in the input, too, and Anthropic in a turn and in what is left of turns that were compacted; who draws an SVG;
+# and the parts of Groq's compound.
 TOOL_PLACES = frozenset(
     tuple(place.split())
     for place in (
         "tools *", "input * tools *", "messages * content * tool definition",
         "messages * content * tool_changes * tool definition", "svg", "tools * svg", "input * tools * svg",
+        "compound_custom models",
     )
 )  # fmt: skip
 # Those places and all that lead to them, and which steps go on from each: from the nearest to the farthest.

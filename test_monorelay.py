@@ -3198,6 +3198,8 @@ SVG = '{"reasoning":{"effort":"low"},"model":"b"}'
         ("Tools", '[{"Type":"openrouter:fusion"}]', True),
         ("svg", SVG, True),
         ("svg", f'{{"reasoning":{SVG}}}', False),
+        ("compound_custom", '{"tools":{"enabled_tools":["web_search"]}}', False),
+        ("compound_custom", '{"tools":{},"models":{"reasoning_model":"b"}}', True),
         ("x", f'{{"svg":{SVG},"tools":[{PAINTER}]}}', False),
         ("messages", f'[{{"model":"b","content":[{{"input":{{"model":"b","tools":[{PAINTER}]}}}}]}}]', False),
         ("messages", '[{"content":[{"type":"fallback","from":{"model":"b"},"to":{"model":"c"}}]}]', False),
@@ -17485,6 +17487,13 @@ NAMED_ELSEWHERE = {
     "a router of LiteLLM's": ("/v1/chat/completions", '"model":"claude-a","user_config":{"model_list":[]}'),
     "a dictionary of these": (
         "/v1/chat/completions", '"model":"claude-a","context_window_fallback_dict":{"claude-a":"b"}'
+    ),
+    "parts of Groq's compound": (
+        "/v1/chat/completions", '"model":"claude-a","compound_custom":{"models":{"answering_model":"dear"}}'
+    ),
+    "a variant of TensorZero's": ("/v1/chat/completions", '"model":"claude-a","tensorzero::variant_name":"dear"'),
+    "a patch of TensorZero's": (
+        "/v1/chat/completions", '"model":"claude-a","tensorzero::extra_body":[{"pointer":"/model","value":"dear"}]'
     ),
     "its settings": ("/v1/chat/completions", '"router_settings_override":{"fallbacks":[]},"model":"claude-a"'),
     "a preset": ("/v1/chat/completions", '"model":"claude-a","preset":"dear"'),
