@@ -2892,19 +2892,22 @@ UNPRICED_PARTS = 4  # so many are left out, one after the other
 
 def cost_of(prices: Optional[Prices], provider: Provider, model: str, used: Used) -> Optional[int]:
     """What a response of the model, named as it was sent to the provider, costs in 10^-9 USD; None without a price or
-    without tokens."""
+    without tokens. What stands beside its own usage may be what a client has sent, and never makes it cheaper: another
+    model without a price costs as much as the response's own, and what can't be true as much as a response can."""
     if not prices or (used.input is None and used.output is None):
         return None
     steps = used.iterations or (("", used),)
     found = {name: find_price(prices, provider, name or model) for name in dict(steps)}
-    charges = [charge_of(found[name], provider.format, step) for name, step in steps]
+    charges = [charge_of(found[name] or found.get(""), provider.format, step) for name, step in steps]
     total = used.web_searches * exact(WEB_SEARCH_USD) * PRICE_UNIT**2
     for charge in charges:
         if charge is None:
             return None
         total += charge
     cost = (2 * total * 10**9 // PRICE_UNIT**3 + 1) // 2  # rounded once, and half a unit up
-    return cost if cost <= COST_NANO_USD else None
+    if cost > COST_NANO_USD:
+        return COST_NANO_USD if used.iterations or used.web_searches else None
+    return cost
 
 
 def dearer(one: Optional[int], other: Optional[int]) -> Optional[int]:
@@ -4738,7 +4741,7 @@ class Usage:
         self._found: Union[JsonDict, bytes] = {}
         self._size = 0  # of that
         self._drawn: Union[JsonDict, bytes] = {}
-        self._authors: dict[str, collections.Counter[str]] = {}  # what models used that have written pictures as SVG
+        self._authors: dict[str, dict[str, int]] = {}  # what models used that have written pictures as SVG
         self._author_at = -1  # where in the response the last one of these was told,
         self._is_in_line = False  # and whether the line of a stream that goes on is that one
         self._offset = 0  # where what is held begins in the response
@@ -4908,8 +4911,11 @@ class Usage:
         if len({*self._authors, author}) > ANSWERING_MODELS:
             author = ""  # so that it has the price of the response's own model
         counts = counts_of(usage)
-        told = {kind: counts.get(kind, 0) for kind in ("input_tokens", "output_tokens")}
-        self._authors.setdefault(author, collections.Counter()).update(told)
+        before = self._authors.get(author, {})
+        self._authors[author] = {
+            kind: min(before.get(kind, 0) + counts.get(kind, 0), USAGE_COUNT)
+            for kind in ("input_tokens", "output_tokens")
+        }
 
     def _note_models(self, data: bytes) -> None:
         """Notes which models the data name, the first ones and the last. Some stand in what a client has sent, which

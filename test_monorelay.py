@@ -20310,6 +20310,25 @@ def test_each_author_of_a_responses_pictures_is_charged_once_beside_who_draws(is
             ], step  # fmt: skip
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    "sent",
+    [{"tool_usage": {"image_gen": {"output_tokens": 10**12}}}, {"tool_usage": {"web_search": {"num_requests": 10**12}}},
+     {"svg_usage": {"output_tokens": 10**12}}, {"svg_usage": {"model": "author", "output_tokens": 10**12}},
+     {"svg_usage": {"model": "unknown", "output_tokens": 1}}],
+)  # fmt: skip
+def test_no_schema_of_a_tool_makes_a_response_cost_nothing(is_stream, sent):
+    """It comes back in the response."""
+    items = [{"type": "image_generation_call", "svg_usage": SVG_USAGE}]
+    response = {"output": items, "tools": [{"parameters": sent}], "usage": RESPONSES_USAGE}
+    body = sse("response.completed", response=response) if is_stream else json.dumps(response).encode()
+    prices = {"m": {"input_cost_per_token": 1e-6, "output_cost_per_token": 5e-6}}
+    prices["author"] = {"input_cost_per_token": 1e-5, "output_cost_per_token": 5e-5}
+    told = told_in_pieces(body, is_stream, [])
+    bare = told_in_pieces(body.replace(json.dumps(sent).encode(), b"{}"), is_stream, [])
+    assert cost("openai", "m", told, prices) > cost("openai", "m", bare, prices) > 50_000_000
+
+
 def test_budgets_do_not_count_cache_reads_nor_what_has_no_price(upstream, relay, tmp_path):
     it = budgeted(relay, upstream(spending(9, cache_read_input_tokens=10**6)), tmp_path)
     for _ in range(11):
