@@ -4682,6 +4682,16 @@ def event_kind(data: bytes, start: int, end: int) -> bytes:
     return event[1] if event else kind
 
 
+def telling_names(data: bytes, names: Sequence[re.Match[bytes]]) -> list[re.Match[bytes]]:
+    """Of many usage objects in the data the last; the first, which may be message_start's; the first in the last line,
+    which may be a response's, before others that a client has sent; and the first of those that stand beside one."""
+    before, last = names[:-USAGES_AT_ONCE], names[-USAGES_AT_ONCE:]
+    line = data.rfind(b"\n", 0, last[-1].start())
+    early = {*before[:1], *[name for name in before if name.start() > line][:1]}
+    early.update([name for name in before if name[1]][:BESIDES_AT_ONCE])
+    return [name for name in before if name in early] + [*last]
+
+
 def packed(usage: JsonDict, size: int) -> tuple[Union[JsonDict, bytes], int]:
     """A usage object of at most this size as it is kept: as text if it is long, since its values may take 30 times as
     much; and its size."""
@@ -4710,6 +4720,8 @@ def unpacked(kept: Union[JsonDict, bytes]) -> JsonDict:
 
 class Nesting:
     """How much deeper within JSON than where it began, which isn't in a string, is what comes next."""
+
+    __slots__ = ("_in_string", "_rest", "depth")
 
     def __init__(self) -> None:
         self.depth = 0
@@ -4817,15 +4829,10 @@ class Usage:
         return self._is_undeclared
 
     def _look(self, data: bytes, is_stream: bool) -> int:
-        """Reads the first and the last usage objects in the data, and the first in the last line that has any; from
-        where on it is needed once more has come."""
+        """Reads the usage objects in the data, of many the telling ones; from where on it is needed once more has
+        come."""
         held, names = max(0, len(data) - USAGE_NAME_BYTES), [*USAGE_OBJECT.finditer(data)]
-        before, last = names[:-USAGES_AT_ONCE], names[-USAGES_AT_ONCE:]
-        # The first may be message_start's; the first in the line a response's, before others that a client has sent.
-        line = data.rfind(b"\n", 0, last[-1].start()) if before else 0
-        early = {*before[:1], *[name for name in before if name.start() > line][:1]}
-        early.update([name for name in before if name[1]][:BESIDES_AT_ONCE])
-        for name in [name for name in before if name in early] + last:
+        for name in telling_names(data, names) if len(names) > USAGES_AT_ONCE else names:
             if name["models"] is not None:
                 held = held if name["models"] else min(held, max(name.start(), len(data) - USAGE_BYTES))
                 continue
