@@ -307,6 +307,7 @@ ITERATED_MODELS = 32  # in these; the price of each may have to be sought among 
 ANSWERING_MODELS = 8  # the first ones and the last that a response names
 ANSWERING_TIERS = 8  # that a response names: where there are more, it may have been served by any
 USAGE_WORD_CHARACTERS = 32  # of a service tier and the like
+PARTS_NANO_USD = 10**12  # that several models and searches together cost at most, whatever a client has sent
 COST_NANO_USD = 10**15  # a million USD: no response costs more, and sums of such fit into SQLite's 64 bits
 LEDGER_PAUSE_SECONDS = 1.0  # rows are written together: so much is lost by a crash, and other workers learn so late
 LEDGER_LAST_SECONDS = 5.0
@@ -2893,7 +2894,7 @@ UNPRICED_PARTS = 4  # so many are left out, one after the other
 def cost_of(prices: Optional[Prices], provider: Provider, model: str, used: Used) -> Optional[int]:
     """What a response of the model, named as it was sent to the provider, costs in 10^-9 USD; None without a price or
     without tokens. What stands beside its own usage may be what a client has sent, and never makes it cheaper: another
-    model without a price costs as much as the response's own, and what can't be true as much as a response can."""
+    model without a price costs as much as the response's own, and what can't be true PARTS_NANO_USD."""
     if not prices or (used.input is None and used.output is None):
         return None
     steps = used.iterations or (("", used),)
@@ -2905,9 +2906,9 @@ def cost_of(prices: Optional[Prices], provider: Provider, model: str, used: Used
             return None
         total += charge
     cost = (2 * total * 10**9 // PRICE_UNIT**3 + 1) // 2  # rounded once, and half a unit up
-    if cost > COST_NANO_USD:
-        return COST_NANO_USD if used.iterations or used.web_searches else None
-    return cost
+    if used.iterations or used.web_searches:
+        return min(cost, PARTS_NANO_USD)
+    return cost if cost <= COST_NANO_USD else None
 
 
 def dearer(one: Optional[int], other: Optional[int]) -> Optional[int]:
