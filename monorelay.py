@@ -5152,13 +5152,17 @@ class Draft:
             raise self.refusal("tools", f"more than {RENAMED_TOOLS} names {odd}")
         return sent
 
-    def read_inner(self, text: str) -> Any:
-        """The value of a JSON text that a string of the request holds. Raises ValueError, and BadRequest where all such
-        texts together would take `json` too long."""
-        self._values += values_in(text)
-        self._escapes += text.count("\\")
+    def read_inner(self, texts: list[str]) -> Any:
+        """The value of a JSON text that a string of the request holds. It is taken out of its list: it may be as long
+        as the body, and is read in parts then. Raises ValueError, for a long one of anything but an object, too, and
+        BadRequest where all such texts together would take `json` too long."""
+        parts = [*slices(texts.pop())]
+        self._values += sum(map(values_in, parts))
+        self._escapes += sum(part.count("\\") for part in parts)
         check_weight(self._values, self._escapes)
-        return read_within(text)
+        if sum(map(len, parts)) <= READ_AT_ONCE_BYTES:
+            return read_within("".join(parts))
+        return DocumentReader(json_parts(map(encoded, taken(parts)))).read()
 
     def finished(self, body: JsonDict) -> JsonDict:
         """The body with what the settings of `translate` take out of it and put into it."""
@@ -6212,7 +6216,7 @@ class ChatTurns:
     def _sealed_detail(self, seal: str) -> list[JsonDict]:
         """The one that a seal is; none where it is another provider's."""
         try:
-            return [self._draft.read_inner(seal)] if seal.startswith("{") else []
+            return [self._draft.read_inner([seal])] if seal.startswith("{") else []
         except ValueError:
             return []
 
@@ -6448,7 +6452,7 @@ def own_thinking(block: JsonDict, draft: Draft) -> str:
     if not isinstance(sealed, str) or not sealed.startswith(CARRIED_THINKING) or len(sealed) > SIGNATURE_CHARACTERS:
         return ""
     try:
-        carried = draft.read_inner(json_text([from_base64url(sealed[len(CARRIED_THINKING) :])]))
+        carried = draft.read_inner([json_text([from_base64url(sealed[len(CARRIED_THINKING) :])])])
     except ValueError:
         return ""
     if not isinstance(carried, dict) or carried.get("p") != narrow(draft.provider.name):
@@ -6826,9 +6830,9 @@ class MessageTurns:
         function = member(call, "function")
         if call.get("type", "function") != "function":
             raise self._draft.refusal(place, f"a call of the type {word(call['type'])}")
-        given = string(function.get("arguments") or "{}", f"{place}.function.arguments")
+        given = [string(function.pop("arguments", None) or "{}", f"{place}.function.arguments")]
         try:
-            arguments = self._draft.read_inner("{}" if given == "null" else given)  # Go's empty map
+            arguments = self._draft.read_inner(["{}"] if given == ["null"] else given)  # Go's empty map
         except ValueError:
             arguments = None
         if not isinstance(arguments, dict):

@@ -5672,6 +5672,32 @@ def test_what_was_read_of_a_document_isnt_held_while_the_next_string_is_read():
     assert len(document["a"][1]["b"]) == 2_000_000
 
 
+@pytest.mark.parametrize(
+    ("blanks", "given"),
+    [(0, {"a": "x" * 2_000_000}), (2_000_000, {"a": ["\u00e9\n" * 9]}), (0, ["x" * 2_000_000])],
+    ids=["a string", "blanks", "no object"],
+)
+def test_long_arguments_of_a_call_are_read_in_parts(monkeypatch, blanks, given):
+    raw_decode, lengths = monorelay.READER.raw_decode, []
+    call = {"id": "t", "function": {"name": "f", "arguments": " " * blanks + json.dumps(given)}}
+    body = json.dumps(prompt(messages=[HELLO, {"role": "assistant", "tool_calls": [call]}, returned("t")])).encode()
+    pieces = [body[at : at + 65536] for at in range(0, len(body), 65536)]
+
+    def read(text: str, idx: int = 0) -> Any:
+        lengths.append(len(text))
+        return raw_decode(text, idx)
+
+    def translate() -> Any:
+        return monorelay.translate_request(pieces, 0, target_of("anthropic"), "m", "req_1", 0.0)
+
+    monkeypatch.setattr(monorelay.READER, "raw_decode", read)
+    if isinstance(given, dict):
+        assert json.loads(b"".join(translate().body))["messages"][1]["content"][0]["input"] == given
+    else:
+        assert "arguments: what is no JSON object" in not_translated(translate)
+    assert max(lengths) < 3 * monorelay.WRITTEN_CHARACTERS
+
+
 @pytest.mark.parametrize("escaped", [False, True])
 def test_characters_beyond_ascii_stay_what_they_are_in_names_and_in_what_is_told(escaped):
     known = target_of(extra={"ü": "é"}, drop=["ö"]).provider
