@@ -5401,8 +5401,10 @@ def characters(text: str) -> int:
 
 def is_blank(text: str) -> bool:
     """Whether narrow text says nothing. A long one that is blank by blanks beyond ASCII is taken to say something."""
-    rest = slices(text[LOG_VALUE_CHARACTERS:])  # strip() would hold up all threads for as long as it takes
-    return not (widened(text[:LOG_VALUE_CHARACTERS]).strip() or any(part.strip() for part in rest))
+    if widened(text[:LOG_VALUE_CHARACTERS]).strip():
+        return False
+    # In parts: strip() would hold up all threads for as long as it takes.
+    return not any(part.strip() for part in slices(text[LOG_VALUE_CHARACTERS:]))
 
 
 def without_final_blanks(text: str) -> str:

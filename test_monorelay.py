@@ -5814,6 +5814,16 @@ def test_many_blanks_at_the_end_of_such_an_answer_hold_up_nobody():
     assert longest_hold(lambda: monorelay.without_final_blanks(text)) < 0.02
 
 
+def test_a_long_text_that_begins_with_something_is_not_copied_to_see_that():
+    text = "a" * 8_000_000
+    tracemalloc.start()
+    try:
+        assert not monorelay.is_blank(text)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.timed
 def test_counting_the_values_of_a_long_text_holds_up_nobody():
     text = "a" * (30 << 20)
