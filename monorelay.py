@@ -4688,7 +4688,7 @@ def telling_names(data: bytes, names: Sequence[re.Match[bytes]]) -> list[re.Matc
     which may be a response's, before others that a client has sent; and the first of those that stand beside one."""
     before, last = names[:-USAGES_AT_ONCE], names[-USAGES_AT_ONCE:]
     line = data.rfind(b"\n", 0, last[-1].start())
-    early = {*before[:1], *[name for name in before if name.start() > line][:1]}
+    early = {*before[:1], *[name for name in before if name.start() > line and not name[1]][:1]}
     early.update([name for name in before if name[1]][:BESIDES_AT_ONCE])
     return [name for name in before if name in early] + [*last]
 

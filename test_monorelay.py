@@ -4189,6 +4189,20 @@ def told_in_pieces(body: bytes, is_stream: bool, cuts: list[int], by_line: bool 
     return usage.used
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=ascii)
+def test_a_responses_own_usage_between_that_of_a_picture_and_many_others_is_read(end):
+    tools = [{"parameters": {"usage": {"input_tokens": number}}} for number in range(9)]
+    item = {"type": "image_generation_call", "svg_usage": SVG_USAGE}
+    response = {"output": [item], "usage": RESPONSES_USAGE, "tools": tools}
+    body = sse("response.created", response={"tools": tools}) + sse("response.output_item.done", item=item)
+    body = (body + sse("response.completed", response=response)).replace(b"\n", end)
+    for step in (len(body), 300):
+        used = told_in_pieces(body, True, [*range(step, len(body), step)])
+        assert [(name, sum(told[:4]), told.output) for name, told in used.iterations] == [
+            ("", RESPONSES_USAGE["input_tokens"], RESPONSES_USAGE["output_tokens"]), ("author", 7, 1000)
+        ], step  # fmt: skip
+
+
 def test_a_long_usage_before_a_messages_content_is_its_own_wherever_it_is_cut():
     usage = {"input_tokens": 5, "output_tokens": 3, **{f"detail_of_some_kind_{number}": None for number in range(45)}}
     called = {"type": "tool_use", "input": {"usage": {"input_tokens": 9999, "output_tokens": 1}}}
