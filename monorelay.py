@@ -2893,15 +2893,18 @@ UNPRICED_PARTS = 4  # so many are left out, one after the other
 
 def cost_of(prices: Optional[Prices], provider: Provider, model: str, used: Used) -> Optional[int]:
     """What a response of the model, named as it was sent to the provider, costs in 10^-9 USD; None without a price or
-    without tokens. What stands beside its own usage may be what a client has sent, and never makes it cheaper: another
-    model without a price costs as much as the response's own, and what can't be true PARTS_NANO_USD."""
+    without tokens. What stands beside its own usage may be what a client has sent, and never makes it cheaper: what
+    another model used has the response's own price where that model's isn't known, and what can't be true costs
+    PARTS_NANO_USD."""
     if not prices or (used.input is None and used.output is None):
         return None
     steps = used.iterations or (("", used),)
     found = {name: find_price(prices, provider, name or model) for name in dict(steps)}
-    charges = [charge_of(found[name] or found.get(""), provider.format, step) for name, step in steps]
     total = used.web_searches * exact(WEB_SEARCH_USD) * PRICE_UNIT**2
-    for charge in charges:
+    for name, step in steps:
+        charge = charge_of(found[name], provider.format, step)
+        if charge is None:
+            charge = charge_of(found.get(""), provider.format, step)
         if charge is None:
             return None
         total += charge

@@ -2385,7 +2385,7 @@ def cost(provider: str, model: str, tokens: Any, prices: Any = LITELLM_PRICES) -
         # Nothing was told, or only a part of it.
         ("openai", "gpt-5", monorelay.Used(), None),
         ("openai", "gpt-5", used(8, output=None), 10_000),
-        # Other models' iterations at their own price; all must have one.
+        # Other models' iterations at their own price, or else at the response's; all must have one.
         ("anthropic", "claude-sonnet", used(3, output=550, iterations=(
             ("", used(1, output=50)), ("claude-opus", used(2, output=500)), ("", used(100, output=10)))),
          3000 + 750_000 + 10_000 + 12_500_000 + 300_000 + 150_000),
@@ -20365,7 +20365,7 @@ def test_each_author_of_a_responses_pictures_is_charged_once_beside_who_draws(is
     "sent",
     [{"tool_usage": {"image_gen": {"output_tokens": 10**12}}}, {"tool_usage": {"web_search": {"num_requests": 10**12}}},
      {"svg_usage": {"output_tokens": 10**12}}, {"svg_usage": {"model": "author", "output_tokens": 10**12}},
-     {"svg_usage": {"model": "unknown", "output_tokens": 1}}],
+     {"svg_usage": {"model": "unknown", "output_tokens": 1}}, {"svg_usage": {"model": "reader", "output_tokens": 1}}],
 )  # fmt: skip
 def test_no_schema_of_a_tool_makes_a_response_cost_nothing(is_stream, sent):
     """It comes back in the response."""
@@ -20374,6 +20374,7 @@ def test_no_schema_of_a_tool_makes_a_response_cost_nothing(is_stream, sent):
     body = sse("response.completed", response=response) if is_stream else json.dumps(response).encode()
     prices = {"m": {"input_cost_per_token": 1e-6, "output_cost_per_token": 5e-6}}
     prices["author"] = {"input_cost_per_token": 1e-5, "output_cost_per_token": 5e-5}
+    prices["reader"] = {"input_cost_per_token": 1e-5}  # which writes nothing
     told = told_in_pieces(body, is_stream, [])
     bare = told_in_pieces(body.replace(json.dumps(sent).encode(), b"{}"), is_stream, [])
     assert cost("openai", "m", told, prices) > cost("openai", "m", bare, prices) > 50_000_000
