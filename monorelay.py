@@ -4690,7 +4690,8 @@ def telling_names(data: bytes, names: Sequence[re.Match[bytes]]) -> list[re.Matc
     """Of many usage objects in the data the last; the first, which may be message_start's; the first in the last line,
     which may be a response's, before others that a client has sent; and the first of those that stand beside one."""
     before, last = names[:-USAGES_AT_ONCE], names[-USAGES_AT_ONCE:]
-    line = data.rfind(b"\n", 0, last[-1].start())
+    at = last[-1].start()
+    line = max(data.rfind(b"\n", 0, at), data.rfind(b"\r", 0, at))
     early = {*before[:1], *[name for name in before if name.start() > line and not name[1]][:1]}
     early.update([name for name in before if name[1]][:BESIDES_AT_ONCE])
     return [name for name in before if name in early] + [*last]
@@ -4915,7 +4916,7 @@ class Usage:
         if self._offset + at <= self._author_at:
             return
         last = max(0, self._author_at - self._offset)
-        if is_stream and (not self._is_in_line or data.find(b"\n", last, at) >= 0):
+        if is_stream and (not self._is_in_line or max(data.find(b"\n", last, at), data.find(b"\r", last, at)) >= 0):
             self._authors.clear()
         self._author_at, self._is_in_line = self._offset + at, True
         author = usage["model"] if isinstance(usage.get("model"), str) else ""

@@ -4189,7 +4189,7 @@ def told_in_pieces(body: bytes, is_stream: bool, cuts: list[int], by_line: bool 
     return usage.used
 
 
-@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=ascii)
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=ascii)
 def test_a_responses_own_usage_between_that_of_a_picture_and_many_others_is_read(end):
     tools = [{"parameters": {"usage": {"input_tokens": number}}} for number in range(9)]
     item = {"type": "image_generation_call", "svg_usage": SVG_USAGE}
