@@ -4692,7 +4692,8 @@ def telling_names(data: bytes, names: Sequence[re.Match[bytes]]) -> list[re.Matc
     before, last = names[:-USAGES_AT_ONCE], names[-USAGES_AT_ONCE:]
     at = last[-1].start()
     line = max(data.rfind(b"\n", 0, at), data.rfind(b"\r", 0, at))
-    early = {*before[:1], *[name for name in before if name.start() > line and not name[1]][:1]}
+    own = [name for name in before if not name[1]]
+    early = {*own[:1], *[name for name in own if name.start() > line][:1]}
     early.update([name for name in before if name[1]][:BESIDES_AT_ONCE])
     return [name for name in before if name in early] + [*last]
 

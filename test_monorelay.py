@@ -4203,6 +4203,14 @@ def test_a_responses_own_usage_between_that_of_a_picture_and_many_others_is_read
         ], step  # fmt: skip
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_so_it_is_of_a_whole_response_that_may_have_many_lines(indent):
+    tools = [{"parameters": {"usage": {"input_tokens": number}}} for number in range(9)]
+    response = {"output": [{"svg_usage": SVG_USAGE}], "usage": RESPONSES_USAGE, "tools": tools}
+    used = told_in_pieces(json.dumps(response, indent=indent).encode(), False, [])
+    assert [(name, told.output) for name, told in used.iterations] == [("", 9), ("author", 1000)]
+
+
 def test_a_long_usage_before_a_messages_content_is_its_own_wherever_it_is_cut():
     usage = {"input_tokens": 5, "output_tokens": 3, **{f"detail_of_some_kind_{number}": None for number in range(45)}}
     called = {"type": "tool_use", "input": {"usage": {"input_tokens": 9999, "output_tokens": 1}}}
