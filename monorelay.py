@@ -12211,8 +12211,7 @@ class Relay:
 
     async def obtain(self, request: UpstreamRequest) -> UpstreamResponse:
         """The response to deliver: the first that isn't a failure, else the last one there was. Raises UpstreamFailed,
-        UpstreamSilent, Unavailable, BadRequest where it can't be translated, ClientGone, and what reading the body
-        raises."""
+        UpstreamSilent, Unavailable, BadRequest for what can't be translated, ClientGone, and what reading raises."""
         last: Optional[UpstreamResponse] = None
         broken: Optional[Attempt] = None  # the last try that brought none
         refusal: Optional[BadRequest] = None  # what the first target said that the request can't be translated to
