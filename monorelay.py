@@ -4609,7 +4609,6 @@ USAGE_OBJECT = re.compile(
     rb'"(?:usage|(svg_|tool_)usage)" {0,4}:? {0,4}(?:\{|\Z)'
     rb'|"usage_breakdown"\s{0,4}:\s{0,4}\{\s{0,8}"models"\s{0,4}:\s{0,4}\[[^]]{0,%d}(?P<models>\]?)' % USAGE_BYTES
 )
-ESCAPED = re.compile(rb"\\.", re.DOTALL)
 EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_(?:start|delta|stop)|content_block_[a-z]+|response\.[a-z_]+)"')
 # The same in a line in which no more than numbers and words stand before it.
 FIRST_EVENT_TYPE = re.compile(
@@ -4738,7 +4737,8 @@ class Nesting:
         """Goes on behind these."""
         data = self._rest + data
         self._rest = b"\\" * ((len(data) - len(data.rstrip(b"\\"))) % 2)
-        parts = ESCAPED.sub(b"", data[: len(data) - len(self._rest)]).split(b'"')
+        data = data[: len(data) - len(self._rest)]
+        parts = data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
         bare = b"".join(parts[self._in_string :: 2])
         self.depth += bare.count(b"{") + bare.count(b"[") - bare.count(b"}") - bare.count(b"]")
         self._in_string = (self._in_string + len(parts) - 1) % 2
