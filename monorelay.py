@@ -4668,6 +4668,11 @@ class LineSplitter:
         return held
 
 
+def line_start(data: bytes, at: int) -> int:
+    """Where the line of a stream begins in which that place is."""
+    return max(data.rfind(b"\n", 0, at), data.rfind(b"\r", 0, at)) + 1
+
+
 def first_kind(data: bytes, start: int, end: int) -> bytes:
     """The type of the event whose line begins there, where it matters for its usage, and stands before all that a
     client has sent."""
@@ -4689,10 +4694,9 @@ def telling_names(data: bytes, names: Sequence[re.Match[bytes]]) -> list[re.Matc
     """Of many usage objects in the data the last; the first, which may be message_start's; the first in the last line,
     which may be a response's, before others that a client has sent; and the first of those that stand beside one."""
     before, last = names[:-USAGES_AT_ONCE], names[-USAGES_AT_ONCE:]
-    at = last[-1].start()
-    line = max(data.rfind(b"\n", 0, at), data.rfind(b"\r", 0, at))
+    line = line_start(data, last[-1].start())
     own = [name for name in before if not name[1]]
-    early = {*own[:1], *[name for name in own if name.start() > line][:1]}
+    early = {*own[:1], *[name for name in own if name.start() >= line][:1]}
     early.update([name for name in before if name[1]][:BESIDES_AT_ONCE])
     return [name for name in before if name in early] + [*last]
 
@@ -4814,7 +4818,7 @@ class Usage:
                 self._kind, self._has_tier, self._behind, self._is_in_line = None, False, None, False
                 self._offset += len(data)
                 return
-            line = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1  # an event's type stands at its beginning
+            line = line_start(data, len(data))  # an event's type stands at its beginning
             is_long = len(data) - line > USAGE_BYTES
             if line or (is_long and self._kind is None):
                 self._kind = first_kind(data, line, len(data)) if is_long else None
@@ -4858,7 +4862,7 @@ class Usage:
 
     def _take(self, usage: JsonDict, size: int, data: bytes, at: int, is_stream: bool) -> None:
         """Takes what a usage object of this size tells, if it does; it stands there in the data."""
-        start = max(data.rfind(b"\n", 0, at), data.rfind(b"\r", 0, at)) + 1 if is_stream else 0
+        start = line_start(data, at) if is_stream else 0
         if USAGE_NAMES.isdisjoint(usage) or self._is_deeper(data, start, at):
             return
         if is_stream:
