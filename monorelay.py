@@ -9670,8 +9670,8 @@ class Channel:
 
     @property
     def is_full(self) -> bool:
-        """Whether the receive buffer is full; reading rests until some of it is used."""
-        return len(self.received) >= self._window
+        """Whether the receive buffer is full; reading rests until half of it is used."""
+        return len(self.received) >= (self._window if self._watched & READABLE else self._window / 2)
 
     @property
     def is_sending(self) -> bool:
@@ -15124,8 +15124,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     async def _respond(self, exchange: Exchange) -> Response:
         """The response of the endpoint, or the error that stands in its way: the one place where errors become HTTP."""
         try:
-            if len(self.unread) > (LONG_HEAD_BYTES if self.known else AT_ONCE_BYTES):
-                await checkpoint(self.loop)  # many clients may complete long heads at one moment
+            if self._has_sent_much():
+                await checkpoint(self.loop)  # many clients may do so at one moment
             self._read_head(exchange)
             self._admit()
             try:
@@ -15143,6 +15143,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception as error:
             self._warn_of_defect(error, exchange)
             return exchange.error_response(RelayError("an internal error; the relay's log has its place"))
+
+    def _has_sent_much(self) -> bool:
+        """Whether the head is long, or a client that hasn't shown a token has sent much behind it while others wait."""
+        if self.known:
+            return len(self.unread) > LONG_HEAD_BYTES
+        sent = len(self.unread) + (len(self.channel.received) if any(self.loop.late) else 0)
+        return sent > AT_ONCE_BYTES
 
     async def _find_answer(self, exchange: Exchange) -> Answerer:
         """What answers the request, for the caller that may have to be known for that."""

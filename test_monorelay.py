@@ -11550,6 +11550,26 @@ def test_who_gives_way_waits_for_one_of_those_that_want_much_and_not_for_all(loo
     assert told.index("patient") <= 1
 
 
+def test_a_full_buffer_is_read_into_again_when_less_than_half_of_it_is_left(looping):
+    near, far = socket.socketpair()
+
+    def begin() -> monorelay.Channel:
+        channel = monorelay.Channel(near, looping.loop, 1000)
+        channel.task = types.SimpleNamespace(client=channel, resume=lambda error: None)
+        return channel
+
+    with near, far:
+        channel = looping.call(begin)
+        far.sendall(b"x" * 1999)
+        eventually(lambda: len(channel.received) == 1000)
+        looping.call(lambda: channel.take(500))
+        looping.call(lambda: None)  # one turn later
+        assert len(channel.received) == 500 and channel.is_full
+        looping.call(lambda: channel.take(1))
+        eventually(lambda: len(channel.received) == 1000)
+        looping.call(channel.close)
+
+
 @pytest.mark.parametrize("are_slow", [False, True])
 def test_a_client_waits_for_one_late_provider_and_not_for_all(looping, monkeypatch, are_slow):
     monkeypatch.setattr(monorelay, "LATE_SECONDS", 0.0)
@@ -22856,6 +22876,22 @@ def test_long_heads_of_those_who_have_shown_no_token_wait_for_the_others(relay):
     eventually(lambda: it.log.getvalue().count("path=") == 24)
     ended = re.findall(r"path=(\S+)", it.log.getvalue())[12:]
     assert ended == ["/health"] * 2 + ["/api/auth/me"] * 10
+
+
+def test_who_has_sent_much_without_a_token_waits_for_the_others(relay, monkeypatch):
+    it = relay({"echo": {}})
+    monkeypatch.setattr(monorelay, "LATE_SECONDS", 0.0)
+    with contextlib.ExitStack() as stack:
+        *clients, last = (stack.enter_context(it.client()) for _ in range(21))
+        assert {client.ask("GET", "/health").status for client in (*clients, last)} == {200}
+        with still(it.server.service.loop):
+            for client in clients:
+                client.send(request("GET", "/health", token="") * 200)
+            last.send(request("GET", "/", token=""))
+        assert {client.answer().status for client in (last, *clients)} == {200}
+    eventually(lambda: it.log.getvalue().count("path=") > 41)
+    ended = re.findall(r"path=(\S+)", it.log.getvalue())[21:]
+    assert ended.index("/") < 5
 
 
 def test_heads_of_over_8_kb_wait_for_the_others_whoever_sends_them(relay):
