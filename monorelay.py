@@ -129,9 +129,8 @@ LINES_AT_ONCE = 5000  # of them are decoded at a time, which takes 2 ms where th
 USAGE_BYTES = 16 * 1024  # of a response's usage object; some have 1,500
 USAGE_USUAL_BYTES = 2 * 1024  # of one that is kept as it was read
 USAGE_NAME_BYTES = 64  # of the names before it, or of a service tier that stands beside it
-USAGE_BEGINNING_BYTES = 2048  # of a whole response, in which its usage may stand before what it says
-BESIDES_AT_ONCE = 32  # of those beside it that tools and authors of pictures have
-USAGES_AT_ONCE = 8  # the last ones of what has come at once: some servers send one with each word
+FEW_USAGES = 4  # are read wherever they stand
+USAGES_AT_ONCE = 32  # the last ones of what has come at once: some servers send one with each word
 TRANSLATED_FIRST_BYTES = 1024  # of a stream, until it is known how long its events are for the client
 TRANSLATED_AT_ONCE_BYTES = 16 * 1024  # which takes some milliseconds; a longer body is translated in a thread,
 TRANSLATED_SOON_BYTES = 256 * 1024  # in another one if it is longer than this,
@@ -304,8 +303,7 @@ LOG_BACKLOG_CHARACTERS = 4 * 1024 * 1024
 USAGE_COUNT = 10**12  # tokens: nothing that is larger can be true
 USAGE_ITERATIONS = 100  # of one response; server-side loops end after some ten
 ITERATED_MODELS = 32  # in these; the price of each may have to be sought among thousands of patterns
-ANSWERING_MODELS = 8  # the first ones and the last that a response names
-ANSWERING_TIERS = 8  # that a response names: where there are more, it may have been served by any
+SVG_AUTHORS = 8  # of one response that are told apart
 USAGE_WORD_CHARACTERS = 32  # of a service tier and the like
 PARTS_NANO_USD = 10**12  # that several models and searches together cost at most, whatever a client has sent
 COST_NANO_USD = 10**15  # a million USD: no response costs more, and sums of such fit into SQLite's 64 bits
@@ -2681,7 +2679,6 @@ class Used(NamedTuple):
     cache_write_long: Optional[int] = None
     output: Optional[int] = None
     tier: str = ""  # the service tier; empty for the standard one
-    other_tiers: tuple[str, ...] = ()  # told beside it: all of these but one are what a client has sent
     speed: str = ""  # empty for the usual one
     geo: str = ""  # where it was computed
     web_searches: int = 0
@@ -2694,9 +2691,9 @@ class Used(NamedTuple):
 NOTHING_TOLD = Used()
 
 
-def used_of(usage: Any, service_tier: str = "", other_tiers: Sequence[str] = ()) -> Used:
+def used_of(usage: Any, service_tier: str = "") -> Used:
     """What the usage object of a response tells, in either format; of a stream, its objects merged into one. Where the
-    object has no service tier, those given beside it count. What is no sound count is as if not named."""
+    object has no service tier, the one given beside it counts. What is no sound count is as if not named."""
     if not isinstance(usage, dict):
         return NOTHING_TOLD
     tier, speed = usage.get("service_tier") or service_tier, usage.get("speed")
@@ -2704,7 +2701,6 @@ def used_of(usage: Any, service_tier: str = "", other_tiers: Sequence[str] = ())
     used = Used(
         *tokens_of(usage),
         "" if tier in ("standard", "default") else word_of(tier),
-        () if usage.get("service_tier") else tuple(other_tiers),
         "" if speed in ("standard", None) else word_of(speed),
         word_of(usage.get("inference_geo")),
         searches_of(usage),
@@ -2727,7 +2723,7 @@ def iterations_of(listed: Any, used: Used) -> Iterator[tuple[str, Used]]:
         if tokens is not NO_TOKENS and not (is_fallback and entry.get("type") == "message" and not tokens[-1]):
             model = entry.get("model")
             name = model if isinstance(model, str) and len(model) <= MODEL_CHARACTERS else ""
-            yield name, Used(*tokens, used.tier, used.other_tiers, used.speed, used.geo)
+            yield name, Used(*tokens, used.tier, used.speed, used.geo)
 
 
 def searches_of(usage: JsonDict) -> int:
@@ -2874,7 +2870,6 @@ def word_of(value: Any) -> str:
 
 WEB_SEARCH_USD = 0.01  # what both APIs charge for each
 SERVICE_TIERS = {"batch": "batches"}  # how LiteLLM's list calls them where it isn't as the APIs do
-ANY_TIER = "*"  # stands for those that aren't kept of a response that names very many
 # What a rate that isn't given is, as a part of the input's. OpenAI bills writes so since GPT-5.6; of earlier models,
 # and of others that speak its format, it is rather dearer than true.
 RATE_FACTORS = {
@@ -2925,10 +2920,7 @@ def charge_of(price: Optional[Price], format: str, used: Used) -> Optional[int]:
         return None
     counts = {kind: getattr(used, kind) or 0 for kind in KINDS}
     prompt = sum(counts.values()) - counts["output"]
-    tiers = [SERVICE_TIERS.get(tier, tier) for tier in (used.tier, *used.other_tiers)]
-    if ANY_TIER in tiers:
-        tiers = [tier for kind, tier, _ in price.rates if kind == "input"]
-    level = dearest_level(price.rates, [level_of(price.rates, tier, prompt) for tier in tiers])
+    level = level_of(price.rates, SERVICE_TIERS.get(used.tier, used.tier), prompt)
     total = 0
     for kind, count in counts.items():
         if count:
@@ -4602,20 +4594,19 @@ FIRST_EVENT_IS_ERROR = re.compile(
 )
 EVENT_IS_ERROR = re.compile(rb"(?:^|[\r\n])(?:%b)" % FIRST_EVENT_IS_ERROR.pattern)
 USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-# Its opening, or as much of it as has come. OpenAI tells in others what an author of SVG used, apart from the picture's
-# model, and what its tools did, apart from the response's. Groq tells once more what each model of a compound used,
-# which is in the response's: that list is one match, or as much of it as has come.
-USAGE_OBJECT = re.compile(
-    rb'"(?:usage|(svg_|tool_)usage)" {0,4}:? {0,4}(?:\{|\Z)'
-    rb'|"usage_breakdown"\s{0,4}:\s{0,4}\{\s{0,8}"models"\s{0,4}:\s{0,4}\[[^]]{0,%d}(?P<models>\]?)' % USAGE_BYTES
+# The opening of a usage object, or as much of it as has come; OpenAI's service tier. OpenAI tells in other objects what
+# an author of SVG used, apart from the picture's model, and what its tools did, apart from the response's.
+TOLD_OF_USE = re.compile(
+    rb'"(?:(usage|svg_usage|tool_usage)" {0,4}:? {0,4}(?:\{|\Z)|(service_tier)" ?: ?"([a-z_]{1,20})")'
 )
 EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_(?:start|delta|stop)|content_block_[a-z]+|response\.[a-z_]+)"')
 # The same in a line in which no more than numbers and words stand before it.
 FIRST_EVENT_TYPE = re.compile(
     rb'(?:data: ?)?\{ ?(?:"[a-z_]{1,32}" ?: ?(?:[0-9]{1,20}|"[^"\\]{0,256}"|null) ?, ?){0,8}' + EVENT_TYPE.pattern
 )
+SVG_DEPTH = 2  # how much deeper than a response's usage that of its pictures' authors is, at most
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
-ANSWERING_MODEL = re.compile(rb'"model" ?: ?"([^"\\]{1,%d})"' % MODEL_CHARACTERS)
+ANSWERING_MODEL = re.compile(rb'"(model)" ?: ?"([^"\\]{1,%d})"' % MODEL_CHARACTERS)
 # What a usage object tells, in Anthropic's words and in OpenAI's two sets of them.
 USAGE_NAMES = OPENAI_NAMES | {
     *ANTHROPIC_NAMES, "cache_creation", "service_tier", "speed", "inference_geo", "server_tool_use", "iterations",
@@ -4668,37 +4659,9 @@ class LineSplitter:
         return held
 
 
-def line_start(data: bytes, at: int) -> int:
-    """Where the line of a stream begins in which that place is."""
-    return max(data.rfind(b"\n", 0, at), data.rfind(b"\r", 0, at)) + 1
-
-
-def first_kind(data: bytes, start: int, end: int) -> bytes:
-    """The type of the event whose line begins there, where it matters for its usage, and stands before all that a
-    client has sent."""
-    event = FIRST_EVENT_TYPE.match(data, start, end)
-    return event[1] if event else b""
-
-
-def event_kind(data: bytes, start: int, end: int) -> bytes:
-    """The same of a whole line. In one of vLLM's, which are in the order of OpenAI's Python types, it is the last."""
-    last = data.rfind(b'"type"', start, end)
-    if last < 0:  # as in each event of a chat
-        return b""
-    kind = first_kind(data, start, end)
-    event = None if kind else EVENT_TYPE.match(data, last, end) or EVENT_TYPE.search(data, start, end)
-    return event[1] if event else kind
-
-
-def telling_names(data: bytes, names: Sequence[re.Match[bytes]]) -> list[re.Match[bytes]]:
-    """Of many usage objects in the data the last; the first, which may be message_start's; the first in the last line,
-    which may be a response's, before others that a client has sent; and the first of those that stand beside one."""
-    before, last = names[:-USAGES_AT_ONCE], names[-USAGES_AT_ONCE:]
-    line = line_start(data, last[-1].start())
-    own = [name for name in before if not name[1]]
-    early = {*own[:1], *[name for name in own if name.start() >= line][:1]}
-    early.update([name for name in before if name[1]][:BESIDES_AT_ONCE])
-    return [name for name in before if name in early] + [*last]
+def line_start(data: bytes, at: int, since: int = 0) -> int:
+    """Where the line of a stream begins in which that place is; 0 if it begins before another one."""
+    return max(data.rfind(b"\n", since, at), data.rfind(b"\r", since, at)) + 1
 
 
 def packed(usage: JsonDict, size: int) -> tuple[Union[JsonDict, bytes], int]:
@@ -4727,60 +4690,125 @@ def unpacked(kept: Union[JsonDict, bytes]) -> JsonDict:
         return {}
 
 
-class Nesting:
-    """How much deeper within JSON than where it began, which isn't in a string, is what comes next."""
+class Nesting(NamedTuple):
+    """A place in JSON, as far as it matters for how deep others behind it are."""
 
-    __slots__ = ("_in_string", "_rest", "depth")
+    depth: int = 0  # 0 is outside of it
+    in_string: int = 0  # 1 in a string
+    rest: bytes = b""  # a backslash, whose character hasn't come yet
+
+    def behind(self, data: bytes) -> "Nesting":
+        """The place behind these bytes."""
+        data = self.rest + data
+        rest = b"\\" * ((len(data) - len(data.rstrip(b"\\"))) % 2)
+        parts = cut_at_quotes(data[: len(data) - len(rest)])
+        deeper = levels(b"".join(parts[self.in_string :: 2]))
+        return Nesting(self.depth + deeper, (self.in_string + len(parts) - 1) % 2, rest)
+
+    def depths(self, data: bytes, places: Sequence[int]) -> list[int]:
+        """How deep these places in the bytes behind are, none of which is in a string."""
+        pieces = [data[start:end] for start, end in zip((0, *places), places)]
+        parts = cut_at_quotes(self.rest + b"\0".join(pieces))
+        brackets = b"".join(parts[self.in_string :: 2]).split(b"\0")
+        return [*itertools.accumulate(map(levels, brackets), initial=self.depth)][1:]
+
+
+OUTSIDE = Nesting()
+TEXT = bytes({*range(256)}.difference(b'"{}[]\0'))
+
+
+def cut_at_quotes(data: bytes) -> list[bytes]:
+    """The brackets in the data, outside of strings and, by turns, within."""
+    if b"\\" in data:
+        data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return data.translate(None, TEXT).split(b'"')
+
+
+def levels(brackets: bytes) -> int:
+    """How much deeper it is behind these."""
+    return len(brackets.translate(None, b"}]\0")) - len(brackets.translate(None, b"{[\0"))
+
+
+class Placed(NamedTuple):
+    """What was found in a response, and where: how deep in it, or in its line of a stream, which begins there."""
+
+    match: re.Match[bytes]
+    line: int
+    depth: int
+
+
+def placed(pattern: re.Pattern[bytes], data: bytes, nesting: Nesting, is_stream: bool, since: int = 0) -> list[Placed]:
+    """All that matches from there on, none of it in a string, in data that begin in such a place."""
+    by_line: dict[int, list[re.Match[bytes]]] = {}
+    line = at = 0
+    for match in pattern.finditer(data, since):
+        line = (line_start(data, match.start(), at) if is_stream else 0) or line
+        at = match.start()
+        by_line.setdefault(line, []).append(match)
+    found = []
+    for line, matches in by_line.items():
+        begun, before = OUTSIDE if line else nesting, data[line : matches[-1].start()]
+        if len(matches) == 1:  # as mostly
+            found.append(Placed(matches[0], line, begun.behind(before).depth))
+        else:
+            depths = begun.depths(before, [match.start() - line for match in matches])
+            found += map(Placed, matches, itertools.repeat(line), depths)
+    return found
+
+
+def outermost(found: Sequence[Placed]) -> list[Placed]:
+    """Those of each kind that stand least deep in their lines, of many the last, and the first, which may be
+    message_start's; and the last ones wherever they stand, since what isn't JSON has no depth."""
+    kinds = [(one.line, one.match[1]) for one in found]
+    least: dict[tuple[int, bytes], int] = {}
+    for kind, one in zip(kinds, found):
+        least[kind] = min(one.depth, least.get(kind, one.depth))
+    telling = [one for kind, one in zip(kinds, found) if one.depth == least[kind]]
+    return [*telling[:-USAGES_AT_ONCE][:1], *telling[-USAGES_AT_ONCE:], *found[-FEW_USAGES:]]
+
+
+class Outermost:
+    """Of what a response tells under one name, that which stands least deep, and of such the last."""
+
+    __slots__ = ("depth", "value")
 
     def __init__(self) -> None:
-        self.depth = 0
-        self._in_string = 0  # 1 if what comes next is in one
-        self._rest = b""  # a backslash, whose character hasn't come yet
+        self.value: Any = None
+        self.depth = math.inf
 
-    def feed(self, data: bytes) -> None:
-        """Goes on behind these."""
-        data = self._rest + data
-        self._rest = b"\\" * ((len(data) - len(data.rstrip(b"\\"))) % 2)
-        data = data[: len(data) - len(self._rest)]
-        parts = data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
-        bare = b"".join(parts[self._in_string :: 2])
-        self.depth += bare.count(b"{") + bare.count(b"[") - bare.count(b"}") - bare.count(b"]")
-        self._in_string = (self._in_string + len(parts) - 1) % 2
+    def take(self, value: Any, depth: int) -> None:
+        """Takes a value if none stands less deep."""
+        if depth <= self.depth:
+            self.value, self.depth = value, depth
 
 
 class Usage:
     """What a response says was used, read from a copy of its bytes as they pass.
 
-    Only the objects behind "usage" are parsed. The last that tells something is the valid one, unless it stands deeper
-    than one before it: others may be in a tool's schema or metadata, which come back in the answer, or in the input of
-    a tool, and some servers tell their own before these. Anthropic's message_delta has the totals without their
-    details, so it is merged over message_start, where the output is a placeholder; so is what LiteLLM adds to
-    message_stop."""
+    Only the objects behind "usage" are parsed. The outermost counts, of several the last: others may be in what a
+    client has sent, such as a tool's schema or metadata, which comes back in the answer, or in the input of a tool.
+    Anthropic's message_delta has the totals without their details, so it is merged over message_start, where the output
+    is a placeholder; so is what LiteLLM adds to message_stop."""
 
     def __init__(self) -> None:
-        # The usage, as far as it is told, and what the model used that has drawn for a response. Both are kept by
-        # packed() until the response is over.
-        self._found: Union[JsonDict, bytes] = {}
+        self._found: Union[JsonDict, bytes] = {}  # the usage, as far as it is told, by packed()
         self._size = 0  # of that
-        self._drawn: Union[JsonDict, bytes] = {}
-        self._authors: dict[str, dict[str, int]] = {}  # what models used that have written pictures as SVG
-        self._author_at = -1  # where in the response the last one of these was told,
-        self._is_in_line = False  # and whether the line of a stream that goes on is that one
-        self._offset = 0  # where what is held begins in the response
-        self._searches = 0  # of the web, as OpenAI tells it
+        self._depth = math.inf  # how deep it stands, if it tells of any tokens
         self._is_placeholder = False  # what it says of the output
-        self._tiers: list[bytes] = []  # OpenAI's service tier, which stands beside it, and what may be that
+        self._tier = Outermost()  # OpenAI's service tier, which stands beside it,
+        self._tools = Outermost()  # and what it says of tools, by packed()
+        self._authors: dict[str, dict[str, int]] = {}  # what models used that have written pictures as SVG
+        self._authors_at = -1, 0  # in which line these are told, and how deep,
+        self._author_at = -1  # and where the last one is
         self.seeks_model = False  # whether another model than the request's own may answer
-        self.models: list[bytes] = []  # those that may be the one that has, if that is sought
-        self._is_beginning = True  # whether no more than that of a whole response has come
+        self._model = Outermost()  # which one has, if that is sought
+        self._is_beginning = True  # whether no more than that of a response has come
         self._is_undeclared = False  # whether it is a stream that isn't called one
-        # How deep it is behind the usage that was found, in the same response or line of a stream.
-        self._behind: Optional[Nesting] = None
-        self._followed = 0  # up to where in the data
-        self._found_at = 0  # where that usage stands in the data; -1 if it is in them no more
         self._held = b""  # a line of a stream, an object, or the name before it, whose rest hasn't come yet
-        self._kind: Optional[bytes] = None  # of the event of a long line whose beginning isn't held any more
-        self._has_tier = False  # whether that line has told the tier
+        self._nesting = OUTSIDE  # where what is held begins,
+        self._offset = 0  # how much of the response is before that,
+        self._line = 0  # and before the line in which it is
+        self._kind = b""  # the type of the event, if it was told in what isn't held any more
 
     @property
     def used(self) -> Used:
@@ -4790,13 +4818,26 @@ class Usage:
         # Anthropic has its tier within, and beside it raw input of tools, whose members may have any name.
         found = unpacked(self._found)
         is_openai = not OPENAI_NAMES.isdisjoint(found)
-        tier, *others = [name.decode("ascii") for name in self._tiers] if is_openai and self._tiers else [""]
-        used = used_of(found, tier, others)
-        if is_openai and (self._drawn or self._authors or self._searches):
-            authors = [{"model": model, **counts} for model, counts in self._authors.items()]
-            used = with_others(used, [unpacked(self._drawn), *authors])
-            used = used._replace(web_searches=max(used.web_searches, self._searches))
+        used = used_of(found, self._tier.value.decode("ascii") if is_openai and self._is_beside(self._tier) else "")
+        others: list[Any] = []
+        if is_openai and self._is_beside(self._tools):
+            tools = unpacked(self._tools.value)
+            others.append(tools.get("image_gen"))  # the model isn't named: its tokens have the price of the response's
+            searches = counts_of(tools.get("web_search")).get("num_requests", 0)
+            used = used._replace(web_searches=max(used.web_searches, searches))
+        if is_openai and self._authors_at[1] <= self._depth + SVG_DEPTH:
+            others += [{"model": model, **counts} for model, counts in self._authors.items()]
+        used = with_others(used, others) if others else used
         return used._replace(output=None) if self._is_placeholder else used
+
+    def _is_beside(self, told: Outermost) -> bool:
+        """Whether it is told, and no deeper than the usage."""
+        return told.value is not None and told.depth <= self._depth
+
+    @property
+    def model(self) -> str:
+        """The model that has answered, if that was sought and is told; else empty."""
+        return self._model.value.decode("utf-8", "replace") if self._model.value else ""
 
     def read(self, data: bytes, is_stream: bool) -> None:
         """Looks through the next bytes of a response."""
@@ -4804,128 +4845,112 @@ class Usage:
             data, self._held = self._held + data, b""
         if not is_stream:
             is_stream = self._begins_stream(data)
-        if b'"service_tier"' in data:
-            self._note_tiers(data, 0, is_stream)
+        held, since = max(0, len(data) - USAGE_NAME_BYTES), self._first_told(data)
+        if since >= 0:
+            held = self._look(data, is_stream, since, held)
         if self.seeks_model and b'"model"' in data:
-            self._note_models(data)
-        if b'usage"' in data or (not is_stream and b"usage_breakdown" in data):
-            held = self._look(data, is_stream)
+            for name in placed(ANSWERING_MODEL, data, self._nesting, is_stream):
+                self._model.take(name.match[2], name.depth)
+        if is_stream and data.endswith(b"\n"):
+            self._begin_line(len(data))
+            self._offset += len(data)
+            return
+        line = line_start(data, len(data)) if is_stream else 0
+        if line:
+            self._begin_line(line)
+        if len(data) - line > USAGE_BYTES:
+            self._is_beginning = False
+            self._kind = self._kind or (self._kind_of(data, line) if is_stream else b"")
+            self._nesting = self._nesting.behind(data[line:held])
         else:
-            held = max(0, len(data) - USAGE_NAME_BYTES)
-        line = 0
-        if is_stream:
-            if data.endswith(b"\n"):
-                self._kind, self._has_tier, self._behind, self._is_in_line = None, False, None, False
-                self._offset += len(data)
-                return
-            line = line_start(data, len(data))  # an event's type stands at its beginning
-            is_long = len(data) - line > USAGE_BYTES
-            if line or (is_long and self._kind is None):
-                self._kind = first_kind(data, line, len(data)) if is_long else None
-            self._has_tier = (self._has_tier and not line) or (is_long and self._note_tiers(data, line))
-            held = held if is_long else line
-        elif self._is_beginning:
-            self._is_beginning = len(data) < USAGE_BEGINNING_BYTES
-            held = 0 if self._is_beginning else held
-        self._follow(data, line, held)
-        self._is_in_line = self._is_in_line and (not line or self._author_at >= self._offset + line)
+            held = line
         self._offset += held
         self._held = data[held:]
 
+    def _begin_line(self, at: int) -> None:
+        """Notes that the line that goes on begins there in the data."""
+        self._nesting, self._line, self._kind, self._is_beginning = OUTSIDE, self._offset + at, b"", False
+
     def _begins_stream(self, data: bytes) -> bool:
         """Whether the response is a stream all the same: some servers call theirs JSON, or plain text."""
-        if self._is_beginning and BEGINS_EVENT.match(data, 0, USAGE_BEGINNING_BYTES):
+        if self._is_beginning and BEGINS_EVENT.match(data, 0, USAGE_BYTES):
             self._is_beginning, self._is_undeclared = False, True
         return self._is_undeclared
 
-    def _look(self, data: bytes, is_stream: bool) -> int:
-        """Reads the usage objects in the data, of many the telling ones; from where on it is needed once more has
+    def _first_told(self, data: bytes) -> int:
+        """From where on the data may tell something of what was used; -1 if they don't. Each chunk of a chat tells of
+        the tier once more."""
+        usage, tier = data.find(b'usage"'), data.find(b'"service_tier"')
+        if tier >= 0 and self._tier.depth <= 1 and {self._tier.value}.issuperset(OPENAI_TIER.findall(data)):
+            tier = -1
+        first = min(usage, tier) if usage >= 0 and tier >= 0 else max(usage, tier)
+        return max(0, first - len(b'"tool_')) if first >= 0 else -1
+
+    def _look(self, data: bytes, is_stream: bool, since: int, held: int) -> int:
+        """Takes what the data tell, from there on, outermost of what was used; from where on it is needed once more has
         come."""
-        held, names = max(0, len(data) - USAGE_NAME_BYTES), [*USAGE_OBJECT.finditer(data)]
-        for name in telling_names(data, names) if len(names) > USAGES_AT_ONCE else names:
-            if name["models"] is not None:
-                held = held if name["models"] else min(held, max(name.start(), len(data) - USAGE_BYTES))
+        line, kind = -1, b""
+        found = placed(TOLD_OF_USE, data, self._nesting, is_stream, since)
+        for name in outermost(found) if len(found) > FEW_USAGES else found:
+            start, begin = name.match.start(), name.match.end() - 1
+            if name.match[2]:
+                self._tier.take(name.match[3], name.depth)
                 continue
-            begin = name.end() - 1
             try:
                 usage, size = USAGE_DECODER.raw_decode(data[begin : begin + USAGE_BYTES].decode("utf-8", "replace"))
             except (ValueError, RecursionError):
-                held = min(held, max(name.start(), len(data) - USAGE_BYTES))
-            else:
-                if name[1] == b"svg_":
-                    self._take_author(usage, data, name.start(), is_stream)
-                elif name[1]:
-                    self._take_besides(usage, size)
-                else:
-                    self._take(usage, size, data, name.start(), is_stream)
+                held = min(held, max(start, len(data) - USAGE_BYTES))
+                continue
+            if name.match[1] == b"svg_usage":
+                self._take_author(usage, name)
+            elif name.match[1] == b"tool_usage":
+                self._tools.take(packed(usage, size)[0], name.depth)
+            elif name.depth <= self._depth and not USAGE_NAMES.isdisjoint(usage):
+                if is_stream and name.line != line:
+                    line, kind = name.line, self._kind_of(data, name.line)
+                self._take(usage, size, name.depth, kind)
         return held
 
-    def _take(self, usage: JsonDict, size: int, data: bytes, at: int, is_stream: bool) -> None:
-        """Takes what a usage object of this size tells, if it does; it stands there in the data."""
-        start = line_start(data, at) if is_stream else 0
-        if USAGE_NAMES.isdisjoint(usage) or self._is_deeper(data, start, at):
-            return
-        if is_stream:
-            kind = self._kind if not start else None
-            if kind is None:
-                end = data.find(b"\n", at)
-                is_cut = end < 0 and len(data) - start > USAGE_BYTES  # so what would tell its type last hasn't come
-                kind = (first_kind if is_cut else event_kind)(data, start, end if end >= 0 else len(data))
-            if kind.startswith(b"content_block"):
-                return  # a tool's input may have a `usage` of its own; of a whole answer it stands before the real one
-            self._is_placeholder = kind == b"message_start"
-            if kind in (b"message_delta", b"message_stop"):
-                found, size = unpacked(self._found), size + self._size
-                if size > 2 * USAGE_BYTES:  # to read and write all of it once more with each event would take long
-                    found = plain_members(found)
-                usage = {**found, **told_anew(usage, USAGE_NAMES)}
-            elif not self._is_placeholder:
-                self._note_tiers(data, start)
+    def _kind_of(self, data: bytes, line: int) -> bytes:
+        """The type of the event whose line begins there in the data, or before them, where that matters for its usage.
+        It stands first; or last, in one of vLLM's, which are in the order of OpenAI's Python types."""
+        if self._kind and not line:
+            return self._kind
+        nesting, end = (OUTSIDE if line else self._nesting), data.find(b"\n", line)
+        data = data[line : end if end >= 0 else len(data)]
+        if b'"type"' not in data:  # as in each event of a chat
+            return b""
+        first = FIRST_EVENT_TYPE.match(data) if not nesting.depth else None
+        if first:
+            return first[1]
+        return next((found.match[1] for found in placed(EVENT_TYPE, data, nesting, False) if found.depth == 1), b"")
+
+    def _take(self, usage: JsonDict, size: int, depth: int, kind: bytes) -> None:
+        """Takes what a usage object of this size tells, that stands so deep in an event of this kind."""
+        if kind.startswith(b"content_block"):
+            return  # a tool's input may have a `usage` of its own
+        self._is_placeholder = kind == b"message_start"
+        if kind in (b"message_delta", b"message_stop"):
+            found, size = unpacked(self._found), size + self._size
+            if size > 2 * USAGE_BYTES:  # to read and write all of it once more with each event would take long
+                found = plain_members(found)
+            usage = {**found, **told_anew(usage, USAGE_NAMES)}
         tokens = tokens_of(usage)
         if not self._found or any(tokens):  # some have nothing but zeros in all chunks but one
-            self._behind = Nesting() if any(tokens) else None
-            self._found_at = self._followed = at
             self._found, self._size = packed(usage, size)
+            self._depth = depth if any(tokens) else self._depth
 
-    def _is_deeper(self, data: bytes, line: int, at: int) -> bool:
-        """Whether what stands there, in the line that begins there, is deeper than the usage that was found before it
-        in the same one."""
-        if not self._behind or line > self._followed:
-            return False
-        self._behind.feed(data[self._followed : at])
-        self._followed = max(self._followed, at)
-        return self._behind.depth > 0
-
-    def _follow(self, data: bytes, line: int, held: int) -> None:
-        """Goes on to where the data begin next time, if what was found stands before that, and in the line that begins
-        there."""
-        if not self._behind:
-            return
-        if self._found_at >= held or line > max(0, self._found_at):
-            self._behind = None
-            return
-        self._behind.feed(data[self._followed : held])
-        self._followed, self._found_at = max(0, self._followed - held), -1
-
-    def _take_besides(self, usage: JsonDict, size: int) -> None:
-        """Takes what OpenAI tells of a response's tools. A tool's schema may have such a name, too, and comes back."""
-        self._searches = max(self._searches, counts_of(usage.get("web_search")).get("num_requests", 0))
-        # The model that draws isn't named, so what it used has the price of the response's own.
-        drawn = counts_of(usage.get("image_gen")).get("output_tokens", 0)
-        if drawn > counts_of(unpacked(self._drawn)).get("output_tokens", 0):
-            self._drawn, _ = packed(usage["image_gen"], size)
-
-    def _take_author(self, usage: JsonDict, data: bytes, at: int, is_stream: bool) -> None:
+    def _take_author(self, usage: JsonDict, name: Placed) -> None:
         """Adds what OpenAI tells of who has written a picture as SVG; a response may have several, and of a stream, the
         last event tells of all of them once more."""
-        if self._offset + at <= self._author_at:
-            return
-        last = max(0, self._author_at - self._offset)
-        if is_stream and (not self._is_in_line or max(data.find(b"\n", last, at), data.find(b"\r", last, at)) >= 0):
+        line, at = (self._offset + name.line if name.line else self._line), self._offset + name.match.start()
+        if line != self._authors_at[0] or name.depth < self._authors_at[1]:
             self._authors.clear()
-        self._author_at, self._is_in_line = self._offset + at, True
+        elif at <= self._author_at or name.depth > self._authors_at[1]:
+            return
+        self._authors_at, self._author_at = (line, name.depth), at
         author = usage["model"] if isinstance(usage.get("model"), str) else ""
-        if len({*self._authors, author}) > ANSWERING_MODELS:
+        if len({*self._authors, author}) > SVG_AUTHORS:
             author = ""  # so that it has the price of the response's own model
         counts = counts_of(usage)
         before = self._authors.get(author, {})
@@ -4933,32 +4958,6 @@ class Usage:
             kind: min(before.get(kind, 0) + counts.get(kind, 0), USAGE_COUNT)
             for kind in ("input_tokens", "output_tokens")
         }
-
-    def _note_models(self, data: bytes) -> None:
-        """Notes which models the data name, the first ones and the last. Some stand in what a client has sent, which
-        comes back in the answer, or in the input of a tool."""
-        for found in ANSWERING_MODEL.finditer(data):
-            if found[1] not in self.models:
-                self.models.append(found[1])
-                del self.models[ANSWERING_MODELS:-ANSWERING_MODELS]
-
-    def _note_tiers(self, data: bytes, start: int, is_stream: bool = True) -> bool:
-        """Notes the service tiers in the first line from there on that has any, of a whole response in all of it;
-        whether there are any. Where there are several, some stand in what a client has sent, or its tools tell, which
-        comes back in the answer before or behind the response's own: by the dearest of them it is charged."""
-        first = OPENAI_TIER.search(data, start)
-        if not first:
-            return False
-        end = data.find(b"\n", first.end()) if is_stream else -1
-        told = OPENAI_TIER.findall(data, first.start(), end if end >= 0 else len(data))
-        if not is_stream or (self._has_tier and data.find(b"\n", 0, first.start()) < 0):
-            told = self._tiers + told  # that has told some before
-        if len(told) > 1:
-            told = list(dict.fromkeys(told))
-            if len(told) > ANSWERING_TIERS:
-                told[ANSWERING_TIERS:] = [ANY_TIER.encode("ascii")]
-        self._tiers = told
-        return True
 
 
 # ==== Formats =======================================================================================
@@ -13177,9 +13176,8 @@ class Service:
             if provider:
                 prices = exchange.config.prices
                 record.cost = cost_of(prices, provider, record.sent_model, record.used)
-                # Steps tell of their models themselves.
-                for model in () if record.used.iterations else record.usage.models:
-                    other = cost_of(prices, provider, model.decode("utf-8", "replace"), record.used)
+                if record.usage.model and not record.used.iterations:  # which tell of their models themselves
+                    other = cost_of(prices, provider, record.usage.model, record.used)
                     record.cost = dearer(record.cost, other)
             row = record.row(self.loop.now, time.time())
             self._uncounted.append(row)

@@ -4259,6 +4259,36 @@ def test_no_usage_that_a_client_has_sent_is_taken_for_the_responses_own(is_strea
 
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("size", [10, 60_000])
+def test_of_many_names_in_what_a_client_has_sent_none_hides_the_responses_own(is_stream, size):
+    """Before it, behind it, and both at once, however many there are."""
+    decoy = {"model": "cheap", "service_tier": "flex", "usage": {"input_tokens": 1, "output_tokens": 1}}
+    decoy["tool_usage"] = {"web_search": {"num_requests": 0}}
+    sent = [{"parameters": {**decoy, "model": f"cheap-{number}"}} for number in range(100)]
+    own = {"model": "dear", "service_tier": "priority", "tool_usage": {"web_search": {"num_requests": 2}}}
+    response = {"input": sent, **own, "text": "x" * size, "usage": RESPONSES_USAGE, "tools": sent, "metadata": decoy}
+    body = json.dumps(response).encode()
+    if is_stream:
+        body = sse("response.created", response={"tools": sent}) + sse("response.completed", response=response)
+    for step in (len(body), 20_000, 1000):
+        usage = monorelay.Usage()
+        usage.seeks_model = True
+        for start in range(0, len(body), step):
+            usage.read(body[start : start + step], is_stream)
+        assert (usage.model, usage.used) == ("dear", monorelay.used_of(RESPONSES_USAGE, "priority")._replace(
+            web_searches=2)), step  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", range(1, 38))
+def test_how_deep_a_place_is_does_not_depend_on_how_the_bytes_come(cut):
+    text = rb'{"a\\":["{\"[",{"b":"\\\"]"},[]],"c":{"usage":{}}}'
+    whole = monorelay.OUTSIDE.behind(text[: text.index(b'"usage"')])
+    assert whole.depth == 2 and not whole.in_string
+    assert monorelay.OUTSIDE.behind(text[:cut]).behind(text[cut : text.index(b'"usage"')]) == whole
+    assert monorelay.OUTSIDE.behind(text) == monorelay.OUTSIDE
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("size", [10, 60_000])
 def test_no_service_tier_that_a_client_may_have_sent_makes_a_response_cheaper(is_stream, size):
     """Metadata, which LiteLLM tells before the response's own tier, and the schemas of an MCP server's tools."""
     schema = {"name": "f", "input_schema": {"type": "object", "service_tier": "flex"}}
@@ -4282,7 +4312,7 @@ def test_no_service_tier_that_a_client_may_have_sent_makes_a_response_cheaper(is
 
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("size", [10, 60_000])
-def test_a_response_that_names_very_many_service_tiers_is_charged_by_the_dearest_there_is(is_stream, size):
+def test_a_response_that_names_very_many_service_tiers_is_charged_by_its_own(is_stream, size):
     """The client's MCP server tells some in the schemas of its tools, before its own, and the client others behind."""
     usage = {"input_tokens": 1000, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 0}
     prices = {"m": {"input_cost_per_token": 2e-9, "input_cost_per_token_priority": 4e-9}}
@@ -4293,7 +4323,6 @@ def test_a_response_that_names_very_many_service_tiers_is_charged_by_the_dearest
     for step, by_line in itertools.product((len(body), 20_000, 1000), (True, False)):
         told = told_in_pieces(body, is_stream, [*range(step, len(body), step)], by_line)
         assert cost("openai", "m", told, prices) == 4000, (step, by_line)
-        assert len(told.other_tiers) <= monorelay.ANSWERING_TIERS
 
 
 @pytest.mark.parametrize("name", USAGE_TOLD)
@@ -20395,7 +20424,7 @@ def test_each_author_of_a_responses_pictures_is_charged_once_beside_who_draws(is
      {"svg_usage": {"output_tokens": 10**12}}, {"svg_usage": {"model": "author", "output_tokens": 10**12}},
      {"svg_usage": {"model": "unknown", "output_tokens": 1}}, {"svg_usage": {"model": "reader", "output_tokens": 1}}],
 )  # fmt: skip
-def test_no_schema_of_a_tool_makes_a_response_cost_nothing(is_stream, sent):
+def test_no_schema_of_a_tool_changes_what_a_response_costs(is_stream, sent):
     """It comes back in the response."""
     items = [{"type": "image_generation_call", "svg_usage": SVG_USAGE}]
     response = {"output": items, "tools": [{"parameters": sent}], "usage": RESPONSES_USAGE}
@@ -20405,7 +20434,7 @@ def test_no_schema_of_a_tool_makes_a_response_cost_nothing(is_stream, sent):
     prices["reader"] = {"input_cost_per_token": 1e-5}  # which writes nothing
     told = told_in_pieces(body, is_stream, [])
     bare = told_in_pieces(body.replace(json.dumps(sent).encode(), b"{}"), is_stream, [])
-    assert cost("openai", "m", told, prices) > cost("openai", "m", bare, prices) > 50_000_000
+    assert cost("openai", "m", told, prices) == cost("openai", "m", bare, prices) > 50_000_000
 
 
 def test_budgets_do_not_count_cache_reads_nor_what_has_no_price(upstream, relay, tmp_path):
