@@ -4604,7 +4604,7 @@ EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_(?:start|delta|stop)|content_blo
 FIRST_EVENT_TYPE = re.compile(
     rb'(?:data: ?)?\{ ?(?:"[a-z_]{1,32}" ?: ?(?:[0-9]{1,20}|"[^"\\]{0,256}"|null) ?, ?){0,8}' + EVENT_TYPE.pattern
 )
-SVG_DEPTH = 2  # how much deeper than a response's usage that of its pictures' authors is, at most
+SVG_DEPTH = 2  # so much deeper than a response's usage is that of its pictures' authors, at most
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
 ANSWERING_MODEL = re.compile(rb'"(model)" ?: ?"([^"\\]{1,%d})"' % MODEL_CHARACTERS)
 # What a usage object tells, in Anthropic's words and in OpenAI's two sets of them.
@@ -4756,7 +4756,7 @@ def placed(pattern: re.Pattern[bytes], data: bytes, nesting: Nesting, is_stream:
     return found
 
 
-def outermost(found: Sequence[Placed]) -> list[Placed]:
+def least_deep(found: Sequence[Placed]) -> list[Placed]:
     """Those of each kind that stand least deep in their lines, of many the last, and the first, which may be
     message_start's; and the last ones wherever they stand, since what isn't JSON has no depth."""
     kinds = [(one.line, one.match[1]) for one in found]
@@ -4891,7 +4891,7 @@ class Usage:
         come."""
         line, kind = -1, b""
         found = placed(TOLD_OF_USE, data, self._nesting, is_stream, since)
-        for name in outermost(found) if len(found) > FEW_USAGES else found:
+        for name in least_deep(found) if len(found) > FEW_USAGES else found:
             start, begin = name.match.start(), name.match.end() - 1
             if name.match[2]:
                 self._tier.take(name.match[3], name.depth)
