@@ -13571,12 +13571,13 @@ COUNTING_PATHS = (COUNTING_PATH, "/responses/input_tokens")
 CREATING_PATHS = ("/v1/batches", "/v1/files", "/v1/messages/batches")  # what is sent here is never sent twice
 # By these some servers take a request for one of another method.
 METHOD_OVERRIDES = frozenset({"x-http-method-override", "x-http-method", "x-method-override", "x-http-override"})
-# By these some gateways (Portkey, Helicone, Azure's endpoints with several deployments, those of Kubernetes) are told
-# which model is to answer, or who.
+# By these some gateways (Portkey, Helicone, Azure's endpoints with several deployments, those of Kubernetes and llm-d,
+# Doubleword's, Plano) are told which model is to answer, or who.
 MODEL_OVERRIDES = frozenset({
     "x-portkey-config", "x-portkey-provider", "x-portkey-virtual-key", "x-portkey-custom-host", "helicone-fallbacks",
     "helicone-target-url", "helicone-openai-api-base", "azureml-model-deployment", "x-gateway-model-name",
-    "x-gateway-base-model-name",
+    "x-gateway-base-model-name", "x-gateway-model-name-rewrite", "x-llm-d-model-name-rewrite", "model-override",
+    "x-arch-llm-provider-hint",
 })  # fmt: skip
 # Bodies that are read for a model on paths of which the relay knows nothing: JSON, and what curl and
 # careless clients call JSON. All others stream through.

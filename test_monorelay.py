@@ -17748,7 +17748,9 @@ def test_no_header_makes_another_method_of_a_get(upstream, relay, name):
 @pytest.mark.parametrize("name", ["x-portkey-config", "X-Portkey-Provider", "x_portkey_virtual_key",
                                   "x-portkey-custom-host", "Helicone-Fallbacks", "helicone-target-url",
                                   "Helicone-OpenAI-Api-Base", "azureml-model-deployment",
-                                  "X-Gateway-Model-Name"])  # fmt: skip
+                                  "X-Gateway-Model-Name", "X-Gateway-Model-Name-Rewrite",
+                                  "x-llm-d-model-name-rewrite", "model-override",
+                                  "x-arch-llm-provider-hint"])  # fmt: skip
 def test_no_header_tells_a_gateway_of_another_model(upstream, relay, name):
     it, provider, token = limited(upstream, relay)
     value = f'{name}: {{"override_params":{{"model":"claude-opus"}}}}'
