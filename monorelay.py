@@ -3926,7 +3926,8 @@ MODEL_NAMES = frozenset({
     "fallbacks", "context_window_fallbacks", "context_window_fallback_dict", "content_policy_fallbacks", "user_config",
     "router_settings_override", "engine", "deployment", "deployment_id", "preset", "prompt_id", "plugins",
     "provideroptions", "api_base", "base_url", "extra_body", "tensorzero::variant_name", "tensorzero::extra_body",
-    "tensorzero::internal_dynamic_variant_config", "answering_model", "reasoning_model",
+    "tensorzero::internal_dynamic_variant_config", "answering_model", "reasoning_model", "draft_model", "load_balancer",
+    "orq", "model_routing_config",
 })  # fmt: skip
 OTHER_MODEL_NAMES = MODEL_NAMES - {"model"}
 

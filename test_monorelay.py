@@ -17602,7 +17602,13 @@ NAMED_ELSEWHERE = {
     "a patch of TensorZero's": (
         "/v1/chat/completions", '"model":"claude-a","tensorzero::extra_body":[{"pointer":"/model","value":"dear"}]'
     ),
-    "its settings": ("/v1/chat/completions", '"router_settings_override":{"fallbacks":[]},"model":"claude-a"'),
+    "models among which Orq chooses": (
+        "/v1/responses", '"model":"claude-a","load_balancer":{"models":[{"model":"dear","weight":1}]}'
+    ),
+    "what Orq took before": ("/v1/chat/completions", '"model":"claude-a","orq":{"load_balancer":[{"model":"dear"}]}'),
+    "a choice of ZenMux's": ("/v1/chat/completions", '"model":"claude-a","model_routing_config":{"preference":"dear"}'),
+    "a model that drafts": ("/v1/chat/completions", '"model":"claude-a","draft_model":"dear"'),
+    "settings of LiteLLM's": ("/v1/chat/completions", '"router_settings_override":{"fallbacks":[]},"model":"claude-a"'),
     "a preset": ("/v1/chat/completions", '"model":"claude-a","preset":"dear"'),
     "a prompt of LiteLLM's": ("/v1/chat/completions", '"prompt_id":"dear","model":"claude-a"'),
     "a preset in the name": ("/v1/chat/completions", '"model":"claude-a@preset/dear"'),
