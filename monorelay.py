@@ -12565,8 +12565,8 @@ def named_entries(config: Config, usable: Sequence[Provider]) -> list[JsonDict]:
 
 
 async def read_rest(loop: EventLoop, response: UpstreamResponse) -> bytes:
-    """The whole body of a list of models. Raises BrokenExchange, NoResponse and FramingError, also for one that is too
-    long, or that would take `json` long."""
+    """The whole body of a list of models, without the relay's key. Raises BrokenExchange, NoResponse and FramingError,
+    also for one that is too long, or that would take `json` long."""
     body = bytearray(response.take_content())
     while not response.decoder.finished:
         try:
@@ -12581,7 +12581,7 @@ async def read_rest(loop: EventLoop, response: UpstreamResponse) -> bytes:
     # An object takes four times as much as another value.
     if body.count(b"[") + body.count(b",") + 4 * body.count(b"{") > CATALOGUE_VALUES:
         raise FramingError("the list of models has too many values")
-    return bytes(body)
+    return bytes(body).replace(response.erased, b"*" * len(response.erased))
 
 
 def listed_entries(text: str) -> Iterator[JsonDict]:

@@ -18179,6 +18179,15 @@ def test_an_odd_entry_of_a_provider_does_not_spoil_the_catalogue(upstream, relay
     assert [model["id"] for model in listing["data"]] == ["claude-a"]
 
 
+def test_a_key_that_a_provider_lists_with_its_models_reaches_nobody(upstream, relay):
+    key = "sk-proj-very-secret-0123456789"
+    listed = b'{"data":[{"id":"gpt-a","object":"model","owned_by":"%s"}]}' % key.encode()
+    it = relay({"openai": {"upstream": upstream(answer(200, listed)), "keys": [key]}})
+    for path in ("/v1/models", "/v1/models/gpt-a"):
+        got = it.ask("GET", path)
+        assert b'"owned_by": "%s"' % (b"*" * len(key)) in got.body and b"very-secret" not in got.body
+
+
 def test_the_catalogue_lists_what_this_caller_can_call(upstream, relay):
     provider = upstream(answer(200, b'[{"id":"gpt-a"},{"id":"whisper-1"},{"id":"gpt-b"}]'))
     it = relay(
