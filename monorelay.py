@@ -16061,6 +16061,7 @@ class ConfigFile:
         self.problem = ""  # what was broken when they were read last
         self._path = path and os.path.abspath(path)  # the directory that it began in may be removed while it serves
         self._options = options
+        self._host = config.server.host  # where the relay listens, whatever is edited
         self._unread = ""  # a file that an edit has named, and that couldn't be read
         self._seen = [seen, *config.beside_seen, ()]  # the states of the files that were read
 
@@ -16082,6 +16083,9 @@ class ConfigFile:
         self.problem = ""
         try:
             config = self._with_prices(load_config(self._path, self._options))
+            obstacle = start_obstacle(config._replace(server=config.server._replace(host=self._host)))
+            if obstacle:
+                raise ConfigError([f"{config_name(self._path)}: {obstacle}"])
         except NO_MEMORY:
             self.read_later()
             self.problem = "there is no memory to read the configuration; another try follows"

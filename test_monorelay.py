@@ -24637,6 +24637,21 @@ def test_an_env_file_may_come_after_the_relay_json_that_names_it(tmp_path):
     assert file.has_changed() and file.read() and not file.has_changed()
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_a_short_key_is_not_taken_up_where_the_relay_listens_for_others(tmp_path, host):
+    def write(host: str, key: str) -> None:
+        path.write_text(json.dumps({**settings({"echo": {}}), "server": {"host": host, "access_key": key}}))
+
+    path = tmp_path / "relay.json"
+    write(host, "a-key-that-nobody-guesses")
+    config = monorelay.load_config(str(path), {})
+    file = monorelay.ConfigFile(config, str(path), {}, monorelay.file_state(str(path)))
+    write("127.0.0.1", "another-one-that-nobody-guesses")
+    assert file.read()
+    write("127.0.0.1", "short")
+    assert file.read() == (host == "127.0.0.1") and ("0.0.0.0 is open to others" in file.problem) == (host == "0.0.0.0")
+
+
 @pytest.mark.parametrize("name", ["relay.json", "keys.env", "prices.json"])
 def test_a_file_that_could_not_be_read_is_taken_up_when_its_owner_lets_it_be_read(tmp_path, monkeypatch, name):
     (tmp_path / "keys.env").write_text("A=b\n")
