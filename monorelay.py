@@ -5007,7 +5007,7 @@ WRITTEN_ANSWER_BYTES = 3 * TRANSLATED_ANSWER_BYTES  # of it in events for the cl
 # or that an event lets go out at once.
 EVENT_VALUES = 100_000
 EVENT_PARTS = 60_000  # lists, objects, and twice the strings among them: nested ones have few commas between them
-EVENT_FRACTIONS = 20_000  # numbers with a fraction among them, which take several times as long as others
+EVENT_FRACTIONS = 10_000  # numbers with a fraction among them; the longest take 2.5 µs each, to read and to write
 EVENT_BLOCKS = 1000
 TOOL_CALLS = 128  # in an answer: as many tools as OpenAI allows in a request
 TOOL_NAME_CHARACTERS = 256  # Anthropic allows 128, OpenAI 64
