@@ -9679,10 +9679,10 @@ class Channel:
         return bool(self._outgoing) and not self.closed
 
     def set_window(self, window: int) -> None:
-        """Sets how many received bytes may wait to be used."""
+        """Sets how many received bytes may wait to be used, and reads on if there is room for more."""
         if window != self._window:
             self._window = window
-            self._watch()
+            self._watch(len(self.received) >= window)
 
     def take_all(self) -> bytes:
         """Takes all that has arrived."""
@@ -9940,9 +9940,10 @@ class Channel:
         self._blocked = True
         self._watch()
 
-    def _watch(self) -> None:
+    def _watch(self, is_full: Optional[bool] = None) -> None:
         """Tells the selector for which events to watch."""
-        wanted = (0 if self.ended or self.is_full else READABLE) | (WRITABLE if self._blocked else 0)
+        rests = self.ended or (self.is_full if is_full is None else is_full)
+        wanted = (0 if rests else READABLE) | (WRITABLE if self._blocked else 0)
         selector = self._loop.selector
         if wanted == self._watched:
             return

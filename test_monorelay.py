@@ -11599,6 +11599,24 @@ def test_a_full_buffer_is_read_into_again_when_less_than_half_of_it_is_left(loop
         looping.call(channel.close)
 
 
+def test_a_buffer_that_may_hold_more_is_read_into_at_once(looping):
+    near, far = socket.socketpair()
+
+    def begin() -> monorelay.Channel:
+        channel = monorelay.Channel(near, looping.loop, 1000)
+        channel.task = types.SimpleNamespace(client=channel, resume=lambda error: None)
+        return channel
+
+    with near, far:
+        channel = looping.call(begin)
+        far.sendall(b"x" * 1999)
+        eventually(lambda: len(channel.received) == 1000)
+        looping.call(lambda: channel.take(100))
+        looping.call(lambda: channel.set_window(1500))
+        eventually(lambda: len(channel.received) == 1500)
+        looping.call(channel.close)
+
+
 @pytest.mark.parametrize("are_slow", [False, True])
 def test_a_client_waits_for_one_late_provider_and_not_for_all(looping, monkeypatch, are_slow):
     monkeypatch.setattr(monorelay, "LATE_SECONDS", 0.0)
@@ -22938,6 +22956,13 @@ def test_who_has_sent_much_without_a_token_waits_for_the_others(relay, monkeypat
     eventually(lambda: it.log.getvalue().count("path=") > 41)
     ended = re.findall(r"path=(\S+)", it.log.getvalue())[21:]
     assert ended.index("/") < 5
+
+
+def test_a_long_head_behind_another_long_one_is_read_to_its_end(relay):
+    it = relay({"echo": {}})
+    with it.client() as client:
+        client.send(b"".join(request("GET", "/health", None, f"x: {size * 'x'}", token="") for size in (20000, 60000)))
+        assert [client.answer().status for _ in range(2)] == [200, 200]
 
 
 def test_heads_of_over_8_kb_wait_for_the_others_whoever_sends_them(relay):
