@@ -3628,6 +3628,7 @@ RESPONSE_HEADERS_KEPT_BACK = HOP_BY_HOP | CORS_HEADERS | {"set-cookie", "set-coo
 HOST_HEADERS = frozenset(
     {"strict-transport-security", "alt-svc", "nel", "report-to", "reporting-endpoints", "clear-site-data"}
 )
+ORIGIN_CHARACTERS = 512  # of an origin: the name of a host has at most 253
 # What scripts in a browser may read of a response, besides anthropic-ratelimit-*.
 EXPOSED_HEADERS = ("request-id", "x-request-id", "retry-after", *OWN_HEADERS)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")  # of requests that are passed on
@@ -3817,7 +3818,7 @@ def cors_fields(origins: Sequence[str], request: Headers, response: Iterable[tup
     """What lets a browser's script read a response (https://fetch.spec.whatwg.org/#http-cors-protocol);
     nothing unless the origin is one of the allowed ones."""
     origin = request.get("origin", "") if origins else ""
-    if not origin or not matches_any(origin, origins):
+    if not 0 < len(origin) <= ORIGIN_CHARACTERS or not matches_any(origin, origins):
         return []
     exposed = [*EXPOSED_HEADERS, *(name for name, _ in response if name.lower().startswith("anthropic-ratelimit-"))]
     return [
