@@ -9878,12 +9878,13 @@ class Channel:
         self._queued = False
         if task:
             task.unseen -= 1
-        self._serve(events)
+        self._serve(events, takes_all=task is not None and self is task.client)
         if task:
             self._loop.resume_if_overdue(task)
 
-    def _serve(self, events: int) -> None:
-        """Sends and receives what the socket is ready for, and wakes the task."""
+    def _serve(self, events: int, takes_all: bool = False) -> None:
+        """Sends and receives what the socket is ready for, and wakes the task. `takes_all`: receives as much as may
+        wait, since the next turn is far: a long body would come in hundreds of them."""
         loop = self._loop
         begun = loop.moment
         if self.closed:
@@ -9896,7 +9897,8 @@ class Channel:
             if self.kept_in_turn and self.task:
                 self._refuse_early_bytes()
             else:
-                self.receive()
+                while self.receive() == RECEIVE_BYTES and takes_all and not self.is_full:
+                    pass
         self._wake()
         loop.moment = loop.clock()
         self._slow = loop.moment - begun > SLOW_EVENT_SECONDS
@@ -9916,15 +9918,15 @@ class Channel:
         elif self.received or self.ended:
             self.close()
 
-    def receive(self) -> None:
-        """Takes what has arrived, or the end of it."""
+    def receive(self) -> int:
+        """Takes what has arrived, or the end of it; how many bytes that were."""
         # A small window, a client's, is kept exactly.
         room = RECEIVE_BYTES if self._window >= HELD_BYTES else max(1, self._window - len(self.received))
         try:
             data = self._wire.recv(room)
             self.received = self.received + data if self.received else data
         except BlockingIOError:
-            return
+            return 0
         except (OSError, MemoryError):  # what there is no memory for would be reported again and again
             data, self.broken = b"", True
         if data:
@@ -9935,6 +9937,7 @@ class Channel:
             self._watch()
             # While a client isn't received from, only the sweep sees that it leaves.
             self._loop.sweep_at = min(self._loop.sweep_at, self._loop.now + AHEAD_SECONDS)
+        return len(data)
 
     def _await_room(self) -> None:
         """Asks for the task to be resumed when there is room to send more."""

@@ -11599,6 +11599,30 @@ def test_a_full_buffer_is_read_into_again_when_less_than_half_of_it_is_left(loop
         looping.call(channel.close)
 
 
+@pytest.mark.parametrize(("is_client", "held"), [(True, [100_000]), (False, [65_536, 100_000])])
+def test_a_client_whose_turn_comes_late_is_received_from_as_far_as_there_is_room(looping, is_client, held):
+    seen: list[int] = []
+
+    def resume(channel: monorelay.Channel) -> None:
+        seen.append(len(channel.received))
+        looping.clock.now += 1  # after the first one, this turn is late
+
+    def begin(sock: socket.socket) -> monorelay.Channel:
+        channel = monorelay.Channel(sock, looping.loop)
+        channel.task = types.SimpleNamespace(origin="", unseen=0, deadline=math.inf)
+        channel.task.client = channel if is_client else None
+        channel.task.resume = lambda error: resume(channel)
+        return channel
+
+    with contextlib.ExitStack() as stack:
+        pairs = [[stack.enter_context(sock) for sock in socket.socketpair()] for _ in range(2)]
+        first, late = looping.call(lambda: [begin(near) for near, _ in pairs])
+        looping.call(lambda: [far.sendall(size * b"x") for (_, far), size in zip(pairs, (1, 100_000))])
+        eventually(lambda: sum(seen) == 1 + sum(held))
+        assert seen == [1, *held]
+        looping.call(lambda: [channel.close() for channel in (first, late)])
+
+
 def test_a_buffer_that_may_hold_more_is_read_into_at_once(looping):
     near, far = socket.socketpair()
 
