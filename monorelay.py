@@ -128,7 +128,7 @@ LABORIOUS_LINES = 2000  # or chunks, in what has come at once: they may take 0.3
 LINES_AT_ONCE = 5000  # of them are decoded at a time, which takes 2 ms where the chunks have one byte each
 USAGE_BYTES = 16 * 1024  # of a response's usage object; some have 1,500
 USAGE_USUAL_BYTES = 2 * 1024  # of one that is kept as it was read
-USAGE_NAME_BYTES = 64  # of the names before it, or of a service tier that stands beside it
+USAGE_NAME_BYTES = 320  # of the names before it, or of a model or a service tier
 FEW_USAGES = 4  # are read wherever they stand
 USAGES_AT_ONCE = 32  # the last ones of what has come at once: some servers send one with each word
 TRANSLATED_FIRST_BYTES = 1024  # of a stream, until it is known how long its events are for the client
@@ -13180,11 +13180,9 @@ class Service:
             record.used = record.usage.used
             provider = exchange.config.providers.get(record.provider)
             if provider:
-                prices = exchange.config.prices
-                record.cost = cost_of(prices, provider, record.sent_model, record.used)
-                if record.usage.model and not record.used.iterations:  # which tell of their models themselves
-                    other = cost_of(prices, provider, record.usage.model, record.used)
-                    record.cost = dearer(record.cost, other)
+                for model in {record.sent_model, record.usage.model or record.sent_model}:
+                    cost = cost_of(exchange.config.prices, provider, model, record.used)
+                    record.cost = dearer(record.cost, cost)
             row = record.row(self.loop.now, time.time())
             self._uncounted.append(row)
             if len(self._uncounted) >= COUNTED_ROWS:
@@ -13725,9 +13723,10 @@ class Exchange:
         """Raises Forbidden unless the caller may use the model, and a server behind can't take another one from the
         request than the relay does."""
         self.uses_model = self.endpoint.path not in COUNTING_PATHS
-        # OpenRouter may answer by one of `models`, LiteLLM by one that the query names, and Portkey and Helicone by one
-        # that a header names; that is charged.
+        # OpenRouter may answer by one of `models`, LiteLLM by one that the query or another path names, and Portkey and
+        # Helicone by one that a header names; that is charged.
         named_elsewhere = "model" in unquote(self.request.query) or not MODEL_OVERRIDES.isdisjoint(self.request.fields)
+        named_elsewhere = named_elsewhere or not self.endpoint.by_model
         self.record.usage.seeks_model = facts.lookalike or named_elsewhere
         self.check_may_call()
         if not self.may_use(facts.model):

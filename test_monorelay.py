@@ -4246,7 +4246,8 @@ def test_no_usage_that_a_client_has_sent_is_taken_for_the_responses_own(is_strea
     schema = {"type": "object", "description": said, "properties": decoy}
     sent = {"text": {"format": {"schema": schema}}, "tools": [{"parameters": schema}], "metadata": [decoy] * 9}
     usage = {"usage": {"prompt_tokens": 1000, "completion_tokens": 500, "total_tokens": 1500}}
-    for response in ({"created_at": 1, **usage, **sent}, {"created_at": 1, **sent, **usage}):
+    for order in ({**usage, **sent}, {**sent, **usage}, {"text": sent["text"], **usage, **sent}):
+        response = {"created_at": 1, **order}
         body = json.dumps(response).encode()
         if is_stream:
             began = sse("response.created", response={"usage": None, **sent})
@@ -4264,17 +4265,18 @@ def test_of_many_names_in_what_a_client_has_sent_none_hides_the_responses_own(is
     decoy = {"model": "cheap", "service_tier": "flex", "usage": {"input_tokens": 1, "output_tokens": 1}}
     decoy["tool_usage"] = {"web_search": {"num_requests": 0}}
     sent = [{"parameters": {**decoy, "model": f"cheap-{number}"}} for number in range(100)]
-    own = {"model": "dear", "service_tier": "priority", "tool_usage": {"web_search": {"num_requests": 2}}}
+    model = "dear" * 50
+    own = {"model": model, "service_tier": "priority", "tool_usage": {"web_search": {"num_requests": 2}}}
     response = {"input": sent, **own, "text": "x" * size, "usage": RESPONSES_USAGE, "tools": sent, "metadata": decoy}
     body = json.dumps(response).encode()
     if is_stream:
         body = sse("response.created", response={"tools": sent}) + sse("response.completed", response=response)
-    for step in (len(body), 20_000, 1000):
+    for step in (len(body), 20_000, 1000, 99):
         usage = monorelay.Usage()
         usage.seeks_model = True
         for start in range(0, len(body), step):
             usage.read(body[start : start + step], is_stream)
-        assert (usage.model, usage.used) == ("dear", monorelay.used_of(RESPONSES_USAGE, "priority")._replace(
+        assert (usage.model, usage.used) == (model, monorelay.used_of(RESPONSES_USAGE, "priority")._replace(
             web_searches=2)), step  # fmt: skip
 
 
@@ -4285,6 +4287,16 @@ def test_how_deep_a_place_is_does_not_depend_on_how_the_bytes_come(cut):
     assert whole.depth == 2 and not whole.in_string
     assert monorelay.OUTSIDE.behind(text[:cut]).behind(text[cut : text.index(b'"usage"')]) == whole
     assert monorelay.OUTSIDE.behind(text) == monorelay.OUTSIDE
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_no_service_tier_that_a_client_has_sent_counts_where_the_response_tells_none(is_stream):
+    usage = {"input_tokens": 1000, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 0}
+    sent = {"service_tier": "flex", "tool_usage": {"web_search": {"num_requests": 9}}}
+    for response in ({"metadata": sent, "usage": usage}, {"usage": usage, "metadata": sent}):
+        body = sse("response.completed", response=response) if is_stream else json.dumps(response).encode()
+        used = told_in_pieces(body, is_stream, [])
+        assert (used.input, used.tier, used.web_searches) == (1000, "", 0)
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -20417,6 +20429,32 @@ def test_another_model_that_a_request_names_and_that_answers_is_charged(upstream
         assert (row.input, row.output, row.cost) == (10, 10, cost)
     assert it.post("/v1/chat/completions", chat("cheap", stream=is_stream)).status == 200  # a name of the owner's own
     assert eventually(lambda: [row for row in it.server.service.tally.ended if row.cost == 20_000])
+
+
+@pytest.mark.parametrize("path", ["/v1/engines/dear/chat/completions", "/v1/openai/deployments/dear/chat/completions"])
+def test_a_model_that_a_path_names_and_that_answers_is_charged(upstream, relay, path):
+    """LiteLLM heeds these before the body's."""
+    usage = {"prompt_tokens": 10, "completion_tokens": 10, "total_tokens": 20}
+    provider = upstream(answer(200, json.dumps({**completion(usage=usage), "model": "dear"}).encode()))
+    it = relay({"openai": provider}, prices={"cheap": {"input": 1, "output": 1}, "dear": {"input": 10, "output": 100}})
+    assert it.post(path, chat("cheap")).status == 200
+    row = eventually(lambda: it.server.service.tally.ended)[0]
+    assert (row.input, row.output, row.cost) == (10, 10, 1_100_000)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_picture_that_is_drawn_does_not_hide_which_model_answered(upstream, relay, is_stream):
+    """What it took has the price of the response's own model."""
+    usage = {"input_tokens": 10, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 10}
+    drawn = {"image_gen": {"input_tokens": 0, "output_tokens": 1}}
+    said = {"id": "r", "model": "dear", "status": "completed", "tool_usage": drawn, "usage": usage}
+    stream = STREAM_HEAD + chunked(sse("response.completed", response=said))
+    provider = upstream(stream if is_stream else answer(200, json.dumps(said).encode()))
+    it = relay({"openai": provider}, prices={"cheap": {"input": 1, "output": 1}, "dear": {"input": 10, "output": 100}})
+    asked = {"model": "cheap", "input": "x", "stream": is_stream, "models": ["cheap", "dear"]}
+    assert it.post("/v1/responses", asked).status == 200
+    row = eventually(lambda: it.server.service.tally.ended)[0]
+    assert (row.input, row.output, row.cost) == (10, 11, 1_200_000)
 
 
 @pytest.mark.parametrize("before", [{"metadata": {"model": "cheap"}}, {"instructions": "x" * 20_000},
