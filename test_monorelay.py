@@ -17661,6 +17661,7 @@ NAMED_ELSEWHERE = {
     ),
     "what Orq took before": ("/v1/chat/completions", '"model":"claude-a","orq":{"load_balancer":[{"model":"dear"}]}'),
     "a choice of ZenMux's": ("/v1/chat/completions", '"model":"claude-a","model_routing_config":{"preference":"dear"}'),
+    "a router of NVIDIA's": ("/v1/chat/completions", '"model":"claude-a","nim-llm-router":{"model":"dear"}'),
     "a model that drafts": ("/v1/chat/completions", '"model":"claude-a","draft_model":"dear"'),
     "settings of LiteLLM's": ("/v1/chat/completions", '"router_settings_override":{"fallbacks":[]},"model":"claude-a"'),
     "a preset": ("/v1/chat/completions", '"model":"claude-a","preset":"dear"'),
