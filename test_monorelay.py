@@ -18523,6 +18523,13 @@ def test_cors_preflight_needs_no_token(relay):
     )
 
 
+def test_a_preflight_gets_no_answer_that_is_as_long_as_a_head_may_be(relay):
+    asked = f"Access-Control-Request-Headers: x-api-key, {60_000 * 'x'}"
+    got = relay({"echo": {}}, **CORS).ask("OPTIONS", "/v1/messages", None, ORIGIN, asked, token="")
+    allowed = got.get("access-control-allow-headers")
+    assert got.status == 204 and allowed.startswith("x-api-key, x") and len(allowed) <= monorelay.LONG_HEAD_BYTES
+
+
 def test_that_a_browser_calls_from_another_origin_is_told_to_no_provider(upstream, relay):
     """Anthropic refuses such requests with a 401, whatever the key."""
     provider = upstream(answer())
