@@ -13072,10 +13072,10 @@ async def next_translated(
             if silent_at <= pinged_at:
                 raise
             return outgoing.translated(stream.translator.ping())
-        if loop.now > pinged_at:
-            return outgoing.translated(stream.translator.ping())
         stream.heard_at = loop.now
-        sent = await fed(loop, outgoing, upstream)
+        sent = await fed(loop, outgoing, upstream)  # first: the usage may have come while the client took nothing
+        if not (sent or outgoing.ended) and loop.now > pinged_at:
+            return outgoing.translated(stream.translator.ping())
     return sent
 
 

@@ -15759,6 +15759,20 @@ def test_s10_a_stream_that_told_its_end_ends_soon_though_nothing_more_comes(upst
     assert "error" not in it.logged("path=/v1/messages") and "comes last" not in it.log.getvalue()
 
 
+def test_what_came_behind_the_end_that_a_stream_told_is_read_however_late():
+    stream = monorelay.TranslatedStream(monorelay.AnswerTranslator(asked_of(stream=True)))
+    stream.feed(sse_of([delta("stop", content="Hi")], done=False), is_last=False)
+    usage = sse_of([{"choices": [], "usage": {"prompt_tokens": 777, "completion_tokens": 888}}])
+    upstream = types.SimpleNamespace(received=usage, ended=False, broken=False, take_all=lambda: usage)
+    outgoing = types.SimpleNamespace(
+        ended=False, feed=lambda data, closed, broken: stream.feed(data, closed), translated=lambda events: events
+    )
+    late = types.SimpleNamespace(now=2 * monorelay.ENDING_SECONDS)  # its client took nothing for so long
+    with pytest.raises(StopIteration) as sent:
+        monorelay.next_translated(late, outgoing, stream, upstream, 900.0).send(None)
+    assert b'"output_tokens":888' in sent.value.value
+
+
 @pytest.mark.parametrize(
     ("end", "is_whole"),
     [(b"", False), (b"0\r\n\r\n", True), (chunk(b"data: [DONE]\n\n"), True), (None, True)],
