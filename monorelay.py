@@ -166,6 +166,7 @@ TICK_SECONDS = 0.005
 PATIENT_SECONDS = 0.005  # of a turn of the event loop, for work that is done in steps, and behind results of threads
 QUEUE_SECONDS = 0.002  # for one of several queues, before the next one has its turn
 POSTED_SECONDS = 0.005  # of a turn, to queue new connections and results of threads; as much to begin the former
+ACCEPTING_SECONDS = 0.01  # of a turn that is late, to accept connections: some 400
 SWEEPING_SECONDS = 0.005  # of a turn, for tasks whose deadline has passed
 SENDING_SECONDS = 0.015  # of a turn, for what was put off in it; the rest goes out in the next one
 # Of each thread, as glibc has it by default. With musl's 1 MB, or under a low `ulimit -s`, nested JSON that `json` of
@@ -10133,6 +10134,7 @@ class EventLoop:
         # and for the steps of TLS with providers, by host: they wait for others of the same provider only.
         self.handshakes: collections.defaultdict[str, Worker] = collections.defaultdict(Worker)
         self.make_room: Callable[[], object] = lambda: None  # called when memory is short, or descriptors are
+        self.accept: Callable[[], object] = lambda: None  # called in turns that are late
         self._stopped = False
         self._posted: collections.deque[Action] = collections.deque()
         self.arrived = FairQueue()  # new connections, by the address that they come from
@@ -10205,6 +10207,7 @@ class EventLoop:
             key.data(events)
         if is_behind:
             self._serve(self.late, LATE_SECONDS)
+            self.accept()
         if self._posted:
             self._serve_posted()
         if self.arrived:
@@ -15282,14 +15285,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 #
 # Accepts connections, admits or refuses them, and ends in good order. Of http.server only the accepting is used.
 #
-#   accept         one thread for each address: it makes a Handler, which posts its task to the loop
+#   accept         one thread for each address: it makes a Handler, which posts its task to the loop; so does a loop
+#                  that is late
 #   event loop     serves; all else belongs to it
 #   log, ledger    write; what they are given waits in a deque, which several threads may use
 #   worker         five kinds: names; steps of TLS; echo, translations and long errors; passwords; queries of the
 #                  ledger. Each posts its result
 #   operator       waits for signals and edits, replaces `service.routing` as a whole, and stops the server
 #
-# `handlers` is added to by the thread that accepts, and else belongs to the loop; whoever else reads it takes a copy.
+# `handlers` is added to by the threads that accept, and else belongs to the loop; whoever else reads it takes a copy.
 #
 # Beyond max_connections a new connection makes another one go that has nothing to lose, or is let in only to be told
 # so; far beyond, and without a descriptor, refuse() tells it without reading its request.
@@ -15321,6 +15325,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         self.handlers: dict[Handler, None] = {}  # of all connections; the thread that accepts adds to it
         self.service.connections = self.handlers
         self.service.loop.make_room = lambda: self.service.relay.connections.close() or self.make_room()
+        self.service.loop.accept = self.accept_some
         self.served: dict[Handler, None] = {}  # those that max_connections admits
         # Of these, those between two requests or behind the last one; and those that are busy and haven't shown a
         # token, or are refused since their user has too many; each since when. Those for longest come first.
@@ -15576,6 +15581,20 @@ class RelayServer(http.server.ThreadingHTTPServer):
                     raise  # see outlast_shortage()
                 except Exception:  # a defect ends that connection only
                     self.handle_error(listener, None)
+
+    def accept_some(self) -> None:
+        """Accepts some of those who wait, in the loop's thread: while that is busy, the threads that accept wait for
+        CPython's lock at each connection, and those who wait behind thousands are known to nobody."""
+        loop = self.service.loop
+        latest = loop.clock() + ACCEPTING_SECONDS
+        for listener in self._listeners:
+            try:
+                while self._accepting and loop.clock() <= latest:
+                    sock, address = listener.accept()
+                    tune(sock)
+                    self.process_request(sock, address)
+            except OSError:
+                pass  # there is nobody left; or no descriptor, which the threads deal with
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Makes the Handler of a new connection; far beyond max_connections, refuses it."""
