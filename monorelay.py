@@ -17703,7 +17703,10 @@ def run_hash_password(options: JsonDict) -> int:
             print("monorelay: these were two passwords; try again", file=sys.stderr)
             return 1
     else:
-        given = sys.stdin.readline().rstrip("\r\n")
+        try:
+            given = sys.stdin.readline().rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise OSError(errno.EILSEQ, f"the password on stdin is no text in {sys.stdin.encoding}") from None
     if not given:
         print("monorelay: the password is empty", file=sys.stderr)
         return 1

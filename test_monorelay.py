@@ -25122,6 +25122,14 @@ def test_hash_password_reads_stdin(tmp_path):
     assert done.returncode == 0 and monorelay.check_password("pässword", done.stdout.strip())
 
 
+def test_a_password_that_is_no_text_gets_one_line_that_says_so(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([*PROGRAM, "hash-password"], input=b"\xff\n", cwd=tmp_path, env=environment, timeout=20,
+                          capture_output=True)  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr == b"monorelay: the password on stdin is no text in utf-8\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
