@@ -4599,18 +4599,21 @@ FIRST_EVENT_IS_ERROR = re.compile(
 EVENT_IS_ERROR = re.compile(rb"(?:^|[\r\n])(?:%b)" % FIRST_EVENT_IS_ERROR.pattern)
 USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 # The opening of a usage object, or as much of it as has come; OpenAI's service tier. OpenAI tells in other objects what
-# an author of SVG used, apart from the picture's model, and what its tools did, apart from the response's.
+# an author of SVG used, apart from the picture's model, and what its tools did, apart from the response's. A quote
+# behind a backslash is within a name: here and below, none such is taken for the beginning of one.
 TOLD_OF_USE = re.compile(
-    rb'"(?:(usage|svg_usage|tool_usage)" {0,4}:? {0,4}(?:\{|\Z)|(service_tier)" ?: ?"([a-z_]{1,20})")'
+    rb'"(?<!\\")(?:(usage|svg_usage|tool_usage)" {0,4}:? {0,4}(?:\{|\Z)|(service_tier)" ?: ?"([a-z_]{1,20})")'
 )
-EVENT_TYPE = re.compile(rb'"type" ?: ?"(message_(?:start|delta|stop)|content_block_[a-z]+|response\.[a-z_]+)"')
+EVENT_TYPE = re.compile(
+    rb'"type"(?<!\\"type") ?: ?"(message_(?:start|delta|stop)|content_block_[a-z]+|response\.[a-z_]+)"'
+)
 # The same in a line in which no more than numbers and words stand before it.
 FIRST_EVENT_TYPE = re.compile(
     rb'(?:data: ?)?\{ ?(?:"[a-z_]{1,32}" ?: ?(?:[0-9]{1,20}|"[^"\\]{0,256}"|null) ?, ?){0,8}' + EVENT_TYPE.pattern
 )
 SVG_DEPTH = 2  # so much deeper than a response's usage is that of its pictures' authors, at most
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
-ANSWERING_MODEL = re.compile(rb'"(model)" ?: ?"([^"\\]{1,%d})"' % MODEL_CHARACTERS)
+ANSWERING_MODEL = re.compile(rb'"(model)"(?<!\\"model") ?: ?"([^"\\]{1,%d})"' % MODEL_CHARACTERS)
 # What a usage object tells, in Anthropic's words and in OpenAI's two sets of them.
 USAGE_NAMES = OPENAI_NAMES | {
     *ANTHROPIC_NAMES, "cache_creation", "service_tier", "speed", "inference_geo", "server_tool_use", "iterations",
@@ -4745,7 +4748,7 @@ def placed(pattern: re.Pattern[bytes], data: bytes, nesting: Nesting, is_stream:
     """All that matches from there on, none of it in a string, in data that begin in such a place."""
     by_line: dict[int, list[re.Match[bytes]]] = {}
     line = at = 0
-    for match in pattern.finditer(data, since):
+    for match in pattern.finditer(data, since or len(nesting.rest)):
         line = (line_start(data, match.start(), at) if is_stream else 0) or line
         at = match.start()
         by_line.setdefault(line, []).append(match)

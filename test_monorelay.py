@@ -4280,6 +4280,23 @@ def test_of_many_names_in_what_a_client_has_sent_none_hides_the_responses_own(is
             web_searches=2)), step  # fmt: skip
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("size", [10, 60_000])
+def test_no_name_with_a_quote_in_it_hides_the_responses_own_usage(is_stream, size):
+    """Nor what else is told beside that."""
+    sent = {f'a"{name}': {"x": "}]" * 9} for name in ("usage", "tool_usage", "svg_usage")}
+    sent.update({'a"service_tier': "flex", 'a"model': "cheap", 'a"type': "content_block_start"}, text="x" * size)
+    own = {"model": "dear", "service_tier": "priority", "usage": RESPONSES_USAGE}
+    body = json.dumps({"tools": [{"parameters": sent}], **own, "metadata": sent}).encode()
+    body = b"data: %b\n\n" % body if is_stream else body
+    for step in (len(body), 1000, 7):
+        usage = monorelay.Usage()
+        usage.seeks_model = True
+        for start in range(0, len(body), step):
+            usage.read(body[start : start + step], is_stream)
+        assert (usage.model, usage.used) == ("dear", monorelay.used_of(RESPONSES_USAGE, "priority")), step
+
+
 @pytest.mark.parametrize("cut", range(1, 38))
 def test_how_deep_a_place_is_does_not_depend_on_how_the_bytes_come(cut):
     text = rb'{"a\\":["{\"[",{"b":"\\\"]"},[]],"c":{"usage":{}}}'
