@@ -127,7 +127,7 @@ STREAM_LINE_BYTES = 64 * 1024  # a longer line of a stream goes out in pieces: m
 LABORIOUS_LINES = 2000  # or chunks, in what has come at once: they may take 0.3 ms
 LINES_AT_ONCE = 5000  # of them are decoded at a time, which takes 2 ms where the chunks have one byte each
 USAGE_BYTES = 16 * 1024  # of a response's usage object; some have 1,500
-USAGE_USUAL_BYTES = 2 * 1024  # of one that is kept as it was read
+USAGE_USUAL_BYTES = 2 * 1024  # of one that is kept as it was read; and of a whole response, to be looked through anew
 USAGE_NAME_BYTES = 320  # of the names before it, or of a model or a service tier
 FEW_USAGES = 4  # are read wherever they stand
 USAGES_AT_ONCE = 32  # the last ones of what has come at once: some servers send one with each word
@@ -4865,7 +4865,7 @@ class Usage:
         line = line_start(data, len(data)) if is_stream else 0
         if line:
             self._begin_line(line)
-        if len(data) - line > USAGE_BYTES:
+        if len(data) - line > (USAGE_BYTES if is_stream else USAGE_USUAL_BYTES):
             self._is_beginning = False
             self._kind = self._kind or (self._kind_of(data, line) if is_stream else b"")
             self._nesting = self._nesting.behind(data[line:held])

@@ -4297,6 +4297,21 @@ def test_no_name_with_a_quote_in_it_hides_the_responses_own_usage(is_stream, siz
         assert (usage.model, usage.used) == ("dear", monorelay.used_of(RESPONSES_USAGE, "priority")), step
 
 
+def test_a_whole_response_in_many_pieces_is_not_looked_through_anew_with_each(monkeypatch):
+    sizes: list[int] = []
+    placed = monorelay.placed
+
+    def noted(pattern: Any, data: bytes, *rest: Any) -> Any:
+        sizes.append(len(data))
+        return placed(pattern, data, *rest)
+
+    monkeypatch.setattr(monorelay, "placed", noted)
+    usage, body = monorelay.Usage(), b'{"choices":[' + b'{"usage":{}},' * 2000
+    for start in range(0, len(body), 100):
+        usage.read(body[start : start + 100], False)
+    assert len(sizes) > 200 and sum(sizes) < 20 * len(body)
+
+
 @pytest.mark.parametrize("cut", range(1, 38))
 def test_how_deep_a_place_is_does_not_depend_on_how_the_bytes_come(cut):
     text = rb'{"a\\":["{\"[",{"b":"\\\"]"},[]],"c":{"usage":{}}}'
