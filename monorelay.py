@@ -4829,7 +4829,8 @@ class Usage:
         others: list[Any] = []
         if is_openai and self._is_beside(self._tools):
             tools = unpacked(self._tools.value)
-            others.append(tools.get("image_gen"))  # the model isn't named: its tokens have the price of the response's
+            if counts_of(tools.get("image_gen")).get("output_tokens"):
+                others.append(tools["image_gen"])  # the model isn't named: its tokens have the price of the response's
             searches = counts_of(tools.get("web_search")).get("num_requests", 0)
             used = used._replace(web_searches=max(used.web_searches, searches))
         if is_openai and self._authors_at[1] <= self._depth + SVG_DEPTH:
@@ -13180,11 +13181,11 @@ class Service:
         """Tells of a request that has ended: in the log, and, where it was one to a model, in the ledger and the
         figures."""
         self.running.pop(exchange, None)
-        record = exchange.record
-        if exchange.may_tell_usage and any(record.usage.used[: len(KINDS)]):
+        record, used = exchange.record, exchange.record.usage.used
+        if exchange.may_tell_usage and any(used[: len(KINDS)]):
             exchange.uses_model = True
         if exchange.uses_model:
-            record.used = record.usage.used
+            record.used = used
             provider = exchange.config.providers.get(record.provider)
             if provider:
                 for model in {record.sent_model, record.usage.model or record.sent_model}:

@@ -20550,6 +20550,12 @@ def test_the_author_of_a_picture_in_svg_is_charged_by_the_price_of_that_model(up
     assert row.cost == (50 * 5 + 100 * 40 + 7 * 10 + 1000 * 50) * 1000
 
 
+def test_a_response_that_tells_that_nothing_was_drawn_has_one_step():
+    drawn = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    response = {"tool_usage": {"image_gen": drawn, "web_search": {"num_requests": 0}}, "usage": RESPONSES_USAGE}
+    assert told_in_pieces(json.dumps(response).encode(), False, []) == monorelay.used_of(RESPONSES_USAGE)
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("size", [10, 60_000])
 def test_each_author_of_a_responses_pictures_is_charged_once_beside_who_draws(is_stream, size):
