@@ -9677,8 +9677,8 @@ class Channel:
 
     @property
     def is_full(self) -> bool:
-        """Whether the receive buffer is full; reading rests until half of it is used."""
-        return len(self.received) >= (self._window if self._watched & READABLE else self._window / 2)
+        """Whether the receive buffer was full, and half of it hasn't been used since: reading rests until then."""
+        return not (self.ended or self._watched & READABLE)
 
     @property
     def is_sending(self) -> bool:
@@ -9689,7 +9689,7 @@ class Channel:
         """Sets how many received bytes may wait to be used, and reads on if there is room for more."""
         if window != self._window:
             self._window = window
-            self._watch(len(self.received) >= window)
+            self._watch()
 
     def take_all(self) -> bytes:
         """Takes all that has arrived."""
@@ -9704,9 +9704,9 @@ class Channel:
         return data[:count]
 
     def keep(self, rest: bytes) -> None:
-        """Keeps no more than this of what has arrived, and reads on if there is room."""
+        """Keeps no more than this of what has arrived, and reads on if there is room for half a buffer."""
         self.received = rest
-        if not self._watched & READABLE:
+        if not self._watched & READABLE and len(rest) < self._window / 2:
             self._watch()
 
     def send_now(self, data: Union[bytes, memoryview]) -> int:
@@ -9950,9 +9950,9 @@ class Channel:
         self._blocked = True
         self._watch()
 
-    def _watch(self, is_full: Optional[bool] = None) -> None:
+    def _watch(self) -> None:
         """Tells the selector for which events to watch."""
-        rests = self.ended or (self.is_full if is_full is None else is_full)
+        rests = self.ended or len(self.received) >= self._window
         wanted = (0 if rests else READABLE) | (WRITABLE if self._blocked else 0)
         selector = self._loop.selector
         if wanted == self._watched:
