@@ -18151,7 +18151,7 @@ def test_others_are_served_while_a_large_body_is_sent_to_a_provider_that_takes_a
     monkeypatch.setattr(monorelay, "SLOW_EVENT_SECONDS", -1)
     monkeypatch.setattr(monorelay, "PATIENT_SECONDS", 0)
     it.post(path, prompt(max_tokens=9, messages=[{"role": "user", "content": "x" * 1_000_000}]))
-    assert len(set(turns)) == len(turns) > 15
+    assert len(set(turns)) == len(turns) > 1_000_000 // monorelay.HELD_BYTES, "as long as what may wait"
 
 
 @pytest.mark.timed
