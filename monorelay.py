@@ -4746,21 +4746,28 @@ class Placed(NamedTuple):
 
 def placed(pattern: re.Pattern[bytes], data: bytes, nesting: Nesting, is_stream: bool, since: int = 0) -> list[Placed]:
     """All that matches from there on, none of it in a string, in data that begin in such a place."""
-    by_line: dict[int, list[re.Match[bytes]]] = {}
+    matches = [*pattern.finditer(data, since or len(nesting.rest))]
+    if len(matches) == 1:  # as mostly
+        at = matches[0].start()
+        line = line_start(data, at) if is_stream else 0
+        return [Placed(matches[0], line, (OUTSIDE if line else nesting).behind(data[line:at]).depth)]
+    found: list[Placed] = []
+    for line, inside in by_line(data, matches, is_stream).items():
+        places = [match.start() - line for match in inside]
+        depths = (OUTSIDE if line else nesting).depths(data[line : line + places[-1]], places)
+        found += map(Placed, inside, itertools.repeat(line), depths)
+    return found
+
+
+def by_line(data: bytes, matches: Sequence[re.Match[bytes]], is_stream: bool) -> dict[int, list[re.Match[bytes]]]:
+    """The matches by where the lines of a stream begin in which they are; else all together."""
+    lines: dict[int, list[re.Match[bytes]]] = {}
     line = at = 0
-    for match in pattern.finditer(data, since or len(nesting.rest)):
+    for match in matches:
         line = (line_start(data, match.start(), at) if is_stream else 0) or line
         at = match.start()
-        by_line.setdefault(line, []).append(match)
-    found = []
-    for line, matches in by_line.items():
-        begun, before = OUTSIDE if line else nesting, data[line : matches[-1].start()]
-        if len(matches) == 1:  # as mostly
-            found.append(Placed(matches[0], line, begun.behind(before).depth))
-        else:
-            depths = begun.depths(before, [match.start() - line for match in matches])
-            found += map(Placed, matches, itertools.repeat(line), depths)
-    return found
+        lines.setdefault(line, []).append(match)
+    return lines
 
 
 def least_deep(found: Sequence[Placed]) -> list[Placed]:
@@ -4800,7 +4807,7 @@ class Usage:
     def __init__(self) -> None:
         self._found: Union[JsonDict, bytes] = {}  # the usage, as far as it is told, by packed()
         self._size = 0  # of that
-        self._depth = math.inf  # how deep it stands, if it tells of any tokens
+        self._depth = math.inf  # how deep it stands
         self._is_placeholder = False  # what it says of the output
         self._tier = Outermost()  # OpenAI's service tier, which stands beside it,
         self._tools = Outermost()  # and what it says of tools, by packed()
@@ -4913,7 +4920,7 @@ class Usage:
                 self._take_author(usage, name)
             elif name.match[1] == b"tool_usage":
                 self._tools.take(packed(usage, size)[0], name.depth)
-            elif name.depth <= self._depth and not USAGE_NAMES.isdisjoint(usage):
+            elif not USAGE_NAMES.isdisjoint(usage) and (name.depth <= self._depth or not self._tells_tokens()):
                 if is_stream and name.line != line:
                     line, kind = name.line, self._kind_of(data, name.line)
                 self._take(usage, size, name.depth, kind)
@@ -4943,10 +4950,13 @@ class Usage:
             if size > 2 * USAGE_BYTES:  # to read and write all of it once more with each event would take long
                 found = plain_members(found)
             usage = {**found, **told_anew(usage, USAGE_NAMES)}
-        tokens = tokens_of(usage)
-        if not self._found or any(tokens):  # some have nothing but zeros in all chunks but one
+        if not self._found or any(tokens_of(usage)):  # some have nothing but zeros in all chunks but one
             self._found, self._size = packed(usage, size)
-            self._depth = depth if any(tokens) else self._depth
+            self._depth = depth
+
+    def _tells_tokens(self) -> bool:
+        """Whether the usage that was found tells of any."""
+        return any(tokens_of(unpacked(self._found)))
 
     def _take_author(self, usage: JsonDict, name: Placed) -> None:
         """Adds what OpenAI tells of who has written a picture as SVG; a response may have several, and of a stream, the
