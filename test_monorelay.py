@@ -4161,6 +4161,18 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         (25, 60, 15, 0, 9),
         None,
     ),
+    "a stream whose choice has the figures, as Moonshot's": (
+        "/v1/chat/completions",
+        chunks({**CHOICE, "usage": NO_CHAT_USAGE}, {"choices": [{"index": 0, "delta": {}, "usage": CHAT_USAGE}]}),
+        (25, 60, 15, 0, 9),
+        None,
+    ),
+    "a stream in which others stand deeper in a later line": (
+        "/v1/chat/completions",
+        chunks({"choices": [], "usage": CHAT_USAGE}, {"choices": [], "metadata": {"usage": FREE}}),
+        (25, 60, 15, 0, 9),
+        None,
+    ),
     "a stream of zeros": ("/v1/chat/completions", chunks({**CHOICE, "usage": NO_CHAT_USAGE}), (0, 0, 0, 0, 0), None),
     "a response's stream with the type of another event in what its client sent": (
         "/v1/responses",
