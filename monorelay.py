@@ -128,6 +128,7 @@ LABORIOUS_LINES = 2000  # or chunks, in what has come at once: they may take 0.3
 LINES_AT_ONCE = 5000  # of them are decoded at a time, which takes 2 ms where the chunks have one byte each
 USAGE_BYTES = 16 * 1024  # of a response's usage object; some have 1,500
 USAGE_USUAL_BYTES = 2 * 1024  # of one that is kept as it was read; and of a whole response, to be looked through anew
+USAGE_USUAL_VALUES = 50  # of the former: each takes up to 100 bytes; the usual ones have up to 40
 USAGE_NAME_BYTES = 320  # of the names before it, or of a model or a service tier
 FEW_USAGES = 4  # are read wherever they stand
 USAGES_AT_ONCE = 32  # the last ones of what has come at once: some servers send one with each word
@@ -4671,17 +4672,24 @@ def line_start(data: bytes, at: int, since: int = 0) -> int:
     return max(data.rfind(b"\n", since, at), data.rfind(b"\r", since, at)) + 1
 
 
+def usage_size(text: str) -> int:
+    """The size of a usage object: of one that has many values, at least that of a long one."""
+    is_usual = text.count(",") + text.count("[") + text.count("{") <= USAGE_USUAL_VALUES
+    return len(text) if is_usual else max(len(text), USAGE_USUAL_BYTES + 1)
+
+
 def packed(usage: JsonDict, size: int) -> tuple[Union[JsonDict, bytes], int]:
     """A usage object of at most this size as it is kept: as text if it is long, since its values may take 30 times as
     much; and its size."""
     if size <= USAGE_USUAL_BYTES:
         return usage, size
     try:
-        text = json.dumps(usage).encode("ascii")
+        text = json.dumps(usage)
     except RecursionError:  # no real one is nested so deeply
         usage = plain_members(usage)
-        text = json.dumps(usage).encode("ascii")
-    return (text if len(text) > USAGE_USUAL_BYTES else usage), len(text)
+        text = json.dumps(usage)
+    size = usage_size(text)
+    return (text.encode("ascii") if size > USAGE_USUAL_BYTES else usage), size
 
 
 def plain_members(usage: JsonDict) -> JsonDict:
@@ -4912,10 +4920,12 @@ class Usage:
                 self._tier.take(name.match[3], name.depth)
                 continue
             try:
-                usage, size = USAGE_DECODER.raw_decode(data[begin : begin + USAGE_BYTES].decode("utf-8", "replace"))
+                text = data[begin : begin + USAGE_BYTES].decode("utf-8", "replace")
+                usage, end = USAGE_DECODER.raw_decode(text)
             except (ValueError, RecursionError):
                 held = min(held, max(start, len(data) - USAGE_BYTES))
                 continue
+            size = usage_size(text[:end])
             if name.match[1] == b"svg_usage":
                 self._take_author(usage, name)
             elif name.match[1] == b"tool_usage":
@@ -4976,6 +4986,9 @@ class Usage:
             kind: min(before.get(kind, 0) + counts.get(kind, 0), USAGE_COUNT)
             for kind in ("input_tokens", "output_tokens")
         }
+
+
+NOTHING_READ = Usage()
 
 
 # ==== Formats =======================================================================================
@@ -13210,6 +13223,7 @@ class Service:
         if record.error and not record.error.startswith(("upstream:", "client_gone", "made_room")):
             self._tally.refused[record.error] += 1
         self.log.record(record, self.loop.clock())
+        record.usage = NOTHING_READ  # which holds the response's end, and the record is kept until the next request
 
     def _tidy(self) -> None:
         """Closes what is idle for too long, and gives free memory back to the system: soon when large bodies have left

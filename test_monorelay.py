@@ -7974,6 +7974,21 @@ def test_a_large_usage_takes_no_more_than_three_times_what_was_sent():
             tracemalloc.stop()
 
 
+def test_a_short_usage_of_many_values_takes_no_more_than_three_times_what_was_sent():
+    ballast = b",".join([b"[]"] * 650)
+    data = b'{"usage":{"prompt_tokens":7,"x":[%b]},"tool_usage":{"x":[%b]}}' % (ballast, ballast)
+    assert len(data) < 2 * monorelay.USAGE_USUAL_BYTES
+    tracemalloc.start()
+    try:
+        readers = [monorelay.Usage() for _ in range(10)]
+        for usage in readers:
+            usage.read(b"data: %b\n\n" % data, True)
+        assert tracemalloc.get_traced_memory()[0] < 10 * 3 * len(data)
+    finally:
+        tracemalloc.stop()
+    assert readers[0].used.input == 7
+
+
 def test_a_usage_that_grows_with_each_event_is_read_again_only_while_it_is_short(monkeypatch):
     event = b'data: {"type":"message_delta","usage":{"output_tokens":%d,"%b":[%b{}]}}\n\n'
     read, unpacked = [], monorelay.unpacked
@@ -21173,6 +21188,16 @@ def test_of_who_shows_no_token_and_takes_nothing_no_long_head_is_kept(relay, sma
     with it.client(SO_RCVBUF=1 << 12) as client:
         floods(client, request("GET", "/dashboard", None, *long, token="") * 20)
         eventually(is_held_up)
+
+
+def test_of_who_waits_for_the_next_request_nothing_of_the_last_response_is_kept(upstream, relay):
+    told = json.dumps({"usage": {"input_tokens": 7, "output_tokens": 9}, "x": "x" * 15_000}).encode()
+    it = relay({"anthropic": upstream(answer(200, told))})
+    with it.client() as client:
+        assert client.ask("POST", "/v1/messages", json.dumps(prompt()).encode()).body == told
+        (handler,) = it.server.handlers
+        eventually(lambda: handler.idle)
+        assert handler.record.used.output == 9 and "xxx" not in repr(vars(handler.record.usage))
 
 
 INVENTED = {
