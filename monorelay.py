@@ -13755,10 +13755,11 @@ class Exchange:
         """Raises Forbidden unless the caller may use the model, and a server behind can't take another one from the
         request than the relay does."""
         self.uses_model = self.endpoint.path not in COUNTING_PATHS
-        # OpenRouter may answer by one of `models`, LiteLLM by one that the query or another path names, and Portkey and
-        # Helicone by one that a header names; that is charged.
+        # OpenRouter may answer by one of `models`, LiteLLM by one that the query, another path or what it
+        # reads as a form names, and Portkey and Helicone by one that a header names; that is charged.
         named_elsewhere = "model" in unquote(self.request.query) or not MODEL_OVERRIDES.isdisjoint(self.request.fields)
-        named_elsewhere = named_elsewhere or not self.endpoint.by_model
+        is_json = PLAIN_JSON_TYPE.fullmatch(self.request.fields.get("content-type", ""))
+        named_elsewhere = named_elsewhere or not (self.endpoint.by_model and is_json)
         self.record.usage.seeks_model = facts.lookalike or named_elsewhere
         self.check_may_call()
         if not self.may_use(facts.model):
