@@ -4813,8 +4813,9 @@ def test_calls_and_results_must_pair_as_anthropic_has_it():
     assert "at most" in not_translated(lambda: to_chat(messages=[*CALLS, user(tool_result(long + long))]))
 
 
-def test_q14_a_long_name_goes_there_and_back():
-    name = "mcp__" + "server" * 9 + "__tool.with dots"
+@pytest.mark.parametrize("marks", ["with dots", 'with "quotes": \\ and', "de la café \U0001f600"])
+def test_q14_a_long_name_goes_there_and_back(marks):
+    name = "mcp__" + "server" * 9 + "__tool." + marks
     history = [HELLO, assistant(tool_use("t1", name)), user(tool_result("t1"))]
     fields = {"tools": [{**TOOL, "name": name}], "tool_choice": {"type": "tool", "name": name}, "messages": history}
     body, made = translated(prompt(**fields))
@@ -4830,8 +4831,14 @@ def test_q14_names_are_bounded_in_length_and_those_that_are_changed_in_number():
     def odd(count: int) -> dict[str, Any]:
         return {"tools": [{**TOOL, "name": f"a.{number}"} for number in range(count)]}
 
-    _, made = translated(prompt(**odd(1000)))
-    assert len(made.asked.names) == 1000
+    asked = [prompt(**odd(1000)) for _ in range(5)]
+    tracemalloc.start()
+    try:
+        kept = [translated(it)[1].asked for it in asked]
+        assert tracemalloc.get_traced_memory()[0] < len(json.dumps(asked))
+    finally:
+        tracemalloc.stop()
+    assert len(json.loads(kept[0].names)) == 1000
     assert "more than 1000 names" in not_translated(lambda: to_chat(**odd(1001)))
     assert len(to_chat(tools=[{**TOOL, "name": f"a{number}"} for number in range(1001)])[0]["tools"]) == 1001
     long = "a" * 257
