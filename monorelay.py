@@ -4419,11 +4419,12 @@ class FormWalk:
     """Looks for the field `model` of a form, piece by piece: before its file, or anywhere."""
 
     def __init__(self, boundary: str, anywhere: bool = False) -> None:
-        self.model = ""
+        self.model = self.last = ""  # the first one, and the last
         self.span = 0, 0  # where it stands
         self.settled = not boundary  # whether nothing more is looked for
         self._anywhere = anywhere
         self.is_ambiguous = False  # whether a server may find another model in it
+        self.is_repeated = False  # whether the field stands behind the file once more
         self._mark = b"--" + boundary.encode("latin-1")
         self._held = b"\r\n"  # what isn't done with: the first delimiter begins a line, too
         self._at = -2  # how many bytes are
@@ -4438,8 +4439,14 @@ class FormWalk:
         """How many bytes it was fed with."""
         return self._at + len(self._held)
 
+    @property
+    def gave_up(self) -> bool:
+        """Whether it is no form that all read in the same way."""
+        return self._go_on == FormWalk._ignore
+
     def feed(self, piece: bytes) -> None:
-        """Takes the next piece. Raises BadRequest for a second `model`, and for one that can't be one."""
+        """Takes the next piece. Raises BadRequest for a second `model` before its file, and for one that can't be
+        one."""
         self._held += piece
         while self._go_on(self):
             pass
@@ -4471,7 +4478,8 @@ class FormWalk:
         if held[max(0, start - 2) : start] != b"\r\n" or follows not in (b"\r\n", b"--"):
             return self._give_up()
         if self._in_model:
-            self.model = model_name(held[: start - 2].decode("utf-8", "replace"))
+            self.last = model_name(held[: start - 2].decode("utf-8", "replace"))
+            self.model = self.model or self.last
             self.span, self._in_model = (self._at, self._at + start - 2), False
             self.is_ambiguous |= not self._lengths <= {b"%d" % (start - 2)}
         self._go_on = FormWalk._read_header if follows == b"\r\n" else FormWalk._pass_rest
@@ -4490,9 +4498,10 @@ class FormWalk:
             return self._give_up()
         name, file = match[1].decode("utf-8", "replace"), match[2]
         if name == "model" and not file and not self.settled:
-            if self.span[1]:
+            if self.span[1] and not self._anywhere:
                 raise BadRequest("model: given more than once")
             self._in_model, self._lengths = True, set(PART_LENGTH.findall(header))
+        self.is_repeated |= name == "model" and not file and not self._in_model and self.span[1] > 0
         # Some servers take `model[]` for a list of that name, and OpenAI takes `svg[model]` for who draws.
         self.is_ambiguous |= any(map(is_model_name, re.split(r"[][]+", name))) and not self._in_model
         self.is_ambiguous |= PART_CHARSET.search(header) is not None
@@ -8422,6 +8431,7 @@ class AccessRecord:
         self.first_byte: Optional[float] = None
         self.request_id = new_request_id()
         self.client = self.caller = self.method = self.path = self.model = self.sent_model = ""
+        self.last_model = ""  # of a form that names several behind its file
         self.provider = self.key = self.error = ""
         self.upstream_id = ""  # the provider's own id of the request
         self.tried = ""  # what each failed attempt met
@@ -13216,7 +13226,7 @@ class Service:
             record.used = used
             provider = exchange.config.providers.get(record.provider)
             if provider:
-                for model in {record.sent_model, record.usage.model or record.sent_model}:
+                for model in {record.sent_model, *filter(None, (record.usage.model, record.last_model))}:
                     cost = cost_of(exchange.config.prices, provider, model, record.used)
                     record.cost = dearer(record.cost, cost)
             row = record.row(self.loop.now, time.time())
@@ -14424,35 +14434,47 @@ async def answer_form(exchange: Exchange) -> Response:
         return await relay_to_first(exchange, body)
     exchange.record.model = form.model
     exchange.check_model(BodyFacts(form.model, form.is_ambiguous, ""))
-    if exchange.is_restricted():
-        body.watch = functools.partial(watch_form, form, body, exchange.caller)
-        body.watch(body.begun[form.seen :])
+    body.watch = functools.partial(watch_form, exchange, form, body, exchange.is_restricted())
+    body.watch(body.begun[form.seen :])
     targets = exchange.targets_of(form.model)
     exchange.count()
     candidates = exchange.service.relay.keys.order(targets, exchange.record.caller, exchange.loop.now)
     return await relay(exchange, body, candidates)
 
 
-def watch_form(form: FormWalk, body: RequestBody, caller: Caller, piece: bytes) -> None:
-    """Looks at what follows in a form whose sender may use some models only: nothing that may name another one goes
-    upstream. Raises Forbidden and BadRequest."""
+def watch_form(exchange: Exchange, form: FormWalk, body: RequestBody, is_restricted: bool, piece: bytes) -> None:
+    """Looks at what follows in a form: of fields of one name, some servers take the last. Where its sender may use some
+    models only, nothing that may name another one goes upstream. Raises Forbidden and BadRequest."""
     form.feed(piece)
     if body.has_come:
         form.finish()
-    if form.is_ambiguous:
-        raise hidden_model(caller)
+    if form.is_ambiguous and is_restricted:
+        raise hidden_model(exchange.caller)
+    if form.is_repeated:
+        raise BadRequest("model: given more than once")
+    check_form(exchange, form)
+
+
+def check_form(exchange: Exchange, form: FormWalk) -> None:
+    """Raises BadRequest for a form in which servers may find another model than the relay, if its sender has a budget:
+    the price of what works there isn't known."""
+    user = exchange.caller.user
+    if form.gave_up and user and user.has_budget and not exchange.endpoint.creates:
+        raise BadRequest("the form is written so that servers may read it in several ways, and its cost can't be told")
 
 
 def note_late_model(exchange: Exchange, body: RequestBody, form: FormWalk, piece: bytes) -> None:
-    """Looks for the model behind the file of a form, where it leads nowhere, but tells what the request is for."""
+    """Looks for the model behind the file of a form, where it leads nowhere, but tells what the request is for. Of
+    several, a server may take the first or the last."""
     try:
         form.feed(piece)
     except BadRequest:
         body.watch = None  # the provider will say what it makes of it
     if form.model:
         exchange.record.model = exchange.record.sent_model = form.model
+        exchange.record.last_model = form.last
         exchange.uses_model = True
-        body.watch = None
+    check_form(exchange, form)
 
 
 async def answer_first_provider(exchange: Exchange) -> Response:

@@ -20995,6 +20995,21 @@ def test_a_model_that_only_the_answer_names_has_its_price(upstream, relay, tmp_p
     assert (rows[-1]["model"], rows[-1]["cost"]) == ("", 300_000)
 
 
+@pytest.mark.parametrize("fields", [[("model", "gpt-5-mini")], []])
+def test_a_form_in_which_a_model_may_be_hidden_is_refused_to_whom_a_budget_is_set(upstream, relay, tmp_path, fields):
+    provider = upstream(answer())
+    it = relay(
+        {"openai": provider},
+        users={"alice": {"key": ALICE, "usd_per_day": 1}, "bob": {"key": BOB}},
+        ledger={"path": str(tmp_path / "u.db")},
+    )
+    body = form(*fields, file=LARGE, rest=form_field("model", "gpt-5").replace(b'"model"', b"model"))
+    message = refused(it.post(TRANSCRIPTIONS, body, FORM, token=ALICE), 400, "invalid_request_error", True)
+    assert "several ways" in message and not provider.requests, "no provider has the whole of it"
+    assert it.post("/v1/files", body, FORM, token=ALICE).status == 200
+    assert it.post(TRANSCRIPTIONS, body, FORM, token=BOB).status == 200
+
+
 @pytest.mark.parametrize("model", ["", "a" * 300, "a" * 9000, "a\x00b"], ids=brief)
 def test_a_form_with_a_model_behind_its_file_that_is_none_goes_to_the_first_provider(upstream, relay, model):
     provider = upstream(answer())
@@ -21003,6 +21018,25 @@ def test_a_form_with_a_model_behind_its_file_that_is_none_goes_to_the_first_prov
         body = form(rest=rest, file=b"x" * 70_000)
         assert it.post(TRANSCRIPTIONS, body, FORM).status == 200
         assert provider.requests[-1].body == body
+
+
+@pytest.mark.parametrize("models", [("gpt-5-mini", "gpt-5"), ("gpt-5", "gpt-5-mini")])
+@pytest.mark.parametrize("size", [1, 400_000])
+def test_of_several_models_behind_the_file_of_a_form_the_dearest_is_charged(
+    upstream, relay, tmp_path, size, models
+):
+    """Of such fields, Starlette takes the last, and Go the first."""
+    usage = {"type": "tokens", "input_tokens": 10, "output_tokens": 10, "total_tokens": 20}
+    it = relay(
+        {"openai": upstream(answer(200, json.dumps({"text": "", "usage": usage}).encode()))},
+        users={"alice": {"key": ALICE}},
+        ledger={"path": str(tmp_path / "u.db")},
+        prices={"gpt-5": {"input": 5, "output": 25}, "gpt-5-mini": {"input": 1, "output": 1}},
+    )
+    body = form(rest=b"".join(form_field("model", model) for model in models), file=b"x" * size)
+    assert it.post(TRANSCRIPTIONS, body, FORM, token=ALICE).status == 200
+    rows = eventually(lambda: it.ask("GET", "/api/requests", token=ALICE).json["rows"])
+    assert (rows[-1]["model"], rows[-1]["cost"]) == (models[0], 300_000)
 
 
 def test_a_form_that_has_streamed_through_is_not_sent_again(upstream, relay):
@@ -21019,6 +21053,8 @@ def test_a_form_that_has_streamed_through_is_not_sent_again(upstream, relay):
     ("body", "words"),
     [
         (form(("model", "whisper-1"), ("model", "whisper-1")), "given more than once"),
+        (form(("model", "whisper-1"), rest=form_field("model", "whisper-2")), "given more than once"),
+        (form(("model", "whisper-1"), file=b"x" * 400_000, rest=form_field("model", "w")), "given more than once"),
         (form(("model", "")), "isn't empty"),
         (form(("model", "x" * 257)), "256"),
         (form(("model", "x" * 9_000)), "256"),
