@@ -8431,7 +8431,7 @@ class AccessRecord:
         self.first_byte: Optional[float] = None
         self.request_id = new_request_id()
         self.client = self.caller = self.method = self.path = self.model = self.sent_model = ""
-        self.last_model = ""  # of a form that names several behind its file
+        self.other_model = ""  # that a server may take: the last one behind a form's file, or the query's
         self.provider = self.key = self.error = ""
         self.upstream_id = ""  # the provider's own id of the request
         self.tried = ""  # what each failed attempt met
@@ -13226,7 +13226,7 @@ class Service:
             record.used = used
             provider = exchange.config.providers.get(record.provider)
             if provider:
-                for model in {record.sent_model, *filter(None, (record.usage.model, record.last_model))}:
+                for model in {record.sent_model, *filter(None, (record.usage.model, record.other_model))}:
                     cost = cost_of(exchange.config.prices, provider, model, record.used)
                     record.cost = dearer(record.cost, cost)
             row = record.row(self.loop.now, time.time())
@@ -13776,6 +13776,7 @@ class Exchange:
         is_json = PLAIN_JSON_TYPE.fullmatch(self.request.fields.get("content-type", ""))
         named_elsewhere = named_elsewhere or not (self.endpoint.by_model and is_json)
         self.record.usage.seeks_model = facts.lookalike or named_elsewhere
+        self.record.other_model = self.queried_model
         self.check_may_call()
         if not self.may_use(facts.model):
             allowed = self.caller.user.models if self.caller.user and self.caller.user.models else ()
@@ -13785,6 +13786,12 @@ class Exchange:
             self._check_name(facts.model)
             if self._is_ambiguous(facts):
                 raise hidden_model(self.caller)
+
+    @property
+    def queried_model(self) -> str:
+        """The model that the query names: of LiteLLM's answers, those with pictures don't tell that they are its."""
+        query = self.request.query
+        return dict(parse_qsl(query)).get("model", "")[:MODEL_CHARACTERS] if "model" in unquote(query) else ""
 
     def is_restricted(self) -> bool:
         """Whether the caller may use some models only. Raises Forbidden for such a one who names another method or
@@ -14472,7 +14479,7 @@ def note_late_model(exchange: Exchange, body: RequestBody, form: FormWalk, piece
         body.watch = None  # the provider will say what it makes of it
     if form.model:
         exchange.record.model = exchange.record.sent_model = form.model
-        exchange.record.last_model = form.last
+        exchange.record.other_model = form.last
         exchange.uses_model = True
     check_form(exchange, form)
 
@@ -14534,6 +14541,7 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
         is_told_again = path.startswith(SEARCHED_PATHS) and not path.startswith("/conversations/")
         exchange.may_tell_usage = may_cost and not is_told_again
         exchange.record.usage.seeks_model = exchange.may_tell_usage
+        exchange.record.other_model = exchange.record.other_model or exchange.queried_model
     searches = method in ("GET", "HEAD", "DELETE") and path.startswith(SEARCHED_PATHS)
     everywhere = [provider]
     if searches and provider.format != "echo":
