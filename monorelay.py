@@ -4404,11 +4404,13 @@ def model_span(body: bytes) -> tuple[int, int]:
 # -- forms: what streams through is looked at as it passes (RFC 7578, RFC 2046 §5.1.1)
 
 FORM_BOUNDARY = re.compile(r'(?i); *boundary=(?:"([^"]{1,70})"|([^";, ]{1,70}))')
-# The header of a part as clients write it, and as no server can read it otherwise. There is one way only to match a
-# line: with two of them, a header that fails at its end would take time that each line doubles.
+# The header of a part as clients write it, .NET without quotation marks, and as no server can read it otherwise. There
+# is one way only to match a line: with two of them, a header that fails at its end would take time that each line
+# doubles.
 PART_HEADER = re.compile(
     rb"(?i)(?:\r\ncontent-(?:type|length):[^\r\n]*)*"
-    rb'\r\ncontent-disposition: ?form-data; ?name="([^"\\\r\n%]*)"((?:; ?filename\*?=(?:"[^"\\\r\n]*"|[^"; \r\n]*))*)'
+    rb'\r\ncontent-disposition: ?form-data; ?name=(?:"([^"\\\r\n%]*)"|([a-z0-9_.-]+))'
+    rb'((?:; ?filename\*?=(?:"[^"\\\r\n]*"|[^"; \r\n]*))*)'
     rb"(?:\r\ncontent-(?:(?:type|length):[^\r\n]*|transfer-encoding: ?(?:binary|8bit)))*\r\n\r\n"
 )
 PART_CHARSET = re.compile(rb'(?i)charset="?(?!utf-?8[";\r])')
@@ -4438,11 +4440,6 @@ class FormWalk:
     def seen(self) -> int:
         """How many bytes it was fed with."""
         return self._at + len(self._held)
-
-    @property
-    def gave_up(self) -> bool:
-        """Whether it is no form that all read in the same way."""
-        return self._go_on == FormWalk._ignore
 
     def feed(self, piece: bytes) -> None:
         """Takes the next piece. Raises BadRequest for a second `model` before its file, and for one that can't be
@@ -4496,7 +4493,7 @@ class FormWalk:
         self._parts += 1
         if not match or self._parts > FORM_PARTS:
             return self._give_up()
-        name, file = match[1].decode("utf-8", "replace"), match[2]
+        name, file = (match[1] or match[2] or b"").decode("utf-8", "replace"), match[3]
         if name == "model" and not file and not self.settled:
             if self.span[1] and not self._anywhere:
                 raise BadRequest("model: given more than once")
@@ -14441,7 +14438,7 @@ async def answer_form(exchange: Exchange) -> Response:
         return await relay_to_first(exchange, body)
     exchange.record.model = form.model
     exchange.check_model(BodyFacts(form.model, form.is_ambiguous, ""))
-    body.watch = functools.partial(watch_form, exchange, form, body, exchange.is_restricted())
+    body.watch = functools.partial(watch_form, form, body, exchange.caller if exchange.is_restricted() else None)
     body.watch(body.begun[form.seen :])
     targets = exchange.targets_of(form.model)
     exchange.count()
@@ -14449,25 +14446,16 @@ async def answer_form(exchange: Exchange) -> Response:
     return await relay(exchange, body, candidates)
 
 
-def watch_form(exchange: Exchange, form: FormWalk, body: RequestBody, is_restricted: bool, piece: bytes) -> None:
+def watch_form(form: FormWalk, body: RequestBody, restricted: Optional[Caller], piece: bytes) -> None:
     """Looks at what follows in a form: of fields of one name, some servers take the last. Where its sender may use some
     models only, nothing that may name another one goes upstream. Raises Forbidden and BadRequest."""
     form.feed(piece)
     if body.has_come:
         form.finish()
-    if form.is_ambiguous and is_restricted:
-        raise hidden_model(exchange.caller)
+    if form.is_ambiguous and restricted:
+        raise hidden_model(restricted)
     if form.is_repeated:
         raise BadRequest("model: given more than once")
-    check_form(exchange, form)
-
-
-def check_form(exchange: Exchange, form: FormWalk) -> None:
-    """Raises BadRequest for a form in which servers may find another model than the relay, if its sender has a budget:
-    the price of what works there isn't known."""
-    user = exchange.caller.user
-    if form.gave_up and user and user.has_budget and not exchange.endpoint.creates:
-        raise BadRequest("the form is written so that servers may read it in several ways, and its cost can't be told")
 
 
 def note_late_model(exchange: Exchange, body: RequestBody, form: FormWalk, piece: bytes) -> None:
@@ -14481,7 +14469,6 @@ def note_late_model(exchange: Exchange, body: RequestBody, form: FormWalk, piece
         exchange.record.model = exchange.record.sent_model = form.model
         exchange.record.other_model = form.last
         exchange.uses_model = True
-    check_form(exchange, form)
 
 
 async def answer_first_provider(exchange: Exchange) -> Response:

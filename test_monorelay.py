@@ -20856,10 +20856,12 @@ def test_a_forms_model_is_found_however_it_arrives(junk):
         'content-disposition:form-data;name="model"',
         'Content-Type: text/plain; charset=utf-8\r\nContent-Disposition: form-data; name="model"',
         'Content-Disposition: form-data; name="model"\r\nContent-Type: text/plain; charset=UTF-8\r\nContent-Length: 9',
+        "Content-Type: text/plain; charset=utf-8\r\nContent-Disposition: form-data; name=model",
     ],
 )
 def test_a_forms_model_is_found_as_clients_write_it(header):
     body = form(("model", "whisper-1")).replace(b'Content-Disposition: form-data; name="model"', header.encode(), 1)
+    body = body.replace(b'name="file"; filename="a.wav"', b"name=file; filename=a.wav; filename*=utf-8''a.wav")
     assert fed([body])[0::2] == ("whisper-1", False)
 
 
@@ -21004,21 +21006,6 @@ def test_a_model_that_only_the_answer_names_has_its_price(upstream, relay, tmp_p
         it.logged("path=/v1/chat%2Fcompletions", f"status={status}")
     rows = eventually(lambda: it.ask("GET", "/api/requests", token=ALICE).json["rows"])
     assert (rows[-1]["model"], rows[-1]["cost"]) == ("", 300_000)
-
-
-@pytest.mark.parametrize("fields", [[("model", "gpt-5-mini")], []])
-def test_a_form_in_which_a_model_may_be_hidden_is_refused_to_whom_a_budget_is_set(upstream, relay, tmp_path, fields):
-    provider = upstream(answer())
-    it = relay(
-        {"openai": provider},
-        users={"alice": {"key": ALICE, "usd_per_day": 1}, "bob": {"key": BOB}},
-        ledger={"path": str(tmp_path / "u.db")},
-    )
-    body = form(*fields, file=LARGE, rest=form_field("model", "gpt-5").replace(b'"model"', b"model"))
-    message = refused(it.post(TRANSCRIPTIONS, body, FORM, token=ALICE), 400, "invalid_request_error", True)
-    assert "several ways" in message and not provider.requests, "no provider has the whole of it"
-    assert it.post("/v1/files", body, FORM, token=ALICE).status == 200
-    assert it.post(TRANSCRIPTIONS, body, FORM, token=BOB).status == 200
 
 
 @pytest.mark.parametrize("model", ["", "a" * 300, "a" * 9000, "a\x00b"], ids=brief)
