@@ -8428,7 +8428,7 @@ class AccessRecord:
         self.first_byte: Optional[float] = None
         self.request_id = new_request_id()
         self.client = self.caller = self.method = self.path = self.model = self.sent_model = ""
-        self.other_model = ""  # that a server may take: the last one behind a form's file, or the query's
+        self.other_model = ""  # that a server may take: the last one behind a form's file, or one beside the body
         self.provider = self.key = self.error = ""
         self.upstream_id = ""  # the provider's own id of the request
         self.tried = ""  # what each failed attempt met
@@ -13635,6 +13635,8 @@ FORM_TYPE = "multipart/form-data"
 FORM_PATHS = frozenset(
     {"/v1/audio/transcriptions", "/v1/audio/translations", "/v1/images/edits", "/v1/images/variations"}
 )
+# Where a path names the model, for some servers.
+DEPLOYMENT = re.compile("/(?:engines|deployments)/([^/]+)/")
 # What no server behind can take for another kind of body, or another alphabet, than the relay has read.
 PLAIN_FORM_TYPE = re.compile(r"(?i)multipart/form-data; ?boundary=(?:[a-z0-9'+_.-]{1,70}|\"[a-z0-9'+_.-]{1,70}\")")
 PLAIN_JSON_TYPE = re.compile(
@@ -13773,7 +13775,7 @@ class Exchange:
         is_json = PLAIN_JSON_TYPE.fullmatch(self.request.fields.get("content-type", ""))
         named_elsewhere = named_elsewhere or not (self.endpoint.by_model and is_json)
         self.record.usage.seeks_model = facts.lookalike or named_elsewhere
-        self.record.other_model = self.queried_model
+        self.record.other_model = self.model_beside
         self.check_may_call()
         if not self.may_use(facts.model):
             allowed = self.caller.user.models if self.caller.user and self.caller.user.models else ()
@@ -13785,10 +13787,12 @@ class Exchange:
                 raise hidden_model(self.caller)
 
     @property
-    def queried_model(self) -> str:
-        """The model that the query names: of LiteLLM's answers, those with pictures don't tell that they are its."""
-        query = self.request.query
-        return dict(parse_qsl(query)).get("model", "")[:MODEL_CHARACTERS] if "model" in unquote(query) else ""
+    def model_beside(self) -> str:
+        """The model that the query or the path names: of LiteLLM's answers, those with pictures don't tell that they
+        are its."""
+        query, path = self.request.query, DEPLOYMENT.search(self.endpoint.path)
+        asked = dict(parse_qsl(query)).get("model", "") if "model" in unquote(query) else ""
+        return (asked or (unquote(path[1]) if path else ""))[:MODEL_CHARACTERS]
 
     def is_restricted(self) -> bool:
         """Whether the caller may use some models only. Raises Forbidden for such a one who names another method or
@@ -14528,7 +14532,7 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
         is_told_again = path.startswith(SEARCHED_PATHS) and not path.startswith("/conversations/")
         exchange.may_tell_usage = may_cost and not is_told_again
         exchange.record.usage.seeks_model = exchange.may_tell_usage
-        exchange.record.other_model = exchange.record.other_model or exchange.queried_model
+        exchange.record.other_model = exchange.record.other_model or exchange.model_beside
     searches = method in ("GET", "HEAD", "DELETE") and path.startswith(SEARCHED_PATHS)
     everywhere = [provider]
     if searches and provider.format != "echo":

@@ -20529,12 +20529,13 @@ def test_a_model_that_a_path_names_and_that_answers_is_charged(upstream, relay, 
 
 
 @pytest.mark.parametrize("asked", [{"prompt": "an otter", "model": "cheap"}, {"prompt": "an otter"}])
-@pytest.mark.parametrize("query", ["?model=dear", "?model=cheap&m%6Fdel=dear"])
-def test_a_model_that_the_query_names_is_charged_though_the_answer_tells_none(upstream, relay, asked, query):
+@pytest.mark.parametrize("place", ["images/generations?model=dear", "images/generations?model=cheap&m%6Fdel=dear",
+                                   "engines/dear/images/generations", "openai/deployments/de%61r/images/generations"])
+def test_a_model_beside_the_body_is_charged_though_the_answer_tells_none(upstream, relay, asked, place):
     usage = {"input_tokens": 10, "output_tokens": 10, "total_tokens": 20}
     provider = upstream(answer(200, json.dumps({"created": 1, "data": [{}], "usage": usage}).encode()))
     it = relay({"openai": provider}, prices={"cheap": {"input": 1, "output": 1}, "dear": {"input": 10, "output": 100}})
-    assert it.post(f"/v1/images/generations{query}", asked).status == 200
+    assert it.post(f"/v1/{place}", asked).status == 200
     row = eventually(lambda: it.server.service.tally.ended)[0]
     assert (row.model, row.input, row.output, row.cost) == (asked.get("model", ""), 10, 10, 1_100_000)
 
