@@ -15765,6 +15765,16 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+@functools.lru_cache(maxsize=4)
+def refusal(format: str, second: int) -> bytes:
+    """What tells clients that there is no room, for one second: to make it takes longer than to accept them."""
+    record = AccessRecord(second, 0.0)
+    message, code = "this relay can't take another connection now", "too_many_connections"
+    body = error_body(format, "api_error", message, code, record.request_id)
+    response = own_response(503, body, [("retry-after", "1"), ("x-monorelay-error", code)], record.request_id)
+    return Outgoing(response, None, format, record).begin(False, record.started)
+
+
 def refuse(sock: socket.socket) -> None:
     """Tells a client that there is no room, in the format of its path where that has come, and closes."""
     try:
@@ -15773,12 +15783,7 @@ def refuse(sock: socket.socket) -> None:
             data = sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
             data = b""
-        format, record = likely_format(data), AccessRecord(time.time(), time.monotonic())
-        message, code = "this relay can't take another connection now", "too_many_connections"
-        body = error_body(format, "api_error", message, code, record.request_id)
-        response = own_response(503, body, [("retry-after", "1"), ("x-monorelay-error", code)], record.request_id)
-        sock.send(Outgoing(response, None, format, record).begin(False, record.started))
-        sock.shutdown(socket.SHUT_WR)
+        sock.send(refusal(likely_format(data), int(time.time())))
     except OSError:
         pass  # it has left already
     finally:

@@ -23633,6 +23633,21 @@ def test_many_new_connections_of_one_or_two_addresses_leave_others_their_place(m
     server.stop()
 
 
+def test_a_refusal_is_made_once_for_all_who_come_within_a_second(monkeypatch):
+    made, error_body, begun = [], monorelay.error_body, time.time()
+    monkeypatch.setattr(monorelay, "error_body", lambda *told: made.append(told) or error_body(*told))
+    monorelay.refusal.cache_clear()
+    for number in range(60):
+        near, far = socket.socketpair()
+        with near, far:
+            far.sendall(request("POST", ("/v1/messages", "/v1/responses")[number % 2], b"{}"))
+            monorelay.refuse(near)
+            head, _, body = far.recv(1 << 16).partition(b"\r\n\r\n")
+            assert b" 503 " in head and b"x-monorelay-error: too_many_connections" in head
+            assert ("type" in json.loads(body)) is (number % 2 == 0) and not far.recv(1)
+    assert 2 <= len(made) <= 2 * (2 + time.time() - begun)
+
+
 def test_those_who_wait_to_be_refused_keep_nobody_from_the_place_that_is_made_for_him(relay, monkeypatch):
     monkeypatch.setattr(monorelay, "OVER_LIMIT_CONNECTIONS", 2)
     it = relay({"echo": {}}, server={"max_connections": 1})
