@@ -10073,10 +10073,14 @@ class Task:
 
     async def finished(self, deadline: float = math.inf) -> Any:
         """What its coroutine returns, None after a defect; waits until it is done. Raises Overdue and ClientGone."""
-        while not self.done:
-            self._waiting[self._loop.current] = None
-            await until(deadline)
-        return self._result
+        waiting = self._loop.current
+        try:
+            while not self.done:
+                self._waiting[waiting] = None
+                await until(deadline)
+            return self._result
+        finally:
+            self._waiting.pop(waiting, None)  # a name may be looked up for long, while thousands ask for it and leave
 
     def _end(self) -> None:
         """Marks the task as done, and wakes the tasks that wait for it, in turns: there may be thousands."""

@@ -11934,6 +11934,23 @@ def test_a_call_that_nobody_waits_for_any_more_holds_nothing_in_its_queue(loopin
     queue[0]()
 
 
+def test_who_waits_no_more_for_what_is_done_for_all_is_forgotten(looping):
+    loop = looping.loop
+
+    async def works() -> None:
+        await monorelay.until()
+
+    async def waits(deadline: float) -> None:
+        await loop.start_for_all("a name", works).finished(deadline)
+
+    tasks: list[monorelay.Task] = []
+    for deadline in (math.inf, math.inf, 0.0):
+        looping.call(lambda at=deadline: tasks.append(loop.start(waits(at))))
+    looping.call(lambda: tasks[0].cancel())
+    eventually(lambda: tasks[2].done)
+    assert [*loop.for_all["a name"]._waiting] == [tasks[1]]
+
+
 @pytest.mark.parametrize("leaves_first", [True, False])
 def test_a_call_that_fails_when_nobody_waits_for_it_any_more_keeps_nothing(looping, leaves_first):
     """Else the error would keep all that the call has used until the garbage collector comes to it."""
