@@ -635,6 +635,14 @@ class Relay:
             token=token,
         )
 
+    @property
+    def tally(self) -> Any:
+        """What was counted, as the loop's thread knows it: to ask counts what has ended, as that does meanwhile."""
+        told: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        service = self.server.service
+        service.loop.post(lambda: told.set_result(service.tally))
+        return told.result(TIMEOUT_SECONDS)
+
     def logged(self, *words: str) -> str:
         """The first line of the log with all the words, waited for."""
         return eventually(
@@ -4388,7 +4396,7 @@ def test_what_an_answer_says_was_used_is_told_as_it_says(upstream, relay, name):
     sent = STREAM_HEAD + chunked(said) if is_stream else answer(200, json.dumps(said).encode())
     it = relay({"openai" if "messages" not in path else "anthropic": upstream(sent)})
     assert it.post(path, prompt("m", stream=is_stream)).status == 200
-    row = eventually(lambda: it.server.service.tally.ended)[0]
+    row = eventually(lambda: it.tally.ended)[0]
     assert (row.input, row.cache_read, row.cache_write, row.cache_write_long, row.output) == tokens
     assert (row.tier, row.stream, row.complete, row.status, row.error) == (tier, is_stream, 1, 200, None)
     line = it.logged(path)
@@ -4428,7 +4436,7 @@ def test_the_steps_of_a_stream_are_charged_by_their_own_models(upstream, relay):
         prices={"dear": {"input": 10, "output": 100}, "cheap": {"input": 1, "output": 2, "cache_read": 0}},
     )
     it.post("/v1/messages", prompt("dear", stream=True))
-    row = eventually(lambda: it.server.service.tally.ended)[0]
+    row = eventually(lambda: it.tally.ended)[0]
     assert (row.output, row.cost) == (20, (3 * 10 + 20 * 100 + 900 * 1 + 80 * 2) * 1000)
 
 
@@ -4439,11 +4447,11 @@ def test_what_message_start_says_of_the_output_is_no_figure(upstream, relay):
     with it.client() as client:
         client.send(request("POST", "/v1/messages", STREAMED))
         client.until(ANTHROPIC_EVENTS[0])
-    row = eventually(lambda: it.server.service.tally.ended)[0]
+    row = eventually(lambda: it.tally.ended)[0]
     gate.set()
     assert (row.input, row.output, row.complete, row.error, row.untold) == (25, None, 0, "client_gone", True)
     assert row.cost == 25 * 2000 and not row.failed
-    assert not it.server.service.tally.refused, "a client that leaves is refused nothing"
+    assert not it.tally.refused, "a client that leaves is refused nothing"
     line = it.logged("client_gone")
     assert " input=25" in line and "output=" not in line
 
@@ -4463,7 +4471,7 @@ def test_a_native_stream_that_is_called_json_is_charged_for_its_prompt(upstream,
     body = message_stream({"input_tokens": 1000, "output_tokens": 1}, {"output_tokens": 50})
     it = relay({"anthropic": upstream(answer(200, body))}, prices={"*": {"input": 2, "output": 8}})
     assert it.post("/v1/messages", prompt(stream=True)).body == body
-    row = eventually(lambda: it.server.service.tally.ended)[0]
+    row = eventually(lambda: it.tally.ended)[0]
     assert (row.input, row.output, row.cost) == (1000, 50, (1000 * 2 + 50 * 8) * 1000)
 
 
@@ -4472,7 +4480,7 @@ def test_counting_tokens_is_no_use_of_a_model(upstream, relay):
     assert it.post("/v1/messages/count_tokens", prompt()).status == 200
     assert "tokens" not in it.logged("/v1/messages/count_tokens").replace("count_tokens", "")
     it.post("/v1/messages", prompt())
-    rows = eventually(lambda: it.server.service.tally.ended)
+    rows = eventually(lambda: it.tally.ended)
     assert [row.path for row in rows] == ["/v1/messages"]
 
 
@@ -19328,7 +19336,7 @@ def test_metrics_have_the_names_types_and_labels_of_the_contract(upstream, relay
     assert it.post("/v1/messages", prompt(stream=True), token=ALICE).status == 200
     assert it.post("/v1/messages", prompt("nobody-has-it")).status == 404
     assert it.post("/v1/messages", prompt(), token="").status == 401
-    eventually(lambda: len(it.server.service.tally.ended) == 2)
+    eventually(lambda: len(it.tally.ended) == 2)
     told = metrics(it, GRAFANA)
     assert {name: family.type for name, family in told.families.items()} == {
         n: kind for n, (kind, _) in METRICS.items()
@@ -19363,7 +19371,7 @@ def test_metrics_count_what_the_provider_has_seen(upstream, relay):
     provider = upstream(replies(*[answer(status) for status in (200, 500, 200, 429, 400, 200, 200)] * 4))
     it = relay({"anthropic": provider})
     got = Counter(it.post("/v1/messages", prompt()).status for _ in range(20))
-    eventually(lambda: len(it.server.service.tally.ended) == 20)
+    eventually(lambda: len(it.tally.ended) == 20)
     told = metrics(it)
     assert told.value("monorelay_requests_total") == sum(got.values()) == 20
     assert all(told.value("monorelay_requests_total", status=str(status)) == count for status, count in got.items())
@@ -19382,7 +19390,7 @@ def test_metrics_hold_together_whatever_models_and_users_are_called(upstream, re
         token = token_of(HS256, {"sub": name, "exp": time.time() + 60})
         body = json.dumps(prompt(name)).encode()
         assert it.ask("POST", "/v1/messages", body, f"authorization: Bearer {token}", token="").status == 200
-    eventually(lambda: len(it.server.service.tally.ended) == len(names))
+    eventually(lambda: len(it.tally.ended) == len(names))
     told = metrics(it)
     assert set(told.families) == set(METRICS)
     models, users = (
@@ -19414,7 +19422,7 @@ def test_metrics_tell_a_bounded_number_of_names_apart(upstream, relay):
                 )
             )
             assert client.answer().status == (200 if number % 2 else 404)
-    eventually(lambda: len(it.server.service.tally.ended) == 250)
+    eventually(lambda: len(it.tally.ended) == 250)
     told = metrics(it)
     models = told.labels("monorelay_requests_total", "model")
     assert len(models) == 101 and all(name == "(other)" or name.startswith("good-") for name in models)
@@ -19461,7 +19469,7 @@ def test_requests_are_counted_when_so_many_have_ended_or_somebody_asks(upstream,
             assert client.answer().status == 200
     eventually(lambda: service._tally.ended)
     assert len(service._tally.ended) == monorelay.COUNTED_ROWS
-    eventually(lambda: len(service.tally.ended) == monorelay.COUNTED_ROWS + 3)
+    eventually(lambda: len(it.tally.ended) == monorelay.COUNTED_ROWS + 3)
 
 
 def test_a_reload_leaves_it_to_the_loop_to_count_what_has_ended(relay):
@@ -19472,7 +19480,7 @@ def test_a_reload_leaves_it_to_the_loop_to_count_what_has_ended(relay):
     with still(service.loop):
         it.server.reload(parse({"echo": {}}, users={"alice": {}}))
         assert service._uncounted and not service._tally.ended and service._tally.users.keys() == {"alice"}
-    assert len(service.tally.ended) == 1
+    assert len(it.tally.ended) == 1
 
 
 def test_one_user_can_not_take_the_names_of_models_from_the_others(relay):
@@ -19482,7 +19490,7 @@ def test_one_user_can_not_take_the_names_of_models_from_the_others(relay):
             client.ask("POST", "/v1/messages", json.dumps(prompt(f"echo-{number}")).encode(), token=ALICE)
         for name in ("mine", "echo-new"):
             client.ask("POST", "/v1/messages", json.dumps(prompt(name)).encode(), token=BOB)
-    eventually(lambda: len(it.server.service.tally.ended) == monorelay.TALLIED_MODELS + 2)
+    eventually(lambda: len(it.tally.ended) == monorelay.TALLIED_MODELS + 2)
     models = metrics(it).labels("monorelay_requests_total", "model")
     assert len(models) == monorelay.TALLIED_MODELS_OF_ONE + 3 and {"(other)", "echo-mine", "echo-new"} <= models
 
@@ -19914,7 +19922,7 @@ def test_a_page_is_told_of_each_request_once_also_across_a_gap(relay, quick):
             it.post("/v1/messages", prompt("echo"))
     with live(it, f"last-event-id: {last}") as page:
         told += [row[21] for row in told_live(page)[2]["ended"]]
-    rows = [row.request for row in it.server.service.tally.ended]
+    rows = [row.request for row in it.tally.ended]
     assert set(rows) == set(told), "none is lost"
     seen = Counter(told)
     # Behind a gap, what has ended in the seconds before it is told again: the page knows these by their ids.
@@ -19937,7 +19945,7 @@ def test_a_page_that_was_slow_to_read_has_missed_nothing(relay, quick, monkeypat
         own_name = staticmethod(lambda: None)
 
     page._exchange, page._service, page._told, page._known_until = Asked, it.server.service, None, 0
-    tally = it.server.service.tally
+    tally = it.tally
     tally.add(row(request="req_a", at=int(time.time() * 1000)))
     assert [told[21] for told in page._ended()] == ["req_a"]
     tally.add(row(request="req_b", at=int(time.time() * 1000) + 5))
@@ -19977,7 +19985,7 @@ def test_a_page_is_told_in_milliseconds_which_of_many_budgets_have_changed(relay
 def test_a_page_that_comes_back_with_an_odd_id_gets_the_state(relay, seen):
     it = relay({"echo": {}})
     it.post("/v1/messages", prompt("echo"))
-    eventually(lambda: it.server.service.tally.ended)
+    eventually(lambda: it.tally.ended)
     with live(it, f"last-event-id: {seen}") as page:
         assert told_live(page)[0] == "state"
 
@@ -20000,7 +20008,7 @@ def test_a_user_sees_only_what_is_his_own_and_no_keys(relay, quick, tmp_path):
     for token in (ALICE, BOB, BOB, TOKEN):
         it.post("/v1/messages", prompt("echo"), token=token)
     it.post("/v1/messages", prompt("echo-error-500"), token=BOB)
-    eventually(lambda: len(it.server.service.tally.ended) == 5)
+    eventually(lambda: len(it.tally.ended) == 5)
     for token, own, count in ((ALICE, "alice", 1), (BOB, "bob", 3), (GRAFANA, None, 5), (TOKEN, None, 5)):
         with live(it, token=token) as page:
             state = told_live(page)[2]
@@ -20022,7 +20030,7 @@ def test_the_median_of_the_first_byte_is_that_of_answers(relay, quick):
     it = relay({"echo": {}})
     for model in ("echo-error-500", "echo-error-429"):
         it.post("/v1/messages", prompt(model))
-    eventually(lambda: len(it.server.service.tally.ended) == 2)
+    eventually(lambda: len(it.tally.ended) == 2)
     with live(it) as page:
         state = told_live(page)[2]
     assert state["ttfb"] is None and state["minute"]["errors"] == 2
@@ -20277,9 +20285,9 @@ def test_odd_queries_are_answered_or_refused(relay, tmp_path, ledger):
 )  # fmt: skip
 def test_without_a_ledger_usage_is_told_since_the_start_or_not_at_all(relay, tmp_path, period, name):
     it = relay({"echo": {}})
-    it.server.service.tally.since = 1767225600.0 + 86399  # at the end of 2026-01-01
+    it.tally.since = 1767225600.0 + 86399  # at the end of 2026-01-01
     it.post("/v1/messages", prompt("echo"))
-    eventually(lambda: it.server.service.tally.ended)
+    eventually(lambda: it.tally.ended)
     got = it.ask("GET", f"/api/usage?{period}")
     if name:
         why = f"{name}: this relay keeps no ledger (see relay.json), but the sums since its start, 2026-01-01"
@@ -20295,7 +20303,7 @@ def test_requests_are_told_in_pages_newest_first(relay):
     for number in range(25):
         model = "echo-error-500" if number % 5 == 0 else "echo"
         it.post("/v1/messages", prompt(model), token=ALICE if number % 2 else BOB)
-    eventually(lambda: len(it.server.service.tally.ended) == 25)
+    eventually(lambda: len(it.tally.ended) == 25)
     found, before = [], ""
     while True:
         got = it.ask("GET", f"/api/requests?limit=10{before}").json
@@ -20303,7 +20311,7 @@ def test_requests_are_told_in_pages_newest_first(relay):
         if not got["next"]:
             break
         before = f"&before={got['next']}"
-    rows = sorted(it.server.service.tally.ended, key=monorelay.row_number, reverse=True)
+    rows = sorted(it.tally.ended, key=monorelay.row_number, reverse=True)
     assert [one["request"] for one in found] == [one.request for one in rows]
     assert [one.at for one in rows] == sorted((one.at for one in rows), reverse=True)
     assert set(found[0]) == {"id", *monorelay.LedgerRow._fields}
@@ -20428,7 +20436,7 @@ def test_a_spent_budget_refuses_what_would_cost_and_survives_a_restart(upstream,
     calls = 2 if token == GRAFANA else 1
     for number in range(calls):
         assert it.post("/v1/messages", prompt("priced"), token=token).status == 200
-        eventually(lambda count=number + 1: len(it.server.service.tally.ended) == count)
+        eventually(lambda count=number + 1: len(it.tally.ended) == count)
     for again in range(2):
         seen = len(provider.requests)
         for path, body in (("/v1/messages", prompt("priced")), ("/v1/messages/batches", {"requests": []})):
@@ -20478,7 +20486,7 @@ def test_searches_of_the_web_that_openai_tells_of_are_charged(upstream, relay, i
     sent = STREAM_HEAD + chunked(stream) if is_stream else answer(200, json.dumps(done).encode())
     it = relay({"openai": upstream(sent)}, prices={"m": {"input": 1, "output": 2}})
     assert it.post("/v1/responses", {"model": "m", "input": "x", "stream": is_stream}).status == 200
-    row = eventually(lambda: it.server.service.tally.ended)[0]
+    row = eventually(lambda: it.tally.ended)[0]
     assert (row.input, row.output, row.cost) == (10, 1, 12_000 + 3 * 10_000_000)
 
 
@@ -20496,7 +20504,7 @@ def test_pictures_that_are_drawn_for_a_response_are_charged(upstream, relay, is_
     sent = STREAM_HEAD + chunked(stream) if is_stream else answer(200, json.dumps(done).encode())
     it = relay({"openai": upstream(sent)}, prices={"m": {"input": 1, "output": 2, "cache_read": 0.5}})
     assert it.post("/v1/responses", {"model": "m", "input": "x", "stream": is_stream}).status == 200
-    row = eventually(lambda: it.server.service.tally.ended)[0]
+    row = eventually(lambda: it.tally.ended)[0]
     assert (row.input, row.cache_read, row.output) == (56, 4, 7025)
     assert row.cost == 6_000 + 2_000 + 2_000 + 50_000 + 7024 * 2_000 + 10_000_000
 
@@ -20528,10 +20536,10 @@ def test_another_model_that_a_request_names_and_that_answers_is_charged(upstream
         fields = (named,)
     for model, cost in (("cheap", 1_100_000), ("unknown", 1_100_000)):
         assert it.post(f"/v1/chat/completions{query}", chat(model, stream=is_stream, **more), *fields).status == 200
-        row = eventually(lambda model=model: [row for row in it.server.service.tally.ended if row.sent == model])[0]
+        row = eventually(lambda model=model: [row for row in it.tally.ended if row.sent == model])[0]
         assert (row.input, row.output, row.cost) == (10, 10, cost)
     assert it.post("/v1/chat/completions", chat("cheap", stream=is_stream)).status == 200  # a name of the owner's own
-    assert eventually(lambda: [row for row in it.server.service.tally.ended if row.cost == 20_000])
+    assert eventually(lambda: [row for row in it.tally.ended if row.cost == 20_000])
 
 
 @pytest.mark.parametrize("path", ["/v1/engines/dear/chat/completions", "/v1/openai/deployments/dear/chat/completions"])
@@ -20541,7 +20549,7 @@ def test_a_model_that_a_path_names_and_that_answers_is_charged(upstream, relay, 
     provider = upstream(answer(200, json.dumps({**completion(usage=usage), "model": "dear"}).encode()))
     it = relay({"openai": provider}, prices={"cheap": {"input": 1, "output": 1}, "dear": {"input": 10, "output": 100}})
     assert it.post(path, chat("cheap")).status == 200
-    row = eventually(lambda: it.server.service.tally.ended)[0]
+    row = eventually(lambda: it.tally.ended)[0]
     assert (row.input, row.output, row.cost) == (10, 10, 1_100_000)
 
 
@@ -20553,7 +20561,7 @@ def test_a_model_beside_the_body_is_charged_though_the_answer_tells_none(upstrea
     provider = upstream(answer(200, json.dumps({"created": 1, "data": [{}], "usage": usage}).encode()))
     it = relay({"openai": provider}, prices={"cheap": {"input": 1, "output": 1}, "dear": {"input": 10, "output": 100}})
     assert it.post(f"/v1/{place}", asked).status == 200
-    row = eventually(lambda: it.server.service.tally.ended)[0]
+    row = eventually(lambda: it.tally.ended)[0]
     assert (row.model, row.input, row.output, row.cost) == (asked.get("model", ""), 10, 10, 1_100_000)
 
 
@@ -20568,7 +20576,7 @@ def test_a_picture_that_is_drawn_does_not_hide_which_model_answered(upstream, re
     it = relay({"openai": provider}, prices={"cheap": {"input": 1, "output": 1}, "dear": {"input": 10, "output": 100}})
     asked = {"model": "cheap", "input": "x", "stream": is_stream, "models": ["cheap", "dear"]}
     assert it.post("/v1/responses", asked).status == 200
-    row = eventually(lambda: it.server.service.tally.ended)[0]
+    row = eventually(lambda: it.tally.ended)[0]
     assert (row.input, row.output, row.cost) == (10, 11, 1_200_000)
 
 
@@ -20585,7 +20593,7 @@ def test_what_stands_before_the_model_that_answered_does_not_hide_it(upstream, r
     it = relay({"openai": provider}, prices={"cheap": {"input": 1, "output": 1}, "dear": {"input": 10, "output": 100}})
     asked = {"model": "cheap", "input": "x", "stream": is_stream, "fallbacks": ["dear"]}
     assert it.post("/v1/responses", asked).status == 200
-    row = eventually(lambda: [row for row in it.server.service.tally.ended])[0]
+    row = eventually(lambda: [row for row in it.tally.ended])[0]
     assert (row.input, row.output, row.cost) == (10, 10, 1_100_000)
 
 
@@ -20610,7 +20618,7 @@ def test_the_author_of_a_picture_in_svg_is_charged_by_the_price_of_that_model(up
     it = relay({"openai": upstream(answer(200, json.dumps(said).encode()))}, prices=prices)
     body = {"model": "painter", "prompt": "x", "output_format": "svg", "svg": {"model": "author"}}
     assert it.post("/v1/images/generations", body).status == 200
-    row = eventually(lambda: it.server.service.tally.ended)[0]
+    row = eventually(lambda: it.tally.ended)[0]
     assert row.cost == (50 * 5 + 100 * 40 + 7 * 10 + 1000 * 50) * 1000
 
 
@@ -20667,9 +20675,9 @@ def test_budgets_do_not_count_cache_reads_nor_what_has_no_price(upstream, relay,
     for _ in range(11):
         assert it.post("/v1/messages", prompt("free"), token=BOB).status == 200
         assert it.post("/v1/messages", prompt("free"), token=ALICE).status == 200
-    eventually(lambda: len(it.server.service.tally.ended) == 22)
+    eventually(lambda: len(it.tally.ended) == 22)
     assert it.post("/v1/messages", prompt("free"), token=BOB).status == 200, "99 of 100"
-    eventually(lambda: len(it.server.service.tally.ended) == 23)
+    eventually(lambda: len(it.tally.ended) == 23)
     assert it.post("/v1/messages", prompt("free"), token=BOB).status == 429
     assert it.post("/v1/messages", prompt("free"), token=ALICE).status == 200
 
@@ -22459,7 +22467,7 @@ def first_state(it: Any) -> Any:
 def test_a_page_is_told_at_first_of_all_that_the_ledger_may_not_have_yet(relay, recent, told):
     it, now = relay({"echo": {}}), int(time.time() * 1000)
     times = [now - 3_600_000] * 60 + [now] * recent
-    it.server.service.tally.ended.extend(row(at=at, request=f"req_{number}") for number, at in enumerate(times))
+    it.tally.ended.extend(row(at=at, request=f"req_{number}") for number, at in enumerate(times))
     ended = first_state(it)["ended"]
     assert len(ended) == told and ended[-1][21] == f"req_{len(times) - 1}"
 
@@ -23042,7 +23050,7 @@ def check_memory(week: Week) -> None:
         assert in_memory == {tuple(group.values()): sums for group, sums in in_file}
     for user in (None, *week.tokens):
         sums: dict[int, list[int]] = {}
-        for (at, owner), figures in week.relay.server.service.tally.hours.items():
+        for (at, owner), figures in week.relay.tally.hours.items():
             if at > hour - monorelay.TALLIED_HOURS and user in (None, owner):
                 sums[at] = [one + other for one, other in zip(sums.get(at, [0] * len(figures)), figures)]
         found = monorelay.hour_rows(str(week.path), hour - monorelay.TALLIED_HOURS + 1, user)
@@ -24337,7 +24345,7 @@ def test_requests_of_several_days_and_models_without_a_price_are_told_apart(rela
 @pytest.mark.parametrize("query", ["", "?days=7"])
 def test_without_a_ledger_the_page_shows_the_sums_since_a_start_some_days_ago(relay, browser, query):
     it = relay({"echo": {}})
-    it.server.service.tally.since -= 3 * 86400
+    it.tally.since -= 3 * 86400
     assert it.post("/v1/messages", prompt()).status == 200
     browser.show(it, query=query)
     browser.until("$('users').rows.length && $('models').rows.length")
