@@ -20089,7 +20089,7 @@ def test_no_more_pages_than_fifty_and_each_that_leaves_makes_room(relay, quick):
     assert eventually(lambda: not it.server.service.pages)
 
 
-def test_the_page_is_held_once_for_all_who_take_their_time(relay):
+def test_the_page_is_held_once_for_all_who_take_their_time(relay, small_buffers):
     it = relay({"echo": {}})
     with it.client() as client:
         size = len(client.ask("GET", "/dashboard", token="").body)
