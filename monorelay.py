@@ -4739,7 +4739,7 @@ TEXT = bytes({*range(256)}.difference(b'"{}[]\0'))
 
 
 def cut_at_quotes(data: bytes) -> list[bytes]:
-    """The brackets in the data, outside of strings and, by turns, within."""
+    """The brackets in the data, cut at each quote: by turns those outside of strings and those within."""
     if b"\\" in data:
         data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     return data.translate(None, TEXT).split(b'"')
@@ -4759,7 +4759,7 @@ class Placed(NamedTuple):
 
 
 def placed(pattern: re.Pattern[bytes], data: bytes, nesting: Nesting, is_stream: bool, since: int = 0) -> list[Placed]:
-    """All that matches from there on, none of it in a string, in data that begin in such a place."""
+    """All that matches from there on, and isn't in a string. `nesting` is the place where the data begin."""
     matches = [*pattern.finditer(data, since or len(nesting.rest))]
     if len(matches) == 1:  # as mostly
         at = matches[0].start()
@@ -4826,7 +4826,7 @@ class Usage:
         self._tier = Outermost()  # OpenAI's service tier, which stands beside it,
         self._tools = Outermost()  # and what it says of tools, by packed()
         self._authors: dict[str, dict[str, int]] = {}  # what models used that have written pictures as SVG
-        self._authors_at = -1, 0  # in which line these are told, and how deep,
+        self._authors_place = -1, 0  # in which line these are told, and how deep,
         self._author_at = -1  # and where the last one is
         self.seeks_model = False  # whether another model than the request's own may answer
         self._model = Outermost()  # which one has, if that is sought
@@ -4854,7 +4854,7 @@ class Usage:
                 others.append(tools["image_gen"])  # the model isn't named: its tokens have the price of the response's
             searches = counts_of(tools.get("web_search")).get("num_requests", 0)
             used = used._replace(web_searches=max(used.web_searches, searches))
-        if is_openai and self._authors_at[1] <= self._depth + SVG_DEPTH:
+        if is_openai and self._authors_place[1] <= self._depth + SVG_DEPTH:
             others += [{"model": model, **counts} for model, counts in self._authors.items()]
         used = with_others(used, others) if others else used
         return used._replace(output=None) if self._is_placeholder else used
@@ -4978,11 +4978,11 @@ class Usage:
         """Adds what OpenAI tells of who has written a picture as SVG; a response may have several, and of a stream, the
         last event tells of all of them once more."""
         line, at = (self._offset + name.line if name.line else self._line), self._offset + name.match.start()
-        if line != self._authors_at[0] or name.depth < self._authors_at[1]:
+        if line != self._authors_place[0] or name.depth < self._authors_place[1]:
             self._authors.clear()
-        elif at <= self._author_at or name.depth > self._authors_at[1]:
+        elif at <= self._author_at or name.depth > self._authors_place[1]:
             return
-        self._authors_at, self._author_at = (line, name.depth), at
+        self._authors_place, self._author_at = (line, name.depth), at
         author = usage["model"] if isinstance(usage.get("model"), str) else ""
         if len({*self._authors, author}) > SVG_AUTHORS:
             author = ""  # so that it has the price of the response's own model
