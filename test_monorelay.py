@@ -22071,7 +22071,7 @@ def test_what_is_too_old_is_dropped_step_by_step_and_the_sums_are_kept_for_longe
     assert selected(path, "SELECT count(*) FROM request") == [8002]
     left = []
     for _ in range(3):
-        Ledger(path, keep_days=2).write(row())
+        assert Ledger(path, keep_days=2).write(row()) == []
         left += selected(path, "SELECT count(*) FROM request")
     assert left == [3003, 3, 4]
     assert selected(path, "SELECT sum(requests) FROM hour") == [8001 + 3], "all but the oldest hour"
