@@ -9712,7 +9712,7 @@ class Channel:
 
     @property
     def is_full(self) -> bool:
-        """Whether the receive buffer was full, and half of it hasn't been used since: reading rests until then."""
+        """Whether the receive buffer was full, and there isn't room for more again: reading rests until then."""
         return not (self.ended or self._watched & READABLE)
 
     @property
@@ -9739,10 +9739,13 @@ class Channel:
         return data[:count]
 
     def keep(self, rest: bytes) -> None:
-        """Keeps no more than this of what has arrived, and reads on if there is room for half a buffer."""
+        """Keeps no more than this of what has arrived, and reads on if there is room: in a small window, for half of
+        it, or those who fill it would be received from once for each request in there."""
         self.received = rest
-        if not self._watched & READABLE and len(rest) < self._window / 2:
-            self._watch()
+        if not self._watched & READABLE:
+            low_water = self._window if self._window >= HELD_BYTES else self._window // 2
+            if len(rest) < low_water:
+                self._watch()
 
     def send_now(self, data: Union[bytes, memoryview]) -> int:
         """Sends what there is room for; how many of the bytes that was. The task is resumed when there is room for

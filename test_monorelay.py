@@ -11664,23 +11664,27 @@ def test_who_gives_way_waits_for_one_of_those_that_want_much_and_not_for_all(loo
     assert told.index("patient") <= 1
 
 
-def test_a_full_buffer_is_read_into_again_when_less_than_half_of_it_is_left(looping):
+@pytest.mark.parametrize("window", [1000, monorelay.HELD_BYTES], ids=["small", "large"])
+def test_a_full_buffer_is_read_into_again_when_there_is_room(looping, window):
     near, far = socket.socketpair()
 
     def begin() -> monorelay.Channel:
-        channel = monorelay.Channel(near, looping.loop, 1000)
+        channel = monorelay.Channel(near, looping.loop, window)
         channel.task = types.SimpleNamespace(client=channel, resume=lambda error: None)
         return channel
 
+    def is_full_with(count: int) -> bool:
+        channel.take(len(channel.received) - count)
+        return channel.is_full
+
     with near, far:
         channel = looping.call(begin)
-        far.sendall(b"x" * 1999)
-        eventually(lambda: len(channel.received) == 1000)
-        looping.call(lambda: channel.take(500))
-        looping.call(lambda: None)  # one turn later
-        assert len(channel.received) == 500 and channel.is_full
-        looping.call(lambda: channel.take(1))
-        eventually(lambda: len(channel.received) == 1000)
+        far.settimeout(0.2)
+        with contextlib.suppress(socket.timeout):
+            far.sendall(b"x" * 16_000_000)  # more than both ends take
+        assert len(channel.received) >= window and channel.is_full
+        least = window if window == monorelay.HELD_BYTES else window // 2
+        assert looping.call(lambda: [is_full_with(least), is_full_with(least - 1)]) == [True, False]
         looping.call(channel.close)
 
 
