@@ -27787,6 +27787,41 @@ def test_bodies_that_wait_together_stay_below_their_bound(besieged):
     assert_bearable(it, attack, 200 << 20)
 
 
+@pytest.mark.slow
+@pytest.mark.timed
+@pytest.mark.parametrize("kind", ["short usages of many values", "renamed tools"])
+def test_400_streams_keep_little_of_what_they_began_with(descriptors, besieged, kind):
+    gate = threading.Event()
+    told = b'"usage":{"prompt_tokens":7,"completion_tokens":1,"x":[%b]}' % b",".join([b"[]"] * 650)
+    first = b'data: {"choices":[{"index":0,"delta":{"content":"hi"}}],%b}\n\n' % told
+
+    def streams(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(STREAM_HEAD, chunk(first))
+        gate.wait(200)
+        connection.send(chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n")
+
+    it, count = besieged(streams), 400
+    path, asked = "/v1/chat/completions", chat("gpt-x")
+    if kind == "renamed tools":
+        tools = [{"name": f"a.{number}", "input_schema": {}} for number in range(1_000)]
+        path, asked = "/v1/messages", prompt("gpt-x", tools=tools)
+    body = json.dumps({**asked, "stream": True}, separators=(",", ":")).encode()
+
+    def attack() -> None:
+        gate.clear()
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(patient(it)) for _ in range(count)]
+            for client in clients:
+                client.send(request("POST", path, body))
+                client.until(b"hi")
+            gate.set()
+            for client in clients:
+                client.until(b"0\r\n\r\n")
+
+    assert_bearable(it, attack, count * (len(body) + len(told)))
+
+
 def dribbles(*pieces: bytes) -> Script:
     """Sends each byte of the pieces on its own."""
 
@@ -27823,6 +27858,10 @@ ODD_PROVIDERS: dict[str, tuple[Script, tuple[int, ...]]] = {
         replies_then_closes(answer(200, b'"results_url"' + b" " * 250_000 + b'"results_url" : "http' * 50_000)),
         (200,)),
     "usage almost": (replies_then_closes(answer(200, b'"input_tokens" : ' * 250_000)), (200,)),
+    "usage in usage": (replies_then_closes(answer(200, b'{"usage":' * 440_000)), (200,)),
+    "nothing but usage": (
+        replies_then_closes(STREAM_HEAD, chunk(b'data: {"type":"a",' + b'"usage":{},' * 360_000), b"0\r\n\r\n"),
+        (200,)),
 }  # fmt: skip
 
 
