@@ -7025,7 +7025,7 @@ class Call:
         self.arguments += part.encode("latin-1")
         text = (self._rest + part).replace(r"\\", "")
         self._rest = "\\" if text.endswith("\\") else ""
-        parts = text.replace('\\"', "").split('"')
+        parts = text.replace('\\"', "").replace('""', "").split('"')
         outside = "".join(parts[self._in_string :: 2])
         self._in_string ^= len(parts) % 2 == 0
         opened = outside.count("{") + outside.count("[")
