@@ -2871,7 +2871,9 @@ def word_of(value: Any) -> str:
 
 
 WEB_SEARCH_USD = 0.01  # what both APIs charge for each
-SERVICE_TIERS = {"batch": "batches"}  # how LiteLLM's list calls them where it isn't as the APIs do
+# How LiteLLM's list calls them where it isn't as the APIs do. What OpenAI called priority is `fast` in answers of GPT-6
+# (https://developers.openai.com/api/docs/guides/fast-mode).
+SERVICE_TIERS = {"batch": "batches", "fast": "priority"}
 # What a rate that isn't given is, as a part of the input's. OpenAI bills writes so since GPT-5.6; of earlier models,
 # and of others that speak its format, it is rather dearer than true.
 RATE_FACTORS = {

@@ -2372,6 +2372,7 @@ def cost(provider: str, model: str, tokens: Any, prices: Any = LITELLM_PRICES) -
         ("openai", "gpt-5", used(86, read=1920, output=300, tier="flex"), 86 * 625 + 120_000 + 300 * 5000),
         ("openai", "gpt-5", used(86, output=300, tier="scale"), 86 * 1250 + 300 * 10_000),
         ("openai", "gpt-5.4", used(300_000, read=1, output=1, tier="priority"), 300_000 * 5000 + 500 + 30_000),
+        ("openai", "gpt-5.4", used(300_000, read=1, output=1, tier="fast"), 300_000 * 5000 + 500 + 30_000),
         ("anthropic", "claude-opus", used(2, read=1, output=4, tier="batch"), 5000 + 250 + 50_000),
         # The batch rates of writes aren't listed: they are in the proportion of the input's.
         ("anthropic", "claude-opus", used(0, write=4, long=2, tier="batch"), 12_500 + 10_000),
