@@ -2789,8 +2789,8 @@ def tokens_of(usage: JsonDict) -> Tokens:
         if write and not lasting:
             lasting = lasting_writes(given) or counts.get("claude_cache_creation_1_h_tokens", 0)  # the latter: new-api
         untold = counts.get("total_tokens", 0) - (total or 0) - (output or 0)
-        if untold > 0 and is_thinking(untold, usage, cached or 0, written or 0):
-            output = (output or 0) + untold
+        if untold > 0:
+            output = (output or 0) + thought_beside(untold, usage, cached or 0, written or 0)
     if not includes and total is output is read is write is brief is lasting is None:
         return NO_TOKENS
     total, read, lasting = total or 0, read or 0, lasting or 0
@@ -2840,13 +2840,16 @@ def lasting_writes(details: Any) -> int:
     return told or hours.get("ephemeral_1h_input_tokens", 0) + hours.get("ephemeral_12h_input_tokens", 0)
 
 
-def is_thinking(untold: int, usage: JsonDict, cached: int, written: int) -> bool:
-    """Whether these tokens, which only the total counts, were thought: xAI, Copilot and gateways in front of Gemini
-    tell of them apart, Gemini doesn't."""
+def thought_beside(untold: int, usage: JsonDict, cached: int, written: int) -> int:
+    """How many of these tokens, which only the total counts, were thought: xAI, Copilot, Vertex AI and gateways in
+    front of Gemini tell of them apart, Gemini doesn't. Its total has what its tools have read, too."""
     details = counts_of(usage.get("completion_tokens_details") or usage.get("output_tokens_details"))
-    thought = details.get("reasoning_tokens") or usage.get("reasoning_tokens")
-    is_gemini = not thought and CHAT_TOTALS <= usage.keys() <= GEMINI_NAMES
-    return untold == thought or (is_gemini and untold not in (cached, written, cached + written))
+    thought = details.get("reasoning_tokens") or counts_of(usage).get("reasoning_tokens", 0)
+    if untold != thought and untold in (cached, written, cached + written):
+        return 0
+    if thought:
+        return thought if thought <= untold else 0
+    return untold if CHAT_TOTALS <= usage.keys() <= GEMINI_NAMES else 0
 
 
 def counts_of(section: Any) -> dict[str, int]:

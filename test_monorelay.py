@@ -4071,6 +4071,14 @@ USAGE_TOLD: dict[str, tuple[str, Any, tuple[Any, ...], str | None]] = {
         (10, 8, 0, 0, 653),
         None,
     ),
+    "a chat whose total has what was read by a search, too, as Vertex AI's": (
+        "/v1/chat/completions",
+        whole_chat(usage={"completion_tokens": 98, "completion_tokens_details": {"reasoning_tokens": 112},
+                          "extra_properties": {"google": {"traffic_type": "ON_DEMAND"}}, "prompt_tokens": 329,
+                          "total_tokens": 588}),
+        (329, 0, 0, 0, 210),
+        None,
+    ),
     "a chat that tells of its reasoning beside the others, as Copilot's": (
         "/v1/chat/completions",
         whole_chat(usage={"completion_tokens": 3, "prompt_tokens": 18, "total_tokens": 121, "reasoning_tokens": 100,
