@@ -2883,6 +2883,9 @@ RATE_FACTORS = {
     "anthropic": {"cache_read": 0.1, "cache_write": 1.25, "cache_write_long": 2.0},
     "openai": {"cache_read": 1.0, "cache_write": 1.25, "cache_write_long": 2.5},
 }
+# How many times the usual rates it costs what a list has no rates for: at most, by what OpenAI and Anthropic charge.
+DEAR_TIERS = {"priority": 2.5, "ultrafast": 6.0}
+DEAR_SPEEDS = {"fast": 2.0}
 # What a price list leaves out of a name: a date; the owner of a tuned model; `models/`, with which Google lists each;
 # OpenRouter's choice of who serves a model (https://openrouter.ai/docs/guides/routing/model-variants/overview); and
 # Claude Code's mark of a long context, which some servers take.
@@ -2927,7 +2930,8 @@ def charge_of(price: Optional[Price], format: str, used: Used) -> Optional[int]:
         return None
     counts = {kind: getattr(used, kind) or 0 for kind in KINDS}
     prompt = sum(counts.values()) - counts["output"]
-    level = level_of(price.rates, SERVICE_TIERS.get(used.tier, used.tier), prompt)
+    tier = SERVICE_TIERS.get(used.tier, used.tier)
+    level = level_of(price.rates, tier, prompt)
     total = 0
     for kind, count in counts.items():
         if count:
@@ -2937,7 +2941,18 @@ def charge_of(price: Optional[Price], format: str, used: Used) -> Optional[int]:
             if kind == "output" and used.thinks:
                 rate = max(rate, rate_of(price.rates, "thinking", level, format) or 0)
             total += count * rate
-    return total * price.factors.get(used.speed, PRICE_UNIT) * price.factors.get(used.geo, PRICE_UNIT)
+    return total * dear_factor(price, format, tier, used.speed) * price.factors.get(used.geo, PRICE_UNIT)
+
+
+def dear_factor(price: Price, format: str, tier: str, speed: str) -> int:
+    """How many times the rates it costs, in PRICE_UNIT, by its speed, or by a tier without rates of its own. Anthropic's
+    `priority` is paid for in advance."""
+    if speed in price.factors:
+        return price.factors[speed]
+    factor = DEAR_SPEEDS.get(speed, 1.0)
+    if format != "anthropic" and ("input", tier, 0) not in price.rates:
+        factor = max(factor, DEAR_TIERS.get(tier, 1.0))
+    return exact(factor)
 
 
 def plain_names(model: str) -> list[str]:

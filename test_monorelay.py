@@ -2407,6 +2407,20 @@ def test_a_cost_is_what_the_bill_says(provider, model, tokens, nano_usd):
     assert cost(provider, model, tokens) == nano_usd
 
 
+OWN_PRICES = {"gpt-5": {"input": 1.25, "output": 10}, "claude-haiku": {"input": 1, "output": 5}}
+
+
+@pytest.mark.parametrize("prices", [LITELLM_PRICES, OWN_PRICES], ids=["LiteLLM's list", "prices by pattern"])
+def test_what_is_dearer_than_usual_is_so_where_a_list_does_not_say_how_much(prices):
+    for provider, model, told, nano_usd in (
+        ("openai", "gpt-5", {"tier": "priority"}, 25_000), ("openai", "gpt-5", {"tier": "fast"}, 25_000),
+        ("openai", "gpt-5", {"tier": "ultrafast"}, 60_000), ("openai", "gpt-5", {"tier": "scale"}, 10_000),
+        ("openai", "gpt-5", {"speed": "fast"}, 20_000), ("anthropic", "claude-haiku", {"speed": "fast"}, 10_000),
+        ("anthropic", "claude-haiku", {"tier": "priority"}, 5000),
+    ):  # fmt: skip
+        assert cost(provider, model, used(0, output=1, **told), prices) == nano_usd, told
+
+
 def test_exact_names_go_before_patterns_in_a_list_of_litellms_form():
     dear, cheap = ({"input_cost_per_token": rate, "output_cost_per_token": rate} for rate in (2e-6, 1e-6))
     prices = {"claude-*": dear, "claude-opus": cheap, "anthropic/claude-mine": cheap}
