@@ -16148,6 +16148,8 @@ class Signals:
         for name in names:
             if hasattr(signal, name):  # Windows has few
                 signal.signal(getattr(signal, name), lambda number, frame: None)
+        if hasattr(signal, "pthread_sigmask"):  # whoever has started this process may have held them back
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {getattr(signal, name) for name in names})
 
     def next(self, seconds: float) -> str:
         """The name of the next signal, or nothing after so many seconds. Reloads that follow each other are one."""
@@ -16351,7 +16353,7 @@ class Supervisor:
         try:
             pid = os.fork()
             if not pid:
-                self._be_worker(parent, held, place)
+                self._be_worker(parent, place)
         except OSError as error:
             self._log.warn(f"a worker can't be started, another try follows: {error.strerror}")
             return False
@@ -16362,13 +16364,12 @@ class Supervisor:
             self._log.warn(f"the new worker {pid} serves by the last configuration that could be read: {line}")
         return True
 
-    def _be_worker(self, parent: int, held: set[int], place: PlaceOnBoard) -> NoReturn:
+    def _be_worker(self, parent: int, place: PlaceOnBoard) -> NoReturn:
         """Runs a worker, and ends its process."""
         status = 1
         try:
             signals = Signals(*OPERATOR_SIGNALS, WORKER_RELOADS, WORKER_CUTS)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
             server = RelayServer(self._file.config, None, self._listeners, place)
             operator = Operator(server, self._file, parent, place.worker == 0)
             server.start()

@@ -25664,6 +25664,19 @@ def test_a_signal_drains_and_a_second_one_ends_at_once(upstream, program, number
     gate.set()
 
 
+def hold_signals_back() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_signals_that_were_held_back_when_it_was_started_are_heeded(program, workers):
+    it = program(settings({"echo": {}}, server={"workers": workers}), preexec_fn=hold_signals_back)
+    it.signal(signal.SIGHUP)
+    eventually(lambda: "was reloaded" in it.text())
+    it.signal(signal.SIGTERM)
+    assert it.ended() == 0
+
+
 def test_a_relay_that_gets_no_thread_any_more_drains_all_the_same(upstream, relay, monkeypatch):
     gate = threading.Event()
     it = relay({"anthropic": upstream(gated_stream(gate))})
