@@ -3208,7 +3208,8 @@ def spent_over(user: User, spent: Callable[[str], tuple[int, int]], now: float) 
 FIELD_LINE = re.compile(rf"^({TOKEN.pattern}): ?([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 REQUEST_LINE = re.compile(rf"({TOKEN.pattern}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9][0-9])(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
-AUTHORITY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+# No name of a host is longer (RFC 1035 §2.3.4); each batch in a list is told of with that by which the relay was asked.
+AUTHORITY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]{1,255}|\[[0-9A-Fa-f:.]{1,255}\])(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = r"(?i)^https?://[^/?]*/?"
 # A percent-encoded letter, digit, hyphen, dot, underscore or tilde.
 UNRESERVED_ESCAPED = r"%(2[DdEe]|3[0-9]|4[1-9A-Fa-f]|5[0-9AaFf]|6[1-9A-Fa-f]|7[0-9AaEe])"

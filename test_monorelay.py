@@ -2610,6 +2610,7 @@ GOOD_HEADS = {
     "values": b"GET / HTTP/1.1\r\nHost: a\r\nX-A: \t b c \t\r\nX-A:\r\nX-B: caf\xe9\r\n"
     b"!#$%&'*+-.^_`|~09aZ: 1\r\n\r\n",
     "ip": b"GET / HTTP/1.1\r\nHost: [::1]:8787\r\n\r\n",
+    "long name": b"GET / HTTP/1.1\r\nHost: %b:8787\r\n\r\n" % (b"a" * 255),
 }
 
 
@@ -2668,6 +2669,7 @@ BAD_HEADS = {
     "host with path": b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n",
     "host with user": b"GET / HTTP/1.1\r\nHost: u@a\r\n\r\n",
     "host with space": b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n",
+    "host of 256 characters": b"GET / HTTP/1.1\r\nHost: %b\r\n\r\n" % (b"a" * 256),
     "underscored length": host(b"Content_Length: 5"),
     "dotted coding": host(b"Transfer.Encoding: chunked"),
     "underscored key": host(b"X_Api_Key: k"),
