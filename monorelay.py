@@ -2883,9 +2883,10 @@ RATE_FACTORS = {
     "anthropic": {"cache_read": 0.1, "cache_write": 1.25, "cache_write_long": 2.0},
     "openai": {"cache_read": 1.0, "cache_write": 1.25, "cache_write_long": 2.5},
 }
-# How many times the usual rates it costs what a list has no rates for: at most, by what OpenAI and Anthropic charge.
-DEAR_TIERS = {"priority": 2.5, "ultrafast": 6.0}
-DEAR_SPEEDS = {"fast": 2.0}
+# How many times the usual rates it costs what a list has no rates for, in PRICE_UNIT: at most, by what OpenAI and
+# Anthropic charge.
+DEAR_TIERS = {"priority": 5 * PRICE_UNIT // 2, "ultrafast": 6 * PRICE_UNIT}
+DEAR_SPEEDS = {"fast": 2 * PRICE_UNIT}
 # What a price list leaves out of a name: a date; the owner of a tuned model; `models/`, with which Google lists each;
 # OpenRouter's choice of who serves a model (https://openrouter.ai/docs/guides/routing/model-variants/overview); and
 # Claude Code's mark of a long context, which some servers take.
@@ -2945,14 +2946,14 @@ def charge_of(price: Optional[Price], format: str, used: Used) -> Optional[int]:
 
 
 def dear_factor(price: Price, format: str, tier: str, speed: str) -> int:
-    """How many times the rates it costs, in PRICE_UNIT, by its speed, or by a tier without rates of its own. Anthropic's
-    `priority` is paid for in advance."""
+    """How many times the rates it costs, in PRICE_UNIT, by its speed, or by a tier without rates of its own.
+    Anthropic's `priority` is paid for in advance."""
     if speed in price.factors:
         return price.factors[speed]
-    factor = DEAR_SPEEDS.get(speed, 1.0)
+    factor = DEAR_SPEEDS.get(speed, PRICE_UNIT)
     if format != "anthropic" and ("input", tier, 0) not in price.rates:
-        factor = max(factor, DEAR_TIERS.get(tier, 1.0))
-    return exact(factor)
+        factor = max(factor, DEAR_TIERS.get(tier, PRICE_UNIT))
+    return factor
 
 
 def plain_names(model: str) -> list[str]:
