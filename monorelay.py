@@ -4640,6 +4640,7 @@ EVENT_TYPE = re.compile(
 FIRST_EVENT_TYPE = re.compile(
     rb'(?:data: ?)?\{ ?(?:"[a-z_]{1,32}" ?: ?(?:[0-9]{1,20}|"[^"\\]{0,256}"|null) ?, ?){0,8}' + EVENT_TYPE.pattern
 )
+DRAWING_MODEL = "gpt-image-1"  # the dearest of those that may draw for a response, of which OpenAI tells no name
 SVG_DEPTH = 2  # so much deeper than a response's usage is that of its pictures' authors, at most
 OPENAI_TIER = re.compile(rb'"service_tier" ?: ?"([a-z_]{1,20})"')
 ANSWERING_MODEL = re.compile(rb'"(model)"(?<!\\"model") ?: ?"([^"\\]{1,%d})"' % MODEL_CHARACTERS)
@@ -4873,7 +4874,7 @@ class Usage:
         if is_openai and self._is_beside(self._tools):
             tools = unpacked(self._tools.value)
             if counts_of(tools.get("image_gen")).get("output_tokens"):
-                others.append(tools["image_gen"])  # the model isn't named: its tokens have the price of the response's
+                others.append({"model": DRAWING_MODEL, **tools["image_gen"]})
             searches = counts_of(tools.get("web_search")).get("num_requests", 0)
             used = used._replace(web_searches=max(used.web_searches, searches))
         if is_openai and self._authors_place[1] <= self._depth + SVG_DEPTH:

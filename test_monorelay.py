@@ -20538,6 +20538,20 @@ def test_pictures_that_are_drawn_for_a_response_are_charged(upstream, relay, is_
     assert row.cost == 6_000 + 2_000 + 2_000 + 50_000 + 7024 * 2_000 + 10_000_000
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_who_draws_for_a_response_has_the_price_of_the_dearest_that_may(is_stream):
+    """Its name isn't told, and the model that asks it to draw may cost a hundredth."""
+    drawn = {"image_gen": {"input_tokens": 50, "output_tokens": 7024}, "web_search": {"num_requests": 0}}
+    response = {"model": "cheap", "tool_usage": drawn, "usage": RESPONSES_USAGE}
+    body = sse("response.completed", response=response) if is_stream else json.dumps(response).encode()
+    own = {"input_cost_per_token": 1e-7, "output_cost_per_token": 5e-7, "cache_read_input_token_cost": 1e-7}
+    painter = {"input_cost_per_token": 5e-6, "output_cost_per_image_token": 4e-5, "mode": "image_generation"}
+    told, bare = told_in_pieces(body, is_stream, []), monorelay.used_of(RESPONSES_USAGE)
+    prices = {"cheap": own, "gpt-image-1": painter}
+    assert cost("openai", "cheap", told, prices) - cost("openai", "cheap", bare, prices) == 50 * 5000 + 7024 * 40_000
+    assert cost("openai", "cheap", told, {"cheap": own}) == cost("openai", "cheap", bare, prices) + 5000 + 7024 * 500
+
+
 @pytest.mark.parametrize("named", [{"models": ["dear"]}, {"models": ["dear"], "pad": ["x" * 600_000]},
                                    {"extra_body": {"model": "dear"}}, "?model=dear", "?m%6Fdel=dear",
                                    {"providerOptions": {"gateway": {"models": ["dear"]}}}, {"MODEL": "dear"},
@@ -20675,7 +20689,7 @@ def test_each_author_of_a_responses_pictures_is_charged_once_beside_who_draws(is
         for by_line in (True, False):
             used = told_in_pieces(body, is_stream, [*range(step, len(body), step)], by_line)
             assert [(name, step.input, step.output) for name, step in used.iterations[1:]] == [
-                ("", 50, 100), ("author", 14, 2000), ("another", 7, 1000)
+                ("gpt-image-1", 50, 100), ("author", 14, 2000), ("another", 7, 1000)
             ], step  # fmt: skip
 
 
