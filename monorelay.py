@@ -1458,7 +1458,7 @@ PRICE_UNIT = 10**30
 KINDS = ("input", "cache_read", "cache_write", "cache_write_long", "output")
 # Fields of LiteLLM's list, such as cache_creation_input_token_cost_above_1hr_above_200k_tokens_batches.
 LITELLM_RATE = re.compile(
-    r"(input_cost_per_token|output_cost_per(?:_image|_reasoning)?_token"
+    r"(input_cost_per(?:_audio)?_token|output_cost_per(?:_image|_reasoning|_audio)?_token"
     r"|cache_read_input_token_cost|cache_creation_input_token_cost)"
     r"(_above_(?:1|12)hr)?(?:_above_([0-9]{1,6})k_tokens)?(?:_([a-z]+))?"
 )
@@ -1467,6 +1467,8 @@ LITELLM_KINDS = {
     "output_cost_per_token": "output",
     "output_cost_per_image_token": "pictures",
     "output_cost_per_reasoning_token": "thinking",
+    "input_cost_per_audio_token": "heard",
+    "output_cost_per_audio_token": "spoken",
     "cache_read_input_token_cost": "cache_read",
     "cache_creation_input_token_cost": "cache_write",
 }
@@ -2668,8 +2670,9 @@ def cooldown_keys(candidate: Candidate) -> tuple[tuple[str, ...], ...]:
 #   output            output_tokens                                    completion_tokens or output_tokens
 #
 # What a response doesn't tell is None and never guessed. A cost is what a price list makes of that, in 10^-9 USD: an
-# estimate, since discounts, credits, pictures and sound aren't in it. Where a list leaves a rate out, the cost is
-# rather dearer than true than cheaper. A budget is checked before a request and charged after it, never reserved.
+# estimate, since discounts, credits and what pictures cost apart from text aren't in it. Where a list leaves a rate
+# out, the cost is rather dearer than true than cheaper. A budget is checked before a request and charged after it,
+# never reserved.
 
 
 class Used(NamedTuple):
@@ -2685,6 +2688,8 @@ class Used(NamedTuple):
     geo: str = ""  # where it was computed
     web_searches: int = 0
     thinks: bool = False  # whether some of the output was thought: Alibaba charges more for all of it then
+    heard: int = 0  # how much of the input was sound,
+    spoken: int = 0  # and of the output
     # Model, empty for the response's own, and what it used. Where there are any, the cost is the sum over them: some
     # are another model's, and some aren't in the totals (a compaction).
     iterations: tuple[tuple[str, "Used"], ...] = ()
@@ -2700,6 +2705,7 @@ def used_of(usage: Any, service_tier: str = "") -> Used:
         return NOTHING_TOLD
     tier, speed = usage.get("service_tier") or service_tier, usage.get("speed")
     details = usage.get("completion_tokens_details") or usage.get("output_tokens_details")
+    read = usage.get("prompt_tokens_details") or usage.get("input_token_details")  # the latter: of transcriptions
     used = Used(
         *tokens_of(usage),
         "" if tier in ("standard", "default") else word_of(tier),
@@ -2707,6 +2713,8 @@ def used_of(usage: Any, service_tier: str = "") -> Used:
         word_of(usage.get("inference_geo")),
         searches_of(usage),
         isinstance(details, dict) and bool(details.get("reasoning_tokens")),
+        counts_of(read).get("audio_tokens", 0),
+        counts_of(details).get("audio_tokens", 0),
     )
     steps = tuple(iterations_of(usage["iterations"], used)) if "iterations" in usage else ()
     return used._replace(iterations=steps) if 0 < len(dict(steps)) <= ITERATED_MODELS else used
@@ -2883,6 +2891,7 @@ RATE_FACTORS = {
     "anthropic": {"cache_read": 0.1, "cache_write": 1.25, "cache_write_long": 2.0},
     "openai": {"cache_read": 1.0, "cache_write": 1.25, "cache_write_long": 2.5},
 }
+SOUNDS = {"input": "heard", "output": "spoken"}  # what of a kind was sound, as it is called in Used and in rates
 # How many times the usual rates it costs what a list has no rates for, in PRICE_UNIT: at most, by what OpenAI and
 # Anthropic charge.
 DEAR_TIERS = {"priority": 5 * PRICE_UNIT // 2, "ultrafast": 6 * PRICE_UNIT}
@@ -2942,6 +2951,10 @@ def charge_of(price: Optional[Price], format: str, used: Used) -> Optional[int]:
             if kind == "output" and used.thinks:
                 rate = max(rate, rate_of(price.rates, "thinking", level, format) or 0)
             total += count * rate
+            sound = SOUNDS.get(kind, "")
+            if sound and getattr(used, sound):
+                dear = rate_of(price.rates, sound, level, format) or 0
+                total += min(count, getattr(used, sound)) * max(0, dear - rate)
     return total * dear_factor(price, format, tier, used.speed) * price.factors.get(used.geo, PRICE_UNIT)
 
 

@@ -2450,6 +2450,25 @@ def test_a_part_of_a_name_that_changes_no_price_is_left_out_when_there_is_none_f
         assert cost("second", model, used(1), listed) == 1000, model
 
 
+def test_sound_costs_what_a_list_of_litellms_form_says_of_its_tokens():
+    speaker = {"input_cost_per_token": 2.5e-6, "output_cost_per_token": 1e-5, "input_cost_per_audio_token": 3.2e-5,
+               "output_cost_per_audio_token": 6.4e-5}  # fmt: skip
+    quiet = {name: rate for name, rate in speaker.items() if "audio" not in name}
+    chat = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150,
+            "prompt_tokens_details": {"cached_tokens": 20, "text_tokens": 40, "audio_tokens": 60},
+            "completion_tokens_details": {"audio_tokens": 30, "text_tokens": 20}}  # fmt: skip
+    written = {"type": "tokens", "input_tokens": 100, "output_tokens": 50, "total_tokens": 150,
+               "input_token_details": {"text_tokens": 10, "audio_tokens": 90}}  # fmt: skip
+    for usage, nano_usd, without in (
+        (chat, 20 * 2500 + 20 * 2500 + 60 * 32_000 + 20 * 10_000 + 30 * 64_000, 100 * 2500 + 50 * 10_000),
+        (written, 10 * 2500 + 90 * 32_000 + 50 * 10_000, 100 * 2500 + 50 * 10_000),
+    ):
+        told = monorelay.used_of(usage)
+        assert cost("openai", "speaker", told, {"speaker": speaker}) == nano_usd
+        assert cost("openai", "speaker", told, {"speaker": quiet}) == without
+        assert cost("openai", "speaker", told, {"speaker": {"input": 2.5, "output": 10}}) == without
+
+
 def test_pictures_cost_what_a_list_of_litellms_form_says_of_their_tokens():
     painter = {"input_cost_per_token": 5e-6, "output_cost_per_image_token": 4e-5}
     prices = {"painter": painter, "writer": {**painter, "output_cost_per_token": 1e-5}}
