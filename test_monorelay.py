@@ -20346,6 +20346,18 @@ def test_without_a_ledger_usage_is_told_since_the_start_or_not_at_all(relay, tmp
     assert it.ask("GET", f"/api/usage?{period}").json["rows"] == []
 
 
+@pytest.mark.parametrize("has_ledger", [True, False])
+def test_a_page_of_requests_is_written_row_by_row(relay, tmp_path, monkeypatch, has_ledger):
+    it = relay({"echo": {}}, **({"ledger": {"path": str(tmp_path / "usage.db")}} if has_ledger else {}))
+    rows, dumps, written = [row(at=number, request=f"req_{number}") for number in range(200)], json.dumps, []
+    monkeypatch.setattr(monorelay, "request_page", lambda *given, **wanted: ([it._asdict() for it in rows], None))
+    it.tally.ended.extend(rows)
+    monkeypatch.setattr(json, "dumps", lambda *given, **how: written.append(dumps(*given, **how)) or written[-1])
+    answer = it.ask("GET", "/api/requests?limit=1000")
+    assert len(answer.json["rows"]) == 200 and len(answer.body) > 50_000
+    assert max(map(len, written)) < 1000, "nothing else runs while `json` writes one"
+
+
 def test_requests_are_told_in_pages_newest_first(relay):
     it = relay({"echo": {}}, users=OWNERS)
     for number in range(25):
