@@ -3275,24 +3275,25 @@ class LongHeaders(Headers):
     long as a body takes to come. What isn't found in the text is made of it anew each time. Of the methods of a dict it
     has those that are used here."""
 
-    __slots__ = ("_folded", "_lines")
+    __slots__ = ("_lines", "_names")
 
     def __init__(self, pairs: Pairs) -> None:
-        self._lines = "\n".join(["", *map(":".join, pairs), ""])
-        self._folded = self._lines.lower()  # of as many characters, since they are those of Latin-1
+        names = map(str.lower, map(PAIR_NAME, pairs))
+        self._lines = "\n".join(["", *map(":".join, zip(names, map(PAIR_VALUE, pairs))), ""])
+        self._names = "\n".join(map(PAIR_NAME, pairs))  # as they were sent
 
     def __getattr__(self, name: str) -> Any:
         """One of its attributes `connection`, `names` and `pairs`."""
         if name == "connection":
             return Headers([(name, value) for value in self.all(name)]).connection
         if name == "names":
-            return re.findall("\n([^:\n]*):", self._folded)
+            return self._names.lower().split("\n")
         if name == "pairs":
-            return re.findall("\n([^:\n]*):(.*)", self._lines)
+            return list(zip(self._names.split("\n"), re.findall("\n[^:\n]*:(.*)", self._lines)))
         raise AttributeError(name)
 
     def __contains__(self, name: object) -> bool:
-        return f"\n{name}:" in self._folded
+        return f"\n{name}:" in self._lines
 
     def __getitem__(self, name: str) -> str:
         return self.all(name)[0]
@@ -3311,7 +3312,7 @@ class LongHeaders(Headers):
 
     def all(self, name: str) -> list[str]:
         """Every value of a field."""
-        found = re.finditer(f"\n{re.escape(name)}:", self._folded)
+        found = re.finditer(f"\n{re.escape(name)}:", self._lines)
         return [self._lines[it.end() : self._lines.index("\n", it.end())] for it in found]
 
 

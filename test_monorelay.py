@@ -2779,6 +2779,17 @@ def test_a_head_takes_no_more_than_three_times_what_was_sent(lines):
         tracemalloc.stop()
 
 
+def test_a_long_head_of_many_fields_is_held_once():
+    lines = [f"X-{number}: {'Y' * 800}" for number in range(70)]
+    data = "\r\n".join(["GET / HTTP/1.1", "Host: a", *lines, "", ""]).encode()
+    tracemalloc.start()
+    try:
+        kept = [monorelay.parse_request_head(data) for _ in range(10)]
+        assert tracemalloc.get_traced_memory()[0] < len(kept) * (len(data) + 4000), "who has shown no token gets 64 kB"
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("name", BAD_HEADS)
 def test_request_head_is_refused(name):
     with pytest.raises(monorelay.MalformedRequest) as caught:
