@@ -16154,6 +16154,8 @@ OPERATOR_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 # By these a supervisor has its workers reload and end at once. A SIGHUP or a second SIGTERM, which may have reached the
 # whole group, is nothing to them, so that it counts once.
 WORKER_RELOADS, WORKER_CUTS = "SIGUSR1", "SIGUSR2"
+# Who ends a process may send it two signals for one: `timeout` to it and to its group, npm beside its terminal's.
+TOGETHER_SECONDS = 0.05  # within which they count once
 
 
 class Signals:
@@ -16165,6 +16167,7 @@ class Signals:
     def __init__(self, *names: str) -> None:
         self._queue, self._far = socket.socketpair()
         self._received = b""  # and not told yet
+        self._has_ended = False  # whether one that asks for the end was told
         self._far.setblocking(False)
         signal.set_wakeup_fd(self._far.fileno(), warn_on_full_buffer=False)
         for name in names:
@@ -16183,8 +16186,19 @@ class Signals:
                 return ""
         first, rest = self._received[:1], self._received[1:]
         name = signal.Signals(first[0]).name
+        if name in ("SIGTERM", "SIGINT") and not self._has_ended:
+            rest = self._without_copies(rest)
+            self._has_ended = True
         self._received = rest.lstrip(first) if name in ("SIGHUP", WORKER_RELOADS) else rest
         return name
+
+    def _without_copies(self, rest: bytes) -> bytes:
+        """What follows, without what asks for the end once more at the same moment."""
+        time.sleep(TOGETHER_SECONDS)
+        self._queue.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            rest += self._queue.recv(4096)
+        return rest.translate(None, bytes((signal.SIGTERM, signal.SIGINT)))
 
 
 class ConfigFile:

@@ -25722,6 +25722,22 @@ def test_a_signal_drains_and_a_second_one_ends_at_once(upstream, program, number
     gate.set()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_signals_that_come_together_count_once(upstream, program, workers):
+    """As `timeout` sends them, to its child and to its group; two of one kind might come as one."""
+    gate = threading.Event()
+    it = program(settings({"anthropic": upstream(gated_stream(gate))}, server={"workers": workers}))
+    with Client(it.url) as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        client.until(b"message_start")
+        it.signal(signal.SIGINT)
+        os.killpg(it.process.pid, signal.SIGTERM)
+        eventually(lambda: "stopping" in it.text() and not accepts(it.url))
+        gate.set()
+        client.until(b"message_stop")
+        assert it.ended() == 0
+
+
 def hold_signals_back() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD})
 
