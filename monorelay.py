@@ -3434,10 +3434,14 @@ def check_spellings(fields: Headers) -> None:
     together = "".join(fields.names)
     if "_" not in together and "." not in together:
         return
-    for name in fields.names:
-        spelling = name.replace("_", "-").replace(".", "-")
+    for name, spelling in zip(fields.names, as_hyphenated(fields.names)):
         if spelling != name and spelling in GUARDED_HEADERS:
             raise MalformedRequest(f"the header {name} could be mistaken for another; spell it with -")
+
+
+def as_hyphenated(names: Sequence[str]) -> list[str]:
+    """The names of header fields as a server may read them that takes _ or . for -."""
+    return [name.replace("_", "-").replace(".", "-") for name in names]
 
 
 def request_body_length(fields: Headers, version: int) -> Optional[int]:
@@ -13849,7 +13853,7 @@ class Exchange:
         user = self.caller.user
         if user is None or user.models is None:
             return False
-        names = {name.replace("_", "-").replace(".", "-") for name in self.request.fields.names}
+        names = set(as_hyphenated(self.request.fields.names))
         what = "method" if names & METHOD_OVERRIDES else "model" if names & MODEL_OVERRIDES else ""
         if what:
             raise Forbidden(f"{self.caller.name} may use some models only, and no header that names another {what}")
@@ -13871,8 +13875,9 @@ class Exchange:
         if media_type(fields) == FORM_TYPE:
             plain_type, decides = PLAIN_FORM_TYPE, f"/v1{self.endpoint.path}" in FORM_PATHS
             decides = decides and fields.get("content-encoding", "identity").lower() == "identity"  # it is read as is
+        names = as_hyphenated(fields.names)
         is_plain = plain_type.fullmatch(fields.get("content-type", "")) and not any(
-            len(fields.all(name)) > 1 for name in ("content-type", "content-encoding")
+            names.count(name) > (name in fields) for name in ("content-type", "content-encoding")
         )
         # Some servers take what the query says, as well.
         in_query = any(name in query for name in ("model", "engine", "deployment", "_method"))
