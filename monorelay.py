@@ -3602,20 +3602,18 @@ Decoder = Union[LengthDecoder, CloseDecoder, ChunkedDecoder]
 
 def response_decoder(head: ResponseHead, method: str) -> Decoder:
     """The decoder for the body of a response (RFC 9112 §6.3). Raises FramingError for contradictory framing."""
+    fields = head.fields
+    lengths = fields.all("content-length") if "content-length" in fields else []
+    if lengths and not (CONTENT_LENGTH.fullmatch(lengths[0]) and lengths.count(lengths[0]) == len(lengths)):
+        raise FramingError("the Content-Length is malformed")
     if method == "HEAD" or head.status in (204, 304):
         return LengthDecoder(0)
-    fields = head.fields
     if "transfer-encoding" in fields:
         codings = [coding.lower() for coding in fields.all("transfer-encoding")]
-        if "content-length" in fields or codings != ["chunked"] or head.version == 0:
+        if lengths or codings != ["chunked"] or head.version == 0:
             raise FramingError("the Transfer-Encoding is given twice, isn't chunked, or stands beside a Content-Length")
         return ChunkedDecoder(RESPONSE_HEAD_BYTES, PADDED_CHUNK_SIZE)
-    if "content-length" not in fields:
-        return CloseDecoder()
-    lengths = fields.all("content-length")
-    if not CONTENT_LENGTH.fullmatch(lengths[0]) or lengths.count(lengths[0]) < len(lengths):
-        raise FramingError("the Content-Length is malformed")
-    return LengthDecoder(int(lengths[0]))
+    return LengthDecoder(int(lengths[0])) if lengths else CloseDecoder()
 
 
 def is_laborious(data: bytes) -> bool:

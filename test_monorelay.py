@@ -17160,6 +17160,14 @@ def test_a_response_whose_framing_breaks_never_ends_properly(kind, version):
         assert ANTHROPIC_EVENTS[0].startswith(passed) and (b"event: error" in it.body) == (kind == STREAM_TYPE)
 
 
+@pytest.mark.parametrize("value", ["+5", "0x5", "-1", "5, 5"])
+@pytest.mark.parametrize(("method", "status"), [("HEAD", 200), ("GET", 304), ("GET", 200)])
+def test_a_length_that_is_none_is_no_length_of_what_has_no_body_either(method, status, value):
+    head = monorelay.parse_response_head(f"HTTP/1.1 {status} x\r\ncontent-length: {value}\r\n\r\n".encode())
+    with pytest.raises(monorelay.FramingError, match="Content-Length"):
+        monorelay.response_decoder(head, method)
+
+
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=brief)
 @pytest.mark.parametrize("framing", ["chunked", "close"])
 def test_no_event_has_a_name_and_no_data_wherever_a_stream_breaks_off(framing, end):
