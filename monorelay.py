@@ -2713,11 +2713,17 @@ def used_of(usage: Any, service_tier: str = "") -> Used:
         word_of(usage.get("inference_geo")),
         searches_of(usage),
         isinstance(details, dict) and bool(details.get("reasoning_tokens")),
-        counts_of(read).get("audio_tokens", 0),
-        counts_of(details).get("audio_tokens", 0),
+        sound_in(read),
+        sound_in(details),
     )
     steps = tuple(iterations_of(usage["iterations"], used)) if "iterations" in usage else ()
     return used._replace(iterations=steps) if 0 < len(dict(steps)) <= ITERATED_MODELS else used
+
+
+def sound_in(details: Any) -> int:
+    """How many of the tokens of which these details tell are sound."""
+    is_told = isinstance(details, dict) and details.get("audio_tokens")
+    return counts_of(details).get("audio_tokens", 0) if is_told else 0
 
 
 def iterations_of(listed: Any, used: Used) -> Iterator[tuple[str, Used]]:
