@@ -2703,7 +2703,7 @@ def used_of(usage: Any, service_tier: str = "") -> Used:
     object has no service tier, the one given beside it counts. What is no sound count is as if not named."""
     if not isinstance(usage, dict):
         return NOTHING_TOLD
-    tier, speed = usage.get("service_tier") or service_tier, usage.get("speed")
+    tier, speed = usage.get("service_tier") or service_tier or vertex_tier(usage), usage.get("speed")
     details = usage.get("completion_tokens_details") or usage.get("output_tokens_details")
     read = usage.get("prompt_tokens_details") or usage.get("input_token_details")  # the latter: of transcriptions
     used = Used(
@@ -2718,6 +2718,14 @@ def used_of(usage: Any, service_tier: str = "") -> Used:
     )
     steps = tuple(iterations_of(usage["iterations"], used)) if "iterations" in usage else ()
     return used._replace(iterations=steps) if 0 < len(dict(steps)) <= ITERATED_MODELS else used
+
+
+def vertex_tier(usage: JsonDict) -> str:
+    """The service tier, where Vertex AI tells it in words of its own; else empty."""
+    properties = usage.get("extra_properties")
+    google = properties.get("google") if isinstance(properties, dict) else None
+    traffic = google.get("traffic_type") if isinstance(google, dict) else None
+    return {"ON_DEMAND_PRIORITY": "priority", "ON_DEMAND_FLEX": "flex"}.get(word_of(traffic), "")
 
 
 def sound_in(details: Any) -> int:

@@ -2241,6 +2241,10 @@ def test_the_kinds_of_tokens_are_disjoint_in_either_format(usage, expected):
         ({"service_tier": None, "server_tool_use": {"web_search_requests": 3}}, "flex", ("flex", "", "", 3)),
         ({"service_tier": "x" * 33, "speed": "two words", "inference_geo": 5, "server_tool_use": [3]}, "ü",
          ("", "", "", 0)),
+        # Vertex AI, in front of Gemini.
+        ({"extra_properties": {"google": {"traffic_type": "ON_DEMAND_PRIORITY"}}}, "", ("priority", "", "", 0)),
+        ({"extra_properties": {"google": {"traffic_type": "ON_DEMAND"}}}, "", ("", "", "", 0)),
+        ({"extra_properties": {"google": ["traffic_type"]}}, "", ("", "", "", 0)),
         # xAI; Perplexity, which tells the number only of several; and LiteLLM in front of such.
         ({"server_side_tool_usage_details": {"web_search_calls": 2, "x_search_calls": 1, "mcp_calls": 9}}, "",
          ("", "", "", 3)),
