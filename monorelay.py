@@ -4876,6 +4876,7 @@ class Usage:
         self._size = 0  # of that
         self._depth = math.inf  # how deep it stands
         self._is_placeholder = False  # what it says of the output
+        self._is_message = False  # whether a message_start has come
         self._tier = Outermost()  # OpenAI's service tier, which stands beside it,
         self._tools = Outermost()  # and what it says of tools, by packed()
         self._authors: dict[str, dict[str, int]] = {}  # what models used that have written pictures as SVG
@@ -5014,7 +5015,8 @@ class Usage:
         if kind.startswith(b"content_block"):
             return  # a tool's input may have a `usage` of its own
         self._is_placeholder = kind == b"message_start"
-        if kind in (b"message_delta", b"message_stop"):
+        self._is_message = self._is_message or self._is_placeholder
+        if kind in (b"message_delta", b"message_stop") or (self._is_message and not kind):  # its type is still to come
             found, size = unpacked(self._found), size + self._size
             if size > 2 * USAGE_BYTES:  # to read and write all of it once more with each event would take long
                 found = plain_members(found)

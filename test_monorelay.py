@@ -4315,6 +4315,14 @@ def test_no_type_that_a_client_has_sent_is_taken_for_the_events_own(decoy, size)
             assert told[:5] == (1000, 0, 0, 0, 500), (order, step, by_line)
 
 
+def test_a_message_whose_events_tell_their_type_last_keeps_its_prompt_wherever_they_are_cut():
+    start = {"message": {"usage": {"input_tokens": 10, "cache_read_input_tokens": 700, "output_tokens": 1}}}
+    events = ({**start, "type": "message_start"}, {"usage": {"output_tokens": 5}, "delta": {}, "type": "message_delta"})
+    body = b"".join(b"data: %b\n\n" % json.dumps(event).encode() for event in events)
+    for at in range(1, len(body) - 3):
+        assert told_in_pieces(body, True, [at, at + 3], by_line=False)[:5] == (10, 700, 0, 0, 5), at
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("size", [10, 60_000])
 def test_no_usage_that_a_client_has_sent_is_taken_for_the_responses_own(is_stream, size):
