@@ -18004,8 +18004,7 @@ def token_expression(config: Config, path: str) -> str:
             if value == key.reveal() and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 return f"${name}"
     if config.server.access_keys:
-        written = as_written(path, "server", "access_key") or ()
-        for index, key_text in enumerate([written] if isinstance(written, str) else written):
+        for index, key_text in enumerate(texts_in(as_written(path, "server", "access_key"))):
             if Secret(key_text) in config.server.access_keys:
                 code = 'import json,sys;k=json.load(open(sys.argv[1]))["server"]["access_key"]'
                 code += f";print(k if isinstance(k,str) else k[{index}])"

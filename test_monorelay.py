@@ -25957,6 +25957,15 @@ def test_workers_tell_of_a_reload_once(program, to):
     assert it.text().count("was reloaded") == 2 and it.text().count("server.workers has changed") == 1
 
 
+@pytest.mark.parametrize("edited", [5, [5], [None, TOKEN], {"a": 1}, None])
+def test_an_edit_that_breaks_relay_json_while_it_is_being_started_is_no_matter_of_the_banner(tmp_path, edited):
+    file = tmp_path / "relay.json"
+    file.write_text(json.dumps(settings({"echo": {}}, server={"access_key": TOKEN})))
+    config = monorelay.load_config(str(file), {})
+    file.write_text(json.dumps({"server": {"access_key": edited}}))
+    assert any("stop it" in line for line in monorelay.banner(config, str(file), "http://127.0.0.1:1", False))
+
+
 def test_a_relay_json_is_looked_for_when_python_has_forgotten_where_the_program_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = monorelay.ConfigFile(monorelay.load_config("", {}), "", {}, ())
