@@ -4552,7 +4552,8 @@ class FormWalk:
             self._in_model, self._lengths = True, set(PART_LENGTH.findall(header))
         self.is_repeated |= name == "model" and not file and not self._in_model and self.span[1] > 0
         # Some servers take `model[]` for a list of that name, and OpenAI takes `svg[model]` for who draws.
-        self.is_ambiguous |= any(map(is_model_name, re.split(r"[][]+", name))) and not self._in_model
+        names_model = is_model_name(name) or any(map(is_model_name, re.split(r"[][]+", name)))
+        self.is_ambiguous |= names_model and not self._in_model
         self.is_ambiguous |= PART_CHARSET.search(header) is not None
         self.settled |= bool(file) and not self._anywhere
         self._use(end)

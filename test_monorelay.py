@@ -21021,6 +21021,13 @@ def test_no_form_takes_long(filling):
     assert seconds_each(lambda: fed([body]), 1) < 0.02 and seconds_each(lambda: fed(pieces), 1) < 0.02
 
 
+def test_a_long_name_of_a_forms_field_is_not_looked_at_part_by_part(monkeypatch):
+    looked_at, is_model_name = [], monorelay.is_model_name
+    monkeypatch.setattr(monorelay, "is_model_name", lambda name: looked_at.append(name) or is_model_name(name))
+    assert fed([form(*[("a][" * 1300, "")] * 60)])[2], "what may name a model there, nobody needs to know"
+    assert len(looked_at) < 100
+
+
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 @pytest.mark.parametrize(("asked", "sent"), [("whisper-1", "whisper-1"), ("ears", "gpt-4o-transcribe")])
 def test_a_forms_model_decides_where_it_goes_and_its_file_streams_through(upstream, relay, asked, sent, framing):
