@@ -2812,7 +2812,8 @@ def tokens_of(usage: JsonDict) -> Tokens:
             lasting = lasting_writes(given) or counts.get("claude_cache_creation_1_h_tokens", 0)  # the latter: new-api
         untold = counts.get("total_tokens", 0) - (total or 0) - (output or 0)
         if untold > 0:
-            output = (output or 0) + thought_beside(untold, usage, cached or 0, written or 0)
+            thought = thought_beside(untold, usage, cached or 0, written or 0)
+            output = (output or 0) + thought if thought else output
     if not includes and total is output is read is write is brief is lasting is None:
         return NO_TOKENS
     total, read, lasting = total or 0, read or 0, lasting or 0

@@ -2163,6 +2163,7 @@ def used(input: int, read: int = 0, write: int = 0, long: int = 0, output: int |
           "completion_tokens_details": {"reasoning_tokens": 200}}, (86, 1920, 0, 0, 300)),
         ({"prompt_tokens": 5, "total_tokens": 5}, (5, 0, 0, 0, 0)),
         ({"total_tokens": 5}, (5, 0, 0, 0, 0)), ({"total_tokens": 0}, (None,) * 5),
+        ({"prompt_tokens": None, "total_tokens": 5}, (None,) * 5),
         ({"text_tokens": 5, "image_pixels": 2_000_000, "total_tokens": 3576}, (3576, 0, 0, 0, 0)),
         ({"prompt_tokens": 5, "completion_tokens": 1, "prompt_tokens_details": None}, (5, 0, 0, 0, 1)),
         ({"prompt_tokens": 100, "completion_tokens": 1, "prompt_cache_hit_tokens": 64, "prompt_cache_miss_tokens": 36},
