@@ -2705,7 +2705,8 @@ def used_of(usage: Any, service_tier: str = "") -> Used:
         return NOTHING_TOLD
     tier, speed = usage.get("service_tier") or service_tier or vertex_tier(usage), usage.get("speed")
     details = usage.get("completion_tokens_details") or usage.get("output_tokens_details")
-    read = usage.get("prompt_tokens_details") or usage.get("input_token_details")  # the latter: of transcriptions
+    read = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+    read = read or usage.get("input_token_details")  # of transcriptions
     used = Used(
         *tokens_of(usage),
         "" if tier in ("standard", "default") else word_of(tier),

@@ -2464,9 +2464,12 @@ def test_sound_costs_what_a_list_of_litellms_form_says_of_its_tokens():
             "completion_tokens_details": {"audio_tokens": 30, "text_tokens": 20}}  # fmt: skip
     written = {"type": "tokens", "input_tokens": 100, "output_tokens": 50, "total_tokens": 150,
                "input_token_details": {"text_tokens": 10, "audio_tokens": 90}}  # fmt: skip
+    responded = {"input_tokens": 100, "output_tokens": 50, "total_tokens": 150,  # by LiteLLM, in front of Gemini
+                 "input_tokens_details": {"cached_tokens": 0, "audio_tokens": 90}}  # fmt: skip
     for usage, nano_usd, without in (
         (chat, 20 * 2500 + 20 * 2500 + 60 * 32_000 + 20 * 10_000 + 30 * 64_000, 100 * 2500 + 50 * 10_000),
         (written, 10 * 2500 + 90 * 32_000 + 50 * 10_000, 100 * 2500 + 50 * 10_000),
+        (responded, 10 * 2500 + 90 * 32_000 + 50 * 10_000, 100 * 2500 + 50 * 10_000),
     ):
         told = monorelay.used_of(usage)
         assert cost("openai", "speaker", told, {"speaker": speaker}) == nano_usd
