@@ -2931,6 +2931,8 @@ def cost_of(prices: Optional[Prices], provider: Provider, model: str, used: Used
         return None
     steps = used.iterations or (("", used),)
     found = {name: find_price(prices, provider, name or model) for name in dict(steps)}
+    if "" not in found and any(found.values()):  # Anthropic names the response's own model, too
+        found[""] = find_price(prices, provider, model)
     total = used.web_searches * exact(WEB_SEARCH_USD) * PRICE_UNIT**2
     for name, step in steps:
         charge = charge_of(found[name], provider.format, step)

@@ -2404,6 +2404,8 @@ def cost(provider: str, model: str, tokens: Any, prices: Any = LITELLM_PRICES) -
             ("", used(1, output=50)), ("claude-opus", used(2, output=500)), ("", used(100, output=10)))),
          3000 + 750_000 + 10_000 + 12_500_000 + 300_000 + 150_000),
         ("anthropic", "claude-sonnet", used(3, output=5, iterations=(("unknown", used(1)),)), None),
+        ("anthropic", "claude-sonnet", used(3, output=5, iterations=(("claude-sonnet", used(1)), ("unknown", used(2)))),
+         9000),
         ("openai", "gpt-5", used(10**12, output=10**12), None),
     ],
     ids=brief,
