@@ -13297,7 +13297,9 @@ class Service:
             provider = exchange.config.providers.get(record.provider)
             if provider:
                 for model in {record.sent_model, *filter(None, (record.usage.model, record.other_model))}:
-                    cost = cost_of(exchange.config.prices, provider, model, record.used)
+                    cost = cost_of(exchange.config.prices, provider, model, used)
+                    if cost is None:  # its steps may name models as gateways don't, and have no price by these names
+                        cost = cost_of(exchange.config.prices, provider, model, used._replace(iterations=()))
                     record.cost = dearer(record.cost, cost)
             row = record.row(self.loop.now, time.time())
             self._uncounted.append(row)

@@ -4513,6 +4513,15 @@ def test_the_steps_of_a_stream_are_charged_by_their_own_models(upstream, relay):
     assert (row.output, row.cost) == (20, (3 * 10 + 20 * 100 + 900 * 1 + 80 * 2) * 1000)
 
 
+def test_steps_of_models_without_a_price_are_charged_by_the_one_that_was_sent(upstream, relay):
+    steps = [{**STEPS[0], "model": "claude-opus"}, {**STEPS[1], "model": "claude-opus"}]
+    stream = message_stream({"input_tokens": 3, "output_tokens": 1}, {"output_tokens": 20, "iterations": steps})
+    prices = {"deployed": {"input": 10, "output": 100}}
+    it = relay({"anthropic": upstream(STREAM_HEAD + chunked(stream))}, prices=prices)
+    it.post("/v1/messages", prompt("deployed", stream=True))
+    assert eventually(lambda: it.tally.ended)[0].cost == (3 * 10 + 20 * 100) * 1000
+
+
 def test_what_message_start_says_of_the_output_is_no_figure(upstream, relay):
     """The client leaves before message_delta: what is known is kept, with its cost, and the rest is unknown."""
     gate = threading.Event()
