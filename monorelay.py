@@ -16193,7 +16193,6 @@ class Signals:
     def __init__(self, *names: str) -> None:
         self._queue, self._far = socket.socketpair()
         self._received = b""  # and not told yet
-        self._has_ended = False  # whether one that asks for the end was told
         self._far.setblocking(False)
         signal.set_wakeup_fd(self._far.fileno(), warn_on_full_buffer=False)
         for name in names:
@@ -16212,19 +16211,16 @@ class Signals:
                 return ""
         first, rest = self._received[:1], self._received[1:]
         name = signal.Signals(first[0]).name
-        if name in ("SIGTERM", "SIGINT") and not self._has_ended:
-            rest = self._without_copies(rest)
-            self._has_ended = True
         self._received = rest.lstrip(first) if name in ("SIGHUP", WORKER_RELOADS) else rest
         return name
 
-    def _without_copies(self, rest: bytes) -> bytes:
-        """What follows, without what asks for the end once more at the same moment."""
+    def pass_over_copies(self) -> None:
+        """Passes over what asks for the end once more at the same moment as what has begun it."""
         time.sleep(TOGETHER_SECONDS)
         self._queue.settimeout(0)
         with contextlib.suppress(BlockingIOError):
-            rest += self._queue.recv(4096)
-        return rest.translate(None, bytes((signal.SIGTERM, signal.SIGINT)))
+            self._received += self._queue.recv(4096)
+        self._received = self._received.translate(None, bytes((signal.SIGTERM, signal.SIGINT)))
 
 
 class ConfigFile:
@@ -16338,6 +16334,8 @@ class Operator:
     def _drain(self, signals: Signals, cuts: bool) -> None:
         """Stops in good order; another signal, or one that `cuts`, ends the process at once."""
         ends = (WORKER_CUTS,) if self._supervisor else ("SIGTERM", "SIGINT")
+        if not (self._supervisor or self._stopping):
+            signals.pass_over_copies()
         stopping = self._stopping = self._stopping or self._stop()
         while stopping.is_alive():
             name = "" if cuts else signals.next(0.02)
@@ -16466,6 +16464,7 @@ class Supervisor:
     def _stop(self, signals: Signals) -> int:
         """Drains all workers; a second signal ends them at once, and one that takes longer than any should is killed.
         The exit status."""
+        signals.pass_over_copies()
         seconds = self._file.config.server.drain_seconds
         self._log.say(f"stopping; what runs may take {seconds:g} s more, a second signal ends it at once")
         for listener in self._listeners:

@@ -25784,6 +25784,25 @@ def test_signals_that_come_together_count_once(upstream, program, workers):
         assert it.ended() == 0
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_signal_that_comes_with_the_end_of_its_terminal_cuts_nothing(upstream, program, workers):
+    gate, (near, far) = threading.Event(), os.openpty()
+    config = settings({"anthropic": upstream(gated_stream(gate))}, server={"workers": workers})
+    it = program(config, preexec_fn=lambda: os.dup2(far, 0))
+    os.close(far)
+    with Client(it.url) as client:
+        client.send(request("POST", "/v1/messages", STREAMED))
+        client.until(b"message_start")
+        os.close(near)
+        it.signal(signal.SIGHUP)
+        time.sleep(0.01)  # else the kernel may tell the second one first
+        os.killpg(it.process.pid, signal.SIGTERM)
+        eventually(lambda: "stopping" in it.text() and not accepts(it.url))
+        gate.set()
+        client.until(b"message_stop")
+        assert it.ended() == 0
+
+
 def hold_signals_back() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD})
 
@@ -25814,7 +25833,8 @@ def test_a_relay_that_gets_no_thread_any_more_drains_all_the_same(upstream, rela
         client.until(b"message_start")
         with monkeypatch.context() as patched:
             patched.setattr(threading.Thread, "start", start_none)
-            assert operator.run(types.SimpleNamespace(next=lambda seconds: "SIGTERM")) == 0
+            signals = types.SimpleNamespace(next=lambda seconds: "SIGTERM", pass_over_copies=lambda: None)
+            assert operator.run(signals) == 0
         client.until(b"message_stop")
 
 
@@ -25871,7 +25891,8 @@ def test_a_relay_drains_after_a_moment_without_memory_too(upstream, relay, monke
         with monkeypatch.context() as patched:
             patched.setattr(threading.Thread, "start", start_or_fail)
             patched.setattr(monorelay.RelayServer, "_accept", accept_or_fail)
-            run = functools.partial(operator.run, types.SimpleNamespace(next=wait_or_fail))
+            waits = types.SimpleNamespace(next=wait_or_fail, pass_over_copies=lambda: None)
+            run = functools.partial(operator.run, waits)
             assert monorelay.outlast_shortage(run) == 0 and not failures
         assert it.server.service.draining
         client.until(b"message_stop")
@@ -26146,7 +26167,7 @@ def test_a_supervisor_that_fails_again_and_again_still_ends(name):
         raise ValueError("a defect")
 
     file = types.SimpleNamespace(config=config, read=fail, has_changed=fail)
-    signals = types.SimpleNamespace(next=lambda seconds: next(told), close=lambda: None)
+    signals = types.SimpleNamespace(next=lambda seconds: next(told), pass_over_copies=lambda: None)
     assert monorelay.Supervisor(file, []).run(signals, []) == 0 and not list(told)
 
 
@@ -26216,7 +26237,7 @@ def test_a_worker_that_can_not_act_is_killed_some_time_after_its_last_request_wa
         return ""
 
     monkeypatch.setattr(os, "kill", note_and_kill)
-    assert supervisor._stop(types.SimpleNamespace(next=pass_time, close=lambda: None)) == 1
+    assert supervisor._stop(types.SimpleNamespace(next=pass_time, pass_over_copies=lambda: None)) == 1
     assert 5 < killed_at[0] - 30 < 20, "whenever the system is done with it"
 
 
