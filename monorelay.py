@@ -15350,7 +15350,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.user and self.server.exceeds_share(self.user):
             self.server.unproven[self] = self.loop.now
             message = f"the requests of {self.user} have as many connections as they may beside those of others"
-            limits = "server.max_connections, and half of `ulimit -n`"
+            limits = "server.max_connections, and a quarter of `ulimit -n`"
             error = Unavailable(f"{message} ({limits}); try again", "too_many_connections")
             error.close = True
             raise error
@@ -15465,7 +15465,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         # Given up for a moment when there is no other descriptor left, to be able to refuse a connection.
         self._spare = io.FileIO(os.devnull)
         self._spare_lock = threading.Lock()  # guards the spare descriptor
-        self._work_limit = descriptor_limit() // 2  # of connections at work: most need one to a provider as well
+        self._work_limit = descriptor_limit() // 4  # of connections at work: a request to echo needs two more of them
         self._accepting = True
         self._acceptors: list[threading.Thread] = []  # for the other addresses than the first
         self._refusal_logged = self._tls_logged = -math.inf

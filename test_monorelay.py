@@ -23951,7 +23951,7 @@ def test_nobody_takes_the_connections_that_others_need_from_many_addresses_witho
 
 
 def test_no_user_takes_the_descriptors_that_others_need(relay, monkeypatch):
-    monkeypatch.setattr(monorelay, "descriptor_limit", lambda: 16)
+    monkeypatch.setattr(monorelay, "descriptor_limit", lambda: 32)
     it = relay({"echo": {}}, users={name: {"key": f"{name}-key-0123456789"} for name in ("ann", "bob")})
     with contextlib.ExitStack() as stack:
         for number in range(8):
@@ -23967,6 +23967,23 @@ def test_no_user_takes_the_descriptors_that_others_need(relay, monkeypatch):
         for token in ("bob-key-0123456789", TOKEN):
             with it.client() as other:
                 assert other.ask("GET", "/api/auth/me", token=token).status == 200
+
+
+def test_users_together_leave_descriptors_though_a_request_to_echo_takes_three(relay, monkeypatch):
+    monkeypatch.setattr(monorelay, "descriptor_limit", lambda: 48)
+    names = ("ann", "bob", "cid", "dan")
+    it = relay({"echo": {}}, users={name: {"key": f"{name}-key-0123456789"} for name in names})
+    asked = json.dumps(chat("echo-slow", stream=True, messages=[{"role": "user", "content": "word " * 500}])).encode()
+    with contextlib.ExitStack() as stack:
+        statuses = []
+        for name in names:
+            for _ in range(12):
+                client = stack.enter_context(it.client())
+                client.send(request("POST", "/v1/chat/completions", asked, token=f"{name}-key-0123456789"))
+                statuses.append(client.answer(head_only=True).status)
+        assert 9 <= statuses.count(200) < 48 // 3 and {*statuses} == {200, 503}
+        with it.client() as other:
+            assert other.ask("GET", "/health").status == 200
 
 
 def test_no_user_takes_the_connections_that_others_need_by_heads_that_all_begin_at_once(relay):
