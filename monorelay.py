@@ -15325,7 +15325,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Raises Unavailable while the relay has too many connections, or shuts down."""
         if self.over_limit:
             raise Unavailable(
-                "this relay serves as many connections as it may (server.max_connections)", "too_many_connections"
+                "this relay serves as many connections as it may (server.max_connections, and half of `ulimit -n`)",
+                "too_many_connections",
             )
         if self.service.draining:
             raise shutting_down()
@@ -15465,7 +15466,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         # Given up for a moment when there is no other descriptor left, to be able to refuse a connection.
         self._spare = io.FileIO(os.devnull)
         self._spare_lock = threading.Lock()  # guards the spare descriptor
-        self._work_limit = descriptor_limit() // 4  # of connections at work: a request to echo needs two more of them
+        self._descriptors = descriptor_limit()
         self._accepting = True
         self._acceptors: list[threading.Thread] = []  # for the other addresses than the first
         self._refusal_logged = self._tls_logged = -math.inf
@@ -15479,8 +15480,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
 
     @property
     def connection_limit(self) -> int:
-        """How many connections are served at a time."""
-        limit = self.service.config.server.max_connections
+        """How many connections are served at a time: each may need one to a provider as well."""
+        limit = min(self.service.config.server.max_connections, self._descriptors // 2)
         # select(), which is all there is on Windows, looks after 512 sockets: each client may need three.
         return min(limit, 150) if os.name == "nt" else limit
 
@@ -15544,7 +15545,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         """Whether a user, from wherever, has more than one connection at work, and over three quarters of those that
         nobody else has: others must find room."""
         at_work = len(self.served) - len(self.idle) - len(self.unproven)
-        left = min(self.connection_limit, self._work_limit) - at_work
+        left = min(self.connection_limit, self._descriptors // 4) - at_work  # a request to echo takes three
         if at_work <= 3 * left:  # nor can those of one user be more
             return False
         own = sum(it.user == user and not it.idle for it in self.served)

@@ -23969,6 +23969,16 @@ def test_no_user_takes_the_descriptors_that_others_need(relay, monkeypatch):
                 assert other.ask("GET", "/api/auth/me", token=token).status == 200
 
 
+def test_idle_connections_leave_half_of_the_descriptors(relay, monkeypatch):
+    monkeypatch.setattr(monorelay, "descriptor_limit", lambda: 16)
+    it = relay({"echo": {}})
+    with contextlib.ExitStack() as stack:
+        for _ in range(12):
+            client = stack.enter_context(it.client())
+            assert client.ask("GET", "/health").status == 200
+            eventually(lambda: len(it.server.idle) == len(it.server.served) <= 8)
+
+
 def test_users_together_leave_descriptors_though_a_request_to_echo_takes_three(relay, monkeypatch):
     monkeypatch.setattr(monorelay, "descriptor_limit", lambda: 48)
     names = ("ann", "bob", "cid", "dan")
@@ -26798,6 +26808,11 @@ def lower_descriptor_limit(limit: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
 
+def withdraw_descriptors(process: Any) -> None:
+    """Leaves a running program fewer than it has counted on: else idle connections make room before."""
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (64, 64))
+
+
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="it looks how much of the stack is left")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_nested_json_ends_no_relay_whose_threads_have_small_stacks(program, workers):
@@ -26858,7 +26873,8 @@ def test_kept_connections_to_providers_make_room_when_descriptors_run_out(progra
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="descriptors are counted in /proc")
 def test_idle_clients_make_room_for_a_request_that_needs_a_descriptor(program, upstream):
-    it = program(settings({"anthropic": upstream(answer())}), preexec_fn=lower_descriptor_limit(64))
+    it = program(settings({"anthropic": upstream(answer())}), preexec_fn=lower_descriptor_limit(256))
+    withdraw_descriptors(it.process)
     with contextlib.ExitStack() as stack:
         while len(os.listdir(f"/proc/{it.process.pid}/fd")) < 63:
             client = stack.enter_context(Client(it.url))
@@ -26939,7 +26955,8 @@ def test_without_a_descriptor_left_answers_are_what_they_are(program):
         "catalogue": (request("GET", "/v1/models"), 200),
         "no JSON": (request("POST", "/v1/messages", b"{"), 400),
     }
-    it = program(config, preexec_fn=lower_descriptor_limit(64))
+    it = program(config, preexec_fn=lower_descriptor_limit(256))
+    withdraw_descriptors(it.process)
     with contextlib.ExitStack() as stack:
         # Requests that have begun, of clients that have shown a token: such connections make no room, however long it
         # takes.
