@@ -15775,6 +15775,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
             time.sleep(DESCRIPTOR_PAUSE_SECONDS)
 
 
+OPEN_MAX = 10240  # files and connections of a process: macOS refuses to set no limit at all (its setrlimit(2))
 # The errors of a machine that has no IPv6, or has it switched off.
 NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
 
@@ -15821,9 +15822,10 @@ def raise_descriptor_limit() -> None:
         import resource
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = OPEN_MAX if hard == resource.RLIM_INFINITY else hard
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     except (ImportError, ValueError, OSError):
-        pass  # Windows has none, and macOS refuses an unlimited one
+        pass  # Windows has none
 
 
 def descriptor_limit() -> int:

@@ -23969,6 +23969,15 @@ def test_no_user_takes_the_descriptors_that_others_need(relay, monkeypatch):
                 assert other.ask("GET", "/api/auth/me", token=token).status == 200
 
 
+@pytest.mark.parametrize(("hard", "soft"), [(resource.RLIM_INFINITY, 10240), (4096, 4096)])
+def test_a_relay_may_open_as_many_files_as_the_system_allows_also_where_that_names_no_limit(monkeypatch, hard, soft):
+    limits = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, given: limits.append(given))
+    monorelay.raise_descriptor_limit()
+    assert limits == [(soft, hard)]
+
+
 def test_idle_connections_leave_half_of_the_descriptors(relay, monkeypatch):
     monkeypatch.setattr(monorelay, "descriptor_limit", lambda: 16)
     it = relay({"echo": {}})
