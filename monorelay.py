@@ -2912,6 +2912,7 @@ SOUNDS = {"input": "heard", "output": "spoken"}  # what of a kind was sound, as 
 # Anthropic charge.
 DEAR_TIERS = {"priority": 5 * PRICE_UNIT // 2, "ultrafast": 6 * PRICE_UNIT}
 DEAR_SPEEDS = {"fast": 2 * PRICE_UNIT}
+DEAR_PLACES = {"us": 11 * PRICE_UNIT // 10}
 # What a price list leaves out of a name: a date; the owner of a tuned model; `models/`, with which Google lists each;
 # OpenRouter's choice of who serves a model (https://openrouter.ai/docs/guides/routing/model-variants/overview); and
 # Claude Code's mark of a long context, which some servers take.
@@ -2973,7 +2974,8 @@ def charge_of(price: Optional[Price], format: str, used: Used) -> Optional[int]:
             if sound and getattr(used, sound):
                 dear = rate_of(price.rates, sound, level, format) or 0
                 total += min(count, getattr(used, sound)) * max(0, dear - rate)
-    return total * dear_factor(price, format, tier, used.speed) * price.factors.get(used.geo, PRICE_UNIT)
+    place_factor = price.factors.get(used.geo, DEAR_PLACES.get(used.geo, PRICE_UNIT))
+    return total * dear_factor(price, format, tier, used.speed) * place_factor
 
 
 def dear_factor(price: Price, format: str, tier: str, speed: str) -> int:

@@ -2423,7 +2423,8 @@ def test_what_is_dearer_than_usual_is_so_where_a_list_does_not_say_how_much(pric
         ("openai", "gpt-5", {"tier": "priority"}, 25_000), ("openai", "gpt-5", {"tier": "fast"}, 25_000),
         ("openai", "gpt-5", {"tier": "ultrafast"}, 60_000), ("openai", "gpt-5", {"tier": "scale"}, 10_000),
         ("openai", "gpt-5", {"speed": "fast"}, 20_000), ("anthropic", "claude-haiku", {"speed": "fast"}, 10_000),
-        ("anthropic", "claude-haiku", {"tier": "priority"}, 5000),
+        ("anthropic", "claude-haiku", {"tier": "priority"}, 5000), ("anthropic", "claude-haiku", {"geo": "us"}, 5500),
+        ("anthropic", "claude-haiku", {"geo": "global"}, 5000),
     ):  # fmt: skip
         assert cost(provider, model, used(0, output=1, **told), prices) == nano_usd, told
 
