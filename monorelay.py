@@ -3259,9 +3259,11 @@ PAIR_NAME, PAIR_VALUE = operator.itemgetter(0), operator.itemgetter(1)  # of a h
 
 HOP_BY_HOP = FRAMING_HEADERS | {"proxy-connection", "proxy-authorization", "proxy-authenticate"}
 # Under another spelling these would slip past a rule here and be understood by a server behind (a CGI-style server
-# reads _ as -). Some providers take a key in `api-key` or `x-goog-api-key`: it must be the relay's, or none.
+# reads _ as -). Some providers take a key in `api-key` or `x-goog-api-key`: it must be the relay's, or none. What comes
+# compressed doesn't tell what it used.
 GUARDED_HEADERS = HOP_BY_HOP | {
     "host", "authorization", "x-api-key", "api-key", "x-goog-api-key", "x-monorelay-key", "cookie", "cookie2", "expect",
+    "accept-encoding",
 }  # fmt: skip
 
 
@@ -3677,7 +3679,7 @@ BROWSER_HEADERS = frozenset({
 # `cf-aig-` is what clients tell Cloudflare's AI gateway.
 CLOUDFLARE_HEADER = re.compile(r"cf-(?!aig-).*|cdn-loop|true-client-ip")
 # What the relay sets itself, or keeps to itself.
-REQUEST_HEADERS_KEPT_BACK = GUARDED_HEADERS | BROWSER_HEADERS | {"accept-encoding"}
+REQUEST_HEADERS_KEPT_BACK = GUARDED_HEADERS | BROWSER_HEADERS
 CORS_HEADERS = frozenset(
     {"access-control-allow-origin", "access-control-allow-credentials", "access-control-expose-headers"}
 )

@@ -2703,6 +2703,7 @@ BAD_HEADS = {
     "underscored length": host(b"Content_Length: 5"),
     "dotted coding": host(b"Transfer.Encoding: chunked"),
     "underscored key": host(b"X_Api_Key: k"),
+    "underscored coding of the answer": host(b"Accept_Encoding: gzip"),
     "dotted key": host(b"x-api.key: k"),
     "underscored api-key": host(b"Api_Key: k"),
     "underscored google key": host(b"X-Goog-Api_Key: k"),
