@@ -14986,7 +14986,7 @@ OPEN_ENDPOINTS = (  # they need no token
 PAGE_PATHS = frozenset({"/dashboard", "/metrics", "/api/live", "/api/usage", "/api/requests"})  # not for other origins
 # Where the top-level `model` of a JSON body is what decides which model works, and nothing is created.
 OTHER_MODEL_PATHS = frozenset({
-    "/v1/audio/speech", "/v1/images/generations", "/v1/moderations", "/v1/responses/compact",
+    "/v1/audio/speech", "/v1/decisions", "/v1/images/generations", "/v1/moderations", "/v1/responses/compact",
     "/v1/responses/input_tokens",
 })  # fmt: skip
 

@@ -18637,7 +18637,7 @@ def test_a_model_is_found_whatever_curl_calls_the_body(upstream, relay):
 
 
 @pytest.mark.parametrize("kind", ["application/json", "application/x+json", "application/octet-stream"])
-@pytest.mark.parametrize("path", ["/v1/audio/speech", "/v1/images/generations", "/v1/moderations"])
+@pytest.mark.parametrize("path", ["/v1/audio/speech", "/v1/decisions", "/v1/images/generations", "/v1/moderations"])
 def test_what_is_not_json_is_a_400_where_the_model_decides(upstream, relay, path, kind):
     first, second = upstream(answer()), upstream(answer())
     it = relay({"openai": first, "openai2": second}, routes={"second": "openai2", "*": "openai"})
