@@ -13302,7 +13302,7 @@ class Service:
             if provider:
                 for model in {record.sent_model, *filter(None, (record.usage.model, record.other_model))}:
                     cost = cost_of(exchange.config.prices, provider, model, used)
-                    if cost is None:  # its steps may name models as gateways don't, and have no price by these names
+                    if cost is None and used.iterations:  # whose models may have no price by the names told there
                         cost = cost_of(exchange.config.prices, provider, model, used._replace(iterations=()))
                     record.cost = dearer(record.cost, cost)
             row = record.row(self.loop.now, time.time())
