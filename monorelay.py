@@ -11077,10 +11077,12 @@ def usage_row(group: Mapping[str, str], sums: Sums) -> JsonDict:
     }
 
 
+# A provider and its key are joined only where both may be meant: that takes longer than all the rest.
 FIND_REQUESTS = f"""
 SELECT id, {", ".join(LedgerRow._fields)} FROM request WHERE id < :below AND id >= :end
 AND (:user IS NULL OR user = :user) AND (:model IS NULL OR sent = :model OR model = :model)
-AND (:key IS NULL OR instr(:key, key) AND :key IN (key, provider || '/' || key))
+AND (:key IS NULL OR :key = key OR length(:key) = length(provider) + length(key) + 1
+  AND instr(:key, key) AND instr(:key, provider) AND :key = provider || '/' || key)
 AND (NOT :errors OR status >= 400 OR coalesce(error, 'client_gone') NOT IN ('', 'client_gone'))
 ORDER BY id DESC LIMIT :limit"""
 
