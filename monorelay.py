@@ -12260,11 +12260,12 @@ class Attempt:
 
 
 async def take_in_turn(loop: EventLoop, channel: Channel) -> bytes:
-    """Takes what has arrived; where it takes long to decode, some of it, when others had their turn."""
-    if not is_laborious(channel.received):
+    """Takes what has arrived; where it takes long to read, some of it, when others had their turn."""
+    received = channel.received
+    if len(received) <= RECEIVE_BYTES and not is_laborious(received):
         return channel.take_all()
-    await checkpoint(loop, loop.greedy)
-    return channel.take(decoded_at_once(channel.received))
+    await checkpoint(loop, loop.greedy)  # while a client took nothing, four times as much may have come
+    return channel.take(min(decoded_at_once(channel.received), RECEIVE_BYTES))
 
 
 async def absorb_more(loop: EventLoop, response: UpstreamResponse, deadline: float = math.inf) -> bytes:

@@ -11730,6 +11730,23 @@ def test_a_task_that_gives_way_goes_on_in_its_turn_whatever_happens_meanwhile(lo
     assert told.index("c1") < told.index("a2"), "both kinds have their turns"
 
 
+def test_what_a_provider_sent_while_its_client_took_nothing_is_read_in_pieces(looping):
+    channel, size = types.SimpleNamespace(received=b"x" * (monorelay.HELD_BYTES + monorelay.RECEIVE_BYTES)), []
+
+    def take(count: int) -> bytes:
+        taken, channel.received = channel.received[:count], channel.received[count:]
+        return taken
+
+    channel.take, channel.take_all = take, lambda: take(len(channel.received))
+
+    async def reads() -> None:
+        while channel.received:
+            size.append(len(await monorelay.take_in_turn(looping.loop, channel)))
+
+    looping.run(reads())
+    assert size == [monorelay.RECEIVE_BYTES] * 5
+
+
 @pytest.mark.parametrize("place", [1, 2, 3])
 def test_who_gives_way_waits_for_one_of_those_that_want_much_and_not_for_all(looping, place):
     told: list[str] = []
