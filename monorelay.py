@@ -4821,14 +4821,17 @@ class Placed(NamedTuple):
 
 
 def placed(pattern: re.Pattern[bytes], data: bytes, nesting: Nesting, is_stream: bool, since: int = 0) -> list[Placed]:
-    """All that matches from there on, and isn't in a string. `nesting` is the place where the data begin."""
+    """All that matches from there on, and isn't in a string, of many lines in the first and the last ones. `nesting` is
+    the place where the data begin."""
     matches = [*pattern.finditer(data, since or len(nesting.rest))]
     if len(matches) == 1:  # as mostly
         at = matches[0].start()
         line = line_start(data, at) if is_stream else 0
         return [Placed(matches[0], line, (OUTSIDE if line else nesting).behind(data[line:at]).depth)]
     found: list[Placed] = []
-    for line, inside in by_line(data, matches, is_stream).items():
+    lines = [*by_line(data, matches, is_stream).items()]
+    # See least_deep(): what others tell doesn't count.
+    for line, inside in [*lines[:-USAGES_AT_ONCE][:1], *lines[-USAGES_AT_ONCE:]]:
         places = [match.start() - line for match in inside]
         depths = (OUTSIDE if line else nesting).depths(data[line : line + places[-1]], places)
         found += map(Placed, inside, itertools.repeat(line), depths)

@@ -4407,6 +4407,16 @@ def test_a_whole_response_in_many_pieces_is_not_looked_through_anew_with_each(mo
     assert len(sizes) > 200 and sum(sizes) < 20 * len(body)
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r"])
+def test_of_thousands_of_lines_with_a_usage_only_the_first_and_the_last_are_looked_through(end):
+    lines = [b'"usage":{"input_tokens":%d}' % number + end for number in range(2000)]
+    found = monorelay.placed(monorelay.TOLD_OF_USE, b"".join(lines), monorelay.OUTSIDE, True)
+    assert len(found) <= 1 + monorelay.USAGES_AT_ONCE and found[0].line == 0
+    usage = monorelay.Usage()
+    usage.read(b"".join(lines), True)
+    assert usage.used.input == 1999
+
+
 @pytest.mark.parametrize("cut", range(1, 38))
 def test_how_deep_a_place_is_does_not_depend_on_how_the_bytes_come(cut):
     text = rb'{"a\\":["{\"[",{"b":"\\\"]"},[]],"c":{"usage":{}}}'
