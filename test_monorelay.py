@@ -6614,7 +6614,8 @@ def test_calls_of_one_id_are_told_apart_in_time_in_proportion_to_their_number():
         numbers = (*range(count), *range(4 * count, 7 * count))  # of which clients may foresee some
         taken = [*turn(*(f"a_{number}" for number in numbers)), *turn("a")]
         messages = [HELLO, *taken, *itertools.chain.from_iterable(turn("a") for _ in range(count // 2))]
-        return process_time(lambda: to_messages(messages=messages))
+        target, body = target_of("anthropic"), json.dumps(chat(messages=messages)).encode()
+        return process_time(lambda: monorelay.translate_request([body], 0, target, "model-asked", "req_1", 7.5))
 
     seconds(100)
     assert seconds(4000) < 0.5
@@ -8059,6 +8060,7 @@ def test_the_choices_of_a_chunk_have_together_as_many_parts_of_calls_as_an_answe
         assert (b"calls more than 128 tools" in sent) is it.failed is not fits
 
 
+@pytest.mark.once
 def test_a_large_usage_takes_no_more_than_three_times_what_was_sent():
     ballast = b"[%b{}]" % (b'{"":0},' * 2000)
     chat = b'data: {"choices":[],"usage":{"prompt_tokens":7,"x":%b}}\n\n' % ballast
@@ -23798,6 +23800,7 @@ def test_a_new_connection_does_not_wait_for_many_of_another_address(relay, monke
     assert begun.index("192.0.2.2") == 1
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("crowd", [(1, 1, 1, 1, 1, 1), (1, 5, 1, 5, 1, 5)])
 def test_many_new_connections_of_one_or_two_addresses_leave_others_their_place(monkeypatch, crowd):
     monkeypatch.setattr(monorelay, "OVER_LIMIT_CONNECTIONS", 2)
