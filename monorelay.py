@@ -15827,12 +15827,16 @@ def listen_at(host: str, port: int) -> socket.socket:
 
 
 def raise_descriptor_limit() -> None:
-    """Lets this process open as many files and connections as the system's hard limit allows."""
+    """Lets this process open as many files and connections as the system's hard limit allows; where that is none, at
+    least OPEN_MAX."""
     try:
         import resource
 
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        soft = OPEN_MAX if hard == resource.RLIM_INFINITY else hard
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY:
+            soft = hard
+        elif soft != resource.RLIM_INFINITY:
+            soft = max(soft, OPEN_MAX)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     except (ImportError, ValueError, OSError):
         pass  # Windows has none

@@ -24001,10 +24001,16 @@ def test_no_user_takes_the_descriptors_that_others_need(relay, monkeypatch):
                 assert other.ask("GET", "/api/auth/me", token=token).status == 200
 
 
-@pytest.mark.parametrize(("hard", "soft"), [(resource.RLIM_INFINITY, 10240), (4096, 4096)])
-def test_a_relay_may_open_as_many_files_as_the_system_allows_also_where_that_names_no_limit(monkeypatch, hard, soft):
+@pytest.mark.parametrize(
+    ("before", "hard", "soft"),
+    [
+        (256, 4096, 4096), (256, resource.RLIM_INFINITY, 10240), (65536, resource.RLIM_INFINITY, 65536),
+        (resource.RLIM_INFINITY,) * 3,
+    ],
+)  # fmt: skip
+def test_a_relay_may_open_as_many_files_as_the_system_allows(monkeypatch, before, hard, soft):
     limits = []
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, hard))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (before, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda kind, given: limits.append(given))
     monorelay.raise_descriptor_limit()
     assert limits == [(soft, hard)]
