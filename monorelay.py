@@ -289,6 +289,8 @@ LOG_PAUSE_SECONDS = 0.1  # lines are written together, so that a busy relay wake
 LOG_LAST_SECONDS = 1.0
 PIPE_BYTES = getattr(select, "PIPE_BUF", 4096)  # that are written to a pipe in one piece, whoever else writes to it
 STUCK_SECONDS = 5.0  # after which the end doesn't wait for the event loop; a whole machine may stand still for some
+# Who ends a process may send it two signals for one: `timeout` to it and to its group, npm beside its terminal's.
+TOGETHER_SECONDS = 0.05  # within which they count once
 CUT_SECONDS = 2 * LOG_LAST_SECONDS  # within which a worker must have logged what it cuts, and ended
 CUT_NAMED = 5  # requests whose ids one line of the log has room for
 CUT_LINES = 1000  # requests that are logged when they are cut at the end
@@ -16197,8 +16199,6 @@ OPERATOR_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 # By these a supervisor has its workers reload and end at once. A SIGHUP or a second SIGTERM, which may have reached the
 # whole group, is nothing to them, so that it counts once.
 WORKER_RELOADS, WORKER_CUTS = "SIGUSR1", "SIGUSR2"
-# Who ends a process may send it two signals for one: `timeout` to it and to its group, npm beside its terminal's.
-TOGETHER_SECONDS = 0.05  # within which they count once
 
 
 class Signals:
