@@ -13688,7 +13688,7 @@ def collect() -> None:
 # owner and each user can see, with the LivePage; then what is relayed, and what is translated on the way.
 
 # What is stored here belongs to one account: to the first provider, whatever it is about.
-STORED_PATHS = ("/v1/messages/batches", "/v1/files")
+STORED_PATHS = ("/v1/messages/batches/", "/v1/files/")
 # What is kept here by the account that made it: any key may have been the one.
 SEARCHED_PATHS = (
     "/responses/", "/conversations/", "/chat/completions/", "/videos/", "/containers/", "/fine_tuning/jobs/",
@@ -13696,13 +13696,13 @@ SEARCHED_PATHS = (
 # What is made here for a model, at Mistral too, belongs to an account, as do the files and agents that it is made from:
 # to that of the first key, by which all of these go.
 MAKING_PATHS = (
-    "/agents", "/assistants", "/audio/agents", "/batch/jobs", "/conversations", "/dreams", "/fine_tuning/jobs",
-    "/realtime", "/threads",
+    "/agents/", "/assistants/", "/audio/agents/", "/batch/jobs/", "/conversations/", "/dreams/", "/fine_tuning/jobs/",
+    "/realtime/", "/threads/",
 )  # fmt: skip
 # What counts tokens, and uses none; the first may be translated.
 COUNTING_PATH = "/messages/count_tokens"
 COUNTING_PATHS = (COUNTING_PATH, "/responses/input_tokens")
-CREATING_PATHS = ("/v1/batches", "/v1/files", "/v1/messages/batches")  # what is sent here is never sent twice
+CREATING_PATHS = ("/v1/batches/", "/v1/files/", "/v1/messages/batches/")  # what is sent here is never sent twice
 # By these some servers take a request for one of another method.
 METHOD_OVERRIDES = frozenset({"x-http-method-override", "x-http-method", "x-method-override", "x-http-override"})
 # By these some gateways (Portkey, Helicone, Azure's endpoints with several deployments, those of Kubernetes and llm-d,
@@ -14589,7 +14589,7 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
     fields = exchange.request.fields
     named = next((fields.get(name) for name in SESSION_HEADERS if name in fields), "")
     session = named or body.facts.session or exchange.record.caller
-    if any(is_within(exchange.endpoint.path, place) for place in MAKING_PATHS):
+    if is_within(exchange.endpoint.path, MAKING_PATHS):
         candidates = as_listed(targets)[:1]
     else:
         is_aside = exchange.endpoint.path in COUNTING_PATHS
@@ -15052,14 +15052,14 @@ def other_endpoint(method: str, path: str, format: str) -> Endpoint:
         raise NotFound(f"there is nothing at {header_text(known[:200])}")
     if known.startswith("/v1/models/") and method in READING:
         return Endpoint(answer_catalogue, READING, known[len("/v1") :])
-    is_stored = any(is_within(known, place) for place in STORED_PATHS)
+    is_stored = is_within(known, STORED_PATHS)
     decoded = re.sub("(?i)%2f", "/", known)  # as some servers read it
     return Endpoint(
         answer_first_provider if is_stored and format == "anthropic" else answer_any,
         METHODS,
         (known if is_stored else unreserved(path))[len("/v1") :],
         by_model=known in OTHER_MODEL_PATHS,
-        creates=any(is_within(decoded, place) for place in CREATING_PATHS),
+        creates=is_within(decoded, CREATING_PATHS),
         batches=is_within(known, STORED_PATHS[0]),
     )
 
@@ -15067,18 +15067,18 @@ def other_endpoint(method: str, path: str, format: str) -> Endpoint:
 def check_base_url(path: str) -> None:
     """Raises BadRequest for a path that shows what is wrong with a client's base_url: of a 404, Claude Code tells only
     that the model may not exist."""
-    if is_within(path, "/v1/v1"):
+    if is_within(path, "/v1/v1/"):
         raise BadRequest("the path begins with /v1/v1: leave /v1 out of the client's base_url", "doubled_v1")
     if f"/v1{path}" in ENDPOINTS:
         raise BadRequest(f"there is nothing at {path}: the client's base_url must end in /v1", "wrong_base_url")
     for prefix in ("/anthropic", "/openai", "/api"):
-        if is_within(path, f"{prefix}/v1"):
+        if is_within(path, f"{prefix}/v1/"):
             raise BadRequest(f"there is nothing at {prefix}: leave it out of the client's base_url", "wrong_base_url")
 
 
-def is_within(path: str, place: str) -> bool:
-    """Whether the path is the place, or stands below it."""
-    return path == place or path.startswith(f"{place}/")
+def is_within(path: str, places: Union[str, tuple[str, ...]]) -> bool:
+    """Whether the path is one of the places, each of which ends in /, or stands below one."""
+    return f"{path}/".startswith(places)
 
 
 def known_form(path: str) -> str:
