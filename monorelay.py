@@ -2806,7 +2806,7 @@ def tokens_of(usage: JsonDict) -> Tokens:
             total = (total or 0) + counts["connector_tokens"]
         output = counts.get("completion_tokens", counts.get("output_tokens"))
         cached = details.get("cached_read_tokens", details.get("cached_tokens"))
-        written = max([details[name] for name in WRITTEN_NAMES if name in details], default=None)
+        written = max(map(details.__getitem__, details.keys() & WRITTEN_NAMES), default=None)
         includes = "prompt_tokens" in counts or cached is not None or written is not None
         # DeepSeek, Moonshot and Mistral have names of their own for what was read.
         read = cached or next((counts[name] for name in CACHED_NAMES if name in counts), None)
@@ -2841,10 +2841,10 @@ GEMINI_NAMES = CHAT_TOTALS | {"prompt_tokens_details", "completion_tokens_detail
 CACHED_NAMES = ("cache_read_input_tokens", "prompt_cache_hit_tokens", "cached_tokens", "num_cached_tokens")
 # What was written to a cache, in the details of a prompt: by OpenAI, Alibaba, LiteLLM, Bifrost (whose older ones count
 # it in `cached_tokens`, too) and new-api.
-WRITTEN_NAMES = (
+WRITTEN_NAMES = frozenset({
     "cache_write_tokens", "cache_creation_input_tokens", "cache_creation_tokens", "cached_write_tokens",
     "cached_creation_tokens",
-)  # fmt: skip
+})  # fmt: skip
 
 
 def told_anew(usage: JsonDict, names: Iterable[str]) -> JsonDict:
@@ -4671,9 +4671,8 @@ USAGE_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 # The opening of a usage object, or as much of it as has come; OpenAI's service tier. OpenAI tells in other objects what
 # an author of SVG used, apart from the picture's model, and what its tools did, apart from the response's. A quote
 # behind a backslash is within a name: here and below, none such is taken for the beginning of one.
-TOLD_OF_USE = re.compile(
-    rb'"(?<!\\")(?:(usage|svg_usage|tool_usage)" {0,4}:? {0,4}(?:\{|\Z)|(service_tier)" ?: ?"([a-z_]{1,20})")'
-)
+USAGE_OPENS = re.compile(rb'usage" {0,4}:? {0,4}(?:\{|\Z)')
+TOLD_OF_USE = re.compile(rb'"(?<!\\")(?:(|svg_|tool_)%b|(service_tier)" ?: ?"([a-z_]{1,20})")' % USAGE_OPENS.pattern)
 EVENT_TYPE = re.compile(
     rb'"type"(?<!\\"type") ?: ?"(message_(?:start|delta|stop)|content_block_[a-z]+|response\.[a-z_]+)"'
 )
@@ -4976,12 +4975,15 @@ class Usage:
 
     def _first_told(self, data: bytes) -> int:
         """From where on the data may tell something of what was used; -1 if they don't. Each chunk of a chat tells of
-        the tier once more."""
+        the tier once more, and that there is no usage yet."""
         usage, tier = data.find(b'usage"'), data.find(b'"service_tier"')
+        opening = USAGE_OPENS.search(data, usage) if usage >= 0 else None
         if tier >= 0 and self._tier.depth <= 1 and {self._tier.value}.issuperset(OPENAI_TIER.findall(data)):
             tier = -1
-        first = min(usage, tier) if usage >= 0 and tier >= 0 else max(usage, tier)
-        return max(0, first - len(b'"tool_')) if first >= 0 else -1
+        if not opening:
+            return tier
+        usage = max(0, opening.start() - len(b'"tool_'))
+        return min(usage, tier) if tier >= 0 else usage
 
     def _look(self, data: bytes, is_stream: bool, since: int, held: int) -> int:
         """Takes what the data tell, from there on, outermost of what was used; from where on it is needed once more has
@@ -5000,9 +5002,9 @@ class Usage:
                 held = min(held, max(start, len(data) - USAGE_BYTES))
                 continue
             size = usage_size(text[:end])
-            if name.match[1] == b"svg_usage":
+            if name.match[1] == b"svg_":
                 self._take_author(usage, name)
-            elif name.match[1] == b"tool_usage":
+            elif name.match[1] == b"tool_":
                 self._tools.take(packed(usage, size)[0], name.depth)
             elif not USAGE_NAMES.isdisjoint(usage) and (name.depth <= self._depth or not self._tells_tokens()):
                 if is_stream and name.line != line:
