@@ -10156,6 +10156,7 @@ def test_echo_calls_functions_and_no_tools_of_other_kinds(echo):
         assert got.status == 200 and got.json["output"][0].get("name") == (None if model == "echo" else "look")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("path", "asked"),
     [("/v1/messages", {"messages": [user({"type": "text", "text": "TEXT"})]}), ("/v1/completions", {"prompt": "TEXT"}),
@@ -15370,6 +15371,7 @@ def test_a_provider_that_breaks_off_cools_that_key_with_that_model_only(upstream
     assert not other.requests
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["passed on", "translated", "whole"])
 @pytest.mark.parametrize("seconds", [1, 30])
 def test_a_provider_that_gives_up_on_a_client_that_takes_nothing_cools_nothing(upstream, relay, kind, seconds):
@@ -17496,6 +17498,7 @@ def test_an_unknown_user_costs_the_time_of_a_wrong_password(relay):
     assert 0.4 < known / unknown < 2.5
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "names", [["alice"], [f"user{n}" for n in range(200)]], ids=["per user", "per address"]
 )
@@ -22055,6 +22058,7 @@ def test_what_a_process_has_begun_that_dies_is_undone_by_whoever_reads_first(tmp
         assert_sums_are_exact(path)
 
 
+@pytest.mark.once
 def test_rows_wait_for_a_disk_that_is_full(tmp_path):
     full = (
         "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))\n"
@@ -26337,6 +26341,7 @@ def workers_of(config: dict[str, Any], count: int, **server: Any) -> dict[str, A
     return {**config, "server": {**config["server"], "workers": count, "drain_seconds": 1, **server}}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("workers", [2, 4])
 def test_requests_a_minute_hold_for_all_workers_together(program, workers):
     config = settings({"echo": {}}, users={"alice": {"key": ALICE, "requests_per_minute": 20}})
@@ -26464,6 +26469,7 @@ def test_budgets_hold_for_all_workers(upstream, program):
     assert {(got.status, got.get("x-monorelay-error")) for got in found} == {(429, "budget_exceeded")}
 
 
+@pytest.mark.once
 def test_budgets_hold_for_all_workers_while_the_ledger_can_not_be_written(upstream, program, tmp_path):
     provider = upstream(spending(30))
     it = program(workers_of(settings({"anthropic": provider}, ledger={"path": "later/usage.db"}, **SPENDERS), 3))
@@ -28918,6 +28924,7 @@ def test_the_manifest_fits_together(manifest, relay):
         assert it.ask("GET", probe["httpGet"]["path"], token="").status == 200
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("access_key, status", [("sixteen-characters", 0), ("short", 1), ("", 1)])
 def test_the_manifests_command_is_accepted_with_a_long_access_key(manifest, tmp_path, access_key, status):
     (container,) = manifest["Deployment"]["spec"]["template"]["spec"]["containers"]
