@@ -11611,7 +11611,8 @@ def connect_problem(error: Exception, provider: Provider) -> str:
     if isinstance(error, (Overdue, TimeoutError, socket.timeout)):  # socket.timeout: another class before Python 3.10
         reason = "connect timeout"
     elif isinstance(error, ssl.SSLCertVerificationError):
-        reason = f"its certificate is not valid: {error.verify_message}"
+        said = error.verify_message.partition(", certificate is not valid for")[0]  # behind that stands its host
+        reason = f"its certificate is not valid: {said}"
         if error.verify_code in UNKNOWN_AUTHORITY:
             reason += "; the relay's machine must trust its authority: install ca-certificates, or set SSL_CERT_FILE"
     elif isinstance(error, socket.gaierror):
