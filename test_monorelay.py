@@ -17898,6 +17898,8 @@ NAMED_ELSEWHERE = {
     "a choice of ZenMux's": ("/v1/chat/completions", '"model":"claude-a","model_routing_config":{"preference":"dear"}'),
     "a router of NVIDIA's": ("/v1/chat/completions", '"model":"claude-a","nim-llm-router":{"model":"dear"}'),
     "a model that drafts": ("/v1/chat/completions", '"model":"claude-a","draft_model":"dear"'),
+    "an adapter at SGLang": ("/v1/chat/completions", '"model":"claude-a","lora_path":"dear"'),
+    "an adapter at mlx-lm": ("/v1/chat/completions", '"model":"claude-a","adapters":"dear"'),
     "settings of LiteLLM's": ("/v1/chat/completions", '"router_settings_override":{"fallbacks":[]},"model":"claude-a"'),
     "a preset": ("/v1/chat/completions", '"model":"claude-a","preset":"dear"'),
     "a prompt of LiteLLM's": ("/v1/chat/completions", '"prompt_id":"dear","model":"claude-a"'),
