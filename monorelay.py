@@ -202,6 +202,8 @@ UPSTREAM_IDLE_SECONDS = 50.0  # of a kept upstream connection; common balancers 
 UPSTREAM_KEPT_SECONDS = 600.0  # after which an idle one is closed all the same: a name may lead elsewhere by now
 BODY_END_SECONDS = 1.0  # for the end of a body to come behind a stream that has said that it is over,
 BODY_END_BYTES = 16 * 1024  # and for what may stand between the two
+LEFT_SECONDS = 0.5  # for more of a whole answer whose client has left to come,
+LEFT_LONGEST_SECONDS = 10.0  # and for all of it
 STALE_SECONDS = 1.0  # within which a kept connection shows that it was closed: a round trip, and a lost packet
 LOST_SECONDS = 5.0  # after which a kept connection is looked at on which no answer comes,
 LOST_RESENDS = 5  # and is given up if this system has sent so often what nobody acknowledges: for some 6 s
@@ -13838,6 +13840,21 @@ class Exchange:
             raise BadRequest("a parameter is given twice")
         return query
 
+    async def read_left(self, relayed: Optional[UpstreamResponse]) -> None:
+        """Reads the rest of a model's whole answer whose client has left, as long as that comes without a pause: what
+        was used, which costs all the same, is told at its end."""
+        if not relayed or relayed.is_stream or not (self.uses_model or self.may_tell_usage):
+            return
+        loop, channel, decoder = self.loop, relayed.channel, relayed.decoder
+        latest = loop.now + LEFT_LONGEST_SECONDS
+        try:
+            while not decoder.finished and (channel.received or not channel.ended) and loop.now < latest:
+                if not channel.received:
+                    await channel.arrival(loop.now + LEFT_SECONDS)
+                self.record.usage.read(decoder.feed(await take_in_turn(loop, channel)), False)
+        except (Overdue, FramingError):
+            pass
+
     # -- what its caller may do
 
     def own_name(self) -> Optional[str]:
@@ -15396,7 +15413,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Unavailable as error:
             exchange.record.error = error.code
             raise ClientGone from None
-        except (OSError, Overdue):  # it has left, or takes nothing for too long
+        except (OSError, Overdue, ClientGone):  # it has left, or takes nothing for too long
+            self.channel.close()
+            await exchange.read_left(response.relayed)
             raise ClientGone from None
         finally:
             if response.relayed:

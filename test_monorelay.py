@@ -16952,6 +16952,24 @@ def test_a_client_that_leaves_closes_upstream_at_once(upstream, relay, during, e
     assert provider.requests[-1].get("x-api-key") == "sk-a", "a departure cools nothing"
 
 
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+@pytest.mark.parametrize("end", ["close", "reset"])
+def test_a_whole_answer_is_charged_though_its_client_leaves_before_its_end(upstream, relay, end, framing):
+    """Pictures, say: most of them have come by then."""
+    told = {"input_tokens": 10, "output_tokens": 20, "total_tokens": 30}
+    body = json.dumps({"data": [{"b64_json": "x" * 4_000_000}] * 2, "usage": told}).encode()
+    lengths = {"length": f"content-length: {len(body)}", "chunked": "transfer-encoding: chunked", "close": "x-y: z"}
+    sent = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n{lengths[framing]}\r\n\r\n".encode()
+    provider = upstream(sent + (chunked(body) if framing == "chunked" else body))
+    it = relay({"openai": provider}, prices={"*": {"input": 1, "output": 2}})
+    client = it.client()
+    client.send(request("POST", "/v1/images/generations", json.dumps({"model": "m", "prompt": "x"}).encode()))
+    client.until(b"b64_json")
+    getattr(client, end)()
+    row = eventually(lambda: it.tally.ended)[0]
+    assert (row.input, row.output, row.cost, row.complete, row.error) == (10, 20, 50_000, 0, "client_gone")
+
+
 def test_the_usage_of_a_whole_answer_counts_when_the_client_leaves_while_it_is_looked_for(monkeypatch):
     async def leave(loop):
         raise monorelay.ClientGone
