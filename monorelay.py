@@ -2803,10 +2803,10 @@ def tokens_of(usage: JsonDict) -> Tokens:
     else:
         given = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
         details = counts_of(given)
-        total = counts.get("prompt_tokens", counts.get("input_tokens"))
+        total = counts.get("prompt_tokens") or counts.get("input_tokens")  # new-api tells both, some as 0
         if counts.get("connector_tokens"):  # what Mistral's tools have read
             total = (total or 0) + counts["connector_tokens"]
-        output = counts.get("completion_tokens", counts.get("output_tokens"))
+        output = counts.get("completion_tokens") or counts.get("output_tokens")
         cached = details.get("cached_read_tokens", details.get("cached_tokens"))
         written = max(map(details.__getitem__, details.keys() & WRITTEN_NAMES), default=None)
         includes = "prompt_tokens" in counts or cached is not None or written is not None

@@ -2191,6 +2191,9 @@ def used(input: int, read: int = 0, write: int = 0, long: int = 0, output: int |
           "prompt_tokens_details": {"cached_tokens": 30, "cached_creation_tokens": 50, "text_tokens": 0},
           "claude_cache_creation_5_m_tokens": 30, "claude_cache_creation_1_h_tokens": 20, "usage_semantic": "openai"},
          (100, 30, 30, 20, 20)),
+        # new-api where it has read a usage in the words of Responses: those of chat are 0 (new-api, dto).
+        ({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 150, "prompt_tokens_details": {"cached_tokens": 0},
+          "input_tokens": 100, "output_tokens": 50, "input_tokens_details": None}, (100, 0, 0, 0, 50)),
         # Bifrost, whose older ones have what was written in cached_tokens, too (bifrost, schemas/responses.go).
         ({"input_tokens": 180, "output_tokens": 20, "total_tokens": 200, "input_tokens_details": {
             "cached_tokens": 80, "cached_read_tokens": 30, "cached_write_tokens": 50,
