@@ -2192,8 +2192,8 @@ def used(input: int, read: int = 0, write: int = 0, long: int = 0, output: int |
           "claude_cache_creation_5_m_tokens": 30, "claude_cache_creation_1_h_tokens": 20, "usage_semantic": "openai"},
          (100, 30, 30, 20, 20)),
         # new-api where it has read a usage in the words of Responses: those of chat are 0 (new-api, dto).
-        ({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 150, "prompt_tokens_details": {"cached_tokens": 0},
-          "input_tokens": 100, "output_tokens": 50, "input_tokens_details": None}, (100, 0, 0, 0, 50)),
+        ({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 150, "input_tokens": 100, "output_tokens": 50,
+          "prompt_tokens_details": {"cached_tokens": 0}, "input_tokens_details": None}, (100, 0, 0, 0, 50)),
         # Bifrost, whose older ones have what was written in cached_tokens, too (bifrost, schemas/responses.go).
         ({"input_tokens": 180, "output_tokens": 20, "total_tokens": 200, "input_tokens_details": {
             "cached_tokens": 80, "cached_read_tokens": 30, "cached_write_tokens": 50,
@@ -20724,6 +20724,17 @@ def test_another_model_that_a_request_names_and_that_answers_is_charged(upstream
         assert (row.input, row.output, row.cost) == (10, 10, cost)
     assert it.post("/v1/chat/completions", chat("cheap", stream=is_stream)).status == 200  # a name of the owner's own
     assert eventually(lambda: [row for row in it.tally.ended if row.cost == 20_000])
+
+
+@pytest.mark.parametrize("router", ["model-router", "openrouter/auto", "auto"])
+def test_the_model_that_a_router_has_chosen_is_charged(upstream, relay, router):
+    """Azure takes a fee for that, too (https://learn.microsoft.com/azure/foundry/openai/concepts/model-router-faq)."""
+    usage = {"prompt_tokens": 10, "completion_tokens": 10, "total_tokens": 20}
+    provider = upstream(answer(200, json.dumps({**completion(usage=usage), "model": "dear-2026-01-01"}).encode()))
+    prices = {router: {"input": 0.14, "output": 0}, "dear": {"input": 10, "output": 100}}
+    it = relay({"openai": provider}, prices=prices, aliases={"mine": f"{router}@openai"})
+    assert it.post("/v1/chat/completions", chat("mine")).status == 200
+    assert eventually(lambda: it.tally.ended)[0].cost == 1_100_000
 
 
 @pytest.mark.parametrize("path", ["/v1/engines/dear/chat/completions", "/v1/openai/deployments/dear/chat/completions"])
