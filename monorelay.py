@@ -13890,6 +13890,9 @@ class Exchange:
             allowed = self.caller.user.models if self.caller.user and self.caller.user.models else ()
             only = f"only {listing(allowed)}" if allowed else "nor any other"
             raise Forbidden(f"{self.record.caller} may not use the model {facts.model!r}, {only}")
+        several = "," in facts.model + self.record.other_model  # LiteLLM asks each, and answers with a list
+        if several and self.caller.user and self.caller.user.has_budget:
+            raise Forbidden(f"{self.record.caller} has a budget, and may use one model at a time")
         if self.is_restricted():
             self._check_name(facts.model)
             if self._is_ambiguous(facts):

@@ -20726,6 +20726,20 @@ def test_another_model_that_a_request_names_and_that_answers_is_charged(upstream
     assert eventually(lambda: [row for row in it.tally.ended if row.cost == 20_000])
 
 
+@pytest.mark.parametrize("asked", ["cheap,dear", "cheap,cheap", "cheap, "])
+def test_a_user_with_a_budget_asks_no_list_of_models(upstream, relay, tmp_path, asked):
+    """LiteLLM answers with a list of all their responses, and each costs (litellm, proxy/route_llm_request.py)."""
+    provider, key = upstream(answer(200, json.dumps(completion()).encode())), "sk-of-alice-000001"
+    users = {"alice": {"key": key, "tokens_per_day": 1000}}
+    it = relay({"openai": provider}, users=users, ledger={"path": str(tmp_path / "usage.db")})
+    query = f"?model={urllib.parse.quote(asked)}"
+    for path, model in (("/v1/chat/completions", asked), (f"/v1/chat/completions{query}", "cheap")):
+        got = it.post(path, chat(model), token=key)
+        assert got.status == 403 and "one model at a time" in got.json["error"]["message"] and not provider.requests
+    assert it.post("/v1/chat/completions", chat("cheap"), token=key).status == 200
+    assert it.post("/v1/chat/completions", chat(asked)).status == 200, "the owner has no budget"
+
+
 @pytest.mark.parametrize("router", ["model-router", "openrouter/auto", "auto"])
 def test_the_model_that_a_router_has_chosen_is_charged(upstream, relay, router):
     """Azure takes a fee for that, too (https://learn.microsoft.com/azure/foundry/openai/concepts/model-router-faq)."""
