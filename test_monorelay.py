@@ -20726,6 +20726,23 @@ def test_another_model_that_a_request_names_and_that_answers_is_charged(upstream
     assert eventually(lambda: [row for row in it.tally.ended if row.cost == 20_000])
 
 
+def test_a_chat_that_xai_has_deferred_is_charged_when_it_is_fetched(upstream, relay):
+    """It can be fetched once (https://docs.x.ai/developers/advanced-api-usage/deferred-chat-completions)."""
+    usage = {"prompt_tokens": 27, "completion_tokens": 48, "reasoning_tokens": 0, "total_tokens": 75}
+    done = answer(200, json.dumps({**completion(usage=usage), "model": "grok-9"}).encode())
+    asked = answer(200, b'{"request_id":"f15c114e"}')
+    provider = upstream(replies(asked, answer(202, b""), done))
+    it = relay({"openai": provider}, prices={"grok-9": {"input": 1, "output": 10}})
+    assert it.post("/v1/chat/completions", chat("grok-9", deferred=True)).status == 200
+    for status in (202, 200):
+        assert it.ask("GET", "/v1/chat/deferred-completion/f15c114e").status == status
+    rows = eventually(lambda: [row for row in it.tally.ended if row.cost is not None])
+    assert [(row.path, row.input, row.output, row.cost) for row in rows] == [
+        ("/v1/chat/deferred-completion/f15c114e", 27, 48, 507_000)
+    ]
+    assert len(it.tally.ended) == 2
+
+
 @pytest.mark.parametrize("asked", ["cheap,dear", "cheap,cheap", "cheap, "])
 def test_a_user_with_a_budget_asks_no_list_of_models(upstream, relay, tmp_path, asked):
     """LiteLLM answers with a list of all their responses, and each costs (litellm, proxy/route_llm_request.py)."""
