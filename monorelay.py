@@ -1503,7 +1503,8 @@ def litellm_price(name: str, given: JsonDict) -> Price:
         for (kind, tier, _), rate in litellm_rates(f"{name}.tiered_pricing", level).items():
             rates[kind, tier, above] = rate
     pictures = {("output", tier, above): rate for (kind, tier, above), rate in rates.items() if kind == "pictures"}
-    if pictures and (given.get("mode") == "image_generation" or ("output", "", 0) not in rates):
+    draws = given.get("mode") == "image_generation" or "-image" in name  # Databricks' do that in chats
+    if pictures and (draws or ("output", "", 0) not in rates):
         # What such a model writes beside its pictures, if anything, is little.
         rates = {**{key: rate for key, rate in rates.items() if key[0] != "output"}, **pictures}
     factors = given.get("provider_specific_entry")

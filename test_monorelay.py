@@ -2495,6 +2495,8 @@ def test_pictures_cost_what_a_list_of_litellms_form_says_of_their_tokens():
     assert cost("openai", "both", used(1, output=10, tier="flex"), prices) == 2500 + 200_000
     prices["both"]["output_cost_per_image_token_flex"] = 3e-5
     assert cost("openai", "both", used(1, output=10, tier="flex"), prices) == 2500 + 300_000
+    prices = {"databricks-gemini-3-pro-image": {**painter, "output_cost_per_token": 1e-5, "mode": "chat"}}
+    assert cost("openai", "databricks-gemini-3-pro-image", used(1, output=10), prices) == 5000 + 400_000
 
 
 def test_a_list_of_litellms_form_may_tell_prices_by_the_size_of_the_prompt():
