@@ -2919,11 +2919,11 @@ DEAR_TIERS = {"priority": 5 * PRICE_UNIT // 2, "ultrafast": 6 * PRICE_UNIT}
 DEAR_SPEEDS = {"fast": 2 * PRICE_UNIT}
 DEAR_PLACES = {"us": 11 * PRICE_UNIT // 10}
 # What a price list leaves out of a name: a date; the owner of a tuned model; `models/`, with which Google lists each;
-# OpenRouter's choice of who serves a model (https://openrouter.ai/docs/guides/routing/model-variants/overview); and
+# OpenRouter's choice of how a model is served (https://openrouter.ai/docs/guides/routing/model-variants/overview); and
 # Claude Code's mark of a long context, which some servers take.
 UNPRICED_PART = re.compile(
     r"^models/|[-@](?:20[0-9]{6}|20[0-9]{2}-[0-9]{2}-[0-9]{2})$|(?<=^ft:)([^:]+):.*"
-    r"|:(?:nitro|floor|exacto|online)$|\[1m\]$"
+    r"|:(?:nitro|floor|exacto|online|thinking|extended|batch)$|\[1m\]$"
 )
 UNPRICED_PARTS = 4  # so many are left out, one after the other
 

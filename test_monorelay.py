@@ -2454,6 +2454,7 @@ def test_a_part_of_a_name_that_changes_no_price_is_left_out_when_there_is_none_f
         ("openai/gpt-5.2:nitro", 2000), ("openai/gpt-5.2:floor", 2000), ("models/gemini-2.5-pro", 2000),
         ("qwen:online", 2000), ("qwen:free", 1000), ("llama:nitro", 1000), ("llama:exacto", 2000), ("llama:70b", 100),
         ("llama[1m]", 2000), ("openai/gpt-5.2:nitro:online", 2000), ("openai/gpt-5.2-2026-01-01:online", 2000),
+        ("openai/gpt-5.2:thinking", 2000), ("openai/gpt-5.2:extended", 2000), ("openai/gpt-5.2:batch", 2000),
     ):  # fmt: skip
         assert cost("second", model, used(1), prices) == nano_usd, model
     listed = {"gemini-2.5-pro": {"input_cost_per_token": 1e-6}, "second/qwen-2": {"input_cost_per_token": 1e-6}}
