@@ -12538,8 +12538,8 @@ def record_attempt(record: AccessRecord, candidate: Candidate, attempts: int = 1
     record.attempts += attempts
     record.provider = candidate.target.provider.name
     record.sent_model, record.key = candidate.target.model or record.model, candidate.label
-    # Azure's model-router, openrouter/auto and the like choose who answers; a list has no more than their own fee.
-    chooses = "router" in record.sent_model or record.sent_model == "auto"
+    # By these names Azure's model-router and OpenRouter choose who answers; a list has no more than a fee for that.
+    chooses = "router" in record.sent_model or record.sent_model == "auto" or record.sent_model.startswith("~")
     record.usage.seeks_model = record.usage.seeks_model or chooses
 
 

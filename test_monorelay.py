@@ -20760,12 +20760,12 @@ def test_a_user_with_a_budget_asks_no_list_of_models(upstream, relay, tmp_path, 
     assert it.post("/v1/chat/completions", chat(asked)).status == 200, "the owner has no budget"
 
 
-@pytest.mark.parametrize("router", ["model-router", "openrouter/auto", "auto"])
+@pytest.mark.parametrize("router", ["model-router", "openrouter/auto", "auto", "~author/family-latest"])
 def test_the_model_that_a_router_has_chosen_is_charged(upstream, relay, router):
     """Azure takes a fee for that, too (https://learn.microsoft.com/azure/foundry/openai/concepts/model-router-faq)."""
     usage = {"prompt_tokens": 10, "completion_tokens": 10, "total_tokens": 20}
     provider = upstream(answer(200, json.dumps({**completion(usage=usage), "model": "dear-2026-01-01"}).encode()))
-    prices = {router: {"input": 0.14, "output": 0}, "dear": {"input": 10, "output": 100}}
+    prices = {"*router": {"input": 0.14, "output": 0}, "dear": {"input": 10, "output": 100}}
     it = relay({"openai": provider}, prices=prices, aliases={"mine": f"{router}@openai"})
     assert it.post("/v1/chat/completions", chat("mine")).status == 200
     assert eventually(lambda: it.tally.ended)[0].cost == 1_100_000
