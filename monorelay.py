@@ -14643,9 +14643,10 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
         may_cost = not path.endswith("/cancel")
         exchange.count(may_cost=may_cost)
         # Servers have models of their own for such as pictures, or read one that isn't seen here; the answer tells its
-        # name. What is stored tells its usage once more, but for conversations, which go on here at Mistral.
+        # name. What is stored tells its usage once more, but for conversations, which go on here at Mistral. Where a
+        # model usually decides, as for vLLM's batches of chats, nothing is stored.
         is_told_again = path.startswith(SEARCHED_PATHS) and not path.startswith("/conversations/")
-        exchange.may_tell_usage = may_cost and not is_told_again
+        exchange.may_tell_usage = may_cost and (exchange.endpoint.by_model or not is_told_again)
         exchange.record.usage.seeks_model = exchange.may_tell_usage
         exchange.record.other_model = exchange.record.other_model or exchange.model_beside
     elif path.startswith(DEFERRED_PATH):
@@ -15024,8 +15025,8 @@ OPEN_ENDPOINTS = (  # they need no token
 PAGE_PATHS = frozenset({"/dashboard", "/metrics", "/api/live", "/api/usage", "/api/requests"})  # not for other origins
 # Where the top-level `model` of a JSON body is what decides which model works, and nothing is created.
 OTHER_MODEL_PATHS = frozenset({
-    "/v1/audio/speech", "/v1/decisions", "/v1/images/generations", "/v1/moderations", "/v1/responses/compact",
-    "/v1/responses/input_tokens",
+    "/v1/audio/speech", "/v1/chat/completions/batch", "/v1/decisions", "/v1/images/generations", "/v1/moderations",
+    "/v1/responses/compact", "/v1/responses/input_tokens",
 })  # fmt: skip
 
 

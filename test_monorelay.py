@@ -21227,6 +21227,7 @@ def test_a_form_counts_for_the_model_behind_its_file(upstream, relay, tmp_path, 
     [
         ("/v1/images/generations", True), ("/v1/chat/completions/chatcmpl-1", False),
         ("/v1/responses/r/cancel", False), ("/v1/batches/b/cancel", False), ("/v1/conversations/conv_1", True),
+        ("/v1/chat/completions/batch", True), ("/v1/responses/compact", True),
     ],
 )  # fmt: skip
 def test_what_names_no_model_counts_for_a_budget_if_its_answer_tells_tokens(
