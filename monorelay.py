@@ -308,7 +308,7 @@ LOG_BACKLOG_CHARACTERS = 4 * 1024 * 1024
 
 USAGE_COUNT = 10**12  # tokens: nothing that is larger can be true
 USAGE_ITERATIONS = 100  # of one response; server-side loops end after some ten
-ITERATED_MODELS = 32  # in these; the price of each may have to be sought among thousands of patterns
+ITERATED_MODELS = 8  # in these, mostly two; the price of each may have to be sought among thousands of patterns
 SVG_AUTHORS = 8  # of one response that are told apart
 USAGE_WORD_CHARACTERS = 32  # of a service tier and the like
 PARTS_NANO_USD = 10**12  # that several models and searches together cost at most, whatever a client has sent
