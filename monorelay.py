@@ -5104,7 +5104,8 @@ VALUE_CHARACTERS = 5  # of a number or a word, with the comma behind it
 FRACTION_CHARACTERS = 100  # that take as long to write as a number with a fraction: up to 1 µs, for its last digits
 WRITTEN_AT_ONCE_CHARACTERS = 512 * 1024  # which `json` writes within 3 ms, and nothing else runs meanwhile
 READ_AT_ONCE_BYTES = 1024 * 1024  # of a body: reading it in parts costs a fifth more
-READ_LEVELS = 8  # of lists and objects in each other that are read in parts
+READ_LEVELS = 32  # of lists and objects in each other that are read in parts
+READ_DEEP_BYTES = 512 * 1024  # of one that stands deeper: while `json` reads it, nothing else runs
 WAITING_BYTES = 128  # that each piece of what waits takes besides
 # Of an answer that is translated as a whole. The longest ones have some 130,000 tokens, each in an event of its own;
 # as many take a second.
@@ -5408,7 +5409,7 @@ class DocumentReader:
 
     def _value(self, level: int) -> tuple[Any, str]:
         """The value that follows, of an object or a list on that level, and the mark behind it, without which it may go
-        on: the beginning of a number is one, too."""
+        on: the beginning of a number is one, too. Raises RecursionError for what is deep and long."""
         first = self._next()
         while True:
             try:
@@ -5426,6 +5427,8 @@ class DocumentReader:
                 return self._string(), self._take(",:]}")
             if not is_whole and first in ("[", "{") and level < READ_LEVELS:
                 return (self._list if first == "[" else self._object)(level + 1), self._take(",]}")
+            if not is_whole and first in ("[", "{") and len(self._text) - self._at > READ_DEEP_BYTES:
+                raise RecursionError
             if not self._read_on():
                 raise ValueError("a value is malformed, or cut off")
 

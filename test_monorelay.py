@@ -5861,8 +5861,9 @@ def test_a_document_in_parts_is_read_as_json_reads_it(text):
     [
         "x" * 2_000_000, ["\\\n"] * 200_000, [{"text": "x" * 500}] * 4000,
         {"a": {f"{n}": ["x" * 99] for n in range(12000)}},
+        functools.reduce(lambda inner, _: [inner], range(20), ["x" * 500] * 4000),
     ],
-    ids=["a string", "strings", "objects", "members"],
+    ids=["a string", "strings", "objects", "members", "deep"],
 )
 def test_what_is_long_within_a_document_is_read_in_parts(monkeypatch, content):
     raw_decode, lengths = monorelay.READER.raw_decode, []
@@ -5878,7 +5879,17 @@ def test_what_is_long_within_a_document_is_read_in_parts(monkeypatch, content):
     assert max(lengths) < 3 * monorelay.WRITTEN_CHARACTERS
 
 
-def test_what_was_read_of_a_document_isnt_held_while_the_next_string_is_read():
+def test_what_is_both_deep_and_long_in_a_document_is_not_read():
+    for length, is_read in ((monorelay.READ_DEEP_BYTES // 2, True), (2 * monorelay.READ_DEEP_BYTES, False)):
+        deep = f"{'[' * monorelay.READ_LEVELS}{'1,' * (length // 2)}1{']' * monorelay.READ_LEVELS}"
+        body = f'{{"a":{deep},"b":"{"x" * monorelay.READ_AT_ONCE_BYTES}"}}'.encode()
+        pieces = [body[at : at + 65536] for at in range(0, len(body), 65536)]
+        with contextlib.nullcontext() if is_read else pytest.raises(RecursionError):
+            assert len(monorelay.read_document(pieces, 0)["b"]) == monorelay.READ_AT_ONCE_BYTES
+
+
+def test_what_was_read_of_a_document_isnt_held_while_the_next_string_is_read(monkeypatch):
+    monkeypatch.setattr(monorelay, "READ_DEEP_BYTES", 4_000_000)
     nested: Any = "x" * 2_000_000
     for _ in range(monorelay.READ_LEVELS):  # so deep that it is read as a whole
         nested = [nested]
