@@ -14089,6 +14089,7 @@ class Exchange:
         self.drop_body()
         if self._incoming:
             self._incoming.watch = None  # which knows this exchange, and would keep it
+            self._incoming.begun = b""  # nothing of a form is sent again, either
 
     def drop_body(self) -> None:
         """Lets go of the bytes of the body: nothing of it is sent any more."""

@@ -21311,6 +21311,26 @@ def test_of_several_models_behind_the_file_of_a_form_the_dearest_is_charged(
     assert (rows[-1]["model"], rows[-1]["cost"]) == (models[0], 300_000)
 
 
+def test_nothing_of_a_form_is_kept_when_its_response_has_begun(upstream, relay):
+    gate = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.message(is_answer=False)
+        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{")
+        assert gate.wait(TIMEOUT_SECONDS)
+        connection.send(b"}")
+
+    it = relay({"openai": upstream(script)})
+    body = form(("prompt", "x" * 50_000), ("model", "whisper-1"))
+    with it.client() as client:
+        client.send(request("POST", TRANSCRIPTIONS, body, FORM))
+        client.until(b"\r\n\r\n{")
+        (exchange,) = it.server.service.running
+        kept = [held for held in gc.get_referents(exchange._incoming) if isinstance(held, bytes)]
+        gate.set()
+        assert client.until(b"}") and sum(map(len, kept)) < 1000
+
+
 def test_a_form_that_has_streamed_through_is_not_sent_again(upstream, relay):
     busy, spare = upstream(answer(429)), upstream(answer())
     gone = {"base_url": f"http://127.0.0.1:{unused_port()}/v1"}
