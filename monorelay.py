@@ -5575,7 +5575,10 @@ dump = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":
 
 
 def read_within(text: str) -> Any:
-    """The value of a JSON text that narrow text holds, narrow too. Raises ValueError."""
+    """The value of a JSON text that narrow text holds, narrow too. Raises ValueError, for a long one of anything but an
+    object, too."""
+    if len(text) > READ_AT_ONCE_BYTES:
+        return DocumentReader(json_parts(map(encoded, slices(text)))).read()
     return READER.decode(json_text(map(encoded, slices(text))) if "\\u" in text else text)
 
 

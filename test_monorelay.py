@@ -5931,6 +5931,21 @@ def test_long_arguments_of_a_call_are_read_in_parts(monkeypatch, blanks, given):
     assert max(lengths) < 3 * monorelay.WRITTEN_CHARACTERS
 
 
+def test_a_long_text_that_a_calls_input_is_in_an_answer_is_read_in_parts(monkeypatch):
+    raw_decode, lengths = monorelay.READER.raw_decode, []
+
+    def read(text: str, idx: int = 0) -> Any:
+        lengths.append(len(text))
+        return raw_decode(text, idx)
+
+    monkeypatch.setattr(monorelay.READER, "raw_decode", read)
+    text = json.dumps({f"{n}\u00e9": "x" * 99 for n in range(12000)})
+    assert monorelay.given_arguments(text, json.dumps) == text
+    with pytest.raises(monorelay.UnfitAnswer):
+        monorelay.given_arguments(f"[{text}]", json.dumps)
+    assert max(lengths) < 3 * monorelay.WRITTEN_CHARACTERS
+
+
 @pytest.mark.parametrize("escaped", [False, True])
 def test_characters_beyond_ascii_stay_what_they_are_in_names_and_in_what_is_told(escaped):
     known = target_of(extra={"ü": "é"}, drop=["ö"]).provider
