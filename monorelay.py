@@ -5425,10 +5425,11 @@ class DocumentReader:
                 is_whole = False  # or it is malformed
             if not is_whole and first == '"':
                 return self._string(), self._take(",:]}")
-            if not is_whole and first in ("[", "{") and level < READ_LEVELS:
-                return (self._list if first == "[" else self._object)(level + 1), self._take(",]}")
-            if not is_whole and first in ("[", "{") and len(self._text) - self._at > READ_DEEP_BYTES:
-                raise RecursionError
+            if not is_whole and first in ("[", "{"):
+                if level < READ_LEVELS:
+                    return (self._list if first == "[" else self._object)(level + 1), self._take(",]}")
+                if len(self._text) - self._at > READ_DEEP_BYTES:
+                    raise RecursionError("what is nested so deeply is too long")
             if not self._read_on():
                 raise ValueError("a value is malformed, or cut off")
 
