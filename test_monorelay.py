@@ -27215,8 +27215,8 @@ def test_the_banner_comes_before_anything_else(tmp_path, workers, log):
 # ------------------------------------------------------------------------------------------------------------
 
 
-SOAK_SECONDS = 40
-LEDGER_SOAK_SECONDS = 25
+SOAK_SECONDS = 30
+LEDGER_SOAK_SECONDS = 15
 LOCKED_SOAK_SECONDS = 45  # ten before the file is locked, ten without it, and fifteen until another worker is killed
 
 
