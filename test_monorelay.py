@@ -17950,6 +17950,12 @@ NAMED_ELSEWHERE = {
     "a model that drafts": ("/v1/chat/completions", '"model":"claude-a","draft_model":"dear"'),
     "an adapter at SGLang": ("/v1/chat/completions", '"model":"claude-a","lora_path":"dear"'),
     "an adapter at mlx-lm": ("/v1/chat/completions", '"model":"claude-a","adapters":"dear"'),
+    "an adapter at llama.cpp": ("/v1/chat/completions", '"model":"claude-a","lora":[{"id":1,"scale":1}]'),
+    "an agent of Foundry's": (
+        "/v1/responses", '"model":"claude-a","agent_reference":{"type":"agent_reference","name":"dear"}'
+    ),
+    "what Foundry called it before": ("/v1/responses", '"model":"claude-a","agent":{"name":"dear"}'),
+    "a model of Together's that looks on": ("/v1/completions", '"model":"claude-a","safety_model":"dear"'),
     "settings of LiteLLM's": ("/v1/chat/completions", '"router_settings_override":{"fallbacks":[]},"model":"claude-a"'),
     "a preset": ("/v1/chat/completions", '"model":"claude-a","preset":"dear"'),
     "a prompt of LiteLLM's": ("/v1/chat/completions", '"prompt_id":"dear","model":"claude-a"'),
@@ -18102,7 +18108,8 @@ def test_no_header_makes_another_method_of_a_get(upstream, relay, name):
                                   "Helicone-OpenAI-Api-Base", "azureml-model-deployment",
                                   "X-Gateway-Model-Name", "X-Gateway-Model-Name-Rewrite",
                                   "x-llm-d-model-name-rewrite", "model-override",
-                                  "x-arch-llm-provider-hint"])  # fmt: skip
+                                  "x-arch-llm-provider-hint", "x-selected-model", "X-Portkey-Azure-Deployment-Id",
+                                  "x-portkey-azure-foundry-url", "x-ms-oai-image-generation-deployment"])  # fmt: skip
 def test_no_header_tells_a_gateway_of_another_model(upstream, relay, name):
     it, provider, token = limited(upstream, relay)
     value = f'{name}: {{"override_params":{{"model":"claude-opus"}}}}'
