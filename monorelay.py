@@ -13710,7 +13710,8 @@ STORED_PATHS = ("/v1/messages/batches/", "/v1/files/")
 SEARCHED_PATHS = (
     "/responses/", "/conversations/", "/chat/completions/", "/videos/", "/containers/", "/fine_tuning/jobs/",
 )  # fmt: skip
-DEFERRED_PATH = "/chat/deferred-completion/"  # where xAI gives a chat that was to come later, and tells its usage, once
+# Where xAI (once), Perplexity and Bifrost give a response that was to come later, and tell its usage.
+DEFERRED_PATHS = ("/chat/deferred-completion/", "/async/")
 # What is made here for a model, at Mistral too, belongs to an account, as do the files and agents that it is made from:
 # to that of the first key, by which all of these go.
 MAKING_PATHS = (
@@ -14659,7 +14660,7 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
         exchange.may_tell_usage = may_cost and (exchange.endpoint.by_model or not is_told_again)
         exchange.record.usage.seeks_model = exchange.may_tell_usage
         exchange.record.other_model = exchange.record.other_model or exchange.model_beside
-    elif path.startswith(DEFERRED_PATH):
+    elif unquote(path).startswith(DEFERRED_PATHS):
         exchange.may_tell_usage = exchange.record.usage.seeks_model = True
     searches = method in ("GET", "HEAD", "DELETE") and path.startswith(SEARCHED_PATHS)
     everywhere = [provider]

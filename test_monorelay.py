@@ -20779,6 +20779,22 @@ def test_a_chat_that_xai_has_deferred_is_charged_when_it_is_fetched(upstream, re
     assert len(it.tally.ended) == 2
 
 
+@pytest.mark.parametrize("path", ["async/sonar/1", "async%2Fsonar%2F1", "async/chat/completions/1"])
+def test_what_perplexity_and_bifrost_answer_later_is_charged_when_it_is_fetched(upstream, relay, path):
+    """https://docs.perplexity.ai/api-reference/async-sonar-api-request-get,
+    https://docs.getbifrost.ai/features/async-inference"""
+    usage = {"prompt_tokens": 27, "completion_tokens": 48, "total_tokens": 75}
+    done = {"id": "1", "model": "sonar", "status": "COMPLETED", "response": completion(usage=usage)}
+    waits = answer(200, json.dumps({**done, "status": "IN_PROGRESS", "response": None}).encode())
+    provider = upstream(replies(waits, waits, answer(200, json.dumps(done).encode())))
+    it = relay({"openai": provider}, prices={"sonar": {"input": 1, "output": 10}})
+    assert it.post("/v1/async/sonar", {"request": chat("sonar")}).status == 200
+    for _ in range(2):
+        assert it.ask("GET", f"/v1/{path}").status == 200
+    rows = eventually(lambda: [row for row in it.tally.ended if row.cost is not None])
+    assert [(row.path, row.input, row.output, row.cost) for row in rows] == [(f"/v1/{path}", 27, 48, 507_000)]
+
+
 @pytest.mark.parametrize("asked", ["cheap,dear", "cheap,cheap", "cheap, "])
 def test_a_user_with_a_budget_asks_no_list_of_models(upstream, relay, tmp_path, asked):
     """LiteLLM answers with a list of all their responses, and each costs (litellm, proxy/route_llm_request.py)."""
