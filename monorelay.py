@@ -13710,7 +13710,7 @@ STORED_PATHS = ("/v1/messages/batches/", "/v1/files/")
 SEARCHED_PATHS = (
     "/responses/", "/conversations/", "/chat/completions/", "/videos/", "/containers/", "/fine_tuning/jobs/",
 )  # fmt: skip
-# Where xAI (once), Perplexity and Bifrost give a response that was to come later, and tell its usage.
+# The same where xAI (once), Perplexity and Bifrost give a response that was to come later, and tell its usage.
 DEFERRED_PATHS = ("/chat/deferred-completion/", "/async/")
 # What is made here for a model, at Mistral too, belongs to an account, as do the files and agents that it is made from:
 # to that of the first key, by which all of these go.
@@ -14662,7 +14662,7 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
         exchange.record.other_model = exchange.record.other_model or exchange.model_beside
     elif unquote(path).startswith(DEFERRED_PATHS):
         exchange.may_tell_usage = exchange.record.usage.seeks_model = True
-    searches = method in ("GET", "HEAD", "DELETE") and path.startswith(SEARCHED_PATHS)
+    searches = method in ("GET", "HEAD", "DELETE") and path.startswith((*SEARCHED_PATHS, *DEFERRED_PATHS))
     everywhere = [provider]
     if searches and provider.format != "echo":
         everywhere = [other for other in exchange.config.providers.values() if other.format == provider.format]

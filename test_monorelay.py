@@ -14537,7 +14537,8 @@ def test_a_response_about_what_another_key_keeps_is_asked_of_that_key(upstream, 
     assert {sent.get("authorization")[-1] for sent in provider.requests} == {"a", "b"}
 
 
-@pytest.mark.parametrize("path", ["videos/v_1/content", "containers/c_1/files/f_1/content", "fine_tuning/jobs/j_1"])
+@pytest.mark.parametrize("path", ["videos/v_1/content", "containers/c_1/files/f_1/content", "fine_tuning/jobs/j_1",
+                                  "chat/deferred-completion/1", "async/responses/1"])  # fmt: skip
 def test_what_a_model_has_left_with_a_key_is_asked_for_with_each(upstream, relay, path):
     provider = upstream(replies(answer(404, b"{}"), answer()))
     it = relay({"a": {"upstream": provider, "format": "openai", "keys": ["sk-a", "sk-b"]}})
