@@ -17952,9 +17952,11 @@ NAMED_ELSEWHERE = {
     "an adapter at SGLang": ("/v1/chat/completions", '"model":"claude-a","lora_path":"dear"'),
     "an adapter at mlx-lm": ("/v1/chat/completions", '"model":"claude-a","adapters":"dear"'),
     "an adapter at llama.cpp": ("/v1/chat/completions", '"model":"claude-a","lora":[{"id":1,"scale":1}]'),
+    "an adapter at Xinference": ("/v1/chat/completions", '"model":"claude-a","lora_name":"dear"'),
     "an agent of Foundry's": (
         "/v1/responses", '"model":"claude-a","agent_reference":{"type":"agent_reference","name":"dear"}'
     ),
+    "what Bifrost puts in its place": ("/v1/chat/completions", '"model":"claude-a","extra_params":{"model":"dear"}'),
     "what Foundry called it before": ("/v1/responses", '"model":"claude-a","agent":{"name":"dear"}'),
     "a model of Together's that looks on": ("/v1/completions", '"model":"claude-a","safety_model":"dear"'),
     "settings of LiteLLM's": ("/v1/chat/completions", '"router_settings_override":{"fallbacks":[]},"model":"claude-a"'),
@@ -18110,7 +18112,8 @@ def test_no_header_makes_another_method_of_a_get(upstream, relay, name):
                                   "X-Gateway-Model-Name", "X-Gateway-Model-Name-Rewrite",
                                   "x-llm-d-model-name-rewrite", "model-override",
                                   "x-arch-llm-provider-hint", "x-selected-model", "X-Portkey-Azure-Deployment-Id",
-                                  "x-portkey-azure-foundry-url", "x-ms-oai-image-generation-deployment"])  # fmt: skip
+                                  "x-portkey-azure-foundry-url", "x-ms-oai-image-generation-deployment",
+                                  "X-Bf-Fallbacks"])  # fmt: skip
 def test_no_header_tells_a_gateway_of_another_model(upstream, relay, name):
     it, provider, token = limited(upstream, relay)
     value = f'{name}: {{"override_params":{{"model":"claude-opus"}}}}'
@@ -20732,6 +20735,7 @@ def test_who_draws_for_a_response_has_the_price_of_the_dearest_that_may(is_strea
 
 @pytest.mark.parametrize("named", [{"models": ["dear"]}, {"models": ["dear"], "pad": ["x" * 600_000]},
                                    {"extra_body": {"model": "dear"}}, "?model=dear", "?m%6Fdel=dear",
+                                   {"extra_params": {"model": "dear"}},
                                    {"providerOptions": {"gateway": {"models": ["dear"]}}}, {"MODEL": "dear"},
                                    {"\u017fcale": 1, "model\u017f": ["dear"]}, "helicone-fallbacks: [1]",
                                    "Content-Type: application/x-www-form-urlencoded"])  # fmt: skip
