@@ -13731,7 +13731,7 @@ MODEL_OVERRIDES = frozenset({
     "helicone-target-url", "helicone-openai-api-base", "azureml-model-deployment", "x-gateway-model-name",
     "x-gateway-base-model-name", "x-gateway-model-name-rewrite", "x-llm-d-model-name-rewrite", "model-override",
     "x-arch-llm-provider-hint", "x-selected-model", "x-portkey-azure-deployment-id", "x-portkey-azure-foundry-url",
-    "x-ms-oai-image-generation-deployment", "x-bf-fallbacks",
+    "x-ms-oai-image-generation-deployment", "x-bf-fallbacks", "x-ms-model-mesh-model-name",
 })  # fmt: skip
 # Bodies that are read for a model on paths of which the relay knows nothing: JSON, and what curl and
 # careless clients call JSON. All others stream through.
