@@ -13924,7 +13924,9 @@ class Exchange:
         user = self.caller.user
         if user is None or user.models is None:
             return False
-        names = set(as_hyphenated(self.request.fields.names))
+        given = as_hyphenated(self.request.fields.names)
+        # LiteLLM and Bifrost pass on those that begin so without that.
+        names = {name.removeprefix("x-pass-").removeprefix("x-bf-eh-") for name in given}
         what = "method" if names & METHOD_OVERRIDES else "model" if names & MODEL_OVERRIDES else ""
         if what:
             raise Forbidden(f"{self.caller.name} may use some models only, and no header that names another {what}")

@@ -18113,7 +18113,8 @@ def test_no_header_makes_another_method_of_a_get(upstream, relay, name):
                                   "x-llm-d-model-name-rewrite", "model-override",
                                   "x-arch-llm-provider-hint", "x-selected-model", "X-Portkey-Azure-Deployment-Id",
                                   "x-portkey-azure-foundry-url", "x-ms-oai-image-generation-deployment",
-                                  "X-Bf-Fallbacks", "x-ms-model-mesh-model-name"])  # fmt: skip
+                                  "X-Bf-Fallbacks", "x-ms-model-mesh-model-name",
+                                  "x-pass-x-ms-model-mesh-model-name", "X-BF-EH-helicone-fallbacks"])  # fmt: skip
 def test_no_header_tells_a_gateway_of_another_model(upstream, relay, name):
     it, provider, token = limited(upstream, relay)
     value = f'{name}: {{"override_params":{{"model":"claude-opus"}}}}'
