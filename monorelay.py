@@ -3983,7 +3983,7 @@ def facts_of(
 def model_name(value: Any) -> str:
     """The value of `model`. Raises BadRequest unless it can name one."""
     if not isinstance(value, str) or not value:
-        raise BadRequest("model: Input should be a valid string that isn't empty")
+        raise BadRequest("model: Input should be a valid string that isn't empty", "no_model")
     if len(value) > MODEL_CHARACTERS:
         raise BadRequest(f"model: Input should have at most {MODEL_CHARACTERS} characters")
     return value

@@ -21277,6 +21277,21 @@ def test_a_form_counts_for_the_model_behind_its_file(upstream, relay, tmp_path, 
     assert it.post("/v1/images/edits", body, FORM, token=ALICE).status == 429
 
 
+@pytest.mark.parametrize("size", [1, 300_000])
+@pytest.mark.parametrize("model", ['{"id":"claude-a","speed":"fast"}', "null", '""'])
+def test_a_model_that_is_no_name_is_none_where_none_is_needed(upstream, relay, model, size):
+    """Anthropic's agents take an object, as its Go SDK sends it; OpenAI's threads take null."""
+    it, provider, token = limited(upstream, relay)
+    body = padded(f'"model":{model}', size)
+    for path, version in (("/v1/agents", "anthropic-version: 2023-06-01"), ("/v1/threads/runs", "x-a: b")):
+        assert it.post(path, body, version, token=bearer(sub="bob")).status == 200
+        assert provider.requests[-1].body == body
+        assert it.post(path, body, version, token=token).status == 403
+    for path in ("/v1/messages", "/v1/responses"):
+        assert it.post(path, body, token=bearer(sub="bob")).status == 400
+    assert len(provider.requests) == 2
+
+
 @pytest.mark.parametrize(
     ("path", "is_counted"),
     [
