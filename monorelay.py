@@ -13718,6 +13718,8 @@ MAKING_PATHS = (
     "/agents/", "/assistants/", "/audio/agents/", "/batch/jobs/", "/conversations/", "/dreams/", "/fine_tuning/jobs/",
     "/realtime/", "/threads/",
 )  # fmt: skip
+# Where OpenRouter makes a lasting key of whoever has one, and LiteLLM if it is asked with its master key.
+KEY_PATHS = ("/auth/keys/", "/keys/", "/key/")
 # What counts tokens, and uses none; the first may be translated.
 COUNTING_PATH = "/messages/count_tokens"
 COUNTING_PATHS = (COUNTING_PATH, "/responses/input_tokens")
@@ -13882,9 +13884,13 @@ class Exchange:
         return user is None or user.models is None or admits(self.config, user.models, model)
 
     def check_may_call(self) -> None:
-        """Raises Forbidden for a viewer, who may have no model do anything."""
+        """Raises Forbidden for a viewer, who may have no model do anything, and for whoever isn't the owner
+        where a provider would make a key: what is used with that passes this relay by."""
         if self.caller.user and self.caller.user.viewer:
             raise Forbidden(f"{self.caller.name} is a viewer, who may look and call no model")
+        makes_key = is_within(unquote(self.endpoint.path), KEY_PATHS) and self.request.method not in READING
+        if makes_key and not self.caller.admin:
+            raise Forbidden(f"{self.record.caller} may not have the provider make a key; an access key may")
 
     def check_model(self, facts: BodyFacts) -> None:
         """Raises Forbidden unless the caller may use the model, and a server behind can't take another one from the

@@ -20569,6 +20569,19 @@ VIEWED = [
 ]
 
 
+@pytest.mark.parametrize("path", ["auth/keys/code", "auth%2Fkeys%2Fcode", "keys", "key/generate"])
+@pytest.mark.parametrize("members", ["", '"model":"claude-a",'])
+def test_only_the_owner_may_have_a_provider_make_a_key(upstream, relay, path, members):
+    """https://openrouter.ai/docs/api/api-reference/oauth/create-authorization-code: with any of its keys."""
+    provider = upstream(answer())
+    it = relay({"openai": provider}, users={"alice": {"key": "sk-of-alice-000001"}})
+    body = b'{%s"callback_url":"https://localhost"}' % members.encode()
+    refused(it.post(f"/v1/{path}", body, token="sk-of-alice-000001"), 403, "permission_error", openai_shape=True)
+    assert not provider.requests
+    assert it.post(f"/v1/{path}", body).status == 200
+    assert it.ask("GET", f"/v1/{path}", token="sk-of-alice-000001").status == 200
+
+
 def test_a_viewer_may_look_and_call_no_model(upstream, relay):
     anthropic, openai = upstream(answer()), upstream(answer())
     it = relay(
