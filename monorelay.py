@@ -11073,13 +11073,23 @@ def daily_usage(
         yield [({"day": windows(day * 86400)[0], **group}, sums) for group, sums in groups]
 
 
+def with_list(document: JsonDict, written: list[bytes]) -> bytes:
+    """The document as JSON, with these values in the one list that is empty. They are copied once: that takes 20 ms
+    for 30 MB, in which nothing else runs."""
+    before, _, after = json.dumps(document).encode("ascii").partition(b"[]")
+    written = written or [b""]
+    written[0] = before + b"[" + written[0]
+    written[-1] += b"]" + after
+    return b", ".join(written)
+
+
 def usage_body(about: JsonDict, groups: Groups, total: Groups) -> bytes:
     """What was used by each group, and in all, as JSON: row by row, since nothing else runs while `json` writes one.
     `total`: grouped by nothing, with what LEDGER_GROUPS leave out, which `cut` tells; empty if there is nothing."""
+    rows = [json.dumps(usage_row(group, sums)).encode("ascii") for group, sums in groups]
     about = {**about, "cut": True} if len(groups) >= LEDGER_GROUPS else about
-    rows = ", ".join([json.dumps(usage_row(group, sums)) for group, sums in groups])
-    last = json.dumps(usage_row({}, total[0][1] if total else [0] * len(SUMS)))
-    return f'{json.dumps(about)[:-1]}, "rows": [{rows}], "total": {last}}}'.encode("ascii")
+    last = usage_row({}, total[0][1] if total else [0] * len(SUMS))
+    return with_list({**about, "rows": [], "total": last}, rows)
 
 
 def usage_row(group: Mapping[str, str], sums: Sums) -> JsonDict:
@@ -11124,8 +11134,7 @@ def request_page(
 
 def requests_body(rows: Iterable[JsonDict], following: Optional[int]) -> bytes:
     """A page of requests as JSON: row by row, since nothing else runs while `json` writes one, and some have 7 kB."""
-    written = ", ".join([json.dumps(row) for row in rows])
-    return f'{{"rows": [{written}], "next": {json.dumps(following)}}}'.encode("ascii")
+    return with_list({"rows": [], "next": following}, [json.dumps(row).encode("ascii") for row in rows])
 
 
 def hour_rows(path: str, since: int, user: Optional[str]) -> list[list[Any]]:
@@ -14272,11 +14281,11 @@ async def written_page(exchange: Exchange, page: JsonDict) -> bytes:
     Unavailable where many are being written, and there is no room for one more."""
     written, size = [], 0
     async for entry in in_steps(exchange.loop, page["data"]):
-        written.append(json.dumps(model_entry(entry, exchange.format)))
+        written.append(json.dumps(model_entry(entry, exchange.format)).encode("ascii"))
         exchange.hold(len(written[-1]))
         size += len(written[-1])
     exchange.release_room(size)  # the response takes it anew
-    return json.dumps({**page, "data": []}).replace("[]", f"[{', '.join(written)}]", 1).encode("ascii")
+    return with_list({**page, "data": []}, written)
 
 
 # -- what the owner, and each user, can see of what happens

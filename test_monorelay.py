@@ -22650,6 +22650,20 @@ def test_groups_beyond_the_most_leave_out_no_day_of_the_command_and_are_told_of(
     assert json.loads(capsys.readouterr().out)["cut"]
 
 
+def test_what_was_used_is_held_twice_and_no_more_while_it_is_put_together():
+    names = ["\U0001f600" * 252 + f"{number:04}" for number in range(1000)]
+    groups = [({"model": name}, [1] * len(monorelay.SUMS)) for name in names]
+    tracemalloc.start()
+    try:
+        body = monorelay.usage_body({"by": ["model"]}, groups, [])
+        assert tracemalloc.get_traced_memory()[1] < 2.3 * len(body), "each copy holds up others, too"
+    finally:
+        tracemalloc.stop()
+    told = json.loads(body)
+    assert [row["model"] for row in told["rows"]] == names and [*told] == ["by", "rows", "total"]
+    assert json.loads(monorelay.usage_body({"by": ["model"]}, [], []))["rows"] == []
+
+
 def test_sums_by_the_day_let_others_write_between_two_days(some_days):
     found = monorelay.daily_usage(some_days, MIDNIGHT, MIDNIGHT + 49, ["key"], None)
     assert [group["day"] for group, _ in next(found)] == [DAYS[0]] * 2
