@@ -12384,7 +12384,8 @@ class Relay:
                 try:
                     wanted = await as_wanted(request, candidate.target, waiting)
                 except BadRequest as error:
-                    refusal = refusal or error.with_traceback(None)
+                    told = error.with_traceback(None)  # of each: it would keep this frame, and be kept by it
+                    refusal = refusal or told
                     continue
                 record_attempt(request.record, candidate)
                 attempt = await self._attempt(wanted, candidate, fresh=request.only_once or last_try)
@@ -14823,7 +14824,8 @@ class TranslatedRequest:
             try:
                 self._made = await self._make(target, is_last)
             except BadRequest as error:
-                self._made = error
+                # What led to it would keep all that was read of the body, while another target takes its time.
+                self._made, error.__context__ = error.with_traceback(None), None
             if is_last:
                 self._exchange.let_go(but=self._size)
         if not isinstance(self._made, UpstreamRequest):

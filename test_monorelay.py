@@ -15648,6 +15648,41 @@ def test_others_have_their_turn_between_targets_that_refuse_a_request(upstream, 
     assert len(set(turns)) >= 5
 
 
+@pytest.mark.parametrize("last", ['"n":' + "1" * 70, '"stop_sequences":["a","b","c","d","e"]'], ids=["read", "made"])
+def test_what_was_read_of_a_body_goes_when_it_cannot_be_translated(upstream, relay, monkeypatch, last):
+    """Behind two targets that refuse it, one that may take its time."""
+    monkeypatch.setattr(monorelay, "READ_AT_ONCE_BYTES", 1000)
+    kept: list[int] = []
+
+    def count(connection: Connection) -> None:
+        connection.read_request()
+        kept.append(sum(type(it) is dict and "unlike any other" in it for it in gc.get_objects()))
+        connection.send(json_reply(ANTHROPIC_HI))
+
+    body = json.dumps(prompt(foo=[{"unlike any other": []}] * 500))[:-1].encode() + b",%b}" % last.encode()
+    it = relay({"openai1": upstream(answer()), "openai2": upstream(answer()), "anthropic": upstream(count)})
+    assert it.post("/v1/messages", body).get("x-monorelay-provider") == "anthropic" and kept == [0]
+
+
+def test_a_request_that_several_targets_refuse_waits_for_no_collection_to_go(upstream, relay, monkeypatch):
+    made: list[weakref.ref[Any]] = []
+
+    class Noted(monorelay.TranslatedRequest):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(monorelay, "TranslatedRequest", Noted)
+    others = {f"openai{number}": upstream(answer()) for number in range(3)}
+    it = relay({**others, "anthropic": upstream(json_reply(ANTHROPIC_HI))})
+    gc.disable()
+    try:
+        assert it.post("/v1/messages", WITH_SEARCH).status == 200
+        eventually(lambda: [kept() for kept in made] == [None])
+    finally:
+        gc.enable()
+
+
 def test_an_answer_goes_before_a_refusal(upstream, relay):
     native = upstream(json_reply({"type": "error", "error": {"type": "rate_limit_error", "message": "slow"}}, 429))
     got = relay({"openai": upstream(json_reply(CHAT_HI)), "anthropic": native}).post("/v1/messages", WITH_SEARCH)
