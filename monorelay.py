@@ -5909,7 +5909,7 @@ def turns_of(messages: Any, draft: Draft) -> Iterator[Turn]:
         else:
             if turn:
                 yield turn
-            turn = Turn(string(role, f"{place}.role"), place, blocks)
+            turn = Turn(word(string(role, f"{place}.role")), place, blocks)
     if turn:
         yield turn
 

@@ -5803,6 +5803,11 @@ def test_a_translation_holds_as_much_as_the_body_and_little_more_while_it_is_mad
         tracemalloc.stop()
 
 
+def test_a_long_role_is_looked_at_as_far_as_it_is_shown():
+    (turn,) = monorelay.turns_of([{"role": "x" * 1_000_000, "content": "Hi"}], monorelay.Draft(target_of()))
+    assert turn.role == "x" * monorelay.LOG_VALUE_CHARACTERS
+
+
 def test_a_body_that_would_become_many_times_as_long_is_not_translated():
     tools, extra = [{"name": "a"}] * 1500, {"a": "x" * 200_000}
     refused = "the body would become over 3 times as long in the provider's format; send fewer tools or messages that"
