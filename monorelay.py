@@ -4899,6 +4899,7 @@ class Usage:
         self._authors: dict[str, dict[str, int]] = {}  # what models used that have written pictures as SVG
         self._authors_place = -1, 0  # in which line these are told, and how deep,
         self._author_at = -1  # and where the last one is
+        self.is_document = False  # whether the response is no stream, and has begun as JSON does
         self.seeks_model = False  # whether another model than the request's own may answer
         self._model = Outermost()  # which one has, if that is sought
         self._is_beginning = True  # whether no more than that of a response has come
@@ -4973,8 +4974,10 @@ class Usage:
 
     def _begins_stream(self, data: bytes) -> bool:
         """Whether the response is a stream all the same: some servers call theirs JSON, or plain text."""
-        if self._is_beginning and BEGINS_EVENT.match(data, 0, USAGE_BYTES):
-            self._is_beginning, self._is_undeclared = False, True
+        if self._is_beginning:
+            self._is_undeclared = BEGINS_EVENT.match(data, 0, USAGE_BYTES) is not None
+            self._is_beginning = not self._is_undeclared
+            self.is_document = data[:USAGE_BYTES].lstrip().startswith((b"{", b"["))
         return self._is_undeclared
 
     def _first_told(self, data: bytes) -> int:
@@ -13869,8 +13872,8 @@ class Exchange:
 
     async def read_left(self, relayed: Optional[UpstreamResponse]) -> None:
         """Reads the rest of a model's whole answer whose client has left, as long as that comes without a pause: what
-        was used, which costs all the same, is told at its end."""
-        if not relayed or relayed.is_stream or not (self.uses_model or self.may_tell_usage):
+        was used, which costs all the same, is told at its end. Sound, say, and what is compressed tell nothing."""
+        if not relayed or not self.record.usage.is_document or not (self.uses_model or self.may_tell_usage):
             return
         loop, channel, decoder = self.loop, relayed.channel, relayed.decoder
         latest = loop.now + LEFT_LONGEST_SECONDS

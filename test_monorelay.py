@@ -17025,6 +17025,36 @@ def test_a_client_that_leaves_closes_upstream_at_once(upstream, relay, during, e
     assert provider.requests[-1].get("x-api-key") == "sk-a", "a departure cools nothing"
 
 
+GOING_ON = {
+    "a compressed stream": ("content-type: text/event-stream\r\ncontent-encoding: gzip", gzip.compress(b"data: {}\n\n")),
+    "a stream that isn't called one": ("content-type: application/json", b'data: {"choices": []}\n\n'),
+    "sound": ("content-type: audio/mpeg", b"ID3\x04"),
+    "a wait for an answer": ("content-type: application/json", b"\n"),
+}
+
+
+@pytest.mark.parametrize("during", GOING_ON)
+def test_a_client_that_leaves_closes_upstream_at_once_though_more_comes(upstream, relay, during):
+    """Only what is left of a JSON document is worth reading: it may tell what was used."""
+    told, piece = GOING_ON[during]
+    seen: dict[str, Any] = {}
+
+    def goes_on(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(f"HTTP/1.1 200 OK\r\n{told}\r\ntransfer-encoding: chunked\r\n\r\n".encode())
+        while not connection.ended_within(0.05):
+            connection.send(chunk(piece))
+        seen["at"] = time.monotonic()
+
+    it = relay({"openai": upstream(goes_on)})
+    client = it.client()
+    client.send(request("POST", "/v1/chat/completions", json.dumps(prompt()).encode()))
+    client.until(piece)
+    left = time.monotonic()
+    client.close()
+    assert eventually(lambda: seen["at"]) - left < 1
+
+
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
 @pytest.mark.parametrize("end", ["close", "reset"])
 def test_a_whole_answer_is_charged_though_its_client_leaves_before_its_end(upstream, relay, end, framing):
