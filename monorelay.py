@@ -13921,9 +13921,6 @@ class Exchange:
             allowed = self.caller.user.models if self.caller.user and self.caller.user.models else ()
             only = f"only {listing(allowed)}" if allowed else "nor any other"
             raise Forbidden(f"{self.record.caller} may not use the model {facts.model!r}, {only}")
-        several = "," in facts.model + self.record.other_model  # LiteLLM asks each, and answers with a list
-        if several and self.caller.user and self.caller.user.has_budget:
-            raise Forbidden(f"{self.record.caller} has a budget, and may use one model at a time")
         if self.is_restricted():
             self._check_name(facts.model)
             if self._is_ambiguous(facts):
@@ -13987,10 +13984,12 @@ class Exchange:
 
     def count(self, may_cost: bool = False) -> None:
         """Counts a request that is let through to a model; `may_cost`: though its answer won't tell what. Raises
-        RateLimited, and BudgetExceeded."""
+        RateLimited, BudgetExceeded, and Forbidden for one to several models of a user who has a budget."""
         user, workers = self.caller.user, self.service.workers
         workers.look()
         if user and user.has_budget and (self.uses_model or may_cost):
+            if "," in self.record.model + self.record.other_model:  # LiteLLM asks each, and answers with a list
+                raise Forbidden(f"{self.record.caller} has a budget, and may use one model at a time")
             over = spent_over(user, functools.partial(self.service.ledger.spent, user.name), time.time())
             if over:
                 raise BudgetExceeded(over.message, over.ends - time.time())
@@ -14673,6 +14672,7 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
         raise hidden_model(exchange.caller)
     if names_model:
         may_cost = not path.endswith("/cancel")
+        exchange.record.other_model = exchange.record.other_model or exchange.model_beside
         exchange.count(may_cost=may_cost)
         # Servers have models of their own for such as pictures, or read one that isn't seen here; the answer tells its
         # name. What is stored tells its usage once more, but for conversations, which go on here at Mistral. Where a
@@ -14680,7 +14680,6 @@ async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody])
         is_told_again = path.startswith(SEARCHED_PATHS) and not path.startswith("/conversations/")
         exchange.may_tell_usage = may_cost and (exchange.endpoint.by_model or not is_told_again)
         exchange.record.usage.seeks_model = exchange.may_tell_usage
-        exchange.record.other_model = exchange.record.other_model or exchange.model_beside
     elif unquote(path).startswith(DEFERRED_PATHS):
         exchange.may_tell_usage = exchange.record.usage.seeks_model = True
     searches = method in ("GET", "HEAD", "DELETE") and path.startswith((*SEARCHED_PATHS, *DEFERRED_PATHS))

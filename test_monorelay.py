@@ -20890,9 +20890,12 @@ def test_a_user_with_a_budget_asks_no_list_of_models(upstream, relay, tmp_path, 
     provider, key = upstream(answer(200, json.dumps(completion()).encode())), "sk-of-alice-000001"
     users = {"alice": {"key": key, "tokens_per_day": 1000}}
     it = relay({"openai": provider}, users=users, ledger={"path": str(tmp_path / "usage.db")})
-    query = f"?model={urllib.parse.quote(asked)}"
-    for path, model in (("/v1/chat/completions", asked), (f"/v1/chat/completions{query}", "cheap")):
-        got = it.post(path, chat(model), token=key)
+    quoted, untold = urllib.parse.quote(asked), {"messages": chat("")["messages"]}
+    for path, body in (
+        ("/v1/chat/completions", chat(asked)), (f"/v1/chat/completions?model={quoted}", chat("cheap")),
+        (f"/v1/engines/{asked.strip()}/chat/completions", untold),
+    ):  # fmt: skip
+        got = it.post(path, body, token=key)
         assert got.status == 403 and "one model at a time" in got.json["error"]["message"] and not provider.requests
     assert it.post("/v1/chat/completions", chat("cheap"), token=key).status == 200
     assert it.post("/v1/chat/completions", chat(asked)).status == 200, "the owner has no budget"
