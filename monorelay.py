@@ -13882,7 +13882,7 @@ class Exchange:
                 if not channel.received:
                     await channel.arrival(loop.now + LEFT_SECONDS)
                 self.record.usage.read(decoder.feed(await take_in_turn(loop, channel)), False)
-        except (Overdue, FramingError):
+        except (Overdue, FramingError, Unavailable):  # the latter: the relay shuts down
             pass
 
     # -- what its caller may do

@@ -26400,6 +26400,22 @@ def test_draining_ends_after_drain_seconds(upstream, program):
     gate.set()
 
 
+def test_draining_ends_while_the_rest_of_an_answer_is_read_whose_client_has_left(upstream, program):
+    def script(connection: Connection) -> None:
+        connection.read_request()
+        connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 9999\r\n\r\n[")
+        while not connection.ended_within(0.05):
+            connection.send(b"1,")
+
+    it = program(settings({"anthropic": upstream(script)}, server={"drain_seconds": 0.3}))
+    with Client(it.url) as client:
+        client.send(request("POST", "/v1/messages", json.dumps(prompt()).encode()))
+        client.until(b"[1,")
+    it.signal(signal.SIGTERM)
+    assert it.ended() == 0
+    assert eventually(lambda: "error=client_gone" in it.text()) and "internal error" not in it.text()
+
+
 def children(it: Program) -> set[int]:
     """The processes that a relay has started."""
     return set(map(int, Path(f"/proc/{it.process.pid}/task/{it.process.pid}/children").read_text().split()))
