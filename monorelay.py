@@ -3996,8 +3996,8 @@ MODEL_NAMES = frozenset({
     "router_settings_override", "engine", "deployment", "deployment_id", "preset", "prompt_id", "plugins",
     "provideroptions", "api_base", "base_url", "extra_body", "tensorzero::variant_name", "tensorzero::extra_body",
     "tensorzero::internal_dynamic_variant_config", "answering_model", "reasoning_model", "draft_model", "load_balancer",
-    "orq", "model_routing_config", "nim-llm-router", "lora_path", "adapters", "lora", "agent", "agent_reference",
-    "safety_model", "extra_params", "lora_name",
+    "orq", "model_routing_config", "nim-llm-router", "lora", "lora_name", "lora_path", "adapters", "adapter_path", "agent",
+    "agent_reference", "safety_model", "extra_params",
 })  # fmt: skip
 OTHER_MODEL_NAMES = MODEL_NAMES - {"model"}
 

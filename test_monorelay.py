@@ -18020,9 +18020,10 @@ NAMED_ELSEWHERE = {
     "a router of NVIDIA's": ("/v1/chat/completions", '"model":"claude-a","nim-llm-router":{"model":"dear"}'),
     "a model that drafts": ("/v1/chat/completions", '"model":"claude-a","draft_model":"dear"'),
     "an adapter at SGLang": ("/v1/chat/completions", '"model":"claude-a","lora_path":"dear"'),
-    "an adapter at mlx-lm": ("/v1/chat/completions", '"model":"claude-a","adapters":"dear"'),
-    "an adapter at llama.cpp": ("/v1/chat/completions", '"model":"claude-a","lora":[{"id":1,"scale":1}]'),
     "an adapter at Xinference": ("/v1/chat/completions", '"model":"claude-a","lora_name":"dear"'),
+    "an adapter at mlx-lm": ("/v1/chat/completions", '"model":"claude-a","adapters":"dear"'),
+    "an adapter at mlx-vlm": ("/v1/chat/completions", '"model":"claude-a","adapter_path":"dear"'),
+    "an adapter at llama.cpp": ("/v1/chat/completions", '"model":"claude-a","lora":[{"id":1,"scale":1}]'),
     "an agent of Foundry's": (
         "/v1/responses", '"model":"claude-a","agent_reference":{"type":"agent_reference","name":"dear"}'
     ),
