@@ -13854,6 +13854,21 @@ class Exchange:
         if self.head and self.caller is ANONYMOUS:
             self.head = self.request = self.head._replace(fields=Headers([]))
 
+    async def read_left(self, relayed: Optional[UpstreamResponse]) -> None:
+        """Reads the rest of a model's whole answer whose client has left, as long as that comes without a pause: what
+        was used, which costs all the same, is told at its end. Sound, say, and what is compressed tell nothing."""
+        if not relayed or not self.record.usage.is_document or not (self.uses_model or self.may_tell_usage):
+            return
+        loop, channel, decoder = self.loop, relayed.channel, relayed.decoder
+        latest = loop.now + LEFT_LONGEST_SECONDS
+        try:
+            while not decoder.finished and (channel.received or not channel.ended) and loop.now < latest:
+                if not channel.received:
+                    await channel.arrival(loop.now + LEFT_SECONDS)
+                self.record.usage.read(decoder.feed(await take_in_turn(loop, channel)), False)
+        except (Overdue, FramingError, Unavailable):  # the latter: the relay shuts down
+            pass
+
     # -- its query
 
     def read_query(self, *names: str) -> dict[str, str]:
@@ -13869,21 +13884,6 @@ class Exchange:
         if len(query) < len(pairs):
             raise BadRequest("a parameter is given twice")
         return query
-
-    async def read_left(self, relayed: Optional[UpstreamResponse]) -> None:
-        """Reads the rest of a model's whole answer whose client has left, as long as that comes without a pause: what
-        was used, which costs all the same, is told at its end. Sound, say, and what is compressed tell nothing."""
-        if not relayed or not self.record.usage.is_document or not (self.uses_model or self.may_tell_usage):
-            return
-        loop, channel, decoder = self.loop, relayed.channel, relayed.decoder
-        latest = loop.now + LEFT_LONGEST_SECONDS
-        try:
-            while not decoder.finished and (channel.received or not channel.ended) and loop.now < latest:
-                if not channel.received:
-                    await channel.arrival(loop.now + LEFT_SECONDS)
-                self.record.usage.read(decoder.feed(await take_in_turn(loop, channel)), False)
-        except (Overdue, FramingError, Unavailable):  # the latter: the relay shuts down
-            pass
 
     # -- what its caller may do
 
