@@ -13756,8 +13756,8 @@ FORM_TYPE = "multipart/form-data"
 FORM_PATHS = frozenset(
     {"/v1/audio/transcriptions", "/v1/audio/translations", "/v1/images/edits", "/v1/images/variations"}
 )
-# Where a path names the model, for some servers.
-DEPLOYMENT = re.compile("/(?:engines|deployments)/([^/]+)/")
+# Where a path names the model, for some servers; for LiteLLM, it may have slashes in it.
+DEPLOYMENT = re.compile("/(?:engines|deployments)/(.+?)(?:/(?:(?:audio|chat|images)/)?[^/]+)?/?$")
 # What no server behind can take for another kind of body, or another alphabet, than the relay has read.
 PLAIN_FORM_TYPE = re.compile(r"(?i)multipart/form-data; ?boundary=(?:[a-z0-9'+_.-]{1,70}|\"[a-z0-9'+_.-]{1,70}\")")
 PLAIN_JSON_TYPE = re.compile(
