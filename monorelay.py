@@ -3996,8 +3996,8 @@ MODEL_NAMES = frozenset({
     "router_settings_override", "engine", "deployment", "deployment_id", "preset", "prompt_id", "plugins",
     "provideroptions", "api_base", "base_url", "extra_body", "tensorzero::variant_name", "tensorzero::extra_body",
     "tensorzero::internal_dynamic_variant_config", "answering_model", "reasoning_model", "draft_model", "load_balancer",
-    "orq", "model_routing_config", "nim-llm-router", "lora", "lora_name", "lora_path", "adapters", "adapter_path", "agent",
-    "agent_reference", "safety_model", "extra_params",
+    "orq", "model_routing_config", "nim-llm-router", "lora", "lora_name", "lora_path", "adapters", "adapter_path",
+    "agent", "agent_reference", "safety_model", "extra_params",
 })  # fmt: skip
 OTHER_MODEL_NAMES = MODEL_NAMES - {"model"}
 
@@ -13758,6 +13758,8 @@ FORM_PATHS = frozenset(
 )
 # Where a path names the model, for some servers; for LiteLLM, it may have slashes in it.
 DEPLOYMENT = re.compile("/(?:engines|deployments)/(.+?)(?:/(?:(?:audio|chat|images)/)?[^/]+)?/?$")
+# Where Gemini's own format is spoken, such as /models/NAME:generateContent (https://google.aip.dev/136).
+CUSTOM_METHOD = re.compile("(?i)(?::|%3a)[a-z]+/?$")
 # What no server behind can take for another kind of body, or another alphabet, than the relay has read.
 PLAIN_FORM_TYPE = re.compile(r"(?i)multipart/form-data; ?boundary=(?:[a-z0-9'+_.-]{1,70}|\"[a-z0-9'+_.-]{1,70}\")")
 PLAIN_JSON_TYPE = re.compile(
@@ -13984,12 +13986,14 @@ class Exchange:
 
     def count(self, may_cost: bool = False) -> None:
         """Counts a request that is let through to a model; `may_cost`: though its answer won't tell what. Raises
-        RateLimited, BudgetExceeded, and Forbidden for one to several models of a user who has a budget."""
+        RateLimited, BudgetExceeded, and Forbidden for what can't be counted of a user who has a budget."""
         user, workers = self.caller.user, self.service.workers
         workers.look()
         if user and user.has_budget and (self.uses_model or may_cost):
             if "," in self.record.model + self.record.other_model:  # LiteLLM asks each, and answers with a list
                 raise Forbidden(f"{self.record.caller} has a budget, and may use one model at a time")
+            if CUSTOM_METHOD.search(self.endpoint.path):
+                raise Forbidden(f"{self.record.caller} has a budget, and what Gemini's own format tells isn't counted")
             over = spent_over(user, functools.partial(self.service.ledger.spent, user.name), time.time())
             if over:
                 raise BudgetExceeded(over.message, over.ends - time.time())

@@ -17026,7 +17026,9 @@ def test_a_client_that_leaves_closes_upstream_at_once(upstream, relay, during, e
 
 
 GOING_ON = {
-    "a compressed stream": ("content-type: text/event-stream\r\ncontent-encoding: gzip", gzip.compress(b"data: {}\n\n")),
+    "a compressed stream": (
+        "content-type: text/event-stream\r\ncontent-encoding: gzip", gzip.compress(b"data: {}\n\n")
+    ),
     "a stream that isn't called one": ("content-type: application/json", b'data: {"choices": []}\n\n'),
     "sound": ("content-type: audio/mpeg", b"ID3\x04"),
     "a wait for an answer": ("content-type: application/json", b"\n"),
@@ -20900,6 +20902,19 @@ def test_a_user_with_a_budget_asks_no_list_of_models(upstream, relay, tmp_path, 
         assert got.status == 403 and "one model at a time" in got.json["error"]["message"] and not provider.requests
     assert it.post("/v1/chat/completions", chat("cheap"), token=key).status == 200
     assert it.post("/v1/chat/completions", chat(asked)).status == 200, "the owner has no budget"
+
+
+@pytest.mark.parametrize("path", ["models/gemini-pro:generateContent", "models/gemini-pro%3AstreamGenerateContent"])
+@pytest.mark.parametrize("members", ["", '"model":"cheap",'])
+def test_a_user_with_a_budget_asks_nothing_in_a_format_that_is_not_counted(upstream, relay, tmp_path, path, members):
+    """New-api speaks it below /v1, too (https://ai.google.dev/api/generate-content)."""
+    provider, key = upstream(answer()), "sk-of-alice-000001"
+    users = {"alice": {"key": key, "tokens_per_day": 1000}}
+    it = relay({"openai": provider}, users=users, ledger={"path": str(tmp_path / "usage.db")})
+    body = b'{%s"contents":[]}' % members.encode()
+    got = it.post(f"/v1/{path}", body, token=key)
+    assert got.status == 403 and "Gemini's own format" in got.json["error"]["message"] and not provider.requests
+    assert it.post(f"/v1/{path}", body).status == 200, "the owner has no budget"
 
 
 @pytest.mark.parametrize("router", ["model-router", "openrouter/auto", "auto", "~author/family-latest"])
