@@ -13731,8 +13731,9 @@ MAKING_PATHS = (
     "/agents/", "/assistants/", "/audio/agents/", "/batch/jobs/", "/conversations/", "/dreams/", "/fine_tuning/jobs/",
     "/realtime/", "/threads/",
 )  # fmt: skip
-# Where OpenRouter makes a lasting key of whoever has one, and LiteLLM if it is asked with its master key.
-KEY_PATHS = ("/auth/keys/", "/keys/", "/key/")
+# Where OpenRouter makes a lasting key of whoever has one; Venice, Portkey and LiteLLM (for each new user, too) do so if
+# they are asked with a key that may.
+KEY_PATHS = ("/auth/keys/", "/keys/", "/api_keys/", "/api-keys/", "/key/", "/user/new/")
 # What counts tokens, and uses none; the first may be translated.
 COUNTING_PATH = "/messages/count_tokens"
 COUNTING_PATHS = (COUNTING_PATH, "/responses/input_tokens")
@@ -13903,7 +13904,8 @@ class Exchange:
         where a provider would make a key: what is used with that passes this relay by."""
         if self.caller.user and self.caller.user.viewer:
             raise Forbidden(f"{self.caller.name} is a viewer, who may look and call no model")
-        makes_key = is_within(unquote(self.endpoint.path), KEY_PATHS) and self.request.method not in READING
+        path = unquote(self.endpoint.path).lower()  # as some servers read it
+        makes_key = is_within(path, KEY_PATHS) and self.request.method not in READING
         if makes_key and not self.caller.admin:
             raise Forbidden(f"{self.record.caller} may not have the provider make a key; an access key may")
 
