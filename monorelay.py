@@ -1491,6 +1491,10 @@ def parse_prices(document: Any) -> Prices:
         listed = {name: litellm_price(name, given) for name, given in models.items()}
         # What is priced by the second or by the picture has no price here.
         priced = {name: price for name, price in listed.items() if ("input", "", 0) in price.rates}
+        for name, given in models.items():  # moonshot/kimi-latest has nothing but the name of another model
+            meant = given.get("alias_of")
+            if isinstance(meant, str) and meant in priced:
+                priced.setdefault(name, priced[meant])
         patterns = tuple((name, priced.pop(name)) for name in [*priced] if WILDCARD.search(name))
         return Prices(priced, patterns)
     return Prices({}, tuple((pattern, pattern_price(pattern, given)) for pattern, given in models.items()))

@@ -2462,6 +2462,14 @@ def test_a_part_of_a_name_that_changes_no_price_is_left_out_when_there_is_none_f
         assert cost("second", model, used(1), listed) == 1000, model
 
 
+def test_a_name_in_a_list_of_litellms_form_that_stands_for_another_has_the_price_of_that():
+    listed = {"second/kimi-latest": {"alias_of": "second/kimi-k3"}, "second/kimi-k3": {"input_cost_per_token": 1e-6},
+              "gone-latest": {"alias_of": "gone"}, "odd": {"alias_of": ["second/kimi-k3"]},
+              "dear": {"alias_of": "second/kimi-k3", "input_cost_per_token": 2e-6}}  # fmt: skip
+    costs = [cost("second", name, used(1), listed) for name in ("kimi-latest", "gone-latest", "odd", "dear")]
+    assert costs == [1000, None, None, 2000]
+
+
 def test_sound_costs_what_a_list_of_litellms_form_says_of_its_tokens():
     speaker = {"input_cost_per_token": 2.5e-6, "output_cost_per_token": 1e-5, "input_cost_per_audio_token": 3.2e-5,
                "output_cost_per_audio_token": 6.4e-5}  # fmt: skip
