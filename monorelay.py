@@ -13735,9 +13735,9 @@ MAKING_PATHS = (
     "/agents/", "/assistants/", "/audio/agents/", "/batch/jobs/", "/conversations/", "/dreams/", "/fine_tuning/jobs/",
     "/realtime/", "/threads/",
 )  # fmt: skip
-# Where OpenRouter makes a lasting key of whoever has one; Venice, Portkey and LiteLLM (for each new user, too) do so if
-# they are asked with a key that may.
-KEY_PATHS = ("/auth/keys/", "/keys/", "/api_keys/", "/api-keys/", "/key/", "/user/new/")
+# Where OpenRouter and Open WebUI make a lasting key of whoever has one; Venice, Portkey and LiteLLM (for each new user,
+# too) do so if they are asked with a key that may.
+KEY_PATHS = ("/auth/keys/", "/auths/", "/keys/", "/api_keys/", "/api-keys/", "/key/", "/user/new/")
 # What counts tokens, and uses none; the first may be translated.
 COUNTING_PATH = "/messages/count_tokens"
 COUNTING_PATHS = (COUNTING_PATH, "/responses/input_tokens")
