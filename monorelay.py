@@ -4001,7 +4001,8 @@ MODEL_NAMES = frozenset({
     "provideroptions", "api_base", "base_url", "extra_body", "tensorzero::variant_name", "tensorzero::extra_body",
     "tensorzero::internal_dynamic_variant_config", "answering_model", "reasoning_model", "draft_model", "load_balancer",
     "orq", "model_routing_config", "nim-llm-router", "lora", "lora_name", "lora_path", "adapters", "adapter_path",
-    "agent", "agent_reference", "safety_model", "extra_params",
+    "agent", "agent_reference", "safety_model", "extra_params", "router", "load_balance_group", "loadbalance_models",
+    "respan_params", "keywordsai_params",
 })  # fmt: skip
 OTHER_MODEL_NAMES = MODEL_NAMES - {"model"}
 
@@ -13745,13 +13746,14 @@ CREATING_PATHS = ("/v1/batches/", "/v1/files/", "/v1/messages/batches/")  # what
 # By these some servers take a request for one of another method.
 METHOD_OVERRIDES = frozenset({"x-http-method-override", "x-http-method", "x-method-override", "x-http-override"})
 # By these some gateways (Portkey, Helicone, Azure's endpoints with several deployments, those of Kubernetes and llm-d,
-# Doubleword's, Plano, vLLM's, Bifrost) are told which model is to answer, or who; and Azure, which draws.
+# Doubleword's, Plano, vLLM's, Bifrost, Respan) are told which model is to answer, or who; and Azure, which draws.
 MODEL_OVERRIDES = frozenset({
     "x-portkey-config", "x-portkey-provider", "x-portkey-virtual-key", "x-portkey-custom-host", "helicone-fallbacks",
     "helicone-target-url", "helicone-openai-api-base", "azureml-model-deployment", "x-gateway-model-name",
     "x-gateway-base-model-name", "x-gateway-model-name-rewrite", "x-llm-d-model-name-rewrite", "model-override",
     "x-arch-llm-provider-hint", "x-selected-model", "x-portkey-azure-deployment-id", "x-portkey-azure-foundry-url",
     "x-ms-oai-image-generation-deployment", "x-bf-fallbacks", "x-ms-model-mesh-model-name",
+    "x-respan-params", "x-data-keywordsai-params",
 })  # fmt: skip
 # Bodies that are read for a model on paths of which the relay knows nothing: JSON, and what curl and
 # careless clients call JSON. All others stream through.

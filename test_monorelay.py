@@ -18039,6 +18039,12 @@ NAMED_ELSEWHERE = {
     ),
     "what Bifrost puts in its place": ("/v1/chat/completions", '"model":"claude-a","extra_params":{"model":"dear"}'),
     "what Foundry called it before": ("/v1/responses", '"model":"claude-a","agent":{"name":"dear"}'),
+    "a router of LangDB's": ("/v1/chat/completions", '"model":"claude-a","router":{"targets":[{"model":"dear"}]}'),
+    "models among which Respan chooses": (
+        "/v1/chat/completions", '"model":"claude-a","load_balance_group":{"models":[{"model":"dear","weight":1}]}'
+    ),
+    "what Respan took before": ("/v1/chat/completions", '"model":"claude-a","loadbalance_models":["dear"]'),
+    "what Respan takes together": ("/v1/responses", '"model":"claude-a","respan_params":{"models":["dear"]}'),
     "a model of Together's that looks on": ("/v1/completions", '"model":"claude-a","safety_model":"dear"'),
     "settings of LiteLLM's": ("/v1/chat/completions", '"router_settings_override":{"fallbacks":[]},"model":"claude-a"'),
     "a preset": ("/v1/chat/completions", '"model":"claude-a","preset":"dear"'),
@@ -18195,7 +18201,8 @@ def test_no_header_makes_another_method_of_a_get(upstream, relay, name):
                                   "x-arch-llm-provider-hint", "x-selected-model", "X-Portkey-Azure-Deployment-Id",
                                   "x-portkey-azure-foundry-url", "x-ms-oai-image-generation-deployment",
                                   "X-Bf-Fallbacks", "x-ms-model-mesh-model-name",
-                                  "x-pass-x-ms-model-mesh-model-name", "X-BF-EH-helicone-fallbacks"])  # fmt: skip
+                                  "x-pass-x-ms-model-mesh-model-name", "X-BF-EH-helicone-fallbacks",
+                                  "X-Respan-Params", "X-Data-Keywordsai-Params"])  # fmt: skip
 def test_no_header_tells_a_gateway_of_another_model(upstream, relay, name):
     it, provider, token = limited(upstream, relay)
     value = f'{name}: {{"override_params":{{"model":"claude-opus"}}}}'
