@@ -20933,6 +20933,22 @@ def test_a_user_with_a_budget_asks_nothing_in_a_format_that_is_not_counted(upstr
     assert it.post(f"/v1/{path}", body).status == 200, "the owner has no budget"
 
 
+@pytest.mark.parametrize("method", ["rawPredict", "streamRawPredict"])
+def test_what_a_user_with_a_budget_asks_of_claude_at_vertex_ai_is_charged(upstream, relay, tmp_path, method):
+    """https://platform.claude.com/docs/en/build-with-claude/claude-on-vertex-ai"""
+    told = {"model": "claude-a", "usage": {"input_tokens": 10, "output_tokens": 100}}
+    provider, key = upstream(answer(200, json.dumps({**ANTHROPIC_HI, **told}).encode())), "sk-of-alice-000001"
+    users = {"alice": {"key": key, "usd_per_day": 1}}
+    it = relay({"openai": provider}, users=users, ledger={"path": str(tmp_path / "usage.db")},
+               prices={"claude-*": {"input": 1, "output": 5}})  # fmt: skip
+    path = f"projects/p/locations/global/publishers/anthropic/models/claude-a:{method}"
+    body = {"anthropic_version": "vertex-2023-10-16", "messages": prompt()["messages"], "max_tokens": 9}
+    assert it.post(f"/v1/{path}", body, token=key).status == 200
+    assert eventually(lambda: [row.cost for row in it.tally.ended]) == [510_000]
+    for other in ("models/claude-a:rawPredict", f"{path}:generateContent"):
+        assert it.post(f"/v1/{other}", body, token=key).status == 403
+
+
 @pytest.mark.parametrize("router", ["model-router", "openrouter/auto", "auto", "~author/family-latest"])
 def test_the_model_that_a_router_has_chosen_is_charged(upstream, relay, router):
     """Azure takes a fee for that, too (https://learn.microsoft.com/azure/foundry/openai/concepts/model-router-faq)."""
