@@ -20920,7 +20920,9 @@ def test_a_user_with_a_budget_asks_no_list_of_models(upstream, relay, tmp_path, 
     assert it.post("/v1/chat/completions", chat(asked)).status == 200, "the owner has no budget"
 
 
-@pytest.mark.parametrize("path", ["models/gemini-pro:generateContent", "models/gemini-pro%3AstreamGenerateContent"])
+@pytest.mark.parametrize("path", ["models/gemini-pro:generateContent", "models/gemini-pro%3AstreamGenerateContent",
+                                  "models%2Fgemini-pro", "genai/v1beta/models/gemini-pro:1",
+                                  "projects/p/models/gemini-pro:generateContent"])  # fmt: skip
 @pytest.mark.parametrize("members", ["", '"model":"cheap",'])
 def test_a_user_with_a_budget_asks_nothing_in_a_format_that_is_not_counted(upstream, relay, tmp_path, path, members):
     """New-api speaks it below /v1, too (https://ai.google.dev/api/generate-content)."""
@@ -20931,6 +20933,7 @@ def test_a_user_with_a_budget_asks_nothing_in_a_format_that_is_not_counted(upstr
     got = it.post(f"/v1/{path}", body, token=key)
     assert got.status == 403 and "Gemini's own format" in got.json["error"]["message"] and not provider.requests
     assert it.post(f"/v1/{path}", body).status == 200, "the owner has no budget"
+    assert it.ask("DELETE", f"/v1/{path}", token=key).status == 200
 
 
 @pytest.mark.parametrize("method", ["rawPredict", "streamRawPredict"])
