@@ -13765,10 +13765,9 @@ FORM_PATHS = frozenset(
 )
 # Where a path names the model, for some servers; for LiteLLM, it may have slashes in it.
 DEPLOYMENT = re.compile("/(?:engines|deployments)/(.+?)(?:/(?:(?:audio|chat|images)/)?[^/]+)?/?$")
-# Where Gemini's own format is spoken, such as /models/NAME:generateContent (https://google.aip.dev/136); below /models/,
-# new-api takes anything for that, and Bifrost below /genai/v1beta/models/. What Vertex AI calls raw is the format of the
-# model's own maker, such as Anthropic, and not for Gemini.
-GEMINI_PATH = re.compile("(?is)(?:.*/v1[a-z]+)?/models/|(?!/projects/.*:(?:stream)?rawPredict$).*:[a-z]+/?$")
+# Where Gemini's own format is spoken, such as /models/NAME:generateContent (https://google.aip.dev/136), of which
+# new-api and Bifrost look at the beginning only. What Vertex AI calls raw is the format of the model's own maker.
+GEMINI_PATH = re.compile("(?i)(?:^|/v1beta)/models/|:(?!(?:stream)?rawPredict$)[a-z]+/?$")
 # What no server behind can take for another kind of body, or another alphabet, than the relay has read.
 PLAIN_FORM_TYPE = re.compile(r"(?i)multipart/form-data; ?boundary=(?:[a-z0-9'+_.-]{1,70}|\"[a-z0-9'+_.-]{1,70}\")")
 PLAIN_JSON_TYPE = re.compile(
@@ -14002,7 +14001,7 @@ class Exchange:
         if user and user.has_budget and (self.uses_model or may_cost):
             if "," in self.record.model + self.record.other_model:  # LiteLLM asks each, and answers with a list
                 raise Forbidden(f"{self.record.caller} has a budget, and may use one model at a time")
-            if GEMINI_PATH.match(unquote(self.endpoint.path)):
+            if GEMINI_PATH.search(unquote(self.endpoint.path)):
                 raise Forbidden(f"{self.record.caller} has a budget, and what Gemini's own format tells isn't counted")
             over = spent_over(user, functools.partial(self.service.ledger.spent, user.name), time.time())
             if over:

@@ -20658,7 +20658,8 @@ VIEWED = [
 
 
 @pytest.mark.parametrize("path", ["auth/keys/code", "auth%2Fkeys%2Fcode", "keys", "key/generate", "user/new",
-                                  "auths/api_key", "api_keys", "api-keys/workspace/service", "API-Keys/workspace/service"])  # fmt: skip
+                                  "auths/api_key", "api_keys", "api-keys/workspace/service",
+                                  "API-Keys/workspace/service"])  # fmt: skip
 @pytest.mark.parametrize("members", ["", '"model":"claude-a",'])
 def test_only_the_owner_may_have_a_provider_make_a_key(upstream, relay, path, members):
     """https://openrouter.ai/docs/api/api-reference/oauth/create-authorization-code: with any of its keys."""
