@@ -9224,9 +9224,15 @@ def shorten(text: str, max_tokens: Optional[int], stops: Sequence[str]) -> tuple
         text, reason = text[:end], "stop_sequence"
     if max_tokens is not None and count_words(text) > max_tokens:
         text, reason, sequence = text[: end_of_word(text, max_tokens)], "max_tokens", None
-    if sys.getsizeof(text) > 2 * ECHO_BODY_BYTES:  # four bytes for each of its characters
+    return narrow_enough(text), reason, sequence
+
+
+def narrow_enough(text: str) -> str:
+    """The text, which is held until it is sent. Raises EchoFault for a long one that has four bytes for each of its
+    characters, as with an emoji among them."""
+    if sys.getsizeof(text) > 2 * ECHO_BODY_BYTES:
         raise EchoFault(413, "echo repeats no text of this length with such characters in it")
-    return text, reason, sequence
+    return text
 
 
 def end_of_word(text: str, number: int) -> int:
@@ -9277,17 +9283,24 @@ def reply_to(request: JsonDict, identity: str, text: str, tool: JsonDict, input_
     stops = request.get("stop_sequences") or ()
     text, reason, sequence = shorten("" if tool else text, request.get("max_tokens"), stops)
     thinks = (request.get("thinking") or {}).get("type") in ("enabled", "adaptive")
+    tool_input = sample(tool["input_schema"]) if "input_schema" in tool else {}
+    narrow_enough(arguments_text(tool_input))
     return Reply(
         id=identity,
         model=request["model"],
         thinking="The user's last text is to be repeated." if thinks else "",
         text=text,
         tool=tool.get("name", ""),
-        tool_input=sample(tool["input_schema"]) if "input_schema" in tool else {},
+        tool_input=tool_input,
         stop_reason="tool_use" if tool else reason,
         stop_sequence=sequence,
         input_tokens=input_tokens,
     )
+
+
+def arguments_text(tool_input: Any) -> str:
+    """The input of a call as JSON text; as escapes, what isn't ASCII would be three times as long."""
+    return json.dumps(tool_input, ensure_ascii=False)
 
 
 def reply_response(request: JsonDict, reply: Reply, whole: JsonDict, events: Iterator[bytes]) -> EchoResponse:
@@ -9443,7 +9456,7 @@ def anthropic_deltas(block: JsonDict) -> Iterator[JsonDict]:
     """A content block piece by piece."""
     kind = block["type"]
     if kind == "tool_use":
-        yield {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
+        yield {"type": "input_json_delta", "partial_json": arguments_text(block.pop("input"))}
         return
     for word in split_words(block.pop(kind)):
         yield {"type": f"{kind}_delta", kind: word}
@@ -9541,12 +9554,13 @@ def echo_responses(request: JsonDict, identity: str, now: int) -> EchoResponse:
     item: JsonDict = {"id": f"msg_{identity}", "type": "message", "role": "assistant", "content": [part]}
     if reply.tool:
         item = {"id": f"fc_{identity}", "type": "function_call", "call_id": f"call_{identity}", "name": reply.tool}
-        item["arguments"] = json.dumps(reply.tool_input)
+        item["arguments"] = arguments_text(reply.tool_input)
     item["status"] = "completed"
     details = {"input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
     usage = {"input_tokens": reply.input_tokens, "output_tokens": reply.output_tokens, **details}
     usage["total_tokens"] = reply.input_tokens + reply.output_tokens
-    instructions = request.get("instructions") if isinstance(request.get("instructions"), str) else None
+    given = request.get("instructions")
+    instructions = narrow_enough(given) if isinstance(given, str) else None
     whole = {
         "id": reply.id, "object": "response", "created_at": now, "status": "incomplete" if cut_short else "completed",
         "error": None, "incomplete_details": {"reason": "max_output_tokens"} if cut_short else None,
@@ -9554,7 +9568,7 @@ def echo_responses(request: JsonDict, identity: str, now: int) -> EchoResponse:
         "parallel_tool_calls": True, "temperature": 1.0, "tool_choice": "auto", "tools": [], "top_p": 1.0,
         "usage": usage,
     }  # fmt: skip
-    events = enumerate(response_events(reply, whole))
+    events = enumerate(response_events(reply._replace(tool_input={}), whole))
     named = (named_event(f"response.{name}", sequence_number=number, **fields) for number, (name, fields) in events)
     return reply_response(request, reply, whole, named)
 

@@ -10506,6 +10506,39 @@ def test_echo_holds_less_than_three_times_a_request_whose_answer_nobody_takes(ec
         tracemalloc.stop()
 
 
+REPEATING = {  # what else echo repeats, but for the last text
+    "/v1/messages": lambda text: prompt("echo-tool", stream=True, tools=[
+        {"name": "t", "input_schema": {"default": {"a": text}}}]),
+    "/v1/responses": lambda text: {"model": "echo-tool", "stream": True, "input": "Hi", "tools": [
+        {"type": "function", "name": "t", "parameters": {"default": {"a": text}}}]},
+    "/v1/responses?": lambda text: {"model": "echo", "stream": True, "input": "Hi", "instructions": text},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["a" * 500_000, "ä" * 250_000, "\U0001f600" * 125_000], ids=["a", "umlauts", "emoji"])
+@pytest.mark.parametrize("path", [*REPEATING])
+def test_echo_holds_less_than_three_times_what_it_repeats_while_it_is_sent(path, text):
+    body = json.dumps(REPEATING[path](text), ensure_ascii=False).encode()
+    tracemalloc.start()
+    try:
+        before, held, sent = tracemalloc.get_traced_memory()[0], [], 0
+        for part in monorelay.echo_response("POST", path.strip("?"), body, 0.0, "req_1").parts:
+            held.append(tracemalloc.get_traced_memory()[0] - before)
+            sent += len(part)
+    finally:
+        tracemalloc.stop()
+    assert sent > len(text.encode()) and max(held) < 3 * len(body)
+
+
+@pytest.mark.parametrize("path", [*REPEATING])
+def test_echo_repeats_nothing_long_that_takes_four_bytes_a_character(echo, path):
+    for length, status in ((500_000, 200), (550_000, 413)):
+        document = REPEATING[path]("\U0001f600" + "a" * length)
+        got = echo.post(path.strip("?"), json.dumps(document, ensure_ascii=False).encode())
+        assert got.status == status, got
+    assert got.json["error"]["type"] == "request_too_large"
+
+
 @pytest.mark.parametrize("text", ["a ü \u2028 \x85 \x01 c", "\ud83d x", "\U0001f600"], ids=ascii)
 @pytest.mark.parametrize(("path", "name"), [("/v1/responses", "input"), ("/v1/completions", "prompt")])
 def test_echo_streams_each_event_on_one_line(echo, path, name, text):
