@@ -13955,9 +13955,9 @@ class Exchange:
     def model_beside(self) -> str:
         """The model that the query or the path names: of LiteLLM's answers, those with pictures don't tell that they
         are its."""
-        query, path = self.request.query, DEPLOYMENT.search(self.endpoint.path)
+        query, path = self.request.query, DEPLOYMENT.search(unquote(self.endpoint.path))
         asked = dict(parse_qsl(query)).get("model", "") if "model" in unquote(query) else ""
-        return (asked or (unquote(path[1]) if path else ""))[:MODEL_CHARACTERS]
+        return (asked or (path[1] if path else ""))[:MODEL_CHARACTERS]
 
     def is_restricted(self) -> bool:
         """Whether the caller may use some models only. Raises Forbidden for such a one who names another method or

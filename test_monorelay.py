@@ -20947,6 +20947,7 @@ def test_a_user_with_a_budget_asks_no_list_of_models(upstream, relay, tmp_path, 
     for path, body in (
         ("/v1/chat/completions", chat(asked)), (f"/v1/chat/completions?model={quoted}", chat("cheap")),
         (f"/v1/engines/x/{asked.strip()}/chat/completions", untold),
+        (f"/v1/engines%2F{asked.strip()}%2Fchat%2Fcompletions", untold),
     ):  # fmt: skip
         got = it.post(path, body, token=key)
         assert got.status == 403 and "one model at a time" in got.json["error"]["message"] and not provider.requests
@@ -21011,7 +21012,8 @@ def test_a_model_that_a_path_names_and_that_answers_is_charged(upstream, relay, 
 @pytest.mark.parametrize("asked", [{"prompt": "an otter", "model": "cheap"}, {"prompt": "an otter"}])
 @pytest.mark.parametrize("place", ["images/generations?model=dear", "images/generations?model=cheap&m%6Fdel=dear",
                                    "engines/dear/images/generations", "openai/deployments/de%61r/images/generations",
-                                   "engines/openai/dear/images/generations/", "engines/openai/dear/embeddings"])
+                                   "engines/openai/dear/images/generations/", "engines/openai/dear/embeddings",
+                                   "engines%2Fdear/images/generations", "engines/dear%2Fimages%2fgenerations"])
 def test_a_model_beside_the_body_is_charged_though_the_answer_tells_none(upstream, relay, asked, place):
     usage = {"input_tokens": 10, "output_tokens": 10, "total_tokens": 20}
     provider = upstream(answer(200, json.dumps({"created": 1, "data": [{}], "usage": usage}).encode()))
