@@ -9284,7 +9284,7 @@ def reply_to(request: JsonDict, identity: str, text: str, tool: JsonDict, input_
     text, reason, sequence = shorten("" if tool else text, request.get("max_tokens"), stops)
     thinks = (request.get("thinking") or {}).get("type") in ("enabled", "adaptive")
     tool_input = sample(tool["input_schema"]) if "input_schema" in tool else {}
-    narrow_enough(arguments_text(tool_input))
+    narrow_enough(plain_json(tool_input))
     return Reply(
         id=identity,
         model=request["model"],
@@ -9298,9 +9298,9 @@ def reply_to(request: JsonDict, identity: str, text: str, tool: JsonDict, input_
     )
 
 
-def arguments_text(tool_input: Any) -> str:
-    """The input of a call as JSON text; as escapes, what isn't ASCII would be three times as long."""
-    return json.dumps(tool_input, ensure_ascii=False)
+def plain_json(value: Any) -> str:
+    """The value as JSON text; as escapes, what isn't ASCII would be three times as long."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def reply_response(request: JsonDict, reply: Reply, whole: JsonDict, events: Iterator[bytes]) -> EchoResponse:
@@ -9456,7 +9456,7 @@ def anthropic_deltas(block: JsonDict) -> Iterator[JsonDict]:
     """A content block piece by piece."""
     kind = block["type"]
     if kind == "tool_use":
-        yield {"type": "input_json_delta", "partial_json": arguments_text(block.pop("input"))}
+        yield {"type": "input_json_delta", "partial_json": plain_json(block.pop("input"))}
         return
     for word in split_words(block.pop(kind)):
         yield {"type": f"{kind}_delta", kind: word}
@@ -9512,11 +9512,12 @@ def echo_embeddings(request: JsonDict, identity: str, now: int) -> EchoResponse:
     tokens = max(1, count_words(inputs))
     rest = {"model": request["model"], "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
     in_base64 = request.get("encoding_format") == "base64"
+    seeds = [plain_json(item).encode("utf-8", "surrogatepass") for item in inputs]  # held until the last part is sent
 
     def parts() -> Iterator[bytes]:
         opening = '{"object": "list", "data": ['
-        for index, item in enumerate(inputs):
-            document = {"object": "embedding", "index": index, "embedding": embedding(item, size, in_base64)}
+        for index, seed in enumerate(seeds):
+            document = {"object": "embedding", "index": index, "embedding": embedding(seed, size, in_base64)}
             part = f"{opening}{json.dumps(document)}".encode("ascii")
             del document  # thousands of numbers, while the part waits to be sent
             yield part
@@ -9526,9 +9527,9 @@ def echo_embeddings(request: JsonDict, identity: str, now: int) -> EchoResponse:
     return EchoResponse(200, "application/json", parts())
 
 
-def embedding(item: Any, size: int, in_base64: bool) -> Union[str, list[float]]:
+def embedding(seed: bytes, size: int, in_base64: bool) -> Union[str, list[float]]:
     """A vector of length one, the same for the same input on every machine; as base64 of floats, or as numbers."""
-    numbers = random.Random(json.dumps(item))
+    numbers = random.Random(seed)
     vector = [numbers.uniform(-1, 1) for _ in range(size)]
     length = math.sqrt(sum(number * number for number in vector))
     vector = [number / length for number in vector]
@@ -9554,7 +9555,7 @@ def echo_responses(request: JsonDict, identity: str, now: int) -> EchoResponse:
     item: JsonDict = {"id": f"msg_{identity}", "type": "message", "role": "assistant", "content": [part]}
     if reply.tool:
         item = {"id": f"fc_{identity}", "type": "function_call", "call_id": f"call_{identity}", "name": reply.tool}
-        item["arguments"] = arguments_text(reply.tool_input)
+        item["arguments"] = plain_json(reply.tool_input)
     item["status"] = "completed"
     details = {"input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
     usage = {"input_tokens": reply.input_tokens, "output_tokens": reply.output_tokens, **details}

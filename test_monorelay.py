@@ -10530,6 +10530,18 @@ def test_echo_holds_less_than_three_times_what_it_repeats_while_it_is_sent(path,
     assert sent > len(text.encode()) and max(held) < 3 * len(body)
 
 
+@pytest.mark.parametrize("given", ["\U0001f600" + "a" * 500_000, [1_234_567] * 40_000], ids=["wide", "tokens"])
+def test_echo_holds_what_is_embedded_as_it_was_sent(given):
+    body = json.dumps({"model": "echo", "input": ["a", given]}, ensure_ascii=False).encode()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        parts = iter(monorelay.echo_response("POST", "/v1/embeddings", body, 0.0, "req_1").parts)
+        assert next(parts) and tracemalloc.get_traced_memory()[0] - before < 2 * len(body)
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("path", [*REPEATING])
 def test_echo_repeats_nothing_long_that_takes_four_bytes_a_character(echo, path):
     for length, status in ((500_000, 200), (550_000, 413)):
