@@ -25802,7 +25802,7 @@ def test_names_in_csv_are_no_formulas_and_no_escapes_of_a_terminal(tmp_path, cap
 
 
 def test_usage_of_an_idle_week_is_nothing(tmp_path):
-    Ledger(tmp_path / "usage.db", keep_days=4000).write(row(at=int(time.time() * 1000) - 20 * 24 * HOUR))
+    assert Ledger(tmp_path / "usage.db", keep_days=4000).write(row(at=int(time.time() * 1000) - 20 * 24 * HOUR)) == []
     assert run("usage", "usage.db", cwd=tmp_path).stdout.startswith("nothing was used from ")
     assert json.loads(run("usage", "usage.db", "--json", cwd=tmp_path).stdout)["rows"] == []
     assert "total" in run("usage", "usage.db", "--days", "22", cwd=tmp_path).stdout
