@@ -11097,8 +11097,8 @@ def daily_usage(
 
 
 def with_list(document: JsonDict, written: list[bytes]) -> bytes:
-    """The document as JSON, with these values in the one list that is empty. They are copied once: that takes 20 ms
-    for 30 MB, in which nothing else runs."""
+    """The document as JSON, with these values, which may be changed, in its one empty list. They are copied once: that
+    takes 20 ms for 30 MB, in which nothing else runs."""
     before, _, after = json.dumps(document).encode("ascii").partition(b"[]")
     written = written or [b""]
     written[0] = before + b"[" + written[0]
@@ -12407,8 +12407,7 @@ class Relay:
                 try:
                     wanted = await as_wanted(request, candidate.target, waiting)
                 except BadRequest as error:
-                    told = error.with_traceback(None)  # of each: it would keep this frame, and be kept by it
-                    refusal = refusal or told
+                    refusal, error.__traceback__ = refusal or error, None  # which would keep this frame, and be kept
                     continue
                 record_attempt(request.record, candidate)
                 attempt = await self._attempt(wanted, candidate, fresh=request.only_once or last_try)
