@@ -11755,7 +11755,7 @@ async def serve_echo(loop: EventLoop, sock: socket.socket) -> None:
             compose = functools.partial(echo_response, head.method, head.path, body, time.time(), request_id, betas)
             await checkpoint(loop)
             slow = len(body) > ECHO_AT_ONCE_BYTES
-            response = (await in_thread(loop, compose, loop.worker)) if slow else compose()
+            response = (await in_thread(loop, compose, loop.worker, loop.current.origin)) if slow else compose()
             del body, compose
         await send_echo(loop, channel, response, request_id)
         await channel.finish_sending()

@@ -10320,6 +10320,33 @@ def test_echo_through_the_anthropic_sdk_as_the_page_shows_it(echo):
             client.post("/v1/messages", body={"model": "echo", "messages": asked["messages"]}, cast_to=object)
 
 
+def test_a_user_who_sends_echo_much_does_not_keep_another_waiting(relay, monkeypatch):
+    gate, composed, compose = threading.Event(), [], monorelay.echo_response
+
+    def composes(method: str, path: str, body: bytes, *rest: Any) -> Any:
+        composed.append(json.loads(body)["metadata"]["user_id"])
+        return compose(method, path, body, *rest)
+
+    monkeypatch.setattr(monorelay, "echo_response", composes)
+    keys = {name: f"{name}-key-0123456789" for name in ("alice", "bob")}
+    it = relay({"echo": {}}, users={name: {"key": key} for name, key in keys.items()})
+    worker, text = it.server.service.loop.worker, "x" * (monorelay.ECHO_AT_ONCE_BYTES + 1)
+    worker.call(functools.partial(gate.wait, TIMEOUT_SECONDS))
+
+    def ask(name: str) -> Message:
+        asked = prompt("echo", system=text, metadata={"user_id": name})
+        return it.post("/v1/messages", asked, token=keys[name])
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(ask, "alice") for _ in range(5)]
+        eventually(lambda: len(worker._waiting) == 5)
+        asked.append(pool.submit(ask, "bob"))
+        eventually(lambda: len(worker._waiting) == 6)
+        gate.set()
+        assert [answer.result(TIMEOUT_SECONDS).status for answer in asked] == [200] * 6
+    assert composed.index("bob") == 1
+
+
 def test_echo_through_the_openai_sdk(echo):
     with openai.OpenAI(api_key=TOKEN, base_url=echo.url + "/v1", max_retries=0) as client:
         asked: Any = chat("echo")
