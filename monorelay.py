@@ -9943,12 +9943,12 @@ class Channel:
     async def secure(self, context: ssl.SSLContext, host: str, deadline: float) -> None:
         """Makes the connection one of TLS. Raises Overdue, ClientGone and OSError."""
         loop, tls, window = self._loop, TlsSocket(self.sock, context, host), self._window
-        worker, caller = loop.handshakes[host], loop.current.origin
+        worker = loop.handshakes[host]
         self.opening = True
         while self.opening:
             self.set_window(0)  # else what arrives during a step would keep the loop busy
             try:
-                await tls.do_handshake(lambda step: in_thread(loop, step, worker, caller, deadline))
+                await tls.do_handshake(lambda step: in_thread(loop, step, worker, deadline=deadline))
                 self.opening = False
             except ssl.SSLWantReadError:
                 self.set_window(window)
@@ -10590,8 +10590,9 @@ def serve_in_thread(name: str, run: Callable[[], None]) -> threading.Thread:
 async def in_thread(
     loop: EventLoop, work: Callable[[], Result], worker: Optional[Worker], caller: str = "", deadline: float = math.inf
 ) -> Result:
-    """The result of work(), called by a worker in the turn of a caller, else in a thread of its own; not called if the
-    task waits no more by then. Raises what work() raises, Overdue, and Unavailable when there is no thread."""
+    """The result of work(), called by a worker in the turn of a caller or of the task's origin, else in a thread of its
+    own; not called if the task waits no more by then. Raises what work() raises, Overdue, and Unavailable when there is
+    no thread."""
     task = loop.current
     outcome: list[tuple[Any, Optional[Exception]]] = []
     wanted = [work]  # emptied when the task waits no more: run(), which may be queued for long, then holds no body
@@ -10609,7 +10610,7 @@ async def in_thread(
 
     try:
         if worker:
-            worker.call(run, caller)
+            worker.call(run, caller or task.origin)
         else:
             threading.Thread(target=run, name="worker", daemon=True).start()
     except RuntimeError:
@@ -11755,7 +11756,7 @@ async def serve_echo(loop: EventLoop, sock: socket.socket) -> None:
             compose = functools.partial(echo_response, head.method, head.path, body, time.time(), request_id, betas)
             await checkpoint(loop)
             slow = len(body) > ECHO_AT_ONCE_BYTES
-            response = (await in_thread(loop, compose, loop.worker, loop.current.origin)) if slow else compose()
+            response = (await in_thread(loop, compose, loop.worker)) if slow else compose()
             del body, compose
         await send_echo(loop, channel, response, request_id)
         await channel.finish_sending()
@@ -12570,7 +12571,7 @@ class Relay:
         judge = functools.partial(problem_of, request, response)
         if len(response.told) <= ERROR_BYTES:
             return judge()
-        return await in_thread(self._loop, judge, self._loop.worker, request.record.caller)
+        return await in_thread(self._loop, judge, self._loop.worker)
 
 
 def record_attempt(record: AccessRecord, candidate: Candidate, attempts: int = 1) -> None:
@@ -13649,8 +13650,7 @@ class History:
             except (sqlite3.Error, ValueError) as error:
                 raise Unavailable(f"the ledger can't be read: {error}", "ledger_unreadable") from None
 
-        loop = self._service.loop
-        return await in_thread(loop, attempt, self._reader, loop.current.origin)
+        return await in_thread(self._service.loop, attempt, self._reader)
 
 
 class LoginGate:
@@ -14903,7 +14903,7 @@ async def at_leisure(exchange: Exchange, size: int, work: Callable[[], Result], 
         worker = loop.worker
     else:
         worker = loop.long_worker if values <= TRANSLATED_LATE_VALUES else loop.late_worker
-    return await in_thread(loop, work, worker, exchange.record.caller)
+    return await in_thread(loop, work, worker)
 
 
 async def estimated_count(exchange: Exchange, body: ReadBody, target: Target) -> Response:

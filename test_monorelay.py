@@ -16409,6 +16409,31 @@ def test_a_short_translation_waits_for_no_long_one(upstream, relay):
         assert long.answer().status == 200 and len(provider.requests) == 2
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere loopback has one address")
+def test_one_who_has_much_translated_with_the_key_of_the_owner_does_not_keep_another_waiting(
+    upstream, relay, monkeypatch
+):
+    gate, translated, translate = threading.Event(), [], monorelay.translate_request
+
+    def translates(pieces: list[bytes], values: int, target: Any, asked: str, *rest: Any) -> Any:
+        translated.append(asked)
+        return translate(pieces, values, target, asked, *rest)
+
+    monkeypatch.setattr(monorelay, "translate_request", translates)
+    it = relay({"openai": upstream(json_reply(CHAT_HI))})
+    worker, text = it.server.service.loop.worker, "x" * (monorelay.TRANSLATED_AT_ONCE_BYTES + 1)
+    worker.call(functools.partial(gate.wait, TIMEOUT_SECONDS))
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(it.client(f"127.0.0.{number}")) for number in (2, 2, 2, 3)]
+        for count, client in enumerate(clients, 1):
+            body = json.dumps(prompt(f"claude-{count}", system=text)).encode()
+            client.send(request("POST", "/v1/messages", body))
+            eventually(lambda count=count: len(worker._waiting) == count)
+        gate.set()
+        assert [client.answer().status for client in clients] == [200] * 4
+    assert translated == ["claude-1", "claude-4", "claude-2", "claude-3"]
+
+
 @pytest.mark.parametrize("counts", [True, False])
 @pytest.mark.parametrize(
     ("worker", "dear", "cheap"),
