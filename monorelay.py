@@ -17531,10 +17531,13 @@ function tell(tone, sign, words) {
 
 let session = JSON.parse(sessionStorage.getItem("monorelay")), signingIn = null;
 
+const root = location.pathname.endsWith("/") ? "../" : "";  // as /dashboard/ is this page, too
+
 // A response that is no error. Raises Error with the relay's words, and the status.
 async function send(path, token, { headers, ...options } = {}) {
   const authorization = token ? { authorization: `Bearer ${token}` } : {};
-  const response = await fetch(path, { cache: "no-store", ...options, headers: { ...headers, ...authorization } });
+  const asked = { cache: "no-store", ...options, headers: { ...headers, ...authorization } };
+  const response = await fetch(root + path, asked);
   if (response.ok) return response;
   const told = await response.json().catch(() => null), { status } = response;
   throw Object.assign(new Error(told?.error?.message ?? `status ${status}`), { status });

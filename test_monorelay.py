@@ -25063,6 +25063,13 @@ def test_signing_in_by_password_and_by_key(relay, browser):
 
 
 @pytest.mark.browser
+def test_the_page_works_where_its_path_ends_in_a_slash(relay, browser):
+    it = relay({"echo": {}})
+    browser.show(it, query="/?days=7")
+    assert browser.run("location.href") == f"{it.url}/dashboard/?days=7"
+
+
+@pytest.mark.browser
 def test_an_expired_token_is_asked_for_again_over_what_was_seen(relay, browser, monkeypatch):
     it = relay({"echo": {}}, server={"jwt_secret": JWT_SECRET}, users={"alice": {"password": PASSWORD_HASH}})
     clock = time.time
