@@ -13661,8 +13661,9 @@ class LoginGate:
         self._loop = loop
         self._attempts = Throttle()
         self._worker = Worker()
-        self._waiting: collections.Counter[str] = collections.Counter()  # by site: its address, or SITE_BITS of it
-        # Addresses from which somebody has logged in have places that others can't take from them.
+        # By whether somebody has logged in from the address, and by site: the address, or SITE_BITS of it.
+        self._waiting: collections.Counter[tuple[bool, str]] = collections.Counter()
+        # Addresses from which somebody has logged in have places of their own, and the others theirs.
         self._trusted: collections.OrderedDict[str, None] = collections.OrderedDict()
 
     def admit(self, username: str, address: str) -> None:
@@ -13677,14 +13678,15 @@ class LoginGate:
         """Whether the hash is that of the password. Raises RateLimited while too many wait for that, or as many from
         the same site as it leaves places for others."""
         network, site = network_of(address), network_of(address, SITE_BITS)
-        left = LOGINS_WAITING * (2 if network in self._trusted else 1) - sum(self._waiting.values())
-        if self._waiting[site] >= left:
+        is_trusted = network in self._trusted
+        left = LOGINS_WAITING - sum(count for (known, _), count in self._waiting.items() if known == is_trusted)
+        if self._waiting[is_trusted, site] >= left:
             raise RateLimited("too many logins at a time; try again in a moment", 1)
-        self._waiting[site] += 1
+        self._waiting[is_trusted, site] += 1
         try:
             right = await in_thread(self._loop, lambda: check_password(given, hashed), self._worker, site)
         finally:
-            self._waiting[site] -= 1
+            self._waiting[is_trusted, site] -= 1
             self._waiting += collections.Counter()  # forgets those that have none
         if right:
             self._trusted[network] = None

@@ -17875,11 +17875,15 @@ def test_few_passwords_wait_to_be_hashed_and_the_others_are_told_so_at_once(rela
     assert log_in(it, source="127.0.2.99").status == 200
 
 
-def test_one_site_leaves_others_places_to_log_in(relay, monkeypatch):
+@pytest.mark.parametrize("has_logged_in", [False, True])
+def test_one_site_leaves_others_places_to_log_in(relay, monkeypatch, has_logged_in):
     it, ready, check = relay({"echo": {}}, **GUARDED), threading.Event(), monorelay.check_password
     monkeypatch.setattr(monorelay, "check_password", lambda *of: ready.wait(TIMEOUT_SECONDS) and check(*of))
     waiting = it.server.service.logins._waiting
     body = json.dumps({"username": "alice", "password": PASSWORD}).encode()
+    site = [f"2001:db8:1:{number:x}::1" for number in range(monorelay.LOGINS_WAITING)]
+    if has_logged_in:
+        it.server.service.logins._trusted.update(dict.fromkeys(map(monorelay.network_of, site)))
     with contextlib.ExitStack() as stack:
         stack.callback(ready.set)
 
@@ -17890,9 +17894,9 @@ def test_one_site_leaves_others_places_to_log_in(relay, monkeypatch):
             ours.sendall(request("POST", "/api/auth/login", body, "Connection: close", token=""))
             return ours
 
-        clients = [ask(f"2001:db8:1:{number:x}::1") for number in range(monorelay.LOGINS_WAITING // 2)]
+        clients = [ask(address) for address in site[: monorelay.LOGINS_WAITING // 2]]
         eventually(lambda: sum(waiting.values()) == len(clients))
-        assert ask("2001:db8:1:ffff::1").recv(1 << 16).startswith(b"HTTP/1.1 429 ")
+        assert ask(site[-1]).recv(1 << 16).startswith(b"HTTP/1.1 429 ")
         clients += [ask("192.0.2.1"), ask("2001:db8:2::1")]
         eventually(lambda: sum(waiting.values()) == len(clients))
         ready.set()
