@@ -15476,6 +15476,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 outgoing.held_up += self.loop.now - begun
                 if outgoing.ended:
                     break
+                data = b""  # it may be long, and so may the wait for what follows
                 data = await next_part(self.loop, outgoing, response)
             if outgoing.must_reset:
                 await self.channel.send_rest()

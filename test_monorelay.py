@@ -19603,6 +19603,24 @@ def test_a_gzip_body_is_let_go_when_its_stream_begins(upstream, relay, model):
     assert held_bytes(it) == 0
 
 
+def test_what_has_gone_out_of_a_stream_is_let_go_while_nothing_follows(upstream, relay, monkeypatch):
+    gate, gone = threading.Event(), threading.Event()
+
+    class Noted(bytes):
+        def __del__(self) -> None:
+            gone.set()
+
+    begin = monorelay.Outgoing.begin
+    monkeypatch.setattr(monorelay.Outgoing, "begin", lambda *given: Noted(begin(*given)))
+    it = relay({"anthropic": upstream(gated_stream(gate))})
+    with it.client() as client:
+        client.send(request("POST", "/v1/messages", json.dumps(prompt(stream=True)).encode()))
+        client.until(b"message_start")
+        assert gone.wait(TIMEOUT_SECONDS)
+        gate.set()
+        client.until(b"message_stop")
+
+
 REFUSED_ZIPPED: dict[str, tuple[bytes, int]] = {
     "no route": (zipped("nowhere")[0], 404),
     "no token": (zipped("claude-test")[0], 401),
