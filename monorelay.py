@@ -8098,6 +8098,8 @@ class AnswerTranslator:
             raise UnfitAnswer(f"the provider streamed an answer of more than {WHOLE_EVENTS} events")
         if is_stream and body.count(b"\n") + body.count(b"\r") > WHOLE_LINES:
             raise UnfitAnswer(f"the provider streamed an answer of more than {WHOLE_LINES} lines")
+        if self._asked.stream and body.count(b"\xc2\x85") > WHOLE_EVENTS:  # each goes out as six bytes, or twelve
+            raise UnfitAnswer(f"the provider's answer has the character U+0085 more than {WHOLE_EVENTS} times")
         parts = (body[at : at + TRANSLATED_AT_ONCE_BYTES] for at in range(0, len(body), TRANSLATED_AT_ONCE_BYTES))
         data = itertools.chain.from_iterable(map(self._events.feed, parts))
         self._reader.write = dumped_in_parts

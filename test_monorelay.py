@@ -8097,6 +8097,15 @@ def test_an_answer_that_came_as_a_whole_is_so_long_in_events(monkeypatch):
             assert len(it.whole(stream, is_stream=True)) == length
 
 
+@pytest.mark.parametrize(("count", "fits"), [(100, True), (101, False)])
+def test_an_answer_that_came_as_a_whole_and_goes_out_in_events_has_so_many_next_lines(count, fits, monkeypatch):
+    monkeypatch.setattr(monorelay, "WHOLE_EVENTS", 100)
+    message = json.dumps({**ANTHROPIC_HI, "content": [said("\x85" * count)]}, ensure_ascii=False).encode()
+    it = monorelay.AnswerTranslator(asked_of("openai", stream=True))
+    with contextlib.nullcontext() if fits else pytest.raises(monorelay.UnfitAnswer, match="U\\+0085 more than 100"):
+        assert it.whole(message, is_stream=False).count(rb"\u0085") == count
+
+
 def test_the_choices_of_a_chunk_have_together_as_many_parts_of_calls_as_an_answer_has_calls():
     for counts, fits in (((64, 64), True), ((64, 65), False), ((128,) * 129, False)):
         choices = [{"message": {"tool_calls": [{}] * count}} for count in counts]
