@@ -12723,7 +12723,8 @@ class Catalogue:
         try:
             response = await self._relay.obtain(request)
             try:
-                listed = listed_entries(json_text([await read_rest(self._loop, response)]))
+                parts = json_parts([await read_rest(self._loop, response)])  # which take long where all is escaped
+                listed = listed_entries("".join([part async for part in in_steps(self._loop, parts)]))
             finally:
                 response.release(self._relay.connections)
             for entry in listed:

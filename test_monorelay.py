@@ -18673,6 +18673,26 @@ def test_a_list_with_an_endless_integer_is_none(upstream, relay):
     assert it.ask("GET", "/v1/models").json["data"] == []
 
 
+def test_a_long_list_full_of_escapes_is_read_in_steps(upstream, relay, monkeypatch):
+    escaped = answer(200, b'{"data":[{"id":"claude-a"}],"x":"%b"}' % (rb"\u0041" * 60_000))
+    it, done = relay({"anthropic": upstream(escaped)}), []
+    without_escapes, checkpoint = monorelay.without_escapes, monorelay.checkpoint
+
+    def slow(text: str) -> str:
+        done.append("read")
+        time.sleep(2 * monorelay.SLOW_EVENT_SECONDS)
+        return without_escapes(text)
+
+    async def counted(*arguments: Any) -> None:
+        done.append("waited")
+        await checkpoint(*arguments)
+
+    monkeypatch.setattr(monorelay, "without_escapes", slow)
+    monkeypatch.setattr(monorelay, "checkpoint", counted)
+    assert [model["id"] for model in it.ask("GET", "/v1/models").json["data"]] == ["claude-a"]
+    assert " ".join(done).count("read waited") > 5 and "read read" not in " ".join(done)
+
+
 @pytest.mark.parametrize("value", [b"NaN", b"Infinity", b"-Infinity"], ids=brief)
 def test_a_list_with_what_is_no_json_number_is_none_and_the_catalogue_is_json(upstream, relay, value):
     odd = answer(200, b'{"data":[{"id":"claude-a","type":"model","n":%s}]}' % value)
