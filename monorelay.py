@@ -132,6 +132,7 @@ USAGE_USUAL_VALUES = 50  # of the former: each takes up to 100 bytes; the usual 
 USAGE_NAME_BYTES = 320  # of the names before it, or of a model or a service tier
 FEW_USAGES = 4  # are read wherever they stand
 USAGES_AT_ONCE = 32  # the last ones of what has come at once: some servers send one with each word
+ERRORS_AT_ONCE = 32  # the same of what looks like an error in a chunk of chat
 TRANSLATED_FIRST_BYTES = 1024  # of a stream, until it is known how long its events are for the client
 TRANSLATED_AT_ONCE_BYTES = 16 * 1024  # which takes some milliseconds; a longer body is translated in a thread,
 TRANSLATED_SOON_BYTES = 256 * 1024  # in another one if it is longer than this,
@@ -13153,11 +13154,15 @@ class Outgoing:
 
     def _look_for_error(self, content: bytes) -> None:
         """Notes whether a stream tells of an error; what stands before that in the same bytes says nothing of it."""
-        event = next(filter(is_error, EVENT_IS_ERROR.finditer(content)), None)
+        events = [*EVENT_IS_ERROR.finditer(content)]
+        # Of those of which only their data can tell, the last ones are read: that of thousands would take long.
+        told = [event for event in events if not event[1]][:1]
+        told += [event for event in events if event[1]][-ERRORS_AT_ONCE:]
+        event = min(filter(is_error, told), key=lambda found: found.start(), default=None)
         if event:
-            told = content[event.start() : event.start() + ERROR_BYTES]
-            self.failed = not is_about_request(0, told)
-            self._record.error = streamed_error(told)
+            data = content[event.start() : event.start() + ERROR_BYTES]
+            self.failed = not is_about_request(0, data)
+            self._record.error = streamed_error(data)
 
     def _look_for_end(self, content: bytes) -> None:
         """Notes whether a stream says that it is over; an event's name counts only when its data has come, too."""

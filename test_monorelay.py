@@ -14930,6 +14930,22 @@ def test_all_that_is_held_of_such_chunks_is_looked_at_in_milliseconds(content):
     assert min(process_time(look) for _ in range(3)) < 0.05
 
 
+def test_of_many_such_lines_that_come_at_once_few_are_read(monkeypatch):
+    read, read_answer = [], monorelay.read_answer
+    monkeypatch.setattr(monorelay, "read_answer", lambda data: read.append(data) or read_answer(data))
+    doubtful, failed = b'data: {"id":1,"error":{"\n\n' * 2000, openrouter_chunk(error={"type": "x"})
+    sure = b'event: error\ndata: {"error":{"type":"y"}}\n\n'
+    for content, error in ((doubtful, ""), (doubtful + failed, "upstream:x"), (sure + doubtful, "upstream:y")):
+        head = monorelay.parse_response_head(STREAM_HEAD)
+        decoder = monorelay.response_decoder(head, "POST")
+        came = monorelay.UpstreamResponse(monorelay.Candidate(None, None), None, head, decoder)
+        it = outgoing(monorelay.Response(200, "OK", [], relayed=came))
+        it.begin(True, 0.0)
+        read.clear()
+        it.feed(chunk(content), False, False)
+        assert it.record.error == error and len(read) <= monorelay.ERRORS_AT_ONCE
+
+
 def test_an_error_behind_such_a_chunk_is_seen(upstream, relay):
     failed = UNFILTERED_WORDS + openrouter_chunk(error={"code": "x"}, choices=FAILED_CHOICE)
     provider = upstream(STREAM_HEAD + chunked(failed + b"data: [DONE]\n\n"))
