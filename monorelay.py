@@ -133,6 +133,7 @@ USAGE_NAME_BYTES = 320  # of the names before it, or of a model or a service tie
 FEW_USAGES = 4  # are read wherever they stand
 USAGES_AT_ONCE = 32  # the last ones of what has come at once: some servers send one with each word
 ERRORS_AT_ONCE = 32  # the same of what looks like an error in a chunk of chat
+RESULTS_AT_ONCE = 500  # the first results_url of what has come at once; a batch takes some 400 bytes
 TRANSLATED_FIRST_BYTES = 1024  # of a stream, until it is known how long its events are for the client
 TRANSLATED_AT_ONCE_BYTES = 16 * 1024  # which takes some milliseconds; a longer body is translated in a thread,
 TRANSLATED_SOON_BYTES = 256 * 1024  # in another one if it is longer than this,
@@ -12863,9 +12864,11 @@ class ResultsUrlRewriter:
         self._provider = provider
         self._relay_url = relay_url
         self._held = b""
+        self._seen = 0  # members of what has come at once
 
     def feed(self, data: bytes) -> bytes:
         """What can be passed on of the body up to here."""
+        self._seen = 0
         data = self._MEMBER.sub(self._rewritten, self._held + data)
         cut = data.rfind(b'"results_url"', max(0, len(data) - self._HELD_BYTES))
         cut = cut if cut >= 0 else max(0, len(data) - len(b'"results_url"'))
@@ -12878,7 +12881,11 @@ class ResultsUrlRewriter:
         return self._MEMBER.sub(self._rewritten, held)
 
     def _rewritten(self, member: "re.Match[bytes]") -> bytes:
-        """The member with a URL that leads to the relay, if it leads to the provider, however it is spelled."""
+        """The member with a URL that leads to the relay, if it leads to the provider, however it is spelled; of too
+        many, with none."""
+        self._seen += 1
+        if self._seen > RESULTS_AT_ONCE:
+            return member[1] + b"null"
         try:
             url = urlsplit(json.loads(member[2]).strip())
             place = url.hostname, url.port or DEFAULT_PORTS.get(url.scheme)

@@ -14100,6 +14100,15 @@ def test_results_url_is_rewritten_however_it_is_spelled(spelled):
         assert told == {"results_url": "http://relay/v1/messages/batches/b"}
 
 
+def test_of_more_results_urls_than_a_list_can_have_each_leads_to_the_relay_or_nowhere():
+    provider = parse({"anthropic": {"base_url": "http://127.0.0.1:9"}}).providers["anthropic"]
+    it = monorelay.ResultsUrlRewriter(provider, "http://relay")
+    sent = b'{"results_url":"http://127.0.0.1:9/v1/b"},' * (monorelay.RESULTS_AT_ONCE + 100)
+    for _ in range(2):  # each piece by itself
+        told = it.feed(sent) + it.flush()
+        assert told.count(b'"http://relay/v1/b"') == monorelay.RESULTS_AT_ONCE and told.count(b":null}") == 100
+
+
 def test_a_provider_opens_no_response_to_scripts_of_others(upstream, relay):
     provider = upstream(answer(200, b"{}", "Access-Control-Allow-Origin: *", "access-control-allow-credentials: true"))
     got = relay({"anthropic": provider}).ask("POST", "/v1/messages", STREAMED, "Origin: https://evil.example")
