@@ -5892,6 +5892,20 @@ def test_what_is_long_within_a_document_is_read_in_parts(monkeypatch, content):
     assert max(lengths) < 3 * monorelay.WRITTEN_CHARACTERS
 
 
+def test_few_lists_are_read_at_once_whatever_looks_at_them_behind_that(monkeypatch):
+    counts, raw_decode = [], monorelay.READER.raw_decode
+
+    def read(text: str, idx: int = 0) -> tuple[Any, int]:
+        value, end = raw_decode(text, idx)
+        counts.append(text.count("[", idx, end))
+        return value, end
+
+    monkeypatch.setattr(monorelay.READER, "raw_decode", read)
+    body = b'{"a":[%b]}' % b",".join([b"[[[[]]]]"] * 50_000)
+    assert monorelay.read_document([body], 250_000) == json.loads(body)
+    assert sum(counts) > 190_000 and max(counts) < 100_000
+
+
 def test_what_is_both_deep_and_long_in_a_document_is_not_read():
     for length, is_read in ((monorelay.READ_DEEP_BYTES // 2, True), (2 * monorelay.READ_DEEP_BYTES, False)):
         deep = f"{'[' * monorelay.READ_LEVELS}{'1,' * (length // 2)}1{']' * monorelay.READ_LEVELS}"
