@@ -10558,6 +10558,7 @@ class Worker:
         self._waiting = FairQueue()
         self._queued = threading.Condition()  # guards what waits, and tells of more
         self._begun = False
+        self.is_busy = False  # whether a call runs
 
     def call(self, run: Action, caller: str = "") -> None:
         """Queues a call. Raises RuntimeError when no thread can be started."""
@@ -10570,9 +10571,11 @@ class Worker:
 
     def _run(self) -> None:
         while True:
+            self.is_busy = False
             with self._queued:
                 self._queued.wait_for(self._waiting.__len__)
                 run = self._waiting.take()
+            self.is_busy = True
             run()
             del run  # else what it holds would be kept until the next call
 
@@ -13396,7 +13399,9 @@ class Service:
         it, else now and then."""
         self.loop.start(self.relay.connections.drop_stale())
         self.relay.keys.forget(self.loop.now)
-        is_quiet = len(self.connections) <= COLLECTED_CONNECTIONS
+        # What is translated in a thread may be 240,000 lists, to look at which takes 0.1 s.
+        at_work = self.loop.worker.is_busy or self.loop.long_worker.is_busy or self.loop.late_worker.is_busy
+        is_quiet = len(self.connections) <= COLLECTED_CONNECTIONS and not at_work
         if self.loop.now - self._collected_at > (TRIM_SECONDS if is_quiet else COLLECTED_SECONDS):
             self._collected_at = self.loop.now
             collect()

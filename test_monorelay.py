@@ -11840,6 +11840,15 @@ def test_all_objects_are_looked_at_for_garbage_only_while_few_connections_wait_f
     assert collector.thresholds[:2] == (700, 10) and collector.thresholds[2] > 10**6
     assert [collected(1, 20), collected(1, 40), collected(500, 40)] == [0, 1, 1]
     assert [collected(501, 40), collected(4096, 3500), collected(4096, 3700)] == [0, 0, 1]
+    began, gate = threading.Event(), threading.Event()
+    for worker in (service.loop.worker, service.loop.long_worker, service.loop.late_worker):
+        began.clear()
+        gate.clear()
+        worker.call(lambda: began.set() or gate.wait(TIMEOUT_SECONDS))
+        assert began.wait(TIMEOUT_SECONDS)
+        assert [collected(1, 40), collected(1, 3700)] == [0, 1]  # what is read in there may be many objects
+        gate.set()
+        eventually(lambda: collected(1, 40))
 
 
 def test_where_python_looks_for_garbage_in_small_steps_it_goes_on_with_that(relay, monkeypatch):
