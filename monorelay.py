@@ -13939,10 +13939,14 @@ class Exchange:
         """The name of a caller who may see only what is his own; None for one who sees all."""
         return None if self.caller.sees_all else self.caller.name[:LOGGED_CHARACTERS]
 
+    @property
+    def allowed(self) -> Optional[tuple[str, ...]]:
+        """The caller's `models`; None for one who may use all."""
+        return self.caller.user.models if self.caller.user else None
+
     def may_use(self, model: str) -> bool:
         """Whether the caller's `models` admit the name."""
-        user = self.caller.user
-        return user is None or user.models is None or admits(self.config, user.models, model)
+        return self.allowed is None or admits(self.config, self.allowed, model)
 
     def check_may_call(self) -> None:
         """Raises Forbidden for a viewer, who may have no model do anything, and for whoever isn't the owner
@@ -13967,8 +13971,7 @@ class Exchange:
         self.record.other_model = self.model_beside
         self.check_may_call()
         if not self.may_use(facts.model):
-            allowed = self.caller.user.models if self.caller.user and self.caller.user.models else ()
-            only = f"only {listing(allowed)}" if allowed else "nor any other"
+            only = f"only {listing(self.allowed)}" if self.allowed else "nor any other"
             raise Forbidden(f"{self.record.caller} may not use the model {facts.model!r}, {only}")
         if self.is_restricted():
             self._check_name(facts.model)
@@ -13986,8 +13989,7 @@ class Exchange:
     def is_restricted(self) -> bool:
         """Whether the caller may use some models only. Raises Forbidden for such a one who names another method or
         model in a header than the request has: a server behind may heed that."""
-        user = self.caller.user
-        if user is None or user.models is None:
+        if self.allowed is None:
             return False
         given = as_hyphenated(self.request.fields.names)
         # LiteLLM and Bifrost pass on those that begin so without that.
@@ -13999,8 +14001,7 @@ class Exchange:
 
     def _check_name(self, model: str) -> None:
         """Raises Forbidden for the name of a model in which a server behind may read another one."""
-        listed = self.caller.user.models if self.caller.user else None
-        if ODD_MODEL.search(model) and model not in (listed or ()):
+        if ODD_MODEL.search(model) and model not in (self.allowed or ()):
             raise Forbidden(
                 f"{self.record.caller} may use some models only, and another may be read in the name {model!r}; "
                 "it has to stand in the user's `models` as it is"
@@ -14078,10 +14079,9 @@ class Exchange:
     async def read_body(self, required: bool) -> ReadBody:
         """The body, read for its model, which must be there if it is required. Raises BadRequest, TooLarge,
         UnsupportedCoding and Unavailable."""
-        fields, user = self.request.fields, self.caller.user
-        coding = (fields.get("content-encoding") or "identity").lower()
+        coding = (self.request.fields.get("content-encoding") or "identity").lower()
         incoming = self.open_body(self.body_limit, "max_body_mb")
-        body = ReadBody(user is not None and user.models is not None)
+        body = ReadBody(self.allowed is not None)
         encoded: list[bytes] = []
         while not incoming.finished:
             piece = await incoming.read()
@@ -14296,7 +14296,7 @@ async def answer_me(exchange: Exchange) -> Response:
         "admin": caller.admin,
         "viewer": caller.sees_all and not caller.admin,
         "expires": caller.expires,
-        "models": list(user.models) if user and user.models is not None else None,
+        "models": exchange.allowed,
         "requests_per_minute": a_minute or None,
         "requests_left": service.requests.left(caller.name, a_minute, exchange.loop.now) if a_minute else None,
         "budgets": service.budgets([user]) if user else [],
