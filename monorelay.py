@@ -13825,6 +13825,7 @@ class Endpoint(NamedTuple):
     answer: Answerer
     methods: tuple[str, ...]
     path: str = ""  # behind /v1, as it goes upstream
+    open: bool = False  # whether it needs no token
     by_model: bool = False  # whether the body's top-level `model` is what decides which model works
     creates: bool = False  # whether what is sent there must never be sent twice
     beta: bool = False  # whether the path stands for `beta=true` in the query
@@ -15080,16 +15081,16 @@ async def decompressed(exchange: Exchange, body: bytes, coding: str, provider: s
 
 READING, SENDING = ("GET", "HEAD"), ("POST",)
 ENDPOINTS: Mapping[str, Endpoint] = {
-    "/": Endpoint(answer_root, READING),
-    "/dashboard": Endpoint(answer_dashboard, READING),
+    "/": Endpoint(answer_root, READING, open=True),
+    "/dashboard": Endpoint(answer_dashboard, READING, open=True),
     "/metrics": Endpoint(answer_metrics, READING),
     "/api/live": Endpoint(answer_live, ("GET",)),
     "/api/usage": Endpoint(answer_usage, READING),
     "/api/requests": Endpoint(answer_requests, READING),
-    "/api/hello": Endpoint(answer_alive, ("HEAD",)),
-    "/health": Endpoint(answer_health, READING),
-    "/api/auth/login": Endpoint(answer_login, SENDING),
-    "/api/auth/refresh": Endpoint(answer_refresh, SENDING),
+    "/api/hello": Endpoint(answer_alive, ("HEAD",), open=True),
+    "/health": Endpoint(answer_health, READING, open=True),
+    "/api/auth/login": Endpoint(answer_login, SENDING, open=True),
+    "/api/auth/refresh": Endpoint(answer_refresh, SENDING, open=True),
     "/api/auth/me": Endpoint(answer_me, READING),
     "/api/event_logging/batch": Endpoint(answer_telemetry, SENDING),
     "/v1/messages": Endpoint(answer_by_model, SENDING, "/messages", by_model=True),
@@ -15102,9 +15103,6 @@ ENDPOINTS: Mapping[str, Endpoint] = {
     "/v1/responses": Endpoint(answer_by_model, SENDING, "/responses", by_model=True),
     "/v1/embeddings": Endpoint(answer_by_model, SENDING, "/embeddings", by_model=True),
 }
-OPEN_ENDPOINTS = (  # they need no token
-    answer_alive, answer_root, answer_dashboard, answer_health, answer_login, answer_refresh,
-)  # fmt: skip
 PAGE_PATHS = frozenset({"/dashboard", "/metrics", "/api/live", "/api/usage", "/api/requests"})  # not for other origins
 # Where the top-level `model` of a JSON body is what decides which model works, and nothing is created.
 OTHER_MODEL_PATHS = frozenset({
@@ -15423,7 +15421,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if request.method in METHODS and asks_for_websocket(request.fields):
             raise NoWebSocket
         endpoint = exchange.endpoint = find_endpoint(request.method, request.path, exchange.format)
-        if endpoint.answer not in OPEN_ENDPOINTS:
+        if not endpoint.open:
             await self._authenticate(exchange)
         return endpoint.answer
 
