@@ -17916,13 +17916,9 @@ def configured_ledger(options: JsonDict) -> str:
 def add_usage(groups: dict[tuple[str, ...], Sums], path: str, by: Sequence[str], since: int, until: int) -> bool:
     """Adds to the sums of each group what a ledger has from one hour up to another; whether LEDGER_GROUPS leave
     something out. Raises sqlite3.Error."""
-    columns, is_cut = [column for column in by if column != "day"], False
-    parts: Iterable[Groups]
-    if "day" in by:
-        parts = daily_usage(path, since, until, columns, None)  # all days together may have too many groups
-    else:
-        parts = [summed_usage(path, since, until, columns, None)]
-    for found in parts:
+    asked, is_cut = (path, since, until, [column for column in by if column != "day"], None), False
+    # All days together may have too many groups.
+    for found in daily_usage(*asked) if "day" in by else [summed_usage(*asked)]:
         is_cut = is_cut or len(found) >= LEDGER_GROUPS
         for group, sums in found:
             key = tuple(group[column] for column in by)
