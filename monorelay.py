@@ -12151,7 +12151,7 @@ class Attempt:
             elif response.is_stream:
                 await self._read_first_line(response)
                 if response.begins_with_error:
-                    await peek(self._loop, response, until=EVENT_END)
+                    await peek(self._loop, response, EVENT_END)
             elif response.translated and response.head.status < 300:
                 await self._read_beginning(response, response.translated.asked)
             elif response.head.status in TELLING_STATUSES:
@@ -12293,7 +12293,7 @@ class Attempt:
         asked for, whatever it is called. Raises BrokenExchange, NoResponse and FramingError."""
         if asked.stream and not response.content and not response.decoder.finished:
             await absorb_more(self._loop, response)
-        await peek(self._loop, response, until=BEGINS_EVENT if asked.stream else None)
+        await peek(self._loop, response, BEGINS_EVENT if asked.stream else None)
         response.is_stream = asked.stream and BEGINS_EVENT.match(response.content) is not None
         if response.is_stream:
             await self._read_first_event(response)
@@ -12350,13 +12350,13 @@ async def more_of(loop: EventLoop, channel: Channel, candidate: Candidate, deadl
     raise BrokenExchange(f"{named_with_way(provider)} closed the connection without an answer")
 
 
-async def peek(loop: EventLoop, response: UpstreamResponse, until: Optional[re.Pattern[bytes]] = None) -> None:
-    """Reads as much of an error as it takes to judge it, or no more than it takes for a pattern to be found. What goes
+async def peek(loop: EventLoop, response: UpstreamResponse, pattern: Optional[re.Pattern[bytes]] = None) -> None:
+    """Reads as much of an error as it takes to judge it, or only until the pattern is found. What goes
     wrong meanwhile shows when the response is passed on. Raises ClientGone."""
     channel, deadline = response.channel, loop.now + PEEK_SECONDS
     try:
         while not response.decoder.finished and len(response.content) < PEEKED_BYTES:
-            if until and until.search(response.content):
+            if pattern and pattern.search(response.content):
                 break
             if channel.received:
                 response.absorb(await take_in_turn(loop, channel))
@@ -12795,20 +12795,20 @@ def is_small(entry: JsonDict) -> bool:
     """Whether an entry has at most LISTED_ENTRY_VALUES values, and so many characters in its strings. One with a number
     that Python can't hold (1e400), and so can't write again, isn't small."""
     waiting: list[Any] = [entry]
-    values = characters = 0
-    while waiting and values + len(waiting) <= LISTED_ENTRY_VALUES and characters <= LISTED_ENTRY_CHARACTERS:
+    values = length = 0
+    while waiting and values + len(waiting) <= LISTED_ENTRY_VALUES and length <= LISTED_ENTRY_CHARACTERS:
         value = waiting.pop()
         values += 1
         if isinstance(value, dict):
-            characters += sum(map(len, value))
+            length += sum(map(len, value))
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value
         elif isinstance(value, str):
-            characters += len(value)
+            length += len(value)
         elif isinstance(value, float) and math.isinf(value):
             return False
-    return not waiting and characters <= LISTED_ENTRY_CHARACTERS
+    return not waiting and length <= LISTED_ENTRY_CHARACTERS
 
 
 def model_entry(entry: JsonDict, format: str) -> JsonDict:
@@ -14959,13 +14959,13 @@ async def translated_response(exchange: Exchange, relayed: UpstreamResponse, tra
     record.dropped = ", ".join(translated.dropped)
     failed = False
     told = functools.partial(translated_fields, exchange, relayed)  # not before the body is there: they may be many
-    is_error = relayed.head.status >= 400 or relayed.begins_with_error
+    tells_error = relayed.head.status >= 400 or relayed.begins_with_error
     translator = AnswerTranslator(asked, functools.partial(presented_fault, relayed))
-    if asked.stream and relayed.is_stream and not is_error:
+    if asked.stream and relayed.is_stream and not tells_error:
         fields = [*told(), ("content-type", "text/event-stream")]
         return Response(200, reason_of(200), fields, relayed=relayed, translator=translator)
     try:
-        if is_error:
+        if tells_error:
             record.error = upstream_error(relayed.readable)
             fault = relayed.first_fault or fault_of_status(relayed.head.status, relayed.readable, asked.provider)
             return fault_response(fault, asked, told())
@@ -16034,8 +16034,8 @@ def config_path(options: JsonDict) -> str:
     """The file to serve: the one named, ./relay.json, or the one beside this file; empty if there is none."""
     if "config" in options:
         return str(options["config"])
-    beside = os.path.join(os.path.dirname(PROGRAM_PATH), "relay.json")
-    return next((path for path in ("relay.json", beside) if os.path.exists(path)), "")
+    shipped = os.path.join(os.path.dirname(PROGRAM_PATH), "relay.json")
+    return next((path for path in ("relay.json", shipped) if os.path.exists(path)), "")
 
 
 def config_name(path: str) -> str:
