@@ -11486,7 +11486,7 @@ class UpstreamPool:
                 if not lacks_descriptor(error):
                     raise Unreachable(connect_problem(error, provider)) from None
             # What is idle, also a client's connection, is worth less than a request.
-            if not (self.close() or self._loop.make_room()):
+            if not self._loop.make_room():
                 raise Unavailable("this relay has no file descriptor left for a connection", "no_descriptors")
 
     def close(self) -> bool:
