@@ -13422,7 +13422,7 @@ class Workers:
         self._shown: Optional[JsonDict] = None  # the figures that it has shown last
         self._shown_at = self._looked_at = -math.inf
         self._seen: dict[int, int] = {}  # how often each of the others has shown that
-        self._known: dict[str, tuple[float, Any]] = {}  # what was found of late, and when
+        self._known: dict[str, tuple[Config, float, Any]] = {}  # what was found of late, behind configuration and time
         self._others: list[JsonDict] = []  # what the others, and those that have ended, have counted,
         self._read_at = -math.inf  # when that was read,
         self._summed: Optional[Tally] = None  # what all have, where there are others,
@@ -13508,14 +13508,14 @@ class Workers:
             await checkpoint(loop)
         self._summed, self._summed_at = tally if self._others else None, loop.now
 
-    def _lately(self, name: str, find: Callable[[], Result]) -> Result:
-        """What find() has found in the last SUMMED_SECONDS, else what it finds now: many pages ask for the same."""
+    def _lately(self, name: str, config: Config, find: Callable[[], Result]) -> Result:
+        """What find() has found by the configuration of late, else what it finds now: many pages ask for the same."""
         now = self._service.loop.now
-        found_at, found = self._known.get(name, (-math.inf, None))
-        if now >= found_at + SUMMED_SECONDS:
+        known, found_at, found = self._known.get(name, (None, -math.inf, None))
+        if known is not config or now >= found_at + SUMMED_SECONDS:
             found = find()
-            self._known[name] = now, found
-        return found  # type: ignore[no-any-return]
+            self._known[name] = config, now, found
+        return found  # type: ignore[return-value]
 
     def tally(self) -> Tally:
         """What all workers have counted."""
@@ -13523,7 +13523,7 @@ class Workers:
 
     def running(self) -> list[list[Any]]:
         """The running requests of all workers, oldest first."""
-        return self._lately("running", self._find_running)
+        return self._lately("running", self._service.config, self._find_running)
 
     def _find_running(self) -> list[list[Any]]:
         own = [running_row(exchange) for exchange in self._service.running]
@@ -13540,8 +13540,7 @@ class Workers:
 
     def keys_of_late(self, config: Config) -> list[JsonDict]:
         """The same, or as it was of late: it may take 20 ms, and all pages of the owner show the same."""
-        known, found = self._lately("keys", lambda: (config, self.keys(config)))
-        return found if known is config else self.keys(config)
+        return self._lately("keys", config, lambda: self.keys(config))
 
     async def budgets(self, config: Config) -> list[JsonDict]:
         """Those of all users, looked up in steps, once for all who ask meanwhile: of 2,000, with eight workers, it
