@@ -16070,9 +16070,9 @@ def load_config(path: str, options: JsonDict) -> Config:
             problem = str(error)
         if problem:
             raise ConfigError([f"the environment's MONORELAY_ACCESS_KEY: {problem}"])
-    config = with_ledger_beside(config._replace(server=config.server._replace(**changed)), path, name)
-    config = config._replace(env_file=env_file)
-    config = config._replace(beside_seen=[*env_seen, *files_beside(config, path)[len(env_seen) :]])
+    seen = [*env_seen, *states_beside(path, config.prices_file)]
+    config = config._replace(server=config.server._replace(**changed), env_file=env_file, beside_seen=seen)
+    config = with_ledger_beside(config, path, name)
     if config.server.workers > 1 and not hasattr(os, "fork"):
         raise ConfigError([f"{name}: server.workers: must be 1 on this system"])
     obstacle = start_obstacle(config)
@@ -16097,9 +16097,9 @@ def beside(path: str, name: str) -> str:
     return os.path.join(os.path.dirname(os.path.abspath(path or "relay.json")), name)
 
 
-def files_beside(config: Config, path: str) -> list[tuple[int, ...]]:
-    """The states of the files that relay.json names: the env_file and the prices."""
-    return [file_state(beside(path, name)) for name in (config.env_file, config.prices_file) if name]
+def states_beside(path: str, *names: str) -> list[tuple[int, ...]]:
+    """The states of files that are named in relay.json, which is at `path`; an empty name is none."""
+    return [file_state(beside(path, name)) for name in names if name]
 
 
 def load_prices(config: Config, path: str) -> Config:
@@ -16138,11 +16138,10 @@ def environment(source: str, path: str) -> tuple[str, list[tuple[int, ...]], dic
     name = expand_text(name, "env_file", environ, problems) if isinstance(name, str) else ""
     if problems.lines:
         raise ConfigError(problems.lines)
-    seen: list[tuple[int, ...]] = []
+    seen = states_beside(path, name)
     lines: dict[str, str] = {}
     if name:
         env_path = beside(path, name)
-        seen = [file_state(env_path)]
         try:
             with open(env_path, encoding="utf-8-sig", opener=open_regular) as file:
                 lines = dict(filter(None, map(env_line, file)))
@@ -16369,7 +16368,8 @@ class ConfigFile:
 
     def _states(self) -> list[tuple[int, ...]]:
         """The states of relay.json, and of the files that it names, or that an edit has named in vain."""
-        return [file_state(self._path), *files_beside(self.config, self._path), file_state(self._unread)]
+        named = states_beside(self._path, self.config.env_file, self.config.prices_file)
+        return [file_state(self._path), *named, file_state(self._unread)]
 
     def has_changed(self) -> bool:
         """Whether one was edited since they were read."""
