@@ -16197,15 +16197,6 @@ def env_line(line: str) -> Optional[tuple[str, str]]:
     return (name, value) if equals and not name.startswith("#") else None
 
 
-def enlarge_stacks() -> None:
-    """Lets all threads that are started from now on recurse as deeply as Python does."""
-    try:
-        if sys.platform != "darwin":  # where they have 16 MB
-            threading.stack_size(STACK_BYTES)
-    except (ValueError, RuntimeError):
-        pass  # this system has no say in it
-
-
 class Board:
     """What the workers of a relay show one another: anonymous memory, made before they are forked. Each place has one
     writer. It holds two documents, of which one is being written while the other is read; a head in front says which,
@@ -16631,6 +16622,15 @@ def in_terminal() -> bool:
 
 
 # -- what CPython makes us do
+
+
+def enlarge_stacks() -> None:
+    """Lets all threads that are started from now on recurse as deeply as Python does."""
+    try:
+        if sys.platform != "darwin":  # where they have 16 MB
+            threading.stack_size(STACK_BYTES)
+    except (ValueError, RuntimeError):
+        pass  # this system has no say in it
 
 
 def outlast_script(serve: Callable[[], int]) -> int:
