@@ -10285,10 +10285,9 @@ class EventLoop:
         self._unhurried = (self.patient, *self.slow, self.greedy)
         self.crowded = False  # whether there is more than one to serve in this turn
         self.outbox: collections.deque[Channel] = collections.deque()  # those with something to send at its end
-        self.worker = Worker()  # for calls that are too long for the loop,
-        self.long_worker = Worker()  # for those that are too long for others of that worker to wait for,
-        self.late_worker = Worker()  # for those that are too long for others of the long one, too,
-        # and for the steps of TLS with providers, by host: they wait for others of the same provider only.
+        # Threads for calls that are too long for the loop, longer and longer ones: none waits for one of a longer kind.
+        self.worker, self.long_worker, self.late_worker = Worker(), Worker(), Worker()
+        # The same for the steps of TLS with providers, by host: they wait for others of the same provider only.
         self.handshakes: collections.defaultdict[str, Worker] = collections.defaultdict(Worker)
         self.make_room: Callable[[], object] = lambda: None  # called when memory is short, or descriptors are
         self.accept: Callable[[], object] = lambda: None  # called in turns that are late
@@ -10436,8 +10435,8 @@ class EventLoop:
         self.sweep_at = max(self.now + TICK_SECONDS, soonest)
 
     def _look_for_departed(self, full: Sequence[Task]) -> None:
-        """Has these tasks looked at every AHEAD_SECONDS, those of each origin in its turns, and all before any again:
-        their clients may have left unnoticed, which may be all."""
+        """Has it looked every AHEAD_SECONDS whether the clients of these tasks have left, which nothing else tells: in
+        the turns of their origins, and at all of them before any is looked at again."""
         if self.now < self._look_at:
             return
         self._look_at = self.now + AHEAD_SECONDS
@@ -10484,8 +10483,8 @@ class EventLoop:
         task.unseen += 1  # once it waits: there may be no memory for that
 
     def resume_if_overdue(self, task: Task) -> None:
-        """Raises Overdue in a task, unless one that was resumed before has done something for it, or what it waits for
-        may have come, and only the loop is late with it: no provider is to blame for that."""
+        """Raises Overdue in a task if its deadline has passed. Not where what it waits for may have come, and only the
+        loop is late with it: no provider is to blame for that."""
         if task.deadline <= self.now and not task.unseen:
             task.resume(Overdue())
 
@@ -10521,7 +10520,7 @@ async def checkpoint(loop: EventLoop, queue: Optional[FairQueue] = None) -> None
 
 
 async def in_steps(loop: EventLoop, items: Iterable[Item]) -> AsyncIterator[Item]:
-    """The items; what is done with them lets all other tasks go on whenever it has taken SLOW_EVENT_SECONDS."""
+    """The items. Lets all other tasks run whenever SLOW_EVENT_SECONDS have gone by with them."""
     begun = loop.clock()
     for item in items:
         if loop.clock() - begun > SLOW_EVENT_SECONDS:
@@ -11601,9 +11600,9 @@ async def connect_any(
     loop: EventLoop, addresses: Sequence[Any], deadline: float, failed: dict[Any, float], prepare: Preparation
 ) -> Channel:
     """A connection to the first address that takes one, for which each gets an equal share of the time left, and where
-    `prepare` succeeds. Those that have `failed` of late come last, those that did so just now behind all: where IPv6
-    leads nowhere, only the first connection waits for it, and the first one after IPv4 has failed, too. Raises OSError,
-    Overdue and ClientGone."""
+    `prepare` succeeds. Those that have `failed` of late come last, the latest at the end: where IPv6 leads nowhere,
+    only the first connection waits for it, and another one only when IPv4 has failed, too. Raises OSError, Overdue and
+    ClientGone."""
     problem: Exception = OSError(errno.EADDRNOTAVAIL, "its host has no address")
     oldest = loop.now - AVOIDED_SECONDS
     addresses = sorted(addresses, key=lambda found: max(oldest, failed.get(found[4], oldest)))
@@ -12472,8 +12471,9 @@ class Relay:
             response.release(self.connections)
 
     def _more_telling(self, before: UpstreamResponse, response: UpstreamResponse, searches: bool) -> UpstreamResponse:
-        """The one of two responses that the client gets if no better one comes. Releases the other. Where one
-        `searches`, or goes on with what another key has, one that can't answer now may have what others don't know."""
+        """The one of two responses that the client gets if no better one comes. Releases the other. A refused key tells
+        less than any other failure. That nothing was found, where one `searches` or goes on with what another key has,
+        tells less than that a provider can't answer now: it may have it."""
         first, status = before.status, response.status
         is_unknown = ((searches and status == 404) or response.is_unknown) and first in RETRIED_STATUSES
         if (status in LASTING_STATUSES or is_unknown) and first not in LASTING_STATUSES:
@@ -12512,8 +12512,7 @@ class Relay:
     ) -> None:
         """Cools down a provider that could not be reached, or the key with the model where the connection broke; not
         one that gave up on a slow upload. Echo never cools. The other keys for a provider that took no connection are
-        tried behind those of others, until one more can't reach it: with each of them, the client may have to wait as
-        long again."""
+        tried behind those of others, and no more when that happens again: each may have the client wait as long."""
         candidate, met = attempt.candidate, attempt.code.partition("_")[2]
         provider = candidate.target.provider
         record_failure(request.record, candidate, met)
@@ -13854,11 +13853,11 @@ class Exchange:
         self.endpoint: Endpoint  # when it has been found
         self.caller = ANONYMOUS
         self.uses_model = False  # whether it is to have a model do something, which may cost
-        self.is_read_for_model = False  # whether it will be, once its body says which
+        self.is_read_for_model = False  # whether its body is read for the model that will do so
         self.may_tell_usage = False  # whether it may use a model that it doesn't name, as its answer will tell
         self._incoming: Optional[RequestBody] = None  # its body, as far as it is being read
         self._read: Optional[ReadBody] = None  # the same, when it has been read for its model
-        self._held = 0  # how many bytes of it
+        self._held = 0  # bytes that it has taken room for, see hold()
 
     # -- its response
 
@@ -14177,8 +14176,8 @@ class Exchange:
 
 
 def check_again(service: Service, admitted_by: Config, caller: Caller, request: RequestHead) -> None:
-    """Raises Unauthenticated, or Forbidden, for a caller who was taken away, or may not do what he might when the
-    request began, which may take days to come."""
+    """Raises Unauthenticated for a caller who was removed since the request began, and Forbidden for one who may do
+    something else by now: its body may take days to come."""
     if service.config is admitted_by:
         return
     now = identify(shown_tokens(request.fields), service.config, time.time())
@@ -15413,7 +15412,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return sent > AT_ONCE_BYTES
 
     async def _find_answer(self, exchange: Exchange) -> Answerer:
-        """What answers the request, for the caller that may have to be known for that."""
+        """What answers the request; if that needs a token, once the caller is known. Raises RelayError."""
         request = exchange.request
         if request.method == "OPTIONS" and exchange.cors():
             return answer_preflight
@@ -15633,8 +15632,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
         return True
 
     def _idle_longest(self, latest: float) -> Optional[Handler]:
-        """The connection that has been idle for longest, from `latest` on at the latest, or whose client takes no
-        response where its user has too many."""
+        """The connection that has been idle for longest, since `latest` or before; or one whose client takes no
+        response, where its user has too many."""
         while self.idle:
             handler, since = next(iter(self.idle.items()))
             if since > latest:
@@ -15652,7 +15651,7 @@ class RelayServer(http.server.ThreadingHTTPServer):
         return None
 
     def _unproven_longest(self, latest: float) -> Optional[Handler]:
-        """The connection that has been busy for longest without having shown a token, from before `latest` on."""
+        """The connection that has been busy for longest without having shown a token, since before `latest`."""
         handler = next(iter(self.unproven), None)
         if not handler or self.unproven[handler] >= latest:
             return None
@@ -15861,9 +15860,9 @@ class RelayServer(http.server.ThreadingHTTPServer):
             self.finish_request(request, client_address)
 
     def _refuses(self, client_address: Any) -> bool:
-        """Whether there is no place left for a new connection, not even to be told so. Of the connections that wait to
-        be begun, only those from its own address count: they go before it, and the fewer they are, the longer there is
-        a place. Each of them makes room when it is begun; if none waits, room is made for the next one."""
+        """Whether there is no place left for a new connection, not even to be told so. Of those that wait to be begun,
+        only the ones from its own address count: the others don't go before it. Each of them makes room when it is
+        begun; if none waits, room is made for the next one."""
         loop, network = self.service.loop, network_of(str(client_address[0]), TURN_BITS)
         own, most = loop.arrived.of(network), self.connection_limit + 2 * OVER_LIMIT_CONNECTIONS
         if own < most - len(self.handlers):
