@@ -13077,7 +13077,7 @@ class Outgoing:
     def tell(self, data: bytes) -> bytes:
         """What goes out for the next event of the live page; no data is its end."""
         self.ended = self._record.complete = not data
-        return LAST_CHUNK if not data and self._chunked else self._framed(data)
+        return self._framed(data)
 
     def feed(self, data: bytes, closed: bool, broken: bool) -> bytes:
         """What goes out for the next bytes from the provider. `closed`: these are the last, it has closed the
@@ -13133,7 +13133,7 @@ class Outgoing:
         return self.fail("the provider broke off its answer", "upstream_broken")
 
     def _passed(self, content: bytes) -> bytes:
-        """The content as it goes out, whole lines of it in a stream, with its end if it has come."""
+        """The content as it goes out, whole lines of it in a stream."""
         if content:
             self._record.usage.read(content, self._is_stream)
         if self.translation:
@@ -13148,20 +13148,19 @@ class Outgoing:
                     return whole + self.fail("the provider's stream ends within a line", "upstream_broken")
                 content += rest
         self.ended = self._record.complete = self._decoder.finished
-        framed = self._framed(content)
-        return framed + LAST_CHUNK if self.ended and self._chunked else framed
+        return self._framed(content)
 
     def translated(self, events: bytes) -> bytes:
-        """Translated events as they go out, with the end of the body if it is proper; an error has none."""
+        """Translated events as they go out."""
         assert self.translation
         self.ended, fault = self.translation.translator.ended, self.translation.translator.fault
         if fault:
             self.failed = not (fault.is_about_request or (self._may_be_clients_fault and not fault.text))
             self._record.error = "upstream:error" if fault.text else fault.code
             self.keep_alive, self.must_reset = False, self.until_close
-            return self._framed(events)
-        self._record.complete = self.ended
-        return self._framed(events) + (LAST_CHUNK if self.ended and self._chunked else b"")
+        else:
+            self._record.complete = self.ended
+        return self._framed(events)
 
     def _look_for_error(self, content: bytes) -> None:
         """Notes whether a stream tells of an error; what stands before that in the same bytes says nothing of it."""
@@ -13202,7 +13201,7 @@ class Outgoing:
         return self._sized(self._eraser.release()) if self._eraser else b""
 
     def _framed(self, content: bytes) -> bytes:
-        """The content, framed, after a look at what it tells."""
+        """The content, framed, after a look at what it tells; with the end of the body where all of it went out."""
         if content:
             self._last = (self._last + content if len(content) < EVENT_NAME_BYTES else content)[-EVENT_NAME_BYTES:]
             if self._awaits_end:
@@ -13211,7 +13210,8 @@ class Outgoing:
             content = self._eraser.feed(content, is_last=self._decoder.finished)
         if self._lines and b"error" in content:
             self._look_for_error(content)
-        return self._sized(content)
+        framed = self._sized(content)
+        return framed + LAST_CHUNK if self._chunked and self._record.complete else framed
 
     def _sized(self, content: bytes) -> bytes:
         """The content as a part of the body, which is counted."""
