@@ -12688,7 +12688,7 @@ class Catalogue:
         self._named: tuple[Optional[Config], list[JsonDict]] = (None, [])  # what a relay.json names, for all who ask
 
     async def entries(self, config: Config) -> list[JsonDict]:
-        """One entry a name, as the provider describes it; those that relay.json names and echo's come first."""
+        """One entry a name: a bare one if relay.json or echo has it, else as the first provider that lists it does."""
         usable = [provider for provider in config.providers.values() if provider.usable]
         asked = [provider for provider in usable if provider.format != "echo" and not provider.client_keys]
         listed = await self._listed(asked)
