@@ -9850,8 +9850,8 @@ class Channel:
         return data[:count]
 
     def keep(self, rest: bytes) -> None:
-        """Keeps no more than this of what has arrived, and reads on if there is room: in a small window, for half of
-        it, or those who fill it would be received from once for each request in there."""
+        """Keeps only this of what has arrived, and reads on if there is room; in a small window only when half of it is
+        free: one that is full would else be read into once for each request in it."""
         self.received = rest
         if not self._watched & READABLE:
             low_water = self._window if self._window >= HELD_BYTES else self._window // 2
@@ -11019,8 +11019,8 @@ def write_ledger(
 
 
 def use_rollback_journal(connection: Any) -> None:
-    """Has the file written with a rollback journal, but while another program, such as Litestream, holds it in WAL
-    mode: without the write-ahead log no row could be written. Raises sqlite3.Error."""
+    """Sets a rollback journal, unless another program, such as Litestream, holds the file in WAL mode: then no row
+    could be written without the write-ahead log. Raises sqlite3.Error."""
     try:
         connection.execute("PRAGMA journal_mode = TRUNCATE")
     except sqlite3.OperationalError:
@@ -12202,8 +12202,8 @@ class Attempt:
         return True
 
     async def _send_piece(self, data: bytes, timeout: float) -> None:
-        """Sends a piece of the request, all of it also behind the beginning of a good response, which may go on only
-        when the provider has read it. Raises EarlyResponse when no more of it is wanted, Overdue, OSError and
+        """Sends all of a piece of the request, even when a good response has begun: that may go on only when the
+        provider has read the piece. Raises EarlyResponse when no more of it is wanted, Overdue, OSError and
         ClientGone."""
         try:
             await self.channel.send(data, timeout, self._heads.has_begun)
@@ -13979,8 +13979,8 @@ class Exchange:
 
     @property
     def model_beside(self) -> str:
-        """The model that the query or the path names: of LiteLLM's answers, those with pictures don't tell that they
-        are its."""
+        """The model that the query or the path names: LiteLLM may answer by that, and doesn't say so when it answers
+        with pictures."""
         query, path = self.request.query, DEPLOYMENT.search(unquote(self.endpoint.path))
         asked = dict(parse_qsl(query)).get("model", "") if "model" in unquote(query) else ""
         return (asked or (path[1] if path else ""))[:MODEL_CHARACTERS]
@@ -14022,8 +14022,8 @@ class Exchange:
         return facts.lookalike or in_query or not decides or not is_plain
 
     def targets_of(self, model: str) -> list[Target]:
-        """The targets of a model. Raises NotFound, which tells only who may use all of them what other models there
-        are, and Unavailable."""
+        """The targets of a model. Raises Unavailable, and NotFound, which names other models only to a caller who may
+        use all of them."""
         try:
             return self._targets(model, self.format, self.endpoint.path in TRANSLATED_PATHS)
         except NotFound as error:
@@ -14032,7 +14032,7 @@ class Exchange:
             raise NotFound(f"no route for the model {model!r} at this path", error.code) from None
 
     def count(self, may_cost: bool = False) -> None:
-        """Counts a request that is let through to a model; `may_cost`: though its answer won't tell what. Raises
+        """Counts a request that is let through to a model; `may_cost`: it may cost what its answer won't tell. Raises
         RateLimited, BudgetExceeded, and Forbidden for what can't be counted of a user who has a budget."""
         user, workers = self.caller.user, self.service.workers
         workers.look()
@@ -14659,8 +14659,8 @@ def watch_form(form: FormWalk, body: RequestBody, restricted: Optional[Caller], 
 
 
 def note_late_model(exchange: Exchange, body: RequestBody, form: FormWalk, piece: bytes) -> None:
-    """Looks for the model behind the file of a form, where it leads nowhere, but tells what the request is for. Of
-    several, a server may take the first or the last."""
+    """Looks for the model of a form behind its file: too late to be routed by, but it tells what is used. Of several, a
+    server may take the first or the last."""
     try:
         form.feed(piece)
     except BadRequest:
@@ -16335,7 +16335,7 @@ class Signals:
         return name
 
     def pass_over_copies(self) -> None:
-        """Passes over what asks for the end once more at the same moment as what has begun it."""
+        """Drops signals that ask for the end once more within TOGETHER_SECONDS of the first."""
         time.sleep(TOGETHER_SECONDS)
         self._queue.settimeout(0)
         with contextlib.suppress(BlockingIOError):
@@ -16611,7 +16611,7 @@ def system_problem(error: OSError) -> str:
 
 
 def asks_for_end(name: str, began_in_terminal: bool) -> bool:
-    """Whether a signal asks for the end: a SIGHUP does that comes since the terminal was closed, else for a reload."""
+    """Whether a signal asks for the end. SIGHUP does if the terminal of the start is gone; else it is for a reload."""
     return name in ("SIGTERM", "SIGINT") or (name == "SIGHUP" and began_in_terminal and not in_terminal())
 
 
