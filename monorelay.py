@@ -10985,16 +10985,11 @@ class LedgerWriter:
 
 
 def write_ledger(
-    settings: LedgerSettings,
-    rows: Sequence[LedgerRow],
-    users: Iterable[str],
-    now: float,
-    carried: Optional[Spent] = None,
-    believed: Optional[float] = None,
+    settings: LedgerSettings, rows: list[LedgerRow], users: Iterable[str], now: float, carried: Spent, believed: float
 ) -> Spent:
     """Adds the rows to the file and its sums, and drops what is too old, in one transaction; what these users have
     spent by then. `carried`: what they had spent by the file in whose place it comes; `believed`: by which time it is
-    too old, if not by `now`. Raises sqlite3.Error, and ValueError for a file of a newer version."""
+    too old. Raises sqlite3.Error, and ValueError for a file of a newer version."""
     rows = [LedgerRow._make(map(storable, row)) for row in rows]
     connection = sqlite3.connect(settings.path, timeout=LEDGER_LOCK_SECONDS, isolation_level=None)
     with contextlib.closing(connection):  # which undoes what isn't committed
@@ -11006,9 +11001,8 @@ def write_ledger(
         connection.executemany(INSERT_REQUEST, rows)
         find_models = functools.partial(select_models, connection)
         connection.executemany(ADD_HOUR, [(*key, *sums) for key, sums in hour_sums(rows, find_models).items()])
-        for more in (spent_sums(rows), carried or {}):
+        for more in (spent_sums(rows), carried):
             connection.executemany(ADD_SPENT, [(*map(storable, key), *sums) for key, sums in more.items()])
-        believed = now if believed is None else believed
         connection.execute(SWEEP_REQUESTS, (int((believed - settings.keep_days * 86400) * 1000),))
         oldest = believed - LEDGER_SUMS_DAYS * 86400
         connection.execute(SWEEP_HOURS, (int(oldest // 3600),))
@@ -13286,11 +13280,7 @@ class Service:
     """What all requests share. `routing`, the configuration with its targets, is replaced as a whole by a reload."""
 
     def __init__(
-        self,
-        config: Config,
-        log: LogWriter,
-        place: Optional["PlaceOnBoard"] = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, config: Config, log: LogWriter, place: Optional["PlaceOnBoard"], clock: Callable[[], float]
     ) -> None:
         self.log = log
         self.draining = False

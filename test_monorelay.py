@@ -23071,7 +23071,7 @@ def test_a_large_ledger_is_read_at_once(tmp_path):
         row(at=int(now * 1000) - n * 15_000, user=users[n % 10], sent=models[n % 3], status=500 if n % 4 == 0 else 200)
         for n in range(172_000)
     ]
-    monorelay.write_ledger(monorelay.LedgerSettings(path, 4000), rows, (), now)
+    monorelay.write_ledger(monorelay.LedgerSettings(path, 4000), rows, (), now, {}, now)
     until = int(now // 3600) + 1
 
     def by_user() -> Any:
@@ -25053,7 +25053,7 @@ def test_requests_of_several_days_and_models_without_a_price_are_told_apart(rela
         row(at=int((now - ago * 3600) * 1000), request=f"req_{number}", user="alice", sent=sent, cost=cost)
         for number, (ago, sent, cost) in enumerate([(60, "claude-x", 10**9), (0, "claude-x", 10**9), (0, "new", None)])
     ]  # fmt: skip
-    monorelay.write_ledger(settings, rows, (), now)
+    monorelay.write_ledger(settings, rows, (), now, {}, now)
     it = relay({"echo": {}}, ledger={"path": settings.path}, prices={"claude-x": {"input": 1, "output": 1}})
     browser.show(it, query="?days=7")
     browser.until("$('rows').rows.length === 3 && $('models').rows.length === 2")
@@ -25365,7 +25365,7 @@ def effort_of_drawing(browser: Browser) -> float:
 def test_ten_thousand_requests_scroll_and_stay_where_they_are(relay, browser, tmp_path):
     settings, now = monorelay.LedgerSettings(str(tmp_path / "usage.db"), 90), time.time()
     rows = [row(at=int(now * 1000) - 60_000 + number, request=f"req_{number}") for number in range(10_000)]
-    monorelay.write_ledger(settings, rows, (), now)
+    monorelay.write_ledger(settings, rows, (), now, {}, now)
     it = relay({"echo": {}}, ledger={"path": settings.path})
     browser.show(it)
     browser.until("$('rows').rows.length > 20")
@@ -25970,7 +25970,7 @@ def test_usage_of_an_idle_week_is_nothing(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
 def test_usage_is_told_where_no_temporary_file_can_be_written(tmp_path):
     path, now = tmp_path / "usage.db", time.time()
-    monorelay.write_ledger(monorelay.LedgerSettings(str(path), 90), [], [], now)
+    monorelay.write_ledger(monorelay.LedgerSettings(str(path), 90), [], [], now, {}, now)
     with contextlib.closing(sqlite3.connect(path)) as connection:
         sums = [1] * len(monorelay.SUMS)
         rows = [[now // 3600, f"user {number}", "m" * 200, "p", "k", *sums] for number in range(30_000)]
@@ -26738,7 +26738,7 @@ def test_workers_share_the_port_and_a_dead_one_is_replaced(program):
 def test_the_figures_of_a_worker_are_told_again_behind_a_moment_without_memory(monkeypatch):
     board, told = monorelay.Board(5), []
     place = monorelay.PlaceOnBoard(board, 0)
-    service = monorelay.Service(parse({"echo": {}}), monorelay.LogWriter(None), place)
+    service = monorelay.Service(parse({"echo": {}}), monorelay.LogWriter(None), place, time.monotonic)
     workers = service.workers
     with monkeypatch.context() as patched:
         patched.setattr(monorelay.PlaceOnBoard, "show_figures", lambda place, figures: bytes(1 << 62))
@@ -27114,7 +27114,8 @@ def test_what_many_workers_have_counted_is_gathered_in_steps_and_once_for_all(lo
     monkeypatch.setattr(monorelay.Board, "read", lambda board, place: steps.append("read") or reads(board, place))
     include = monorelay.Tally.include
     monkeypatch.setattr(monorelay.Tally, "include", lambda tally, it: steps.append("sum") or include(tally, it))
-    service = monorelay.Service(parse({"echo": {}}), monorelay.LogWriter(None), monorelay.PlaceOnBoard(board, 0))
+    place = monorelay.PlaceOnBoard(board, 0)
+    service = monorelay.Service(parse({"echo": {}}), monorelay.LogWriter(None), place, time.monotonic)
     service.loop = looping.loop
 
     async def other() -> None:
@@ -28848,7 +28849,7 @@ def invented_ledger(path: Path, days: int, used: list[Any]) -> None:
                 status=200 if sent else 404, error=None if sent else "upstream:invalid_request_error")
             for n in range(count)
         ]  # fmt: skip
-        monorelay.write_ledger(monorelay.LedgerSettings(str(path), 90), rows, (), now)
+        monorelay.write_ledger(monorelay.LedgerSettings(str(path), 90), rows, (), now, {}, now)
 
 
 class ReadmeShell:
