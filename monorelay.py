@@ -10146,9 +10146,7 @@ class Task:
         "_coroutine", "_loop", "_name", "_result", "_waiting", "client", "deadline", "done", "origin", "unseen",
     )  # fmt: skip
 
-    def __init__(
-        self, coroutine: Coroutine[float, None, Any], loop: "EventLoop", origin: str, name: Any = None
-    ) -> None:
+    def __init__(self, coroutine: Coroutine[float, None, Any], loop: "EventLoop", origin: str, name: Any) -> None:
         self.client: Optional[Channel] = None
         self.origin = origin
         self._name = name  # by which others find it, see start_for_all()
@@ -11069,7 +11067,7 @@ def select_spent(connection: Any, users: Iterable[str], now: float) -> Spent:
 NO_TEMPORARY_FILE = re.compile("disk I/O error|unable to open|disk is full")
 
 
-def summed_usage(path: str, since_hour: int, until_hour: int, by: Sequence[str], user: Optional[str]) -> Groups:
+def summed_usage(path: str, since: int, until: int, by: Sequence[str], user: Optional[str]) -> Groups:
     """What was used from one hour up to another, in hours since 1970, the second not included: the names and the SUMS
     of each group by the columns `by` (some of GROUPS); of one user if named; dear ones first. Raises sqlite3.Error, and
     ValueError for what can't be grouped by."""
@@ -11079,23 +11077,21 @@ def summed_usage(path: str, since_hour: int, until_hour: int, by: Sequence[str],
     query += " WHERE hour >= :since AND hour < :until AND (:user IS NULL OR user = :user)"
     query += f" GROUP BY {', '.join(by)}" if by else ""
     query += f" ORDER BY sum(cost) DESC, sum(requests) DESC LIMIT {LEDGER_GROUPS}"
-    found = query_ledger(path, query, {"since": since_hour, "until": until_hour, "user": storable(user)})
+    found = query_ledger(path, query, {"since": since, "until": until, "user": storable(user)})
     groups = [(dict(zip(by, row)), list(row[len(by) :])) for row in found]
     return [(group, sums) for group, sums in groups if sums[0]]  # without a group, there is a row of nothing
 
 
-def daily_usage(
-    path: str, since_hour: int, until_hour: int, by: Sequence[str], user: Optional[str]
-) -> Iterator[Groups]:
+def daily_usage(path: str, since: int, until: int, by: Sequence[str], user: Optional[str]) -> Iterator[Groups]:
     """The same day by day, each in a query of its own: while one lasts, nobody can write."""
     find_next = "SELECT min(hour) FROM hour WHERE hour >= ? AND hour < ?"
     while True:
-        found = query_ledger(path, find_next, (since_hour, until_hour))
+        found = query_ledger(path, find_next, (since, until))
         if not found or found[0][0] is None:
             return
         day = found[0][0] // 24
-        since_hour = (day + 1) * 24
-        groups = summed_usage(path, found[0][0], min(since_hour, until_hour), by, user)
+        since = (day + 1) * 24
+        groups = summed_usage(path, found[0][0], min(since, until), by, user)
         yield [({"day": windows(day * 86400)[0], **group}, sums) for group, sums in groups]
 
 
@@ -12062,6 +12058,7 @@ ACCOUNT_HEADER = re.compile(
 )
 # Parameters of a query by which providers take a key; Google's take `access_token`, Azure's functions `code`.
 KEY_IN_QUERY = re.compile(r"(?i)(?:key|token|[?&]code)=")
+Body = Union[ReadBody, RequestBody]
 
 
 class UpstreamRequest(NamedTuple):
@@ -12070,7 +12067,7 @@ class UpstreamRequest(NamedTuple):
     head: RequestHead
     target: str  # path and query upstream, behind /v1
     by_model: bool  # whether it went where its model belongs, and creates nothing
-    body: Union[ReadBody, RequestBody]
+    body: Body
     candidates: Sequence[Candidate]
     record: AccessRecord
     cools_down: bool = True  # whether its failures cool keys and providers down, and its success ends that
@@ -12940,9 +12937,7 @@ class Response(NamedTuple):
     live: Optional["LivePage"] = None  # whose events are sent instead of a body
 
 
-def own_response(
-    status: int, body: bytes, fields: Sequence[tuple[str, str]], request_id: str, close: bool = False
-) -> Response:
+def own_response(status: int, body: bytes, fields: Pairs, request_id: str, close: bool = False) -> Response:
     """A response that the relay itself makes."""
     needs_type = body and not any(name == "content-type" for name, _ in fields)
     content_type = [("content-type", "application/json")] if needs_type else []
@@ -14700,7 +14695,7 @@ async def relay_by_model(exchange: Exchange, body: ReadBody) -> Response:
     return await relay(exchange, body, candidates)
 
 
-async def relay_to_first(exchange: Exchange, body: Union[ReadBody, RequestBody]) -> Response:
+async def relay_to_first(exchange: Exchange, body: Body) -> Response:
     """Relays to the first provider's first key. Raises Forbidden for users who may use some models only, where
     models may stand out of sight."""
     exchange.check_may_call()
@@ -14735,9 +14730,7 @@ def as_listed(targets: Iterable[Target]) -> list[Candidate]:
     return [Candidate(target, key) for target in targets for key in target.provider.keys or (None,)]
 
 
-async def relay(
-    exchange: Exchange, body: Union[ReadBody, RequestBody], candidates: Sequence[Candidate], searches: bool = False
-) -> Response:
+async def relay(exchange: Exchange, body: Body, candidates: Sequence[Candidate], searches: bool = False) -> Response:
     """The response of the first candidate that doesn't fail; for what creates something, only one is tried."""
     candidates = candidates[:1] if exchange.endpoint.creates else candidates
     relayed = await exchange.service.relay.obtain(upstream_request(exchange, body, candidates, searches))
@@ -14759,7 +14752,7 @@ async def relay(
 
 
 def upstream_request(
-    exchange: Exchange, body: Union[ReadBody, RequestBody], candidates: Sequence[Candidate], searches: bool
+    exchange: Exchange, body: Body, candidates: Sequence[Candidate], searches: bool
 ) -> UpstreamRequest:
     """The request as it is relayed. Raises Unauthenticated."""
     request, endpoint = exchange.request, exchange.endpoint
