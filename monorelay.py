@@ -9706,10 +9706,8 @@ class TlsSocket:
         """Goes on with the handshake, and has `run` do what touches no socket: how long that takes (for ffdhe8192 0.2
         s) the provider chooses. Raises SSLWantReadError when more has to arrive, SSLWantWriteError when there is no
         room to send, OSError, and what `run` raises."""
-        try:
+        with contextlib.suppress(BlockingIOError):  # the first step is ours
             self._take()
-        except BlockingIOError:
-            pass  # the first step is ours
         try:
             await run(self._tls.do_handshake)
         except OSError:
@@ -9997,10 +9995,8 @@ class Channel:
 
     def abort_on_close(self, abort: bool) -> None:
         """Sets whether close() resets the connection: a reset can't be taken for the end of a response."""
-        try:
+        with contextlib.suppress(OSError):  # it is broken already
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", abort, 0))
-        except OSError:
-            pass  # it is broken already
 
     def close(self) -> None:
         """Closes the connection."""
@@ -11434,10 +11430,8 @@ class UpstreamPool:
         codecs.lookup("idna")
         for provider in providers:
             if provider.scheme == "https":
-                try:
+                with contextlib.suppress(OSError):  # certificates that can't be read; each request will say so
                     self._tls_context()
-                except OSError:
-                    pass  # certificates that can't be read; each request will say so
 
     def take(self, provider: Provider) -> Optional[Channel]:
         """A kept connection, the one used last: it is the least likely to be closed soon. One that came back just now
@@ -12694,11 +12688,9 @@ class Catalogue:
         nothing: tuple[float, list[JsonDict]] = (-math.inf, [])
         stale = [provider for provider in providers if self._lists.get(provider, nothing)[0] < now]
         fetches = [self._loop.start_for_all(it, functools.partial(self._fetch, it)) for it in stale]
-        try:
+        with contextlib.suppress(Overdue):
             for fetch in fetches:
                 await fetch.finished(now + CATALOGUE_WAIT_SECONDS)
-        except Overdue:
-            pass
         for provider in stale:
             # One that is still silent isn't waited for again at once; a late list is taken all the same.
             fresh_until, entries = self._lists.get(provider, nothing)
@@ -13893,13 +13885,11 @@ class Exchange:
             return
         loop, channel, decoder = self.loop, relayed.channel, relayed.decoder
         latest = loop.now + LEFT_LONGEST_SECONDS
-        try:
+        with contextlib.suppress(Overdue, FramingError, Unavailable):  # the latter: the relay shuts down
             while not decoder.finished and (channel.received or not channel.ended) and loop.now < latest:
                 if not channel.received:
                     await channel.arrival(loop.now + LEFT_SECONDS)
                 self.record.usage.read(decoder.feed(await take_in_turn(loop, channel)), False)
-        except (Overdue, FramingError, Unavailable):  # the latter: the relay shuts down
-            pass
 
     # -- its query
 
@@ -14414,10 +14404,8 @@ class LivePage:
         own, config, clock = exchange.own_name(), service.config, time.time()
         if self._loop.now >= self._hours_at + (HOURS_SECONDS if service.ledger.file else 0):
             self._hours_at = self._loop.now
-            try:
+            with contextlib.suppress(Unavailable):  # what happens now is told all the same
                 self._hours = await service.history.hours(own)
-            except Unavailable:
-                pass  # what happens now is told all the same
         await service.workers.gather()
         keys, budgets = await self._keys_and_budgets(config)
         tally = service.workers.tally()
@@ -14491,11 +14479,9 @@ def quantiles(values: list[float]) -> Optional[list[float]]:
 def query_date(query: Mapping[str, str], name: str, default: str) -> str:
     """A day of a query. Raises BadRequest."""
     value = query.get(name) or default
-    try:
+    with contextlib.suppress(ValueError):
         if re.fullmatch("[12][0-9]{3}-[0-9]{2}-[0-9]{2}", value):
             return datetime.date.fromisoformat(value).isoformat()
-    except ValueError:
-        pass
     raise BadRequest(f"{name}: must be a day such as {default}")
 
 
@@ -15626,10 +15612,8 @@ class RelayServer(http.server.ThreadingHTTPServer):
             handler.be_busy()  # its last response isn't taken, or a request has just come: it isn't looked at again
             takes_nothing = len(self.idle) < SHARES_AT_ONCE and handler.user and handler.answering
             if takes_nothing and self.exceeds_share(handler.user):
-                try:
+                with contextlib.suppress(OSError):
                     handler.channel.flush()  # it may only be put off until the end of a turn
-                except OSError:
-                    pass
                 return handler
         return None
 
@@ -15827,13 +15811,11 @@ class RelayServer(http.server.ThreadingHTTPServer):
         loop = self.service.loop
         latest = loop.clock() + ACCEPTING_SECONDS
         for listener in self._listeners:
-            try:
+            with contextlib.suppress(OSError):  # there is nobody left; or no descriptor, which the threads deal with
                 while self._accepting and loop.clock() <= latest:
                     sock, address = listener.accept()
                     tune(sock)
                     self.process_request(sock, address)
-            except OSError:
-                pass  # there is nobody left; or no descriptor, which the threads deal with
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Makes the Handler of a new connection; far beyond max_connections, refuses it."""
@@ -15927,7 +15909,7 @@ def listen_at(host: str, port: int) -> socket.socket:
 def raise_descriptor_limit() -> None:
     """Lets this process open as many files and connections as the system's hard limit allows; where that is none, at
     least OPEN_MAX."""
-    try:
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has none
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -15936,8 +15918,6 @@ def raise_descriptor_limit() -> None:
         elif soft != resource.RLIM_INFINITY:
             soft = max(soft, OPEN_MAX)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    except (ImportError, ValueError, OSError):
-        pass  # Windows has none
 
 
 def descriptor_limit() -> int:
@@ -16560,10 +16540,8 @@ class Supervisor:
 
     def _pass_on(self, number: int) -> None:
         for pid in self._workers:
-            try:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended, and will be reaped
                 os.kill(pid, number)
-            except ProcessLookupError:
-                pass  # it has just ended, and will be reaped
 
     def _stop(self, signals: Signals) -> int:
         """Drains all workers; a second signal ends them at once, and one that takes longer than any should is killed.
@@ -16608,11 +16586,9 @@ def in_terminal() -> bool:
 
 def enlarge_stacks() -> None:
     """Lets all threads that are started from now on recurse as deeply as Python does."""
-    try:
+    with contextlib.suppress(ValueError, RuntimeError):  # this system has no say in it
         if sys.platform != "darwin":  # where they have 16 MB
             threading.stack_size(STACK_BYTES)
-    except (ValueError, RuntimeError):
-        pass  # this system has no say in it
 
 
 def outlast_script(serve: Callable[[], int]) -> int:
@@ -16632,11 +16608,9 @@ def outlast_script(serve: Callable[[], int]) -> int:
 
     # Python 3.12.0 and 3.12.1 start no thread any more when the script has ended (CPython issue 113964).
     if sys.version_info[:3] not in ((3, 12, 0), (3, 12, 1)):
-        try:
+        with contextlib.suppress(RuntimeError):  # the system gives out no more threads
             threading.Thread(target=run, name="operator").start()
             return 0
-        except RuntimeError:
-            pass  # the system gives out no more threads
     os._exit(serve())
 
 
@@ -18261,10 +18235,8 @@ def named_targets(config: Config) -> Iterator[tuple[str, list[Target]]]:
     sections: tuple[tuple[str, Iterable[str]], ...] = (("routes", config.routes), ("aliases", config.aliases))
     for section, names in sections:
         for name in names:
-            try:
+            with contextlib.suppress(RelayError):  # it has none
                 yield f"{section}.{name}", resolve(config, name)
-            except RelayError:
-                pass  # it has none
 
 
 # A million tokens of the cheapest models cost more than this, and one of the dearest, o1-pro's, costs less.
