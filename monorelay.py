@@ -3034,16 +3034,8 @@ def level_of(rates: Mapping[tuple[str, str, int], int], tier: str, prompt: int) 
     above = max(sizes, default=0)
     if ("input", tier, above) in rates:
         return tier, above
-    return dearest_level(rates, [level for level in ((tier, 0), ("", above)) if ("input", *level) in rates])
-
-
-def dearest_level(rates: Mapping[tuple[str, str, int], int], levels: Sequence[tuple[str, int]]) -> tuple[str, int]:
-    """The one of these levels that has the highest rates."""
-    if len(levels) == 1:
-        return levels[0]
-    return max(
-        levels, key=lambda level: [rates.get((kind, *level), 0) for kind in ("input", "output")], default=("", 0)
-    )
+    levels = [level for level in ((tier, 0), ("", above)) if ("input", *level) in rates]
+    return max(levels, key=lambda one: [rates.get((kind, *one), 0) for kind in ("input", "output")], default=("", 0))
 
 
 def rate_of(rates: Mapping[tuple[str, str, int], int], kind: str, level: tuple[str, int], format: str) -> Optional[int]:
