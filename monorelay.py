@@ -953,7 +953,7 @@ def as_number(value: Any) -> float:
         return float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"must be a number, not {kind_of(value)}")
-    if not -1e15 < value < 1e15:
+    if not -1e15 < value < 1e15:  # nor NaN, infinities and integers that no float can hold
         raise ValueError("must be a number of a sensible size")
     return value
 
@@ -1830,11 +1830,10 @@ def check_start(claims: JsonDict, now: float) -> None:
 
 def numeric_date(claims: JsonDict, name: str, default: float) -> float:
     """A claim that is a NumericDate (RFC 7519 §2), or the default. Raises BadClaim for anything else."""
-    value = claims.get(name, default)
-    # The bounds refuse NaN, infinities and integers that no float can hold.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e15 < value < 1e15:
-        raise BadClaim(f"the token's `{name}` must be a number")
-    return value
+    try:
+        return as_number(claims.get(name, default))
+    except ValueError:
+        raise BadClaim(f"the token's `{name}` must be a number") from None
 
 
 def subject(claims: JsonDict, kind: str, config: Config) -> str:
