@@ -611,13 +611,13 @@ class ProviderKey(NamedTuple):
 class Translation(NamedTuple):
     """How requests in the other format are translated for a provider."""
 
-    max_tokens_field: str = "auto"  # max_tokens or max_completion_tokens: what its models take; auto: by its host
-    reasoning: str = "none"  # or effort: whether it can be told how much to think
-    reasoning_back: str = "none"  # or the name of the member in which it wants its thinking back; by its host, if known
-    system_turns: str = ""  # keep, user or lead: where the system's words may stand that come later; empty: by format
-    default_max_tokens: int = 8192  # for requests that say nothing, where the format demands it
-    drop: tuple[str, ...] = ()  # members that it refuses
-    extra: str = "{}"  # members that it gets besides, as JSON
+    max_tokens_field: str  # max_tokens or max_completion_tokens: what its models take; auto: by its host
+    reasoning: str  # none or effort: whether it can be told how much to think
+    reasoning_back: str  # none, or the name of the member in which it wants its thinking back
+    system_turns: str  # keep, user or lead: where the system's words may stand that come later
+    default_max_tokens: int  # for requests that say nothing, where the format demands it
+    drop: tuple[str, ...]  # members that it refuses
+    extra: str  # members that it gets besides, as JSON
 
 
 class Provider(NamedTuple):
@@ -1448,9 +1448,8 @@ def read_translation(value: Any, format: str, host: str, place: str, problems: P
     settings = read_settings(TRANSLATION_SETTINGS, given, f"{place}.translate", problems)
     # Most servers of OpenAI's format take the system's words anywhere; of Claude's models only some do.
     settings["system_turns"] = settings["system_turns"] or ("keep" if format == "openai" else "lead")
-    settings["reasoning_back"] = settings["reasoning_back"] or (
-        "reasoning_content" if host in THINKING_HOSTS else "none"
-    )
+    usual = "reasoning_content" if host in THINKING_HOSTS else "none"
+    settings["reasoning_back"] = settings["reasoning_back"] or usual
     return Translation(**settings)
 
 
@@ -5235,7 +5234,8 @@ class Draft:
     def __init__(self, target: Target) -> None:
         self.model = narrow(target.model)
         self.provider = target.provider
-        self.settings = target.provider.translate or Translation()
+        assert target.provider.translate
+        self.settings = target.provider.translate
         self.names: dict[str, str] = {}  # of tools: as sent, and as the client calls them
         self.about_answer: JsonDict = {}  # what Asked has to know besides
         self.dropped: dict[str, None] = {}  # the names of what was left out, each once
