@@ -6193,14 +6193,9 @@ def optional_in(part: JsonDict) -> int:
     """How many of an object's parameters may be left out."""
     if "properties" not in part:
         return 0
-    required = required_in(part)
+    given = part.get("required")
+    required = {name for name in given if isinstance(name, str)} if isinstance(given, list) else ()
     return sum(name not in required for name in member(part, "properties"))
-
-
-def required_in(schema: JsonDict) -> set[str]:
-    """The parameters that an object must have."""
-    given = schema.get("required")
-    return {name for name in given if isinstance(name, str)} if isinstance(given, list) else set()
 
 
 # Mistral's models, at other providers too: they check requests with its mistral-common, or a template that does.
