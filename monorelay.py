@@ -2895,14 +2895,12 @@ def counts_of(section: Any) -> dict[str, int]:
     }
 
 
-USAGE_WORD = re.compile(r"[A-Za-z0-9_.-]+")
+USAGE_WORD = re.compile(rf"[A-Za-z0-9_.-]{{1,{USAGE_WORD_CHARACTERS}}}")
 
 
 def word_of(value: Any) -> str:
     """A word of a provider, such as a service tier; empty if it is none, or a long one."""
-    if not value or not isinstance(value, str) or len(value) > USAGE_WORD_CHARACTERS:
-        return ""
-    return value if USAGE_WORD.fullmatch(value) else ""
+    return value if isinstance(value, str) and USAGE_WORD.fullmatch(value) else ""
 
 
 WEB_SEARCH_USD = 0.01  # what both APIs charge for each
