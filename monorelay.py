@@ -7628,9 +7628,7 @@ def ending_of(choice: JsonDict) -> str:
 def adds_to_answer(choice: JsonDict) -> bool:
     """Whether a choice of a chunk holds something of the answer."""
     delta = member(choice, "delta")
-    return any(delta.get(name) for name in ("content", "refusal", "tool_calls", "function_call")) or bool(
-        reasoning_of(delta)
-    )
+    return any(map(delta.get, ("content", "refusal", "tool_calls", "function_call"))) or reasoning_of(delta) != ""
 
 
 def too_many_calls() -> UnfitAnswer:
@@ -8350,9 +8348,8 @@ def error_terms(asked: Asked, fault: AnswerFault) -> tuple[int, str, str, str]:
     """Status, type, message and code by which the client acts rightly."""
     format, status, message, text = asked.format, fault.status, fault.message, fault.text
     refused = refused_part(asked, fault)
-    overflows = (status in (400, 413, 422) and OVERFLOW.search(text)) or (
-        status in (413, 429) and NEVER_FITS.search(text)
-    )
+    overflows = status in (400, 413, 422) and OVERFLOW.search(text)
+    overflows = overflows or (status in (413, 429) and NEVER_FITS.search(text))
     longest = figure_in(OUTPUT_LIMIT, message) if asked.max_tokens and status in (400, 422) else 0
     if overflows or (status == 413 and not text):  # Cerebras says nothing
         status, code = 400, "context_length_exceeded"
