@@ -142,11 +142,12 @@ TRANSLATED_LATE_VALUES = 25_000  # and in a third one if it has more than these,
 PING_SECONDS = 15.0  # without an event in a translated stream; Claude Code tells its user of 20
 ENDING_SECONDS = 2.0  # after the finish_reason of a translated stream, for the usage or [DONE] that may follow
 RECEIVE_BYTES = 64 * 1024  # of one recv: a TLS record is 16 KiB, four of them make system calls rare
+TLS_RECEIVE_BYTES = 16 * 1024  # one record's; of the shortest ones, which may cost 10 µs each, it holds some 600
 COPIED_BYTES = 16 * 1024  # of a message that is copied if that makes a system call less
 JSON_VALUES = 1_000_000  # a JSON body of more takes a second to walk; the largest conversations have some 100,000
-TLS_RECEIVE_BYTES = 16 * 1024  # one record's; of the shortest ones, which may cost 10 µs each, it holds some 600
-INFLATED_BYTES = 64 * 1024  # at a time,
-INFLATED_FROM_BYTES = 16 * 1024  # of so many: blocks that hold nothing but a code take 4 ms
+INTEGER_DIGITS = 64  # of an integer that is read: long ones take time in proportion to the square of their length
+INFLATED_BYTES = 64 * 1024  # of content that are decompressed at a time,
+INFLATED_FROM_BYTES = 16 * 1024  # from so many at most, which take 4 ms where blocks hold nothing but a code
 ZSTD_WINDOW_LOG = 23  # 8 MiB, the largest window that a sender may use (RFC 9659 §3)
 FORM_SEEN_BYTES = 64 * 1024  # of a form are read for its model, which stands before its file
 FORM_FIELD_BYTES = 4096  # of the header of a part in it, and of the model
@@ -186,7 +187,6 @@ ERROR_BYTES = 8 * 1024  # a longer one isn't read for its type
 # An unread body up to this size is read and dropped to keep the connection; nginx closes lingering.
 DISCARDED_BODY_BYTES = 64 * 1024
 DISCARD_SECONDS = 0.5  # a short body that was sent has arrived by then
-
 SHARES_AT_ONCE = 32  # users' shares of connections that are counted to make room; each takes 0.3 ms for 4,096 of them
 # To make room for others, those idle for longer are closed first, then those busy for longer without a token.
 UNPROVEN_SECONDS = 1.0
@@ -210,7 +210,7 @@ STALE_SECONDS = 1.0  # within which a kept connection shows that it was closed: 
 LOST_SECONDS = 5.0  # after which a kept connection is looked at on which no answer comes,
 LOST_RESENDS = 5  # and is given up if this system has sent so often what nobody acknowledges: for some 6 s
 UNTAKEN_SECONDS = 20.0  # for which a kept connection takes nothing of a request, until another one gets it
-# For which a provider that has begun a good response takes nothing of the request's rest, until no more is sent: some
+# The rest of a request is given up when a provider that has begun a good response takes nothing of it for so long: some
 # begin at once and are busy then, and a lossy network may pause for as long.
 UNWANTED_SECONDS = 20.0
 CONNECTED_ADDRESSES = 16  # of a host that has more, these are tried
@@ -234,10 +234,7 @@ JWT_HEADER_BYTES = 512  # of it, which is read before anybody is known; the usua
 SHOWN_TOKENS = 2  # one in `Authorization`, one in `x-api-key`
 KEY_CHARACTERS = 16  # the least of a user's key, and of the owner's where the relay listens beyond this machine
 CATALOGUE_BYTES = 2 * 1024 * 1024  # of a provider's list; the longest known has 1 MB
-ECHO_VALUES = 50_000  # in a request to echo, which take up to 5 MB
-ECHO_FRACTIONS = 5000  # numbers with a fraction among them, which `json` writes in up to 5 ms
 CATALOGUE_VALUES = 100_000  # which `json` reads in some 10 ms
-INTEGER_DIGITS = 64  # of an integer that is read: long ones take time in proportion to the square of their length
 LISTED_MODELS = 1000  # of a provider; the longest known list has some 500
 LISTED_ENTRY_CHARACTERS = 2048  # in its strings; the usual ones have 100 to 1,000
 LISTED_ENTRY_VALUES = 128  # the usual ones have up to 80
@@ -248,10 +245,10 @@ CATALOGUE_RETRY_SECONDS = 30.0  # until a provider that didn't list its models i
 LOGINS_PER_USER = 10  # a minute, for each address: nobody can lock a user out from elsewhere
 LOGINS_PER_ADDRESS = 30  # a minute
 LOGINS_WAITING = 16  # for their password to be hashed, which takes 50 ms each; half of them from one site
+LOGIN_BODY_BYTES = 16 * 1024  # who logs in hasn't shown a token yet
 SECRET_FILE_CHARACTERS = 64 * 1024
 SECRET_CHARACTERS = 8  # of one that is looked for in errors; shorter ones may be words that stand anywhere
 RATE_LIMIT_FIELDS = 40  # of a response that are remembered; Anthropic sends some 20
-LOGIN_BODY_BYTES = 16 * 1024  # who logs in hasn't shown a token yet
 SITE_BITS = 48  # of an IPv6 address: the most that one customer gets (RFC 6177)
 TRUSTED_ADDRESSES = 1000
 THROTTLED_NAMES = 4096
@@ -333,6 +330,8 @@ PRICE_USD = 1.0  # the most that a token may cost
 
 ECHO_MODELS = ("echo", "echo-slow", "echo-cut", "echo-tool", "echo-error-529")
 ECHO_BODY_BYTES = 1024 * 1024  # echo reads no more
+ECHO_VALUES = 50_000  # in a request to echo, which take up to 5 MB
+ECHO_FRACTIONS = 5000  # numbers with a fraction among them, which `json` writes in up to 5 ms
 ECHO_AT_ONCE_BYTES = 16 * 1024  # it answers more in a thread
 DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
 
@@ -3838,8 +3837,6 @@ ABOUT_REQUEST = re.compile(
     | [Rr]equest\ too\ large\ for | [Rr]esource[ _][Uu]navailable | input\ was\ flagged | usage\ guidelines
     | context_length_exceeded | content_policy | content_filter"""
 )
-
-
 # OpenAI's 401 for a restricted key that may use other paths, such as chats and not responses.
 LACKS_SCOPE = re.compile(rb"(?i)missing scopes?\b")
 # How vLLM, Responses and others tell in a stream, whose own status was 200, that a request was a bad one.
@@ -5107,9 +5104,9 @@ READ_AT_ONCE_VALUES = 100_000
 READ_LEVELS = 32  # of lists and objects in each other that are read in parts
 READ_DEEP_BYTES = 512 * 1024  # of one that stands deeper: while `json` reads it, nothing else runs
 WAITING_BYTES = 128  # that each piece of what waits takes besides
-# Of an answer that is translated as a whole. The longest ones have some 130,000 tokens, each in an event of its own;
+TRANSLATED_ANSWER_BYTES = 8 * 1024 * 1024  # of an answer that is translated as a whole; the longest have some 1 MB
+# Of such an answer where it is a stream. The longest ones have some 130,000 tokens, each in an event of its own;
 # as many take a second.
-TRANSLATED_ANSWER_BYTES = 8 * 1024 * 1024  # of a whole one; the longest that models give have some 1 MB
 WHOLE_EVENTS = 150_000
 WHOLE_LINES = 8 * WHOLE_EVENTS
 WHOLE_BLOCKS = 10_000  # with citations, a message has a block for each sentence
@@ -8289,8 +8286,6 @@ OUTPUT_LIMIT = re.compile(
       | maximum\ output\ tokens\ \( | value\ <=\ | :\ [0-9]{1,15}\ >\ ) ([0-9,]{3,15})
     | maximum\ tokens\ you\ requested\ exceeds\ the\ model\ limit\ of\ ([0-9,]{1,15})"""
 )
-
-
 # How templates of models, and mistral-common, refuse what the system says later in a conversation; llama.cpp and Ollama
 # with a 500.
 SYSTEM_TURN = re.compile(
