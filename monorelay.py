@@ -327,27 +327,10 @@ LEDGER_MODELS = 100  # of one user in an hour that its sums tell apart; nobody w
 SHELL_PATTERNS = 32 * 1024  # that are kept compiled; relay.json may name a model in each
 CONFIG_BYTES = 64 * 1024 * 1024  # of each file of a configuration; LiteLLM's prices have 3.5 MB
 PRICE_USD = 1.0  # the most that a token may cost
-
-ECHO_MODELS = ("echo", "echo-slow", "echo-cut", "echo-tool", "echo-error-529")
 ECHO_BODY_BYTES = 1024 * 1024  # echo reads no more
 ECHO_VALUES = 50_000  # in a request to echo, which take up to 5 MB
 ECHO_FRACTIONS = 5000  # numbers with a fraction among them, which `json` writes in up to 5 ms
 ECHO_AT_ONCE_BYTES = 16 * 1024  # it answers more in a thread
-DEFAULT_ANTHROPIC_VERSION = "2023-06-01"
-
-# What a relay serves when there is no relay.json at all: the same as the shipped file, but for the ledger. Nobody has
-# asked for a file, and there is no folder to be named.
-BUILT_IN_CONFIG = """{
-  "server": {"host": "127.0.0.1", "port": 8787,
-    "access_key": "${MONORELAY_ACCESS_KEY:-}", "jwt_secret": "${MONORELAY_JWT_SECRET:-}"},
-  "providers": {
-    "anthropic": {"format": "anthropic", "base_url": "https://api.anthropic.com", "keys": ["${ANTHROPIC_API_KEY:-}"]},
-    "openai": {"format": "openai", "base_url": "https://api.openai.com/v1", "keys": ["${OPENAI_API_KEY:-}"]},
-    "echo": {"format": "echo"}
-  },
-  "routes": {"claude-*": ["anthropic", "echo"], "gpt-*": ["openai", "echo"], "echo*": "echo"}
-}
-"""
 
 
 # ==== Errors =====================================================================================
@@ -1216,6 +1199,19 @@ TRANSLATION_SETTINGS: Settings = {
 }
 SECTIONS = ("server", "users", "providers", "aliases", "routes")
 TOP_LEVEL = (*SECTIONS, "env_file", "ledger", "prices")
+# What a relay serves when there is no relay.json at all: the same as the shipped file, but for the ledger. Nobody has
+# asked for a file, and there is no folder to be named.
+BUILT_IN_CONFIG = """{
+  "server": {"host": "127.0.0.1", "port": 8787,
+    "access_key": "${MONORELAY_ACCESS_KEY:-}", "jwt_secret": "${MONORELAY_JWT_SECRET:-}"},
+  "providers": {
+    "anthropic": {"format": "anthropic", "base_url": "https://api.anthropic.com", "keys": ["${ANTHROPIC_API_KEY:-}"]},
+    "openai": {"format": "openai", "base_url": "https://api.openai.com/v1", "keys": ["${OPENAI_API_KEY:-}"]},
+    "echo": {"format": "echo"}
+  },
+  "routes": {"claude-*": ["anthropic", "echo"], "gpt-*": ["openai", "echo"], "echo*": "echo"}
+}
+"""
 
 
 def parse_config(source: str, environ: Mapping[str, str], name: str = "relay.json") -> Config:
@@ -2077,6 +2073,8 @@ class SharedThrottle:
 # A model's name becomes an ordered list of targets: providers, and what the model is called there. Which of them are
 # tried, and in what order of keys, is the key pool's business; what stands here depends on relay.json alone, so it is
 # worked out once for each name.
+
+ECHO_MODELS = ("echo", "echo-slow", "echo-cut", "echo-tool", "echo-error-529")  # as echo lists them
 
 
 def resolve(config: Config, name: str) -> list[Target]:
@@ -3691,6 +3689,7 @@ ORIGIN_CHARACTERS = 512  # of an origin: the name of a host has at most 253
 # What scripts in a browser may read of a response, besides anthropic-ratelimit-*.
 EXPOSED_HEADERS = ("request-id", "x-request-id", "retry-after", *OWN_HEADERS)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")  # of requests that are passed on
+DEFAULT_ANTHROPIC_VERSION = "2023-06-01"  # for requests that name none
 
 
 def is_safe_path(path: str) -> bool:
