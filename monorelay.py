@@ -3437,6 +3437,18 @@ def split_target(method: str, target: str) -> tuple[str, str]:
     return path, query
 
 
+def is_safe_path(path: str) -> bool:
+    """Whether no server behind can take the path for another one, decoded once or twice."""
+    once = unquote_to_bytes(path)
+    for form in {path.encode("latin-1"), once, unquote_to_bytes(once)}:
+        if b"//" in form or len(form.translate(None, UNSAFE_BYTES)) < len(form):
+            return False
+        # Some servers take what follows a semicolon for a parameter, and the segment for what is before it.
+        if b"/." in b"/" + form and re.search(rb"(?:^|/)\.\.?(?:[;/]|\Z)", form):
+            return False
+    return True
+
+
 def check_host(fields: Headers, version: int) -> None:
     """Raises MalformedRequest unless there is one well-formed Host, or none in HTTP/1.0 (RFC 9112 §3.2)."""
     count, host = fields.names.count("host"), fields.get("host", "")
@@ -3654,7 +3666,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 # ==== Headers passed on =============================================================================
 #
 # All that a message says end to end is passed on as it came, in its order and with its repetitions; what is not:
-# hop-by-hop fields, credentials, and what the relay itself says. Also here: CORS, retry-after, paths, and what an
+# hop-by-hop fields, credentials, and what the relay itself says. Also here: CORS, retry-after, and what an
 # error's status and body say: about the key, or about what was asked.
 
 # What the relay tells of a response.
@@ -3690,18 +3702,6 @@ ORIGIN_CHARACTERS = 512  # of an origin: the name of a host has at most 253
 EXPOSED_HEADERS = ("request-id", "x-request-id", "retry-after", *OWN_HEADERS)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")  # of requests that are passed on
 DEFAULT_ANTHROPIC_VERSION = "2023-06-01"  # for requests that name none
-
-
-def is_safe_path(path: str) -> bool:
-    """Whether no server behind can take the path for another one, decoded once or twice."""
-    once = unquote_to_bytes(path)
-    for form in {path.encode("latin-1"), once, unquote_to_bytes(once)}:
-        if b"//" in form or len(form.translate(None, UNSAFE_BYTES)) < len(form):
-            return False
-        # Some servers take what follows a semicolon for a parameter, and the segment for what is before it.
-        if b"/." in b"/" + form and re.search(rb"(?:^|/)\.\.?(?:[;/]|\Z)", form):
-            return False
-    return True
 
 
 def end_to_end(fields: Headers, kept_back: frozenset[str]) -> Pairs:
