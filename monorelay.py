@@ -6012,7 +6012,7 @@ def tool_change(block: JsonDict, place: str, draft: Draft) -> ToolChange:
 
 
 def offered_tools(request: JsonDict, changes: Sequence[ToolChange], draft: Draft) -> list[JsonDict]:
-    """The tools that are offered in the end, which are all that chat knows."""
+    """The tools that are offered in the end, which are all that chat knows. Raises BadRequest."""
     listed = [chat_tool(tool, place, draft) for place, tool in objects(request.get("tools") or [], "tools")]
     defined = {change.name: change.tool for change in changes if change.tool}
     withdrawn = {change.name: change.withdraws for change in changes}  # by the last of each
@@ -6021,7 +6021,7 @@ def offered_tools(request: JsonDict, changes: Sequence[ToolChange], draft: Draft
 
 
 def chat_tools(request: JsonDict, changes: Sequence[ToolChange], draft: Draft) -> JsonDict:
-    """The members of a chat request that are about tools."""
+    """The members of a chat request that are about tools. Raises BadRequest."""
     written = offered_tools(request, changes, draft)
     choice = member(request, "tool_choice")
     kind = word(choice.get("type"))
@@ -6050,7 +6050,7 @@ TOOL_KNOWN = {
 
 
 def chat_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
-    """A tool of the client's own."""
+    """A tool of the client's own as one of chat. Raises BadRequest."""
     kind = tool.get("type") or "custom"
     if kind != "custom":
         raise draft.refusal(place, f"a tool of the type {word(kind)}")
@@ -6107,7 +6107,7 @@ EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
 
 def chat_reasoning(request: JsonDict, draft: Draft) -> JsonDict:
-    """How much the model is to think, where the provider can be told."""
+    """How much the model is to think, where the provider can be told. Raises BadRequest."""
     thinking, output = member(request, "thinking"), member(request, "output_config")
     effort, kind, is_told = output.get("effort"), thinking.get("type"), draft.settings.reasoning != "none"
     draft.drop_rest(thinking, ("type", "display", "budget_tokens"), "thinking")
@@ -6127,7 +6127,7 @@ def chat_reasoning(request: JsonDict, draft: Draft) -> JsonDict:
 
 
 def chat_output(request: JsonDict, draft: Draft) -> JsonDict:
-    """The form that the answer is to have."""
+    """The form that the answer is to have. Raises BadRequest."""
     output = member(request, "output_config")
     check_members(output, ("format",), "output_config")
     form = member(output, "format") or member(request, "output_format")
@@ -6678,7 +6678,7 @@ def lacks_thinking(messages: list[JsonDict]) -> bool:
 
 
 def longest_answer(chat: JsonDict, draft: Draft) -> int:
-    """How many tokens the answer may have."""
+    """How many tokens the answer may have. Raises BadRequest."""
     for name in ("max_completion_tokens", "max_tokens"):
         if chat.get(name) not in (None, 0, -1):  # which some clients send for no limit
             return positive_count(chat[name], name)
@@ -6706,7 +6706,7 @@ def message_sampling(chat: JsonDict, draft: Draft) -> JsonDict:
 
 
 def message_tools(chat: JsonDict, draft: Draft) -> JsonDict:
-    """The members of a request of Messages that are about tools."""
+    """The members of a request of Messages that are about tools. Raises BadRequest."""
     tools = [message_tool(tool, place, draft) for place, tool in objects(chat.get("tools") or [], "tools")]
     given = chat.get("tool_choice")
     choice = given if isinstance(given, dict) else {"type": given}
@@ -6739,7 +6739,7 @@ def message_tools(chat: JsonDict, draft: Draft) -> JsonDict:
 
 
 def message_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
-    """A function as a tool."""
+    """A function of chat as a tool of Messages. Raises BadRequest."""
     tool = nested_tool(tool)
     if tool.get("type") != "function":
         raise draft.refusal(place, f"a tool of the type {word(tool.get('type'))}")
@@ -6810,7 +6810,7 @@ def nested_tool(tool: JsonDict) -> JsonDict:
 
 
 def message_output(chat: JsonDict, draft: Draft, system: list[JsonDict]) -> JsonDict:
-    """The form that the answer is to have, and how much thought goes into it."""
+    """The form that the answer is to have, and how much thought goes into it. Raises BadRequest."""
     members: JsonDict = {}
     config: JsonDict = {}
     form = member(chat, "response_format")
