@@ -890,9 +890,9 @@ def join(place: str, key: str) -> str:
 Check = Callable[[Any], Any]
 
 
-def expect(value: Any, types: Union[type, tuple[type, ...]], wanted: str) -> Any:
+def expect(value: Any, kinds: Union[type, tuple[type, ...]], wanted: str) -> Any:
     """The value, if it is of these types. Raises ValueError that says what is wanted instead."""
-    if not isinstance(value, types):
+    if not isinstance(value, kinds):
         raise ValueError(f"must be {wanted}, not {kind_of(value)}")
     return value
 
@@ -4780,7 +4780,7 @@ class Nesting(NamedTuple):
         data = self.rest + data
         rest = b"\\" * ((len(data) - len(data.rstrip(b"\\"))) % 2)
         parts = cut_at_quotes(data[: len(data) - len(rest)])
-        deeper = levels(b"".join(parts[self.in_string :: 2]))
+        deeper = deeper_by(b"".join(parts[self.in_string :: 2]))
         return Nesting(self.depth + deeper, (self.in_string + len(parts) - 1) % 2, rest)
 
     def depths(self, data: bytes, places: Sequence[int]) -> list[int]:
@@ -4788,21 +4788,21 @@ class Nesting(NamedTuple):
         pieces = [data[start:end] for start, end in zip((0, *places), places)]
         parts = cut_at_quotes(self.rest + b"\0".join(pieces))
         brackets = b"".join(parts[self.in_string :: 2]).split(b"\0")
-        return [*itertools.accumulate(map(levels, brackets), initial=self.depth)][1:]
+        return [*itertools.accumulate(map(deeper_by, brackets), initial=self.depth)][1:]
 
 
 OUTSIDE = Nesting()
-TEXT = bytes({*range(256)}.difference(b'"{}[]\0'))
+NO_MARKS = bytes({*range(256)}.difference(b'"{}[]\0'))  # all bytes but those that depth depends on
 
 
 def cut_at_quotes(data: bytes) -> list[bytes]:
     """The brackets in the data, cut at each quote: by turns those outside of strings and those within."""
     if b"\\" in data:
         data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    return data.translate(None, TEXT).split(b'"')
+    return data.translate(None, NO_MARKS).split(b'"')
 
 
-def levels(brackets: bytes) -> int:
+def deeper_by(brackets: bytes) -> int:
     """How much deeper it is behind these."""
     return len(brackets.translate(None, b"}]\0")) - len(brackets.translate(None, b"{[\0"))
 
@@ -8447,7 +8447,7 @@ def fault_of(document: JsonDict) -> AnswerFault:
     told = error if isinstance(error, dict) else document
     figures = [told.get(name) for name in ("code", "status", "status_code")]
     kind = word(told.get("type") or told.get("error_type") or told.get("code"))
-    figures += [meant for word, meant in FAULT_WORDS.items() if word in kind]
+    figures += [meant for mark, meant in FAULT_WORDS.items() if mark in kind]
     numbers = [figure for figure in figures if isinstance(figure, (int, str))]  # LiteLLM's are texts
     status = next((int(number) for number in numbers if re.fullmatch("[45][0-9]{2}", str(number))), 502)
     if status != 429 and OVERFLOW.search(beginning(told)):
