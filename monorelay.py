@@ -2327,10 +2327,8 @@ def reset_time(value: str, now: float) -> Optional[float]:
     span such as `1m30s`. None for anything else."""
     if re.fullmatch("[0-9]{9,11}", value):
         return float(value)
-    try:
+    with contextlib.suppress(ValueError):
         return as_moment(value)
-    except ValueError:
-        pass
     span = OPENAI_SPAN.fullmatch(value)
     if not value or not span:
         return None
@@ -8804,9 +8802,8 @@ class Tally:
         """What was counted, SUMS and how many had a price, by some of GROUPS; of one user, or all."""
         found: dict[tuple[str, ...], list[int]] = {}
         for names, sums in self._narrowest({*columns} if user is None else {*columns, USER}):
-            if user not in (None, names[USER]):
-                continue
-            add_to(found.setdefault(tuple(names[column] for column in columns), [0] * TTFB_AT), sums)
+            if user in (None, names[USER]):
+                add_to(found.setdefault(tuple(names[column] for column in columns), [0] * TTFB_AT), sums)
         return found
 
     def _narrowest(self, columns: set[int]) -> Iterator[tuple[tuple[str, str, str, str], list[int]]]:
