@@ -8840,6 +8840,7 @@ def row_number(row: LedgerRow) -> int:
 
 Sample = tuple[str, Mapping[str, str], float]  # what stands behind the name of its family, labels, value
 Family = tuple[str, str, str, Iterable[Sample]]  # name, type, meaning
+Labelled = Iterable[tuple[Mapping[str, str], Sequence[int]]]  # labels, and what was counted of what has them
 
 
 def metrics_text(tally: Tally, keys: Sequence[JsonDict], gauges: Mapping[str, float]) -> Iterator[str]:
@@ -8920,19 +8921,17 @@ GAUGES = {
 }
 
 
-def token_samples(series: Iterable[tuple[dict[str, str], list[int]]]) -> list[Sample]:
+def token_samples(series: Labelled) -> list[Sample]:
     """Tokens by their kinds."""
     return [("", {**labels, "kind": kind}, sums[SUMS.index(kind)]) for labels, sums in series for kind in KINDS]
 
 
-def cost_samples(series: Iterable[tuple[dict[str, str], list[int]]]) -> list[Sample]:
+def cost_samples(series: Labelled) -> list[Sample]:
     """Costs in USD."""
     return [("", labels, sums[COST] / 10**9) for labels, sums in series]
 
 
-def histogram(
-    series: Iterable[tuple[dict[str, str], list[int]]], start: int, limits: Sequence[float]
-) -> Iterator[Sample]:
+def histogram(series: Labelled, start: int, limits: Sequence[float]) -> Iterator[Sample]:
     """The samples of a histogram whose counts begin at `start`; their sum in seconds stands among the SUMS. Those of
     one series are of one moment, however slowly they are taken."""
     total = SUMS.index("duration") if start == DURATION_AT else SUMS.index("ttfb")
