@@ -3653,6 +3653,16 @@ def decoded_at_once(data: bytes) -> int:
     return len(data) * LINES_AT_ONCE // max(LINES_AT_ONCE, data.count(b"\n"))
 
 
+def head_bytes(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
+    """A head as it is sent, with its empty line."""
+    return "\r\n".join([first_line, *map(": ".join, fields), "", ""]).encode("latin-1")
+
+
+def reason_of(status: int) -> str:
+    """The usual phrase for a status."""
+    return http.client.responses.get(status, "Overloaded" if status == 529 else "Unknown")
+
+
 def chunk(data: bytes) -> bytes:
     """The data as one chunk, nothing for no data (an empty chunk would end the body)."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
@@ -3664,8 +3674,8 @@ LAST_CHUNK = b"0\r\n\r\n"
 # ==== Headers passed on =============================================================================
 #
 # All that a message says end to end is passed on as it came, in its order and with its repetitions; what is not:
-# hop-by-hop fields, credentials, and what the relay itself says. Also here: CORS, retry-after, and what an
-# error's status and body say: about the key, or about what was asked.
+# hop-by-hop fields, credentials, and what the relay itself says. Also here: CORS, retry-after, and what an error's
+# status and body say: about the key, or about what was asked.
 
 # What the relay tells of a response.
 OWN_HEADERS = (
@@ -3742,11 +3752,6 @@ def upstream_fields(
     return fields
 
 
-def head_bytes(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
-    """A head as it is sent, with its empty line."""
-    return "\r\n".join([first_line, *map(": ".join, fields), "", ""]).encode("latin-1")
-
-
 def shown_tokens(fields: Headers) -> list[str]:
     """The tokens that a request shows, wherever they stand."""
     if "x-monorelay-key" in fields:  # the others are the client's credential for a provider
@@ -3764,11 +3769,6 @@ def asks_for_websocket(fields: Headers) -> bool:
 def media_type(fields: Headers) -> str:
     """The media type of Content-Type, in lower case and without parameters (RFC 9110 §8.3.1)."""
     return fields.get("content-type", "").partition(";")[0].strip().lower()
-
-
-def reason_of(status: int) -> str:
-    """The usual phrase for a status."""
-    return http.client.responses.get(status, "Overloaded" if status == 529 else "Unknown")
 
 
 def header_text(value: str) -> str:
