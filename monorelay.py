@@ -7325,9 +7325,9 @@ class ChatReader:
         calls of tools yet: LiteLLM and ChatMock tell of an end behind each part of an answer of Responses."""
         if self._may_go_on or self.finishes_early:
             return adds_to_answer(choice)
-        known = {*self._ids, *(call.id for call in self._calls)}
+        known = {"", *self._ids, *(call.id for call in self._calls)}
         entries = listed_objects(member(choice, "delta").get("tool_calls"))[:TOOL_CALLS]
-        return any(word(entry.get("id") or "") not in {"", *known} for entry in entries)
+        return any(word(entry.get("id") or "") not in known for entry in entries)
 
     def end(self) -> list[JsonDict]:
         """The events that end the message. Raises AnswerFault."""
