@@ -5324,6 +5324,14 @@ def translate_request(
     return Translated(path, written, tuple(draft.dropped), asked)
 
 
+# -- documents
+#
+# While `json` reads or writes, no other thread runs, and the values that it makes take many times their bytes. So a
+# long document is read and written in parts: a DocumentReader lets go of the text that it has read; document_texts()
+# writes members and elements one after the other, and lets go of each; json_texts() keeps long strings away from
+# `json`; and in_parts() takes apart what would still keep it busy for too long.
+
+
 def read_document(
     pieces: list[bytes], values: int, errors: str = "strict", reader: Optional[json.JSONDecoder] = None
 ) -> JsonDict:
