@@ -1692,9 +1692,10 @@ def is_loopback(host: str) -> bool:
 
 # ==== Auth =======================================================================================
 #
-# A caller shows a token in `Authorization: Bearer` or `x-api-key`, or different ones in both; one that
-# is valid suffices. JSON Web Tokens follow RFC 7519 with the algorithm fixed to HS256: it is compared
-# with the token's word and never taken from it. Passwords are kept as scrypt hashes (RFC 7914).
+# A caller shows a token in `Authorization: Bearer` or `x-api-key`, or different ones in both, of which one that is
+# valid suffices; where there is an `x-monorelay-key`, it alone counts. A token is an access key of the owner, the key
+# of a user, or a JSON Web Token: RFC 7519 with the algorithm fixed to HS256, which is compared with the token's word
+# and never taken from it. Passwords are kept as scrypt hashes (RFC 7914).
 
 
 class Caller(NamedTuple):
@@ -4636,7 +4637,8 @@ class Inflater:
 #
 # https://html.spec.whatwg.org/multipage/server-sent-events.html: lines end in LF, CRLF or CR, and in
 # nothing else, so they are cut as bytes (str would also break at U+2028, which JSON may hold). Lines are
-# forwarded whole, so that an error can be told at the end of a stream that broke within a line.
+# forwarded whole, so that an error can be told at the end of a stream that broke within a line. Also here: what a
+# response, streamed or not, says that it used.
 
 # A line that says that the stream is over: an event's name, or its data where there are no names; an error; the
 # last chunk of OpenAI's chat format, which some servers follow up by [DONE] and some don't. Some write an empty reason,
