@@ -3026,6 +3026,8 @@ def level_of(rates: Mapping[tuple[str, str, int], int], tier: str, prompt: int) 
     if ("input", tier, above) in rates:
         return tier, above
     levels = [level for level in ((tier, 0), ("", above)) if ("input", *level) in rates]
+    if len(levels) == 1:
+        return levels[0]
     return max(levels, key=lambda one: [rates.get((kind, *one), 0) for kind in ("input", "output")], default=("", 0))
 
 
