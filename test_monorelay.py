@@ -5396,9 +5396,11 @@ def test_a_schema_of_many_members_takes_no_long_look():
     properties = {name: {"type": "string"} for name in names}
     schema = {"type": "object", "additionalProperties": False, "properties": properties}
     schema["required"] = names[::-1]
-    began = time.thread_time()
-    assert monorelay.is_strict(schema) and not monorelay.is_strict({**schema, "required": [*names[1:], [], 7]})
-    assert time.thread_time() - began < 0.3
+
+    def look() -> None:
+        assert monorelay.is_strict(schema) and not monorelay.is_strict({**schema, "required": [*names[1:], [], 7]})
+
+    assert min(spent(look) for _ in range(3)) < 0.3
 
 
 def test_q24_half_a_surrogate_pair_arrives_as_it_was_sent():
@@ -8215,10 +8217,12 @@ def test_a_large_usage_counts_like_a_small_one():
 
 def test_a_chunk_has_as_many_parts_of_calls_as_an_answer_has_calls():
     chunk = b'data:{"choices":[{"delta":{"tool_calls":[%s]}}]}\n\n' % b",".join([b"{}"] * 59_000)
-    it = monorelay.AnswerTranslator(asked_of(stream=True))
-    began = time.thread_time()
-    assert b"calls more than 128 tools" in it.feed(chunk) and it.failed
-    assert time.thread_time() - began < 0.1
+
+    def feed() -> None:
+        it = monorelay.AnswerTranslator(asked_of(stream=True))
+        assert b"calls more than 128 tools" in it.feed(chunk) and it.failed
+
+    assert min(spent(feed) for _ in range(3)) < 0.1
 
 
 @pytest.mark.parametrize(("count", "fits"), [(1000, True), (1001, False)])
@@ -8275,9 +8279,14 @@ def test_an_event_of_nested_lists_in_the_input_of_a_call_takes_no_time_of_others
     given = b'{"a":[%b1]}' % ((b"[" * 150 + b"]" * 150 + b",") * 390)
     block = b'{"type":"content_block_start","content_block":{"type":"tool_use","id":"c","name":"f","input":%b}}'
     chunk = b'{"choices":[{"delta":{"tool_calls":[{"index":0,"id":"c","function":{"name":"f","arguments":%b}}]}}]}'
-    it, began = monorelay.AnswerTranslator(asked_of(kind, stream=True)), time.thread_time()
-    it.feed(b"data: %b\n\n" % ((chunk if kind == "anthropic" else block) % given))
-    assert not it.failed and time.thread_time() - began < 0.1
+
+    def feed() -> None:
+        it = monorelay.AnswerTranslator(asked_of(kind, stream=True))
+        it.feed(b"data: %b\n\n" % ((chunk if kind == "anthropic" else block) % given))
+        assert not it.failed
+
+    # Python may look for garbage meanwhile, in all that the other tests have left.
+    assert min(spent(feed) for _ in range(3)) < 0.1
 
 
 @pytest.mark.parametrize(("count", "fits"), [(10_000, True), (10_001, False)])
@@ -8290,10 +8299,12 @@ def test_an_event_has_so_many_numbers_with_a_fraction(count, fits):
 def test_blank_lines_of_a_stream_take_next_to_no_time():
     it = monorelay.AnswerTranslator(asked_of(stream=True))
     it.feed(sse_of([delta(content="Hi")], done=False))
-    began = time.thread_time()
-    for line in (b"\n", b"\r", b"\r\n"):
-        assert it.feed(line * 500_000) == b""
-    assert time.thread_time() - began < 0.1
+
+    def feed() -> None:
+        for line in (b"\n", b"\r", b"\r\n"):
+            assert it.feed(line * 500_000) == b""
+
+    assert min(spent(feed) for _ in range(3)) < 0.1
     assert b"text_delta" in it.feed(sse_of([delta(content="Hi")], done=False))
 
 
