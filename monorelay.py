@@ -9849,6 +9849,11 @@ class Channel:
             sent = self._wire.send(data)
         except BlockingIOError:
             sent = 0
+        except OSError as error:
+            # A break is told once: without TLS, which has an end of its own, what is received now ends as if by a FIN.
+            # Behind a FIN, a send meets a broken pipe.
+            self.broken |= not (self.ended or isinstance(error, BrokenPipeError)) and self._wire is self.sock
+            raise
         if sent < len(data):
             self._await_room()
         return sent

@@ -12007,6 +12007,26 @@ def test_a_buffer_that_may_hold_more_is_read_into_at_once(looping):
         looping.call(channel.close)
 
 
+@pytest.mark.parametrize("end", ["close", "reset"])
+def test_a_reset_that_a_send_meets_is_no_end_in_good_order(looping, end):
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as near:
+        far = Wire(listener.accept()[0])
+
+        def send_to_one_that_has_ended() -> tuple[bytes, bool, bool]:
+            channel = monorelay.Channel(near, looping.loop)
+            far.sock.sendall(b"half of it")
+            getattr(far, end)()
+            with contextlib.suppress(OSError):
+                for _ in range(3):
+                    channel.send_now(b"the rest of the request")
+            while channel.receive():
+                pass
+            channel.close()
+            return channel.received, channel.ended, channel.broken
+
+        assert looping.call(send_to_one_that_has_ended) == (b"half of it", True, end == "reset")
+
+
 @pytest.mark.parametrize("are_slow", [False, True])
 def test_a_client_waits_for_one_late_provider_and_not_for_all(looping, monkeypatch, are_slow):
     monkeypatch.setattr(monorelay, "LATE_SECONDS", 0.0)
