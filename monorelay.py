@@ -9683,6 +9683,7 @@ class TlsSocket:
         self._tls = context.wrap_bio(self._arrived, self._made, server_hostname=host)
         self._unsent = b""
         self._accepted = 0  # bytes whose records are among the unsent ones
+        self._has_failed = False  # whether an error stands behind what was received last
 
     async def do_handshake(self, run: Callable[[Callable[[], None]], Coroutine[float, None, None]]) -> None:
         """Goes on with the handshake, and has `run` do what touches no socket: how long that takes (for ffdhe8192 0.2
@@ -9700,6 +9701,8 @@ class TlsSocket:
 
     def recv(self, size: int) -> bytes:
         """What has arrived; more than `size` if so much came at once. Raises BlockingIOError and OSError."""
+        if self._has_failed:  # OpenSSL may tell of a fatal alert once only, and then as if it were a close_notify
+            raise ConnectionAbortedError("TLS has failed")
         self._take()
         pieces = []
         try:
@@ -9720,6 +9723,7 @@ class TlsSocket:
         except OSError:
             if not pieces:
                 raise
+            self._has_failed = True
         # Behind these bytes comes the end or an error: shut down, the socket is reported by the selector again.
         if pieces:
             with contextlib.suppress(OSError):  # it is closed already

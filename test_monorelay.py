@@ -12663,17 +12663,21 @@ def test_records_without_content_are_taken_piece_by_piece(tls_pair):
     assert (len(records) > 100_000) == tickets, "the tickets of TLS 1.3 hold no content"
 
 
-@pytest.mark.parametrize("end", ["close_notify", "FIN", "forged"])
+@pytest.mark.parametrize("end", ["close_notify", "FIN", "forged", "alert"])
 def test_the_end_of_tls_is_reported_behind_what_came_with_it(tls_pair, end):
     """close_notify is a good end, all else is none; the provider's socket stays open where it can."""
+    forged = b"\x17\x03\x03\x00\x40" + b"x" * 64
     tls_pair.theirs.write(b"the last words")
     if end == "close_notify":
         with contextlib.suppress(ssl.SSLWantReadError):
             tls_pair.theirs.unwrap()
-    forged = b"\x17\x03\x03\x00\x40" + b"x" * 64 if end == "forged" else b""
+    if end == "alert":
+        tls_pair._arrived.write(forged)
+        with pytest.raises(ssl.SSLError):
+            tls_pair.theirs.read(1)
 
     def send() -> None:
-        tls_pair.wire.sendall(tls_pair.records() + forged)
+        tls_pair.wire.sendall(tls_pair.records() + (forged if end == "forged" else b""))
         if end == "FIN":
             tls_pair.wire.shutdown(socket.SHUT_WR)
 
