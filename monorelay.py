@@ -138,7 +138,8 @@ TRANSLATED_FIRST_BYTES = 1024  # of a stream, until it is known how long its eve
 TRANSLATED_AT_ONCE_BYTES = 16 * 1024  # which takes some milliseconds; a longer body is translated in a thread,
 TRANSLATED_SOON_BYTES = 256 * 1024  # in another one if it is longer than this,
 TRANSLATED_SOON_VALUES = 15_000  # or has more values, which may take 0.1 s; of a short one, marks in strings count, too
-TRANSLATED_LATE_VALUES = 25_000  # and in a third one if it has more than these, which may take seconds
+TRANSLATED_LATE_VALUES = 25_000  # and in a third one if it has more than these, which may take seconds,
+TRANSLATED_LATE_BYTES = 1024 * 1024  # or is longer: a text in it may be JSON with as many, to be read, too
 PING_SECONDS = 15.0  # without an event in a translated stream; Claude Code tells its user of 20
 ENDING_SECONDS = 2.0  # after the finish_reason of a translated stream, for the usage or [DONE] that may follow
 RECEIVE_BYTES = 64 * 1024  # of one recv: a TLS record is 16 KiB, four of them make system calls rare
@@ -14885,7 +14886,8 @@ async def at_leisure(exchange: Exchange, size: int, work: Callable[[], Result], 
     if size <= TRANSLATED_SOON_BYTES and values <= TRANSLATED_SOON_VALUES:
         worker = loop.worker
     else:
-        worker = loop.long_worker if values <= TRANSLATED_LATE_VALUES else loop.late_worker
+        is_late = size > TRANSLATED_LATE_BYTES or values > TRANSLATED_LATE_VALUES
+        worker = loop.late_worker if is_late else loop.long_worker
     return await in_thread(loop, work, worker)
 
 

@@ -16529,16 +16529,21 @@ def test_one_who_has_much_translated_with_the_key_of_the_owner_does_not_keep_ano
 
 @pytest.mark.parametrize("counts", [True, False])
 @pytest.mark.parametrize(
-    ("worker", "dear", "cheap"),
-    [("long_worker", 2600, "x" * 200_000), ("late_worker", 9000, "x" * 300_000), ("late_worker", 9000, "x, " * 60_000)],
-    ids=["soon", "long", "commas"],
+    ("worker", "dear", "text", "cheap"),
+    [
+        ("long_worker", 2600, "a", "x" * 200_000),
+        ("late_worker", 9000, "a", "x" * 300_000),
+        ("late_worker", 9000, "a", "x, " * 60_000),
+        ("late_worker", 1, "1," * 600_000, "x" * 900_000),
+    ],
+    ids=["soon", "long", "commas", "text"],
 )
-def test_a_translation_waits_for_none_of_one_with_far_more_values(upstream, relay, worker, dear, cheap, counts):
+def test_a_translation_waits_for_none_of_one_that_is_far_longer(upstream, relay, worker, dear, text, cheap, counts):
     path = "/v1/messages/count_tokens" if counts else "/v1/messages"
     gate = threading.Event()
     it = relay({"openai": upstream(json_reply(CHAT_HI))})
     getattr(it.server.service.loop, worker).call(functools.partial(gate.wait, TIMEOUT_SECONDS))
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * dear + prompt()["messages"]
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}] * dear + prompt()["messages"]
     with it.client() as long:
         long.send(request("POST", path, json.dumps(prompt(messages=turns)).encode()))
         assert long.is_quiet()
