@@ -18904,6 +18904,20 @@ def test_a_list_that_cannot_be_read_is_warned_of_once(upstream, relay):
     assert it.log.getvalue().count("gives no list of models") == 1
 
 
+def test_a_list_of_models_is_read_beside_the_loop(upstream, relay, monkeypatch):
+    """Some numbers take long."""
+    threads, read = set(), monorelay.read_fraction
+
+    def reads(digits: str) -> float:
+        threads.add(threading.current_thread().name)
+        return read(digits)
+
+    monkeypatch.setattr(monorelay, "read_fraction", reads)
+    it = relay({"anthropic": upstream(answer(200, b'{"data":[{"id":"claude-a","x":[1.5,2e-300]}]}'))})
+    assert it.ask("GET", "/v1/models").json["data"][0]["id"] == "claude-a"
+    assert threads == {"worker"}
+
+
 def listed(text: str) -> list[dict[str, Any]]:
     return list(monorelay.listed_entries(monorelay.json_text([text.encode()])))
 
