@@ -10006,7 +10006,7 @@ class Channel:
         late, it is served later: what is cheap to serve must not wait for what isn't."""
         loop = self._loop
         if not self._slow and loop.moment <= loop.late_at:
-            self._serve(events)
+            self._serve(events, is_far=loop.was_long)
         elif not self._queued:
             task = self.task
             sides = loop.slow if self._slow else loop.late
@@ -10021,15 +10021,17 @@ class Channel:
         self._queued = False
         if task:
             task.unseen -= 1
-        self._serve(events, takes_all=task is not None and self is task.client)
+        self._serve(events, is_far=True)
         if task:
             self._loop.resume_if_overdue(task)
 
-    def _serve(self, events: int, takes_all: bool = False) -> None:
-        """Sends and receives what the socket is ready for, and wakes the task. `takes_all`: receives as much as may
-        wait, since the next turn is far: a long body would come in hundreds of them."""
-        loop = self._loop
+    def _serve(self, events: int, is_far: bool) -> None:
+        """Sends and receives what the socket is ready for, and wakes the task. Where the next turn `is_far`, takes as
+        much of what a client sends as may wait: a long body would come in hundreds of them. But not for long: CPython's
+        lock may have to be waited for each time."""
+        loop, takes_all = self._loop, is_far and self.task is not None and self is self.task.client
         begun = loop.moment
+        latest = begun + SLOW_EVENT_SECONDS
         if self.closed:
             return  # by an event before this one
         if events & WRITABLE:
@@ -10040,11 +10042,11 @@ class Channel:
             if self.kept_in_turn and self.task:
                 self._refuse_early_bytes()
             else:
-                while self.receive() == RECEIVE_BYTES and takes_all and not self.is_full:
+                while self.receive() == RECEIVE_BYTES and takes_all and not self.is_full and loop.clock() <= latest:
                     pass
         self._wake()
         loop.moment = loop.clock()
-        self._slow = loop.moment - begun > SLOW_EVENT_SECONDS
+        self._slow = loop.moment > latest
 
     def _refuse_early_bytes(self) -> None:
         """Receives on a kept connection whose next request is put off: what comes before it is no response to it."""
@@ -10253,6 +10255,7 @@ class EventLoop:
         self.now = clock()  # when the turn began
         self.moment = self.now  # the same, or when one of its events was dealt with
         self.late_at = self.now  # from when on the turn is late
+        self.was_long = False  # whether the last turn took more than SLOW_EVENT_SECONDS, as the next one may
         self.running: Optional[Task] = None
         # No set, which keeps what is added without memory for more room, though it says that it can't, and which hangs
         # when it is full of such.
@@ -10362,6 +10365,7 @@ class EventLoop:
             # 5 ms takes it again before any of them has woken up.
             time.sleep(OTHER_THREADS_SECONDS)
         self._end_turn()
+        self.was_long = self.clock() > self.now + SLOW_EVENT_SECONDS
 
     def _serve_posted(self) -> None:
         """Calls what was posted, for POSTED_SECONDS at most, however late the turn is."""

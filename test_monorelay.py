@@ -11989,6 +11989,28 @@ def test_a_client_whose_turn_comes_late_is_received_from_as_far_as_there_is_room
         looping.call(lambda: [channel.close() for channel in (first, late)])
 
 
+@pytest.mark.parametrize(("seconds", "held"), [(0.001, [65_536, 100_000]), (0.01, [100_000])], ids=["short", "long"])
+def test_behind_a_long_turn_a_client_is_received_from_as_far_as_there_is_room(looping, seconds, held):
+    seen: list[int] = []
+
+    def begin(sock: socket.socket) -> monorelay.Channel:
+        channel = monorelay.Channel(sock, looping.loop)
+        channel.task = types.SimpleNamespace(client=channel, resume=lambda error: seen.append(len(channel.received)))
+        return channel
+
+    def send(sock: socket.socket) -> None:
+        sock.sendall(b"x" * 100_000)
+        looping.clock.now += seconds
+
+    near, far = socket.socketpair()
+    with near, far:
+        channel = looping.call(functools.partial(begin, near))
+        looping.call(functools.partial(send, far))
+        eventually(lambda: seen[-1:] == [100_000])
+        assert seen == held
+        looping.call(channel.close)
+
+
 def test_a_buffer_that_may_hold_more_is_read_into_at_once(looping):
     near, far = socket.socketpair()
 
