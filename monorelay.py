@@ -12031,7 +12031,7 @@ def is_error(event: re.Match[bytes]) -> bool:
         return True
     line = DATA_LINE.search(event.string, event.start())
     try:
-        return line is not None and failed_part(read_answer(line[1])) is not None
+        return line is not None and failed_part(read_answer(line[1], READER)) is not None  # at once: it isn't long
     except AnswerFault:
         return False
 

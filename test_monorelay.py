@@ -15021,7 +15021,7 @@ def test_all_that_is_held_of_such_chunks_is_looked_at_in_milliseconds(content):
 
 def test_of_many_such_lines_that_come_at_once_few_are_read(monkeypatch):
     read, read_answer = [], monorelay.read_answer
-    monkeypatch.setattr(monorelay, "read_answer", lambda data: read.append(data) or read_answer(data))
+    monkeypatch.setattr(monorelay, "read_answer", lambda data, *rest: read.append(data) or read_answer(data, *rest))
     doubtful, failed = b'data: {"id":1,"error":{"\n\n' * 2000, openrouter_chunk(error={"type": "x"})
     sure = b'event: error\ndata: {"error":{"type":"y"}}\n\n'
     for content, error in ((doubtful, ""), (doubtful + failed, "upstream:x"), (sure + doubtful, "upstream:y")):
