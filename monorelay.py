@@ -5118,6 +5118,7 @@ WRITTEN_ANSWER_BYTES = 3 * TRANSLATED_ANSWER_BYTES  # of it in events for the cl
 EVENT_VALUES = 100_000
 EVENT_PARTS = 60_000  # lists, objects, and twice the strings among them: nested ones have few commas between them
 EVENT_FRACTIONS = 10_000  # numbers with a fraction among them; the longest take 2.5 µs each, to read and to write
+FRACTION_DIGITS = 40  # of one of these; a longer one may take 8 µs and more, and counts as several
 EVENT_BLOCKS = 1000
 TOOL_CALLS = 128  # in an answer: as many tools as OpenAI allows in a request
 TOOL_NAME_CHARACTERS = 256  # Anthropic allows 128, OpenAI 64
@@ -8210,11 +8211,14 @@ def read_answer(data: bytes, reader: Optional[json.JSONDecoder] = None) -> JsonD
 
 
 def event_reader() -> json.JSONDecoder:
-    """A reader for one event. It raises UnfitAnswer for more than EVENT_FRACTIONS numbers."""
-    numbers = itertools.count(1)
+    """A reader for one event. It raises UnfitAnswer for more than EVENT_FRACTIONS numbers, of which long ones count as
+    several."""
+    counted = 0
 
     def read(digits: str) -> float:
-        if next(numbers) > EVENT_FRACTIONS:
+        nonlocal counted
+        counted += 1 if len(digits) <= FRACTION_DIGITS else len(digits) // 10
+        if counted > EVENT_FRACTIONS:
             raise UnfitAnswer(f"the provider sent an event of more than {EVENT_FRACTIONS} numbers with a fraction")
         return finite(digits)
 
@@ -8235,7 +8239,7 @@ def read_event(data: bytes) -> JsonDict:
         raise UnfitAnswer(f"the provider sent an event of more than {EVENT_VALUES} values")
     if len(data) > EVENT_PARTS and parts_in(data) > EVENT_PARTS:
         raise UnfitAnswer(f"the provider sent an event of more than {EVENT_PARTS} lists, objects and strings")
-    event = read_answer(data, event_reader() if values > EVENT_FRACTIONS else None)
+    event = read_answer(data, event_reader() if len(data) > EVENT_FRACTIONS else None)
     if len(listed_objects(event.get("content"))) > EVENT_BLOCKS:
         raise UnfitAnswer(f"the provider sent a message of more than {EVENT_BLOCKS} blocks in one event")
     return event

@@ -8289,10 +8289,16 @@ def test_an_event_of_nested_lists_in_the_input_of_a_call_takes_no_time_of_others
     assert min(spent(feed) for _ in range(3)) < 0.1
 
 
-@pytest.mark.parametrize(("count", "fits"), [(10_000, True), (10_001, False)])
-def test_an_event_has_so_many_numbers_with_a_fraction(count, fits):
+@pytest.mark.parametrize(
+    ("number", "count", "fits"),
+    [("7e-290", 10_000, True), ("7e-290", 10_001, False), ("0." + "7" * 38, 10_000, True),
+     ("0." + "7" * 48, 2000, True), ("0." + "7" * 48, 2001, False), ("0." + "7" * 498, 201, False)],
+    ids=brief,
+)  # fmt: skip
+def test_an_event_has_so_many_numbers_with_a_fraction(number, count, fits):
+    """Long ones count as several: each may take 8 µs and more."""
     it = monorelay.AnswerTranslator(asked_of(stream=True))
-    sent = it.feed(b'data: {"choices":[{"delta":{"content":[%b1,2]}}]}\n\n' % (b"7e-290," * count))
+    sent = it.feed(b'data: {"choices":[{"delta":{"content":[%b1,2]}}]}\n\n' % (f"{number},".encode() * count))
     assert (b"an event of more than 10000 numbers with a fraction" in sent) is it.failed is not fits
 
 
