@@ -10343,7 +10343,9 @@ class EventLoop:
         """Waits until there is something to do, and does it."""
         is_behind = any(self.late)
         waiting = is_behind or self._posted or self.arrived or self.outbox or any(self._unhurried)
-        ready = self.selector.select(0 if waiting else max(0.0, self.sweep_at - self.clock()))
+        moment = self.clock()
+        self.was_long = moment > self.now + SLOW_EVENT_SECONDS
+        ready = self.selector.select(0 if waiting else max(0.0, self.sweep_at - moment))
         if not ready and self.clock() > self.sweep_at:
             # The stop of a process (SIGSTOP) interrupts the wait, which then has found nothing of what came.
             ready = self.selector.select(0)
@@ -10369,7 +10371,6 @@ class EventLoop:
             # 5 ms takes it again before any of them has woken up.
             time.sleep(OTHER_THREADS_SECONDS)
         self._end_turn()
-        self.was_long = self.clock() > self.now + SLOW_EVENT_SECONDS
 
     def _serve_posted(self) -> None:
         """Calls what was posted, for POSTED_SECONDS at most, however late the turn is."""
