@@ -9689,6 +9689,7 @@ class TlsSocket:
         self._unsent = b""
         self._accepted = 0  # bytes whose records are among the unsent ones
         self._has_failed = False  # whether an error stands behind what was received last
+        self._has_ended = False  # whether a close_notify does
 
     async def do_handshake(self, run: Callable[[Callable[[], None]], Coroutine[float, None, None]]) -> None:
         """Goes on with the handshake, and has `run` do what touches no socket: how long that takes (for ffdhe8192 0.2
@@ -9706,14 +9707,15 @@ class TlsSocket:
 
     def recv(self, size: int) -> bytes:
         """What has arrived; more than `size` if so much came at once. Raises BlockingIOError and OSError."""
-        if self._has_failed:  # OpenSSL may tell of a fatal alert once only, and then as if it were a close_notify
-            raise ConnectionAbortedError("TLS has failed")
+        if self._has_ended:  # what comes behind a close_notify, such as a reset, says nothing of what came before
+            return b""
         self._take()
         pieces = []
         try:
             while True:
                 piece = self._tls.read(size)
                 if not piece:
+                    self._has_ended = True
                     break
                 pieces.append(piece)
         except ssl.SSLWantReadError:
@@ -9752,6 +9754,8 @@ class TlsSocket:
 
     def _take(self) -> None:
         """Gives OpenSSL the next piece of what has arrived. Raises BlockingIOError and OSError."""
+        if self._has_failed:  # OpenSSL may tell of a fatal alert once only, and then as if it were a close_notify
+            raise ConnectionAbortedError("TLS has failed")
         data = self._sock.recv(TLS_RECEIVE_BYTES)
         if data:
             self._arrived.write(data)
