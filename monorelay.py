@@ -10597,8 +10597,8 @@ def serve_in_thread(name: str, run: Callable[[], None]) -> threading.Thread:
 async def in_thread(
     loop: EventLoop, work: Callable[[], Result], worker: Optional[Worker], caller: str = "", deadline: float = math.inf
 ) -> Result:
-    """The result of work(), called by a worker in the turn of a caller or the task's origin, else in a thread of its own;
-    not if the task waits no more by then. Raises what that raises, Overdue, and Unavailable when there is no thread."""
+    """The result of work(), called by a worker in the turn of a caller or the task's origin, else in a thread of its
+    own; not if the task waits no more by then. Raises what that raises, Overdue, and Unavailable without a thread."""
     task = loop.current
     outcome: list[tuple[Any, Optional[Exception]]] = []
     wanted = [work]  # emptied when the task waits no more: run(), which may be queued for long, then holds no body
