@@ -13099,6 +13099,14 @@ class Outgoing:
         relayed = self._response.relayed
         return self.held_up > HELD_UP_SECONDS or (relayed is not None and not relayed.whole_request)
 
+    @property
+    def _is_whole_refusal(self) -> bool:
+        """Whether this is an error that can be seen to be whole, and explains why its connection was reset: the server
+        closed it without having read the request, a part of which is unsent."""
+        relayed = self._response.relayed
+        is_refusal = relayed is not None and relayed.head.status >= 400 and not relayed.whole_request
+        return is_refusal and self._last.rstrip()[-1:] in (b"}", b">")
+
     def _error_event(self, kind: str, message: str, code: str) -> bytes:
         """The event by which a stream tells of an error; nothing for any other body."""
         if self.translation:
@@ -13119,7 +13127,8 @@ class Outgoing:
             return self.translated(self.translation.feed(b"", True, is_cut))
         if self._lines and self._lines.held and not is_cut_off(self._lines.held):
             self._look_for_end(self._lines.held + b"\n")  # a name that has no end has no data, either
-        if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not (self._awaits_end or broken)):
+        is_cut = self._awaits_end or (broken and not self._is_whole_refusal)
+        if isinstance(self._decoder, CloseDecoder) and (self._sees_end or not is_cut):
             self._decoder.finished = True
             return self._passed(b"")
         return self.fail("the provider broke off its answer", "upstream_broken")

@@ -16955,6 +16955,40 @@ def test_a_body_without_length_that_is_cut_short_is_broken_for_the_client(
     it.logged(path, "upstream_broken")
 
 
+REFUSED_UNREAD = b'{"error": {"type": "too_long", "message": "it is too long"'
+
+
+def unreadably_long(model: str) -> dict[str, Any]:
+    """A request of more than sockets take in."""
+    return prompt(model, system="x" * (24 << 20))
+
+
+def resets_unread(status: int, body: bytes) -> Script:
+    """A script that answers without a length and closes without having read the request."""
+
+    def script(connection: Connection) -> None:
+        connection.until(b"\r\n\r\n")
+        connection.send(b"HTTP/1.1 %d -\r\ncontent-type: application/json\r\n\r\n" % status, body)
+        connection.reset()
+
+    return script
+
+
+def test_a_whole_error_is_no_break_where_a_request_that_nobody_read_explains_the_reset(upstream, relay):
+    it = relay({"anthropic": upstream(resets_unread(413, REFUSED_UNREAD + b"}}\n"))})
+    refused = it.post("/v1/messages", unreadably_long("some@anthropic"))
+    assert (refused.status, refused.body) == (413, REFUSED_UNREAD + b"}}\n")
+
+
+@pytest.mark.parametrize("status, body", [(413, REFUSED_UNREAD), (200, REFUSED_UNREAD + b"}}\n")])
+def test_any_other_reset_of_a_request_that_nobody_read_is_a_break(upstream, relay, status, body):
+    it = relay({name: upstream(resets_unread(status, body)) for name in ("anthropic", "openai")})
+    with pytest.raises((EOFError, ConnectionError)):
+        it.post("/v1/messages", unreadably_long("some@anthropic"))
+    translated = it.post("/v1/messages", unreadably_long("some@openai"))
+    assert translated.status == (502 if status == 200 else status)
+
+
 def test_a_body_without_length_that_ends_in_good_order_over_tls_is_whole(upstream, relay, tls, trusted):
     def script(connection: Connection) -> None:
         connection.read_request()
