@@ -9722,7 +9722,7 @@ class TlsSocket:
             # One that takes nothing any more may have responded before, as to a request that is too long for it.
             with contextlib.suppress(OSError):
                 self._flush()
-            if len(self._unsent) > 2 * RECEIVE_BYTES:
+            if len(self._unsent) > 2 * RECEIVE_BYTES:  # of which no more than half is a part of a request
                 raise ConnectionAbortedError("it wants answers and doesn't take them") from None
             if not pieces:
                 raise BlockingIOError from None
@@ -9743,9 +9743,9 @@ class TlsSocket:
         if not self._accepted:
             if not self._flush():
                 raise BlockingIOError
-            count = self._tls.write(data)
-            while count < min(len(data), RECEIVE_BYTES):
-                count += self._tls.write(memoryview(data)[count:])
+            part, count = memoryview(data)[:RECEIVE_BYTES], 0  # no more: see recv()
+            while count < len(part):
+                count += self._tls.write(part[count:])
             self._accepted = count
         if not self._flush():
             raise BlockingIOError

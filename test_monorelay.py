@@ -12745,16 +12745,19 @@ def test_a_blocked_tls_send_goes_on_where_it_was(tls_pair):
     assert blocked > 3
 
 
-def test_what_came_over_tls_is_read_though_nothing_can_be_sent_any_more(tls_pair):
-    """Such as the refusal of a request that is too long, by a provider that has closed without reading the rest."""
+@pytest.mark.parametrize("size", [monorelay.RECEIVE_BYTES, 8_000_000])
+def test_what_came_over_tls_is_read_though_nothing_can_be_sent_any_more(tls_pair, size):
+    """Such as the refusal of a request that is too long, by a provider that has closed without reading the rest; also
+    while a long piece of the request waits."""
     tickets = threading.Thread(target=tls_pair.wire.sendall, args=(tls_pair.records(),))
     tickets.start()
     while tickets.is_alive() or tls_pair.readable():
         with contextlib.suppress(BlockingIOError):
             tls_pair.ours.recv(65536)
+    piece = b"x" * size
     with pytest.raises(BlockingIOError):
         while True:
-            tls_pair.ours.send(b"x" * 65536)
+            tls_pair.ours.send(piece)
     tls_pair.theirs.write(b"too long")
     tls_pair.wire.sendall(tls_pair.records())
     tls_pair.wire.close()
