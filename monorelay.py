@@ -133,7 +133,7 @@ USAGE_NAME_BYTES = 320  # of the names before it, or of a model or a service tie
 FEW_USAGES = 4  # are read wherever they stand
 USAGES_AT_ONCE = 32  # the last ones of what has come at once: some servers send one with each word
 ERRORS_AT_ONCE = 32  # the same of what looks like an error in a chunk of chat
-RESULTS_AT_ONCE = 500  # the first results_url of what has come at once; a batch takes some 400 bytes
+URLS_AT_ONCE = 500  # the first results_url and the like of what has come at once; a batch takes some 400 bytes
 TRANSLATED_FIRST_BYTES = 1024  # of a stream, until it is known how long its events are for the client
 TRANSLATED_AT_ONCE_BYTES = 16 * 1024  # which takes some milliseconds; a longer body is translated in a thread,
 TRANSLATED_SOON_BYTES = 256 * 1024  # in another one if it is longer than this,
@@ -12851,25 +12851,30 @@ def model_page(entries: Sequence[JsonDict], query: str, format: str) -> JsonDict
 UNBUFFERED = (("x-accel-buffering", "no"), ("cache-control", "no-cache"))
 
 
-class ResultsUrlRewriter:
-    """Rewrites a batch's results_url from the provider to the relay in a JSON body, as it streams: the SDKs
-    follow it with the relay's token, which must not leave. The body is otherwise left as it is."""
+class UrlRewriter:
+    """Rewrites the URLs of a batch's results, and of OpenRouter's videos, from the provider to the relay in a JSON
+    body, as it streams: clients follow them with the relay's token, which must not leave. The body is otherwise left
+    as it is."""
 
     _HELD_BYTES = 4096  # longer than any beginning of a match that could be cut in two
-    _MEMBER = re.compile(rb'("results_url"\s{0,16}:\s{0,16})("(?:[^"\\]|\\.){0,2048}")')
+    _NAMES = (b'"results_url"', b'"polling_url"', b'"unsigned_urls"')
+    _URL = re.compile(rb'"(?:[^"\\]|\\.){0,2048}"')
+    _MEMBER = re.compile(
+        rb'("(?:results_url|polling_url|unsigned_urls)"\s{0,16}:\s{0,16})(%s|\[[^][]{0,3072}\])' % _URL.pattern
+    )
 
     def __init__(self, provider: Provider, relay_url: str) -> None:
         self._provider = provider
         self._relay_url = relay_url
         self._held = b""
-        self._seen = 0  # members of what has come at once
+        self._seen = 0  # URLs of what has come at once
 
     def feed(self, data: bytes) -> bytes:
         """What can be passed on of the body up to here."""
         self._seen = 0
         data = self._MEMBER.sub(self._rewritten, self._held + data)
-        cut = data.rfind(b'"results_url"', max(0, len(data) - self._HELD_BYTES))
-        cut = cut if cut >= 0 else max(0, len(data) - len(b'"results_url"'))
+        cut = max(data.rfind(name, max(0, len(data) - self._HELD_BYTES)) for name in self._NAMES)
+        cut = cut if cut >= 0 else max(0, len(data) - max(map(len, self._NAMES)))
         self._held = data[cut:]
         return data[:cut]
 
@@ -12878,22 +12883,25 @@ class ResultsUrlRewriter:
         held, self._held = self._held, b""
         return self._MEMBER.sub(self._rewritten, held)
 
-    def _rewritten(self, member: "re.Match[bytes]") -> bytes:
-        """The member with a URL that leads to the relay, if it leads to the provider, however it is spelled; of too
-        many, with none."""
+    def _rewritten(self, member: re.Match[bytes]) -> bytes:
+        """The member with its URL, or those in its list, rewritten."""
+        return member[1] + self._URL.sub(self._followed, member[2])
+
+    def _followed(self, spelled: re.Match[bytes]) -> bytes:
+        """A URL that leads to the relay, if this one leads to the provider, however it is spelled; of too many,
+        none."""
         self._seen += 1
-        if self._seen > RESULTS_AT_ONCE:
-            return member[1] + b"null"
+        if self._seen > URLS_AT_ONCE:
+            return b"null"
         try:
-            url = urlsplit(json.loads(member[2]).strip())
+            url = urlsplit(json.loads(spelled[0]).strip())
             place = url.hostname, url.port or DEFAULT_PORTS.get(url.scheme)
         except ValueError:
-            return member[0]
+            return spelled[0]
         if place != (self._provider.host, self._provider.port):
-            return member[0]
+            return spelled[0]
         path = url.path.removeprefix(self._provider.prefix)
-        followed = f"{self._relay_url}/v1{path}?{url.query}".rstrip("?")
-        return member[1] + json.dumps(followed).encode("ascii")
+        return json.dumps(f"{self._relay_url}/v1{path}?{url.query}".rstrip("?")).encode("ascii")
 
 
 class KeyEraser:
@@ -12934,7 +12942,7 @@ class Response(NamedTuple):
     fields: Pairs  # but for those of the framing
     body: bytes = b""
     relayed: Optional[UpstreamResponse] = None
-    rewriter: Optional[ResultsUrlRewriter] = None  # of its body
+    rewriter: Optional[UrlRewriter] = None  # of its body
     translator: Optional[AnswerTranslator] = None  # of an event stream in the other format
     close: bool = False  # whether the connection can't be used for another request
     live: Optional["LivePage"] = None  # whose events are sent instead of a body
@@ -13757,6 +13765,9 @@ def collect() -> None:
 
 # What is stored here belongs to one account: to the first provider, whatever it is about.
 STORED_PATHS = ("/v1/messages/batches/", "/v1/files/")
+# What is told of here has URLs that clients follow with the relay's token (of videos, OpenRouter's:
+# https://openrouter.ai/docs/guides/overview/multimodal/video-generation).
+FOLLOWED_PATHS = ("/v1/messages/batches/", "/v1/videos/")
 # What is kept here by the account that made it: any key may have been the one.
 SEARCHED_PATHS = (
     "/responses/", "/conversations/", "/chat/completions/", "/videos/", "/containers/", "/fine_tuning/jobs/",
@@ -13824,7 +13835,7 @@ class Endpoint(NamedTuple):
     by_model: bool = False  # whether the body's top-level `model` is what decides which model works
     creates: bool = False  # whether what is sent there must never be sent twice
     beta: bool = False  # whether the path stands for `beta=true` in the query
-    batches: bool = False  # whether what it answers may hold a batch's results_url
+    is_followed: bool = False  # whether what it answers may hold URLs that clients follow with their token
 
     def target(self, query: str) -> str:
         """Path and query upstream, behind /v1, for the query of a request."""
@@ -14750,7 +14761,7 @@ async def relay(exchange: Exchange, body: Body, candidates: Sequence[Candidate],
     if relayed.head.status >= 400:
         exchange.record.error = upstream_error(relayed.readable)
     try:
-        fields, rewriter = relayed_fields(exchange, relayed), results_url_rewriter(exchange, relayed)
+        fields, rewriter = relayed_fields(exchange, relayed), url_rewriter(exchange, relayed)
         return Response(relayed.head.status, relayed.reason, fields, relayed=relayed, rewriter=rewriter)
     except BaseException:
         relayed.release(exchange.service.relay.connections)
@@ -14809,22 +14820,21 @@ def relayed_fields(exchange: Exchange, relayed: UpstreamResponse) -> Pairs:
     return fields + cors
 
 
-def results_url_rewriter(exchange: Exchange, relayed: UpstreamResponse) -> Optional[ResultsUrlRewriter]:
-    """The filter that makes a batch's results_url lead to the relay; None where there can't be one. Raises
-    UpstreamFailed for a batch in a content-encoding."""
+def url_rewriter(exchange: Exchange, relayed: UpstreamResponse) -> Optional[UrlRewriter]:
+    """The filter that makes the URLs of a batch, or a video, lead to the relay; None where there can be none. Raises
+    UpstreamFailed for one in a content-encoding."""
     request, provider = exchange.request, relayed.candidate.target.provider
-    if not exchange.endpoint.batches or provider.format != "anthropic" or relayed.head.status >= 300:
+    if not exchange.endpoint.is_followed or provider.format == "echo" or relayed.head.status >= 300:
         return None
     if media_type(relayed.head.fields) != "application/json" or request.method == "HEAD":
         return None
-    coding = relayed.head.fields.get("content-encoding", "identity").lower()
-    if coding != "identity":
-        coding = header_text(coding[:100])
-        message = f"the provider {provider.name} sent a batch as {coding} unasked; it can't be checked"
+    if relayed.coding:
+        coding = header_text(relayed.coding[:100])
+        message = f"the provider {provider.name} sent its answer as {coding} unasked; its URLs can't be checked"
         raise UpstreamFailed(message, "upstream_broken")
     server = exchange.config.server
     scheme = "https" if request.fields.get("x-forwarded-proto", "").lower() == "https" else "http"
-    return ResultsUrlRewriter(provider, f"{scheme}://{request.fields.get('host') or f'{server.host}:{server.port}'}")
+    return UrlRewriter(provider, f"{scheme}://{request.fields.get('host') or f'{server.host}:{server.port}'}")
 
 
 # -- what is translated on the way
@@ -15160,7 +15170,7 @@ def other_endpoint(method: str, path: str, format: str) -> Endpoint:
         (known if is_stored else unreserved(path))[len("/v1") :],
         by_model=known in OTHER_MODEL_PATHS,
         creates=is_within(decoded, CREATING_PATHS),
-        batches=is_within(known, STORED_PATHS[0]),
+        is_followed=is_within(known, FOLLOWED_PATHS),
     )
 
 

@@ -14178,6 +14178,27 @@ def test_results_url_is_rewritten_only_where_it_points_at_the_provider(upstream,
         assert got.body == body
 
 
+def test_who_follows_the_urls_of_a_video_shows_no_token_to_its_provider(upstream, relay):
+    """As OpenRouter's clients do (https://openrouter.ai/docs/guides/overview/multimodal/video-generation)."""
+    told = '{"polling_url": "%s/videos/v", "unsigned_urls" : ["%s/videos/v/content?index=0", "http://storage.example/v"]}'
+    provider = upstream(lambda connection: replies(answer(202, (told % (base, base)).encode()))(connection))
+    base = f"{provider.url}/api/v1"
+    it = relay({"openai": {"base_url": base}})
+    for got in (it.post("/v1/videos", {"model": "gpt-video", "prompt": "a"}), it.ask("GET", "/v1/videos/v")):
+        assert got.status == 202 and got.body.decode() == told % ("http://relay/v1", "http://relay/v1")
+
+
+def test_the_urls_of_videos_are_rewritten_whether_they_come_whole_or_byte_by_byte():
+    provider = parse({"openai": {"base_url": "http://127.0.0.1:9/api/v1"}}).providers["openai"]
+    base = r'"http:\/\/127.0.0.1:9/api/v1/videos/'
+    video = '{"polling_url":%sv","unsigned_urls":[%sv",\n "",\t"http://storage.example", %sv?index=1"],"error":null},'
+    sent = f"[{(video * 3 % ((base,) * 9))}" + '{"unsigned_urls":[],"polling_url":null}]'
+    for pieces in ([sent.encode()], bytewise(sent.encode())):
+        it = monorelay.UrlRewriter(provider, "http://relay")
+        told = b"".join([*map(it.feed, pieces), it.flush()])
+        assert told.decode() == sent.replace(base, '"http://relay/v1/videos/')
+
+
 @pytest.mark.parametrize("spelled", [
     "http://127.0.0.1:9/v1/messages/batches/b", r"http:\u002f\u002f127.0.0.1:9\/v1/messages/batches/b",
     r"h\u0074tp://127.0.0.1:9/v1/messages/batches/b", r"\thttp://a@127.0.0.1:9/v1/messages/batches/b",
@@ -14186,18 +14207,18 @@ def test_results_url_is_rewritten_only_where_it_points_at_the_provider(upstream,
 def test_results_url_is_rewritten_however_it_is_spelled(spelled):
     provider = parse({"anthropic": {"base_url": "http://127.0.0.1:9"}}).providers["anthropic"]
     for pieces in ([f'{{"results_url": "{spelled}"}}'.encode()], bytewise(f'{{"results_url": "{spelled}"}}'.encode())):
-        it = monorelay.ResultsUrlRewriter(provider, "http://relay")
+        it = monorelay.UrlRewriter(provider, "http://relay")
         told = json.loads(b"".join([*map(it.feed, pieces), it.flush()]))
         assert told == {"results_url": "http://relay/v1/messages/batches/b"}
 
 
 def test_of_more_results_urls_than_a_list_can_have_each_leads_to_the_relay_or_nowhere():
     provider = parse({"anthropic": {"base_url": "http://127.0.0.1:9"}}).providers["anthropic"]
-    it = monorelay.ResultsUrlRewriter(provider, "http://relay")
-    sent = b'{"results_url":"http://127.0.0.1:9/v1/b"},' * (monorelay.RESULTS_AT_ONCE + 100)
+    it = monorelay.UrlRewriter(provider, "http://relay")
+    sent = b'{"results_url":"http://127.0.0.1:9/v1/b"},' * (monorelay.URLS_AT_ONCE + 100)
     for _ in range(2):  # each piece by itself
         told = it.feed(sent) + it.flush()
-        assert told.count(b'"http://relay/v1/b"') == monorelay.RESULTS_AT_ONCE and told.count(b":null}") == 100
+        assert told.count(b'"http://relay/v1/b"') == monorelay.URLS_AT_ONCE and told.count(b":null}") == 100
 
 
 def test_a_provider_opens_no_response_to_scripts_of_others(upstream, relay):
@@ -17595,7 +17616,7 @@ def test_a_batchs_response_is_rewritten_whether_it_comes_whole_or_byte_by_byte(f
     text = b'{"data":[%s{"x":"results_url"}]}' % (b'{"results_url": "http://127.0.0.1:9/v1/messages/batches/b"},' * 3)
     head, body = framed(text, framing, "application/json")
     got = {
-        passed_on(head, pieces, "GET", version, rewriter=monorelay.ResultsUrlRewriter(provider, "http://relay"))
+        passed_on(head, pieces, "GET", version, rewriter=monorelay.UrlRewriter(provider, "http://relay"))
         for pieces in ([body], [b"", body], [b"", *bytewise(body)])
     }
     assert len(got) == 1
