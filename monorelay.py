@@ -12898,10 +12898,12 @@ class UrlRewriter:
             place = url.hostname, url.port or DEFAULT_PORTS.get(url.scheme)
         except ValueError:
             return spelled[0]
-        if place != (self._provider.host, self._provider.port):
+        provider = self._provider
+        is_relative = not url.netloc and url.path.startswith(f"{provider.prefix}/")
+        if not is_relative and place != (provider.host, provider.port):
             return spelled[0]
-        path = url.path.removeprefix(self._provider.prefix)
-        return json.dumps(f"{self._relay_url}/v1{path}?{url.query}".rstrip("?")).encode("ascii")
+        start, path = "" if is_relative else self._relay_url, url.path.removeprefix(provider.prefix)
+        return json.dumps(f"{start}/v1{path}?{url.query}".rstrip("?")).encode("ascii")
 
 
 class KeyEraser:

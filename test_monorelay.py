@@ -14212,6 +14212,17 @@ def test_results_url_is_rewritten_however_it_is_spelled(spelled):
         assert told == {"results_url": "http://relay/v1/messages/batches/b"}
 
 
+@pytest.mark.parametrize(("told", "wanted"), [
+    ("/api/v1/videos/v", "/v1/videos/v"), (r"\/api\/v1/videos/v?a=1", "/v1/videos/v?a=1"), ("/api/v10/v", "/api/v10/v"),
+    ("//127.0.0.1:8/api/v1/v", "//127.0.0.1:8/api/v1/v"), ("v", "v"),
+])  # fmt: skip
+def test_a_videos_url_without_a_host_leads_to_where_the_relay_has_it(told, wanted):
+    """As OpenRouter documents it (https://openrouter.ai/docs/api/api-reference/videos)."""
+    provider = parse({"openai": {"base_url": "http://127.0.0.1:9/api/v1"}}).providers["openai"]
+    it = monorelay.UrlRewriter(provider, "http://relay")
+    assert json.loads(it.feed(b'{"polling_url":"%s"}' % told.encode()) + it.flush()) == {"polling_url": wanted}
+
+
 def test_of_more_results_urls_than_a_list_can_have_each_leads_to_the_relay_or_nowhere():
     provider = parse({"anthropic": {"base_url": "http://127.0.0.1:9"}}).providers["anthropic"]
     it = monorelay.UrlRewriter(provider, "http://relay")
