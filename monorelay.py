@@ -12852,16 +12852,15 @@ UNBUFFERED = (("x-accel-buffering", "no"), ("cache-control", "no-cache"))
 
 
 class UrlRewriter:
-    """Rewrites the URLs of a batch's results, and of OpenRouter's videos, from the provider to the relay in a JSON
-    body, as it streams: clients follow them with the relay's token, which must not leave. The body is otherwise left
-    as it is."""
+    """Rewrites the URLs of a batch's results, and of videos, from the provider to the relay in a JSON body, as it
+    streams: clients follow them with the relay's token, which must not leave. The body is otherwise left as it is."""
 
     _HELD_BYTES = 4096  # longer than any beginning of a match that could be cut in two
-    _NAMES = (b'"results_url"', b'"polling_url"', b'"unsigned_urls"')
+    # Anthropic's results_url, OpenRouter's polling_url and unsigned_urls, new-api's url, and their like.
+    _NAME = re.compile(rb'"(?:[a-z]{1,16}_){0,2}urls?"')
+    _NAME_BYTES = 40
     _URL = re.compile(rb'"(?:[^"\\]|\\.){0,2048}"')
-    _MEMBER = re.compile(
-        rb'("(?:results_url|polling_url|unsigned_urls)"\s{0,16}:\s{0,16})(%s|\[[^][]{0,3072}\])' % _URL.pattern
-    )
+    _MEMBER = re.compile(rb"(%s\s{0,16}:\s{0,16})(%s|\[[^][]{0,3072}\])" % (_NAME.pattern, _URL.pattern))
 
     def __init__(self, provider: Provider, relay_url: str) -> None:
         self._provider = provider
@@ -12873,8 +12872,9 @@ class UrlRewriter:
         """What can be passed on of the body up to here."""
         self._seen = 0
         data = self._MEMBER.sub(self._rewritten, self._held + data)
-        cut = max(data.rfind(name, max(0, len(data) - self._HELD_BYTES)) for name in self._NAMES)
-        cut = cut if cut >= 0 else max(0, len(data) - max(map(len, self._NAMES)))
+        cut = max(0, len(data) - self._NAME_BYTES)
+        for name in self._NAME.finditer(data, max(0, len(data) - self._HELD_BYTES)):
+            cut = name.start()
         self._held = data[cut:]
         return data[:cut]
 
@@ -13767,9 +13767,9 @@ def collect() -> None:
 
 # What is stored here belongs to one account: to the first provider, whatever it is about.
 STORED_PATHS = ("/v1/messages/batches/", "/v1/files/")
-# What is told of here has URLs that clients follow with the relay's token (of videos, OpenRouter's:
-# https://openrouter.ai/docs/guides/overview/multimodal/video-generation).
-FOLLOWED_PATHS = ("/v1/messages/batches/", "/v1/videos/")
+# What is told of here has URLs that clients follow with the relay's token; of videos, OpenRouter's and new-api's:
+# https://openrouter.ai/docs/guides/overview/multimodal/video-generation, and new-api's taskcommon/helpers.go.
+FOLLOWED_PATHS = ("/v1/messages/batches/", "/v1/videos/", "/v1/video/generations/")
 # What is kept here by the account that made it: any key may have been the one.
 SEARCHED_PATHS = (
     "/responses/", "/conversations/", "/chat/completions/", "/videos/", "/containers/", "/fine_tuning/jobs/",

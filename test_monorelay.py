@@ -14179,13 +14179,16 @@ def test_results_url_is_rewritten_only_where_it_points_at_the_provider(upstream,
 
 
 def test_who_follows_the_urls_of_a_video_shows_no_token_to_its_provider(upstream, relay):
-    """As OpenRouter's clients do (https://openrouter.ai/docs/guides/overview/multimodal/video-generation)."""
-    told = '{"polling_url": "%s/videos/v", "unsigned_urls" : ["%s/videos/v/content?index=0", "http://storage.example/v"]}'
-    provider = upstream(lambda connection: replies(answer(202, (told % (base, base)).encode()))(connection))
+    """As clients of OpenRouter (https://openrouter.ai/docs/guides/overview/multimodal/video-generation) and of new-api
+    (relay/channel/task/taskcommon/helpers.go) do."""
+    told = '{"polling_url": "%s/videos/v", "unsigned_urls" : ["%s/videos/v/content?index=0", "http://storage.example/v"],'
+    told += '"metadata":{"url":"%s/videos/v/content"},"type":"url"}'
+    provider = upstream(lambda connection: replies(answer(202, (told % ((base,) * 3)).encode()))(connection))
     base = f"{provider.url}/api/v1"
     it = relay({"openai": {"base_url": base}})
-    for got in (it.post("/v1/videos", {"model": "gpt-video", "prompt": "a"}), it.ask("GET", "/v1/videos/v")):
-        assert got.status == 202 and got.body.decode() == told % ("http://relay/v1", "http://relay/v1")
+    for path in ("/v1/videos", "/v1/video/generations"):
+        for got in (it.post(path, {"model": "gpt-video", "prompt": "a"}), it.ask("GET", f"{path}/v")):
+            assert got.status == 202 and got.body.decode() == told % (("http://relay/v1",) * 3)
 
 
 def test_the_urls_of_videos_are_rewritten_whether_they_come_whole_or_byte_by_byte():
