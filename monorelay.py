@@ -12860,7 +12860,10 @@ class UrlRewriter:
     _NAME = re.compile(rb'"(?:[a-z]{1,16}_){0,2}urls?"')
     _NAME_BYTES = 40
     _URL = re.compile(rb'"(?:[^"\\]|\\.){0,2048}"')
-    _MEMBER = re.compile(rb"(%s\s{0,16}:\s{0,16})(%s|\[[^][]{0,3072}\])" % (_NAME.pattern, _URL.pattern))
+    _MEMBER = re.compile(  # with one, or a list of them
+        rb"(%b\s{0,16}:\s{0,16})(%b|\[\s{0,16}%b(?:\s{0,16},\s{0,16}%b){0,63}\s{0,16}\])"
+        % (_NAME.pattern, *[_URL.pattern] * 3)
+    )
 
     def __init__(self, provider: Provider, relay_url: str) -> None:
         self._provider = provider

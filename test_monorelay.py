@@ -14215,6 +14215,16 @@ def test_results_url_is_rewritten_however_it_is_spelled(spelled):
         assert told == {"results_url": "http://relay/v1/messages/batches/b"}
 
 
+@pytest.mark.parametrize("size", [4_000, 1 << 16])
+def test_what_is_almost_a_url_to_be_rewritten_takes_no_time(size):
+    provider = parse({"openai": {"base_url": "http://127.0.0.1:9/api/v1"}}).providers["openai"]
+    words = ['"url":', '"url":[', '"', '\\"', "[", ",", '"",', '"a_', '"url",', " ", "\\", "a"]
+    for beginning, filling in itertools.product(words, words):
+        text = (beginning + filling * (3_000 // len(filling))) * (size // 3_000)
+        feed = monorelay.UrlRewriter(provider, "http://relay").feed
+        assert_linear(feed, [text.encode()], 0.02 if size == 4_000 else 0.05)
+
+
 @pytest.mark.parametrize(("told", "wanted"), [
     ("/api/v1/videos/v", "/v1/videos/v"), (r"\/api\/v1/videos/v?a=1", "/v1/videos/v?a=1"), ("/api/v10/v", "/api/v10/v"),
     ("//127.0.0.1:8/api/v1/v", "//127.0.0.1:8/api/v1/v"), ("v", "v"),
