@@ -8225,11 +8225,17 @@ def event_reader() -> json.JSONDecoder:
     return json.JSONDecoder(parse_int=short_integer, parse_float=read, parse_constant=refuse_constant)
 
 
+ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # of a surrogate pair
+
+
 def parts_in(data: bytes) -> int:
     """How many lists and objects a JSON text has, and twice its strings: what a string says counts for its brackets
-    only, since its own quotation marks are escaped, and for each U+0085, which goes out as six bytes."""
+    only, since its own quotation marks are escaped, for each U+0085, which goes out as six bytes, and twice for each
+    escaped half of a surrogate pair, which takes 0.5 µs to write, of a thought twice."""
     plain = data.replace(b"\\\\", b"")  # a backslash may be escaped itself
-    return data.count(b"[") + data.count(b"{") + plain.count(b'"') - plain.count(b'\\"') + data.count(b"\xc2\x85")
+    strings = plain.count(b'"') - plain.count(b'\\"')
+    long = data.count(b"\xc2\x85") + 2 * len(ESCAPED_HALF.findall(plain))
+    return data.count(b"[") + data.count(b"{") + strings + long
 
 
 def read_event(data: bytes) -> JsonDict:

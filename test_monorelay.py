@@ -8265,7 +8265,8 @@ def test_an_event_has_so_many_values(count, fits):
      (b'{"a":0},', 19_990, True), (b'{"a":0},', 20_001, False), (b'"\\\\",', 29_990, True), (b'"\\\\",', 30_001, False),
      (b'"' + b'\\"{' * 50_000 + b'",', 1, True), (b'"' + b'\\\\\\"' * 61_000 + b'",', 1, True),
      (b'"' + b"[" * 60_001 + b'",', 1, False), (b'"%b",' % ("\x85" * 59_900).encode(), 1, True),
-     (b'"%b",' % ("\x85" * 60_001).encode(), 1, False)],
+     (b'"%b",' % ("\x85" * 60_001).encode(), 1, False), (b'"' + b"\\uD83d" * 29_990 + b'",', 1, True),
+     (b'"' + b"\\ude00" * 30_001 + b'",', 1, False), (b'"' + b"\\ud55c" * 60_001 + b'",', 1, True)],
     ids=brief,
 )  # fmt: skip
 def test_an_event_has_so_many_lists_objects_and_strings(part, count, fits):
