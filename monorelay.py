@@ -12870,9 +12870,9 @@ class UrlRewriter:
     streams: clients follow them with the relay's token, which must not leave. The body is otherwise left as it is."""
 
     _HELD_BYTES = 4096  # longer than any beginning of a match that could be cut in two
-    # Anthropic's results_url, OpenRouter's polling_url and unsigned_urls, new-api's url, and their like.
-    _NAME = re.compile(rb'"(?:[a-z]{1,16}_){0,2}urls?"')
-    _NAME_BYTES = 40
+    # The first is Anthropic's of batches, the next two are OpenRouter's of videos, the last is new-api's.
+    _NAME = re.compile(rb'"(?:results_url|polling_url|unsigned_urls|url)"')
+    _NAME_BYTES = len('"unsigned_urls"')
     _URL = re.compile(rb'"(?:[^"\\]|\\.){0,2048}"')
     _MEMBER = re.compile(  # with one, or a list of them
         rb"(%b\s{0,16}:\s{0,16})(%b|\[\s{0,16}%b(?:\s{0,16},\s{0,16}%b){0,63}\s{0,16}\])"
