@@ -215,6 +215,7 @@ UNTAKEN_SECONDS = 20.0  # for which a kept connection takes nothing of a request
 # begin at once and are busy then, and a lossy network may pause for as long.
 UNWANTED_SECONDS = 20.0
 CONNECTED_ADDRESSES = 16  # of a host that has more, these are tried
+ADDRESS_SECONDS = 1.0  # that each of many addresses gets at first: a round trip by satellite takes 0.7 s
 AVOIDED_SECONDS = 600.0  # for which an address that took no connection is tried after the others of its host
 AVOIDED_ADDRESSES = 1024  # beyond so many, all are taken for good again
 LOOKUP_DESCRIPTORS = 8  # if there are fewer, a name that isn't found may be there all the same
@@ -11601,15 +11602,16 @@ Preparation = Optional[Callable[[Channel], Coroutine[float, None, None]]]
 async def connect_any(
     loop: EventLoop, addresses: Sequence[Any], deadline: float, failed: dict[Any, float], prepare: Preparation
 ) -> Channel:
-    """A connection to the first address that takes one, for which each gets an equal share of the time left, and where
-    `prepare` succeeds. Those that have `failed` of late come last, the latest at the end: where IPv6 leads nowhere,
-    only the first connection waits for it, and another one only when IPv4 has failed, too. Raises OSError, Overdue and
-    ClientGone."""
+    """A connection to the first address that takes one, and where `prepare` succeeds. Each gets an equal share of the
+    time left; of many, the first ones get ADDRESS_SECONDS each. Those that have `failed` of late come last, the latest
+    at the end: where IPv6 leads nowhere, only the first connection waits for it, and another one only when IPv4 has
+    failed, too. Raises OSError, Overdue and ClientGone."""
     problem: Exception = OSError(errno.EADDRNOTAVAIL, "its host has no address")
     oldest = loop.now - AVOIDED_SECONDS
     addresses = sorted(addresses, key=lambda found: max(oldest, failed.get(found[4], oldest)))
     for index, (family, _, _, _, address) in enumerate(addresses):
-        latest = loop.now + (deadline - loop.now) / (len(addresses) - index)
+        left = deadline - loop.now
+        latest = loop.now + left / min(len(addresses) - index, max(2, int(left / ADDRESS_SECONDS)))
         try:
             return await connect_one(loop, family, address, latest, prepare)
         except (OSError, Overdue) as error:

@@ -13443,6 +13443,33 @@ def test_an_address_that_failed_just_now_is_tried_after_one_that_failed_before(m
 
 
 @pytest.mark.parametrize(
+    ("count", "seconds", "shares"),
+    [
+        (1, 10, [10]),
+        (2, 10, [5, 5]),
+        (4, 10, [2.5, 2.5, 2.5, 2.5]),
+        (16, 10, [1] * 9 + [0.5, 0.25]),
+        (3, 1, [0.5, 0.25, 0.25]),
+    ],
+)
+def test_each_of_many_addresses_gets_time_for_a_long_way(monkeypatch, count, seconds, shares):
+    """Google's names have 16, each of which takes 0.7 s where a satellite is between."""
+    given = []
+
+    async def connect_one(loop, family, address, deadline, prepare):
+        given.append(deadline - loop.now)
+        loop.now = deadline
+        raise monorelay.Overdue
+
+    monkeypatch.setattr(monorelay, "connect_one", connect_one)
+    loop = types.SimpleNamespace(now=1000.0)
+    addresses = [(socket.AF_INET, 0, 0, "", f"192.0.2.{last}") for last in range(count)]
+    with pytest.raises(monorelay.Overdue):
+        monorelay.connect_any(loop, addresses, loop.now + seconds, {}, None).send(None)
+    assert given[: len(shares)] == shares and sum(given) == seconds
+
+
+@pytest.mark.parametrize(
     ("code", "reason"),
     [(socket.EAI_NONAME, "its host name is unknown"), (socket.EAI_AGAIN, "no name server tells where its host is")],
     ids=["unknown", "no network"],
