@@ -7411,7 +7411,8 @@ class ChatReader:
         if self._calls and all(call.whole for call in self._calls):
             self._advance(is_followed=True)
         if self._calls:
-            if not is_blank(said):
+            # Some parsers of calls leak a newline; between words, blanks belong to them.
+            if not is_blank(said) or (self._later and self._later[-1][0] == kind):
                 self._say_later(kind, said)
         elif kind == "text" and self._writer.open != "text" and is_blank(said):
             self._hold(len(said) + WAITING_BYTES)

@@ -7690,6 +7690,16 @@ STREAMS: dict[str, tuple[list[dict[str, Any]], list[Any], str]] = {
         [LOOK, said("Hi")],
         "tool_use",
     ),
+    "text-behind-a-call-without-arguments": (
+        [
+            delta(calls=[call(0, "c1", "look", "")]),
+            delta(content="\n"),
+            *(delta(content=part) for part in ("It", " ", "is", "\n\n", "late.")),
+            delta("tool_calls", USAGE),
+        ],
+        [tool_use("c1"), said("It is\n\nlate.")],
+        "tool_use",
+    ),
     "text-around-the-end-of-a-call": (
         [
             delta(calls=[call(0, "c1", "look", '{"at":')]),
