@@ -18170,7 +18170,11 @@ def from_file(name: str, path: str, env_file: str) -> str:
     """What a shell replaces by a variable of the env_file, or by what the file holds that it names."""
     if name.startswith("file:"):
         return f"$(cat {shlex.quote(beside(path, name[len('file:') :]))})"
-    return f'$(. {shlex.quote(beside(path, env_file))}; echo "${name}")' if env_file else ""
+    if not env_file:
+        return ""
+    # Read as env_line() reads it: to a shell a blank or a `;` in a value, or a line's CRLF, would mean something else.
+    line = f"s/^ *(export +)?{name} *= *[\\\"']?([^\\\"'[:cntrl:]]*).*/\\2/p"
+    return f'$(sed -nE "{line}" {shlex.quote(beside(path, env_file))} | tail -n 1)'
 
 
 def curl_line(config: Config, url: str, token: str) -> str:

@@ -25769,11 +25769,19 @@ def test_claude_codes_line_of_the_banner_can_be_pasted(program):
         assert client.ask("GET", "/api/auth/me", token=given["ANTHROPIC_AUTH_TOKEN"]).status == 200
 
 
-@pytest.mark.parametrize("kept_in", ["env_file", "file"])
-def test_the_banners_curl_line_finds_a_key_that_is_kept_in_a_file(program, tmp_path, kept_in):
-    (tmp_path / "keys.env").write_text("OWNER='key-in-a-file-0123456789'\n")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "OWNER='key-in-a-file-0123456789'\n",
+        "OWNER=an-older-one-0123456789\nOTHER=a b;exit\n export OWNER = key-in-a-file-0123456789\r\n",
+        'OWNER="key-in-a-file $HOME;touch x`&(#\\"\n',
+        "",
+    ],
+)
+def test_the_banners_curl_line_finds_a_key_that_is_kept_in_a_file(program, tmp_path, line):
+    (tmp_path / "keys.env").write_bytes(line.encode())
     (tmp_path / "key").write_text("key-in-a-file-0123456789\n")
-    key = "${OWNER}" if kept_in == "env_file" else "${file:key}"
+    key = "${OWNER}" if line else "${file:key}"
     it = program({**settings({"echo": {}}, server={"access_key": key}), "env_file": "keys.env"})
     done = subprocess.run(["bash", "-c", curl_command(it)], cwd="/", capture_output=True, text=True, timeout=10)
     assert json.loads(done.stdout)["type"] == "message" and "key-in-a-file" not in it.text()
