@@ -6796,6 +6796,8 @@ def keep_strict(tools: list[JsonDict], draft: Draft) -> None:
 
 def strict_load(schema: JsonDict) -> tuple[int, ...]:
     """What a strict tool with this schema adds to each of STRICT_LIMITS; empty if Claude refuses it."""
+    if is_circular(schema):
+        return ()
     optional = unions = 0
     for part in schema_parts(schema):
         if not fits_strict(part):
@@ -6803,6 +6805,24 @@ def strict_load(schema: JsonDict) -> tuple[int, ...]:
         optional += optional_in(part)
         unions += "anyOf" in part or isinstance(part.get("type"), list)
     return 1, optional, unions
+
+
+def is_circular(schema: JsonDict) -> bool:
+    """Whether the schema, or a definition in it, holds itself, as that of a tree does: OpenAI takes it, and Claude says
+    `Circular reference detected in schema definitions`."""
+    holders = {"#": schema}
+    for group in ("$defs", "definitions"):
+        holders.update((f"#/{group}/{name}", part) for name, part in member(schema, group).items())
+    held = {
+        name: {part["$ref"] for part in schema_parts(holder) if isinstance(part.get("$ref"), str)} & holders.keys()
+        for name, holder in holders.items()
+    }
+    counts = collections.Counter(itertools.chain.from_iterable(held.values()))
+    outermost = [name for name in holders if not counts[name]]
+    for name in outermost:  # and those that are held by none but such
+        counts.subtract(held[name])
+        outermost += [inner for inner in held[name] if not counts[inner]]
+    return len(outermost) < len(holders)
 
 
 def fits_strict(part: JsonDict) -> bool:

@@ -6353,6 +6353,44 @@ def test_a_tool_is_strict_only_where_claude_can_promise_it(schema, strict):
     assert dropped == (() if strict else ("tools.function.strict",))
 
 
+@pytest.mark.parametrize("group", ["$defs", "definitions"])
+@pytest.mark.parametrize(
+    ("held", "strict"),
+    [
+        ({"a": ["b", "c"], "b": ["c"], "c": ["elsewhere"]}, True),
+        ({"a": ["a"]}, False),
+        ({"a": ["b"], "b": ["c"], "c": ["b"]}, False),
+        ({"a": ["b"], "b": ["#"]}, False),
+    ],
+    ids=brief,
+)
+def test_a_tool_whose_schema_holds_itself_is_not_strict(held, strict, group):
+    """As z.lazy() and pydantic's models of trees make it: `Circular reference detected in schema definitions: __schema0
+    -> __schema0. Self-referencing or mutually-referencing definitions are not supported.`"""
+    tool = strict_tool(**{"$ref": f"#/{group}/a"})
+    tool["function"]["parameters"][group] = {
+        name: {
+            "type": "object",
+            "properties": {other: {"$ref": other if other == "#" else f"#/{group}/{other}"} for other in others},
+            "required": others,
+            "additionalProperties": False,
+        }
+        for name, others in held.items()
+    }
+    body, dropped = to_messages(tools=[tool])
+    assert body["tools"][0]["input_schema"] == tool["function"]["parameters"]
+    assert body["tools"][0].get("strict") == (strict or None)
+    assert dropped == (() if strict else ("tools.function.strict",))
+
+
+def test_schemas_of_many_definitions_take_no_time():
+    count = 5_000
+    chain = {f"a{number}": {"items": {"$ref": f"#/$defs/a{number + 1}"}} for number in range(count)}
+    assert seconds_each(lambda: monorelay.is_circular({"$defs": chain}), 1) < 0.3
+    assert not monorelay.is_circular({"$defs": chain})
+    assert monorelay.is_circular({"$defs": {**chain, f"a{count}": {"$ref": "#/$defs/a7"}}})
+
+
 @pytest.mark.parametrize(
     ("schema", "most"),
     [
