@@ -91,6 +91,8 @@ except ImportError:  # Python built without it
 if sys.version_info < (3, 9):  # noqa: UP036
     sys.exit(f"MonoRelay needs Python 3.9 or later, this is {sys.version.split()[0]}")
 
+import graphlib  # which an older one lacks
+
 __version__ = "1.0.0"
 
 MEGABYTE = 1024 * 1024
@@ -6817,12 +6819,11 @@ def is_circular(schema: JsonDict) -> bool:
         name: {part["$ref"] for part in schema_parts(holder) if isinstance(part.get("$ref"), str)} & holders.keys()
         for name, holder in holders.items()
     }
-    counts = collections.Counter(itertools.chain.from_iterable(held.values()))
-    outermost = [name for name in holders if not counts[name]]
-    for name in outermost:  # and those that are held by none but such
-        counts.subtract(held[name])
-        outermost += [inner for inner in held[name] if not counts[inner]]
-    return len(outermost) < len(holders)
+    try:
+        graphlib.TopologicalSorter(held).prepare()
+    except graphlib.CycleError:
+        return True
+    return False
 
 
 def fits_strict(part: JsonDict) -> bool:
