@@ -6746,7 +6746,7 @@ def message_tools(chat: JsonDict, draft: Draft) -> JsonDict:
         raise draft.refusal("tool_choice", "a call of a tool that isn't offered")
     if not tools:
         return {}
-    keep_strict(tools, draft)
+    keep_strict(tools, member(member(member(chat, "response_format"), "json_schema"), "schema"), draft)
     one_by_one = chat.get("parallel_tool_calls") is False or choice.get("disable_parallel_tool_use") is True
     if one_by_one and written.get("type") != "none":
         written = {"type": "auto", **written, "disable_parallel_tool_use": True}
@@ -6774,8 +6774,8 @@ def message_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
     return {**written, "cache_control": cached} if cached else written
 
 
-# Claude makes one grammar of all strict tools. What it refuses in their schemas, which formats it knows, and how many
-# tools, optional parameters and parameters of several types it takes in all:
+# Claude makes one grammar of all strict tools and the answer's form. What it refuses in the tools' schemas, which
+# formats it knows, and how many tools, optional parameters and parameters of several types it takes in all:
 # https://platform.claude.com/docs/en/build-with-claude/structured-outputs
 STRICT_REFUSED = NEVER_STRICT | {
     "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "maxItems",
@@ -6784,11 +6784,12 @@ STRICT_FORMATS = (*OPENAI_FORMATS, "uri")
 STRICT_LIMITS = (20, 24, 16)
 
 
-def keep_strict(tools: list[JsonDict], draft: Draft) -> None:
+def keep_strict(tools: list[JsonDict], form: JsonDict, draft: Draft) -> None:
     """Leaves out `strict` where Claude would refuse it with the whole request, and of all tools where they are too much
-    together. openai-agents and LangChain's agents ask for it at each tool, and OpenAI promises more."""
+    together, or with the schema of the answer's form. openai-agents and LangChain's agents ask for it at each tool, and
+    OpenAI promises more."""
     loads = [(tool, strict_load(tool["input_schema"])) for tool in tools if "strict" in tool]
-    sums = map(sum, zip(*(load for _, load in loads if load)))
+    sums = map(sum, zip((0, *choices_in(form)), *(load for _, load in loads if load)))
     are_few = all(number <= most for number, most in zip(sums, STRICT_LIMITS))
     for tool, load in loads:
         if not load or not are_few:
@@ -6798,15 +6799,18 @@ def keep_strict(tools: list[JsonDict], draft: Draft) -> None:
 
 def strict_load(schema: JsonDict) -> tuple[int, ...]:
     """What a strict tool with this schema adds to each of STRICT_LIMITS; empty if Claude refuses it."""
-    if is_circular(schema):
+    if is_circular(schema) or not all(map(fits_strict, schema_parts(schema))):
         return ()
+    return (1, *choices_in(schema))
+
+
+def choices_in(schema: JsonDict) -> tuple[int, int]:
+    """How many optional parameters a schema has, and how many of several types."""
     optional = unions = 0
     for part in schema_parts(schema):
-        if not fits_strict(part):
-            return ()
         optional += optional_in(part)
         unions += "anyOf" in part or isinstance(part.get("type"), list)
-    return 1, optional, unions
+    return optional, unions
 
 
 def is_circular(schema: JsonDict) -> bool:

@@ -6416,6 +6416,32 @@ def test_tools_that_claude_refuses_together_are_not_strict(schema, most):
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [{"type": ["string", "null"]}, {"anyOf": [{"type": "string"}, {"type": "null"}]}],
+    ids=["types", "union"],
+)
+def test_tools_that_claude_refuses_beside_the_form_of_the_answer_are_not_strict(fields):
+    """Its limits are for all strict tools and the answer's form together: openai-agents has both, and writes what may
+    be None so."""
+    tools = [strict_tool(f"look{number}", **fields) for number in range(10)]
+    for count, strict in ((6, True), (7, False)):
+        names = [f"part{number}" for number in range(count)]
+        schema = {
+            "type": "object",
+            "properties": dict.fromkeys(names, fields),
+            "required": names,
+            "additionalProperties": False,
+        }
+        form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+        body, dropped = to_messages(tools=tools, response_format=form)
+        assert body["output_config"]["format"]["schema"] == schema
+        assert ["strict" in tool for tool in body["tools"]] == [strict] * 10
+        assert dropped == (() if strict else ("tools.function.strict",))
+    for odd in ({}, {"type": "json_object"}, {"type": "text", "json_schema": 7}):
+        assert all("strict" in tool for tool in to_messages(tools=tools, response_format=odd)[0]["tools"])
+
+
+@pytest.mark.parametrize(
     ("block", "told"),
     [({**tool_use("t"), "input": "{}"}, "input: what is no object"), (tool_use(5), "id: Input should be"),
      ({"type": "tool_use", "id": "t", "input": {}}, "name: Input should be"), (tool_result(None), "tool_use_id:")],
