@@ -6075,14 +6075,29 @@ def chat_tool(tool: JsonDict, place: str, draft: Draft) -> JsonDict:
     function: JsonDict = {"name": draft.tool_name(text_in(tool, "name", place))}
     if tool.get("description"):
         function["description"] = string(tool["description"], f"{place}.description")
-    schema = tool.get("input_schema")
-    function["parameters"] = with_object_type(schema if isinstance(schema, dict) else {}, draft)
+    schema = member(tool, "input_schema")
+    leave_patterns_out(schema, draft)
+    function["parameters"] = with_object_type(schema, draft)
     if tool.get("strict") is True:
         function["strict"] = True
     if len(callers) > 1:
         draft.drop("tools.allowed_callers")
     draft.drop_rest(tool, TOOL_KNOWN, "tools")
     return {"type": "function", "function": function}
+
+
+# What servers refuse in a regular expression, and the whole request with it: OpenAI and vLLM read it as Python does,
+# and llama.cpp makes a grammar of it. Claude Code's Artifact has such ones, and what zod makes of z.email().
+FOREIGN_PATTERN = re.compile(r"\(\?[=!<]|\\(?:[pPk0-9]|u\{)")
+
+
+def leave_patterns_out(schema: JsonDict, draft: Draft) -> None:
+    """Takes the patterns out of a tool's schema that servers can't read. They are no more than a hint for the model."""
+    for part in schema_parts(schema):
+        pattern = part.get("pattern")
+        if isinstance(pattern, str) and FOREIGN_PATTERN.search(pattern.replace(r"\\", "")):
+            del part["pattern"]
+            draft.drop("tools.input_schema.pattern")
 
 
 GEMINI_HOST = "generativelanguage.googleapis.com"
@@ -6192,7 +6207,8 @@ def schema_parts(schema: JsonDict) -> Iterator[JsonDict]:
             waiting += part
         elif isinstance(part, dict):
             yield part
-            waiting += (part[name] for name in ("items", "anyOf", "allOf") if name in part)
+            within = ("items", "anyOf", "allOf", "oneOf", "additionalProperties")
+            waiting += (part[name] for name in within if name in part)
             for name in ("properties", "$defs", "definitions"):
                 if name in part:
                     waiting += member(part, name).values()

@@ -5003,6 +5003,49 @@ def test_q15_the_systems_later_words_part_no_call_from_its_result():
     ]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "is_left"),
+    [
+        ("^[a-z]{1,9}(?:-[a-z]+)*$", True),
+        (r"^\d+\.\w[\s\-/]\/$", True),
+        (r"^\u0041\x00[^\n]*\b", True),
+        (r"^C:\\pictures\\0$", True),
+        (r'^(?!__.*__$)[^\p{Cc}\p{Cf}\p{Zl}\p{Zp}"\\./[\]]{1,200}$', False),  # Claude Code's Artifact
+        (r"^[^\0]*$", False),  # likewise
+        (r"^(?!\.)[A-Za-z0-9_'+\-\.]*@[a-z]+$", False),  # zod's z.email(), more or less
+        (r"(?<=a)b", False),
+        (r"(?<word>a)\k<word>", False),
+        (r"(a)\1", False),
+        (r"\u{1F600}", False),
+        (r"\\\P{L}", False),
+    ],
+    ids=brief,
+)
+def test_a_pattern_that_servers_refuse_is_left_out_of_a_tool(pattern, is_left):
+    """BerriAI/litellm #40485: `Invalid schema for function 'Artifact': … is not a 'regex'` ends each request of Claude
+    Code's; tombii/better-ccflare #357: `Invalid JSON schema: regex lookaround is not supported.`"""
+    plain = {"type": "string", "minLength": 1}
+    given = {**plain, "pattern": pattern}
+
+    def schema(part):
+        return {
+            "type": "object",
+            "properties": {
+                "pattern": {"type": "string", "default": pattern},
+                "list": {"type": "array", "items": part},
+                "one": {"oneOf": [part], "enum": [pattern]},
+                "any": {"anyOf": [{"type": "object", "additionalProperties": part}]},
+                "there": {"$ref": "#/$defs/there"},
+            },
+            "$defs": {"there": part},
+        }
+
+    tools = [{**TOOL, "input_schema": schema(given)}]
+    body, dropped = to_chat(tools=tools)
+    assert body["tools"][0]["function"]["parameters"] == schema(given if is_left else plain)
+    assert dropped == (() if is_left else ("tools.input_schema.pattern",))
+
+
 def test_q16_a_schema_stays_as_it_is_but_for_what_servers_stumble_over():
     schema = {
         "$defs": {"a": {"$schema": "kept"}},
