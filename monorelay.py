@@ -6798,6 +6798,7 @@ STRICT_REFUSED = NEVER_STRICT | {
 }  # fmt: skip
 STRICT_FORMATS = (*OPENAI_FORMATS, "uri")
 STRICT_LIMITS = (20, 24, 16)
+STRICT_DEFINITIONS = 1000  # in a schema; Claude refuses a grammar that is too large
 
 
 def keep_strict(tools: list[JsonDict], form: JsonDict, draft: Draft) -> None:
@@ -6831,10 +6832,12 @@ def choices_in(schema: JsonDict) -> tuple[int, int]:
 
 def is_circular(schema: JsonDict) -> bool:
     """Whether the schema, or a definition in it, holds itself, as that of a tree does: OpenAI takes it, and Claude says
-    `Circular reference detected in schema definitions`."""
+    `Circular reference detected in schema definitions`. One with very many definitions is taken to."""
     holders = {"#": schema}
     for group in ("$defs", "definitions"):
         holders.update((f"#/{group}/{name}", part) for name, part in member(schema, group).items())
+    if len(holders) > STRICT_DEFINITIONS:
+        return True
     held = {
         name: {part["$ref"] for part in schema_parts(holder) if isinstance(part.get("$ref"), str)} & holders.keys()
         for name, holder in holders.items()
