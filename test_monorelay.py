@@ -29628,6 +29628,21 @@ def test_a_stream_comes_through_a_balancer_event_by_event(upstream, fleet, balan
 
 @pytest.mark.once
 @each_balancer
+@pytest.mark.parametrize("during", ["a non-streaming wait", "a stream"])
+def test_a_client_that_leaves_a_balancer_closes_upstream(upstream, fleet, balancer, during):
+    body, opening = OPENINGS[during]
+    seen: dict[str, Any] = {}
+    provider = upstream(lambda connection: leaves_early(connection, opening, seen))
+    with fleet(balancer, provider).client() as client:
+        client.send(request("POST", "/v1/messages", body))
+        assert provider.called.wait(TIMEOUT_SECONDS)
+        if opening:
+            client.until(b"\r\n\r\n")
+    eventually(lambda: seen["at"])
+
+
+@pytest.mark.once
+@each_balancer
 def test_an_upload_goes_through_a_balancer_as_it_comes(upstream, fleet, balancer):
     parts = [bytes([number]) * 50_000 for number in range(4)]
     arrived = [threading.Event() for _ in parts]
