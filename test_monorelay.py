@@ -3317,6 +3317,18 @@ def test_a_walk_keeps_no_members_however_many_are_called_model(name):
     assert bytes_grown(attempt, 1) < 2 << 20
 
 
+def test_a_long_string_that_is_all_escapes_is_read_in_steps():
+    walk = monorelay.JsonWalk()
+    walk.feed(b'{"model":"m","text":"' + rb"\n" * 500_000 + b'"}')
+    walk.finish()
+    steps = 0
+    while walk.behind:
+        walk.go_on()
+        steps += 1
+    assert walk.facts.model == "m"
+    assert steps >= 1_000_000 / (monorelay.WALK_PARTS * monorelay.LONG_STRING_BYTES)
+
+
 @pytest.mark.parametrize("letter", ["é", "語", "😀"])
 def test_a_long_string_may_be_cut_within_any_character(letter):
     body = json.dumps({"model": "a", "x": letter * 6000 + "\n" + letter * 3000}, ensure_ascii=False).encode()
