@@ -6094,7 +6094,7 @@ FOREIGN_PATTERN = re.compile(r"\(\?[=!<]|\\(?:[pPk0-9]|u\{)")
 
 
 def leave_patterns_out(schema: JsonDict, draft: Draft) -> None:
-    """Takes the patterns out of a tool's schema that servers can't read. They are no more than a hint for the model."""
+    """Removes the patterns from a tool's schema that servers can't read. A pattern is only a hint for the model."""
     for part in schema_parts(schema):
         pattern = part.get("pattern")
         if isinstance(pattern, str) and FOREIGN_PATTERN.search(pattern.replace(r"\\", "")):
@@ -8282,8 +8282,8 @@ def parts_in(data: bytes) -> int:
     escaped half of a surrogate pair, which takes 0.5 µs to write, of a thought twice."""
     plain = data.replace(b"\\\\", b"")  # a backslash may be escaped itself
     strings = plain.count(b'"') - plain.count(b'\\"')
-    long = data.count(b"\xc2\x85") + 2 * len(ESCAPED_HALF.findall(plain))
-    return data.count(b"[") + data.count(b"{") + strings + long
+    escaped = data.count(b"\xc2\x85") + 2 * len(ESCAPED_HALF.findall(plain))
+    return data.count(b"[") + data.count(b"{") + strings + escaped
 
 
 def read_event(data: bytes) -> JsonDict:
@@ -9284,7 +9284,7 @@ def narrow_enough(text: str) -> str:
 
 
 def halves_in(text: str) -> int:
-    """How many halves of surrogate pairs a text has, each of which is a character without the other."""
+    """How many lone halves of surrogate pairs a text has."""
     if text.isascii():
         return 0
     return (len(text.encode("utf-8", "surrogatepass")) - len(text.encode("utf-8", "ignore"))) // len(b"\xed\xa0\x80")
