@@ -11129,14 +11129,22 @@ def select_spent(connection: Any, users: Iterable[str], now: float) -> Spent:
 NO_TEMPORARY_FILE = re.compile("disk I/O error|unable to open|disk is full")
 
 
+# The hours in which somebody used something are found one by one, and what one user used in each: that takes as long as
+# there are hours, however many users there are.
+HOURS_OF_ONE = """(WITH RECURSIVE used (at) AS (
+  SELECT min(hour) FROM hour WHERE hour >= :since AND hour < :until
+  UNION ALL SELECT (SELECT min(hour) FROM hour WHERE hour > at AND hour < :until) FROM used WHERE at IS NOT NULL)
+SELECT hour.* FROM used CROSS JOIN hour ON hour = at AND user = :user)"""
+
+
 def summed_usage(path: str, since: int, until: int, by: Sequence[str], user: Optional[str]) -> Groups:
     """What was used from one hour up to another, in hours since 1970, the second not included: the names and the SUMS
     of each group by the columns `by` (some of GROUPS); of one user if named; dear ones first. Raises sqlite3.Error, and
     ValueError for what can't be grouped by."""
     if not set(by) <= set(GROUPS):
         raise ValueError(f"it can be grouped by {', '.join(GROUPS)}")
-    query = f"SELECT {', '.join([*by, *(f'sum({name})' for name in SUMS)])} FROM hour"
-    query += " WHERE hour >= :since AND hour < :until AND (:user IS NULL OR user = :user)"
+    query = f"SELECT {', '.join([*by, *(f'sum({name})' for name in SUMS)])} FROM "
+    query += "hour WHERE hour >= :since AND hour < :until" if user is None else HOURS_OF_ONE
     query += f" GROUP BY {', '.join(by)}" if by else ""
     query += f" ORDER BY sum(cost) DESC, sum(requests) DESC LIMIT {LEDGER_GROUPS}"
     found = query_ledger(path, query, {"since": since, "until": until, "user": storable(user)})

@@ -23330,6 +23330,24 @@ def test_what_was_used_is_held_twice_and_no_more_while_it_is_put_together():
     assert json.loads(monorelay.usage_body({"by": ["model"]}, [], []))["rows"] == []
 
 
+def test_what_one_user_used_is_summed_without_what_others_used():
+    columns = ("model", "provider", "key", *monorelay.SUMS)
+
+    def steps(users: int) -> int:
+        ledger = sqlite3.connect(":memory:")
+        ledger.executescript(monorelay.LEDGER_SCHEMA)
+        rows = [(hour, f"user{user:03}", *[1] * len(columns)) for hour in range(0, 600, 3) for user in range(users)]
+        ledger.executemany(f"INSERT INTO hour VALUES (?, ?{', ?' * len(columns)})", rows)
+        counted: list[int] = []
+        ledger.set_progress_handler(lambda: counted.append(1), 1)
+        sums = f"SELECT count(*), min(hour), max(hour) FROM {monorelay.HOURS_OF_ONE}"
+        assert [*ledger.execute(sums, {"since": 1, "until": 301, "user": "user000"})] == [(100, 3, 300)]
+        ledger.close()
+        return len(counted)
+
+    assert steps(100) == steps(1)
+
+
 def test_sums_by_the_day_let_others_write_between_two_days(some_days):
     found = monorelay.daily_usage(some_days, MIDNIGHT, MIDNIGHT + 49, ["key"], None)
     assert [group["day"] for group, _ in next(found)] == [DAYS[0]] * 2
