@@ -28072,11 +28072,12 @@ class Billed:
 
     def __init__(self, upstream: Any, program: Any, folder: Path) -> None:
         self.told: dict[str, tuple[int, ...]] = {}  # the kinds of tokens by mark
+        self.sent: dict[str, float] = {}  # when the provider sent the end, by mark
         self.provider = upstream(self.script)
         self.it = program(settings({"anthropic": self.provider}, ledger={"path": "usage.db"}, server={"workers": 2}))
         self.path = folder / "usage.db"
         self.got: list[tuple[str, str, float, float]] = []  # id, mark, when it began, seconds to the first byte
-        self.ended: dict[str, float] = {}  # by id
+        self.ended: dict[str, float] = {}  # when the provider sent the end, by id
         self.broken: list[str] = []  # ids, as far as they were told
 
     def workers(self) -> list[int]:
@@ -28097,6 +28098,7 @@ class Billed:
             for event in marked_stream(mark)[1:]:
                 threading.Event().wait(0.25)
                 connection.send(chunk(event))
+            self.sent[mark] = time.monotonic()
             connection.send(chunk(sse("message_delta", delta={}, usage={"output_tokens": kinds[-1]})))
             connection.send(chunked(ANTHROPIC_EVENTS[-1]))
 
@@ -28110,7 +28112,7 @@ class Billed:
                 request_id = head.get("x-monorelay-request-id")
                 first_byte = time.monotonic() - begun
                 assert head.status == 200 and mark.encode() in b"".join(iter(client.chunk, b""))
-                self.ended[request_id] = time.monotonic()
+                self.ended[request_id] = self.sent[mark]
                 self.got.append((request_id, mark, begun, first_byte))
         except (ConnectionError, EOFError):
             self.broken.append(request_id)
@@ -28214,8 +28216,8 @@ def test_soak_of_a_ledger_that_is_locked_for_ten_seconds_while_workers_are_kille
     unwritten = billed.missing()
     missing, lost = [billed.ended[request_id] for request_id in unwritten], []
     for since, until in spans:
-        ended = sum(since < at < until + 0.5 for at in billed.ended.values())
-        lost.append(sum(since < at < until + 0.5 for at in missing))
+        ended = sum(since < at < until for at in billed.ended.values())
+        lost.append(sum(since < at < until for at in missing))
         assert lost[-1] < 0.8 * ended, "the other worker has lost nothing"
     assert sum(lost) == len(missing)
     assert len(billed.broken) <= 2 * 200, "those that ran in the workers that were killed"
@@ -28231,7 +28233,7 @@ def test_soak_of_a_ledger_that_is_locked_for_ten_seconds_while_workers_are_kille
     assert written[0] == len(left)
     # The metrics know all but what ended in a killed worker's last second: it showed what it had counted before.
     counted = int(samples(billed.it)[("monorelay_requests_total", "anthropic", "claude-test", "200")])
-    unshown = sum(any(at - late < ended < at + 0.5 for at in killed) for ended in billed.ended.values())
+    unshown = sum(any(at - late < ended < at for at in killed) for ended in billed.ended.values())
     assert len(billed.got) - unshown <= counted <= len(billed.got) + len(billed.broken)
     assert counted > len(left), "also what was lost while the file was locked"
     # Nobody waits for the file. (When a worker is killed, its clients come to the other, all at once.)
