@@ -11129,8 +11129,8 @@ def select_spent(connection: Any, users: Iterable[str], now: float) -> Spent:
 NO_TEMPORARY_FILE = re.compile("disk I/O error|unable to open|disk is full")
 
 
-# The hours in which somebody used something are found one by one, and what one user used in each: that takes as long as
-# there are hours, however many users there are.
+# What one user used, hour by hour. Each hour in which anybody used something is looked up by itself, so that the time
+# grows with the number of hours, not with the number of users.
 HOURS_OF_ONE = """(WITH RECURSIVE used (at) AS (
   SELECT min(hour) FROM hour WHERE hour >= :since AND hour < :until
   UNION ALL SELECT (SELECT min(hour) FROM hour WHERE hour > at AND hour < :until) FROM used WHERE at IS NOT NULL)
