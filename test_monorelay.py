@@ -3561,9 +3561,10 @@ def uses_of(source: Any, flags: int) -> list[Callable[[Any], object]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "flags"), PATTERNS_IN_USE, ids=brief)
 def test_no_pattern_takes_long(source, flags):
-    # 350 bytes find those that would never end, and 4 kB those that grow faster than their text; a linear one takes 50
-    # microseconds. Heads are text and at most 64 KiB for a client's; the rest is bytes, and 256 KiB of it are held at a
-    # time. What takes longest there is among the texts that take longest at 4 kB, too.
+    # 350 bytes find those that would never end, and 4 kB most of those that grow faster than their text, before full
+    # size finds the others: a linear one takes 50 microseconds for 4 kB. Heads are text and at most 64 KiB for a
+    # client's; the rest is bytes, and 256 KiB of it are held at a time. What takes longest there is among the texts
+    # that take longest at 4 kB, too.
     texts, most = adversaries(source), 1 << 16 if isinstance(source, str) else 1 << 18
     for use in uses_of(source, flags):
         assert_linear(use, (text(350) for text in texts), 0.02)
@@ -4516,7 +4517,7 @@ def test_what_was_used_is_the_same_however_an_answer_arrives(name):
         begins = body.find(b'"usage"')
         bytewise = list(range(1, len(body))) if len(body) < 6000 else list(range(begins - 60, len(body)))
         ways = [[], bytewise, *([cut] for cut in range(max(1, begins - 60), min(len(body), begins + 600)))]
-        for number, cuts in enumerate(ways):
+        for number, cuts in enumerate(ways):  # uncut, byte by byte, and cut once: that is read in one way of two
             for by_line in (True, False) if number < 2 else (bool(number % 2),):
                 used = told_in_pieces(body, is_stream, cuts, by_line)
                 assert used[:5] == tokens and (used.tier or None) == tier, cuts[:5]
